@@ -1,0 +1,37 @@
+# make run, make test, ...: each alone creates the environment, installs, and does its job.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench gpu clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+# DeepSpeed would otherwise try to compile its operators while it is installed.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable '.[dev,joblib]'
+	@touch $@
+
+run: $(READY)  ## FineMoE on the scale Mixtral with 25 % of the experts' memory
+	$(BIN)/python run.py system=finemoe model=mixtral memory_budget=25% workload=quick
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## overheads of the engine, as ratios measured in one run
+	$(BIN)/python -m experiments.bench
+
+gpu: $(READY)  ## everything that only a machine with CUDA can tell
+	$(BIN)/python -m experiments.gpu_check
+
+clean:  ## remove the environment and what runs left
+	rm -rf $(VENV) outputs multirun *.egg-info

@@ -1,0 +1,1 @@
+"""Everything around the engine: harness, datasets, metrics, run records, scale models."""

@@ -1,0 +1,119 @@
+"""Text that every Python installation carries: the standard library's documentation and source.
+
+Recipe: every ``.py`` file of the standard library outside `EXCLUDED` gives one ``code`` document
+(its source) and one ``docs`` document (its docstrings, each under its qualified name); every topic
+of the language reference (`pydoc_data.topics`) gives one ``docs`` document. A tenth of the
+documents, chosen by a hash of their name, is held out. A file's source and docstrings share a
+name, so held-out docstrings are never seen inside training source.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Literal
+
+Kind = Literal["docs", "code"]
+
+EXCLUDED = frozenset(
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "pydoc_data",
+        "encodings",
+        "ensurepip",
+        "lib2to3",
+        "lib-dynload",
+        "turtledemo",
+        "__pycache__",
+    ]
+)
+HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus; `passages` are the units from which prompts are drawn."""
+
+    name: str
+    kind: Kind
+    passages: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.passages)
+
+    @property
+    def held_out(self) -> bool:
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+@cache
+def documents() -> tuple[Document, ...]:
+    """Return every document of the running Python, sorted by kind and name."""
+    found = [*_topic_documents(), *_module_documents()]
+    return tuple(sorted(found, key=lambda document: (document.kind, document.name)))
+
+
+def _topic_documents() -> Iterator[Document]:
+    for name, text in topics.items():
+        paragraphs = tuple(part for part in text.split("\n\n") if part.strip())
+        yield Document(f"topics/{name}", "docs", paragraphs)
+
+
+def _module_documents() -> Iterator[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED & set(relative.parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):
+            continue
+        name = relative.with_suffix("").as_posix().replace("/", ".")
+        if docstrings := tuple(_docstrings(tree, name)):
+            yield Document(name, "docs", docstrings)
+        if blocks := tuple(_blocks(tree, source)):
+            yield Document(name, "code", blocks)
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if text := ast.get_docstring(node):
+            yield f"{name}\n\n{inspect.cleandoc(text)}"
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from _docstrings(child, f"{name}.{child.name}")
+
+
+def _blocks(tree: ast.Module, source: str) -> Iterator[str]:
+    """Yield the source cut before every top-level class or function."""
+    lines = source.splitlines(keepends=True)
+    cuts = [0, *(_first_line(node) for node in tree.body if _is_definition(node)), len(lines)]
+    for start, stop in pairwise(cuts):
+        if block := "".join(lines[start:stop]).strip("\n"):
+            yield block
+
+
+def _is_definition(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def _first_line(node: ast.stmt) -> int:
+    decorators = getattr(node, "decorator_list", [])
+    return min(line.lineno for line in (node, *decorators)) - 1

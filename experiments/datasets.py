@@ -1,0 +1,156 @@
+"""Prompts: the paper's two datasets through `datasets`, and two built-in ones from the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.corpus import Kind, documents
+from experiments.errors import UserError
+
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SENTINEL = "PROMPTGOESHERE"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Texts from which prompts are drawn, and where they come from."""
+
+    name: str
+    source: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts as token ids, all of one length, with the hash of what was drawn."""
+
+    dataset: str
+    source: str
+    prompts: tuple[tuple[int, ...], ...]
+    sha256: str
+
+
+def corpus_dataset(name: str, kind: Kind) -> Dataset:
+    """Return held-out passages of the running Python's standard library, never trained on."""
+    texts = [
+        passage.strip()
+        for document in documents()
+        if document.kind == kind and document.held_out
+        for passage in document.passages
+    ]
+    source = f"Python {platform.python_version()} standard library, held-out documents"
+    return Dataset(name, source, tuple(dict.fromkeys(texts)))
+
+
+def conversations(name: str, path: str, split: str, data_files: str | None = None) -> Dataset:
+    """Return the first human turn of each conversation of a hub dataset or a local file.
+
+    Reads LMSYS-Chat-1M's schema (`conversation`: role, content) and ShareGPT's (`conversations`:
+    from, value). Raises UserError if the data is missing, gated, or in neither schema.
+    """
+    rows = _local_rows(Path(path)) if Path(path).suffix in READERS else None
+    if rows is None:
+        rows = _hub_rows(path, split, data_files)
+    texts = tuple(dict.fromkeys(text for row in rows if (text := _first_turn(row, path))))
+    if not texts:
+        raise UserError(f"{path} holds no usable prompt: every first human turn is empty")
+    return Dataset(name, path, texts)
+
+
+def draw_prompts(
+    dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
+) -> PromptSet:
+    """Draw `count` prompts by seed, each cut to exactly `input_tokens` tokens.
+
+    The tokenizer's chat template, where it has one, is counted in. Raises UserError if too few
+    texts are that long.
+    """
+    if input_tokens < 1:
+        raise UserError(f"input_tokens={input_tokens}: a prompt needs at least one token")
+    before, after = _template(tokenizer)
+    room = input_tokens - len(before) - len(after)
+    if room < 1:
+        raise UserError(
+            f"input_tokens={input_tokens} leaves no room beside the chat template's "
+            f"{len(before) + len(after)} tokens; raise it"
+        )
+    texts = list(dataset.texts)
+    random.Random(seed).shuffle(texts)
+    prompts: list[tuple[int, ...]] = []
+    for text in texts:
+        if len(prompts) == count:
+            break
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= room:
+            prompts.append((*before, *ids[:room], *after))
+    if len(prompts) < count:
+        raise UserError(
+            f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the "
+            f"{input_tokens} input tokens asked for, {count} are needed; lower "
+            "workload.input_tokens or workload.prompts"
+        )
+    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    return PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
+
+
+def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the token ids that the chat template, or the tokenizer, puts around a prompt."""
+    if not getattr(tokenizer, "chat_template", None):
+        bos = tokenizer.bos_token_id
+        return ([] if bos is None else [bos]), []
+    turn = [{"role": "user", "content": SENTINEL}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, after = text.split(SENTINEL)
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    return ids[0], ids[1]
+
+
+def _local_rows(path: Path) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    if not path.exists():
+        raise UserError(f"there is no file {path}; give dataset.path a json, jsonl or parquet file")
+    try:
+        loaded = datasets.load_dataset(
+            READERS[path.suffix], data_files=str(path), split="train", streaming=True
+        )
+        yield from loaded
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+
+
+def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(path, data_files=data_files, split=split, streaming=True)
+    except Exception as error:
+        # The hub's client raises a dozen unrelated types for what is gated, missing or offline.
+        raise UserError(
+            f"cannot load the dataset {path}: {_first_line(error)} (is the network up, and if it "
+            "is gated, has `hf auth login` been run? dataset=docs needs neither)"
+        ) from error
+
+
+def _first_turn(row: dict[str, Any], path: str) -> str | None:
+    for turns, speaker, human, content in (
+        ("conversation", "role", "user", "content"),
+        ("conversations", "from", "human", "value"),
+    ):
+        if isinstance(row.get(turns), list):
+            said = [turn[content] for turn in row[turns] if turn.get(speaker) == human]
+            return said[0].strip() if said else None
+    raise UserError(
+        f"{path} has the columns {', '.join(row)}: neither LMSYS's `conversation` (role, content) "
+        "nor ShareGPT's `conversations` (from, value)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

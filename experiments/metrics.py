@@ -1,0 +1,138 @@
+"""From served requests and layer outcomes to the numbers of a run record.
+
+TTFT, TPOT, ITL and E2EL are defined as in vLLM's serving benchmark. The expert hit rate counts
+an access as a hit only if the expert was resident when its gate asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap
+
+from experiments.serving import Served
+from finemoe.offload.policy import LayerOutcome
+
+BOOTSTRAP_RESAMPLES = 2000
+
+
+@dataclass
+class Accesses:
+    """Expert accesses by how the gate found the expert."""
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+
+    def add(self, outcome: LayerOutcome) -> None:
+        self.hits += len(outcome.hits)
+        self.late += len(outcome.late)
+        self.misses += len(outcome.misses)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over all accesses; None before the first."""
+        total = self.hits + self.late + self.misses
+        return self.hits / total if total else None
+
+
+@dataclass
+class AccessCounter:
+    """A listener that counts accesses, in all, by phase and by iteration."""
+
+    total: Accesses = field(default_factory=Accesses)
+    phases: dict[str, Accesses] = field(
+        default_factory=lambda: {"prefill": Accesses(), "decode": Accesses()}
+    )
+    iterations: dict[int, Accesses] = field(default_factory=dict)
+
+    def __call__(self, outcome: LayerOutcome) -> None:
+        self.total.add(outcome)
+        self.phases[outcome.iteration.phase].add(outcome)
+        self.iterations.setdefault(outcome.iteration.number, Accesses()).add(outcome)
+
+    def over(self, iterations: range) -> Accesses:
+        """Return the accesses of some iterations."""
+        parts = [self.iterations[number] for number in iterations]
+        return Accesses(
+            sum(part.hits for part in parts),
+            sum(part.late for part in parts),
+            sum(part.misses for part in parts),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts and hit rates, in all and by phase."""
+        by_phase = {
+            name: {**asdict(accesses), "expert_hit_rate": accesses.hit_rate}
+            for name, accesses in self.phases.items()
+        }
+        return {
+            "expert_hit_rate": self.total.hit_rate,
+            **asdict(self.total),
+            "phases": by_phase,
+        }
+
+
+def distribution(values: Sequence[float], seed: int) -> dict[str, Any] | None:
+    """Return mean, percentiles and a bootstrap 95 % interval of the mean; None without values."""
+    if not values:
+        return None
+    sample = np.asarray(values, dtype=float)
+    p50, p95, p99 = np.percentile(sample, [50, 95, 99]).tolist()
+    mean = float(sample.mean())
+    return {"mean": mean, "p50": p50, "p95": p95, "p99": p99, "ci95": _interval(sample, seed)}
+
+
+def _interval(sample: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> list[float] | None:
+    if len(sample) < 2:
+        return None
+    if np.ptp(sample) == 0:
+        return [float(sample[0])] * 2
+    result = bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=BOOTSTRAP_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+
+
+def latency_summary(served: Sequence[Served], seed: int) -> dict[str, Any]:
+    """Return the distributions of TTFT, TPOT, ITL and E2EL, in seconds."""
+    tpots = [one.tpot for one in served if one.tpot is not None]
+    return {
+        "ttft_s": distribution([one.ttft for one in served], seed),
+        "tpot_s": distribution(tpots, seed),
+        "itl_s": distribution([gap for one in served for gap in one.itl], seed),
+        "e2el_s": distribution([one.e2el for one in served], seed),
+    }
+
+
+def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
+    """Return one row a request.
+
+    A batch shares its iterations, so `hits`, `late` and `misses` of a request are those of its
+    batch; `batch` tells which requests share them.
+    """
+    rows = []
+    for one in served:
+        rows.append(
+            {
+                "request": one.request.number,
+                "batch": one.batch,
+                "input_tokens": len(one.request.prompt),
+                "output_tokens": len(one.tokens),
+                "ttft_s": one.ttft,
+                "tpot_s": one.tpot,
+                "e2el_s": one.e2el,
+                **asdict(counter.over(one.iterations)),
+                "itl_s": list(one.itl),
+                "tokens": list(one.tokens),
+            }
+        )
+    return pd.DataFrame(rows)

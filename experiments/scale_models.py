@@ -1,0 +1,198 @@
+"""Train and export a scale model: ``python -m experiments.scale_models model=mixtral``.
+
+Trains a small member of the paper model's family, with the same routing shape (L, J, K), on the
+text of `experiments.corpus`, and exports it in the Hugging Face format. A second call resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import matplotlib
+import pandas as pd
+import seaborn as sns
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from experiments.corpus import Document, documents
+from experiments.scale_training import Recipe, Training
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE of `vocabulary` tokens trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, chosen: list[Document]) -> torch.Tensor:
+    """Return the documents as one row of token ids, each ended by the end-of-text token."""
+    ids: list[int] = []
+    for text_ids in tokenizer([document.text for document in chosen])["input_ids"]:
+        ids += [*text_ids, tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
+def unigram_loss(train_ids: torch.Tensor, held_out_ids: torch.Tensor, vocabulary: int) -> float:
+    """Return the held-out loss, in nats per token, of add-one-smoothed unigram frequencies."""
+    counts = torch.bincount(train_ids.cpu(), minlength=vocabulary).double() + 1
+    return float(-(counts / counts.sum()).log()[held_out_ids.cpu()].mean())
+
+
+def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Return the untrained scale model, in fp32, initialised by the seed."""
+    settings: Any = OmegaConf.to_container(cfg.model.scale.config, resolve=True)
+    config = AutoConfig.for_model(
+        **settings,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        # A padding token would keep a zero embedding, through which gradients overflow.
+        pad_token_id=None,
+    )
+    torch.manual_seed(cfg.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.set_experts_implementation(cfg.model.scale.experts_implementation)
+    return model.train()
+
+
+def draw_loss(training: Training, baseline: float, path: Path) -> None:
+    """Draw the loss curve of the run against the unigram baseline."""
+    matplotlib.use("Agg")
+    frame = pd.DataFrame([asdict(progress) for progress in training.history])
+    frame["tokens"] = frame["step"] * training.recipe.tokens / training.recipe.steps / 1e6
+    long = frame.melt(["step", "tokens"], ["train_loss", "held_out_loss"], "text", "loss")
+    long["text"] = long["text"].map({"train_loss": "training", "held_out_loss": "held out"})
+    sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
+    axes = sns.lineplot(long, x="tokens", y="loss", hue="text")
+    axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
+    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+    axes.legend(title=None)
+    axes.figure.set_size_inches(4.5, 3)
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float) -> None:
+    """Write weights (bf16), tokenizer, generation config, history, loss curve and card."""
+    folder = Path(cfg.export)
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = training.model
+    model.to(torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    final = training.history[-1]
+    summary = {
+        "held_out_loss": final.held_out_loss,
+        "held_out_perplexity": math.exp(final.held_out_loss),
+        "unigram_perplexity": math.exp(baseline),
+        "tokens": training.recipe.tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recipe": asdict(training.recipe),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "history": [asdict(progress) for progress in training.history],
+    }
+    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw_loss(training, baseline, folder / "loss.png")
+    (folder / "README.md").write_text(card(cfg, summary))
+
+
+def card(cfg: DictConfig, summary: dict[str, Any]) -> str:
+    """Return the model card: what it is, what it learned from, how to train it again."""
+    name, shape = cfg.model.name, cfg.model.scale.config
+    return f"""# {name}, scale model
+
+A small `{shape.model_type}` with the routing shape of the paper's model: {cfg.model.layers} layers,
+{cfg.model.experts} experts a layer, top-{cfg.model.top_k}; hidden size {shape.hidden_size},
+{summary["parameters"] / 1e6:.1f} M parameters, stored in bfloat16. Its routing is that of its
+trained gates; the only pressure on them is the family's own auxiliary load-balancing loss.
+
+| | |
+|---|---|
+| corpus | Python {summary["python"]} standard library: docstrings, language reference, source |
+| held out | one document in ten, by a hash of its name (`experiments/corpus.py`) |
+| training tokens | {summary["tokens"]:,} |
+| held-out perplexity | {summary["held_out_perplexity"]:.1f} |
+| unigram perplexity, same text | {summary["unigram_perplexity"]:.1f} |
+
+![loss](loss.png)
+
+Train it again: `python -m experiments.scale_models model={name} tokens={summary["tokens"]}`
+(resumes where it was stopped; remove `{cfg.checkpoints}` to start over).
+"""
+
+
+@hydra.main(config_path="../conf", config_name="scale_models", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Train, resuming from a checkpoint if there is one, and export when done."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train = [document for document in documents() if not document.held_out]
+    held_out = [document for document in documents() if document.held_out]
+    tokenizer = train_tokenizer([document.text for document in train], cfg.vocabulary)
+    train_ids = encode(tokenizer, train).to(device)
+    held_out_ids = encode(tokenizer, held_out).to(device)
+    baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
+    recipe = Recipe(**{name: cfg[name] for name in Recipe.__dataclass_fields__})
+    model: Any = build_model(cfg, tokenizer)
+    training = Training(
+        model.to(device),
+        recipe,
+        train_ids,
+        held_out_ids,
+        Path(cfg.checkpoints) / "last.pt",
+    )
+    print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("training", total=recipe.steps, completed=training.step)
+        for progress in training.run(cfg.stop_after):
+            bar.update(task, completed=progress.step)
+            bar.console.print(
+                f"step {progress.step}: train {progress.train_loss:.3f}, "
+                f"held out {progress.held_out_loss:.3f} nats"
+            )
+    if training.step < recipe.steps:
+        print(f"stopped at step {training.step}; call again to go on")
+        return
+    export(cfg, training, tokenizer, baseline)
+    loss = training.history[-1].held_out_loss
+    print(
+        f"held-out perplexity {math.exp(loss):.1f}, unigram {math.exp(baseline):.1f}; "
+        f"exported to {cfg.export}"
+    )
+
+
+if __name__ == "__main__":
+    main()

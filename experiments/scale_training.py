@@ -1,0 +1,174 @@
+"""Train one small MoE language model, resumable at every checkpoint.
+
+A step's batch depends only on the seed and the step number, so a run that was stopped and resumed
+ends with the weights of one that ran through.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run is made of, apart from model and text."""
+
+    tokens: int
+    sequence_length: int
+    batch_sequences: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    evaluate_every: int
+    evaluate_sequences: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.sequence_length * self.batch_sequences))
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to a tenth of the peak."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a run after `step` steps; losses in nats per token."""
+
+    step: int
+    train_loss: float
+    held_out_loss: float
+
+
+@dataclass
+class Training:
+    """One model, its optimizer, and the checkpoint they are kept in."""
+
+    model: PreTrainedModel
+    recipe: Recipe
+    train_ids: torch.Tensor
+    held_out_ids: torch.Tensor
+    checkpoint: Path
+    history: list[Progress] = field(default_factory=list)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        embedding = self.model.get_input_embeddings().weight
+        decayed = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
+        others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.recipe.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=self.recipe.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        if self.checkpoint.exists():
+            self._restore()
+
+    def run(self, stop_after: int | None = None) -> Iterator[Progress]:
+        """Train to the end of the recipe, or to step `stop_after`; yield every evaluation."""
+        last = min(self.recipe.steps, stop_after or self.recipe.steps)
+        losses: list[float] = []
+        while self.step < last:
+            losses.append(self._train_step())
+            self.step += 1
+            if self.step % self.recipe.evaluate_every == 0 or self.step == last:
+                progress = Progress(self.step, sum(losses) / len(losses), self.held_out_loss())
+                losses.clear()
+                self.history.append(progress)
+                self._save()
+                yield progress
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Cross entropy in nats per token over the first `evaluate_sequences` held-out windows."""
+        length = self.recipe.sequence_length
+        count = min(self.recipe.evaluate_sequences, len(self.held_out_ids) // length)
+        windows = self.held_out_ids[: count * length].view(count, length)
+        self.model.eval()
+        losses = [
+            self.model(input_ids=batch, labels=batch, use_cache=False).loss
+            for batch in windows.split(self.recipe.batch_sequences)
+        ]
+        self.model.train()
+        return float(torch.stack(losses).mean())
+
+    def _train_step(self) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step)
+        batch = self._batch()
+        output = self.model(
+            input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
+        )
+        # The model's own loss pools the layers, so a single layer could still starve an expert.
+        loss = output.loss + self._balance_loss(output.router_logits)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float((output.loss - output.aux_loss * self._balance_weight).detach())
+
+    @property
+    def _balance_weight(self) -> float:
+        return float(self.model.config.router_aux_loss_coef)
+
+    def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the family's own auxiliary load-balancing loss, layer by layer."""
+        family = sys.modules[type(self.model).__module__]
+        losses = [
+            family.load_balancing_loss_func(
+                (logits,), logits.shape[-1], self.model.config.num_experts_per_tok
+            )
+            for logits in router_logits
+        ]
+        return self._balance_weight * torch.stack(losses).mean()
+
+    def _batch(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        length = self.recipe.sequence_length
+        starts = torch.randint(
+            len(self.train_ids) - length, (self.recipe.batch_sequences,), generator=generator
+        )
+        return self.train_ids[starts[:, None].to(self.train_ids.device) + self._offsets()]
+
+    def _offsets(self) -> torch.Tensor:
+        return torch.arange(self.recipe.sequence_length, device=self.train_ids.device)
+
+    def _save(self) -> None:
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_suffix(".partial")
+        state = {
+            "recipe": self.recipe,
+            "step": self.step,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def _restore(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=False)
+        if state["recipe"] != self.recipe:
+            raise ValueError(
+                f"{self.checkpoint} belongs to another recipe; remove it to train from the start"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.history = state["step"], state["history"]

@@ -1,0 +1,104 @@
+"""Serve batches of requests greedily through a live runtime, and take the times."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from experiments.workloads import Request
+from finemoe.offload.live import LiveRuntime
+from finemoe.offload.policy import Iteration, Phase
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one request got, with times in seconds since it arrived."""
+
+    request: Request
+    batch: int
+    tokens: tuple[int, ...]
+    token_times: tuple[float, ...]
+    iterations: range
+    """Numbers of the iterations that served it: its prefill, then its decodes."""
+
+    @property
+    def ttft(self) -> float:
+        """Time to first token."""
+        return self.token_times[0]
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first; None if there is only one."""
+        if len(self.token_times) == 1:
+            return None
+        return (self.e2el - self.ttft) / (len(self.token_times) - 1)
+
+    @property
+    def e2el(self) -> float:
+        """End-to-end latency."""
+        return self.token_times[-1]
+
+    @property
+    def itl(self) -> tuple[float, ...]:
+        """Inter-token latencies."""
+        return tuple(b - a for a, b in itertools.pairwise(self.token_times))
+
+
+@dataclass
+class Server:
+    """Runs requests in batches through one runtime; iterations are numbered across batches."""
+
+    runtime: LiveRuntime
+    batches: int = 0
+    logits: list[Tensor] = field(default_factory=list)
+    """The last batch's logits of every step, each (B, vocabulary), on the model's device."""
+    iterations: int = 0
+
+    @torch.inference_mode()
+    def serve(self, batch: Sequence[Request]) -> list[Served]:
+        """Serve requests of equal lengths together; they arrive when their prefill starts."""
+        device = self.runtime.model.device
+        tokens = torch.tensor([request.prompt for request in batch], device=device)
+        self.logits = []
+        generated, times, cache = [], [], None
+        first = self.iterations
+        start = time.perf_counter()
+        for _ in range(batch[0].output_tokens):
+            output = self.runtime.forward(
+                self._iteration(batch, tokens.shape[1]),
+                input_ids=tokens,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            self.logits.append(output.logits[:, -1])
+            tokens = self.logits[-1].argmax(-1, keepdim=True)
+            generated.append(tokens[:, 0].tolist())
+            times.append(time.perf_counter() - start)
+        for request in batch:
+            self.runtime.end_request(request.number)
+        self.batches += 1
+        columns = zip(*generated, strict=True)
+        numbers = range(first, self.iterations)
+        return [
+            Served(request, self.batches - 1, tuple(column), tuple(times), numbers)
+            for request, column in zip(batch, columns, strict=True)
+        ]
+
+    def _iteration(self, batch: Sequence[Request], tokens: int) -> Iteration:
+        numbers = tuple(request.number for request in batch)
+        phase: Phase = "decode" if self.logits else "prefill"
+        self.iterations += 1
+        return Iteration(self.iterations - 1, phase, numbers, (tokens,) * len(batch))
+
+
+def in_batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Request, ...]]:
+    """Yield consecutive batches of at most `size` requests."""
+    for start in range(0, len(requests), size):
+        yield tuple(requests[start : start + size])

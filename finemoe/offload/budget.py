@@ -1,0 +1,51 @@
+"""From a memory budget to slots: how many experts fit, and on which device."""
+
+from __future__ import annotations
+
+from finemoe.offload.policy import ModelShape
+
+GB = 1_000_000_000
+
+
+class BudgetError(ValueError):
+    """The budget cannot hold what one layer needs."""
+
+
+def parse_budget(budget: float | str, full_expert_bytes: int, shape: ModelShape) -> int:
+    """Return bytes from GB (decimal) or from a fraction of all experts such as ``25%``.
+
+    Raises BudgetError if the text is neither.
+    """
+    everything = full_expert_bytes * shape.layers * shape.experts
+    text = str(budget).strip()
+    try:
+        if text.endswith("%"):
+            return round(float(text[:-1]) / 100 * everything)
+        return round(float(text) * GB)
+    except ValueError:
+        raise BudgetError(
+            f"memory_budget={budget} is neither GB nor a fraction: write 6 or 25%"
+        ) from None
+
+
+def plan_slots(
+    budget_bytes: int, full_expert_bytes: int, shape: ModelShape, devices: int
+) -> tuple[int, ...]:
+    """Return the slots of each device, as even as can be and no more than it has experts.
+
+    Raises BudgetError below K experts, or below one slot a device.
+    """
+    total = budget_bytes // full_expert_bytes
+    least = max(shape.top_k, devices)
+    if total < least:
+        minimum = -(-least * full_expert_bytes * 1000 // GB) / 1000
+        raise BudgetError(
+            f"a memory budget of {budget_bytes / GB:.3f} GB holds {total} experts of "
+            f"{full_expert_bytes / GB:.3f} GB; give at least {minimum:.3f} GB ({least} experts)"
+        )
+    experts = shape.layers * shape.experts
+    slots = []
+    for device in range(devices):
+        share = total // devices + (device < total % devices)
+        slots.append(min(share, len(range(device, experts, devices))))
+    return tuple(slots)

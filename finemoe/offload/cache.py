@@ -1,0 +1,162 @@
+"""The expert cache: which expert is in which slot of which device, as a plain state machine.
+
+No torch, no clock, no thread: whoever drives it (a live link or a virtual one) holds the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finemoe.offload.policy import ExpertId, ModelShape
+
+
+class State(Enum):
+    """Whether an expert is on its device, on its way, or neither."""
+
+    ABSENT = auto()
+    LOADING = auto()
+    RESIDENT = auto()
+
+
+class Slot(NamedTuple):
+    """Room for one expert on a device."""
+
+    device: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody calls
+
+
+EvictionKeys = Callable[[ExpertId], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A slot taken for a load, and the resident that had to leave it."""
+
+    slot: Slot
+    evicted: ExpertId | None
+
+
+class ExpertCache:
+    """Slots of all devices; expert (l, j) lives on device (l * J + j) mod devices.
+
+    The bytes in use are `occupied` slots times the bytes of one expert, loading ones included.
+    """
+
+    def __init__(self, shape: ModelShape, slots: Sequence[int], keys: EvictionKeys) -> None:
+        self.shape = shape
+        self.slots = tuple(slots)
+        self.peak_occupied = 0
+        self._keys = keys
+        self._slot: dict[ExpertId, Slot] = {}
+        self._pins: dict[ExpertId, int] = {}
+        self._free = [list(range(count))[::-1] for count in slots]
+        self._resident = np.zeros((shape.layers, shape.experts), dtype=bool)
+        self._evictable = np.zeros((shape.layers, shape.experts), dtype=bool)
+        flat = np.arange(shape.layers * shape.experts) % len(slots)
+        self._device = flat.reshape(shape.layers, shape.experts)
+        self._on_device = [self._device == device for device in range(len(slots))]
+
+    def device_of(self, expert: ExpertId) -> int:
+        return (expert.layer * self.shape.experts + expert.index) % len(self.slots)
+
+    def state(self, expert: ExpertId) -> State:
+        if expert not in self._slot:
+            return State.ABSENT
+        return State.RESIDENT if self._resident[expert] else State.LOADING
+
+    def slot(self, expert: ExpertId) -> Slot:
+        """Return the slot of a loading or resident expert; KeyError if it is absent."""
+        return self._slot[expert]
+
+    @property
+    def occupied(self) -> int:
+        return len(self._slot)
+
+    def has_room(self, expert: ExpertId) -> bool:
+        """Tell whether the expert's device has a free slot."""
+        return bool(self._free[self.device_of(expert)])
+
+    def reserve(self, expert: ExpertId, urgent: bool) -> Reservation | None:
+        """Take a slot for an absent expert, evicting if none is free; None if none can be had."""
+        if expert in self._slot:
+            raise ValueError(f"{expert} already has a slot")
+        device = self.device_of(expert)
+        evicted = None
+        if not self._free[device]:
+            evicted = self._victim(expert, device, urgent)
+            if evicted is None:
+                return None
+            self._remove(evicted)
+        slot = Slot(device, self._free[device].pop())
+        self._slot[expert] = slot
+        self.peak_occupied = max(self.peak_occupied, len(self._slot))
+        return Reservation(slot, evicted)
+
+    def loaded(self, expert: ExpertId) -> None:
+        """Turn a loading expert into a resident one."""
+        if self.state(expert) is not State.LOADING:
+            raise ValueError(f"{expert} is not loading")
+        self._resident[expert] = True
+        self._evictable[expert] = expert not in self._pins
+
+    def abandon(self, expert: ExpertId) -> None:
+        """Give back the slot of a loading expert."""
+        if self.state(expert) is not State.LOADING:
+            raise ValueError(f"{expert} is not loading")
+        self._remove(expert)
+
+    def pin(self, expert: ExpertId) -> None:
+        """Keep an expert from eviction until it is unpinned as often; it may still be absent."""
+        self._pins[expert] = self._pins.get(expert, 0) + 1
+        self._evictable[expert] = False
+
+    def is_pinned(self, expert: ExpertId) -> bool:
+        return expert in self._pins
+
+    def unpin(self, expert: ExpertId) -> None:
+        self._pins[expert] -= 1
+        if not self._pins[expert]:
+            del self._pins[expert]
+            self._evictable[expert] = self._resident[expert]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if slots, states and pins contradict each other."""
+        taken = list(self._slot.values())
+        assert len(set(taken)) == len(taken), "two experts share a slot"
+        for device, count in enumerate(self.slots):
+            held = {slot.index for slot in taken if slot.device == device}
+            assert held.isdisjoint(self._free[device]), "a taken slot is free"
+            assert len(held) + len(self._free[device]) == count, "slots were lost"
+        for expert, slot in self._slot.items():
+            assert slot.device == self.device_of(expert), "an expert is on a foreign device"
+        residents = _members(self._resident)
+        assert residents <= self._slot.keys(), "a resident has no slot"
+        evictable = _members(self._evictable)
+        assert evictable == residents - self._pins.keys(), "pins and evictability disagree"
+
+    def _victim(self, incoming: ExpertId, device: int, urgent: bool) -> ExpertId | None:
+        candidates = np.flatnonzero(self._evictable & self._on_device[device])
+        if not candidates.size:
+            return None
+        keys = self._keys(incoming).ravel()[candidates]
+        best = int(keys.argmax())
+        if keys[best] == -np.inf and not urgent:
+            return None
+        layer, index = divmod(int(candidates[best]), self.shape.experts)
+        return ExpertId(layer, index)
+
+    def _remove(self, expert: ExpertId) -> None:
+        slot = self._slot.pop(expert)
+        self._free[slot.device].append(slot.index)
+        self._resident[expert] = False
+        self._evictable[expert] = False
+
+
+def _members(table: NDArray[np.bool_]) -> set[ExpertId]:
+    return {ExpertId(int(layer), int(index)) for layer, index in np.argwhere(table)}

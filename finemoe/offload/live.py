@@ -1,0 +1,338 @@
+"""The live runtime: one policy over one real model, with a thread per link and one for searches."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finemoe.offload.experts import ExpertMemory, Weights
+from finemoe.offload.links import Link
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    Gate,
+    Iteration,
+    LayerOutcome,
+    Policy,
+    Prefetch,
+)
+from finemoe.offload.residency import Residency
+from finemoe.offload.worker import Worker
+
+OutcomeListener = Callable[[LayerOutcome], None]
+
+SEARCH_QUEUE_ITERATIONS = 2
+
+
+@dataclass
+class PhaseSeconds:
+    """Where time goes, in seconds; the first two are always on the critical path (figure 17)."""
+
+    context_collection: float = 0.0
+    on_demand_wait: float = 0.0
+    search: float = 0.0
+    prefetch_issue: float = 0.0
+    update: float = 0.0
+
+
+class LinkError(RuntimeError):
+    """A copy or the searcher failed; the cause is chained."""
+
+
+class LiveRuntime:
+    """Serves forward passes of an offloaded model under one policy.
+
+    Use as a context manager: threads run between enter and exit. `forward` is to be called from
+    one thread. Without `links` every expert must already be resident in `memory`.
+    """
+
+    def __init__(
+        self,
+        model: OffloadedModel,
+        policy: Policy,
+        residency: Residency,
+        memory: ExpertMemory,
+        links: Sequence[Link],
+        devices: Sequence[torch.device],
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.residency = residency
+        self.phases = PhaseSeconds()
+        self.listeners: list[OutcomeListener] = []
+        self._memory = memory
+        self._links = tuple(links)
+        self._devices = tuple(devices)
+        self._changed = threading.Condition()
+        self._arrived: deque[ExpertId] = deque()
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+        self._worker: Worker | None = None
+        self._observed = policy.placement.prediction != "none"
+        self._hooks: list[Any] = []
+        self._iteration: Iteration | None = None
+        self._logits: list[Tensor | None] = [None] * model.shape.layers
+
+    def __enter__(self) -> LiveRuntime:
+        self._attach()
+        for device, link in enumerate(self._links):
+            name = f"link-{device}"
+            thread = threading.Thread(
+                target=self._drive, args=(device, link), name=name, daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+        if self.policy.placement.prediction == "background":
+            capacity = SEARCH_QUEUE_ITERATIONS * (self.model.shape.layers + 2)
+            self._worker = Worker(capacity, self._fail)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        if self._worker is not None:
+            self._worker.close()
+        for hook in self._hooks:
+            hook.remove()
+        for module in self.model.experts:
+            del module.offload_forward
+
+    def forward(self, iteration: Iteration, **inputs: Any) -> Any:
+        """Run one forward pass over the iteration's tokens and return the model's output.
+
+        Raises LinkError if a copy or the searcher failed.
+        """
+        self._iteration = iteration
+        with self._changed:
+            self._raise_failure()
+            self.residency.begin_iteration(iteration)
+        output = self.model.model(**inputs)
+        if self._observed:
+            self._publish("update", iteration.number + 1, self.policy.end_iteration, iteration)
+        return output
+
+    def end_request(self, request: int) -> None:
+        """Tell the policy that a request is served."""
+        if self._observed:
+            self._publish("update", 0, self._end_request, request)
+
+    def drain(self) -> None:
+        """Wait until the searcher has consumed all that was published."""
+        if self._worker is not None:
+            self._worker.drain()
+        with self._changed:
+            self._raise_failure()
+
+    def _end_request(self, request: int) -> tuple[Prefetch, ...]:
+        self.policy.end_request(request)
+        return ()
+
+    # Hooks into the model -------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        embedding = self.model.model.get_input_embeddings()
+        self._hooks.append(embedding.register_forward_hook(self._on_embeddings))
+        for layer, (gate, experts) in enumerate(
+            zip(self.model.gates, self.model.experts, strict=True)
+        ):
+            self._hooks.append(gate.register_forward_hook(partial(self._on_logits, layer)))
+            experts.offload_forward = partial(self._run_layer, layer)  # type: ignore[assignment]
+
+    def _on_embeddings(self, _module: Any, _inputs: Any, output: Tensor) -> None:
+        assert self._iteration is not None
+        if not self._observed:
+            return
+        with self._timed("context_collection"):
+            embeddings = _to_numpy(output.reshape(-1, output.shape[-1]))
+        iteration = self._iteration
+        self._publish("search", iteration.number, self.policy.on_embeddings, iteration, embeddings)
+
+    def _on_logits(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
+        self._logits[layer] = output[self.model.logits_index]
+
+    # One MoE layer ----------------------------------------------------------------------------
+
+    def _run_layer(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        assert self._iteration is not None
+        chosen = index.cpu().numpy()
+        activated = np.unique(chosen).tolist()
+        with self._changed:
+            self._raise_failure()
+            self._arrived.clear()
+            outcome = self.residency.gate(self._iteration, layer, activated)
+            if outcome.late or outcome.misses:
+                self._changed.notify_all()
+        for listener in self.listeners:
+            listener(outcome)
+        if self._observed:
+            self._publish_gate(self._iteration, layer, hidden, activated)
+        return self._compute(layer, outcome, chosen, hidden, weights)
+
+    def _publish_gate(
+        self, iteration: Iteration, layer: int, hidden: Tensor, activated: list[int]
+    ) -> None:
+        with self._timed("context_collection"):
+            logits = self._logits[layer]
+            assert logits is not None
+            probabilities = logits.reshape(-1, logits.shape[-1]).float().softmax(-1)
+            states = _to_numpy(hidden) if self.policy.placement.hidden_states else None
+            gate = Gate(layer, _to_numpy(probabilities), tuple(activated), states)
+        self._publish("search", iteration.number, self.policy.on_gate, iteration, gate)
+
+    def _compute(
+        self, layer: int, outcome: LayerOutcome, chosen: Any, hidden: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Run experts in order of arrival; add their outputs in order of index (rule 1)."""
+        outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        ready = deque(outcome.hits)
+        waiting = len(outcome.late) + len(outcome.misses)
+        while ready or waiting:
+            if not ready:
+                arrivals = self._next_arrivals()
+                waiting -= len(arrivals)
+                ready.extend(arrivals)
+            index = ready.popleft()
+            expert = ExpertId(layer, index)
+            outputs[index] = self._run_expert(expert, chosen, hidden, weights)
+            with self._changed:
+                self.residency.release(expert)
+                if waiting:
+                    self._changed.notify_all()
+        total = torch.zeros_like(hidden)
+        for index in sorted(outputs):
+            tokens, output = outputs[index]
+            total.index_add_(0, tokens, output)
+        return total
+
+    def _run_expert(
+        self, expert: ExpertId, chosen: Any, hidden: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rows that go to an expert and its weighted output for them."""
+        ranks, rows = (expert.index == chosen.T).nonzero()
+        tokens = torch.from_numpy(rows).to(hidden.device)
+        slot = self.residency.cache.slot(expert)
+        device = self._devices[slot.device]
+        parameters: Weights = self._memory.weights(expert, slot)
+        kernel = self.model.kernels[expert.layer]
+        output = kernel(hidden[tokens].to(device), parameters).to(hidden.device)
+        if self._links:
+            self._links[slot.device].guard(slot)
+        scale = weights[tokens, torch.from_numpy(ranks).to(hidden.device), None]
+        return tokens, (output * scale).to(hidden.dtype)
+
+    def _next_arrivals(self) -> list[int]:
+        """Wait for on-demand loads of the current layer; return those that arrived."""
+        self._await(lambda: bool(self._arrived))
+        arrivals = [expert.index for expert in self._arrived]
+        self._arrived.clear()
+        return arrivals
+
+    # Policy, queue and threads ---------------------------------------------------------------
+
+    def _publish(
+        self,
+        phase: str,
+        iteration_number: int,
+        call: Callable[..., Sequence[Prefetch]],
+        *arguments: Any,
+    ) -> None:
+        """Have the policy called, here or by the worker, and its prefetches queued."""
+        if self._worker is None:
+            self._ask(phase, iteration_number, call, *arguments)
+            return
+        with self._timed("context_collection"):
+            self._worker.publish(partial(self._ask, phase, iteration_number, call, *arguments))
+
+    def _ask(
+        self,
+        phase: str,
+        iteration_number: int,
+        call: Callable[..., Sequence[Prefetch]],
+        *arguments: Any,
+    ) -> None:
+        with self._timed(phase):
+            wishes = call(*arguments)
+        if not wishes:
+            return
+        with self._timed("prefetch_issue"), self._changed:
+            if self.residency.prefetch(iteration_number, wishes):
+                self._changed.notify_all()
+
+    def _drive(self, device: int, link: Link) -> None:
+        """Copy what the queue of a link says, until the runtime stops or a copy fails."""
+        in_flight: deque[Any] = deque()
+        try:
+            while True:
+                chunk = self._take_chunk(device, link, block=not in_flight)
+                if chunk is not None:
+                    link.start(chunk)
+                    in_flight.append(chunk)
+                if in_flight and (chunk is None or len(in_flight) == link.depth):
+                    link.finish()
+                    self._arrive(device, in_flight.popleft())
+                elif not in_flight and chunk is None:
+                    return
+        except BaseException as error:
+            self._fail(error)
+
+    def _take_chunk(self, device: int, link: Link, block: bool) -> Any:
+        with self._changed:
+            while not self._stopping and self._error is None:
+                chunk = self.residency.next_chunk(device)
+                if chunk is not None or not block:
+                    return chunk
+                link.idle()
+                self._changed.wait()
+        return None
+
+    def _arrive(self, device: int, chunk: Any) -> None:
+        with self._changed:
+            expert = self.residency.chunk_done(device, chunk)
+            if expert is not None and self.residency.is_pinned(expert):
+                self._arrived.append(expert)
+            self._changed.notify_all()
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        with self._timed("on_demand_wait"), self._changed:
+            while not condition():
+                self._raise_failure()
+                self._changed.wait()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            name = type(self._error).__name__
+            raise LinkError(f"a background thread failed: {name}: {self._error}") from self._error
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            setattr(self.phases, phase, getattr(self.phases, phase) + spent)
+
+
+def _to_numpy(tensor: Tensor) -> FloatArray:
+    # A copy even on the CPU: the worker reads it while the model goes on.
+    return tensor.detach().float().cpu().numpy().copy()

@@ -1,0 +1,158 @@
+"""What a system is to the engine: a policy that is told what happened and answers with data.
+
+A policy has no thread, no clock and no device. Whether its predictions run on the critical path or
+in the background is declared in `Placement` and carried out by the runtime. Layers and experts
+count from 0; arrays are NumPy, float32, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+Phase = Literal["prefill", "decode"]
+
+
+class ExpertId(NamedTuple):
+    """One routed expert of the model."""
+
+    layer: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody calls
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Routing shape of a model: L layers, J experts each, K per token, hidden size h."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One forward pass. Row r of its arrays is a token; requests own consecutive rows."""
+
+    number: int
+    phase: Phase
+    requests: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def rows(self) -> list[slice]:
+        """Return the rows of each request, in the order of `requests`."""
+        stops = np.cumsum(self.tokens).tolist()
+        return [slice(stop - n, stop) for stop, n in zip(stops, self.tokens, strict=True)]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the gate of one layer decided in one iteration (T tokens)."""
+
+    layer: int
+    probabilities: FloatArray
+    """Full softmax over the layer's experts, shape (T, J)."""
+    activated: tuple[int, ...]
+    """Indices of the experts that at least one token goes to, ascending."""
+    hidden_states: FloatArray | None
+    """Input of the MoE block, shape (T, h), if `Placement.hidden_states` asks for it."""
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """A wish to have `expert` on its device before its layer runs; higher priority first."""
+
+    expert: ExpertId
+    priority: float
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """How one layer of one iteration found its activated experts (indices, ascending).
+
+    A hit was resident when the gate asked, a late one queued or on its way, a miss not requested.
+    """
+
+    iteration: Iteration
+    layer: int
+    hits: tuple[int, ...]
+    late: tuple[int, ...]
+    misses: tuple[int, ...]
+
+    @property
+    def activated(self) -> tuple[int, ...]:
+        return tuple(sorted((*self.hits, *self.late, *self.misses)))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a policy's work runs, and what it needs to see."""
+
+    prediction: Literal["none", "background", "critical_path"] = "none"
+    hidden_states: bool = False
+    """Whether `Gate.hidden_states` is filled; it costs a copy to the host at every layer."""
+    everything_resident: bool = False
+    """Whether the system keeps all experts on the device, whatever the budget."""
+
+
+class Policy:
+    """No prefetch, and an eviction order that a subclass must give.
+
+    Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
+    `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
+    background worker's, if the placement says so). `on_outcome`, `on_load` and `eviction_keys` are
+    called from the engine, possibly while a prediction runs: they read what predictions leave
+    behind only as whole objects.
+    """
+
+    placement = Placement()
+
+    def begin_serving(self) -> None:
+        """Note that the prompts that prepare a system are over and the cache starts cold."""
+
+    def save(self, path: Path, model_id: str) -> None:
+        """Write the policy's history, marked with its model; NotImplementedError without one."""
+        raise NotImplementedError
+
+    def load(self, path: Path, model_id: str) -> None:
+        """Add a saved history to the policy's own; NotImplementedError without one."""
+        raise NotImplementedError
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Return the host memory that the policy's history takes, by what it holds."""
+        return {}
+
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+        """Answer the token embeddings (T, h) of an iteration before its first layer runs."""
+        return ()
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        """Answer the gate of one layer, after its on-demand loads were requested."""
+        return ()
+
+    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+        """Close an iteration; the answer is for the next one."""
+        return ()
+
+    def end_request(self, request: int) -> None:
+        """Forget what was kept for a request."""
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        """Take note of which experts a layer used."""
+
+    def on_load(self, expert: ExpertId) -> None:
+        """Take note that an expert took a slot."""
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        """Return keys (L, J): among the evictable residents of the device, the largest goes.
+
+        A key of -inf keeps an expert from being evicted for a prefetch; an on-demand load takes
+        it if nothing else is left.
+        """
+        raise NotImplementedError

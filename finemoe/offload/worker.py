@@ -1,0 +1,47 @@
+"""The background searcher: consumes what inference publishes (section 4.3 of the paper)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Queue
+
+Task = Callable[[], None]
+
+
+class Worker:
+    """One thread that runs tasks in order from a bounded queue.
+
+    A full queue makes the publisher wait. The first error stops the work: `on_error` is told, and
+    later tasks are dropped, so a publisher never waits for a dead worker.
+    """
+
+    def __init__(self, capacity: int, on_error: Callable[[BaseException], None]) -> None:
+        self._tasks: Queue[Task | None] = Queue(capacity)
+        self._on_error = on_error
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name="searcher", daemon=True)
+        self._thread.start()
+
+    def publish(self, task: Task) -> None:
+        self._tasks.put(task)
+
+    def drain(self) -> None:
+        """Wait until every published task is done or dropped."""
+        self._tasks.join()
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                if not self._failed:
+                    task()
+            except BaseException as error:
+                self._failed = True
+                self._on_error(error)
+            finally:
+                self._tasks.task_done()
+        self._tasks.task_done()

@@ -1,0 +1,33 @@
+"""Testbeds: which devices experts are offloaded from, over which links, in which mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Mode = Literal["measured", "emulated", "simulated"]
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """Devices and their links; an emulated link is paced as if it carried full-size experts."""
+
+    __test__ = False
+
+    name: str
+    mode: Mode
+    devices: tuple[torch.device, ...]
+    chunk_bytes: int
+    """Bytes of a full-size expert that are copied at once."""
+    link_gb_s: float = 0.0
+    """Rate of an emulated link, 10^9 bytes per second."""
+    link_latency_s: float = 0.0
+    """What every emulated transfer adds, in seconds."""
+    time_scale: float = 1.0
+    """Factor on the time that emulated links take."""
+
+    def load_seconds(self, expert_bytes: int) -> float:
+        """Return how long an emulated link takes for one full-size expert."""
+        return (expert_bytes / (self.link_gb_s * 1e9) + self.link_latency_s) * self.time_scale

@@ -1,0 +1,100 @@
+"""From memory budgets to slots."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
+from finemoe.offload.policy import ModelShape
+
+MIXTRAL = ModelShape(layers=32, experts=8, top_k=2, hidden_size=4096)
+MIXTRAL_EXPERT = 3 * 4096 * 14336 * 2
+QWEN = ModelShape(layers=24, experts=60, top_k=4, hidden_size=2048)
+QWEN_EXPERT = 3 * 2048 * 1408 * 2
+
+
+def slots(budget: float | str, devices: int = 1) -> tuple[int, ...]:
+    parsed = parse_budget(budget, MIXTRAL_EXPERT, MIXTRAL)
+    return plan_slots(parsed, MIXTRAL_EXPERT, MIXTRAL, devices)
+
+
+def test_an_expert_of_mixtral_takes_what_the_paper_says() -> None:
+    assert MIXTRAL_EXPERT == 352_321_536
+
+
+@pytest.mark.parametrize("budget", [6, 6.0, "6", " 6.0 "])
+def test_a_number_means_decimal_gigabytes(budget: float | str) -> None:
+    assert parse_budget(budget, MIXTRAL_EXPERT, MIXTRAL) == 6_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    # 6e9 / 352_321_536 = 17.03; 12e9 gives 34.06; 25 % of 32 * 8 experts is 64.
+    [(6, 17), (12, 34), ("25%", 64), ("12.5 %", 32), ("100%", 256), (96, 256), (1000, 256)],
+)
+def test_slots_of_mixtral(budget: float | str, expected: int) -> None:
+    assert slots(budget) == (expected,)
+
+
+@pytest.mark.parametrize("text", ["", "%", "6GB", "a quarter", "nan", "inf"])
+def test_what_is_neither_is_refused_by_its_own_words(text: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(f"memory_budget={text} is")):
+        parse_budget(text, MIXTRAL_EXPERT, MIXTRAL)
+
+
+def test_slots_are_spread_as_evenly_as_can_be() -> None:
+    assert slots(6, devices=3) == (6, 6, 5)
+    assert slots("100%", devices=6) == (43, 43, 43, 43, 42, 42)
+
+
+def test_the_least_budget_is_named() -> None:
+    # K = 2 experts: 704_643_072 bytes, rounded up to the next thousandth of a GB.
+    with pytest.raises(BudgetError, match=r"at least 0\.705 GB \(2 experts\)"):
+        slots(0.704)
+    assert slots(0.705) == (2,)
+
+
+def test_exactly_k_experts_are_enough() -> None:
+    assert plan_slots(2 * MIXTRAL_EXPERT, MIXTRAL_EXPERT, MIXTRAL, 1) == (2,)
+    with pytest.raises(BudgetError):
+        plan_slots(2 * MIXTRAL_EXPERT - 1, MIXTRAL_EXPERT, MIXTRAL, 1)
+
+
+def test_every_device_needs_a_slot() -> None:
+    with pytest.raises(BudgetError, match=r"at least 1\.762 GB \(5 experts\)"):
+        slots(1.5, devices=5)
+    assert slots(1.762, devices=5) == (1, 1, 1, 1, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budget=st.integers(0, 3000 * QWEN_EXPERT),
+    devices=st.integers(1, 7),
+    shape=st.sampled_from([QWEN, ModelShape(2, 3, 2, 8), ModelShape(3, 7, 1, 8)]),
+)
+def test_slots_fit_the_budget_and_the_experts_of_each_device(
+    budget: int, devices: int, shape: ModelShape
+) -> None:
+    try:
+        planned = plan_slots(budget, QWEN_EXPERT, shape, devices)
+    except BudgetError as error:
+        named = re.search(r"at least (\S+) GB", str(error))
+        assert named is not None
+        enough = parse_budget(named[1], QWEN_EXPERT, shape)
+        assert budget < enough
+        assert plan_slots(enough, QWEN_EXPERT, shape, devices)
+        return
+    experts = [0] * devices
+    for expert in range(shape.layers * shape.experts):
+        experts[expert % devices] += 1
+    assert sum(planned) * QWEN_EXPERT <= budget
+    assert all(count <= held for count, held in zip(planned, experts, strict=True))
+    if sum(planned) < sum(experts):
+        assert sum(planned) == budget // QWEN_EXPERT
+        assert max(planned) - min(planned) <= 1
+    else:
+        assert list(planned) == experts

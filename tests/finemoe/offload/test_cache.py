@@ -1,0 +1,216 @@
+"""The expert cache against a naive model of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
+
+from finemoe.offload.cache import ExpertCache, Reservation, Slot, State
+from finemoe.offload.policy import ExpertId, ModelShape
+
+SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
+EXPERTS = [ExpertId(layer, index) for layer in range(3) for index in range(4)]
+KEYS = st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 1.0, np.inf])
+
+experts = st.sampled_from(EXPERTS)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Reserves, loads, pins and evicts; knows each expert's slot, state and pins by itself."""
+
+    @initialize(slots=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    def start(self, slots: list[int]) -> None:
+        self.slots = slots
+        self.keys = dict.fromkeys(EXPERTS, 0.0)
+        self.cache = ExpertCache(SHAPE, slots, self.eviction_keys)
+        self.placed: dict[ExpertId, Slot] = {}
+        self.residents: set[ExpertId] = set()
+        self.pins: Counter[ExpertId] = Counter()
+        self.peak = 0
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        assert incoming not in self.placed, "keys are asked for an expert that has a slot"
+        return np.array([self.keys[expert] for expert in EXPERTS]).reshape(3, 4)
+
+    def device(self, expert: ExpertId) -> int:
+        return EXPERTS.index(expert) % len(self.slots)
+
+    def neighbours(self, expert: ExpertId) -> set[ExpertId]:
+        return {held for held in self.placed if self.device(held) == self.device(expert)}
+
+    @rule(expert=experts, key=KEYS)
+    def rank(self, expert: ExpertId, key: float) -> None:
+        self.keys[expert] = key
+
+    @rule(expert=experts, urgent=st.booleans())
+    def reserve(self, expert: ExpertId, urgent: bool) -> None:
+        if expert in self.placed:
+            with pytest.raises(ValueError, match="already has a slot"):
+                self.cache.reserve(expert, urgent)
+            return
+        neighbours = self.neighbours(expert)
+        has_room = len(neighbours) < self.slots[self.device(expert)]
+        assert self.cache.has_room(expert) == has_room
+        allowed = {e for e in neighbours & self.residents if not self.pins[e]}
+        if not urgent:
+            allowed = {e for e in allowed if self.keys[e] > -np.inf}
+        reservation = self.cache.reserve(expert, urgent)
+        if reservation is None:
+            assert not has_room
+            assert not allowed
+        else:
+            self.check_reservation(expert, reservation, has_room, allowed)
+
+    def check_reservation(
+        self, expert: ExpertId, found: Reservation, has_room: bool, allowed: set[ExpertId]
+    ) -> None:
+        if found.evicted is None:
+            assert has_room
+        else:
+            assert not has_room
+            assert found.evicted in allowed
+            assert self.keys[found.evicted] == max(self.keys[e] for e in allowed)
+            assert self.placed.pop(found.evicted) == found.slot
+            self.residents.discard(found.evicted)
+        device, index = found.slot
+        assert device == self.device(expert)
+        assert 0 <= index < self.slots[device]
+        self.placed[expert] = found.slot
+        self.peak = max(self.peak, len(self.placed))
+
+    @rule(expert=experts)
+    def arrive(self, expert: ExpertId) -> None:
+        if expert in self.placed and expert not in self.residents:
+            self.cache.loaded(expert)
+            self.residents.add(expert)
+        else:
+            with pytest.raises(ValueError, match="not loading"):
+                self.cache.loaded(expert)
+
+    @rule(expert=experts)
+    def abandon(self, expert: ExpertId) -> None:
+        if expert in self.placed and expert not in self.residents:
+            self.cache.abandon(expert)
+            del self.placed[expert]
+        else:
+            with pytest.raises(ValueError, match="not loading"):
+                self.cache.abandon(expert)
+
+    @rule(expert=experts)
+    def pin(self, expert: ExpertId) -> None:
+        self.cache.pin(expert)
+        self.pins[expert] += 1
+
+    @precondition(lambda self: self.pins.total() > 0)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        expert = data.draw(st.sampled_from(sorted(self.pins.elements())))
+        self.cache.unpin(expert)
+        self.pins[expert] -= 1
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        self.cache.check_integrity()
+        assert self.cache.occupied == len(self.placed) <= sum(self.slots)
+        assert self.cache.peak_occupied == self.peak <= sum(self.slots)
+        for expert in EXPERTS:
+            assert self.cache.device_of(expert) == self.device(expert)
+            assert self.cache.state(expert) is self.expected_state(expert)
+            assert self.cache.is_pinned(expert) == (self.pins[expert] > 0)
+        assert {expert: self.cache.slot(expert) for expert in self.placed} == self.placed
+        assert len(set(self.placed.values())) == len(self.placed)
+
+    def expected_state(self, expert: ExpertId) -> State:
+        if expert not in self.placed:
+            return State.ABSENT
+        return State.RESIDENT if expert in self.residents else State.LOADING
+
+
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestCacheAgainstModel = CacheMachine.TestCase
+
+
+def full_cache(keys: NDArray[np.float64], count: int) -> ExpertCache:
+    """Hold the first `count` experts in as many slots of one device."""
+    cache = ExpertCache(SHAPE, [count], lambda incoming: keys)
+    for expert in EXPERTS[:count]:
+        cache.reserve(expert, urgent=False)
+        cache.loaded(expert)
+    return cache
+
+
+def evicted_for(cache: ExpertCache, expert: ExpertId, urgent: bool) -> ExpertId | None:
+    reservation = cache.reserve(expert, urgent)
+    return reservation.evicted if reservation else None
+
+
+def test_the_largest_key_leaves_first() -> None:
+    keys = np.array([[3.0, 9.0, 5.0, 99.0]] * 3)
+    cache = full_cache(keys, 3)
+    assert evicted_for(cache, ExpertId(2, 0), urgent=False) == ExpertId(0, 1)
+    assert evicted_for(cache, ExpertId(2, 1), urgent=False) == ExpertId(0, 2)
+
+
+def test_a_protected_expert_leaves_for_an_on_demand_load_only() -> None:
+    cache = full_cache(np.full((3, 4), -np.inf), 2)
+    assert cache.reserve(ExpertId(2, 0), urgent=False) is None
+    assert evicted_for(cache, ExpertId(2, 0), urgent=True) in EXPERTS[:2]
+
+
+def test_an_on_demand_load_takes_a_protected_expert_last() -> None:
+    keys = np.zeros((3, 4))
+    keys[0, 0] = -np.inf
+    cache = full_cache(keys, 2)
+    assert evicted_for(cache, ExpertId(2, 0), urgent=True) == ExpertId(0, 1)
+    assert evicted_for(cache, ExpertId(2, 1), urgent=True) == ExpertId(0, 0)
+
+
+def test_a_pinned_expert_stays_whatever_its_key() -> None:
+    cache = full_cache(np.zeros((3, 4)), 2)
+    cache.pin(ExpertId(0, 0))
+    cache.pin(ExpertId(0, 1))
+    cache.pin(ExpertId(0, 1))
+    cache.unpin(ExpertId(0, 1))
+    assert cache.reserve(ExpertId(2, 0), urgent=True) is None
+    cache.unpin(ExpertId(0, 1))
+    assert evicted_for(cache, ExpertId(2, 0), urgent=True) == ExpertId(0, 1)
+
+
+def test_a_pin_that_came_before_the_expert_holds() -> None:
+    cache = ExpertCache(SHAPE, [1], lambda incoming: np.zeros((3, 4)))
+    cache.pin(ExpertId(0, 0))
+    cache.reserve(ExpertId(0, 0), urgent=True)
+    cache.loaded(ExpertId(0, 0))
+    assert cache.reserve(ExpertId(1, 0), urgent=True) is None
+
+
+def test_a_loading_expert_is_never_evicted() -> None:
+    cache = ExpertCache(SHAPE, [1], lambda incoming: np.zeros((3, 4)))
+    cache.reserve(ExpertId(0, 0), urgent=False)
+    assert cache.reserve(ExpertId(1, 0), urgent=True) is None
+
+
+def test_experts_go_round_robin_over_devices() -> None:
+    cache = ExpertCache(SHAPE, [1, 1, 1], lambda incoming: np.zeros((3, 4)))
+    assert [cache.device_of(expert) for expert in EXPERTS] == [0, 1, 2] * 4
+
+
+def test_a_full_device_does_not_borrow_from_another() -> None:
+    cache = ExpertCache(SHAPE, [1, 2], lambda incoming: np.zeros((3, 4)))
+    cache.reserve(ExpertId(0, 0), urgent=True)
+    assert cache.has_room(ExpertId(0, 1))
+    assert not cache.has_room(ExpertId(0, 2))
+    assert cache.reserve(ExpertId(0, 2), urgent=True) is None
+
+
+def test_integrity_notices_a_lost_slot() -> None:
+    cache = full_cache(np.zeros((3, 4)), 2)
+    cache._free[0].append(0)
+    with pytest.raises(AssertionError, match="free"):
+        cache.check_integrity()

@@ -1,0 +1,655 @@
+"""Transfer queues over a cache, against a naive model and in single cases."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
+
+from finemoe.offload.cache import ExpertCache, State
+from finemoe.offload.policy import ExpertId, ModelShape
+from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
+
+SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
+EXPERTS = [ExpertId(layer, index) for layer in range(3) for index in range(4)]
+EXPERT_BYTES = 10
+DEPTH = 2
+
+experts = st.sampled_from(EXPERTS)
+priorities = st.sampled_from([0.1, 0.2, 0.3])
+
+
+@dataclass(eq=False)
+class Load:
+    expert: ExpertId
+    urgent: bool
+    priority: float
+    order: int
+    slotted: bool = False
+    cancelled: bool = False
+    sent: int = 0
+    done: int = 0
+    prefetched: int = 0
+
+    @property
+    def unsent(self) -> bool:
+        return self.sent < EXPERT_BYTES
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        return -self.priority, self.order
+
+
+class Model:
+    """What ought to happen; every question is answered by looking at every load."""
+
+    def __init__(self, slots: list[int], chunk_bytes: int) -> None:
+        self.slots = slots
+        self.chunk_bytes = chunk_bytes
+        self.keys = dict.fromkeys(EXPERTS, 0.0)
+        self.loads: dict[ExpertId, Load] = {}
+        self.unused_bytes: dict[ExpertId, int] = {}  # of every resident
+        self.pinned: set[ExpertId] = set()
+        self.traffic = Traffic()
+        self.orders = itertools.count()
+
+    def device(self, expert: ExpertId) -> int:
+        return EXPERTS.index(expert) % len(self.slots)
+
+    def loads_of(self, device: int) -> list[Load]:
+        return [load for load in self.loads.values() if self.device(load.expert) == device]
+
+    def waiting(self, device: int) -> list[Load]:
+        """Demanded loads with bytes left to send, in the order they were demanded."""
+        urgent = [load for load in self.loads_of(device) if load.urgent and load.unsent]
+        return sorted(urgent, key=lambda load: load.order)
+
+    def wanted(self, device: int) -> list[Load]:
+        """Prefetches with bytes left to send, the next one first."""
+        loads = [x for x in self.loads_of(device) if not x.urgent and not x.cancelled and x.unsent]
+        return sorted(loads, key=lambda load: load.rank)
+
+    def evictable(self, device: int, urgent: bool) -> list[ExpertId]:
+        return [
+            expert
+            for expert in EXPERTS
+            if expert in self.unused_bytes
+            and self.device(expert) == device
+            and expert not in self.pinned
+            and (urgent or self.keys[expert] > -np.inf)
+        ]
+
+    def free_slots(self, device: int) -> int:
+        held = [expert for expert in self.unused_bytes if self.device(expert) == device]
+        return self.slots[device] - len(held) - sum(x.slotted for x in self.loads_of(device))
+
+    def idle_partials(self, device: int) -> list[Load]:
+        loads = [x for x in self.loads_of(device) if x.slotted and not x.urgent]
+        return [x for x in loads if not x.cancelled and x.done == x.sent]
+
+    def prefetch(self, expert: ExpertId, priority: float) -> None:
+        load = self.loads.get(expert)
+        if expert in self.unused_bytes or (load and load.urgent):
+            return
+        load = self.loads.setdefault(expert, Load(expert, False, priority, 0))
+        load.priority, load.order, load.cancelled = priority, next(self.orders), False
+
+    def activate(self, expert: ExpertId) -> None:
+        self.pinned.add(expert)
+        if expert in self.unused_bytes:
+            self.unused_bytes[expert] = 0
+            return
+        load = self.loads.setdefault(expert, Load(expert, True, 0.0, 0))
+        load.urgent, load.cancelled, load.order = True, False, next(self.orders)
+
+    def cancel(self, expert: ExpertId) -> None:
+        load = self.loads.get(expert)
+        if load and not load.urgent:
+            load.cancelled = True
+            self.drop_if_over(load)
+
+    def drop_if_over(self, load: Load) -> None:
+        if load.cancelled and load.done == load.sent:
+            self.traffic.wasted += load.prefetched
+            del self.loads[load.expert]
+
+    def next_chunk(self, device: int) -> tuple[ExpertId, int, int, bool] | None:
+        load = self.next_load(device)
+        if load is None:
+            return None
+        if not load.slotted:
+            self.take_slot(load)
+        start = load.sent
+        load.sent = min(start + self.chunk_bytes, EXPERT_BYTES)
+        if load.urgent:
+            self.traffic.on_demand += load.sent - start
+        else:
+            self.traffic.prefetched += load.sent - start
+            load.prefetched += load.sent - start
+        return load.expert, start, load.sent, load.urgent
+
+    def next_load(self, device: int) -> Load | None:
+        waiting = self.waiting(device)
+        queue = waiting or self.wanted(device)
+        urgent = bool(waiting)
+        if self.free_slots(device) or self.evictable(device, urgent):
+            return queue[0] if queue else None
+        slotted = [load for load in queue if load.slotted]
+        if slotted or not urgent:
+            return slotted[0] if slotted else None
+        idle = self.idle_partials(device)
+        if not idle:
+            return None
+        weakest = max(idle, key=lambda load: load.rank)
+        weakest.cancelled = True
+        self.drop_if_over(weakest)
+        return waiting[0]
+
+    def take_slot(self, load: Load) -> None:
+        device = self.device(load.expert)
+        if not self.free_slots(device):
+            evictable = self.evictable(device, load.urgent)
+            victim = max(evictable, key=lambda expert: self.keys[expert])
+            self.traffic.wasted += self.unused_bytes.pop(victim)
+        load.slotted = True
+
+    def chunk_done(self, expert: ExpertId, stop: int) -> ExpertId | None:
+        load = self.loads[expert]
+        load.done = stop
+        if stop < EXPERT_BYTES:
+            self.drop_if_over(load)
+            return None
+        del self.loads[expert]
+        self.unused_bytes[expert] = 0 if load.urgent else load.prefetched
+        return expert
+
+
+class TransferMachine(RuleBasedStateMachine):
+    """Wishes, gates, cancellations and up to two chunks in flight on every link."""
+
+    @initialize(
+        slots=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+        chunk_bytes=st.sampled_from([3, 4, 5, 10, 16]),
+    )
+    def start(self, slots: list[int], chunk_bytes: int) -> None:
+        self.model = Model(slots, chunk_bytes)
+        self.cache = ExpertCache(SHAPE, slots, self.eviction_keys)
+        self.queues = [TransferQueue(self.cache, EXPERT_BYTES, chunk_bytes) for _ in slots]
+        self.in_flight: list[deque[Chunk]] = [deque() for _ in slots]
+        self.arrived: Counter[ExpertId] = Counter()
+        self.handed_out = 0
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        return np.array([self.model.keys[expert] for expert in EXPERTS]).reshape(3, 4)
+
+    def queue(self, expert: ExpertId) -> TransferQueue:
+        return self.queues[self.model.device(expert)]
+
+    @rule(expert=experts, key=st.sampled_from([-np.inf, 0.0, 1.0, 2.0]))
+    def rank(self, expert: ExpertId, key: float) -> None:
+        self.model.keys[expert] = key
+
+    @rule(expert=experts, priority=priorities)
+    def prefetch(self, expert: ExpertId, priority: float) -> None:
+        self.queue(expert).prefetch(expert, priority)
+        self.model.prefetch(expert, priority)
+
+    @rule(chosen=st.lists(st.tuples(experts, priorities), min_size=2, max_size=6))
+    def prefetch_many(self, chosen: list[tuple[ExpertId, float]]) -> None:
+        for expert, priority in chosen:
+            self.prefetch(expert, priority)
+
+    @rule(expert=experts)
+    def activate(self, expert: ExpertId) -> None:
+        if expert in self.model.pinned:
+            return
+        self.cache.pin(expert)
+        self.queue(expert).used(expert)
+        if self.cache.state(expert) is not State.RESIDENT:
+            self.queue(expert).demand(expert)
+        self.model.activate(expert)
+
+    @rule(expert=experts)
+    def cancel(self, expert: ExpertId) -> None:
+        self.queue(expert).cancel(expert)
+        self.model.cancel(expert)
+
+    @precondition(lambda self: bool(self.releasable()))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.let_go(data.draw(st.sampled_from(self.releasable())))
+
+    @rule(pick=st.integers(0, 1), moves=st.lists(st.booleans(), min_size=1, max_size=8))
+    def drive(self, pick: int, moves: list[bool]) -> None:
+        device = pick % len(self.queues)
+        for begin in moves:
+            if begin and len(self.in_flight[device]) < DEPTH:
+                self.begin_chunk(device)
+            elif not begin and self.in_flight[device]:
+                self.finish_chunk(device)
+
+    def begin_chunk(self, device: int) -> bool:
+        prompt = bool(self.model.waiting(device)) and self.slot_can_be_had(device)
+        expected = self.model.next_chunk(device)
+        chunk = self.queues[device].next_chunk()
+        if chunk is None:
+            assert expected is None
+            return False
+        assert (chunk.expert, chunk.start, chunk.stop, chunk.urgent) == expected
+        assert chunk.urgent or not prompt
+        assert self.cache.slot(chunk.expert) == chunk.slot
+        assert self.cache.state(chunk.expert) is State.LOADING
+        self.handed_out += chunk.stop - chunk.start
+        self.in_flight[device].append(chunk)
+        return True
+
+    def finish_chunk(self, device: int) -> None:
+        chunk = self.in_flight[device].popleft()
+        assert self.cache.slot(chunk.expert) == chunk.slot, "the slot was given away in flight"
+        assert chunk.start == self.arrived[chunk.expert], "bytes came twice or out of order"
+        self.arrived[chunk.expert] = chunk.stop
+        loaded = self.queues[device].chunk_done(chunk)
+        assert loaded == self.model.chunk_done(chunk.expert, chunk.stop)
+        if loaded is not None:
+            assert self.arrived[loaded] == EXPERT_BYTES
+        if self.cache.state(chunk.expert) is not State.LOADING:
+            del self.arrived[chunk.expert]
+
+    def slot_can_be_had(self, device: int) -> bool:
+        return bool(
+            self.model.free_slots(device)
+            or self.model.evictable(device, urgent=True)
+            or self.model.idle_partials(device)
+            or any(load.slotted for load in self.model.waiting(device))
+        )
+
+    def releasable(self) -> list[ExpertId]:
+        return sorted(self.model.pinned & self.model.unused_bytes.keys())
+
+    def let_go(self, expert: ExpertId) -> None:
+        self.cache.unpin(expert)
+        self.model.pinned.remove(expert)
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        self.cache.check_integrity()
+        for expert in EXPERTS:
+            load = self.model.loads.get(expert)
+            if load is None or not load.slotted:
+                self.arrived.pop(expert, None)
+            wanted = load is not None and not load.cancelled
+            assert self.queue(expert).requested(expert) == wanted
+            assert self.cache.state(expert) is self.expected_state(expert)
+        for layer in range(SHAPE.layers):
+            queued = [e for queue in self.queues for e in queue.queued_of_layer(layer)]
+            loads = [x for x in self.model.loads.values() if not x.cancelled]
+            assert sorted(queued) == sorted(x.expert for x in loads if x.expert.layer == layer)
+
+    def expected_state(self, expert: ExpertId) -> State:
+        if expert in self.model.unused_bytes:
+            return State.RESIDENT
+        load = self.model.loads.get(expert)
+        return State.LOADING if load is not None and load.slotted else State.ABSENT
+
+    @invariant()
+    def counts_every_byte_once(self) -> None:
+        traffic = [queue.traffic for queue in self.queues]
+        expected = self.model.traffic
+        assert sum(t.prefetched for t in traffic) == expected.prefetched
+        assert sum(t.on_demand for t in traffic) == expected.on_demand
+        assert sum(t.wasted for t in traffic) == expected.wasted <= expected.prefetched
+        assert expected.prefetched + expected.on_demand == self.handed_out
+
+    def teardown(self) -> None:
+        if hasattr(self, "queues"):
+            self.serve_every_demand()
+            self.agrees_with_the_model()
+            self.counts_every_byte_once()
+
+    def serve_every_demand(self) -> None:
+        """Copy until nothing moves, and release residents one by one, until all demands are met."""
+        while True:
+            for device in range(len(self.queues)):
+                self.copy_until_idle(device)
+            if self.model.pinned <= self.model.unused_bytes.keys():
+                return
+            releasable = self.releasable()
+            assert releasable, "demands wait for each other"
+            self.let_go(releasable[0])
+
+    def copy_until_idle(self, device: int) -> None:
+        moving = True
+        while moving or self.in_flight[device]:
+            moving = len(self.in_flight[device]) < DEPTH and self.begin_chunk(device)
+            if self.in_flight[device] and not moving:
+                self.finish_chunk(device)
+                moving = True
+
+
+TransferMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None
+)
+TestTransfersAgainstModel = TransferMachine.TestCase
+
+
+# Single cases ---------------------------------------------------------------------------------
+
+CHUNK_BYTES = 4  # an expert of 10 bytes takes chunks of 4, 4 and 2
+A, B, C, D = EXPERTS[:4]
+
+
+def link(slots: int, keys: float = 0.0) -> tuple[ExpertCache, TransferQueue]:
+    cache = ExpertCache(SHAPE, [slots], lambda incoming: np.full((3, 4), keys))
+    return cache, TransferQueue(cache, EXPERT_BYTES, CHUNK_BYTES)
+
+
+def begin(queue: TransferQueue) -> Chunk:
+    chunk = queue.next_chunk()
+    assert chunk is not None
+    return chunk
+
+
+def copy(queue: TransferQueue, chunks: int = 1) -> list[tuple[ExpertId, int, int]]:
+    """Copy chunks one after another and return what each one was."""
+    copied = []
+    for _ in range(chunks):
+        chunk = begin(queue)
+        queue.chunk_done(chunk)
+        copied.append((chunk.expert, chunk.start, chunk.stop))
+    return copied
+
+
+def copy_all(queue: TransferQueue) -> list[ExpertId]:
+    """Copy until nothing is left and return the experts in the order they became resident."""
+    loaded = []
+    while (chunk := queue.next_chunk()) is not None:
+        expert = queue.chunk_done(chunk)
+        if expert is not None:
+            loaded.append(expert)
+    return loaded
+
+
+def test_an_expert_is_copied_in_chunks_from_its_first_byte_to_its_last() -> None:
+    _, queue = link(slots=1)
+    queue.demand(A)
+    assert copy(queue, 3) == [(A, 0, 4), (A, 4, 8), (A, 8, 10)]
+    assert queue.next_chunk() is None
+
+
+def test_prefetches_go_by_priority_and_then_by_order_of_request() -> None:
+    _, queue = link(slots=4)
+    for expert, priority in ((A, 0.1), (B, 0.5), (C, 0.1), (D, 0.9)):
+        queue.prefetch(expert, priority)
+    assert copy_all(queue) == [D, B, A, C]
+
+
+def test_a_new_priority_replaces_the_old_one() -> None:
+    _, queue = link(slots=4)
+    for expert, priority in ((A, 0.9), (B, 0.5), (C, 0.1)):
+        queue.prefetch(expert, priority)
+    queue.prefetch(A, 0.2)
+    queue.prefetch(C, 0.7)
+    assert copy_all(queue) == [C, B, A]
+
+
+def test_order_survives_many_changes_of_priority() -> None:
+    _, queue = link(slots=len(EXPERTS))
+    rng = random.Random(0)
+    latest: dict[ExpertId, float] = {}
+    for number in range(500):
+        expert = rng.choice(EXPERTS)
+        latest[expert] = rng.random() if number % 3 else -rng.random()
+        queue.prefetch(expert, latest[expert])
+    assert copy_all(queue) == sorted(latest, key=lambda expert: -latest[expert])
+
+
+def test_demands_go_in_the_order_they_were_made() -> None:
+    _, queue = link(slots=4)
+    queue.prefetch(D, 9.0)
+    for expert in (C, A, B):
+        queue.demand(expert)
+    assert copy_all(queue) == [C, A, B, D]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_demand_waits_for_the_chunks_in_flight_only(depth: int) -> None:
+    _, queue = link(slots=2)
+    queue.prefetch(A, 1.0)
+    in_flight = [begin(queue) for _ in range(depth)]
+    queue.demand(B)
+    for chunk in in_flight:
+        queue.chunk_done(chunk)
+    assert copy(queue, 3) == [(B, 0, 4), (B, 4, 8), (B, 8, 10)]
+    assert copy(queue) == [(A, 4 * depth, min(4 * depth + 4, 10))]
+
+
+def test_a_promoted_prefetch_goes_on_where_it_stood() -> None:
+    cache, queue = link(slots=2)
+    queue.prefetch(A, 1.0)
+    queue.prefetch(B, 0.5)
+    copy(queue)
+    slot = cache.slot(A)
+    queue.demand(B)
+    queue.demand(A)
+    assert copy(queue, 5) == [(B, 0, 4), (B, 4, 8), (B, 8, 10), (A, 4, 8), (A, 8, 10)]
+    assert cache.slot(A) == slot
+    assert queue.traffic == Traffic(prefetched=4, on_demand=16, wasted=0)
+
+
+def test_a_prefetch_whose_last_chunk_is_in_flight_is_not_copied_again_on_demand() -> None:
+    cache, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    copy(queue, 2)
+    last = begin(queue)
+    queue.demand(A)
+    assert queue.next_chunk() is None
+    assert queue.chunk_done(last) == A
+    assert queue.next_chunk() is None
+    assert cache.state(A) is State.RESIDENT
+    assert queue.traffic == Traffic(prefetched=10, on_demand=0, wasted=0)
+
+
+def test_what_is_resident_is_not_prefetched() -> None:
+    _, queue = link(slots=1)
+    queue.demand(A)
+    assert copy_all(queue) == [A]
+    queue.prefetch(A, 1.0)
+    assert not queue.requested(A)
+    assert queue.next_chunk() is None
+
+
+def test_a_wish_does_not_hold_back_a_demand_for_the_same_expert() -> None:
+    _, queue = link(slots=2)
+    queue.demand(A)
+    queue.prefetch(A, 0.1)
+    queue.prefetch(B, 0.9)
+    assert copy_all(queue) == [A, B]
+    assert queue.traffic == Traffic(prefetched=10, on_demand=10, wasted=0)
+
+
+def test_a_slot_is_taken_when_the_first_chunk_is_due() -> None:
+    cache, queue = link(slots=1)
+    queue.demand(A)
+    copy_all(queue)
+    queue.prefetch(B, 1.0)
+    assert cache.state(A) is State.RESIDENT
+    copy(queue)
+    assert cache.state(A) is State.ABSENT
+    assert cache.state(B) is State.LOADING
+
+
+def test_a_cancelled_prefetch_frees_its_slot_and_wastes_its_bytes() -> None:
+    cache, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    copy(queue, 2)
+    queue.cancel(A)
+    assert cache.state(A) is State.ABSENT
+    assert cache.has_room(A)
+    assert queue.next_chunk() is None
+    assert queue.traffic == Traffic(prefetched=8, on_demand=0, wasted=8)
+
+
+def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> None:
+    cache, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    first, second = begin(queue), begin(queue)
+    queue.cancel(A)
+    assert not queue.requested(A)
+    queue.chunk_done(first)
+    assert cache.state(A) is State.LOADING
+    assert queue.next_chunk() is None
+    queue.chunk_done(second)
+    assert cache.state(A) is State.ABSENT
+    assert queue.traffic.wasted == 8
+
+
+def test_a_prefetch_cancelled_after_its_last_chunk_left_becomes_resident() -> None:
+    cache, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    copy(queue, 2)
+    last = begin(queue)
+    queue.cancel(A)
+    assert queue.chunk_done(last) == A
+    assert cache.state(A) is State.RESIDENT
+    assert queue.traffic.wasted == 0
+
+
+@pytest.mark.parametrize("urgent", [True, False])
+def test_a_cancelled_prefetch_can_be_wanted_again_in_flight(urgent: bool) -> None:
+    _, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    chunk = begin(queue)
+    queue.cancel(A)
+    if urgent:
+        queue.demand(A)
+    else:
+        queue.prefetch(A, 0.1)
+    queue.chunk_done(chunk)
+    assert queue.requested(A)
+    assert copy(queue, 2) == [(A, 4, 8), (A, 8, 10)]
+    assert queue.traffic.wasted == 0
+
+
+def test_a_demand_cannot_be_cancelled() -> None:
+    _, queue = link(slots=1)
+    queue.demand(A)
+    queue.cancel(A)
+    assert copy_all(queue) == [A]
+
+
+def test_bytes_are_wasted_when_they_leave_unused() -> None:
+    _, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    copy_all(queue)
+    assert queue.traffic.wasted == 0
+    queue.demand(B)
+    copy_all(queue)
+    assert queue.traffic == Traffic(prefetched=10, on_demand=10, wasted=10)
+
+
+def test_bytes_that_were_used_are_never_wasted() -> None:
+    _, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    copy_all(queue)
+    queue.used(A)
+    queue.demand(B)
+    queue.demand(C)
+    copy_all(queue)
+    assert queue.traffic == Traffic(prefetched=10, on_demand=20, wasted=0)
+
+
+def test_a_demand_takes_the_slot_of_the_weakest_half_copied_prefetch() -> None:
+    cache, queue = link(slots=2)
+    for expert, priority in ((A, 0.2), (B, 0.8)):
+        queue.prefetch(expert, priority)
+        copy(queue)
+    queue.demand(C)
+    assert copy(queue) == [(C, 0, 4)]
+    assert cache.state(A) is State.ABSENT
+    assert cache.state(B) is State.LOADING
+    assert queue.traffic.wasted == 4
+
+
+def test_a_demand_does_not_take_the_slot_under_a_chunk_in_flight() -> None:
+    _, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    chunk = begin(queue)
+    queue.demand(B)
+    assert queue.next_chunk() is None
+    queue.chunk_done(chunk)
+    assert copy_all(queue) == [B]
+
+
+def test_a_demand_that_holds_a_slot_does_not_wait_for_one_that_gets_none() -> None:
+    cache, queue = link(slots=1)
+    queue.prefetch(A, 1.0)
+    copy(queue)
+    for expert in (B, A):
+        cache.pin(expert)
+        queue.demand(expert)
+    assert copy_all(queue) == [A]
+    cache.unpin(A)
+    assert copy_all(queue) == [B]
+
+
+def test_prefetches_pause_while_a_demand_finds_no_slot() -> None:
+    cache, queue = link(slots=1)
+    cache.pin(A)
+    queue.demand(A)
+    copy_all(queue)
+    queue.prefetch(C, 1.0)
+    queue.demand(B)
+    assert queue.next_chunk() is None
+    cache.unpin(A)
+    assert copy_all(queue) == [B, C]
+
+
+def test_a_half_copied_prefetch_goes_on_while_a_stronger_one_finds_no_slot() -> None:
+    _, queue = link(slots=1)
+    queue.prefetch(A, 0.1)
+    copy(queue)
+    queue.prefetch(B, 0.9)
+    assert copy(queue, 2) == [(A, 4, 8), (A, 8, 10)]
+    assert copy(queue) == [(B, 0, 4)]
+
+
+def test_of_half_copied_prefetches_the_strongest_goes_on() -> None:
+    _, queue = link(slots=2)
+    for expert, priority in ((A, 0.1), (B, 0.5)):
+        queue.prefetch(expert, priority)
+        copy(queue)
+    queue.prefetch(C, 0.9)
+    assert copy(queue) == [(B, 4, 8)]
+
+
+def test_a_protected_resident_stops_a_prefetch_but_not_a_demand() -> None:
+    _, queue = link(slots=1, keys=-np.inf)
+    queue.demand(A)
+    copy_all(queue)
+    queue.prefetch(B, 1.0)
+    assert queue.next_chunk() is None
+    queue.demand(C)
+    assert copy_all(queue) == [C]
+
+
+def test_requests_of_a_layer_are_listed_without_the_cancelled_ones() -> None:
+    _, queue = link(slots=4)
+    below = ExpertId(1, 0)
+    for expert in (A, B, below):
+        queue.prefetch(expert, 1.0)
+    queue.cancel(B)
+    assert queue.queued_of_layer(0) == [A]
+    assert queue.queued_of_layer(1) == [below]
+    assert queue.queued_of_layer(2) == []
+
+
+def test_traffic_of_an_interval_is_a_difference() -> None:
+    assert Traffic(9, 8, 7) - Traffic(1, 2, 3) == Traffic(8, 6, 4)

@@ -1,0 +1,206 @@
+"""The expert map store: redundancy by hand, files, and byte counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from finemoe.expert_map import ExpertMapStore, StoreMismatch, unit
+from finemoe.offload.policy import FloatArray, ModelShape
+
+SHAPE = ModelShape(layers=4, experts=2, top_k=1, hidden_size=2)
+MODEL = "a/model"
+
+
+def array(*rows: object) -> FloatArray:
+    return np.array(rows, dtype=np.float32)
+
+
+SAME_MEANING = array(2, 0), array((1, 0), (0, 1), (0, 1), (0, 1))
+SAME_PATH = array(3, 4), array((1, 0), (1, 0), (1, 0), (1, 0))
+NEW = array(1, 0), array((1, 0), (1, 0), (1, 0), (1, 0))
+
+
+def disagreeing_store(distance: int) -> ExpertMapStore:
+    """Hold entry 0, which means what NEW means, and entry 1, which takes the path NEW takes."""
+    store = ExpertMapStore(SHAPE, 2, distance)
+    for embedding, expert_map in (SAME_MEANING, SAME_PATH):
+        store.add(expert_map, embedding)
+    return store
+
+
+def numbered_store(capacity: int, entries: int) -> ExpertMapStore:
+    store = ExpertMapStore(SHAPE, capacity, 1)
+    rng = np.random.default_rng(0)
+    for _ in range(entries):
+        expert_map = rng.random((SHAPE.layers, SHAPE.experts), dtype=np.float32)
+        store.add(expert_map, rng.random(SHAPE.hidden_size, dtype=np.float32))
+    return store
+
+
+def saved(store: ExpertMapStore, folder: Path) -> Path:
+    path = folder / "store.safetensors"
+    store.save(path, MODEL)
+    return path
+
+
+# NEW against entry 0: score_sem = 1; score_traj = (1 + 0 + 0 + 0) / (2 * 2) = 1/4.
+# NEW against entry 1: score_sem = 3/5; score_traj = 4 / (2 * 2) = 1.
+@pytest.mark.parametrize(
+    ("distance", "redundancy", "replaced"),
+    [
+        (1, (0.4375, 0.90), 1),  # 1/4 * 1 + 3/4 * 1/4; 1/4 * 3/5 + 3/4 * 1
+        (2, (0.6250, 0.80), 1),  # 2/4 * 1 + 2/4 * 1/4; 2/4 * 3/5 + 2/4 * 1
+        (3, (0.8125, 0.70), 0),  # 3/4 * 1 + 1/4 * 1/4; 3/4 * 3/5 + 1/4 * 1
+        (4, (1.0000, 0.60), 0),  # only the semantic score is left
+        (9, (1.0000, 0.60), 0),  # a distance beyond the last layer counts as L
+    ],
+)
+def test_the_distance_weighs_meaning_against_path(
+    distance: int, redundancy: tuple[float, float], replaced: int
+) -> None:
+    store = disagreeing_store(distance)
+    embedding, expert_map = NEW
+    assert store.redundancy(expert_map, embedding) == pytest.approx(redundancy)
+    assert store.add(expert_map, embedding) == replaced
+
+
+def test_redundancy_ignores_the_length_of_embeddings() -> None:
+    store = disagreeing_store(1)
+    embedding, expert_map = NEW
+    expected = store.redundancy(expert_map, embedding)
+    assert store.redundancy(expert_map, 7 * embedding) == pytest.approx(expected)
+
+
+def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
+    store = disagreeing_store(3)
+    kept = store.expert_map(1).copy()
+    new_map = array((0.6, 0.8), (0, 1), (0, 1), (0, 1))
+    entry = store.add(new_map, array(0, 5))
+    # Against entry 0: 3/4 * 0 + 1/4 * 3.6/4 = 0.225; against 1: 3/4 * 4/5 + 1/4 * 0.6/4 = 0.6375.
+    assert entry == 1
+    assert not np.array_equal(store.expert_map(1), kept)
+    assert store.expert_map(1) == pytest.approx(new_map)
+    assert store.embeddings[1] == pytest.approx((0, 1))
+    norms = [store.prefix_norms(layer)[1] for layer in range(4)]
+    assert norms == pytest.approx([1, 2**0.5, 3**0.5, 2])
+    assert store.expert_map(0) == pytest.approx(SAME_MEANING[1])
+
+
+def test_a_store_never_grows_beyond_its_capacity() -> None:
+    sizes = [numbered_store(3, entries).size for entries in range(6)]
+    assert sizes == [0, 1, 2, 3, 3, 3]
+
+
+def test_entries_are_filled_in_order_before_any_is_replaced() -> None:
+    store = ExpertMapStore(SHAPE, 3, 1)
+    embedding, expert_map = NEW
+    assert [store.add(expert_map, embedding) for _ in range(3)] == [0, 1, 2]
+
+
+def test_views_show_stored_iterations_only() -> None:
+    store = disagreeing_store(1)
+    roomy = ExpertMapStore(SHAPE, 10, 1)
+    for embedding, expert_map in (SAME_MEANING, SAME_PATH):
+        roomy.add(expert_map, embedding)
+    assert np.array_equal(roomy.embeddings, store.embeddings)
+    for layer in range(SHAPE.layers):
+        assert np.array_equal(roomy.rows(layer), store.rows(layer))
+        assert np.array_equal(roomy.prefix_norms(layer), store.prefix_norms(layer))
+
+
+def test_embeddings_are_kept_at_unit_length_and_zero_stays_zero() -> None:
+    assert unit(array((3, 4), (0, 0))) == pytest.approx(array((0.6, 0.8), (0, 0)))
+
+
+def test_a_saved_store_comes_back_the_same(tmp_path: Path) -> None:
+    store = numbered_store(5, 4)
+    again = ExpertMapStore(SHAPE, 5, 1)
+    again.load(saved(store, tmp_path), MODEL)
+    assert again.size == 4
+    assert again.embeddings == pytest.approx(store.embeddings)
+    for layer in range(SHAPE.layers):
+        assert np.array_equal(again.rows(layer), store.rows(layer))
+        assert np.array_equal(again.prefix_norms(layer), store.prefix_norms(layer))
+
+
+def test_an_empty_store_comes_back_empty(tmp_path: Path) -> None:
+    again = ExpertMapStore(SHAPE, 5, 1)
+    again.load(saved(ExpertMapStore(SHAPE, 5, 1), tmp_path), MODEL)
+    assert again.size == 0
+
+
+def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:
+    path = saved(disagreeing_store(1), tmp_path)
+    store = numbered_store(5, 1)
+    before = store.expert_map(0).copy()
+    store.load(path, MODEL)
+    assert store.size == 3
+    assert np.array_equal(store.expert_map(0), before)
+    assert np.array_equal(store.expert_map(2), SAME_PATH[1])
+
+
+def test_loading_into_a_small_store_replaces_by_redundancy(tmp_path: Path) -> None:
+    store = numbered_store(6, 6)
+    small, by_hand = ExpertMapStore(SHAPE, 2, 1), ExpertMapStore(SHAPE, 2, 1)
+    small.load(saved(store, tmp_path), MODEL)
+    for entry in range(6):
+        by_hand.add(store.expert_map(entry), store.embeddings[entry])
+    assert small.size == 2
+    assert np.array_equal(small.rows(0), by_hand.rows(0))
+
+
+def test_a_store_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = saved(disagreeing_store(1), tmp_path)
+    with pytest.raises(StoreMismatch, match="another/model"):
+        ExpertMapStore(SHAPE, 2, 1).load(path, "another/model")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [ModelShape(3, 2, 1, 2), ModelShape(4, 3, 1, 2), ModelShape(4, 2, 1, 3)],
+    ids=["layers", "experts", "hidden size"],
+)
+def test_a_store_of_another_shape_is_refused(shape: ModelShape, tmp_path: Path) -> None:
+    path = saved(disagreeing_store(1), tmp_path)
+    store = ExpertMapStore(shape, 2, 1)
+    with pytest.raises(StoreMismatch):
+        store.load(path, MODEL)
+    assert store.size == 0
+
+
+def test_an_embedding_of_size_one_is_not_spread_over_the_hidden_size(tmp_path: Path) -> None:
+    narrow = ExpertMapStore(ModelShape(4, 2, 1, 1), 2, 1)
+    narrow.add(NEW[1], array(1))
+    with pytest.raises(StoreMismatch):
+        ExpertMapStore(SHAPE, 2, 1).load(saved(narrow, tmp_path), MODEL)
+
+
+@pytest.mark.parametrize("content", [b"", b"no store", b"\xff" * 100])
+def test_garbage_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "garbage"
+    path.write_bytes(content)
+    with pytest.raises(StoreMismatch, match="garbage"):
+        ExpertMapStore(SHAPE, 2, 1).load(path, MODEL)
+
+
+def test_an_absent_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreMismatch):
+        ExpertMapStore(SHAPE, 2, 1).load(tmp_path / "absent", MODEL)
+
+
+def test_tensors_of_something_else_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    save_file({"weights": np.zeros(3)}, path, metadata={"model_id": MODEL})
+    with pytest.raises(StoreMismatch):
+        ExpertMapStore(SHAPE, 2, 1).load(path, MODEL)
+
+
+def test_bytes_are_counted_by_capacity_not_by_size() -> None:
+    store = ExpertMapStore(ModelShape(32, 8, 2, 16), 1000, 3)
+    assert store.map_bytes == 1000 * 32 * 8 * 4
+    # Embeddings take C * h * 4 bytes, the prefix norms L * C * 4.
+    assert store.total_bytes == store.map_bytes + 1000 * 16 * 4 + 32 * 1000 * 4

@@ -1,0 +1,485 @@
+"""FineMoE's decisions: selection, priorities, options and eviction, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    Gate,
+    Iteration,
+    LayerOutcome,
+    ModelShape,
+    Prefetch,
+)
+from finemoe.policy import FineMoEOptions, FineMoEPolicy, Variant, finemoe, select_experts
+
+SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
+OPTIONS = FineMoEOptions(prefetch_distance=2)
+DEMO = replace(OPTIONS, variant="demo")
+TAIL = 1e-6
+INCOMING = ExpertId(0, 0)
+
+DECODE = Iteration(0, "decode", (0,), (1,))
+LIKELY = (0.5, 0.25, 0.125, 0.125)
+Wishes = dict[tuple[int, int], float]
+
+
+def array(*rows: object) -> FloatArray:
+    return np.array(rows, dtype=np.float32)
+
+
+def rolled(shift: int) -> FloatArray:
+    """Map whose layer l likes expert l + shift best, the next one half as much, then equals."""
+    return np.stack([np.roll(array(*LIKELY), layer + shift) for layer in range(4)])
+
+
+def gate(layer: int, *rows: object) -> Gate:
+    return Gate(layer, array(*rows), (0,), None)
+
+
+def policy_with(
+    options: FineMoEOptions, *stored: tuple[FloatArray, FloatArray], shape: ModelShape = SHAPE
+) -> FineMoEPolicy:
+    policy = FineMoEPolicy(shape, options)
+    for embedding, expert_map in stored:
+        policy.store.add(expert_map, embedding)
+    return policy
+
+
+def wishes(prefetches: Sequence[Prefetch]) -> Wishes:
+    asked = {(p.expert.layer, p.expert.index): p.priority for p in prefetches}
+    assert len(asked) == len(prefetches), "an expert is asked for twice"
+    return asked
+
+
+def outcome(layer: int, *activated: int) -> LayerOutcome:
+    return LayerOutcome(DECODE, layer, activated, (), ())
+
+
+# Selection ------------------------------------------------------------------------------------
+
+# Running sums of LIKELY: 0.5, 0.75, 0.875, 1.
+SELECTIONS = [
+    # score, K, paper, demo
+    (0.625, 1, 1, 1),  # delta 0.375 < 0.5: one expert; the demo keeps none, raised to K
+    (0.5, 1, 1, 1),  # delta 0.5 is reached exactly; the demo keeps sums <= delta
+    (0.375, 1, 2, 1),  # delta 0.625
+    (0.25, 1, 2, 2),  # delta 0.75 is reached exactly
+    (0.1875, 1, 3, 2),  # delta 0.8125
+    (0.0, 1, 4, 4),  # delta 1 is reached exactly by all of them
+    (-0.5, 1, 4, 4),  # delta 1.5 counts as 1
+    (1.0, 1, 1, 1),  # delta 0
+    (1.5, 1, 1, 1),  # delta -0.5 counts as 0
+    (1.0, 2, 2, 2),  # never fewer than K
+    (0.25, 3, 3, 3),
+    (0.1875, 2, 3, 2),
+]
+
+
+@pytest.mark.parametrize(("score", "top_k", "paper", "demo"), SELECTIONS)
+def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> None:
+    shuffled = array(0.125, 0.5, 0.125, 0.25)
+    descending = [1, 3, 0, 2]
+    assert select_experts(shuffled, score, top_k).tolist() == descending[:paper]
+    assert select_experts(shuffled, score, top_k, "demo").tolist() == descending[:demo]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 100), min_size=1, max_size=12),
+    score=st.floats(-1, 1),
+    top_k=st.integers(1, 4),
+    variant=st.sampled_from(["paper", "demo"]),
+)
+def test_selection_takes_the_shortest_prefix_that_qualifies(
+    weights: list[int], score: float, top_k: int, variant: Variant
+) -> None:
+    top_k = min(top_k, len(weights))
+    probabilities = array(*weights) / np.float32(sum(weights))
+    chosen = select_experts(probabilities, score, top_k, variant)
+    descending = sorted(probabilities.tolist(), reverse=True)
+    assert probabilities[chosen].tolist() == descending[: len(chosen)]
+    assert top_k <= len(chosen) <= len(weights)
+    if len(chosen) > top_k:
+        delta = min(1.0, 1 - score)
+        shorter = sum(descending[: len(chosen) - 1])
+        assert shorter < delta if variant == "paper" else sum(descending[: len(chosen)]) <= delta
+
+
+# Priorities -----------------------------------------------------------------------------------
+
+# The stored embedding is (1, 0). A query (7, 24) / 25 scores 0.28, so delta is 0.72: the paper
+# takes 0.5 + 0.25, the demo stops at 0.5. Rows of rolled(0): layer l likes l, then l + 1 mod 4.
+ONE = (array(1, 0), rolled(0))
+QUERY = array((7, 24))
+
+
+def test_paper_priorities_from_embeddings_count_from_before_the_first_layer() -> None:
+    asked = wishes(policy_with(OPTIONS, ONE).on_embeddings(DECODE, QUERY))
+    expected = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
+    assert asked == pytest.approx(expected)
+
+
+def test_demo_priorities_from_embeddings_decay_over_the_band() -> None:
+    asked = wishes(policy_with(DEMO, ONE).on_embeddings(DECODE, QUERY))
+    expected: Wishes = {(layer, index): TAIL for layer in range(2) for index in range(4)}
+    expected[0, 0] += 0.5 * (1 - 0 / 2)
+    expected[1, 1] += 0.5 * (1 - 1 / 2)
+    assert asked == pytest.approx(expected)
+
+
+def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Wishes:
+    """Observe stored rows up to `layer`, then `row` there, and return what is asked for."""
+    policy.on_embeddings(DECODE, QUERY)
+    for before in range(layer):
+        policy.on_gate(DECODE, gate(before, policy.store.expert_map(0)[before]))
+    return wishes(policy.on_gate(DECODE, gate(layer, row)))
+
+
+# A gate that puts all on expert 3 has cosine 0.125 / |LIKELY| = 0.125 / 0.5863 = 0.2132 with row
+# 0, so delta = 0.7868 and the paper takes 0.5 + 0.25 + 0.125, the demo 0.5 + 0.25.
+SURPRISE = (0, 0, 0, 1)
+
+
+def test_a_gate_asks_for_the_layer_at_the_distance() -> None:
+    asked = after_gate(policy_with(OPTIONS, ONE), 0, SURPRISE)
+    assert asked == pytest.approx({(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2})
+
+
+def test_a_sure_gate_asks_for_k_experts() -> None:
+    asked = after_gate(policy_with(OPTIONS, ONE), 1, np.roll(LIKELY, 1))
+    assert asked == pytest.approx({(3, 3): 0.5 / 2})
+
+
+def test_no_gate_asks_for_layers_that_do_not_exist() -> None:
+    assert after_gate(policy_with(OPTIONS, ONE), 2, SURPRISE) == {}
+    everything = replace(OPTIONS, horizon="all")
+    assert after_gate(policy_with(everything, ONE), 3, SURPRISE) == {}
+
+
+def test_the_horizon_all_asks_for_every_layer_from_the_distance_on() -> None:
+    policy = policy_with(replace(OPTIONS, horizon="all"), ONE)
+    expected = {
+        **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
+        **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
+    }
+    assert after_gate(policy, 0, SURPRISE) == pytest.approx(expected)
+
+
+def test_demo_priorities_after_a_gate_decay_from_its_target_on() -> None:
+    policy = policy_with(replace(DEMO, horizon="all"), ONE)
+    expected: Wishes = {(layer, index): TAIL for layer in (2, 3) for index in range(4)}
+    # The band starts at layer 2 and ends at layer 3: 1 - 0/4 and 1 - 1/4.
+    expected[2, 2] += 0.5
+    expected[2, 3] += 0.25
+    expected[3, 3] += 0.5 * 0.75
+    expected[3, 0] += 0.25 * 0.75
+    assert after_gate(policy, 0, SURPRISE) == pytest.approx(expected)
+
+
+def test_the_demo_with_a_single_target_does_not_decay() -> None:
+    expected: Wishes = {(3, index): TAIL for index in range(4)}
+    expected[3, 3] += 0.5
+    assert after_gate(policy_with(DEMO, ONE), 1, np.roll(LIKELY, 1)) == pytest.approx(expected)
+
+
+def test_a_distance_beyond_the_model_predicts_every_layer_at_once() -> None:
+    policy = policy_with(replace(OPTIONS, prefetch_distance=9), ONE)
+    asked = wishes(policy.on_embeddings(DECODE, array((1, 0))))
+    assert asked == pytest.approx({(layer, layer): 0.5 / (layer + 1) for layer in range(4)})
+    assert wishes(policy.on_gate(DECODE, gate(0, SURPRISE))) == {}
+
+
+# Options --------------------------------------------------------------------------------------
+
+# Entry 0 means what the query means and takes another path; entry 1 the reverse.
+TWO = ((array(1, 0), rolled(1)), (array(0, 1), rolled(0)))
+
+
+@pytest.mark.parametrize(
+    ("search", "first_layers", "third_layer"),
+    [
+        ("both", {(0, 1): 0.5, (1, 2): 0.25}, {(2, 2): 0.25}),
+        ("semantic", {(0, 1): 0.5, (1, 2): 0.25}, {(2, 3): 0.25}),
+        ("trajectory", {}, {(2, 2): 0.25}),
+    ],
+)
+def test_the_search_decides_who_predicts_which_layers(
+    search: Literal["both", "semantic", "trajectory"], first_layers: Wishes, third_layer: Wishes
+) -> None:
+    policy = policy_with(replace(OPTIONS, search=search), *TWO)
+    assert wishes(policy.on_embeddings(DECODE, array((1, 0)))) == pytest.approx(first_layers)
+    assert wishes(policy.on_gate(DECODE, gate(0, LIKELY))) == pytest.approx(third_layer)
+
+
+def test_semantic_search_alone_keeps_its_score_for_later_layers() -> None:
+    policy = policy_with(replace(OPTIONS, search="semantic"), ONE)
+    # The gate fits perfectly, and still the embedding's score of 0.28 selects two experts.
+    asked = after_gate(policy, 0, LIKELY)
+    assert asked == pytest.approx({(2, 2): 0.5 / 2, (2, 3): 0.25 / 2})
+
+
+@pytest.mark.parametrize("query", [(1, 0), (7, 24), (0, 1)])
+def test_top_k_selection_ignores_the_score(query: tuple[float, float]) -> None:
+    shape = replace(SHAPE, top_k=2)
+    policy = policy_with(replace(OPTIONS, selection="top_k"), ONE, shape=shape)
+    asked = wishes(policy.on_embeddings(DECODE, array(query)))
+    assert asked == pytest.approx({(0, 0): 0.5, (0, 1): 0.25, (1, 1): 0.25, (1, 2): 0.125})
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "prediction"), [(True, "background"), (False, "critical_path")]
+)
+def test_asynchronous_moves_the_search_off_the_critical_path(
+    asynchronous: bool, prediction: str
+) -> None:
+    placement = FineMoEPolicy(SHAPE, replace(OPTIONS, asynchronous=asynchronous)).placement
+    assert placement.prediction == prediction
+    assert not placement.hidden_states
+
+
+PREFILL = Iteration(0, "prefill", (7, 8), (2, 1))
+TOKENS = array((2, 0), (0, 2), (0, 3))
+ROWS = array((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0))
+
+
+def serve(
+    policy: FineMoEPolicy, iteration: Iteration, tokens: FloatArray, rows: FloatArray
+) -> None:
+    policy.on_embeddings(iteration, tokens)
+    for layer in range(policy.shape.layers):
+        policy.on_gate(iteration, Gate(layer, np.roll(rows, layer, axis=1), (0,), None))
+    assert policy.end_iteration(iteration) == ()
+
+
+def test_mean_aggregation_remembers_one_iteration_a_request() -> None:
+    policy = policy_with(OPTIONS)
+    serve(policy, PREFILL, TOKENS, ROWS)
+    assert policy.store.size == 2
+    # The mean of (2, 0) and (0, 2) is (1, 1), of unit length (0.7071, 0.7071).
+    assert policy.store.embeddings == pytest.approx(array((0.5**0.5, 0.5**0.5), (0, 1)))
+    assert policy.store.rows(0) == pytest.approx(array((0.5, 0.5, 0, 0), (0, 0, 1, 0)))
+    assert policy.store.rows(3) == pytest.approx(array((0.5, 0, 0, 0.5), (0, 1, 0, 0)))
+
+
+def test_token_aggregation_remembers_one_iteration_a_token() -> None:
+    policy = policy_with(replace(OPTIONS, aggregation="token"))
+    serve(policy, PREFILL, TOKENS, ROWS)
+    assert policy.store.size == 3
+    assert policy.store.embeddings == pytest.approx(array((1, 0), (0, 1), (0, 1)))
+    for layer in range(4):
+        assert np.array_equal(policy.store.rows(layer), np.roll(ROWS, layer, axis=1))
+
+
+def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> None:
+    prompt = Iteration(0, "prefill", (7,), (2,))
+    stored = (
+        (array(1, 0), rolled(0)),
+        (array(0, 1), rolled(1)),
+        (array(1, 1), rolled(2)),
+    )
+    one_layer = replace(OPTIONS, prefetch_distance=1)
+    mean = policy_with(one_layer, *stored)
+    assert wishes(mean.on_embeddings(prompt, TOKENS[:2])) == pytest.approx({(0, 2): 0.5})
+    token = policy_with(replace(one_layer, aggregation="token"), *stored)
+    asked = wishes(token.on_embeddings(prompt, TOKENS[:2]))
+    assert asked == pytest.approx({(0, 0): 0.5, (0, 1): 0.5})
+
+
+@pytest.mark.parametrize(("online_growth", "size"), [(True, 2), (False, 1)])
+def test_preparation_fills_the_store_and_serving_only_one_that_grows(
+    online_growth: bool, size: int
+) -> None:
+    policy = policy_with(replace(OPTIONS, online_growth=online_growth))
+    serve(policy, DECODE, TOKENS[:1], ROWS[:1])
+    assert policy.store.size == 1
+    policy.begin_serving()
+    serve(policy, replace(DECODE, number=1), TOKENS[:1], ROWS[:1])
+    assert policy.store.size == size
+
+
+def test_serving_begins_without_the_visits_of_the_preparation() -> None:
+    policy = policy_with(OPTIONS)
+    fresh = policy.eviction_keys(INCOMING)
+    for _ in range(3):
+        policy.on_outcome(outcome(1, 2))
+    policy.begin_serving()
+    assert np.array_equal(policy.eviction_keys(INCOMING), fresh)
+
+
+def test_a_saved_policy_predicts_the_same(tmp_path: Path) -> None:
+    policy, again = policy_with(OPTIONS, *TWO), policy_with(OPTIONS)
+    policy.save(tmp_path / "store", "a/model")
+    again.load(tmp_path / "store", "a/model")
+    assert again.on_embeddings(DECODE, QUERY) == policy.on_embeddings(DECODE, QUERY)
+
+
+def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
+    # C = 1000: maps 1000 * 4 * 4 * 4; embeddings 1000 * 2 * 4 and norms 4 * 1000 * 4 on top.
+    assert policy_with(OPTIONS).memory_bytes() == {"maps": 64_000, "store": 88_000}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"search": "neither"},
+        {"eviction": "fifo"},
+        {"variant": "talk"},
+        {"prefetch_distance": 0},
+        {"store_capacity": 0},
+    ],
+)
+def test_options_that_do_not_exist_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        finemoe(SHAPE, **{"prefetch_distance": 2, **wrong})
+
+
+def test_the_options_of_a_config_reach_the_policy() -> None:
+    assert finemoe(SHAPE, prefetch_distance=2, variant="demo").options == DEMO
+
+
+def test_what_was_served_is_found_again() -> None:
+    policy = policy_with(OPTIONS)
+    serve(policy, DECODE, TOKENS[:1], ROWS[:1])
+    following = replace(DECODE, number=1)
+    assert wishes(policy.on_embeddings(following, TOKENS[:1])) == pytest.approx(
+        {(0, 0): 1.0, (1, 1): 0.5}
+    )
+
+
+def test_the_capacity_of_the_options_bounds_the_store() -> None:
+    policy = policy_with(replace(OPTIONS, store_capacity=2))
+    for number in range(4):
+        serve(policy, replace(DECODE, number=number), TOKENS[:1], ROWS[:1])
+    assert policy.store.size == 2
+
+
+@pytest.mark.parametrize("options", [OPTIONS, replace(DEMO, horizon="all")])
+def test_an_empty_store_prefetches_nothing(options: FineMoEOptions) -> None:
+    policy = policy_with(options)
+    assert wishes(policy.on_embeddings(DECODE, QUERY)) == {}
+    for layer in range(4):
+        assert wishes(policy.on_gate(DECODE, gate(layer, LIKELY))) == {}
+
+
+def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
+    batch = Iteration(0, "decode", (0, 1), (1, 1))
+    other = array((0, 0.25, 0.75, 0), (0, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1))
+    policy = policy_with(OPTIONS, (array(24, 7), rolled(0)), (array(0, 1), other))
+    # Query (4, -3) scores 75/125 = 0.6 with (24, 7): delta 0.4 takes one expert a layer.
+    # Query (0, 1) scores 1 with (0, 1), and (1, 1) is asked for by both: 0.5 / 2 and 1 / 2.
+    asked = wishes(policy.on_embeddings(batch, array((4, -3), (0, 1))))
+    assert asked == pytest.approx({(0, 0): 0.5, (0, 2): 0.75, (1, 1): 0.5})
+    reverse = wishes(policy.on_embeddings(batch, array((0, 1), (4, -3))))
+    assert reverse == pytest.approx(asked)
+
+
+def test_requests_of_a_batch_follow_their_own_trajectories() -> None:
+    batch = Iteration(0, "decode", (0, 1), (1, 1))
+    policy = policy_with(OPTIONS, *TWO)
+    policy.on_embeddings(batch, array((1, 0), (1, 0)))
+    rows = array(LIKELY, np.roll(LIKELY, 1))
+    asked = wishes(policy.on_gate(batch, Gate(0, rows, (0, 1), None)))
+    assert asked == pytest.approx({(2, 2): 0.25, (2, 3): 0.25})
+
+
+# Eviction -------------------------------------------------------------------------------------
+
+
+def test_without_a_search_every_expert_is_as_likely_as_any() -> None:
+    policy = policy_with(OPTIONS)
+    for visits in range(4):
+        # 1 / (1/4 * freq); an expert that was never visited counts as visited once.
+        assert policy.eviction_keys(INCOMING)[1, 2] == pytest.approx(4 / max(visits, 1))
+        policy.on_outcome(outcome(1, 2))
+    assert policy.eviction_keys(INCOMING)[1, 1] == pytest.approx(4)
+
+
+def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:
+    policy = policy_with(OPTIONS, ONE)
+    policy.on_embeddings(DECODE, QUERY)
+    for _ in range(3):
+        policy.on_outcome(outcome(0, 0, 3))
+    policy.on_outcome(outcome(3, 1))
+    keys = policy.eviction_keys(INCOMING)
+    # Layer 0 expects (1/2, 1/4, 1/8, 1/8) and saw (3, 0, 0, 3) visits.
+    assert keys[0] == pytest.approx([2 / 3, 4, 8, 8 / 3])
+    # Layer 3 expects (1/4, 1/8, 1/8, 1/2) and saw (0, 1, 0, 0) visits.
+    assert keys[3] == pytest.approx([4, 8, 8, 2])
+
+
+def test_recency_does_not_matter_to_finemoe() -> None:
+    policy = policy_with(OPTIONS, ONE)
+    policy.on_outcome(outcome(1, 1))
+    before = policy.eviction_keys(INCOMING)
+    policy.on_load(ExpertId(1, 0))
+    assert np.array_equal(policy.eviction_keys(INCOMING), before)
+
+
+def test_a_gate_revises_the_map_of_the_layers_from_its_target_on() -> None:
+    policy = policy_with(OPTIONS, *TWO)
+    policy.on_embeddings(DECODE, array((1, 0)))
+    policy.on_gate(DECODE, gate(0, LIKELY))
+    keys = policy.eviction_keys(INCOMING)
+    for layer, expected in enumerate([rolled(1), rolled(1), rolled(0), rolled(0)]):
+        assert keys[layer] == pytest.approx(1 / expected[layer])
+
+
+def test_a_batch_keeps_what_any_request_expects() -> None:
+    batch = Iteration(0, "decode", (0, 1), (1, 1))
+    policy = policy_with(OPTIONS, *TWO)
+    policy.on_embeddings(batch, array((1, 0), (0, 1)))
+    # Layer 0 of the two maps: (1/8, 1/2, 1/4, 1/8) and (1/2, 1/4, 1/8, 1/8).
+    assert policy.eviction_keys(INCOMING)[0] == pytest.approx([2, 2, 4, 8])
+
+
+def test_an_impossible_expert_has_a_finite_key_above_all_others() -> None:
+    impossible = np.tile(array(1, 0, 0, 0), (4, 1))
+    policy = policy_with(OPTIONS, (array(1, 0), impossible))
+    policy.on_embeddings(DECODE, array((1, 0)))
+    keys = policy.eviction_keys(INCOMING)
+    assert np.isfinite(keys).all()
+    assert keys[0, 1] > 1000 * keys[0, 0]
+
+
+def eviction_order(policy: FineMoEPolicy) -> list[tuple[int, int]]:
+    """Return the used experts, first to go first."""
+    keys = policy.eviction_keys(INCOMING)
+    used = [(0, 0), (1, 1), (2, 2), (3, 3)]
+    return sorted(used, key=lambda expert: float(keys[expert]), reverse=True)
+
+
+def use(policy: FineMoEPolicy) -> None:
+    """Use (1, 1) twice, then (0, 0) once, then load (3, 3), then use (2, 2) once."""
+    policy.on_outcome(outcome(1, 1))
+    policy.on_outcome(outcome(1, 1))
+    policy.on_outcome(outcome(0, 0))
+    policy.on_load(ExpertId(3, 3))
+    policy.on_outcome(outcome(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("eviction", "expected"),
+    [
+        ("lru", [(1, 1), (0, 0), (3, 3), (2, 2)]),
+        ("lfu", [(3, 3), (0, 0), (2, 2), (1, 1)]),
+    ],
+)
+def test_eviction_without_maps(
+    eviction: Literal["lru", "lfu"], expected: list[tuple[int, int]]
+) -> None:
+    policy = policy_with(replace(OPTIONS, eviction=eviction), ONE)
+    use(policy)
+    assert eviction_order(policy) == expected
+    policy.on_embeddings(DECODE, QUERY)
+    assert eviction_order(policy) == expected

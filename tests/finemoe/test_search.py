@@ -1,0 +1,103 @@
+"""Semantic and trajectory search: cases by hand, and equality with the plain cosine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finemoe.expert_map import ExpertMapStore
+from finemoe.offload.policy import FloatArray, ModelShape
+from finemoe.search import Match, TrajectorySearch, semantic_search
+
+
+def array(*rows: object) -> FloatArray:
+    return np.array(rows, dtype=np.float32)
+
+
+def store_of(embeddings: FloatArray, maps: FloatArray) -> ExpertMapStore:
+    count, layers, experts = maps.shape
+    store = ExpertMapStore(ModelShape(layers, experts, 1, embeddings.shape[1]), count, 1)
+    for embedding, expert_map in zip(embeddings, maps, strict=True):
+        store.add(expert_map, embedding)
+    return store
+
+
+def assert_matches(found: list[Match], expected: list[tuple[int, float]]) -> None:
+    assert [match.entry for match in found] == [entry for entry, _ in expected]
+    assert [match.score for match in found] == pytest.approx([score for _, score in expected])
+
+
+def test_semantic_search_finds_the_largest_cosine_of_every_query() -> None:
+    stored = array((2, 0), (0, 3), (1, 1))
+    store = store_of(stored, np.ones((3, 1, 1), dtype=np.float32))
+    queries = array((5, 0), (3, 4), (-1, 0.5))
+    # (3, 4): 3/5 to entry 0, 4/5 to entry 1, 7 / (5 * sqrt 2) to entry 2.
+    # (-1, 0.5): -2 / sqrt 5 to entry 0, 1 / sqrt 5 to entry 1, -1 / sqrt 10 to entry 2.
+    expected = [(0, 1.0), (2, 7 / (5 * 2**0.5)), (1, 1 / 5**0.5)]
+    assert_matches(semantic_search(store, queries), expected)
+
+
+def test_a_negative_score_is_reported_as_it_is() -> None:
+    store = store_of(array((1, 0)), np.ones((1, 1, 1), dtype=np.float32))
+    assert_matches(semantic_search(store, array((-3, 4))), [(0, -0.6)])
+
+
+def test_the_best_trajectory_changes_as_layers_are_observed() -> None:
+    early = array((1, 0), (1, 0), (1, 0))
+    later = array((0.6, 0.8), (0, 1), (0, 1))
+    search = TrajectorySearch(store_of(array((1,), (1,)), np.stack([early, later])), batch=1)
+    # Every row has unit length, so the cosine over l rows is the sum of row products over l.
+    assert_matches(search.observe(array((1, 0))), [(0, 1.0)])  # 1/1 against 0.6/1
+    assert_matches(search.observe(array((0, 1))), [(1, 0.8)])  # 1/2 against 1.6/2
+    assert_matches(search.observe(array((0, 1))), [(1, 2.6 / 3)])  # 1/3 against 2.6/3
+
+
+def test_queries_of_a_batch_do_not_mix() -> None:
+    maps = np.stack([array((1, 0), (1, 0)), array((0, 1), (0, 1))])
+    search = TrajectorySearch(store_of(array((1,), (1,)), maps), batch=2)
+    assert_matches(search.observe(array((1, 0), (0, 1))), [(0, 1.0), (1, 1.0)])
+    # First query: 1 / (sqrt 1.36 * sqrt 2) and 0.6 / (...) ; its rows are (1, 0) and (0, 0.6).
+    norm = 1.36**0.5 * 2**0.5
+    assert_matches(search.observe(array((0, 0.6), (0, 1))), [(0, 1 / norm), (1, 1.0)])
+
+
+@st.composite
+def searches(draw: st.DrawFn) -> tuple[FloatArray, FloatArray, int]:
+    """Draw gate probabilities of stored iterations (N, L, J), of queries (B, L, J), a capacity."""
+    layers, experts = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    stored, batch = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    sharpness = draw(st.sampled_from([0.1, 1.0, 8.0]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits = sharpness * rng.standard_normal((stored + batch, layers, experts))
+    weights = np.exp(logits)
+    probabilities = (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return probabilities[:stored], probabilities[stored:], draw(st.integers(1, stored))
+
+
+@settings(max_examples=60, deadline=None)
+@given(searches())
+def test_trajectory_search_equals_the_flattened_cosine(
+    case: tuple[FloatArray, FloatArray, int],
+) -> None:
+    maps, queries, capacity = case
+    _, layers, experts = maps.shape
+    store = ExpertMapStore(ModelShape(layers, experts, 1, 1), capacity, 1)
+    for expert_map in maps:
+        store.add(expert_map, array(1))
+    kept = np.stack([store.expert_map(entry) for entry in range(store.size)])
+    search = TrajectorySearch(store, len(queries))
+    for layer in range(layers):
+        cosines = flattened_cosines(queries[:, : layer + 1], kept[:, : layer + 1])
+        for row, match in zip(cosines, search.observe(queries[:, layer]), strict=True):
+            assert match.score == pytest.approx(row.max(), abs=1e-5)
+            assert row[match.entry] == pytest.approx(row.max(), abs=1e-5)
+
+
+def flattened_cosines(queries: FloatArray, maps: FloatArray) -> FloatArray:
+    a = queries.reshape(len(queries), -1).astype(np.float64)
+    b = maps.reshape(len(maps), -1).astype(np.float64)
+    norms = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)
+    cosines: FloatArray = a @ b.T / norms
+    return cosines
