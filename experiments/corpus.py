@@ -4,7 +4,8 @@ Recipe: every ``.py`` file of the standard library outside `EXCLUDED` gives one 
 (its source) and one ``docs`` document (its docstrings, each under its qualified name); every topic
 of the language reference (`pydoc_data.topics`) gives one ``docs`` document. A tenth of the
 documents, chosen by a hash of their name, is held out. A file's source and docstrings share a
-name, so held-out docstrings are never seen inside training source.
+name, so held-out docstrings are never seen inside training source; and a passage that stands in a
+training document too (topics quote each other) is dropped from the held-out ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import inspect
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -64,8 +65,21 @@ class Document:
 @cache
 def documents() -> tuple[Document, ...]:
     """Return every document of the running Python, sorted by kind and name."""
-    found = [*_topic_documents(), *_module_documents()]
-    return tuple(sorted(found, key=lambda document: (document.kind, document.name)))
+    found = sorted(
+        [*_topic_documents(), *_module_documents()],
+        key=lambda document: (document.kind, document.name),
+    )
+    seen = {_body(p) for document in found if not document.held_out for p in document.passages}
+    return tuple(_without(document, seen) if document.held_out else document for document in found)
+
+
+def _without(document: Document, seen: set[str]) -> Document:
+    return replace(document, passages=tuple(p for p in document.passages if _body(p) not in seen))
+
+
+def _body(passage: str) -> str:
+    """Return a passage without the qualified name that a docstring stands under."""
+    return passage.split("\n\n", 1)[-1].strip()
 
 
 def _topic_documents() -> Iterator[Document]:

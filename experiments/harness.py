@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -78,13 +79,15 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
 
 def prepare(cfg: DictConfig) -> Setup:
     """Build testbed, model, workload and policy; raise UserError for anything that cannot be."""
-    testbed: Testbed = instantiate(_callable(cfg.testbed))
+    testbed: Testbed = _build(cfg.testbed)
+    if testbed.threads is not None:
+        torch.set_num_threads(testbed.threads)
     torch.manual_seed(cfg.seed)
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
     shape = model.offloaded.shape
-    policy: Policy = instantiate(_callable(cfg.system), shape=shape)
+    policy: Policy = _build(cfg.system, shape=shape)
     load = cfg.workload
-    dataset = instantiate(_callable(cfg.dataset))
+    dataset = _build(cfg.dataset)
     prompts = draw_prompts(dataset, model.tokenizer, load.prompts, load.input_tokens, cfg.seed)
     workload = offline(prompts, load.history_share, load.output_tokens, cfg.seed)
     if min(load.batch_size, load.history_batch_size, load.repeats) < 1 or load.warmup < 0:
@@ -102,10 +105,19 @@ def prepare(cfg: DictConfig) -> Setup:
     return setup
 
 
-def _callable(cfg: DictConfig) -> DictConfig:
-    """Return a config group's option without the keys that only describe it."""
+def _build(cfg: DictConfig, **arguments: Any) -> Any:
+    """Call the target of a config group's option, without the keys that only describe it.
+
+    Raises UserError for a value that the target refuses.
+    """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    return OmegaConf.create({k: v for k, v in plain.items() if k not in ("label", "lengths")})
+    settings = {k: v for k, v in plain.items() if k not in ("label", "lengths")}
+    try:
+        return instantiate(settings, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError | ValueError):
+            raise UserError(str(error.__cause__)) from error
+        raise
 
 
 def _check_device_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from experiments.errors import UserError
@@ -11,7 +13,12 @@ MB = 1_000_000
 
 
 def emulated(
-    devices: int, link_gb_s: float, latency_us: float, time_scale: float, chunk_mb: float
+    devices: int,
+    link_gb_s: float,
+    latency_us: float,
+    time_scale: float,
+    chunk_mb: float,
+    threads: int | None,
 ) -> Testbed:
     """Return CPU devices whose links take the time of full-size experts on a real link."""
     if devices < 1 or min(link_gb_s, time_scale, chunk_mb) <= 0 or latency_us < 0:
@@ -26,6 +33,7 @@ def emulated(
         link_gb_s=link_gb_s,
         link_latency_s=latency_us * 1e-6,
         time_scale=time_scale,
+        threads=threads,
     )
 
 
@@ -41,10 +49,8 @@ def local(devices: int | None, chunk_mb: float) -> Testbed:
     return Testbed(f"{len(chosen)} x {name}", "measured", chosen, round(chunk_mb * MB))
 
 
-def auto(
-    devices: int, link_gb_s: float, latency_us: float, time_scale: float, chunk_mb: float
-) -> Testbed:
+def auto(chunk_mb: float, **settings: Any) -> Testbed:
     """Return the CUDA devices if there are any, else an emulated testbed."""
     if torch.cuda.device_count():
         return local(None, chunk_mb)
-    return emulated(devices, link_gb_s, latency_us, time_scale, chunk_mb)
+    return emulated(chunk_mb=chunk_mb, **settings)

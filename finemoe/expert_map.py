@@ -89,7 +89,7 @@ class ExpertMapStore:
         save_file(arrays, path, metadata={"model_id": model_id})
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add the iterations of a file, oldest first.
+        """Add the iterations of a file, in the order of its entries.
 
         Raises StoreMismatch if the file was saved for another model or is no store file.
         """
@@ -99,7 +99,9 @@ class ExpertMapStore:
                 maps, embeddings = file.get_tensor("maps"), file.get_tensor("embeddings")
         except (SafetensorError, OSError) as error:
             raise StoreMismatch(f"{path} is no expert map store ({error})") from error
-        if saved_for != model_id or maps.shape[1:] != (self.shape.layers, self.shape.experts):
+        expected = ((self.shape.layers, self.shape.experts), (self.shape.hidden_size,))
+        found = (maps.shape[1:], embeddings.shape[1:])
+        if saved_for != model_id or found != expected or len(maps) != len(embeddings):
             raise StoreMismatch(f"{path} holds expert maps of {saved_for}, not of {model_id}")
         for expert_map, embedding in zip(maps, embeddings, strict=True):
             self.add(expert_map, embedding)

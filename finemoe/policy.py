@@ -7,6 +7,7 @@ other experts of those layers at the tail.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -69,12 +70,12 @@ def select_experts(
     Never fewer than `top_k`. The demo stops one short of reaching delta.
     """
     delta = min(max(1.0 - score, 0.0), 1.0)
-    order = np.argsort(-probabilities, kind="stable")
-    sums = np.cumsum(probabilities[order], dtype=np.float64)
+    order = (-probabilities).argsort(kind="stable")
+    sums = itertools.accumulate(probabilities[order].tolist())
     if variant == "paper":
-        count = int(np.searchsorted(sums, delta, side="left")) + 1
+        count = 1 + sum(1 for _ in itertools.takewhile(lambda total: total < delta, sums))
     else:
-        count = int(np.searchsorted(sums, delta, side="right"))
+        count = sum(1 for _ in itertools.takewhile(lambda total: total <= delta, sums))
     return order[: max(count, top_k)]
 
 
@@ -156,10 +157,11 @@ class FineMoEPolicy(Policy):
         """Note the searched maps' probabilities, the p of the eviction priority."""
         if not layers:
             return
-        expected = self._expected.copy()
-        maps = [self.store.expert_map(match.entry)[layers.start :] for match in matches]
-        expected[layers.start :] = np.max(maps, axis=0)
-        self._expected = expected
+        target = self._expected[layers.start :]
+        first, *others = (self.store.expert_map(match.entry)[layers.start :] for match in matches)
+        target[:] = first
+        for searched in others:
+            np.maximum(target, searched, out=target)
 
     def _prefetches(self, matches: Iterable[Match], band: range, now: int) -> list[Prefetch]:
         """Return the union of the queries' prefetches over a band of layers."""

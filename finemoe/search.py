@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finemoe.expert_map import ExpertMapStore, unit
 from finemoe.offload.policy import FloatArray
@@ -19,7 +20,7 @@ class Match(NamedTuple):
 
 def semantic_search(store: ExpertMapStore, embeddings: FloatArray) -> list[Match]:
     """Return, for each embedding (B, h), the stored iteration of largest cosine (4.2.1)."""
-    return _best(unit(embeddings) @ store.embeddings.T)
+    return _best(unit(embeddings) @ store.embeddings.T, np.ones(len(embeddings)))
 
 
 class TrajectorySearch:
@@ -33,18 +34,19 @@ class TrajectorySearch:
         self._store = store
         self._layer = 0
         self._dots = np.zeros((batch, store.size), dtype=np.float32)
-        self._squares = np.zeros((batch, 1), dtype=np.float32)
+        self._squares = np.zeros(batch, dtype=np.float32)
 
     def observe(self, rows: FloatArray) -> list[Match]:
         """Add the next layer's gate probabilities (B, J); return the best match of each query."""
         self._dots += rows @ self._store.rows(self._layer).T
-        self._squares += (rows**2).sum(axis=1, keepdims=True)
-        norms = np.sqrt(self._squares) * self._store.prefix_norms(self._layer)
+        self._squares += (rows * rows).sum(axis=1)
+        # The query's own norm does not change which map is best.
+        scores = self._dots / self._store.prefix_norms(self._layer)
         self._layer += 1
-        return _best(self._dots / norms)
+        return _best(scores, np.sqrt(self._squares))
 
 
-def _best(scores: FloatArray) -> list[Match]:
-    entries = scores.argmax(axis=1)
-    best = scores[np.arange(len(scores)), entries]
-    return [Match(int(e), float(s)) for e, s in zip(entries, best, strict=True)]
+def _best(scores: FloatArray, query_norms: NDArray[np.floating]) -> list[Match]:
+    entries = scores.argmax(axis=1).tolist()
+    norms = query_norms.tolist()
+    return [Match(e, float(row[e]) / n) for e, row, n in zip(entries, scores, norms, strict=True)]

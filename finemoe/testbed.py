@@ -27,6 +27,8 @@ class Testbed:
     """What every emulated transfer adds, in seconds."""
     time_scale: float = 1.0
     """Factor on the time that emulated links take."""
+    threads: int | None = None
+    """Threads for the model's operations on the CPU; None leaves torch's default."""
 
     def load_seconds(self, expert_bytes: int) -> float:
         """Return how long an emulated link takes for one full-size expert."""

@@ -22,7 +22,7 @@ def parse_budget(budget: float | str, full_expert_bytes: int, shape: ModelShape)
         if text.endswith("%"):
             return round(float(text[:-1]) / 100 * everything)
         return round(float(text) * GB)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise BudgetError(
             f"memory_budget={budget} is neither GB nor a fraction: write 6 or 25%"
         ) from None

@@ -64,8 +64,7 @@ class Gate:
     """Input of the MoE block, shape (T, h), if `Placement.hidden_states` asks for it."""
 
 
-@dataclass(frozen=True)
-class Prefetch:
+class Prefetch(NamedTuple):
     """A wish to have `expert` on its device before its layer runs; higher priority first."""
 
     expert: ExpertId
@@ -107,8 +106,7 @@ class Policy:
     Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
     `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
     background worker's, if the placement says so). `on_outcome`, `on_load` and `eviction_keys` are
-    called from the engine, possibly while a prediction runs: they read what predictions leave
-    behind only as whole objects.
+    called from the engine, possibly while a prediction runs, and may see it half taken over.
     """
 
     placement = Placement()

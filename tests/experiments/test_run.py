@@ -1,0 +1,143 @@
+"""The command line, end to end: records, sweeps, stores, W&B, interruption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.command import ROOT, SMALL, run_command
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return record
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    done = run_command(*sweep_arguments(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def sweep_arguments(folder: Path) -> list[str]:
+    choices = ["system=finemoe,on_demand,resident", "memory_budget=6"]
+    places = [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=${system.label}"]
+    return ["-m", *choices, *SMALL, *places]
+
+
+def test_a_sweep_leaves_complete_lossless_records(sweep: Path) -> None:
+    for system in ("finemoe", "on_demand", "resident"):
+        record = record_of(sweep / system)
+        summary = record["summary"]
+        assert record["status"] == "complete"
+        assert record["mode"] == "emulated"
+        assert record["system"] == system
+        assert [record[k] for k in ("model", "weights", "dataset")] == ["mixtral", "scale", "docs"]
+        assert summary["lossless"] is True
+        assert summary["peak_slot_bytes"] <= summary["slot_budget_bytes"]
+        assert summary["ttft_s"]["mean"] > 0
+        assert summary["tpot_s"]["p99"] >= summary["tpot_s"]["p50"] > 0
+
+
+def test_six_gigabytes_are_the_same_seventeen_experts_for_the_scale_model(sweep: Path) -> None:
+    record = record_of(sweep / "on_demand")
+    assert record["slots"] == [17]
+    assert record["memory_budget_gb"] == 6
+    assert record["expert_bytes"] == 352_321_536
+
+
+def test_systems_differ_only_in_policy(sweep: Path) -> None:
+    finemoe, on_demand = record_of(sweep / "finemoe"), record_of(sweep / "on_demand")
+    assert on_demand["summary"]["bytes_prefetched"] == on_demand["summary"]["late"] == 0
+    assert finemoe["summary"]["bytes_prefetched"] > 0
+    assert finemoe["dataset_sha256"] == on_demand["dataset_sha256"]
+    assert record_of(sweep / "resident")["summary"]["expert_hit_rate"] == 1
+
+
+def test_every_request_has_a_row_with_the_tokens_asked_for(sweep: Path) -> None:
+    frames = [pd.read_parquet(sweep / s / "requests.parquet") for s in ("finemoe", "on_demand")]
+    for frame in frames:
+        assert len(frame) == 2
+        assert (frame["input_tokens"] == 12).all()
+        assert (frame["output_tokens"] == 4).all()
+    assert [list(t) for t in frames[0]["tokens"]] == [list(t) for t in frames[1]["tokens"]]
+    summary = record_of(sweep / "finemoe")["summary"]
+    for kind in ("hits", "late", "misses"):
+        assert frames[0][kind].sum() == summary[kind]
+
+
+def test_a_sweep_started_again_skips_complete_runs_and_redoes_the_rest(sweep: Path) -> None:
+    untouched = sweep / "on_demand" / "run.json"
+    before = untouched.stat().st_mtime_ns
+    (sweep / "finemoe" / "run.json").unlink()
+    done = run_command(*sweep_arguments(sweep))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("already complete") == 2
+    assert untouched.stat().st_mtime_ns == before
+    assert record_of(sweep / "finemoe")["status"] == "complete"
+
+
+def test_an_output_that_holds_another_run_is_not_overwritten(sweep: Path) -> None:
+    done = run_command(*SMALL, "memory_budget=12", f"output={sweep / 'finemoe'}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "another config" in done.stderr
+    assert record_of(sweep / "finemoe")["memory_budget_gb"] == 6
+
+
+def test_store_devices_batches_and_wandb(tmp_path: Path) -> None:
+    store = tmp_path / "maps.safetensors"
+    base = [*SMALL, "testbed.devices=3", "workload.batch_size=2", "workload.repeats=2"]
+    done = run_command(*base, f"store.save={store}", f"output={tmp_path / 'saved'}", "logger=wandb")
+    assert done.returncode == 0, done.stderr
+    saved = record_of(tmp_path / "saved")
+    assert saved["summary"]["lossless"] is True
+    assert sum(saved["slots"]) == 64
+    assert len(saved["slots"]) == 3
+    assert len(pd.read_parquet(tmp_path / "saved" / "requests.parquet")) == 4
+    assert list((tmp_path / "saved").glob("wandb/offline-run-*/*.wandb"))
+    done = run_command(*base, f"store.load={store}", f"output={tmp_path / 'loaded'}")
+    assert done.returncode == 0, done.stderr
+    assert record_of(tmp_path / "loaded")["summary"]["bytes_prefetched"] > 0
+
+
+def test_an_interrupted_run_leaves_no_record_and_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "run.py", "workload=quick", f"output={tmp_path}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("prompts from"):
+                break
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        errors = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_help_lists_what_exists() -> None:
+    done = run_command("--help")
+    assert done.returncode == 0
+    options = "finemoe on_demand resident mixtral qwen phi lmsys sharegpt docs code quick wandb"
+    assert not [option for option in options.split() if option not in done.stdout]
+
+
+@pytest.mark.parametrize("typo", ["no_such_key=1", "system=no_such_system"])
+def test_an_unknown_option_is_refused_by_hydra_with_exit_code_2(typo: str) -> None:
+    done = run_command(typo)
+    assert done.returncode == 2
+    assert typo.split("=")[-1 if "system" in typo else 0] in done.stderr

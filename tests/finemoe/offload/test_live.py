@@ -1,0 +1,154 @@
+"""The live runtime: failures surface, threads end, predictions run where they are placed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.on_demand import OnDemandPolicy
+from finemoe.offload.assemble import offloading_runtime
+from finemoe.offload.links import EmulatedLink
+from finemoe.offload.live import LinkError, LiveRuntime
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import (
+    FloatArray,
+    Gate,
+    Iteration,
+    LayerOutcome,
+    ModelShape,
+    Placement,
+    Policy,
+    Prefetch,
+)
+from finemoe.offload.transfer import Chunk
+from finemoe.testbed import Testbed
+from tests.tiny_models import tiny_model
+
+PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
+PREFILL = Iteration(0, "prefill", (0,), (5,))
+
+
+@pytest.fixture
+def model() -> OffloadedModel:
+    return OffloadedModel.from_model(tiny_model("mixtral"), torch.device("cpu"))
+
+
+def runtime(model: OffloadedModel, policy: Policy, slots: int = 6) -> LiveRuntime:
+    cpu = (torch.device("cpu"),)
+    testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=0.5)
+    stored = model.store.layout.nbytes
+    return offloading_runtime(model, policy, testbed, (slots,), stored)
+
+
+def serve_and_drain(live: LiveRuntime) -> None:
+    live.forward(PREFILL, input_ids=PROMPT)
+    live.drain()
+
+
+class Spy(OnDemandPolicy):
+    """Notes what it is told and by which thread, and may act on it."""
+
+    def __init__(self, shape: ModelShape, placement: Placement) -> None:
+        super().__init__(shape)
+        self.placement = placement
+        self.calls: list[str] = []
+        self.threads: set[str] = set()
+        self.gates: list[Gate] = []
+        self.outcomes: list[LayerOutcome] = []
+        self.act: Callable[[], Sequence[Prefetch]] = tuple
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        self.threads.add(threading.current_thread().name)
+
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+        self._note(f"embeddings {embeddings.shape}")
+        return ()
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        self._note(f"gate {gate.layer}")
+        self.gates.append(gate)
+        return self.act() if gate.layer == 0 else ()
+
+    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+        self._note("end")
+        return ()
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        self.outcomes.append(outcome)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "thread"), [("background", "searcher"), ("critical_path", "MainThread")]
+)
+def test_predictions_run_in_order_where_they_are_placed(
+    model: OffloadedModel, prediction: str, thread: str
+) -> None:
+    spy = Spy(model.shape, Placement(prediction, hidden_states=True))  # type: ignore[arg-type]
+    with runtime(model, spy) as live:
+        serve_and_drain(live)
+    assert spy.calls == ["embeddings (5, 32)", "gate 0", "gate 1", "gate 2", "end"]
+    assert spy.threads == {thread}
+    for gate, outcome in zip(spy.gates, spy.outcomes, strict=True):
+        assert gate.probabilities.shape == (5, 4)
+        assert np.allclose(gate.probabilities.sum(axis=1), 1, atol=1e-5)
+        assert gate.hidden_states is not None
+        assert gate.hidden_states.shape == (5, 32)
+        chosen = np.argsort(-gate.probabilities, axis=1)[:, :2]
+        assert gate.activated == outcome.activated == tuple(np.unique(chosen).tolist())
+
+
+def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedModel) -> None:
+    spy = Spy(model.shape, Placement("none"))
+    with runtime(model, spy) as live:
+        live.forward(PREFILL, input_ids=PROMPT)
+        assert live.phases.context_collection == 0
+    assert spy.calls == []
+    assert len(spy.outcomes) == model.shape.layers
+
+
+def test_what_was_prefetched_in_time_is_a_hit(model: OffloadedModel) -> None:
+    spy = Spy(model.shape, Placement("critical_path"))
+    with runtime(model, spy, slots=12) as live:
+        assert live.residency.cache.occupied == 12
+        live.forward(PREFILL, input_ids=PROMPT)
+    assert all(outcome.hits == outcome.activated for outcome in spy.outcomes)
+
+
+def test_a_failing_searcher_fails_the_run_and_leaves_no_thread(model: OffloadedModel) -> None:
+    def fail() -> Sequence[Prefetch]:
+        raise RuntimeError("no such map")
+
+    before = set(threading.enumerate())
+    spy = Spy(model.shape, Placement("background"))
+    spy.act = fail
+    with pytest.raises(LinkError, match="RuntimeError: no such map"), runtime(model, spy) as live:
+        serve_and_drain(live)
+    assert set(threading.enumerate()) == before
+
+
+def test_a_failing_copy_fails_the_run_and_leaves_no_thread(
+    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: EmulatedLink, chunk: Chunk) -> None:
+        raise OSError("the bus is gone")
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(EmulatedLink, "start", fail)
+    policy = OnDemandPolicy(model.shape)
+    with pytest.raises(LinkError, match="the bus is gone"), runtime(model, policy) as live:
+        live.forward(PREFILL, input_ids=PROMPT)
+    assert set(threading.enumerate()) == before
+
+
+def test_the_model_can_be_served_by_one_runtime_after_another(model: OffloadedModel) -> None:
+    logits = []
+    for slots in (2, 12):
+        with runtime(model, OnDemandPolicy(model.shape), slots) as live:
+            logits.append(live.forward(PREFILL, input_ids=PROMPT).logits)
+    assert torch.equal(logits[0], logits[1])
