@@ -54,7 +54,7 @@ def link_rate(plain: PreTrainedModel, testbed: Testbed, load: Load) -> Check:
     runtime = offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES)
     with runtime:
         Server(runtime).serve([request(0, load, model.model.config.vocab_size)])
-    links = [link for link in runtime._links if isinstance(link, EmulatedLink)]
+    links = [link for link in runtime.links if isinstance(link, EmulatedLink)]
     achieved = sum(link.copied_bytes for link in links) / sum(
         link.copying_seconds for link in links
     )
@@ -109,7 +109,7 @@ def synchronous_share(plain: PreTrainedModel, testbed: Testbed, load: Load) -> l
 def measure(folder: Path, resident: Load, offloaded: Load, time_scale: float) -> list[Check]:
     """Run every measurement on the model of a folder."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    testbed = emulated(1, LINK_GB_S, latency_us=0, time_scale=time_scale, chunk_mb=CHUNK_MB)
+    testbed = emulated(1, LINK_GB_S, 0, time_scale, CHUNK_MB, threads=None)
     return [
         *resident_overheads(lambda: scale_model(folder), device, resident),
         link_rate(scale_model(folder), testbed, offloaded),

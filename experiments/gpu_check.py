@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.metrics import AccessCounter
 from experiments.overheads import (
     SCALE_MODEL,
     Check,
@@ -42,11 +43,11 @@ from experiments.workloads import Request
 from finemoe.offload.assemble import offloading_runtime
 from finemoe.offload.budget import GB, plan_slots
 from finemoe.offload.cache import Slot
-from finemoe.offload.experts import BlockLayout, DeviceSlots, HostStore
+from finemoe.offload.experts import BlockLayout, DeviceSlots, HostStore, host_block
 from finemoe.offload.links import CudaLink, EmulatedLink, Link, LinkSpeed
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy
+from finemoe.offload.policy import ExpertId, ModelShape, Policy
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
@@ -153,11 +154,12 @@ class CopyRig:
 
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         pin = device.type == "cuda"
-        blocks = [torch.ones(sizes.expert_bytes, dtype=torch.uint8, pin_memory=pin) for _ in "12"]
+        blocks = [host_block(sizes.expert_bytes, pin).fill_(1) for _ in range(2)]
         self.experts = [ExpertId(0, index) for index in range(sizes.copies)]
         store = HostStore(
             BlockLayout((), sizes.expert_bytes),
             {expert: blocks[expert.index % 2] for expert in self.experts},
+            pinned=pin,
         )
         self._slots = DeviceSlots(store, (2,), (device,))
         self._store = store
@@ -315,20 +317,6 @@ def _serve_full_model(full: FullModel, device: torch.device, sizes: Sizes) -> li
     return checks
 
 
-@dataclass
-class Accesses:
-    """Hits, late ones and misses of a run; a runtime listener."""
-
-    hits: int = 0
-    late: int = 0
-    misses: int = 0
-
-    def __call__(self, outcome: LayerOutcome) -> None:
-        self.hits += len(outcome.hits)
-        self.late += len(outcome.late)
-        self.misses += len(outcome.misses)
-
-
 def _serve_with(
     model: OffloadedModel, policy: Policy, device: torch.device, sizes: Sizes
 ) -> list[Check]:
@@ -341,7 +329,7 @@ def _serve_with(
     testbed = _testbed(device, sizes.chunk_bytes)
     runtime = offloading_runtime(model, policy, testbed, slots, nbytes)
     vocabulary = model.model.config.vocab_size
-    accesses = Accesses()
+    accesses = AccessCounter()
     with runtime:
         server = Server(runtime)
         server.serve([request(0, sizes.full_load, vocabulary)])
@@ -355,7 +343,7 @@ def _serve_with(
         Check("TTFT", served.ttft, "s"),
         Check("TPOT", served.tpot or 0.0, "s"),
         Check("peak slot bytes / budget", peak / budget, at_most=1),
-        *(Check(name, getattr(accesses, name)) for name in ("hits", "late", "misses")),
+        *(Check(name, getattr(accesses.total, name)) for name in ("hits", "late", "misses")),
     ]
     if device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(device)

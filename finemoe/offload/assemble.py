@@ -33,7 +33,7 @@ def offloading_runtime(
         else:
             speed = _paced(testbed, stored, full_expert_bytes)
             links.append(EmulatedLink(model.store, memory, speed))
-    if sum(slots) == model.shape.layers * model.shape.experts:
+    if residency.holds_everything:
         for expert in residency.preload():
             memory.block(residency.cache.slot(expert)).copy_(model.store.block(expert))
     return LiveRuntime(model, policy, residency, memory, links, testbed.devices)

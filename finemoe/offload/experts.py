@@ -1,12 +1,14 @@
 """Expert weights on the host and in device slots, and the kernel that runs one expert.
 
-A block holds the parameters of one expert one after another, each at a multiple of 64 bytes. The
-parameters are whatever the experts module of transformers (`transformers.integrations.moe`) holds
-with a leading expert axis: projections and, for some families, their biases.
+A block holds the parameters of one expert one after another, each at a multiple of 256 bytes, the
+alignment at which CUDA's matrix kernels are chosen. The parameters are whatever the experts module
+of transformers (`transformers.integrations.moe`) holds with a leading expert axis: projections and,
+for some families, their biases.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from finemoe.offload.cache import Slot
 from finemoe.offload.policy import ExpertId
 
-ALIGNMENT = 64
+ALIGNMENT = 256
 
 Weights = dict[str, Tensor]
 
@@ -57,11 +59,19 @@ class BlockLayout:
 
 
 class HostStore:
-    """Every expert once in host memory, one contiguous block each."""
+    """Every expert once in host memory, one contiguous block each.
 
-    def __init__(self, layout: BlockLayout, blocks: dict[ExpertId, Tensor]) -> None:
+    `pinned` says that the blocks come from `host_block` page-locked; they are unlocked with the
+    store.
+    """
+
+    def __init__(
+        self, layout: BlockLayout, blocks: dict[ExpertId, Tensor], pinned: bool = False
+    ) -> None:
         self.layout = layout
         self._blocks = blocks
+        if pinned:
+            weakref.finalize(self, _unlock, {block.data_ptr() for block in blocks.values()})
 
     def block(self, expert: ExpertId) -> Tensor:
         return self._blocks[expert]
@@ -76,12 +86,12 @@ class HostStore:
                 raise ValueError("the MoE layers of this model differ in their experts' shapes")
             parameters = dict(module.named_parameters(recurse=False))
             for index in range(len(next(iter(parameters.values())))):
-                block = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=pin)
+                block = host_block(layout.nbytes, pin)
                 for name, view in layout.views(block).items():
                     view.copy_(parameters[name].data[index])
                 blocks[ExpertId(number, index)] = block
             drop_parameters(module)
-        return cls(layout, blocks)
+        return cls(layout, blocks, pin)
 
     @classmethod
     def shared(
@@ -90,13 +100,34 @@ class HostStore:
         """Give every expert of meta-device `layers` the one block of random weights they share."""
         layout = BlockLayout.of(layers[0])
         generator = torch.Generator().manual_seed(seed)
-        block = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=pin)
+        block = host_block(layout.nbytes, pin)
         for view in layout.views(block).values():
             view.normal_(std=std, generator=generator)
         for module in layers:
             drop_parameters(module)
         numbers = range(len(layers))
-        return cls(layout, {ExpertId(n, j): block for n in numbers for j in range(experts)})
+        blocks = {ExpertId(n, j): block for n in numbers for j in range(experts)}
+        return cls(layout, blocks, pin)
+
+
+def host_block(nbytes: int, pin: bool) -> Tensor:
+    """Return uninitialised host memory, page-locked in place if `pin`.
+
+    torch's own pinned allocator rounds up to a power of two, half as much again for Mixtral.
+    Raises MemoryError if the system refuses to lock that much.
+    """
+    block = _aligned(nbytes, torch.device("cpu"))
+    if pin:
+        cudart: Any = torch.cuda.cudart()
+        if int(cudart.cudaHostRegister(block.data_ptr(), nbytes, 0)):
+            raise MemoryError(f"cannot page-lock {nbytes} bytes of host memory")
+    return block
+
+
+def _unlock(pointers: set[int]) -> None:
+    cudart: Any = torch.cuda.cudart()
+    for pointer in pointers:
+        cudart.cudaHostUnregister(pointer)
 
 
 def drop_parameters(module: nn.Module) -> None:
@@ -112,14 +143,16 @@ class ExpertMemory(Protocol):
 
 
 class DeviceSlots:
-    """Slots on the devices, allocated once; `chunk` is the target of a link's copy."""
+    """Slots on the devices, one allocation each; `block` is the target of a link's copies."""
 
     def __init__(
         self, store: HostStore, slots: Sequence[int], devices: Sequence[torch.device]
     ) -> None:
-        self._blocks: list[list[Tensor]] = []
+        nbytes = store.layout.nbytes
+        self._blocks: list[tuple[Tensor, ...]] = []
         for count, device in zip(slots, devices, strict=True):
-            self._blocks.append([_aligned(store.layout.nbytes, device) for _ in range(count)])
+            slab = _aligned(count * nbytes, device)
+            self._blocks.append(slab.split(nbytes))
         self._views = [[store.layout.views(block) for block in row] for row in self._blocks]
 
     def weights(self, expert: ExpertId, slot: Slot) -> Weights:
@@ -130,7 +163,7 @@ class DeviceSlots:
 
 
 def _aligned(nbytes: int, device: torch.device) -> Tensor:
-    buffer = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     skip = -buffer.data_ptr() % ALIGNMENT
     return buffer[skip : skip + nbytes]
 

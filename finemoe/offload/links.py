@@ -51,15 +51,17 @@ class EmulatedLink:
         self._slots = slots
         self._speed = speed
         self._free_at = 0.0
+        self._counted_to = 0.0
         self._busy = False
         self.copied_bytes = 0
         self.copying_seconds = 0.0
 
     def start(self, chunk: Chunk) -> None:
         # A link that was busy goes on from its own schedule, so that late wake-ups do not add up.
-        begin = self._free_at if self._busy else time.perf_counter()
+        if not self._busy:
+            self._free_at = self._counted_to = time.perf_counter()
         nbytes = chunk.stop - chunk.start
-        self._free_at = begin + nbytes / self._speed.bytes_per_second
+        self._free_at += nbytes / self._speed.bytes_per_second
         if chunk.start == 0:
             self._free_at += self._speed.latency
         source = self._store.block(chunk.expert)
@@ -71,7 +73,9 @@ class EmulatedLink:
             time.sleep(wait)
         self._busy = True
         self.copied_bytes += nbytes
-        self.copying_seconds += max(self._free_at, time.perf_counter()) - begin
+        now = time.perf_counter()
+        self.copying_seconds += now - self._counted_to
+        self._counted_to = now
 
     def finish(self) -> None:
         pass
@@ -93,6 +97,8 @@ class CudaLink:
         self._slots = slots
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        # What filled the slots before may still be under way on the device's own stream.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._in_flight: deque[torch.cuda.Event] = deque()
         self._readers: dict[Slot, torch.cuda.Event] = {}
 
@@ -105,7 +111,7 @@ class CudaLink:
             self._slots.block(chunk.slot)[chunk.start : chunk.stop].copy_(
                 source[chunk.start : chunk.stop], non_blocking=True
             )
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event(blocking=True)
             arrived.record()
         self._in_flight.append(arrived)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finemoe.offload.dispatch import Dispatch, dispatch
 from finemoe.offload.experts import ExpertMemory, Weights
 from finemoe.offload.links import Link
 from finemoe.offload.model import OffloadedModel
@@ -71,8 +72,8 @@ class LiveRuntime:
         self.residency = residency
         self.phases = PhaseSeconds()
         self.listeners: list[OutcomeListener] = []
+        self.links = tuple(links)
         self._memory = memory
-        self._links = tuple(links)
         self._devices = tuple(devices)
         self._changed = threading.Condition()
         self._arrived: deque[ExpertId] = deque()
@@ -80,6 +81,7 @@ class LiveRuntime:
         self._stopping = False
         self._threads: list[threading.Thread] = []
         self._worker: Worker | None = None
+        self._unpublished: list[Callable[[], None]] = []
         self._observed = policy.placement.prediction != "none"
         self._hooks: list[Any] = []
         self._iteration: Iteration | None = None
@@ -87,7 +89,7 @@ class LiveRuntime:
 
     def __enter__(self) -> LiveRuntime:
         self._attach()
-        for device, link in enumerate(self._links):
+        for device, link in enumerate(self.links):
             name = f"link-{device}"
             thread = threading.Thread(
                 target=self._drive, args=(device, link), name=name, daemon=True
@@ -169,36 +171,42 @@ class LiveRuntime:
 
     def _run_layer(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self._iteration is not None
-        chosen = index.cpu().numpy()
-        activated = np.unique(chosen).tolist()
+        routing = dispatch(hidden, index.cpu().numpy(), weights)
         with self._changed:
             self._raise_failure()
             self._arrived.clear()
-            outcome = self.residency.gate(self._iteration, layer, activated)
+            outcome = self.residency.gate(self._iteration, layer, routing.activated)
             if outcome.late or outcome.misses:
                 self._changed.notify_all()
         for listener in self.listeners:
             listener(outcome)
         if self._observed:
-            self._publish_gate(self._iteration, layer, hidden, activated)
-        return self._compute(layer, outcome, chosen, hidden, weights)
+            self._publish_gate(self._iteration, layer, hidden, outcome)
+        return self._compute(outcome, routing)
 
     def _publish_gate(
-        self, iteration: Iteration, layer: int, hidden: Tensor, activated: list[int]
+        self, iteration: Iteration, layer: int, hidden: Tensor, outcome: LayerOutcome
     ) -> None:
         with self._timed("context_collection"):
             logits = self._logits[layer]
             assert logits is not None
-            probabilities = logits.reshape(-1, logits.shape[-1]).float().softmax(-1)
+            rows = _to_numpy(logits.reshape(-1, logits.shape[-1]))
             states = _to_numpy(hidden) if self.policy.placement.hidden_states else None
-            gate = Gate(layer, _to_numpy(probabilities), tuple(activated), states)
-        self._publish("search", iteration.number, self.policy.on_gate, iteration, gate)
+        self._publish("search", iteration.number, self._on_gate, iteration, outcome, rows, states)
 
-    def _compute(
-        self, layer: int, outcome: LayerOutcome, chosen: Any, hidden: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Run experts in order of arrival; add their outputs in order of index (rule 1)."""
-        outputs: dict[int, tuple[Tensor, Tensor]] = {}
+    def _on_gate(
+        self,
+        iteration: Iteration,
+        outcome: LayerOutcome,
+        logits: FloatArray,
+        hidden: FloatArray | None,
+    ) -> Sequence[Prefetch]:
+        gate = Gate(outcome.layer, softmax(logits), outcome.activated, hidden)
+        return self.policy.on_gate(iteration, gate)
+
+    def _compute(self, outcome: LayerOutcome, routing: Dispatch) -> Tensor:
+        """Run experts in order of arrival; their outputs are added in a fixed order (rule 1)."""
+        outputs: dict[int, Tensor] = {}
         ready = deque(outcome.hits)
         waiting = len(outcome.late) + len(outcome.misses)
         while ready or waiting:
@@ -207,33 +215,24 @@ class LiveRuntime:
                 waiting -= len(arrivals)
                 ready.extend(arrivals)
             index = ready.popleft()
-            expert = ExpertId(layer, index)
-            outputs[index] = self._run_expert(expert, chosen, hidden, weights)
+            expert = ExpertId(outcome.layer, index)
+            outputs[index] = self._run_expert(expert, routing)
             with self._changed:
                 self.residency.release(expert)
                 if waiting:
                     self._changed.notify_all()
-        total = torch.zeros_like(hidden)
-        for index in sorted(outputs):
-            tokens, output = outputs[index]
-            total.index_add_(0, tokens, output)
-        return total
+        return routing.combine(outputs)
 
-    def _run_expert(
-        self, expert: ExpertId, chosen: Any, hidden: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the rows that go to an expert and its weighted output for them."""
-        ranks, rows = (expert.index == chosen.T).nonzero()
-        tokens = torch.from_numpy(rows).to(hidden.device)
+    def _run_expert(self, expert: ExpertId, routing: Dispatch) -> Tensor:
+        """Return an expert's weighted output for the tokens that go to it, on the main device."""
+        rows = routing.gather(expert.index)
         slot = self.residency.cache.slot(expert)
-        device = self._devices[slot.device]
         parameters: Weights = self._memory.weights(expert, slot)
         kernel = self.model.kernels[expert.layer]
-        output = kernel(hidden[tokens].to(device), parameters).to(hidden.device)
-        if self._links:
-            self._links[slot.device].guard(slot)
-        scale = weights[tokens, torch.from_numpy(ranks).to(hidden.device), None]
-        return tokens, (output * scale).to(hidden.dtype)
+        output = kernel(rows.to(self._devices[slot.device]), parameters).to(rows.device)
+        if self.links:
+            self.links[slot.device].guard(slot)
+        return routing.weigh(expert.index, output)
 
     def _next_arrivals(self) -> list[int]:
         """Wait for on-demand loads of the current layer; return those that arrived."""
@@ -252,11 +251,16 @@ class LiveRuntime:
         *arguments: Any,
     ) -> None:
         """Have the policy called, here or by the worker, and its prefetches queued."""
+        task = partial(self._ask, phase, iteration_number, call, *arguments)
         if self._worker is None:
-            self._ask(phase, iteration_number, call, *arguments)
+            task()
             return
-        with self._timed("context_collection"):
-            self._worker.publish(partial(self._ask, phase, iteration_number, call, *arguments))
+        self._unpublished.append(task)
+        # With every expert resident nothing can be prefetched: one hand-over an iteration will do.
+        if phase == "update" or not self.residency.holds_everything:
+            tasks, self._unpublished = self._unpublished, []
+            with self._timed("context_collection"):
+                self._worker.publish(partial(_call_all, tasks))
 
     def _ask(
         self,
@@ -289,6 +293,10 @@ class LiveRuntime:
                     return
         except BaseException as error:
             self._fail(error)
+        finally:
+            # Slots must not be freed under a copy.
+            for _ in in_flight:
+                link.finish()
 
     def _take_chunk(self, device: int, link: Link, block: bool) -> Any:
         with self._changed:
@@ -331,6 +339,18 @@ class LiveRuntime:
         finally:
             spent = time.perf_counter() - start
             setattr(self.phases, phase, getattr(self.phases, phase) + spent)
+
+
+def softmax(logits: FloatArray) -> FloatArray:
+    """Return the softmax of gate logits (T, J) over the experts, in float32."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: FloatArray = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def _call_all(tasks: Sequence[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
 
 
 def _to_numpy(tensor: Tensor) -> FloatArray:

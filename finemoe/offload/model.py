@@ -70,6 +70,8 @@ class OffloadedModel:
         std = float(getattr(model.config, "initializer_range", 0.02))
         pin = device.type == "cuda"
         store = HostStore.shared(experts, shape.experts, pin, std, seed)
+        for module in experts:
+            module._is_hf_initialized = True  # type: ignore[assignment]
         model.to_empty(device=device)
         torch.manual_seed(seed)
         model.init_weights()

@@ -95,6 +95,11 @@ class Residency:
             self._queue(wish.expert).prefetch(wish.expert, wish.priority)
         return len(in_time)
 
+    @property
+    def holds_everything(self) -> bool:
+        """Whether there is a slot for every expert, so that none ever leaves."""
+        return sum(self.plan.slots) == self.shape.layers * self.shape.experts
+
     def is_pinned(self, expert: ExpertId) -> bool:
         return self.cache.is_pinned(expert)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from queue import Queue
+from queue import SimpleQueue
 
 Task = Callable[[], None]
 
@@ -17,31 +17,37 @@ class Worker:
     """
 
     def __init__(self, capacity: int, on_error: Callable[[BaseException], None]) -> None:
-        self._tasks: Queue[Task | None] = Queue(capacity)
+        self._tasks: SimpleQueue[Task | threading.Event | None] = SimpleQueue()
+        self._room = threading.Semaphore(capacity)
         self._on_error = on_error
         self._failed = False
         self._thread = threading.Thread(target=self._run, name="searcher", daemon=True)
         self._thread.start()
 
     def publish(self, task: Task) -> None:
+        self._room.acquire()
         self._tasks.put(task)
 
     def drain(self) -> None:
         """Wait until every published task is done or dropped."""
-        self._tasks.join()
+        reached = threading.Event()
+        self._tasks.put(reached)
+        reached.wait()
 
     def close(self) -> None:
+        """Run what is left and end the thread."""
         self._tasks.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
+            if isinstance(task, threading.Event):
+                task.set()
+                continue
+            self._room.release()
             try:
                 if not self._failed:
                     task()
             except BaseException as error:
                 self._failed = True
                 self._on_error(error)
-            finally:
-                self._tasks.task_done()
-        self._tasks.task_done()

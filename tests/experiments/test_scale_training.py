@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from experiments.scale_training import Recipe, Training
-from tests.tiny_models import tiny_model
+from experiments.small_models import small_model
 
 RECIPE = Recipe(
     tokens=6 * 2 * 16,
@@ -24,7 +24,7 @@ RECIPE = Recipe(
 
 def training(checkpoint: Path) -> Training:
     ids = torch.randint(128, (500,), generator=torch.Generator().manual_seed(0))
-    model = tiny_model("mixtral", torch.float32)
+    model = small_model("mixtral", torch.float32)
     return Training(model.train(), RECIPE, ids, ids[:64], checkpoint)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.small_models import small_model
 from finemoe.offload.assemble import offloading_runtime
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import LinkError, LiveRuntime
@@ -26,7 +27,6 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.transfer import Chunk
 from finemoe.testbed import Testbed
-from tests.tiny_models import tiny_model
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 PREFILL = Iteration(0, "prefill", (0,), (5,))
@@ -34,7 +34,7 @@ PREFILL = Iteration(0, "prefill", (0,), (5,))
 
 @pytest.fixture
 def model() -> OffloadedModel:
-    return OffloadedModel.from_model(tiny_model("mixtral"), torch.device("cpu"))
+    return OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
 
 
 def runtime(model: OffloadedModel, policy: Policy, slots: int = 6) -> LiveRuntime:

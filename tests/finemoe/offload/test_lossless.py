@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.small_models import FAMILIES, small_model
 from finemoe.offload.assemble import offloading_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Phase, Policy
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
-from tests.tiny_models import FAMILIES, tiny_model
 
 STEPS = 5
 FAST_LINK_GB_S = 0.5
@@ -68,8 +68,8 @@ def test_every_budget_serves_the_same_logits(
 ) -> None:
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(128, (batch, 7), generator=generator)
-    expected = plain_logits(tiny_model(family, dtype), prompts)
-    model = OffloadedModel.from_model(tiny_model(family, dtype), torch.device("cpu"))
+    expected = plain_logits(small_model(family, dtype), prompts)
+    model = OffloadedModel.from_model(small_model(family, dtype), torch.device("cpu"))
     shape = model.shape
     everything = shape.layers * shape.experts
     for total in {max(shape.top_k, devices), everything // 2, everything}:
