@@ -30,7 +30,7 @@ from experiments.overheads import (
 from experiments.records import provenance
 from experiments.serving import Server
 from experiments.testbeds import emulated
-from finemoe.offload.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel

@@ -54,7 +54,8 @@ class Console:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._rich, transient=True) as bar:
+        hidden = not self._rich.is_terminal
+        with Progress(*columns, console=self._rich, transient=True, disable=hidden) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
 
@@ -65,7 +66,7 @@ class Console:
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str]) -> None:
         """Print some generated text, the table of results and where the record lies."""
         prompt, continuation = sample
-        text = Text.assemble((prompt, "dim"), (continuation, "bold"))
+        text = Text.assemble((prompt, "dim"), (continuation.rstrip(), "bold"))
         self._rich.print(Panel(text, title="first request: prompt, continuation", box=box.ROUNDED))
         title = (
             f"{record['system']} on {record['model']}, {record['memory_budget_gb']:.1f} GB "

@@ -40,7 +40,7 @@ from experiments.records import provenance
 from experiments.serving import Server
 from experiments.small_models import FAMILIES, small_model
 from experiments.workloads import Request
-from finemoe.offload.assemble import offloading_runtime
+from finemoe.assemble import offloading_runtime
 from finemoe.offload.budget import GB, plan_slots
 from finemoe.offload.cache import Slot
 from finemoe.offload.experts import BlockLayout, DeviceSlots, HostStore, host_block

@@ -26,8 +26,8 @@ from experiments.models import LoadedModel, load_model
 from experiments.records import provenance, write_record
 from experiments.serving import Served, Server, in_batches
 from experiments.workloads import OfflineWorkload, Request, offline
+from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.expert_map import StoreMismatch
-from finemoe.offload.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
 from finemoe.offload.live import LiveRuntime, PhaseSeconds
 from finemoe.offload.policy import Policy

@@ -22,7 +22,7 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.serving import Server
 from experiments.small_models import random_model
 from experiments.workloads import Request
-from finemoe.offload.assemble import resident_runtime
+from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
 from finemoe.policy import FineMoEOptions, FineMoEPolicy

@@ -11,7 +11,7 @@ import torch
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import small_model
-from finemoe.offload.assemble import offloading_runtime
+from finemoe.assemble import offloading_runtime
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import LinkError, LiveRuntime
 from finemoe.offload.model import OffloadedModel

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import FAMILIES, small_model
-from finemoe.offload.assemble import offloading_runtime
+from finemoe.assemble import offloading_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Phase, Policy
