@@ -67,9 +67,10 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     setup = prepare(cfg)
     console.announce(setup.testbed, setup.model, setup.prompts, setup.slots)
     _build_history(setup, console)
+    # Saved before anything measured has been seen.
+    _save_history(setup)
     reference = _reference_logits(setup, console)
     measurement = _measure(setup, reference, console)
-    _save_history(setup)
     record = make_record(setup, measurement)
     requests = request_table(measurement.served, measurement.accesses)
     path = write_record(Path(cfg.output), record, requests)

@@ -99,10 +99,14 @@ def draw_loss(training: Training, baseline: float, path: Path) -> None:
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float) -> None:
-    """Write weights (bf16), tokenizer, generation config, history, loss curve and card."""
+def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float) -> dict[str, Any]:
+    """Write weights (bf16), tokenizer, generation config, history, loss curve and card.
+
+    Returns what the card says, among it the perplexity over the whole held-out text.
+    """
     folder = Path(cfg.export)
     folder.mkdir(parents=True, exist_ok=True)
+    loss = training.held_out_loss()
     model: Any = training.model
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -112,10 +116,9 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    final = training.history[-1]
     summary = {
-        "held_out_loss": final.held_out_loss,
-        "held_out_perplexity": math.exp(final.held_out_loss),
+        "held_out_loss": loss,
+        "held_out_perplexity": math.exp(loss),
         "unigram_perplexity": math.exp(baseline),
         "tokens": training.recipe.tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -127,6 +130,7 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_loss(training, baseline, folder / "loss.png")
     (folder / "README.md").write_text(card(cfg, summary))
+    return summary
 
 
 def card(cfg: DictConfig, summary: dict[str, Any]) -> str:
@@ -186,11 +190,10 @@ def main(cfg: DictConfig) -> None:
     if training.step < recipe.steps:
         print(f"stopped at step {training.step}; call again to go on")
         return
-    export(cfg, training, tokenizer, baseline)
-    loss = training.history[-1].held_out_loss
+    summary = export(cfg, training, tokenizer, baseline)
     print(
-        f"held-out perplexity {math.exp(loss):.1f}, unigram {math.exp(baseline):.1f}; "
-        f"exported to {cfg.export}"
+        f"held-out perplexity {summary['held_out_perplexity']:.1f}, "
+        f"unigram {summary['unigram_perplexity']:.1f}; exported to {cfg.export}"
     )
 
 

@@ -87,18 +87,21 @@ class Training:
             losses.append(self._train_step())
             self.step += 1
             if self.step % self.recipe.evaluate_every == 0 or self.step == last:
-                progress = Progress(self.step, sum(losses) / len(losses), self.held_out_loss())
+                held_out = self.held_out_loss(self.recipe.evaluate_sequences)
+                progress = Progress(self.step, sum(losses) / len(losses), held_out)
                 losses.clear()
                 self.history.append(progress)
                 self._save()
                 yield progress
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Cross entropy in nats per token over the first `evaluate_sequences` held-out windows."""
+    def held_out_loss(self, sequences: int | None = None) -> float:
+        """Cross entropy in nats per token over evenly spaced held-out windows, or over all."""
         length = self.recipe.sequence_length
-        count = min(self.recipe.evaluate_sequences, len(self.held_out_ids) // length)
-        windows = self.held_out_ids[: count * length].view(count, length)
+        whole = len(self.held_out_ids) // length
+        windows = self.held_out_ids[: whole * length].view(whole, length)
+        if sequences is not None and sequences < whole:
+            windows = windows[torch.linspace(0, whole - 1, sequences).long()]
         self.model.eval()
         losses = [
             self.model(input_ids=batch, labels=batch, use_cache=False).loss

@@ -101,6 +101,7 @@ class FineMoEPolicy(Policy):
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
         self._usage = UsageTable(self.shape)
+        self._expect_anything()
 
     def save(self, path: Path, model_id: str) -> None:
         self.store.save(path, model_id)
@@ -120,6 +121,7 @@ class FineMoEPolicy(Policy):
             return ()
         self._trajectory = TrajectorySearch(self.store, len(self._embeddings))
         if self.options.search == "trajectory":
+            self._expect_anything()
             return ()
         self._semantic = semantic_search(self.store, self._embeddings)
         self._expect(self._semantic, range(self.shape.layers))
@@ -130,9 +132,8 @@ class FineMoEPolicy(Policy):
         self._observed.append(rows)
         if self._trajectory is None:
             return ()
-        matches = self._trajectory.observe(rows)
-        if self.options.search == "semantic":
-            matches = self._semantic
+        by_embedding = self.options.search == "semantic"
+        matches = self._semantic if by_embedding else self._trajectory.observe(rows)
         first = gate.layer + self.distance
         last = self.shape.layers if self.options.horizon == "all" else first + 1
         targets = range(first, min(last, self.shape.layers))
@@ -153,8 +154,15 @@ class FineMoEPolicy(Policy):
             return rows
         return np.stack([rows[part].mean(axis=0) for part in iteration.rows()])
 
+    def _expect_anything(self) -> None:
+        self._expected[:] = 1 / self.shape.experts
+
     def _expect(self, matches: Sequence[Match], layers: range) -> None:
-        """Note the searched maps' probabilities, the p of the eviction priority."""
+        """Note the searched maps' probabilities, the p of the eviction priority.
+
+        The semantic map gives p for all layers until trajectory maps replace it; queries of a
+        batch give their maximum.
+        """
         if not layers:
             return
         target = self._expected[layers.start :]
@@ -177,9 +185,8 @@ class FineMoEPolicy(Policy):
         return [Prefetch(expert, priority) for expert, priority in best.items()]
 
     def _select(self, probabilities: FloatArray, score: float) -> NDArray[np.intp]:
-        if self.options.selection == "top_k":
-            return np.argsort(-probabilities, kind="stable")[: self.shape.top_k]
-        return select_experts(probabilities, score, self.shape.top_k, self.options.variant)
+        trusted = 1.0 if self.options.selection == "top_k" else score
+        return select_experts(probabilities, trusted, self.shape.top_k, self.options.variant)
 
     def _prioritise(
         self, probabilities: FloatArray, chosen: NDArray[np.intp], layer: int, band: range, now: int

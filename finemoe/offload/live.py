@@ -47,7 +47,7 @@ class PhaseSeconds:
     update: float = 0.0
 
 
-class LinkError(RuntimeError):
+class BackgroundError(RuntimeError):
     """A copy or the searcher failed; the cause is chained."""
 
 
@@ -109,6 +109,8 @@ class LiveRuntime:
             thread.join()
         if self._worker is not None:
             self._worker.close()
+            # It refers back to this runtime, whose slots must be freed with the last user.
+            self._worker = None
         for hook in self._hooks:
             hook.remove()
         for module in self.model.experts:
@@ -117,7 +119,7 @@ class LiveRuntime:
     def forward(self, iteration: Iteration, **inputs: Any) -> Any:
         """Run one forward pass over the iteration's tokens and return the model's output.
 
-        Raises LinkError if a copy or the searcher failed.
+        Raises BackgroundError if a copy or the searcher failed.
         """
         self._iteration = iteration
         with self._changed:
@@ -219,7 +221,7 @@ class LiveRuntime:
             outputs[index] = self._run_expert(expert, routing)
             with self._changed:
                 self.residency.release(expert)
-                if waiting:
+                if self.residency.starved:
                     self._changed.notify_all()
         return routing.combine(outputs)
 
@@ -287,8 +289,9 @@ class LiveRuntime:
                     link.start(chunk)
                     in_flight.append(chunk)
                 if in_flight and (chunk is None or len(in_flight) == link.depth):
+                    oldest = in_flight.popleft()
                     link.finish()
-                    self._arrive(device, in_flight.popleft())
+                    self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
                     return
         except BaseException as error:
@@ -329,7 +332,9 @@ class LiveRuntime:
     def _raise_failure(self) -> None:
         if self._error is not None:
             name = type(self._error).__name__
-            raise LinkError(f"a background thread failed: {name}: {self._error}") from self._error
+            raise BackgroundError(
+                f"a background thread failed: {name}: {self._error}"
+            ) from self._error
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -96,6 +96,11 @@ class Residency:
         return len(in_time)
 
     @property
+    def starved(self) -> bool:
+        """Whether a link waits for a slot, so that it should hear of the next release."""
+        return any(queue.starved for queue in self.queues)
+
+    @property
     def holds_everything(self) -> bool:
         """Whether there is a slot for every expert, so that none ever leaves."""
         return sum(self.plan.slots) == self.shape.layers * self.shape.experts

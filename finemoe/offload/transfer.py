@@ -65,6 +65,8 @@ class TransferQueue:
 
     def __init__(self, cache: ExpertCache, expert_bytes: int, chunk_bytes: int) -> None:
         self.traffic = Traffic()
+        self.starved = False
+        """Whether the last call of `next_chunk` found transfers but no slot for them."""
         self._cache = cache
         self._expert_bytes = expert_bytes
         self._chunk_bytes = chunk_bytes
@@ -120,6 +122,7 @@ class TransferQueue:
     def next_chunk(self) -> Chunk | None:
         """Return the chunk to copy now, taking a slot if it is a first one; None to wait."""
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
+        self.starved = transfer is None and bool(self._transfers)
         if transfer is None:
             return None
         assert transfer.slot is not None

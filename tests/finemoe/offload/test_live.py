@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,10 +14,12 @@ import torch
 from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import small_model
 from finemoe.assemble import offloading_runtime
+from finemoe.offload.cache import State
 from finemoe.offload.links import EmulatedLink
-from finemoe.offload.live import LinkError, LiveRuntime
+from finemoe.offload.live import BackgroundError, LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
+    ExpertId,
     FloatArray,
     Gate,
     Iteration,
@@ -26,6 +30,7 @@ from finemoe.offload.policy import (
     Prefetch,
 )
 from finemoe.offload.transfer import Chunk
+from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
@@ -112,12 +117,57 @@ def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedM
     assert len(spy.outcomes) == model.shape.layers
 
 
-def test_what_was_prefetched_in_time_is_a_hit(model: OffloadedModel) -> None:
-    spy = Spy(model.shape, Placement("critical_path"))
-    with runtime(model, spy, slots=12) as live:
-        assert live.residency.cache.occupied == 12
+class NextLayer(OnDemandPolicy):
+    """Prefetches two experts of layer 1 while layer 0 holds every slot."""
+
+    placement = Placement("critical_path")
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        return [Prefetch(ExpertId(1, index), 1.0) for index in range(4)] if gate.layer == 0 else ()
+
+
+def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
+    model: OffloadedModel,
+) -> None:
+    outcomes: list[LayerOutcome] = []
+    live = runtime(model, NextLayer(model.shape), slots=4)
+
+    def all_arrived(*_: object) -> None:
+        def resident() -> bool:
+            cache = live.residency.cache
+            return all(cache.state(ExpertId(1, j)) is State.RESIDENT for j in range(4))
+
+        with live._changed:
+            live._changed.wait_for(resident, timeout=10)
+
+    hook = model.gates[1].register_forward_pre_hook(all_arrived)
+    live.listeners.append(outcomes.append)
+    with live:
         live.forward(PREFILL, input_ids=PROMPT)
-    assert all(outcome.hits == outcome.activated for outcome in spy.outcomes)
+    hook.remove()
+    assert outcomes[1].hits == outcomes[1].activated
+    assert live.residency.traffic().prefetched == 4 * model.store.layout.nbytes
+
+
+def test_a_budget_for_everything_is_filled_before_serving(model: OffloadedModel) -> None:
+    outcomes: list[LayerOutcome] = []
+    with runtime(model, OnDemandPolicy(model.shape), slots=12) as live:
+        live.listeners.append(outcomes.append)
+        live.forward(PREFILL, input_ids=PROMPT)
+    assert all(outcome.hits == outcome.activated for outcome in outcomes)
+
+
+def test_a_finished_runtime_frees_its_slots_at_once(model: OffloadedModel) -> None:
+    live = runtime(model, FineMoEPolicy(model.shape, FineMoEOptions(prefetch_distance=1)))
+    freed = weakref.ref(live)
+    gc.disable()
+    try:
+        with live:
+            serve_and_drain(live)
+        del live
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_a_failing_searcher_fails_the_run_and_leaves_no_thread(model: OffloadedModel) -> None:
@@ -127,7 +177,10 @@ def test_a_failing_searcher_fails_the_run_and_leaves_no_thread(model: OffloadedM
     before = set(threading.enumerate())
     spy = Spy(model.shape, Placement("background"))
     spy.act = fail
-    with pytest.raises(LinkError, match="RuntimeError: no such map"), runtime(model, spy) as live:
+    with (
+        pytest.raises(BackgroundError, match="RuntimeError: no such map"),
+        runtime(model, spy) as live,
+    ):
         serve_and_drain(live)
     assert set(threading.enumerate()) == before
 
@@ -141,7 +194,7 @@ def test_a_failing_copy_fails_the_run_and_leaves_no_thread(
     before = set(threading.enumerate())
     monkeypatch.setattr(EmulatedLink, "start", fail)
     policy = OnDemandPolicy(model.shape)
-    with pytest.raises(LinkError, match="the bus is gone"), runtime(model, policy) as live:
+    with pytest.raises(BackgroundError, match="the bus is gone"), runtime(model, policy) as live:
         live.forward(PREFILL, input_ids=PROMPT)
     assert set(threading.enumerate()) == before
 
