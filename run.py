@@ -31,7 +31,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     from experiments.console import Console
     from experiments.errors import UserError
     from experiments.harness import run
-    from experiments.records import REQUESTS, existing_record
+    from experiments.records import REQUESTS, existing_record, read_record
     from experiments.tracking import log_record
 
     outcome.started = True
@@ -40,10 +40,10 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
         held = existing_record(cfg)
         if held is not None:
             console.skipped(held)
-            return
-        record = run(cfg, console)
+        record = run(cfg, console) if held is None else read_record(held)
         folder = Path(cfg.output)
-        log_record(cfg.logger, folder, record, folder / REQUESTS)
+        if not (folder / "wandb").exists():
+            log_record(cfg.logger, folder, record, folder / REQUESTS)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         outcome.bad_input = True

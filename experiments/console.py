@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -33,7 +34,7 @@ class Console:
         """Say what runs where, before anything takes time."""
         shape = model.offloaded.shape
         experts = shape.layers * shape.experts
-        self._print(f"[bold]{model.name}[/] ({model.weights} weights, {testbed.mode})")
+        self._print(f"[bold]{model.name}[/] ({escape(model.weights)} weights, {testbed.mode})")
         place = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
             load = testbed.load_seconds(model.full_expert_bytes)
@@ -43,7 +44,7 @@ class Console:
             f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
             f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
         )
-        self._print(f"prompts from {prompts.dataset}: {prompts.source}")
+        self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
@@ -61,7 +62,7 @@ class Console:
 
     def skipped(self, record: Path) -> None:
         """Say that a complete record of this config is already there."""
-        self._print(f"already complete: {record}")
+        self._print(f"already complete: {escape(str(record))}")
 
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str]) -> None:
         """Print some generated text, the table of results and where the record lies."""
@@ -77,7 +78,7 @@ class Console:
         self._rich.print(_latencies(summary), _experts(summary))
         self._print(_memory(summary))
         self._print(f"lossless: {_lossless(summary['lossless'])}")
-        self._rich.print(f"run record: {path}", soft_wrap=True)
+        self._print(f"run record: {escape(str(path))}")
 
     def _print(self, line: str) -> None:
         self._rich.print(line, soft_wrap=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class PromptSet:
 
 def corpus_dataset(name: str, kind: Kind) -> Dataset:
     """Return held-out passages of the running Python's standard library, never trained on."""
+    if kind not in ("docs", "code"):
+        raise UserError(f"dataset.kind={kind} is none of docs, code")
     texts = [
         passage.strip()
         for document in documents()
@@ -71,8 +73,8 @@ def draw_prompts(
     The tokenizer's chat template, where it has one, is counted in. Raises UserError if too few
     texts are that long.
     """
-    if input_tokens < 1:
-        raise UserError(f"input_tokens={input_tokens}: a prompt needs at least one token")
+    if min(input_tokens, count) < 1:
+        raise UserError("workload.prompts and workload.input_tokens start at 1")
     before, after = _template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
@@ -111,25 +113,30 @@ def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[0], ids[1]
 
 
-def _local_rows(path: Path) -> Iterable[dict[str, Any]]:
+def _local_rows(path: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
     if not path.exists():
         raise UserError(f"there is no file {path}; give dataset.path a json, jsonl or parquet file")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty; give dataset.path a file with conversations")
+    reader = READERS[path.suffix]
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        loaded = datasets.load_dataset(
-            READERS[path.suffix], data_files=str(path), split="train", streaming=True
+        yield from datasets.load_dataset(
+            reader, data_files=str(path), split="train", streaming=True
         )
-        yield from loaded
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"cannot read {path} as {reader}: {_first_line(error)}; mend or replace the file"
+        ) from error
 
 
 def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[dict[str, Any]]:
     import datasets
 
     try:
-        yield from datasets.load_dataset(path, data_files=data_files, split=split, streaming=True)
+        yield from datasets.load_dataset(path, data_files=data_files, split=split)
     except Exception as error:
         # The hub's client raises a dozen unrelated types for what is gated, missing or offline.
         raise UserError(
@@ -143,9 +150,10 @@ def _first_turn(row: dict[str, Any], path: str) -> str | None:
         ("conversation", "role", "user", "content"),
         ("conversations", "from", "human", "value"),
     ):
-        if isinstance(row.get(turns), list):
-            said = [turn[content] for turn in row[turns] if turn.get(speaker) == human]
-            return said[0].strip() if said else None
+        said = row.get(turns)
+        if isinstance(said, list) and all(isinstance(turn, dict) for turn in said):
+            texts = [turn.get(content) for turn in said if turn.get(speaker) == human]
+            return texts[0].strip() if texts and isinstance(texts[0], str) else None
     raise UserError(
         f"{path} has the columns {', '.join(row)}: neither LMSYS's `conversation` (role, content) "
         "nor ShareGPT's `conversations` (from, value)"

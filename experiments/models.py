@@ -63,8 +63,8 @@ def _source(cfg: DictConfig, weights: str) -> str:
         return str(path)
     if weights == "scale":
         raise UserError(
-            f"no scale model of {cfg.name} is shipped yet; train it with "
-            f"`python -m experiments.scale_models model={cfg.name}` or use weights=dummy or hub"
+            f"no scale model of {cfg.name} is shipped yet; use weights=dummy, weights=hub or a "
+            "local folder, or model=mixtral"
         )
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
 

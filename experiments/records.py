@@ -38,7 +38,7 @@ def existing_record(cfg: DictConfig) -> Path | None:
     folder = Path(cfg.output)
     record = folder / RECORD
     if record.exists():
-        held = json.loads(record.read_text())
+        held = read_record(record)
         wanted = json.loads(json.dumps(comparable(cfg)))
         if {key: value for key, value in held["config"].items() if key not in PLACES} == wanted:
             return record
@@ -52,6 +52,17 @@ def existing_record(cfg: DictConfig) -> Path | None:
         cause = f"cannot write to {folder}: {error.strerror}"
         raise UserError(f"{cause}; choose another output=") from error
     return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a run record; raise UserError if the file is none."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record["status"] == "complete" and "config" in record:
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is no run record; choose another output= or remove it")
 
 
 def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -> Path:

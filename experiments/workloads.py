@@ -18,29 +18,47 @@ class Request:
     output_tokens: int
 
 
+@dataclass
+class OfflineSettings:
+    """What conf/workload/offline.yaml sets."""
+
+    prompts: int
+    history_share: float
+    input_tokens: int
+    output_tokens: int
+    batch_size: int
+    history_batch_size: int
+    warmup: int
+    repeats: int
+
+
 @dataclass(frozen=True)
 class OfflineWorkload:
-    """Requests that fill a system's history, and those that are measured, in batches."""
+    """Requests that fill a system's history, those that warm the cache, those measured."""
 
     history: tuple[Request, ...]
+    warmup: tuple[Request, ...]
     measured: tuple[Request, ...]
 
 
-def offline(
-    prompts: PromptSet, history_share: float, output_tokens: int, seed: int
-) -> OfflineWorkload:
+def offline(prompts: PromptSet, settings: OfflineSettings, seed: int) -> OfflineWorkload:
     """Split prompts by seed: `history_share` of them prepare the system, the rest is measured.
 
-    Raises UserError if the split leaves nothing to measure.
+    Warm-up requests come from the history, so nothing measured is seen before. Raises UserError
+    if the split leaves nothing to measure, or nothing to warm up with.
     """
-    if output_tokens < 1:
-        raise UserError(f"output_tokens={output_tokens}: generate at least one token")
     order = list(range(len(prompts.prompts)))
     random.Random(seed).shuffle(order)
-    requests = [Request(n, prompts.prompts[i], output_tokens) for n, i in enumerate(order)]
-    cut = round(history_share * len(requests))
-    if not 0 <= history_share < 1 or cut == len(requests):
+    tokens = settings.output_tokens
+    requests = [Request(n, prompts.prompts[i], tokens) for n, i in enumerate(order)]
+    share = settings.history_share
+    cut = round(share * len(requests))
+    if not 0 <= share < 1 or cut == len(requests):
         raise UserError(
-            f"history_share={history_share} of {len(requests)} prompts leaves none to measure"
+            f"workload.history_share={share} of {len(requests)} prompts leaves none to measure"
         )
-    return OfflineWorkload(tuple(requests[:cut]), tuple(requests[cut:]))
+    history, measured = tuple(requests[:cut]), tuple(requests[cut:])
+    if settings.warmup and not history:
+        raise UserError("a warm-up needs history prompts; set workload.warmup=0")
+    warmup = tuple(history[i % len(history)] for i in range(settings.warmup))
+    return OfflineWorkload(history, warmup, measured)

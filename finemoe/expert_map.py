@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,9 @@ class ExpertMapStore:
             "maps": np.ascontiguousarray(self._maps[:, : self.size].swapaxes(0, 1)),
             "embeddings": self.embeddings.copy(),
         }
-        save_file(arrays, path, metadata={"model_id": model_id})
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(arrays, partial, metadata={"model_id": model_id})
+        os.replace(partial, path)
 
     def load(self, path: Path, model_id: str) -> None:
         """Add the iterations of a file, in the order of its entries.

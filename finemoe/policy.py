@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -227,11 +227,13 @@ def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:
 
     Raises ValueError for an option that has no such value.
     """
-    for field in fields(FineMoEOptions):
-        allowed = get_args(get_type_hints(FineMoEOptions)[field.name])
-        if allowed and options.get(field.name, allowed[0]) not in allowed:
-            chosen = options[field.name]
-            raise ValueError(f"{field.name}={chosen} is none of {', '.join(map(str, allowed))}")
-    if options["prefetch_distance"] < 1 or options.get("store_capacity", 1) < 1:
-        raise ValueError("prefetch_distance and store_capacity start at 1")
+    hints = get_type_hints(FineMoEOptions)
+    for name, value in options.items():
+        allowed = get_args(hints[name])
+        if allowed and value not in allowed:
+            raise ValueError(f"{name}={value} is none of {', '.join(allowed)}")
+        if not allowed and type(value) is not hints[name]:
+            raise ValueError(f"{name}={value} is no {hints[name].__name__}")
+        if hints[name] is int and value < 1:
+            raise ValueError(f"{name}={value}: it starts at 1")
     return FineMoEPolicy(shape, FineMoEOptions(**options))

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,10 @@ class PhaseSeconds:
     search: float = 0.0
     prefetch_issue: float = 0.0
     update: float = 0.0
+
+    def __add__(self, other: PhaseSeconds) -> PhaseSeconds:
+        mine, theirs = astuple(self), astuple(other)
+        return PhaseSeconds(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 class BackgroundError(RuntimeError):

@@ -123,12 +123,7 @@ class Residency:
 
     def traffic(self) -> Traffic:
         """Return the bytes that crossed all links so far."""
-        each = [queue.traffic for queue in self.queues]
-        return Traffic(
-            sum(t.prefetched for t in each),
-            sum(t.on_demand for t in each),
-            sum(t.wasted for t in each),
-        )
+        return sum((queue.traffic for queue in self.queues), Traffic())
 
     def _classify(self, expert: ExpertId) -> str:
         if self.cache.state(expert) is State.RESIDENT:

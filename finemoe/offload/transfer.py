@@ -35,6 +35,13 @@ class Traffic:
     wasted: int = 0
     """Prefetched bytes that were cancelled or evicted before any use."""
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.prefetched + other.prefetched,
+            self.on_demand + other.on_demand,
+            self.wasted + other.wasted,
+        )
+
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(
             self.prefetched - earlier.prefetched,

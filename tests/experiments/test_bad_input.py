@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import testbeds
+from experiments import setup, testbeds
 from experiments.errors import UserError
-from experiments.harness import prepare
 from experiments.records import existing_record
+from experiments.setup import prepare
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, run_command
@@ -56,7 +56,7 @@ def test_missing_weights() -> None:
 
 
 def test_a_scale_model_that_is_not_shipped() -> None:
-    assert "experiments.scale_models" in complaint("model=phi")
+    assert "weights=dummy" in complaint("model=phi")
 
 
 def test_weights_that_need_a_network() -> None:
@@ -112,6 +112,68 @@ def test_a_system_without_a_store() -> None:
 
 def test_an_option_with_no_such_value() -> None:
     assert "paper, demo" in complaint("system.variant=best")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "workload.prompts=abc",
+        "workload.prompts=-1",
+        "workload.repeats=1.5",
+        "workload.output_tokens=0",
+        "workload.history_share=abc",
+        "system.prefetch_distance=abc",
+        "system.store_capacity=0",
+        "system.online_growth=maybe",
+        "+system.no_such=1",
+        "testbed.threads=0",
+        "testbed.devices=1.5",
+        "testbed.chunk_mb=1e-7",
+        "testbed.time_scale=-1",
+        "dataset.kind=songs",
+        "seed=-1",
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(override: str) -> None:
+    key, value = override.removeprefix("+").split("=")
+    message = complaint(override)
+    assert key.split(".")[-1] in message or value in message
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        '{"conversation": [{"role": "user"}]}',
+        '{"conversations": [{"from": "human", "value": null}]}',
+        '{"conversations": ["hello"]}',
+        "",
+    ],
+)
+def test_malformed_conversations(rows: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    assert str(path) in complaint("dataset=lmsys", f"dataset.path={path}")
+
+
+def test_a_budget_beyond_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "free_bytes", lambda device: 1_000_000)
+    assert "lower memory_budget" in complaint("memory_budget=100%")
+
+
+def test_a_warm_up_without_history() -> None:
+    assert "workload.warmup=0" in complaint("workload.history_share=0")
+
+
+def test_a_store_that_cannot_be_saved() -> None:
+    assert "choose another file" in complaint("store.save=/proc/nothing/here")
+
+
+def test_a_record_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    cfg = composed()
+    cfg.output = str(tmp_path)
+    with pytest.raises(UserError, match="no run record"):
+        existing_record(cfg)
 
 
 def test_an_unwritable_output() -> None:
