@@ -318,7 +318,9 @@ class LiveRuntime:
     def _arrive(self, device: int, chunk: Any) -> None:
         with self._changed:
             expert = self.residency.chunk_done(device, chunk)
-            if expert is not None and self.residency.is_pinned(expert):
+            if expert is None:
+                return
+            if self.residency.is_pinned(expert):
                 self._arrived.append(expert)
             self._changed.notify_all()
 
