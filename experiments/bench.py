@@ -7,6 +7,7 @@ nothing fails because of a time.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     checks = measure(options.model, resident, offloaded, options.time_scale)
     print_checks(f"Overheads ({options.threads} torch threads)", checks, Console())
     record = {
-        "model": str(options.model) if options.model.exists() else "random Mixtral",
+        "model": os.path.relpath(options.model) if options.model.exists() else "random Mixtral",
         "torch_threads": options.threads,
         "time_scale": options.time_scale,
         "checks": [check.plain() for check in checks],
