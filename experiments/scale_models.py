@@ -153,6 +153,9 @@ trained gates; the only pressure on them is the family's own auxiliary load-bala
 
 ![loss](loss.png)
 
+The curve's held-out loss is over {summary["recipe"]["evaluate_sequences"]} windows spread over the
+held-out text; the perplexity above is over all of it.
+
 Train it again: `python -m experiments.scale_models model={name} tokens={summary["tokens"]}`
 (resumes where it was stopped; remove `{cfg.checkpoints}` to start over).
 """
