@@ -80,6 +80,9 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
     torch.manual_seed(cfg.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_experts_implementation(cfg.model.scale.experts_implementation)
+    if cfg.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
     return model.train()
 
 

@@ -113,6 +113,8 @@ class Training:
     def _train_step(self) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
+        # PhiMoE's router samples while it trains.
+        torch.manual_seed(self._step_seed)
         batch = self._batch()
         output = self.model(
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
@@ -126,6 +128,10 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float((output.loss - output.aux_loss * self._balance_weight).detach())
+
+    @property
+    def _step_seed(self) -> int:
+        return self.recipe.seed * 1_000_003 + self.step
 
     @property
     def _balance_weight(self) -> float:
@@ -143,7 +149,7 @@ class Training:
         return self._balance_weight * torch.stack(losses).mean()
 
     def _batch(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed(self._step_seed)
         length = self.recipe.sequence_length
         starts = torch.randint(
             len(self.train_ids) - length, (self.recipe.batch_sequences,), generator=generator

@@ -32,6 +32,7 @@ class Slot(NamedTuple):
 
 
 EvictionKeys = Callable[[ExpertId], NDArray[np.float64]]
+EvictionListener = Callable[[ExpertId], None]
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,18 @@ class ExpertCache:
     The bytes in use are `occupied` slots times the bytes of one expert, loading ones included.
     """
 
-    def __init__(self, shape: ModelShape, slots: Sequence[int], keys: EvictionKeys) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        slots: Sequence[int],
+        keys: EvictionKeys,
+        evicted: EvictionListener = lambda expert: None,
+    ) -> None:
         self.shape = shape
         self.slots = tuple(slots)
         self.peak_occupied = 0
         self._keys = keys
+        self._evicted = evicted
         self._slot: dict[ExpertId, Slot] = {}
         self._pins: dict[ExpertId, int] = {}
         self._free = [list(range(count))[::-1] for count in slots]
@@ -93,6 +101,7 @@ class ExpertCache:
             if evicted is None:
                 return None
             self._remove(evicted)
+            self._evicted(evicted)
         slot = Slot(device, self._free[device].pop())
         self._slot[expert] = slot
         self.peak_occupied = max(self.peak_occupied, len(self._slot))

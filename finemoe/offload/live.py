@@ -38,10 +38,11 @@ SEARCH_QUEUE_ITERATIONS = 2
 
 @dataclass
 class PhaseSeconds:
-    """Where time goes, in seconds; the first two are always on the critical path (figure 17)."""
+    """Where time goes, in seconds; the first three are always on the critical path (figure 17)."""
 
     context_collection: float = 0.0
     on_demand_wait: float = 0.0
+    prefetch_wait: float = 0.0
     search: float = 0.0
     prefetch_issue: float = 0.0
     update: float = 0.0
@@ -169,6 +170,7 @@ class LiveRuntime:
             embeddings = _to_numpy(output.reshape(-1, output.shape[-1]))
         iteration = self._iteration
         self._publish("search", iteration.number, self.policy.on_embeddings, iteration, embeddings)
+        self._await_prefetches()
 
     def _on_logits(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
         self._logits[layer] = output[self.model.logits_index]
@@ -188,7 +190,9 @@ class LiveRuntime:
             listener(outcome)
         if self._observed:
             self._publish_gate(self._iteration, layer, hidden, outcome)
-        return self._compute(outcome, routing)
+        output = self._compute(outcome, routing)
+        self._await_prefetches()
+        return output
 
     def _publish_gate(
         self, iteration: Iteration, layer: int, hidden: Tensor, outcome: LayerOutcome
@@ -224,8 +228,7 @@ class LiveRuntime:
             expert = ExpertId(outcome.layer, index)
             outputs[index] = self._run_expert(expert, routing)
             with self._changed:
-                self.residency.release(expert)
-                if self.residency.starved:
+                if self.residency.release(expert):
                     self._changed.notify_all()
         return routing.combine(outputs)
 
@@ -240,9 +243,13 @@ class LiveRuntime:
             self.links[slot.device].guard(slot)
         return routing.weigh(expert.index, output)
 
+    def _await_prefetches(self) -> None:
+        if self.policy.placement.awaited:
+            self._await("prefetch_wait", lambda: self.residency.settled)
+
     def _next_arrivals(self) -> list[int]:
         """Wait for on-demand loads of the current layer; return those that arrived."""
-        self._await(lambda: bool(self._arrived))
+        self._await("on_demand_wait", lambda: bool(self._arrived))
         arrivals = [expert.index for expert in self._arrived]
         self._arrived.clear()
         return arrivals
@@ -312,6 +319,8 @@ class LiveRuntime:
                 if chunk is not None or not block:
                     return chunk
                 link.idle()
+                if self.policy.placement.awaited:
+                    self._changed.notify_all()
                 self._changed.wait()
         return None
 
@@ -324,8 +333,8 @@ class LiveRuntime:
                 self._arrived.append(expert)
             self._changed.notify_all()
 
-    def _await(self, condition: Callable[[], bool]) -> None:
-        with self._timed("on_demand_wait"), self._changed:
+    def _await(self, phase: str, condition: Callable[[], bool]) -> None:
+        with self._timed(phase), self._changed:
             while not condition():
                 self._raise_failure()
                 self._changed.wait()

@@ -98,6 +98,29 @@ class Placement:
     """Whether `Gate.hidden_states` is filled; it costs a copy to the host at every layer."""
     everything_resident: bool = False
     """Whether the system keeps all experts on the device, whatever the budget."""
+    awaited: bool = False
+    """Whether a layer ends only when the prefetches asked for have arrived, or cannot."""
+    foresight: bool = False
+    """Whether this is a bound that is told the whole routing beforehand, by `Policy.foretell`."""
+
+
+@dataclass(frozen=True)
+class GateWeights:
+    """The linear gates of a model, on the host: what speculation by a later gate needs."""
+
+    weight: FloatArray
+    """Shape (L, J, h)."""
+    bias: FloatArray | None = None
+    """Shape (L, J)."""
+
+    def logits(self, layer: int, hidden_states: FloatArray) -> FloatArray:
+        """Return what the gate of `layer` makes of hidden states (T, h), shape (T, J)."""
+        logits: FloatArray = hidden_states @ self.weight[layer].T
+        return logits if self.bias is None else logits + self.bias[layer]
+
+
+Routing = Sequence[Sequence[tuple[int, ...]]]
+"""Activated experts, ascending, of every layer of every iteration, in order of iteration numbers."""
 
 
 class Policy:
@@ -105,8 +128,8 @@ class Policy:
 
     Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
     `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
-    background worker's, if the placement says so). `on_outcome`, `on_load` and `eviction_keys` are
-    called from the engine, possibly while a prediction runs, and may see it half taken over.
+    background worker's, if the placement says so). `on_outcome`, `on_load`,
+    `on_evict` and `eviction_keys` are called from the engine, possibly while a prediction runs, and may see it half taken over.
     """
 
     placement = Placement()
@@ -121,6 +144,12 @@ class Policy:
     def load(self, path: Path, model_id: str) -> None:
         """Add a saved history to the policy's own; NotImplementedError without one."""
         raise NotImplementedError
+
+    def set_gates(self, gates: GateWeights) -> None:
+        """Take the model's gates, before anything is served; only if `Placement.hidden_states`."""
+
+    def foretell(self, routing: Routing) -> None:
+        """Take what serving will activate, after `begin_serving`; only if `Placement.foresight`."""
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the host memory that the policy's history takes, by what it holds."""
@@ -145,7 +174,10 @@ class Policy:
         """Take note of which experts a layer used."""
 
     def on_load(self, expert: ExpertId) -> None:
-        """Take note that an expert took a slot."""
+        """Take note that an expert became resident."""
+
+    def on_evict(self, expert: ExpertId) -> None:
+        """Take note that a resident expert lost its slot."""
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
         """Return keys (L, J): among the evictable residents of the device, the largest goes.

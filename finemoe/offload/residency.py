@@ -40,7 +40,7 @@ class Residency:
         self.shape = shape
         self.plan = plan
         self.policy = policy
-        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys)
+        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
         self.queues = [
             TransferQueue(self.cache, plan.expert_bytes, plan.chunk_bytes) for _ in plan.slots
         ]
@@ -96,9 +96,9 @@ class Residency:
         return len(in_time)
 
     @property
-    def starved(self) -> bool:
-        """Whether a link waits for a slot, so that it should hear of the next release."""
-        return any(queue.starved for queue in self.queues)
+    def settled(self) -> bool:
+        """Whether no link has anything left that it could copy now."""
+        return all(queue.settled for queue in self.queues)
 
     @property
     def holds_everything(self) -> bool:
@@ -108,9 +108,10 @@ class Residency:
     def is_pinned(self, expert: ExpertId) -> bool:
         return self.cache.is_pinned(expert)
 
-    def release(self, expert: ExpertId) -> None:
-        """Unpin an expert whose layer is done with it."""
+    def release(self, expert: ExpertId) -> bool:
+        """Unpin an expert whose layer is done with it; tell whether its link waits for a slot."""
         self.cache.unpin(expert)
+        return self._queue(expert).retry()
 
     def next_chunk(self, device: int) -> Chunk | None:
         return self.queues[device].next_chunk()

@@ -83,6 +83,18 @@ class TransferQueue:
         self._tickets = itertools.count()
         self._unused: dict[ExpertId, int] = {}
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is under way and nothing queued can get a slot."""
+        if not self._transfers:
+            return True
+        return self.starved and not any(t.in_flight for t in self._transfers.values())
+
+    def retry(self) -> bool:
+        """Note that a slot may have become free; tell whether transfers waited for one."""
+        starved, self.starved = self.starved, False
+        return starved
+
     def requested(self, expert: ExpertId) -> bool:
         """Tell whether a copy of `expert` is queued or under way, and wanted."""
         transfer = self._transfers.get(expert)
@@ -97,6 +109,7 @@ class TransferQueue:
             transfer = self._transfers[expert] = _Transfer(expert, False, priority, -1)
         elif transfer.urgent:
             return
+        self.starved = False
         transfer.cancelled = False
         transfer.priority, transfer.ticket = priority, next(self._tickets)
         heapq.heappush(self._order, (-priority, transfer.ticket, expert))
@@ -109,6 +122,7 @@ class TransferQueue:
         transfer = self._transfers.get(expert)
         if transfer is None:
             transfer = self._transfers[expert] = _Transfer(expert, True, 0.0, -1)
+        self.starved = False
         transfer.urgent, transfer.cancelled = True, False
         if transfer.sent < self._expert_bytes:
             self._urgent[expert] = transfer
