@@ -11,7 +11,6 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from finemoe.offload.policy import (
     Prefetch,
 )
 from finemoe.offload.residency import Residency
+from finemoe.offload.routed import softmax
 from finemoe.offload.worker import Worker
 
 OutcomeListener = Callable[[LayerOutcome], None]
@@ -359,13 +359,6 @@ class LiveRuntime:
         finally:
             spent = time.perf_counter() - start
             setattr(self.phases, phase, getattr(self.phases, phase) + spent)
-
-
-def softmax(logits: FloatArray) -> FloatArray:
-    """Return the softmax of gate logits (T, J) over the experts, in float32."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: FloatArray = shifted / shifted.sum(axis=1, keepdims=True)
-    return probabilities
 
 
 def _call_all(tasks: Sequence[Callable[[], None]]) -> None:

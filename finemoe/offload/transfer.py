@@ -142,13 +142,43 @@ class TransferQueue:
 
     def next_chunk(self) -> Chunk | None:
         """Return the chunk to copy now, taking a slot if it is a first one; None to wait."""
+        return self._next(self._chunk_bytes)
+
+    def next_span(self) -> Chunk | None:
+        """Return all chunks that follow one another if nothing intervenes; see `cut`."""
+        return self._next(self._expert_bytes)
+
+    def cut(self, span: Chunk, stop: int) -> Chunk:
+        """Take back the bytes of a prefetch's span from `stop` on, which were not sent."""
+        transfer = self._transfers[span.expert]
+        transfer.sent = stop
+        transfer.prefetched -= span.stop - stop
+        self.traffic.prefetched -= span.stop - stop
+        if transfer.urgent:
+            self._urgent[span.expert] = transfer
+        elif not transfer.cancelled:
+            heapq.heappush(self._order, (-transfer.priority, transfer.ticket, span.expert))
+        return span._replace(stop=stop)
+
+    def gives_way(self, span: Chunk) -> bool:
+        """Tell whether something else than the rest of a prefetch's span is to be copied now."""
+        transfer = self._transfers[span.expert]
+        if self._urgent or transfer.urgent or transfer.cancelled:
+            return True
+        best = self._best_prefetch()
+        return best is not None and (-best.priority, best.ticket) < (
+            -transfer.priority,
+            transfer.ticket,
+        )
+
+    def _next(self, at_most: int) -> Chunk | None:
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
         self.starved = transfer is None and bool(self._transfers)
         if transfer is None:
             return None
         assert transfer.slot is not None
         start = transfer.sent
-        stop = min(start + self._chunk_bytes, self._expert_bytes)
+        stop = min(start + at_most, self._expert_bytes)
         transfer.sent = stop
         if transfer.urgent:
             self.traffic.on_demand += stop - start
@@ -178,9 +208,12 @@ class TransferQueue:
         self._unused.pop(expert, None)
 
     def _next_urgent(self) -> _Transfer | None:
-        # One that already has a slot must not wait behind one that can get none.
+        # One that was begun is finished first: it is not preempted and needs no slot any more.
         for transfer in self._urgent.values():
-            if transfer.slot is not None or self._take_slot(transfer):
+            if transfer.slot is not None:
+                return transfer
+        for transfer in self._urgent.values():
+            if self._take_slot(transfer):
                 return transfer
         weakest = self._weakest_partial()
         if weakest is None:
@@ -190,14 +223,17 @@ class TransferQueue:
         return first if self._take_slot(first) else None
 
     def _next_prefetch(self) -> _Transfer | None:
-        while self._order and not self._is_current(self._order[0]):
-            heapq.heappop(self._order)
-        if not self._order:
+        best = self._best_prefetch()
+        if best is None:
             return None
-        best = self._transfers[self._order[0][2]]
         if best.slot is not None or self._take_slot(best):
             return best
         return self._strongest_partial()
+
+    def _best_prefetch(self) -> _Transfer | None:
+        while self._order and not self._is_current(self._order[0]):
+            heapq.heappop(self._order)
+        return self._transfers[self._order[0][2]] if self._order else None
 
     def _is_current(self, entry: tuple[float, int, ExpertId]) -> bool:
         _, ticket, expert = entry

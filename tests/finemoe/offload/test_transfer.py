@@ -442,7 +442,7 @@ def test_a_promoted_prefetch_goes_on_where_it_stood() -> None:
     slot = cache.slot(A)
     queue.demand(B)
     queue.demand(A)
-    assert copy(queue, 5) == [(B, 0, 4), (B, 4, 8), (B, 8, 10), (A, 4, 8), (A, 8, 10)]
+    assert copy(queue, 5) == [(A, 4, 8), (A, 8, 10), (B, 0, 4), (B, 4, 8), (B, 8, 10)]
     assert cache.slot(A) == slot
     assert queue.traffic == Traffic(prefetched=4, on_demand=16, wasted=0)
 
