@@ -1,0 +1,267 @@
+"""The replay runtime: one policy over a routing trace, in virtual time.
+
+Policy, cache and transfer queues are the objects of the live runtime; here links, searcher and
+compute are times on one clock. What the live runtime does in threads happens at events: a link has
+copied, a search has ended, an expert has been computed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
+from finemoe.offload.policy import ExpertId, Gate, LayerOutcome, Policy, Prefetch
+from finemoe.offload.residency import Residency
+from finemoe.offload.routed import RoutedIteration
+from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.virtual_links import NEVER, LinkRate, VirtualLinks
+
+
+@dataclass(frozen=True)
+class IterationCosts:
+    """Seconds of one forward pass, apart from experts."""
+
+    start: float
+    """From its beginning to the attention of the first MoE layer."""
+    dense: float
+    """From the end of one MoE layer to the decision of the next gate."""
+    finish: float
+    """From the end of the last MoE layer to the tokens on the host."""
+
+
+@dataclass(frozen=True)
+class PredictionCosts:
+    """Seconds that calls of a policy take on the host."""
+
+    embeddings: float = 0.0
+    gate: float = 0.0
+    update: float = 0.0
+
+
+class CostModel(Protocol):
+    """Where virtual time comes from."""
+
+    parallel: bool
+    """Whether devices compute their experts at the same time."""
+    collect: float
+    """Seconds on the critical path to hand one context (embeddings or gate) to the policy."""
+    hop: float
+    """Seconds to send a layer's tokens to another device and back."""
+    prediction: PredictionCosts
+
+    def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
+        """Return the costs for a batch: each request's tokens now, and those it attends to."""
+
+    def expert(self, tokens: int) -> float:
+        """Return the seconds of one expert's computation for `tokens` tokens."""
+
+
+class ReplayRuntime:
+    """Serves routed iterations under one policy; `now` is the virtual time in seconds."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        residency: Residency,
+        costs: CostModel,
+        rate: LinkRate,
+        timeline: Timeline = NO_TIMELINE,
+    ) -> None:
+        self.policy = policy
+        self.residency = residency
+        self.phases = PhaseSeconds()
+        self.listeners: list[OutcomeListener] = []
+        self.now = 0.0
+        self._costs = costs
+        self._timeline = timeline
+        self._links = VirtualLinks(residency, rate, timeline)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._tickets = itertools.count()
+        self._arrived: deque[ExpertId] = deque()
+        self._searches: deque[float] = deque()
+        self._devices_free = [0.0] * len(residency.plan.slots)
+        self._observed = policy.placement.prediction != "none"
+        self._background = policy.placement.prediction == "background"
+        self._hidden = policy.placement.hidden_states
+
+    def forward(self, routed: RoutedIteration) -> float:
+        """Run one iteration; return the time at which its tokens are there."""
+        iteration = routed.iteration
+        costs = self._costs.iteration(iteration.tokens, routed.contexts)
+        began = self.now
+        self.residency.begin_iteration(iteration)
+        if self._observed:
+            self._collect()
+            call = partial(self.policy.on_embeddings, iteration, routed.embeddings)
+            self._ask("search", iteration.number, call, self._costs.prediction.embeddings)
+            self._await_prefetches()
+        self._advance(self.now + costs.start)
+        for layer in range(self.residency.shape.layers):
+            self._advance(self.now + costs.dense)
+            self._layer(routed, layer)
+        self._advance(self.now + costs.finish)
+        if self._observed:
+            update = partial(self.policy.end_iteration, iteration)
+            self._ask("update", iteration.number + 1, update, self._costs.prediction.update)
+        self._timeline.span("iterations", iteration.phase, began, self.now)
+        return self.now
+
+    def wait_until(self, time: float) -> None:
+        """Let time pass without computing, as when no request is there."""
+        self._advance(max(time, self.now))
+
+    def end_request(self, request: int) -> None:
+        """Tell the policy that a request is served."""
+        if self._observed:
+            self._ask("update", 0, partial(self._end_request, request), 0.0)
+
+    def drain(self) -> None:
+        """Let time pass until the searcher has consumed all that was published."""
+        while self._searches:
+            self._advance(self._searches[-1])
+
+    def _end_request(self, request: int) -> Sequence[Prefetch]:
+        self.policy.end_request(request)
+        return ()
+
+    # One MoE layer ----------------------------------------------------------------------------
+
+    def _layer(self, routed: RoutedIteration, layer: int) -> None:
+        self._arrived.clear()
+        activated = routed.activated[layer]
+        outcome = self.residency.gate(routed.iteration, layer, activated)
+        if outcome.late or outcome.misses:
+            self._links.kick(self.now)
+        for listener in self.listeners:
+            listener(outcome)
+        if self._observed:
+            self._collect()
+            call = partial(self._on_gate, routed, layer, activated)
+            self._ask("search", routed.iteration.number, call, self._costs.prediction.gate)
+        self._compute(outcome, routed.counts[layer].tolist())
+        self._await_prefetches()
+
+    def _on_gate(
+        self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]
+    ) -> Sequence[Prefetch]:
+        hidden = routed.hidden_states[layer] if self._hidden else None
+        gate = Gate(layer, routed.probabilities[layer], activated, hidden)
+        return self.policy.on_gate(routed.iteration, gate)
+
+    def _compute(self, outcome: LayerOutcome, counts: list[int]) -> None:
+        """Run experts in order of arrival; the layer ends with the last of them."""
+        ready = deque(outcome.hits)
+        waiting = len(outcome.late) + len(outcome.misses)
+        end = self.now
+        while ready or waiting:
+            if not ready:
+                self._await_arrival()
+            while self._arrived:
+                ready.append(self._arrived.popleft().index)
+                waiting -= 1
+            index = ready.popleft()
+            finished = self._run_expert(ExpertId(outcome.layer, index), counts[index])
+            end = max(end, finished)
+        self._advance(end)
+
+    def _run_expert(self, expert: ExpertId, tokens: int) -> float:
+        """Take a device's time for one expert and free it afterwards; return when that is."""
+        device = self.residency.cache.device_of(expert)
+        seconds = self._costs.expert(tokens)
+        began = max(self.now, self._devices_free[device])
+        end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
+        self._timeline.span(f"device {device}", f"expert {expert.index}", began, end)
+        if self._costs.parallel:
+            self._at(end, partial(self._release, expert))
+        else:
+            self._advance(end)
+            self._release(expert)
+        return end
+
+    def _release(self, expert: ExpertId) -> None:
+        if self.residency.release(expert):
+            self._links.kick(self.now)
+
+    def _await_arrival(self) -> None:
+        began = self.now
+        while not self._arrived:
+            self._step()
+        self.phases.on_demand_wait += self.now - began
+        self._timeline.span("waits", "on demand", began, self.now)
+
+    def _await_prefetches(self) -> None:
+        if not self.policy.placement.awaited:
+            return
+        began = self.now
+        while not self.residency.settled:
+            self._step()
+        self.phases.prefetch_wait += self.now - began
+        self._timeline.span("waits", "prefetches", began, self.now)
+
+    # Policy -----------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        self.phases.context_collection += self._costs.collect
+        self._advance(self.now + self._costs.collect)
+
+    def _ask(
+        self, phase: str, number: int, call: Callable[[], Sequence[Prefetch]], seconds: float
+    ) -> None:
+        """Have the policy called for an iteration, now or when the searcher gets to it."""
+        setattr(self.phases, phase, getattr(self.phases, phase) + seconds)
+        if not self._background:
+            self._advance(self.now + seconds)
+            self._issue(number, call)
+            return
+        capacity = SEARCH_QUEUE_ITERATIONS * (self.residency.shape.layers + 2)
+        if len(self._searches) >= capacity:
+            self._advance(self._searches[-capacity])
+        began = max(self.now, self._searches[-1]) if self._searches else self.now
+        self._searches.append(began + seconds)
+        self._timeline.span("searcher", phase, began, began + seconds)
+        self._at(began + seconds, partial(self._search_done, number, call))
+
+    def _search_done(self, number: int, call: Callable[[], Sequence[Prefetch]]) -> None:
+        self._searches.popleft()
+        self._issue(number, call)
+
+    def _issue(self, number: int, call: Callable[[], Sequence[Prefetch]]) -> None:
+        wishes = call()
+        if wishes and self.residency.prefetch(number, wishes):
+            self._links.kick(self.now)
+
+    # The clock --------------------------------------------------------------------------------
+
+    def _at(self, time: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time, next(self._tickets), action))
+
+    def _advance(self, to: float) -> None:
+        """Let everything happen that is due until `to`, in order of time."""
+        while self._next_event() <= to:
+            self._happen()
+        self.now = to
+
+    def _step(self) -> None:
+        """Let the next thing happen; RuntimeError if nothing is left that could."""
+        if self._next_event() == NEVER:
+            raise RuntimeError("the replay waits for an expert that no link is going to bring")
+        self._happen()
+
+    def _next_event(self) -> float:
+        return min(self._events[0][0] if self._events else NEVER, self._links.next_event)
+
+    def _happen(self) -> None:
+        if self._events and self._events[0][0] < self._links.next_event:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+            return
+        self.now = self._links.next_event
+        for expert in self._links.progress(self.now):
+            if self.residency.is_pinned(expert):
+                self._arrived.append(expert)

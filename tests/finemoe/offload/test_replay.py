@@ -1,0 +1,246 @@
+"""Virtual time, by hand: when gates ask, when links deliver, what a request takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from finemoe.linear_costs import LinearCosts, Line
+from finemoe.offload.eviction import UsageTable
+from finemoe.offload.policy import (
+    ExpertId,
+    Gate,
+    Iteration,
+    LayerOutcome,
+    ModelShape,
+    Placement,
+    Policy,
+    Prefetch,
+)
+from finemoe.offload.replay import PredictionCosts, ReplayRuntime
+from finemoe.offload.residency import MemoryPlan, Residency
+from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
+from finemoe.offload.timeline import TraceEvents
+from finemoe.offload.virtual_links import LinkRate
+
+SHAPE = ModelShape(layers=2, experts=4, top_k=1, hidden_size=3)
+BYTES, CHUNK = 8, 2
+
+
+class Scripted(Policy):
+    """Wishes what the test says, after the gates it says."""
+
+    def __init__(self, wishes: dict[int, list[Prefetch]], **placement: object) -> None:
+        self.placement = Placement(**placement)  # type: ignore[arg-type]
+        self.wishes = wishes
+        self.usage = UsageTable(SHAPE)
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> list[Prefetch]:
+        return self.wishes.get(gate.layer, [])
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        self.usage.on_outcome(outcome)
+
+    def on_load(self, expert: ExpertId) -> None:
+        self.usage.on_load(expert)
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        return self.usage.lru_keys()
+
+
+def routed(number: int, *activated: tuple[int, ...]) -> RoutedIteration:
+    """Return an iteration of one token whose layers activate these experts."""
+    counts = np.zeros((SHAPE.layers, SHAPE.experts), dtype=np.int64)
+    for layer, indices in enumerate(activated):
+        counts[layer, list(indices)] = 1
+    step = RoutedStep(
+        tokens=1,
+        counts=counts,
+        logits=np.zeros((SHAPE.layers, 1, SHAPE.experts), dtype=np.float32),
+        embeddings=np.zeros((1, 3), dtype=np.float32),
+        hidden_states=None,
+    )
+    return joined(number, (0,), (step,), (5,))
+
+
+def runtime(
+    policy: Policy,
+    slots: tuple[int, ...] = (8,),
+    rate: LinkRate | None = None,
+    gate_s: float = 0.0,
+    parallel: bool = False,
+) -> tuple[ReplayRuntime, list[LayerOutcome]]:
+    """Return a runtime where a layer takes 10 s before its gate, an expert 1 s, a load 8 s."""
+    costs = LinearCosts(
+        start=Line(0.0),
+        dense=Line(10.0),
+        finish=Line(0.0),
+        expert_line=Line(1.0),
+        prediction=PredictionCosts(gate=gate_s),
+        parallel=parallel,
+    )
+    residency = Residency(SHAPE, MemoryPlan(slots, BYTES, CHUNK), policy)
+    replay = ReplayRuntime(policy, residency, costs, rate or LinkRate(1.0))
+    outcomes: list[LayerOutcome] = []
+    replay.listeners.append(outcomes.append)
+    return replay, outcomes
+
+
+def test_misses_wait_for_the_link_and_hits_do_not() -> None:
+    replay, outcomes = runtime(Scripted({}, prediction="none"))
+    # 10 to the gate, 8 to load, 1 to compute; twice.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(38)
+    assert replay.phases.on_demand_wait == pytest.approx(16)
+    assert replay.forward(routed(1, (0,), (1,))) == pytest.approx(38 + 22)
+    assert [outcome.hits for outcome in outcomes] == [(), (), (0,), (1,)]
+
+
+def test_resident_experts_compute_while_missing_ones_arrive() -> None:
+    replay, _ = runtime(Scripted({}, prediction="none"))
+    replay.forward(routed(0, (0,), (0,)))
+    began = replay.now
+    # Expert 0 takes 1 s within the 8 s of expert 1's load.
+    assert replay.forward(routed(1, (0, 1), (0,))) - began == pytest.approx(10 + 8 + 1 + 11)
+
+
+def test_a_prefetch_that_arrives_in_time_is_a_hit() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
+    replay, outcomes = runtime(Scripted(wish, prediction="background"))
+    # The link is free when expert 0 of layer 0 has arrived at 18; the prefetch arrives at 26.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10 + 1)
+    assert outcomes[1].hits == (1,)
+
+
+def test_a_late_prefetch_goes_on_where_it_stood() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
+    # The search ends at 24: at the gate of layer 1, at 29, five of eight bytes are there.
+    replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=14.0)
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(32 + 1)
+    assert outcomes[1].late == (1,)
+
+
+def test_prediction_on_the_critical_path_delays_the_layer() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
+    replay, outcomes = runtime(Scripted(wish, prediction="critical_path"), gate_s=14.0)
+    # The gate's own load runs meanwhile: 10, 14 to predict, 1 to compute, 10, 14, 1.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50)
+    assert outcomes[1].hits == (1,)
+
+
+def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
+    wish = {0: [Prefetch(ExpertId(1, j), 1.0) for j in range(4)]}
+    replay, outcomes = runtime(Scripted(wish, prediction="critical_path", awaited=True))
+    # Layer 0 ends when its own expert and then all four are there, at 10 + 8 + 32.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50 + 10 + 1)
+    assert outcomes[1].hits == (1,)
+    assert replay.phases.prefetch_wait == pytest.approx(50 - 19)
+
+
+def test_awaiting_ends_when_no_slot_can_be_had() -> None:
+    class Stubborn(Scripted):
+        def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+            return np.full((SHAPE.layers, SHAPE.experts), -np.inf)
+
+    wish = {0: [Prefetch(ExpertId(1, j), 1.0) for j in range(4)]}
+    replay, _ = runtime(Stubborn(wish, prediction="critical_path", awaited=True), slots=(2,))
+    assert replay.forward(routed(0, (0,), (0,))) == pytest.approx(10 + 8 + 8 + 11)
+
+
+def test_a_demand_waits_for_one_chunk_of_a_prefetch() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
+    replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=15.5)
+    # The prefetch of 3 starts at 25.5; at 29 it is in its second chunk, which ends at 29.5.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(29.5 + 8 + 1)
+    assert outcomes[1].misses == (1,)
+    assert replay.residency.traffic().wasted == 4
+
+
+def test_two_chunks_in_flight_are_waited_for() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
+    rate = LinkRate(1.0, chunks_in_flight=2)
+    replay, _ = runtime(Scripted(wish, prediction="background"), gate_s=15.5, rate=rate)
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(31.5 + 8 + 1)
+
+
+def test_every_transfer_adds_its_latency() -> None:
+    replay, _ = runtime(Scripted({}, prediction="none"), rate=LinkRate(1.0, latency=0.5))
+    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(10 + 17 + 1 + 10 + 8.5 + 1)
+
+
+def test_devices_load_over_their_own_links_and_compute_together() -> None:
+    replay, _ = runtime(Scripted({}, prediction="none"), slots=(4, 4), parallel=True)
+    # Experts 0 and 1 live on two devices: both arrive at 18 and are computed side by side.
+    assert replay.forward(routed(0, (0, 1), (0, 1))) == pytest.approx(2 * 19)
+
+
+def test_links_share_the_bandwidth_of_the_host() -> None:
+    rate = LinkRate(1.0, shared_bytes_per_second=1.0)
+    replay, _ = runtime(Scripted({}, prediction="none"), slots=(4, 4), rate=rate, parallel=True)
+    # Together they get one byte a second: both arrive after 16; alone an expert takes 8.
+    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(10 + 16 + 1 + 10 + 8 + 1)
+
+
+def test_a_link_that_stops_leaves_its_share_to_the_others() -> None:
+    rate = LinkRate(1.0, shared_bytes_per_second=1.0)
+    replay, _ = runtime(Scripted({}, prediction="none"), slots=(4, 4), rate=rate, parallel=True)
+    # Device 0 brings experts 0 and 2, device 1 expert 1: half a byte a second each until 26, when
+    # 0 and 1 are there, then a whole one for expert 2.
+    assert replay.forward(routed(0, (0, 1, 2), (0,))) == pytest.approx(26 + 8 + 1 + 19)
+
+
+def test_a_timeline_holds_what_happened(tmp_path: object) -> None:
+    timeline = TraceEvents()
+    policy = Scripted({}, prediction="none")
+    costs = LinearCosts(Line(0.0), Line(10.0), Line(0.0), Line(1.0))
+    residency = Residency(SHAPE, MemoryPlan((8,), BYTES, CHUNK), policy)
+    ReplayRuntime(policy, residency, costs, LinkRate(1.0), timeline).forward(routed(0, (0,), (1,)))
+    seconds = {(e["cat"], e["name"]): (e["ts"] / 1e6, e["dur"] / 1e6) for e in timeline.events}
+    assert seconds[("link 0", "on demand 0.0")] == (10, 8)
+    assert seconds[("waits", "on demand")] == (29, 8)
+    assert seconds[("iterations", "decode")] == (0, 38)
+
+
+layers = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True).map(tuple)
+wishes = st.lists(
+    st.builds(
+        Prefetch,
+        st.builds(ExpertId, st.just(1), st.integers(0, 3)),
+        st.floats(0.1, 1.0, allow_nan=False),
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    trace=st.lists(st.tuples(layers, layers), min_size=1, max_size=6),
+    wish=wishes,
+    slots=st.sampled_from([(1,), (3,), (1, 1), (2, 1, 1)]),
+    prediction=st.sampled_from(["background", "critical_path"]),
+    awaited=st.booleans(),
+    parallel=st.booleans(),
+    gate_s=st.sampled_from([0.0, 3.3, 14.0]),
+)
+def test_every_access_is_served_within_the_budget(
+    trace: list[tuple[tuple[int, ...], tuple[int, ...]]],
+    wish: list[Prefetch],
+    slots: tuple[int, ...],
+    prediction: str,
+    awaited: bool,
+    parallel: bool,
+    gate_s: float,
+) -> None:
+    policy = Scripted({0: wish}, prediction=prediction, awaited=awaited)
+    replay, outcomes = runtime(policy, slots=slots, gate_s=gate_s, parallel=parallel)
+    before = 0.0
+    for number, activated in enumerate(trace):
+        assert replay.forward(routed(number, *activated)) > before
+        before = replay.now
+        replay.residency.cache.check_integrity()
+    assert [o.activated for o in outcomes] == [tuple(sorted(a)) for step in trace for a in step]
+    assert replay.residency.cache.peak_occupied <= sum(slots)
+    moved = replay.residency.traffic()
+    assert moved.on_demand + moved.prefetched <= replay.now * len(slots) + 1e-6
