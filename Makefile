@@ -17,7 +17,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 run: $(READY)  ## FineMoE on the scale Mixtral with 25 % of the experts' memory
-	$(BIN)/python run.py system=finemoe model=mixtral memory_budget=25% workload=quick
+	$(BIN)/python run.py system=finemoe model=mixtral memory_budget=25% workload=quick testbed=emulated
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -17,7 +19,8 @@ from rich.text import Text
 
 from experiments.datasets import PromptSet
 from experiments.models import LoadedModel
-from finemoe.testbed import Testbed
+from finemoe.testbed import SimulatedTestbed, Testbed
+from finemoe.trace_file import TraceReader
 
 Advance = Callable[[int], None]
 
@@ -46,6 +49,34 @@ class Console:
         )
         self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
 
+    def announce_plain(
+        self, cfg: DictConfig, device: torch.device, links: str, prompts: PromptSet
+    ) -> None:
+        """Say what runs where, without our engine."""
+        self._print(f"[bold]{cfg.model.name}[/] ({escape(str(cfg.weights))} weights) on {device}")
+        self._print(f"system {cfg.system.label}: memory_budget is not applicable; links: {links}")
+        self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
+
+    def announce_replay(
+        self, testbed: SimulatedTestbed, cfg: DictConfig, trace: TraceReader, slots: Sequence[int]
+    ) -> None:
+        """Say what is simulated, and from which trace."""
+        shape, origin = trace.header.shape, trace.header.provenance
+        experts = shape.layers * shape.experts
+        self._print(
+            f"[bold]{cfg.model.name}[/] (routing of {escape(str(origin.get('weights')))} weights, "
+            f"simulated) on {testbed.name}, {testbed.devices} device(s)"
+        )
+        self._print(
+            f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
+            f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
+        )
+        self._print(f"routing from {escape(str(trace.path))}: {escape(str(origin.get('dataset')))}")
+
+    def recording(self, path: Path) -> None:
+        """Say that a trace is recorded first, once."""
+        self._print(f"recording the routing once, to {escape(str(path))}")
+
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
         """Show a bar over `total` requests while the block runs."""
@@ -64,19 +95,26 @@ class Console:
         """Say that a complete record of this config is already there."""
         self._print(f"already complete: {escape(str(record))}")
 
-    def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str]) -> None:
-        """Print some generated text, the table of results and where the record lies."""
-        prompt, continuation = sample
-        text = Text.assemble((prompt, "dim"), (continuation.rstrip(), "bold"))
-        self._rich.print(Panel(text, title="first request: prompt, continuation", box=box.ROUNDED))
+    def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
+        """Print generated text, if there is any, the table of results and where the record lies."""
+        if sample is not None:
+            text = Text.assemble((sample[0], "dim"), (sample[1].rstrip(), "bold"))
+            title = "first request: prompt, continuation"
+            self._rich.print(Panel(text, title=title, box=box.ROUNDED))
         title = (
-            f"{record['system']} on {record['model']}, {record['memory_budget_gb']:.1f} GB "
-            f"for experts ({record['mode']})"
+            f"{record['system']} on {record['model']}, {_budget(record['memory_budget_gb'])} "
+            f"({record['mode']})"
         )
         summary = record["summary"]
         self._print(f"[bold]{title}[/]")
-        self._rich.print(_latencies(summary), _experts(summary))
-        self._print(_memory(summary))
+        self._rich.print(_latencies(summary))
+        if record["memory_budget_gb"] is None:
+            self._print(_gathered(summary, record["links"]))
+        else:
+            self._rich.print(_experts(summary))
+            self._print(_memory(summary))
+        if summary["bound"] is not None:
+            self._print(_bound(summary["bound"]))
         self._print(f"lossless: {_lossless(summary['lossless'])}")
         self._print(f"run record: {escape(str(path))}")
 
@@ -86,7 +124,7 @@ class Console:
 
 def _lossless(same: bool | None) -> str:
     if same is None:
-        return "not verified"
+        return "not verified here"
     return "yes" if same else "[bold red]NO[/]"
 
 
@@ -130,6 +168,26 @@ def _memory(summary: dict[str, Any]) -> str:
         f"GB loaded: {moved['on_demand']} on demand, {moved['prefetched']} prefetched "
         f"({moved['wasted']} in vain)\nGB in slots: {slots[0]} at most, budget {slots[1]}"
     )
+
+
+def _bound(bound: dict[str, float]) -> str:
+    return (
+        f"{bound['times']:.2f} x the bound: {bound['compute_s']:.1f} s of compute alone, "
+        f"{bound['link_s']:.1f} s for the bytes that must cross the links"
+    )
+
+
+def _gathered(summary: dict[str, Any], links: str) -> str:
+    gathered, held = (
+        f"{summary[key] / 1e9:.2f}" for key in ("peak_gathered_expert_bytes", "host_expert_bytes")
+    )
+    device = summary["peak_device_bytes"]
+    whole = "" if device is None else f"; device memory {device / 1e9:.2f} at most"
+    return f"GB of experts gathered at once: {gathered} at most, of {held}{whole}; links: {links}"
+
+
+def _budget(gigabytes: float | None) -> str:
+    return "no budget" if gigabytes is None else f"{gigabytes:.1f} GB for experts"
 
 
 def _share(value: float | None) -> str:

@@ -75,7 +75,7 @@ def draw_prompts(
     """
     if min(input_tokens, count) < 1:
         raise UserError("workload.prompts and workload.input_tokens start at 1")
-    before, after = _template(tokenizer)
+    before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
         raise UserError(
@@ -101,7 +101,7 @@ def draw_prompts(
     return PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
 
 
-def _template(tokenizer: Any) -> tuple[list[int], list[int]]:
+def template(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the token ids that the chat template, or the tokenizer, puts around a prompt."""
     if not getattr(tokenizer, "chat_template", None):
         bos = tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""One run: prepare the system's history, serve and measure, verify, record.
+"""One live run: prepare the system's history, serve and measure, verify, record.
 
 Offline protocol (section 6.1): a share of the prompts fills the system's history, served with
 everything resident, which changes no routing; the others are measured, after the cache was warmed
@@ -8,50 +8,57 @@ by a few of the former.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, field
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from omegaconf import DictConfig
 
-from baselines.on_demand import OnDemandPolicy
 from experiments.console import Advance, Console
-from experiments.metrics import AccessCounter, latency_summary, request_table
-from experiments.records import provenance, write_record
-from experiments.serving import Served, Server, in_batches
-from experiments.setup import Setup, free_bytes, prepare
-from finemoe.assemble import offloading_runtime, resident_runtime
+from experiments.first_pass import FirstPass, first_pass
+from experiments.metrics import request_table
+from experiments.recording import record_setup
+from experiments.records import write_record
+from experiments.run_record import Measurement, RunFacts, run_record
+from experiments.serving import Server, in_batches
+from experiments.setup import (
+    Setup,
+    build,
+    everything_fits,
+    learns,
+    plain_runtime,
+    prepare,
+    under_budget,
+)
+from experiments.simulation import simulate
+from experiments.zero_serving import run_zero
+from finemoe.offload.bounds import Roofline, minimal_loads
 from finemoe.offload.live import LiveRuntime, PhaseSeconds
-from finemoe.offload.policy import Policy
-from finemoe.offload.transfer import Traffic
-
-Reference = list[list[Tensor]]
-"""Logits (B, vocabulary) of every step of every measured batch."""
-
-
-@dataclass
-class Measurement:
-    """What serving the measured requests left behind, over all repeats."""
-
-    served: list[Served] = field(default_factory=list)
-    accesses: AccessCounter = field(default_factory=AccessCounter)
-    traffic: Traffic = field(default_factory=Traffic)
-    phases: PhaseSeconds = field(default_factory=PhaseSeconds)
-    peak_occupied: int = 0
-    same_as_reference: bool | None = None
-    """Whether every step's logits equal the reference's bit for bit; None if not verified."""
+from finemoe.offload.timeline import NO_TIMELINE, TraceEvents
+from finemoe.testbed import SimulatedTestbed
 
 
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
-    """Carry out one run and write its record; return the record. Raises UserError."""
-    setup = prepare(cfg)
+    """Carry out one run, live or simulated, and write its record; return it. Raises UserError."""
+    testbed = build(cfg.testbed)
+    if cfg.system.get("runtime") == "deepspeed":
+        return run_zero(cfg, testbed, console)
+    if isinstance(testbed, SimulatedTestbed):
+        return simulate(cfg, testbed, console)
+    return run_live(prepare(cfg, testbed), console)
+
+
+def run_live(setup: Setup, console: Console) -> dict[str, Any]:
+    """Serve with the real model and write the run's record; return it."""
+    cfg = setup.cfg
     console.announce(setup.testbed, setup.model, setup.prompts, setup.slots)
+    if cfg.record:
+        record_setup(setup, Path(cfg.output) / "trace.parquet", console)
     history = build_history(setup, console)
-    reference = reference_logits(setup, console)
+    reference = first_pass(setup, console)
     measurement = measure(setup, reference, console)
-    record = {**make_record(setup, measurement), "history": history}
+    record = run_record(cfg, _facts(setup, history, reference), measurement)
     requests = request_table(measurement.served, measurement.accesses)
     path = write_record(Path(cfg.output), record, requests)
     console.results(record, path, _sample(setup, measurement))
@@ -64,14 +71,13 @@ def build_history(setup: Setup, console: Console) -> str:
     served = "none"
     if setup.cfg.store.load:
         served = "loaded"
-    elif setup.policy.placement.prediction != "none" and history:
-        resident = _everything_fits(setup)
-        served = "served with everything resident" if resident else "served under the budget"
-        model = setup.model.offloaded
-        runtime = (
-            resident_runtime(model, setup.policy) if resident else _offloading(setup, setup.policy)
-        )
-        with runtime, console.progress("history", len(history)) as advance:
+    elif learns(setup.policy) and history:
+        fits = everything_fits(setup)
+        served = "served with everything resident" if fits else "served under the budget"
+        with (
+            plain_runtime(setup, setup.policy) as runtime,
+            console.progress("history", len(history)) as advance,
+        ):
             server = Server(runtime)
             for batch in in_batches(history, setup.settings.history_batch_size):
                 server.serve(batch)
@@ -84,45 +90,32 @@ def build_history(setup: Setup, console: Console) -> str:
     return served
 
 
-def reference_logits(setup: Setup, console: Console) -> Reference | None:
-    """Return the logits of the measured requests with all experts resident, on the host."""
-    if not setup.cfg.verify or not _everything_fits(setup):
-        return None
-    offloaded = setup.model.offloaded
-    measured = setup.workload.measured
-    reference = []
-    with (
-        resident_runtime(offloaded, OnDemandPolicy(offloaded.shape)) as runtime,
-        console.progress("reference", len(measured)) as advance,
-    ):
-        server = Server(runtime)
-        for batch in in_batches(measured, setup.settings.batch_size):
-            server.serve(batch)
-            reference.append([logits.cpu() for logits in server.logits])
-            advance(len(batch))
-    return reference
-
-
-def measure(setup: Setup, reference: Reference | None, console: Console) -> Measurement:
+def measure(setup: Setup, reference: FirstPass | None, console: Console) -> Measurement:
     """Serve warm-up and measured requests, as often as the config repeats them.
 
     Every repeat starts from the prepared policy and an empty cache.
     """
-    load = setup.workload
-    measurement = Measurement(same_as_reference=None if reference is None else True)
-    total = (len(load.warmup) + len(load.measured)) * setup.settings.repeats
+    load, repeats = setup.workload, setup.settings.repeats
+    if reference is not None and setup.policy.placement.foresight:
+        setup.policy.foretell(reference.routing * repeats)
+    verified = reference is not None and reference.logits is not None
+    measurement = Measurement(same_as_reference=True if verified else None)
+    total = (len(load.warmup) + len(load.measured)) * repeats
+    timeline = TraceEvents() if setup.cfg.timeline else NO_TIMELINE
     with console.progress("serving", total) as advance:
-        for _ in range(setup.settings.repeats):
+        for _ in range(repeats):
             policy = copy.deepcopy(setup.policy)
-            with _offloading(setup, policy) as runtime:
+            with under_budget(setup, policy, timeline) as runtime:
                 _serve(setup, runtime, reference, measurement, advance)
+    if isinstance(timeline, TraceEvents):
+        timeline.write(Path(setup.cfg.output) / "timeline.json")
     return measurement
 
 
 def _serve(
     setup: Setup,
     runtime: LiveRuntime,
-    reference: Reference | None,
+    reference: FirstPass | None,
     measurement: Measurement,
     advance: Advance,
 ) -> None:
@@ -132,17 +125,20 @@ def _serve(
     numbered = measurement.served[-1] if measurement.served else None
     server = Server(runtime)
     if numbered:
-        server.batches, server.iterations = numbered.batch + 1, numbered.iterations.stop
+        server.batches, server.iterations = numbered.batch + 1, numbered.iterations[-1] + 1
     for batch in in_batches(setup.workload.warmup, size):
         server.serve(batch)
         advance(len(batch))
     runtime.drain()
     runtime.listeners.append(measurement.accesses)
     before, runtime.phases = runtime.residency.traffic(), PhaseSeconds()
+    expected = reference.logits if reference is not None else None
     for number, batch in enumerate(in_batches(setup.workload.measured, size)):
+        began = time.perf_counter()
         measurement.served += server.serve(batch)
-        if reference is not None and measurement.same_as_reference:
-            pairs = zip(server.logits, reference[number], strict=True)
+        measurement.busy_seconds += time.perf_counter() - began
+        if expected is not None and measurement.same_as_reference:
+            pairs = zip(server.logits, expected[number], strict=True)
             measurement.same_as_reference = all(torch.equal(a.cpu(), b) for a, b in pairs)
         advance(len(batch))
     runtime.drain()
@@ -152,63 +148,38 @@ def _serve(
     measurement.peak_occupied = max(measurement.peak_occupied, occupied)
 
 
-def _offloading(setup: Setup, policy: Policy) -> LiveRuntime:
+def _facts(setup: Setup, history: str, reference: FirstPass | None) -> RunFacts:
     model = setup.model
-    return offloading_runtime(
-        model.offloaded, policy, setup.testbed, setup.slots, model.full_expert_bytes
+    return RunFacts(
+        mode=setup.testbed.mode,
+        testbed=setup.testbed.name,
+        routing="the model's own gates",
+        dataset=setup.prompts.dataset,
+        dataset_source=setup.prompts.source,
+        dataset_sha256=setup.prompts.sha256,
+        budget_bytes=setup.budget_bytes,
+        slots=setup.slots,
+        expert_bytes=model.full_expert_bytes,
+        stored_expert_bytes=model.offloaded.store.layout.nbytes,
+        dense_bytes=model.offloaded.dense_bytes,
+        time_scale=setup.testbed.time_scale,
+        history=history,
+        history_bytes=setup.policy.memory_bytes(),
+        bound=_bound(setup, reference),
     )
 
 
-def _everything_fits(setup: Setup) -> bool:
-    """Tell whether all experts fit the main device; on the CPU they are used where they lie."""
-    offloaded = setup.model.offloaded
-    if offloaded.device.type != "cuda":
-        return True
-    shape = offloaded.shape
-    needed = shape.layers * shape.experts * offloaded.store.layout.nbytes
-    return needed < 0.9 * free_bytes(offloaded.device)
+def _bound(setup: Setup, reference: FirstPass | None) -> Roofline | None:
+    """Return the least time the measured requests could take; None without what it needs.
 
-
-def make_record(setup: Setup, measurement: Measurement) -> dict[str, Any]:
-    """Return the run record; bytes are those of full-size experts, times are in seconds."""
-    cfg, model = setup.cfg, setup.model
-    stored, full = model.offloaded.store.layout.nbytes, model.full_expert_bytes
-    traffic = {
-        f"bytes_{kind}": round(count * full / stored)
-        for kind, count in asdict(measurement.traffic).items()
-    }
-    summary = {
-        **latency_summary(measurement.served, cfg.seed),
-        **measurement.accesses.summary(),
-        "lossless": measurement.same_as_reference,
-        **traffic,
-        "peak_slot_bytes": measurement.peak_occupied * full,
-        "slot_budget_bytes": setup.budget_bytes,
-        "dense_bytes": model.offloaded.dense_bytes,
-        "history_bytes": setup.policy.memory_bytes(),
-        "phase_seconds": asdict(measurement.phases),
-    }
-    return {
-        "status": "complete",
-        "mode": setup.testbed.mode,
-        "testbed": setup.testbed.name,
-        "system": cfg.system.label,
-        "model": model.name,
-        "weights": model.weights,
-        "routing": "the model's own gates",
-        "dataset": setup.prompts.dataset,
-        "dataset_source": setup.prompts.source,
-        "dataset_sha256": setup.prompts.sha256,
-        "memory_budget_gb": setup.budget_bytes / 1e9,
-        "slots": list(setup.slots),
-        "expert_bytes": full,
-        "stored_expert_bytes": stored,
-        "time_scale": setup.testbed.time_scale,
-        "seed": cfg.seed,
-        "summary": summary,
-        **provenance(),
-        "config": OmegaConf.to_container(cfg, resolve=True),
-    }
+    A CUDA link's rate is not known beforehand, so there the bound is left to the simulation.
+    """
+    if reference is None or reference.compute_s is None or not setup.testbed.link_gb_s:
+        return None
+    shape, repeats = setup.model.offloaded.shape, setup.settings.repeats
+    loads = minimal_loads(reference.routing, shape, setup.slots, reference.measured_from)
+    link_s = max(loads) * setup.testbed.load_seconds(setup.model.full_expert_bytes)
+    return Roofline(reference.compute_s * repeats, link_s * repeats)
 
 
 def _sample(setup: Setup, measurement: Measurement) -> tuple[str, str]:

@@ -55,7 +55,7 @@ class AccessCounter:
         self.phases[outcome.iteration.phase].add(outcome)
         self.iterations.setdefault(outcome.iteration.number, Accesses()).add(outcome)
 
-    def over(self, iterations: range) -> Accesses:
+    def over(self, iterations: Sequence[int]) -> Accesses:
         """Return the accesses of some iterations."""
         parts = [self.iterations[number] for number in iterations]
         return Accesses(

@@ -48,11 +48,25 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
             offloaded = OffloadedModel.from_model(model, device)
         except ValueError as error:
             raise UserError(f"{source}: {error}; choose a mixture-of-experts model") from error
-    full = offloaded.store.layout.nbytes
+    full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     if weights == "scale":
         _check_shape(cfg, offloaded)
-        full = 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
+
+
+def load_plain(cfg: DictConfig, weights: str) -> tuple[PreTrainedModel, Any]:
+    """Return the model whole, as transformers has it, on the CPU, and its tokenizer.
+
+    Raises UserError if its weights are missing, gated, or would be random.
+    """
+    if weights == "dummy":
+        raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
+    return _pretrained(_source(cfg, weights), getattr(torch, cfg.dtype))
+
+
+def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
+    """Return the bytes of one full-size expert of a model whose own take `stored`."""
+    return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
 def _source(cfg: DictConfig, weights: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from experiments.workloads import Request
-from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import Iteration, Phase
 
 
@@ -23,7 +23,7 @@ class Served:
     batch: int
     tokens: tuple[int, ...]
     token_times: tuple[float, ...]
-    iterations: range
+    iterations: Sequence[int]
     """Numbers of the iterations that served it: its prefill, then its decodes."""
 
     @property
@@ -49,15 +49,49 @@ class Served:
         return tuple(b - a for a, b in itertools.pairwise(self.token_times))
 
 
+class Placed(Protocol):
+    """A model on a device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Runtime(Protocol):
+    """What a server needs of what runs its forward passes."""
+
+    @property
+    def model(self) -> Placed: ...
+
+    def forward(self, iteration: Iteration, **inputs: Any) -> Any: ...
+
+    def end_request(self, request: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlainRuntime:
+    """Runs a model as it is: no policy, no budget."""
+
+    model: Any
+
+    def forward(self, iteration: Iteration, **inputs: Any) -> Any:
+        """Run one forward pass."""
+        return self.model(**inputs)
+
+    def end_request(self, request: int) -> None:
+        """Nothing was kept for a request."""
+
+
 @dataclass
 class Server:
     """Runs requests in batches through one runtime; iterations are numbered across batches."""
 
-    runtime: LiveRuntime
+    runtime: Runtime
     batches: int = 0
     logits: list[Tensor] = field(default_factory=list)
     """The last batch's logits of every step, each (B, vocabulary), on the model's device."""
     iterations: int = 0
+    listeners: list[Callable[[Iteration], None]] = field(default_factory=list)
+    """Called before every forward pass."""
 
     @torch.inference_mode()
     def serve(self, batch: Sequence[Request]) -> list[Served]:
@@ -94,8 +128,11 @@ class Server:
     def _iteration(self, batch: Sequence[Request], tokens: int) -> Iteration:
         numbers = tuple(request.number for request in batch)
         phase: Phase = "decode" if self.logits else "prefill"
+        iteration = Iteration(self.iterations, phase, numbers, (tokens,) * len(batch))
         self.iterations += 1
-        return Iteration(self.iterations - 1, phase, numbers, (tokens,) * len(batch))
+        for listener in self.listeners:
+            listener(iteration)
+        return iteration
 
 
 def in_batches(requests: Sequence[Request], size: int) -> Iterator[tuple[Request, ...]]:

@@ -15,16 +15,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from baselines.on_demand import OnDemandPolicy
 from experiments.datasets import PromptSet, draw_prompts
 from experiments.errors import UserError
 from experiments.models import LoadedModel, load_model
 from experiments.workloads import OfflineSettings, OfflineWorkload, offline
+from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.expert_map import StoreMismatch
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
-from finemoe.offload.policy import Policy
+from finemoe.offload.live import LiveRuntime
+from finemoe.offload.policy import ModelShape, Policy
+from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 
-DESCRIPTIONS = ("label", "lengths")
+DESCRIPTIONS = ("label", "lengths", "runtime")
 """Keys of a config group's option that describe it and are no arguments of its target."""
 
 
@@ -43,31 +48,51 @@ class Setup:
     budget_bytes: int
 
 
-def prepare(cfg: DictConfig) -> Setup:
-    """Build testbed, model, workload and policy; raise UserError for anything that cannot be."""
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise UserError(f"seed={cfg.seed}: give a whole number from 0")
-    settings = _workload_settings(cfg.workload)
-    testbed: Testbed = build(cfg.testbed)
+def prepare(cfg: DictConfig, testbed: Testbed) -> Setup:
+    """Build model, workload and policy; raise UserError for anything that cannot be."""
+    check_seed(cfg)
+    settings = workload_settings(cfg.workload)
     if testbed.threads is not None:
         torch.set_num_threads(testbed.threads)
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
     shape = model.offloaded.shape
     policy: Policy = build(cfg.system, shape=shape)
-    dataset = build(cfg.dataset)
-    drawn = settings.prompts, settings.input_tokens
-    prompts = draw_prompts(dataset, model.tokenizer, *drawn, cfg.seed)
-    workload = offline(prompts, settings, cfg.seed)
-    try:
-        asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
-        budget = parse_budget(asked, model.full_expert_bytes, shape)
-        slots = plan_slots(budget, model.full_expert_bytes, shape, len(testbed.devices))
-    except BudgetError as error:
-        raise UserError(f"{error}") from error
+    if policy.placement.hidden_states:
+        policy.set_gates(gate_weights(model.offloaded))
+    prompts, workload = draw_workload(cfg, settings, model.tokenizer)
+    full = model.full_expert_bytes
+    budget, slots = budget_slots(cfg, policy, full, shape, len(testbed.devices))
     _check_room(testbed, model, slots)
     setup = Setup(cfg, testbed, model, prompts, settings, workload, policy, slots, budget)
-    _check_store(setup)
+    load_store(cfg, policy, model.identity)
     return setup
+
+
+def check_seed(cfg: DictConfig) -> None:
+    """Raise UserError for a seed that cannot be."""
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise UserError(f"seed={cfg.seed}: give a whole number from 0")
+
+
+def draw_workload(
+    cfg: DictConfig, settings: OfflineSettings, tokenizer: Any
+) -> tuple[PromptSet, OfflineWorkload]:
+    """Return the prompts of a run, and which of them are measured; raise UserError."""
+    dataset = build(cfg.dataset)
+    prompts = draw_prompts(dataset, tokenizer, settings.prompts, settings.input_tokens, cfg.seed)
+    return prompts, offline(prompts, settings, cfg.seed)
+
+
+def budget_slots(
+    cfg: DictConfig, policy: Policy, expert_bytes: int, shape: ModelShape, devices: int
+) -> tuple[int, tuple[int, ...]]:
+    """Return the memory budget in bytes and the slots of each device; raise UserError."""
+    try:
+        asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
+        budget = parse_budget(asked, expert_bytes, shape)
+        return budget, plan_slots(budget, expert_bytes, shape, devices)
+    except BudgetError as error:
+        raise UserError(f"{error}") from error
 
 
 def build(cfg: DictConfig, **arguments: Any) -> Any:
@@ -78,10 +103,12 @@ def build(cfg: DictConfig, **arguments: Any) -> Any:
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = {k: v for k, v in plain.items() if k not in DESCRIPTIONS}
     try:
-        return instantiate(settings, **arguments)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError | ValueError | KeyError | TypeError):
-            raise UserError(f"{plain['_target_']}: {error.__cause__}") from error
+        # Hydra would turn arguments that are dataclasses into configs, which are slow to read.
+        return instantiate(settings, _partial_=True)(**arguments)
+    except (InstantiationException, ValueError, KeyError, TypeError) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        if isinstance(cause, ValueError | KeyError | TypeError):
+            raise UserError(f"{plain['_target_']}: {cause}") from error
         raise
 
 
@@ -94,7 +121,34 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _workload_settings(cfg: DictConfig) -> OfflineSettings:
+def everything_fits(setup: Setup) -> bool:
+    """Tell whether all experts fit the main device; on the CPU they are used where they lie."""
+    offloaded = setup.model.offloaded
+    if offloaded.device.type != "cuda":
+        return True
+    shape = offloaded.shape
+    needed = shape.layers * shape.experts * offloaded.store.layout.nbytes
+    return needed < 0.9 * free_bytes(offloaded.device)
+
+
+def under_budget(setup: Setup, policy: Policy, timeline: Timeline = NO_TIMELINE) -> LiveRuntime:
+    """Return a runtime that serves under the memory budget."""
+    model = setup.model
+    full = model.full_expert_bytes
+    return offloading_runtime(model.offloaded, policy, setup.testbed, setup.slots, full, timeline)
+
+
+def plain_runtime(setup: Setup, policy: Policy | None = None) -> LiveRuntime:
+    """Return a runtime with everything resident if that fits, else one under the budget."""
+    offloaded = setup.model.offloaded
+    policy = policy or OnDemandPolicy(offloaded.shape)
+    if everything_fits(setup):
+        return resident_runtime(offloaded, policy)
+    return under_budget(setup, policy)
+
+
+def workload_settings(cfg: DictConfig) -> OfflineSettings:
+    """Return what a workload option says; raise UserError for values that cannot be."""
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
         merged = OmegaConf.merge(OmegaConf.structured(OfflineSettings), plain)
@@ -122,21 +176,30 @@ def _check_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) ->
             )
 
 
-def _check_store(setup: Setup) -> None:
+def learns(policy: Policy) -> bool:
+    """Tell whether history prompts leave anything in a policy."""
+    return policy.placement.prediction != "none" and policy.placement.learns
+
+
+def load_store(cfg: DictConfig, policy: Policy, model_id: str) -> None:
     """Load the store that the config names, and make sure that one can be saved."""
-    load, save = setup.cfg.store.load, setup.cfg.store.save
-    if (load or save) and setup.policy.placement.prediction == "none":
-        raise UserError(f"system={setup.cfg.system.label} keeps no store to load or save")
+    load, save = cfg.store.load, cfg.store.save
+    if (load or save) and not learns(policy):
+        raise UserError(f"system={cfg.system.label} keeps no store to load or save")
     if load:
         try:
-            setup.policy.load(Path(load), setup.model.identity)
+            policy.load(Path(load), model_id)
         except StoreMismatch as error:
             raise UserError(f"{error}; give a store saved for this model, or none") from error
+        except NotImplementedError:
+            raise UserError(f"system={cfg.system.label} keeps no store to load") from None
     if save:
         try:
             Path(save).parent.mkdir(parents=True, exist_ok=True)
-            setup.policy.save(Path(save), setup.model.identity)
+            policy.save(Path(save), model_id)
         except OSError as error:
             raise UserError(
                 f"cannot write {save}: {error.strerror}; choose another file"
             ) from error
+        except NotImplementedError:
+            raise UserError(f"system={cfg.system.label} keeps no store to save") from None

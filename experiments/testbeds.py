@@ -1,13 +1,21 @@
-"""The testbeds that conf/testbed names: what is there (`local`), paced copies (`emulated`)."""
+"""The testbeds that conf/testbed names.
+
+`local` is what is there, `emulated` paces real copies, `simulated` is hardware in virtual time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from experiments.errors import UserError
-from finemoe.testbed import Testbed
+from finemoe.costs import Accelerator, FullSizeModel, RooflineCosts
+from finemoe.offload.replay import PredictionCosts
+from finemoe.offload.virtual_links import LinkRate
+from finemoe.testbed import SimulatedTestbed, Testbed
 
 MB = 1_000_000
 
@@ -53,11 +61,68 @@ def local(devices: int | None, chunk_mb: float) -> Testbed:
     return Testbed(f"{len(chosen)} x {name}", "measured", chosen, _chunk_bytes(chunk_mb))
 
 
-def auto(devices: int | None, chunk_mb: float, **emulation: Any) -> Testbed:
-    """Return the CUDA devices if there are any, else an emulated testbed, of one device if None."""
+def simulated(
+    name: str,
+    devices: int,
+    accelerator: Mapping[str, float],
+    link: Mapping[str, float],
+    host_memory_gb_s: float,
+    hop_us: float,
+    collect_us: float,
+    chunk_mb: float,
+    chunks_in_flight: int,
+    prediction_us: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> SimulatedTestbed:
+    """Return hardware in virtual time, from the numbers that docs/testbeds.md explains.
+
+    Raises UserError for one that cannot be.
+    """
+    for what, value in (("devices", devices), ("chunks_in_flight", chunks_in_flight)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"testbed.{what}={value}: give a whole number from 1")
+    positive = {"host_memory_gb_s": host_memory_gb_s, **{f"link.{k}": v for k, v in link.items()}}
+    for what, number in {**positive, "hop_us": hop_us, "collect_us": collect_us}.items():
+        if not isinstance(number, float | int) or number < 0 or (number == 0 and "_us" not in what):
+            raise UserError(f"testbed.{what}={number}: give a number above 0")
+    if not 0 < link["efficiency"] <= 1:
+        raise UserError(f"testbed.link.efficiency={link['efficiency']}: give a share, at most 1")
+    try:
+        device = Accelerator(**accelerator)
+    except ValueError as error:
+        raise UserError(f"testbed.accelerator: {error}") from error
+    rate = LinkRate(
+        link["gb_s"] * 1e9 * link["efficiency"],
+        link["latency_us"] * 1e-6,
+        host_memory_gb_s * 1e9,
+        chunks_in_flight,
+    )
+
+    def costs(model: DictConfig, system: str) -> RooflineCosts:
+        micros = prediction_us[system].get(model.name, {}) if system in prediction_us else {}
+        prediction = PredictionCosts(**{call: value * 1e-6 for call, value in micros.items()})
+        shapes = full_size(model)
+        return RooflineCosts(device, shapes, prediction, devices, collect_us * 1e-6, hop_us * 1e-6)
+
+    return SimulatedTestbed(name, devices, _chunk_bytes(chunk_mb), rate, costs)
+
+
+def full_size(model: DictConfig) -> FullSizeModel:
+    """Return the full-size shapes that conf/model gives."""
+    return FullSizeModel(
+        layers=model.layers,
+        experts=model.experts,
+        top_k=model.top_k,
+        hidden_size=model.hidden_size,
+        expert_intermediate_size=model.expert_intermediate_size,
+        **model.full_size,
+    )
+
+
+def auto(devices: int, **numbers: Any) -> Testbed | SimulatedTestbed:
+    """Return the CUDA devices of this machine if there are any, else the simulated testbed."""
     if torch.cuda.device_count():
-        return local(devices, chunk_mb)
-    return emulated(devices=devices or 1, chunk_mb=chunk_mb, **emulation)
+        return local(None, numbers["chunk_mb"])
+    return simulated(devices=devices, **numbers)
 
 
 def _chunk_bytes(chunk_mb: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.datasets import PromptSet
@@ -42,15 +43,22 @@ class OfflineWorkload:
 
 
 def offline(prompts: PromptSet, settings: OfflineSettings, seed: int) -> OfflineWorkload:
-    """Split prompts by seed: `history_share` of them prepare the system, the rest is measured.
+    """Number the prompts in an order drawn by seed and `split` them.
 
-    Warm-up requests come from the history, so nothing measured is seen before. Raises UserError
-    if the split leaves nothing to measure, or nothing to warm up with.
+    Warm-up requests come from the history, so nothing measured is seen before.
     """
     order = list(range(len(prompts.prompts)))
     random.Random(seed).shuffle(order)
     tokens = settings.output_tokens
     requests = [Request(n, prompts.prompts[i], tokens) for n, i in enumerate(order)]
+    return split(requests, settings)
+
+
+def split(requests: Sequence[Request], settings: OfflineSettings) -> OfflineWorkload:
+    """Let the first `history_share` of the requests prepare the system, the others be measured.
+
+    Raises UserError if that leaves nothing to measure, or nothing to warm up with.
+    """
     share = settings.history_share
     cut = round(share * len(requests))
     if not 0 <= share < 1 or cut == len(requests):

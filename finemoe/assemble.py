@@ -8,6 +8,7 @@ from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
 from finemoe.offload.residency import MemoryPlan, Residency
+from finemoe.offload.timeline import NO_TIMELINE, Timeline
 from finemoe.testbed import Testbed
 
 
@@ -17,6 +18,7 @@ def offloading_runtime(
     testbed: Testbed,
     slots: tuple[int, ...],
     full_expert_bytes: int,
+    timeline: Timeline = NO_TIMELINE,
 ) -> LiveRuntime:
     """Return a runtime whose experts live in `slots` (per device) and arrive over links.
 
@@ -36,7 +38,7 @@ def offloading_runtime(
     if residency.holds_everything:
         for expert in residency.preload():
             memory.block(residency.cache.slot(expert)).copy_(model.store.block(expert))
-    return LiveRuntime(model, policy, residency, memory, links, testbed.devices)
+    return LiveRuntime(model, policy, residency, memory, links, testbed.devices, timeline)
 
 
 def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finemoe.offload.replay import IterationCosts, PredictionCosts
 
@@ -30,7 +30,7 @@ class LinearCosts:
     expert_line: Line
     collect: float = 0.0
     hop: float = 0.0
-    prediction: PredictionCosts = PredictionCosts()
+    prediction: PredictionCosts = field(default_factory=PredictionCosts)
     parallel: bool = False
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:

@@ -8,7 +8,7 @@ other experts of those layers at the tail.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -111,6 +111,14 @@ class FineMoEPolicy(Policy):
 
     def memory_bytes(self) -> dict[str, int]:
         return {"maps": self.store.map_bytes, "store": self.store.total_bytes}
+
+    def study(
+        self, iteration: Iteration, embeddings: FloatArray, gates: Callable[[], Iterable[Gate]]
+    ) -> None:
+        """Remember the iteration; searches would leave no trace."""
+        self._embeddings = self._queries(iteration, embeddings)
+        self._observed = [self._queries(iteration, gate.probabilities) for gate in gates()]
+        self.end_iteration(iteration)
 
     # Predictions ------------------------------------------------------------------------------
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+from finemoe.offload.replay import CostModel
+from finemoe.offload.virtual_links import LinkRate
 
 Mode = Literal["measured", "emulated", "simulated"]
 
@@ -17,7 +21,7 @@ class Testbed:
     __test__ = False
 
     name: str
-    mode: Mode
+    mode: Literal["measured", "emulated"]
     devices: tuple[torch.device, ...]
     chunk_bytes: int
     """Bytes of a full-size expert that are copied at once."""
@@ -33,3 +37,17 @@ class Testbed:
     def load_seconds(self, expert_bytes: int) -> float:
         """Return how long an emulated link takes for one full-size expert."""
         return (expert_bytes / (self.link_gb_s * 1e9) + self.link_latency_s) * self.time_scale
+
+
+@dataclass(frozen=True)
+class SimulatedTestbed:
+    """Devices and links in virtual time."""
+
+    name: str
+    devices: int
+    chunk_bytes: int
+    """Bytes of an expert that are copied at once."""
+    rate: LinkRate
+    costs: Callable[[Any, str], CostModel]
+    """Returns the costs of a model (its config) under a system (its label)."""
+    mode: Literal["simulated"] = "simulated"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ FORMAT = "finemoe-routing-trace"
 VERSION = 1
 
 Content = Literal["logits", "embeddings", "hidden_states"]
+DType = Literal["bfloat16", "float16", "float32"]
 
 
 class TraceError(ValueError):
@@ -24,7 +25,7 @@ class TraceHeader:
     """What a trace says about itself."""
 
     shape: ModelShape
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: DType
     """Of logits, embeddings and hidden states, which are stored as the model computed them."""
     contents: tuple[Content, ...]
     """Which optional arrays every step holds."""
@@ -42,3 +43,38 @@ class TracedRequest:
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     steps: tuple[RoutedStep, ...]
+
+
+def require(
+    source: str,
+    header: TraceHeader,
+    contents: Sequence[Content] = (),
+    gates: bool = False,
+    shape: ModelShape | None = None,
+    model: str | None = None,
+) -> None:
+    """Raise TraceError, naming `source`, if a trace lacks what is asked or is of another model.
+
+    Shapes are compared by L, J and K; by hidden size too if an array that has it is asked for.
+    `model` is compared with what the provenance says.
+    """
+    named = header.provenance.get("model")
+    if model is not None and named != model:
+        found = "no model that it names" if named is None else named
+        raise TraceError(f"{source}: is of {found}, not of {model}; record one of {model}")
+    wide = gates or not {"embeddings", "hidden_states"}.isdisjoint(contents)
+    if shape is not None and _sizes(shape, wide) != _sizes(header.shape, wide):
+        raise TraceError(
+            f"{source}: is of a model of {_sizes(header.shape, wide)}, not {_sizes(shape, wide)}; "
+            "record one of the model that runs"
+        )
+    missing: list[str] = [name for name in contents if name not in header.contents]
+    missing += ["gates"] if gates and header.gates is None else []
+    if missing:
+        names = ", ".join(missing).replace("_", " ")
+        raise TraceError(f"{source}: holds no {names}, which this run needs; record them too")
+
+
+def _sizes(shape: ModelShape, wide: bool) -> str:
+    sizes = f"{shape.layers} layers, {shape.experts} experts, top {shape.top_k}"
+    return f"{sizes}, hidden size {shape.hidden_size}" if wide else sizes

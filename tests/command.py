@@ -15,6 +15,7 @@ SMALL = (
     "workload.history_share=0.5",
     "workload.output_tokens=4",
     "workload.input_tokens=12",
+    "testbed=emulated",
     "testbed.time_scale=0.01",
 )
 

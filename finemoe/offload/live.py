@@ -29,6 +29,8 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
+from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.transfer import Chunk
 from finemoe.offload.worker import Worker
 
 OutcomeListener = Callable[[LayerOutcome], None]
@@ -71,6 +73,7 @@ class LiveRuntime:
         memory: ExpertMemory,
         links: Sequence[Link],
         devices: Sequence[torch.device],
+        timeline: Timeline = NO_TIMELINE,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -80,6 +83,7 @@ class LiveRuntime:
         self.links = tuple(links)
         self._memory = memory
         self._devices = tuple(devices)
+        self._timeline = timeline
         self._changed = threading.Condition()
         self._arrived: deque[ExpertId] = deque()
         self._error: BaseException | None = None
@@ -130,7 +134,9 @@ class LiveRuntime:
         with self._changed:
             self._raise_failure()
             self.residency.begin_iteration(iteration)
+        began = time.perf_counter()
         output = self.model.model(**inputs)
+        self._timeline.span("iterations", iteration.phase, began, time.perf_counter())
         if self._observed:
             self._publish("update", iteration.number + 1, self.policy.end_iteration, iteration)
         return output
@@ -234,6 +240,7 @@ class LiveRuntime:
 
     def _run_expert(self, expert: ExpertId, routing: Dispatch) -> Tensor:
         """Return an expert's weighted output for the tokens that go to it, on the main device."""
+        began = time.perf_counter()
         rows = routing.gather(expert.index)
         slot = self.residency.cache.slot(expert)
         parameters: Weights = self._memory.weights(expert, slot)
@@ -241,7 +248,10 @@ class LiveRuntime:
         output = kernel(rows.to(self._devices[slot.device]), parameters).to(rows.device)
         if self.links:
             self.links[slot.device].guard(slot)
-        return routing.weigh(expert.index, output)
+        weighed = routing.weigh(expert.index, output)
+        track, name = f"device {slot.device}", f"expert {expert.layer}.{expert.index}"
+        self._timeline.span(track, name, began, time.perf_counter())
+        return weighed
 
     def _await_prefetches(self) -> None:
         if self.policy.placement.awaited:
@@ -292,16 +302,20 @@ class LiveRuntime:
 
     def _drive(self, device: int, link: Link) -> None:
         """Copy what the queue of a link says, until the runtime stops or a copy fails."""
-        in_flight: deque[Any] = deque()
+        in_flight: deque[tuple[Chunk, float]] = deque()
         try:
             while True:
                 chunk = self._take_chunk(device, link, block=not in_flight)
                 if chunk is not None:
+                    began = time.perf_counter()
                     link.start(chunk)
-                    in_flight.append(chunk)
+                    in_flight.append((chunk, began))
                 if in_flight and (chunk is None or len(in_flight) == link.depth):
-                    oldest = in_flight.popleft()
+                    oldest, began = in_flight.popleft()
                     link.finish()
+                    why = "on demand" if oldest.urgent else "prefetch"
+                    name = f"{why} {oldest.expert.layer}.{oldest.expert.index}"
+                    self._timeline.span(f"link {device}", name, began, time.perf_counter())
                     self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
                     return
@@ -312,7 +326,7 @@ class LiveRuntime:
             for _ in in_flight:
                 link.finish()
 
-    def _take_chunk(self, device: int, link: Link, block: bool) -> Any:
+    def _take_chunk(self, device: int, link: Link, block: bool) -> Chunk | None:
         with self._changed:
             while not self._stopping and self._error is None:
                 chunk = self.residency.next_chunk(device)
@@ -324,7 +338,7 @@ class LiveRuntime:
                 self._changed.wait()
         return None
 
-    def _arrive(self, device: int, chunk: Any) -> None:
+    def _arrive(self, device: int, chunk: Chunk) -> None:
         with self._changed:
             expert = self.residency.chunk_done(device, chunk)
             if expert is None:
@@ -359,6 +373,7 @@ class LiveRuntime:
         finally:
             spent = time.perf_counter() - start
             setattr(self.phases, phase, getattr(self.phases, phase) + spent)
+            self._timeline.span(phase, phase, start, start + spent)
 
 
 def _call_all(tasks: Sequence[Callable[[], None]]) -> None:

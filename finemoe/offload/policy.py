@@ -7,7 +7,7 @@ count from 0; arrays are NumPy, float32, on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -100,6 +100,8 @@ class Placement:
     """Whether the system keeps all experts on the device, whatever the budget."""
     awaited: bool = False
     """Whether a layer ends only when the prefetches asked for have arrived, or cannot."""
+    learns: bool = True
+    """Whether history prompts leave anything in it."""
     foresight: bool = False
     """Whether this is a bound that is told the whole routing beforehand, by `Policy.foretell`."""
 
@@ -120,7 +122,7 @@ class GateWeights:
 
 
 Routing = Sequence[Sequence[tuple[int, ...]]]
-"""Activated experts, ascending, of every layer of every iteration, in order of iteration numbers."""
+"""Activated experts, ascending, of every layer of every iteration, by iteration number."""
 
 
 class Policy:
@@ -128,8 +130,9 @@ class Policy:
 
     Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
     `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
-    background worker's, if the placement says so). `on_outcome`, `on_load`,
-    `on_evict` and `eviction_keys` are called from the engine, possibly while a prediction runs, and may see it half taken over.
+    background worker's, if the placement says so). `on_outcome`, `on_load`, `on_evict` and
+    `eviction_keys` are called from the engine, possibly while a prediction runs, and may see it
+    half taken over.
     """
 
     placement = Placement()
@@ -144,6 +147,15 @@ class Policy:
     def load(self, path: Path, model_id: str) -> None:
         """Add a saved history to the policy's own; NotImplementedError without one."""
         raise NotImplementedError
+
+    def study(
+        self, iteration: Iteration, embeddings: FloatArray, gates: Callable[[], Iterable[Gate]]
+    ) -> None:
+        """Learn from an iteration of the history that nobody waits for, as if it were served."""
+        self.on_embeddings(iteration, embeddings)
+        for gate in gates():
+            self.on_gate(iteration, gate)
+        self.end_iteration(iteration)
 
     def set_gates(self, gates: GateWeights) -> None:
         """Take the model's gates, before anything is served; only if `Placement.hidden_states`."""

@@ -47,13 +47,21 @@ class PredictionCosts:
 class CostModel(Protocol):
     """Where virtual time comes from."""
 
-    parallel: bool
-    """Whether devices compute their experts at the same time."""
-    collect: float
-    """Seconds on the critical path to hand one context (embeddings or gate) to the policy."""
-    hop: float
-    """Seconds to send a layer's tokens to another device and back."""
-    prediction: PredictionCosts
+    @property
+    def parallel(self) -> bool:
+        """Whether devices compute their experts at the same time."""
+
+    @property
+    def collect(self) -> float:
+        """Seconds on the critical path to hand one context (embeddings or gate) to the policy."""
+
+    @property
+    def hop(self) -> float:
+        """Seconds to send a layer's tokens to another device and back."""
+
+    @property
+    def prediction(self) -> PredictionCosts:
+        """What calls of the policy cost."""
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         """Return the costs for a batch: each request's tokens now, and those it attends to."""

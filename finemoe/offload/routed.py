@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ class RoutedIteration:
         layers, experts = self.counts.nonzero()
         starts = np.searchsorted(layers, np.arange(len(self.counts) + 1)).tolist()
         ordered = experts.tolist()
-        return [tuple(ordered[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        return [tuple(ordered[a:b]) for a, b in itertools.pairwise(starts)]
 
     @cached_property
     def probabilities(self) -> FloatArray:

@@ -1,0 +1,54 @@
+"""DeepSpeed-Inference as the FineMoE paper runs it (section 6.1): whole layers, whoever is chosen.
+
+All J experts of the next layer are fetched while one runs, and a layer starts when they are there,
+so nothing is missed where a layer fits the slots; where it does not, the rest is loaded on demand.
+The expert cache, least recently used first out, was added by that paper for fairness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baselines.on_demand import OnDemandPolicy
+from finemoe.offload.eviction import UsageTable
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    Gate,
+    Iteration,
+    ModelShape,
+    Placement,
+    Prefetch,
+)
+
+
+class DeepSpeedPolicy(OnDemandPolicy):
+    """Fetches layer after layer, one ahead of the model, and waits for each."""
+
+    placement = Placement("critical_path", awaited=True, learns=False)
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        self._shape = shape
+        self._layers = [
+            [Prefetch(ExpertId(layer, index), 1.0) for index in range(shape.experts)]
+            for layer in range(shape.layers)
+        ]
+
+    def begin_serving(self) -> None:
+        self._usage = UsageTable(self._shape)
+
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+        return self._layers[0]
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        return self._layers[gate.layer + 1] if gate.layer + 1 < self._shape.layers else ()
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        """Least recently used; a layer that is being fetched does not push itself out."""
+        keys = super().eviction_keys(incoming)
+        keys[incoming.layer] = -np.inf
+        return keys

@@ -1,0 +1,222 @@
+"""DeepSpeed ZeRO stage 3 with parameter offload: the real package around a transformers model.
+
+Every module's parameters are copied to the device before it runs and dropped after: all experts
+of a layer, whichever the gate chose. It has no experts cache and no memory budget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+from transformers import PreTrainedModel
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    """What conf/system/deepspeed_zero.yaml sets; sizes are counts of a full-size model's elements.
+
+    The defaults are DeepSpeed's own (runtime/zero/config.py, 0.19).
+    """
+
+    experts: Literal["eager", "grouped_mm"] = "eager"
+    prefetch_bucket_size: int = 50_000_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    param_persistence_threshold: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.experts not in ("eager", "grouped_mm"):
+            raise ValueError(f"experts={self.experts}; choose eager or grouped_mm")
+        for name in SIZES:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}; give a whole number from 0")
+
+
+SIZES = (
+    "prefetch_bucket_size",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "param_persistence_threshold",
+)
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """How many times smaller than full size the experts and the hidden size of a model are."""
+
+    expert: float = 1.0
+    hidden: float = 1.0
+
+
+@dataclass
+class Gathered:
+    """The most bytes of parameters that were on the device at once, and of them experts'."""
+
+    experts: int = 0
+    total: int = 0
+
+
+def choose_accelerator(device: torch.device) -> None:
+    """Import DeepSpeed for a kind of device; raise ValueError if it is there for another kind."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    started = get_accelerator().device_name()
+    if started != device.type:
+        raise ValueError(
+            f"DeepSpeed was started on {started} in this process, not on {device.type}; "
+            f"set DS_ACCELERATOR={device.type}, or run each in a process of its own"
+        )
+
+
+@dataclass
+class ZeroModel:
+    """A model under ZeRO stage 3, served by one process; use as a context manager.
+
+    Takes the model over, for good: its parameters live in host memory, page-locked if `device` is
+    a CUDA device, and are gone on exit. On the CPU they are gathered within host memory, which no
+    link slows down.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    options: ZeroOptions = field(default_factory=ZeroOptions)
+    shrinkage: Shrinkage = field(default_factory=Shrinkage)
+
+    def __enter__(self) -> ZeroModel:
+        """Start DeepSpeed; raise ValueError if this process cannot have it on this device."""
+        choose_accelerator(self.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_environment(ALONE))
+            stack.enter_context(_process_group(self.device))
+            self._engine = self._start()
+            stack.callback(self._drop_weights)
+            stack.callback(self._engine.destroy)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        del self._engine
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run one forward pass."""
+        return self._engine(**inputs)
+
+    @contextlib.contextmanager
+    def watching(self, experts: Sequence[nn.Parameter]) -> Iterator[Gathered]:
+        """Look at every module that runs in the block, which takes time: not to be measured.
+
+        A parameter counts while it is gathered or on its way.
+        """
+        mine = {id(parameter) for parameter in experts}
+        parameters: list[Any] = list(self.model.parameters())
+        peak = Gathered()
+
+        def look(*_: object) -> None:
+            sizes = [
+                (id(p) in mine, p.ds_numel * p.element_size())
+                for p in parameters
+                if p.ds_status.name != "NOT_AVAILABLE"
+            ]
+            peak.total = max(peak.total, sum(size for _, size in sizes))
+            peak.experts = max(peak.experts, sum(size for expert, size in sizes if expert))
+
+        hooks = [module.register_forward_pre_hook(look) for module in self.model.modules()]
+        try:
+            yield peak
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _drop_weights(self) -> None:
+        """Free the weights: DeepSpeed holds on to the modules of every model it has had."""
+        for parameter in self.model.parameters():
+            for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+                if tensor is not None:
+                    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+    def _start(self) -> Any:
+        import deepspeed
+
+        config = _config(self.options, self.shrinkage, self.device, self.model.dtype)
+        self.model.set_experts_implementation(self.options.experts)
+        # Converted before the engine sees it, which would move the whole model to the device.
+        deepspeed.zero.Init(module=self.model, config_dict_or_path=config, dtype=self.model.dtype)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        engine, *_ = deepspeed.initialize(model=self.model, config=config)
+        engine.eval()
+        return engine
+
+
+def _config(
+    options: ZeroOptions, shrinkage: Shrinkage, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return DeepSpeed's config; sizes shrink with the model, so that they bind as at full size.
+
+    Persistence tells vectors from matrices, so its threshold shrinks with the hidden size.
+    """
+    factors = [shrinkage.expert] * 3 + [shrinkage.hidden]
+    sizes = {
+        f"stage3_{name}": round(getattr(options, name) / factor)
+        for name, factor in zip(SIZES, factors, strict=True)
+    }
+    offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": {"stage": 3, "offload_param": offload, **sizes},
+    }
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _process_group(device: torch.device) -> Iterator[None]:
+    """Hold a process group of one, which needs no port: its store is in this process."""
+    import deepspeed
+
+    if device.type == "cpu":
+        # Else DeepSpeed compiles, for minutes, a reduction between processes: here is only one.
+        deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=HashStore(),
+        rank=0,
+        world_size=1,
+    )
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        yield
+    finally:
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,137 @@
+"""ProMoE (arXiv 2410.22134): layer l + d predicted from layer l's hidden state, in the background.
+
+`predictor=gate` applies layer l + d's own gate to it, as the prototype that the FineMoE paper
+compares with (section 6.1); `predictor=learned` a small MLP per layer, trained offline, as the
+ProMoE paper does (`python -m experiments.train_predictor`). Predictions start with layer d: nothing
+is prefetched for the d layers before it. Its chunked prefetch, early preemption, and order of
+experts by arrival are the engine's, and every system has them. Its cache is least recently used
+per layer; layers have equal shares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from baselines.mixtral_offload import likeliest
+from finemoe.offload.eviction import LayeredLruPolicy
+from finemoe.offload.policy import (
+    FloatArray,
+    Gate,
+    GateWeights,
+    Iteration,
+    ModelShape,
+    Placement,
+    Prefetch,
+)
+
+
+@dataclass(frozen=True)
+class ProMoEOptions:
+    """What the paper fixes and its ablations vary. Raises ValueError for a wrong value."""
+
+    prefetch_distance: int
+    """Stride d: layers from the hidden state to the predicted layer."""
+    predictor: Literal["gate", "learned"] = "gate"
+    predictor_path: str | None = None
+    """File of the learned predictor."""
+    extra: int = 0
+    """Experts prefetched per token beyond the K that a layer activates."""
+
+    def __post_init__(self) -> None:
+        if self.prefetch_distance < 1 or self.extra < 0:
+            raise ValueError("prefetch_distance starts at 1, extra at 0")
+        if self.predictor not in ("gate", "learned"):
+            raise ValueError(f"predictor={self.predictor} is none of gate, learned")
+        if self.predictor == "learned" and self.predictor_path is None:
+            raise ValueError("predictor=learned needs predictor_path")
+
+
+@dataclass(frozen=True)
+class LearnedPredictor:
+    """A two-layer perceptron for each source layer l < L - d, which scores layer l + d's experts.
+
+    S = L - d source layers, m hidden units.
+    """
+
+    up: FloatArray
+    """Shape (S, m, h)."""
+    up_bias: FloatArray
+    """Shape (S, m)."""
+    down: FloatArray
+    """Shape (S, J, m)."""
+    down_bias: FloatArray
+    """Shape (S, J)."""
+
+    def logits(self, source: int, hidden_states: FloatArray) -> FloatArray:
+        """Return scores (T, J) of the experts of layer `source` + d for inputs (T, h)."""
+        units = np.maximum(hidden_states @ self.up[source].T + self.up_bias[source], 0)
+        logits: FloatArray = units @ self.down[source].T + self.down_bias[source]
+        return logits
+
+    def save(self, path: Path, distance: int, facts: Mapping[str, str]) -> None:
+        """Write the weights with their stride and what else is to be known of them."""
+        partial = path.with_name(f"{path.name}.partial")
+        save_file(vars(self), partial, metadata={**facts, "distance": str(distance)})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:
+        """Read a predictor; ValueError if it is missing, corrupt, or for another model or d."""
+        again = f"train it: python -m experiments.train_predictor distance={distance}"
+        try:
+            with safe_open(path, "numpy") as file:
+                trained_for = (file.metadata() or {}).get("distance")
+                weights = {name: file.get_tensor(name) for name in cls.__dataclass_fields__}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no predictor ({error}); {again}") from error
+        sources = max(shape.layers - distance, 0)
+        found = (weights["up"].shape[::2], weights["down"].shape[:2])
+        expected = ((sources, shape.hidden_size), (sources, shape.experts))
+        if trained_for != str(distance) or found != expected:
+            raise ValueError(f"{path} is for d={trained_for} or another model; {again}")
+        return cls(**weights)
+
+
+class ProMoEPolicy(LayeredLruPolicy):
+    """Prefetches the K best experts of each token, the nearest layer first."""
+
+    placement = Placement("background", hidden_states=True, learns=False)
+
+    def __init__(self, shape: ModelShape, options: ProMoEOptions) -> None:
+        super().__init__(shape)
+        self.options = options
+        self._gates: GateWeights | None = None
+        self._learned: LearnedPredictor | None = None
+        if options.predictor == "learned":
+            path = Path(options.predictor_path or "")
+            self._learned = LearnedPredictor.load(path, shape, options.prefetch_distance)
+
+    def set_gates(self, gates: GateWeights) -> None:
+        self._gates = gates
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        target = gate.layer + self.options.prefetch_distance
+        if target >= self.shape.layers:
+            return ()
+        assert gate.hidden_states is not None
+        if self._learned is not None:
+            logits = self._learned.logits(gate.layer, gate.hidden_states)
+        else:
+            assert self._gates is not None
+            logits = self._gates.logits(target, gate.hidden_states)
+        predicted = likeliest(logits, self.shape.top_k + self.options.extra, target)
+        nearness = self.shape.layers - target
+        return [Prefetch(expert, nearness + priority) for expert, priority in predicted]
+
+
+def promoe(shape: ModelShape, **options: int | str | None) -> ProMoEPolicy:
+    """Return the policy for `ProMoEOptions` given one by one, as its YAML does."""
+    return ProMoEPolicy(shape, ProMoEOptions(**options))  # type: ignore[arg-type]

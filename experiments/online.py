@@ -1,0 +1,160 @@
+"""The online workload: requests that arrive over time, with given lengths (section 6.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from experiments.arrivals import Arrival, Process, generated, read_azure_trace, sampled
+from experiments.datasets import Dataset, template
+from experiments.errors import UserError
+from experiments.workloads import Request
+
+PASSAGE_END = "\n\n"
+GENERATED = "generated: Poisson arrivals, log-normal lengths"
+
+
+@dataclass
+class OnlineSettings:
+    """What conf/workload/online.yaml sets."""
+
+    requests: int
+    rate: float
+    """Mean requests a second."""
+    trace: str | None
+    """An Azure trace file; None for generated lengths."""
+    arrival: str
+    max_batch_size: int
+    max_input_tokens: int | None
+    max_output_tokens: int | None
+
+
+@dataclass(frozen=True)
+class TimedRequest(Request):
+    """A request that comes `arrival` seconds after serving began."""
+
+    arrival: float
+
+
+@dataclass(frozen=True)
+class OnlineWorkload:
+    """Requests in order of arrival, where their times and lengths come from, and their hash."""
+
+    requests: tuple[TimedRequest, ...]
+    source: str
+    shortened: int
+    """How many requests a cap made shorter than the trace or the generator has them."""
+    passes: int
+    """How often the prompts went through the dataset's texts; above 1, text is used again."""
+    sha256: str
+    """Of arrivals, prompts and output lengths."""
+
+
+def online(dataset: Dataset, tokenizer: Any, settings: OnlineSettings, seed: int) -> OnlineWorkload:
+    """Draw requests by seed: arrivals and lengths as set, prompts of exactly those lengths.
+
+    Raises UserError for settings out of range, a malformed trace, or texts without a token.
+    """
+    check(settings)
+    arrivals, source = _arrivals(settings, seed)
+    capped = [_capped(arrival, settings) for arrival in arrivals]
+    shortened = sum(a != b for a, b in zip(arrivals, capped, strict=True))
+    lengths = [arrival.input_tokens for arrival in capped]
+    prompts, passes = prompts_of(lengths, dataset, tokenizer, seed)
+    requests = tuple(
+        TimedRequest(number, prompt, arrival.output_tokens, arrival.seconds)
+        for number, (prompt, arrival) in enumerate(zip(prompts, capped, strict=True))
+    )
+    drawn = [(one.arrival, one.prompt, one.output_tokens) for one in requests]
+    digest = hashlib.sha256(repr(drawn).encode()).hexdigest()
+    return OnlineWorkload(requests, source, shortened, passes, digest)
+
+
+def check(settings: OnlineSettings) -> None:
+    """Raise UserError for a setting out of range."""
+    for name in ("requests", "max_batch_size", "max_input_tokens", "max_output_tokens"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"workload.{name}={value}: it starts at 1")
+    if not 0 < settings.rate < float("inf"):
+        raise UserError(f"workload.rate={settings.rate}: give requests a second, above 0")
+    if settings.arrival not in get_args(Process):
+        raise UserError(f"workload.arrival={settings.arrival} is neither poisson nor trace")
+    if settings.arrival == "trace" and settings.trace is None:
+        raise UserError("workload.arrival=trace needs workload.trace, a file; or set it to poisson")
+
+
+def prompts_of(
+    lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Return one prompt of exactly each length, and how many passes over the texts that took.
+
+    A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
+    prompt goes on with the next text, so that no text is used twice before all were; where the
+    first starts, and which request gets which run, is drawn by seed. The chat template is counted
+    in; a prompt without room for it and one more token goes without. Raises UserError if the texts
+    hold no token.
+    """
+    before, after = template(tokenizer)
+    order = list(range(len(lengths)))
+    draw = random.Random(seed)
+    draw.shuffle(order)
+    walk = _Walk(dataset, tokenizer, draw.randrange(len(dataset.texts)))
+    prompts: dict[int, tuple[int, ...]] = {}
+    for index in order:
+        room = lengths[index] - len(before) - len(after)
+        if room >= 1:
+            prompts[index] = (*before, *walk.take(room), *after)
+        else:
+            prompts[index] = walk.take(lengths[index])
+    return [prompts[index] for index in range(len(lengths))], walk.passes
+
+
+class _Walk:
+    """Goes through the texts of a dataset, round and round, and counts the rounds."""
+
+    def __init__(self, dataset: Dataset, tokenizer: Any, start: int) -> None:
+        self.passes = 0
+        self._dataset, self._tokenizer = dataset, tokenizer
+        self._passages = self._rounds(start)
+
+    def take(self, tokens: int) -> tuple[int, ...]:
+        """Return exactly so many tokens, from the start of the next text on."""
+        taken: list[int] = []
+        while len(taken) < tokens:
+            taken += next(self._passages)
+        return tuple(taken[:tokens])
+
+    def _rounds(self, start: int) -> Iterator[list[int]]:
+        texts = self._dataset.texts
+        while True:
+            self.passes += 1
+            found = 0
+            for text in (*texts[start:], *texts[:start]):
+                ids = self._tokenizer(text + PASSAGE_END, add_special_tokens=False)["input_ids"]
+                found += len(ids)
+                yield ids
+            if not found:
+                raise UserError(f"the texts of {self._dataset.name} hold no token")
+
+
+def _arrivals(settings: OnlineSettings, seed: int) -> tuple[tuple[Arrival, ...], str]:
+    count, rate = settings.requests, settings.rate
+    if settings.trace is None:
+        return generated(count, rate, seed), GENERATED
+    process: Process = "trace" if settings.arrival == "trace" else "poisson"
+    path = Path(settings.trace)
+    arrivals = sampled(read_azure_trace(path), count, rate, process, seed)
+    return arrivals, f"{path.name}: sampled lengths, {process} arrivals"
+
+
+def _capped(arrival: Arrival, settings: OnlineSettings) -> Arrival:
+    return Arrival(
+        arrival.seconds,
+        min(arrival.input_tokens, settings.max_input_tokens or arrival.input_tokens),
+        min(arrival.output_tokens, settings.max_output_tokens or arrival.output_tokens),
+    )

@@ -1,0 +1,103 @@
+"""What a run record says, whichever runtime served: one schema for every mode."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.metrics import AccessCounter, latency_summary
+from experiments.records import provenance
+from experiments.serving import Served
+from finemoe.offload.bounds import Roofline
+from finemoe.offload.live import PhaseSeconds
+from finemoe.offload.transfer import Traffic
+
+
+@dataclass
+class Measurement:
+    """What serving the measured requests left behind, over all repeats."""
+
+    served: list[Served] = field(default_factory=list)
+    accesses: AccessCounter = field(default_factory=AccessCounter)
+    traffic: Traffic = field(default_factory=Traffic)
+    phases: PhaseSeconds = field(default_factory=PhaseSeconds)
+    peak_occupied: int = 0
+    busy_seconds: float = 0.0
+    """Time during which requests were served."""
+    same_as_reference: bool | None = None
+    """Whether every step's logits equal the reference's bit for bit; None if not verified."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a record says about a run apart from its config and its measurement."""
+
+    mode: str
+    testbed: str
+    routing: str
+    dataset: str
+    dataset_source: str
+    dataset_sha256: str
+    budget_bytes: int
+    slots: tuple[int, ...]
+    expert_bytes: int
+    stored_expert_bytes: int
+    dense_bytes: int
+    time_scale: float
+    history: str
+    history_bytes: dict[str, int]
+    bound: Roofline | None
+
+
+def run_record(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> dict[str, Any]:
+    """Return the run record; bytes are those of full-size experts, times are in seconds."""
+    return {
+        "status": "complete",
+        "mode": facts.mode,
+        "testbed": facts.testbed,
+        "system": cfg.system.label,
+        "model": cfg.model.name,
+        "weights": str(cfg.weights),
+        "routing": facts.routing,
+        "dataset": facts.dataset,
+        "dataset_source": facts.dataset_source,
+        "dataset_sha256": facts.dataset_sha256,
+        "memory_budget_gb": facts.budget_bytes / 1e9,
+        "slots": list(facts.slots),
+        "expert_bytes": facts.expert_bytes,
+        "stored_expert_bytes": facts.stored_expert_bytes,
+        "time_scale": facts.time_scale,
+        "seed": cfg.seed,
+        "history": facts.history,
+        "summary": _summary(cfg, facts, measurement),
+        **provenance(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+
+
+def _summary(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> dict[str, Any]:
+    traffic = {
+        f"bytes_{kind}": round(count * facts.expert_bytes / facts.stored_expert_bytes)
+        for kind, count in asdict(measurement.traffic).items()
+    }
+    return {
+        **latency_summary(measurement.served, cfg.seed),
+        **measurement.accesses.summary(),
+        "lossless": measurement.same_as_reference,
+        **traffic,
+        "peak_slot_bytes": measurement.peak_occupied * facts.expert_bytes,
+        "slot_budget_bytes": facts.budget_bytes,
+        "dense_bytes": facts.dense_bytes,
+        "history_bytes": facts.history_bytes,
+        "phase_seconds": asdict(measurement.phases),
+        "busy_seconds": measurement.busy_seconds,
+        "bound": _bound(facts.bound, measurement.busy_seconds),
+    }
+
+
+def _bound(bound: Roofline | None, busy_seconds: float) -> dict[str, float] | None:
+    if bound is None:
+        return None
+    return {**asdict(bound), "times": bound.times(busy_seconds)}

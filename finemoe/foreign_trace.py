@@ -1,0 +1,176 @@
+"""Traces of other projects: a CSV or Parquet file with one row an expert that a token chose.
+
+The columns are `request, phase, step, layer, rank, expert, weight`; further ones are ignored. Which
+token a row belongs to is not said, and neither are logits, embeddings or hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from finemoe.offload.policy import ModelShape
+from finemoe.offload.routed import RoutedStep
+from finemoe.trace import Content, TracedRequest, TraceError, TraceHeader, require
+
+COLUMNS = pa.schema(
+    {
+        "request": pa.int64(),
+        "phase": pa.string(),
+        "step": pa.int64(),
+        "layer": pa.int32(),
+        "rank": pa.int32(),
+        "expert": pa.int32(),
+        "weight": pa.float64(),
+    }
+)
+
+Numbers = NDArray[np.integer]
+
+
+class ForeignTrace:
+    """The requests of a foreign trace, with counts only; `len` is their number.
+
+    A request's prefill rows are its step 0, whatever their `step`; its decode steps follow in the
+    order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up.
+    Layers count MoE layers from 0. Unless `shape` is given, L, J and K are the largest layer,
+    expert and rank plus one, and the hidden size is 0, which is to say unknown.
+
+    Raises TraceError if the file is no such table, a number is out of range, or steps are missing.
+    """
+
+    def __init__(self, path: Path, shape: ModelShape | None = None) -> None:
+        self.path = Path(path)
+        table = self._table()
+        shape = shape or self._inferred(table)
+        self._check_ranges(table, shape)
+        self.header = TraceHeader(shape, "float32", (), {"foreign": self.path.name})
+        decode = self._decodes(table)
+        request, step = (table[name].to_numpy() for name in ("request", "step"))
+        step = np.where(decode, step, 0)
+        order = np.lexsort((step, decode, request))
+        self._step, self._decode = step[order], decode[order]
+        self._layer, self._expert = (table[name].to_numpy()[order] for name in ("layer", "expert"))
+        numbers, starts = np.unique(request[order], return_index=True)
+        stops = [*starts[1:].tolist(), len(order)]
+        rows = map(slice, starts.tolist(), stops)
+        self._rows = dict(zip(numbers.tolist(), rows, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the requests, ascending."""
+        return tuple(self._rows)
+
+    def requests(self) -> Iterator[TracedRequest]:
+        """Yield the requests in the order of their numbers."""
+        for number in self._rows:
+            yield self.request(number)
+
+    def request(self, number: int) -> TracedRequest:
+        """Return one request, without prompt and output."""
+        if number not in self._rows:
+            raise self._error(f"has no request {number}, only {len(self)} others")
+        rows = self._rows[number]
+        decode, step = self._decode[rows], self._step[rows]
+        if decode[0]:
+            raise self._error(f"request {number} has no prefill rows; add them")
+        gaps = np.flatnonzero(decode[:-1] & (np.diff(step) > 1))
+        if len(gaps):
+            before, after = step[gaps[0]], step[gaps[0] + 1]
+            raise self._error(
+                f"request {number} decodes step {after} after {before}; add what lies between"
+            )
+        starts = 1 + np.flatnonzero((np.diff(step) != 0) | (np.diff(decode.astype(np.int8)) != 0))
+        parts = zip(
+            np.split(self._layer[rows], starts), np.split(self._expert[rows], starts), strict=True
+        )
+        steps = tuple(self._routed(number, i, *part) for i, part in enumerate(parts))
+        return TracedRequest(number, (), (), steps)
+
+    def require(
+        self,
+        contents: Sequence[Content] = (),
+        gates: bool = False,
+        shape: ModelShape | None = None,
+        model: str | None = None,
+    ) -> None:
+        """Raise TraceError if this trace does not do, as `finemoe.trace.require` says."""
+        require(str(self.path), self.header, contents, gates, shape, model)
+
+    def _routed(self, number: int, step: int, layer: Numbers, expert: Numbers) -> RoutedStep:
+        shape = self.header.shape
+        flat = np.bincount(layer * shape.experts + expert, minlength=shape.layers * shape.experts)
+        counts = flat.reshape(shape.layers, shape.experts)
+        rows = counts.sum(axis=1)
+        if not rows.all():
+            empty = int(rows.argmin())
+            raise self._error(
+                f"request {number} routes nothing in layer {empty} of its step {step}"
+            )
+        return RoutedStep(-(-int(rows.max()) // shape.top_k), counts, None, None, None)
+
+    def _table(self) -> pa.Table:
+        try:
+            table = self._read_parquet() if self._is_parquet() else self._read_csv()
+            missing = [name for name in COLUMNS.names if name not in table.column_names]
+            if missing:
+                raise self._error(f"lacks the columns {', '.join(missing)}; name them so")
+            table = table.select(COLUMNS.names).cast(COLUMNS)
+        except FileNotFoundError:
+            raise self._error("no such file; check the path") from None
+        except (pa.ArrowException, OSError) as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise self._error(f"is no table of routing rows: {cause}; write it again") from error
+        if not len(table):
+            raise self._error("has no rows; write it again")
+        for name in COLUMNS.names:
+            if table[name].null_count:
+                raise self._error(f"has rows without a {name}; fill them in")
+        return table
+
+    def _is_parquet(self) -> bool:
+        with self.path.open("rb") as file:
+            return file.read(4) == b"PAR1"
+
+    def _read_parquet(self) -> pa.Table:
+        return pq.ParquetFile(self.path, page_checksum_verification=True).read()
+
+    def _read_csv(self) -> pa.Table:
+        types = pa.csv.ConvertOptions(column_types=COLUMNS)
+        return pa.csv.read_csv(self.path, convert_options=types)
+
+    def _inferred(self, table: pa.Table) -> ModelShape:
+        layers, experts, ranks = (
+            max(1, int(table[name].to_numpy().max()) + 1) for name in ("layer", "expert", "rank")
+        )
+        return ModelShape(layers, experts, ranks, 0)
+
+    def _check_ranges(self, table: pa.Table, shape: ModelShape) -> None:
+        limits = {"layer": shape.layers, "expert": shape.experts, "rank": shape.top_k}
+        for name, limit in limits.items():
+            values = table[name].to_numpy()
+            wrong = values[(values < 0) | (values >= limit)]
+            if len(wrong):
+                raise self._error(
+                    f"has {name} {wrong[0]}, not in 0..{limit - 1}; give the model it is of"
+                )
+
+    def _decodes(self, table: pa.Table) -> NDArray[np.bool_]:
+        for name in table["phase"].unique().to_pylist():
+            if name not in ("prefill", "decode"):
+                raise self._error(f"has the phase {name!r}; write prefill or decode")
+        decodes: NDArray[np.bool_] = pc.equal(table["phase"], "decode").to_numpy()
+        return decodes
+
+    def _error(self, what: str) -> TraceError:
+        return TraceError(f"{self.path}: {what}")

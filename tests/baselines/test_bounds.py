@@ -1,0 +1,353 @@
+"""Belady and the oracle: what they keep, what they wish for, and that nobody has more hits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from baselines.belady import BeladyPolicy
+from baselines.on_demand import OnDemandPolicy
+from baselines.oracle import OraclePolicy
+from finemoe.offload.bounds import minimal_loads
+from finemoe.offload.cache import State
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    Gate,
+    Iteration,
+    LayerOutcome,
+    ModelShape,
+    Placement,
+    Policy,
+    Prefetch,
+    Routing,
+)
+from finemoe.offload.residency import MemoryPlan, Residency
+
+SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
+EXPERT_BYTES, CHUNK_BYTES = 4, 1
+
+
+class Lfu(OnDemandPolicy):
+    """Evicts the expert with the fewest visits."""
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        return self._usage.lfu_keys()
+
+
+class Guessing(OnDemandPolicy):
+    """Prefetches at random, and evicts the least recently used."""
+
+    placement = Placement("critical_path")
+
+    def __init__(self, shape: ModelShape, rng: random.Random) -> None:
+        super().__init__(shape)
+        self.shape = shape
+        self._rng = rng
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        layer = (gate.layer + 1) % self.shape.layers
+        return [Prefetch(ExpertId(layer, self._rng.randrange(self.shape.experts)), 1.0)]
+
+    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+        return [Prefetch(ExpertId(0, self._rng.randrange(self.shape.experts)), 1.0)]
+
+
+class Engine:
+    """Serves routing with loads that take no time; prefetches get some chunks between gates.
+
+    Hits leave their pins before missing experts take slots if `turns` is set, and after otherwise:
+    a live runtime may do either, as its threads run.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        slots: Sequence[int],
+        chunks: int = 0,
+        turns: bool = False,
+        shape: ModelShape = SHAPE,
+    ) -> None:
+        self.policy = policy
+        plan = MemoryPlan(tuple(slots), EXPERT_BYTES, CHUNK_BYTES)
+        self.residency = Residency(shape, plan, policy)
+        self.outcomes: list[LayerOutcome] = []
+        self._chunks = chunks
+        self._turns = turns
+        self._predicts = policy.placement.prediction != "none"
+
+    def serve(self, routing: Routing, first: int = 0) -> list[LayerOutcome]:
+        for number, layers in enumerate(routing, first):
+            iteration = Iteration(number, "decode", (0,), (1,))
+            self.residency.begin_iteration(iteration)
+            if self._predicts:
+                self._wish(number, self.policy.on_embeddings(iteration, rows(1)))
+            for layer, activated in enumerate(layers):
+                self._prefetch()
+                self._layer(iteration, layer, activated)
+            if self._predicts:
+                self._wish(number + 1, self.policy.end_iteration(iteration))
+        self.residency.cache.check_integrity()
+        return self.outcomes
+
+    @property
+    def hits(self) -> int:
+        return sum(len(outcome.hits) for outcome in self.outcomes)
+
+    @property
+    def loads(self) -> int:
+        traffic = self.residency.traffic()
+        return (traffic.on_demand + traffic.prefetched) // EXPERT_BYTES
+
+    def _layer(self, iteration: Iteration, layer: int, activated: tuple[int, ...]) -> None:
+        outcome = self.residency.gate(iteration, layer, activated)
+        self.outcomes.append(outcome)
+        if self._predicts:
+            gate = Gate(layer, rows(self.residency.shape.experts), activated, None)
+            self._wish(iteration.number, self.policy.on_gate(iteration, gate))
+        done = [ExpertId(layer, index) for index in outcome.hits]
+        waiting = len(outcome.late) + len(outcome.misses)
+        if self._turns:
+            self._release(done)
+        while waiting:
+            arrived = self._arrivals(layer, activated)
+            waiting -= len(arrived)
+            self._release(done + arrived)
+            done = []
+        self._release(done)
+
+    def _arrivals(self, layer: int, activated: tuple[int, ...]) -> list[ExpertId]:
+        """Copy until an expert of this layer is there, or no link can go on."""
+        for device in range(len(self.residency.queues)):
+            while (chunk := self.residency.next_chunk(device)) is not None:
+                expert = self.residency.chunk_done(device, chunk)
+                if expert is not None and self.residency.is_pinned(expert):
+                    return [expert]
+                if not chunk.urgent:
+                    break
+        return []
+
+    def _release(self, experts: list[ExpertId]) -> None:
+        for expert in experts:
+            self.residency.release(expert)
+        experts.clear()
+
+    def _prefetch(self) -> None:
+        for device in range(len(self.residency.queues)):
+            for _ in range(self._chunks):
+                chunk = self.residency.next_chunk(device)
+                if chunk is None:
+                    break
+                self.residency.chunk_done(device, chunk)
+
+    def _wish(self, number: int, wishes: Sequence[Prefetch]) -> None:
+        self.residency.prefetch(number, wishes)
+
+
+def rows(width: int) -> FloatArray:
+    return np.zeros((1, width), dtype=np.float32)
+
+
+def ranked(wishes: Sequence[Prefetch]) -> list[ExpertId]:
+    return [wish.expert for wish in sorted(wishes, key=lambda wish: -wish.priority)]
+
+
+def foretold(policy: BeladyPolicy, routing: Routing) -> BeladyPolicy:
+    policy.begin_serving()
+    policy.foretell(routing)
+    return policy
+
+
+def layer_sets(widest: int) -> st.SearchStrategy[tuple[int, ...]]:
+    chosen = st.sets(st.integers(0, SHAPE.experts - 1), min_size=1, max_size=widest)
+    return chosen.map(lambda indices: tuple(sorted(indices)))
+
+
+def routings(widest: int) -> st.SearchStrategy[Routing]:
+    layers = st.lists(layer_sets(widest), min_size=SHAPE.layers, max_size=SHAPE.layers)
+    return st.lists(layers, min_size=1, max_size=15)
+
+
+ROUTING: Routing = [[(0, 1), (2,)], [(0,), (3,)], [(1,), (2,)]]
+
+
+def test_the_keys_are_the_steps_of_the_next_uses() -> None:
+    policy = foretold(BeladyPolicy(SHAPE), ROUTING)
+    never = np.inf
+    keys = policy.eviction_keys(ExpertId(0, 0))
+    assert keys.tolist() == [[0, 0, never, never], [never, never, 1, 3]]
+    Engine(policy, (8,)).serve(ROUTING[:1])
+    keys = policy.eviction_keys(ExpertId(0, 0))
+    assert keys.tolist() == [[2, 4, never, never], [never, never, 5, 3]]
+
+
+def test_belady_evicts_the_farthest_next_use() -> None:
+    engine = Engine(foretold(BeladyPolicy(SHAPE), ROUTING), (2,))
+    outcomes = engine.serve(ROUTING)
+    # (1, 2) takes the slot of (0, 1), then (1, 3) that of (0, 0), which is never used again; after
+    # that (0, 1) takes the slot of (1, 3) and (1, 2) is still there.
+    assert [o.hits for o in outcomes] == [(), (), (0,), (), (), (2,)]
+    assert engine.loads == 5
+
+
+def test_belady_evicts_first_what_is_never_used_again() -> None:
+    routing: Routing = [[(0, 1), (2,)], [(1,), (2,)]]
+    outcomes = Engine(foretold(BeladyPolicy(SHAPE), routing), (2,)).serve(routing)
+    assert [o.hits for o in outcomes] == [(), (), (1,), (2,)]
+
+
+def test_a_repeat_goes_on_where_the_numbers_do() -> None:
+    policy = foretold(BeladyPolicy(SHAPE), [*ROUTING, *ROUTING])
+    engine = Engine(policy, (2,))
+    assert len(engine.serve(ROUTING, first=3)) == 6
+    assert engine.hits == 2
+    assert np.isinf(policy.eviction_keys(ExpertId(0, 0))).all()
+
+
+def test_routing_that_was_not_foretold_is_refused() -> None:
+    policy = foretold(BeladyPolicy(SHAPE), ROUTING)
+    with pytest.raises(ValueError, match=r"layer 0 of iteration 0 activated \(2,\), but \(0, 1\)"):
+        Engine(policy, (2,)).serve([[(2,), (2,)]])
+    with pytest.raises(ValueError, match="None was foretold"):
+        Engine(policy, (2,)).serve(ROUTING[:1], first=3)
+
+
+def test_nothing_is_expected_before_anything_is_foretold() -> None:
+    policy = BeladyPolicy(SHAPE)
+    Engine(policy, (2,)).serve(ROUTING)
+    assert np.isinf(policy.eviction_keys(ExpertId(0, 0))).all()
+
+
+def test_the_oracle_wishes_for_what_is_needed_soonest_and_not_there() -> None:
+    policy = foretold(OraclePolicy(SHAPE, lookahead=3), ROUTING)
+    policy.on_load(ExpertId(0, 1))
+    wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
+    assert ranked(wishes) == [(0, 0), (1, 2)]
+    policy.on_evict(ExpertId(0, 1))
+    wishes = policy.end_iteration(Iteration(0, "decode", (0,), (1,)))
+    assert ranked(wishes) == [(0, 0), (0, 1), (1, 2)]
+
+
+def test_the_oracle_wishes_for_one_iteration_at_a_time() -> None:
+    policy = foretold(OraclePolicy(SHAPE), ROUTING)
+    now = Iteration(0, "decode", (0,), (1,))
+    assert ranked(policy.on_embeddings(now, rows(1))) == [(0, 0), (0, 1), (1, 2)]
+    policy.on_outcome(LayerOutcome(now, 0, (0, 1), (), ()))
+    assert ranked(policy.on_gate(now, Gate(0, rows(4), (0, 1), None))) == [(1, 2)]
+    policy.on_outcome(LayerOutcome(now, 1, (2,), (), ()))
+    assert ranked(policy.end_iteration(now)) == [(0, 0), (1, 3)]
+
+
+def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
+    policy = foretold(OraclePolicy(SHAPE), ROUTING)
+    keys = policy.eviction_keys(ExpertId(1, 2)).tolist()
+    assert keys == [[-np.inf, -np.inf, np.inf, np.inf], [np.inf, np.inf, -np.inf, 3]]
+
+
+def test_the_oracle_gives_a_demanded_expert_the_slot_that_is_needed_last() -> None:
+    policy = foretold(OraclePolicy(SHAPE), ROUTING)
+    outcome = LayerOutcome(Iteration(0, "decode", (0,), (1,)), 0, (), (), (0, 1))
+    policy.on_outcome(outcome)
+    # Expert (0, 1) is used again at step 4, but it is wanted now.
+    assert policy.eviction_keys(ExpertId(0, 1))[1].tolist() == [np.inf, np.inf, 1, 3]
+    policy.on_load(ExpertId(0, 1))
+    assert policy.eviction_keys(ExpertId(0, 1))[1].tolist() == [np.inf, np.inf, -np.inf, -np.inf]
+
+
+def test_a_fast_link_leaves_the_oracle_no_miss_but_none_it_cannot_hold() -> None:
+    engine = Engine(foretold(OraclePolicy(SHAPE), ROUTING), (2,), chunks=100)
+    assert all(outcome.hits == outcome.activated for outcome in engine.serve(ROUTING))
+
+
+def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
+    policy = foretold(OraclePolicy(SHAPE), ROUTING)
+    engine = Engine(policy, (2,), chunks=100)
+    cache = engine.residency.cache
+    wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
+    engine.residency.prefetch(0, wishes)
+    engine._prefetch()
+    assert len(wishes) == 3
+    residents = [index for index in range(4) if cache.state(ExpertId(0, index)) is State.RESIDENT]
+    assert residents == [0, 1]
+
+
+def test_a_lookahead_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="lookahead=0: it starts at 1"):
+        OraclePolicy(SHAPE, lookahead=0)
+
+
+PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(routings(widest=4), PLANS, st.booleans())
+def test_no_system_without_prefetches_has_more_hits_than_belady(
+    routing: Routing, slots: tuple[int, ...], turns: bool
+) -> None:
+    belady = Engine(foretold(BeladyPolicy(SHAPE), routing), slots, turns=turns)
+    belady.serve(routing)
+    for policy in (OnDemandPolicy(SHAPE), Lfu(SHAPE)):
+        other = Engine(policy, slots, turns=turns)
+        other.serve(routing)
+        assert belady.hits >= other.hits
+
+
+@settings(max_examples=100, deadline=None)
+@given(routings(widest=1), PLANS)
+def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
+    routing: Routing, slots: tuple[int, ...]
+) -> None:
+    engine = Engine(foretold(BeladyPolicy(SHAPE), routing), slots)
+    engine.serve(routing)
+    assert engine.loads == sum(minimal_loads(routing, SHAPE, slots))
+
+
+@settings(max_examples=100, deadline=None)
+@given(routings(widest=4), PLANS, st.booleans(), st.integers(0, 9), st.randoms())
+def test_no_policy_loads_less_than_the_bound(
+    routing: Routing, slots: tuple[int, ...], turns: bool, chunks: int, rng: random.Random
+) -> None:
+    least = sum(minimal_loads(routing, SHAPE, slots))
+    for policy in (
+        OnDemandPolicy(SHAPE),
+        Lfu(SHAPE),
+        Guessing(SHAPE, rng),
+        foretold(BeladyPolicy(SHAPE), routing),
+        foretold(OraclePolicy(SHAPE), routing),
+    ):
+        engine = Engine(policy, slots, chunks, turns)
+        engine.serve(routing)
+        assert engine.loads >= least
+
+
+@pytest.mark.parametrize("slots", [(12,), (40,), (9, 9)])
+@pytest.mark.parametrize("chunks", [1, 4, 12])
+def test_no_policy_has_more_hits_than_the_oracle(slots: tuple[int, ...], chunks: int) -> None:
+    shape = ModelShape(layers=8, experts=8, top_k=2, hidden_size=1)
+    rng = random.Random(0)
+    routing = [[skewed(rng, shape) for _ in range(shape.layers)] for _ in range(20)]
+    oracle = Engine(foretold(OraclePolicy(shape), routing), slots, chunks, shape=shape)
+    oracle.serve(routing)
+    for policy in (
+        OnDemandPolicy(shape),
+        Lfu(shape),
+        Guessing(shape, rng),
+        foretold(BeladyPolicy(shape), routing),
+    ):
+        other = Engine(policy, slots, chunks, shape=shape)
+        other.serve(routing)
+        assert oracle.hits >= other.hits
+
+
+def skewed(rng: random.Random, shape: ModelShape) -> tuple[int, ...]:
+    """Return K experts of a layer, low indices more often."""
+    chosen: set[int] = set()
+    while len(chosen) < shape.top_k:
+        chosen.add(min(int(rng.expovariate(0.4)), shape.experts - 1))
+    return tuple(sorted(chosen))

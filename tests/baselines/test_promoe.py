@@ -1,0 +1,133 @@
+"""ProMoE: gate and learned predictors at stride d, their order, and the predictor's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy, promoe
+from experiments.small_models import small_model
+from experiments.train_predictor import Recording, Training, record, top_k_accuracy, train
+from experiments.workloads import Request
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import ExpertId, Gate, GateWeights, Iteration, ModelShape
+
+SHAPE = ModelShape(layers=4, experts=3, top_k=1, hidden_size=2)
+DECODE = Iteration(1, "decode", (0,), (1,))
+PREFILL = Iteration(0, "prefill", (0,), (2,))
+TRAINING = Training(hidden_units=16, epochs=60, tokens_per_step=32, learning_rate=1e-2, seed=0)
+
+
+def gate(layer: int, *inputs: list[float]) -> Gate:
+    hidden = np.array(inputs, np.float32)
+    return Gate(layer, np.full((len(inputs), 3), 1 / 3, np.float32), (0,), hidden)
+
+
+def gates() -> GateWeights:
+    weight = np.zeros((4, 3, 2), np.float32)
+    weight[2] = [[1, 0], [0, 1], [-1, -1]]
+    weight[3] = [[0, 1], [1, 0], [-1, -1]]
+    return GateWeights(weight)
+
+
+def test_the_gate_at_the_stride_predicts_the_nearest_layer_first() -> None:
+    policy = promoe(SHAPE, prefetch_distance=2)
+    assert isinstance(policy, ProMoEPolicy)
+    policy.set_gates(gates())
+    (near,) = policy.on_gate(DECODE, gate(0, [3, 0]))
+    (far,) = policy.on_gate(DECODE, gate(1, [3, 0]))
+    assert near.expert == ExpertId(2, 0)
+    assert far.expert == ExpertId(3, 1)
+    # Softmax of (3, 0, -3), plus the layers that are left from the target on.
+    best = 1 / (1 + np.exp(-3) + np.exp(-6))
+    assert [near.priority, far.priority] == pytest.approx([2 + best, 1 + best])
+    assert list(policy.on_gate(DECODE, gate(2, [3, 0]))) == []
+
+
+def test_the_first_layers_are_not_predicted() -> None:
+    policy = promoe(SHAPE, prefetch_distance=2)
+    assert list(policy.on_embeddings(DECODE, np.zeros((1, 2), np.float32))) == []
+
+
+def test_tokens_are_united_and_extra_experts_added() -> None:
+    policy = promoe(SHAPE, prefetch_distance=2)
+    policy.set_gates(gates())
+    wishes = policy.on_gate(PREFILL, gate(0, [3, 0], [0, 2]))
+    assert [wish.expert.index for wish in wishes] == [0, 1]
+    more = promoe(SHAPE, prefetch_distance=2, extra=1)
+    more.set_gates(gates())
+    wishes = more.on_gate(DECODE, gate(0, [3, 0]))
+    assert [wish.expert.index for wish in wishes] == [0, 1]
+
+
+def predictor() -> LearnedPredictor:
+    up = np.array([[[1, 0], [0, 1]], [[1, 0], [0, 1]]], np.float32)
+    down = np.array([[[1, 0], [0, 1], [0, 0]], [[0, 0], [0, 1], [1, 0]]], np.float32)
+    up_bias = np.zeros((2, 2), np.float32)
+    return LearnedPredictor(up, up_bias, down, np.array([[0, 0, 0.5]] * 2, np.float32))
+
+
+def test_a_learned_predictor_is_a_perceptron_of_two_layers() -> None:
+    # relu(-4, 2) = (0, 2); scores 0, 2, 0.5.
+    logits = predictor().logits(0, np.array([[-4, 2]], np.float32))
+    assert logits.tolist() == [[0, 2, 0.5]]
+
+
+def test_a_saved_predictor_is_used_for_its_source_layer(tmp_path: Path) -> None:
+    path = tmp_path / "predictor.safetensors"
+    predictor().save(path, 2, {"model": "test"})
+    options = ProMoEOptions(2, "learned", str(path))
+    policy = ProMoEPolicy(SHAPE, options)
+    (wish,) = policy.on_gate(DECODE, gate(0, [3, 0]))
+    assert wish.expert == ExpertId(2, 0)
+    (wish,) = policy.on_gate(DECODE, gate(1, [3, 0]))
+    assert wish.expert == ExpertId(3, 2)
+
+
+def test_a_predictor_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "predictor.safetensors"
+    with pytest.raises(ValueError, match="is no predictor"):
+        promoe(SHAPE, prefetch_distance=2, predictor="learned", predictor_path=str(path))
+    predictor().save(path, 2, {})
+    with pytest.raises(ValueError, match="is for d=2 or another model; train it"):
+        promoe(SHAPE, prefetch_distance=1, predictor="learned", predictor_path=str(path))
+    path.write_text("nothing")
+    with pytest.raises(ValueError, match="is no predictor"):
+        promoe(SHAPE, prefetch_distance=2, predictor="learned", predictor_path=str(path))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prefetch_distance": 0}, {"extra": -1}, {"predictor": "oracle"}, {"predictor": "learned"}],
+)
+def test_wrong_options_are_named(wrong: dict[str, int | str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        promoe(SHAPE, **{"prefetch_distance": 2, **wrong})
+
+
+def test_training_learns_what_an_input_determines() -> None:
+    generator = np.random.default_rng(0)
+    hidden = generator.normal(size=(3, 400, 2)).astype(np.float32)
+    chosen = np.zeros((3, 400, 2), bool)
+    # Layer 1 follows the sign of layer 0's first input, layer 2 that of layer 1's second.
+    for layer, column in ((1, 0), (2, 1)):
+        positive = hidden[layer - 1, :, column] > 0
+        chosen[layer] = np.stack([positive, ~positive], axis=1)
+    learned = Recording(hidden[:, :300], chosen[:, :300])
+    held_out = Recording(hidden[:, 300:], chosen[:, 300:])
+    trained = train(learned, 1, TRAINING)
+    assert min(top_k_accuracy(trained, held_out, 1, 1)) > 0.9
+    shuffled = Recording(hidden[:, 300:], chosen[:, 100:200])
+    assert max(top_k_accuracy(trained, shuffled, 1, 1)) < 0.7
+
+
+def test_a_recording_holds_every_token_of_every_gate() -> None:
+    model = OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
+    requests = [Request(0, (1, 2, 3), 3), Request(1, (4, 5, 6), 3)]
+    recording = record(model, requests, 2)
+    # Three prompt tokens and two decoded ones that are fed back, of two requests.
+    assert recording.hidden_states.shape == (3, 10, 32)
+    assert recording.chosen.sum(axis=2).tolist() == [[2] * 10] * 3

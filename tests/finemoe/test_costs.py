@@ -1,0 +1,278 @@
+"""The roofline cost model: worked by hand, its properties, what it remembers, and conf/testbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.testbeds import full_size as shapes
+from finemoe.costs import (
+    DENSE_KERNELS,
+    EXPERT_KERNELS,
+    FINISH_KERNELS,
+    START_KERNELS,
+    Accelerator,
+    FullSizeModel,
+    RooflineCosts,
+)
+from finemoe.offload.replay import CostModel, IterationCosts, PredictionCosts
+from tests.command import ROOT
+
+CONF = Path(ROOT) / "conf"
+MODELS = ("mixtral", "qwen", "phi")
+PREDICTING = ("finemoe", "moe_infinity", "promoe", "mixtral_offload", "deepspeed")
+TESTBEDS = ("rtx3090x6", "a100", "rtx4090", "h100", "h200")
+
+# What is left of it, 100 GB/s and 2 TFLOPS: 10 ns a 1,000 bytes, 0.5 ns a 1,000 operations.
+ROUND = Accelerator(
+    memory_gb_s=200.0,
+    matrix_tflops=4.0,
+    memory_gb=1.0,
+    memory_efficiency=0.5,
+    matrix_efficiency=0.5,
+    kernel_us=2.0,
+    sync_us=10.0,
+)
+TINY = FullSizeModel(
+    layers=2,
+    experts=10,
+    top_k=2,
+    hidden_size=1000,
+    expert_intermediate_size=500,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=100,
+    shared_expert_intermediate_size=200,
+    vocab_size=3000,
+)
+NO_PREDICTION = PredictionCosts()
+
+
+def full_size(name: str) -> FullSizeModel:
+    return shapes(OmegaConf.load(CONF / "model" / f"{name}.yaml"))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=TESTBEDS)
+def cfg(request: pytest.FixtureRequest) -> Iterator[DictConfig]:
+    with initialize_config_dir(str(CONF), version_base=None):
+        yield compose("config", overrides=[f"testbed={request.param}"])
+
+
+def tiny_costs(devices: int = 1) -> RooflineCosts:
+    return RooflineCosts(ROUND, TINY, NO_PREDICTION, devices, collect=3e-6, hop=7e-6)
+
+
+# By hand ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "billions"), [("mixtral", 46.7), ("qwen", 14.3), ("phi", 41.9)])
+def test_the_shapes_add_up_to_the_published_parameters(name: str, billions: float) -> None:
+    model = full_size(name)
+    experts = model.layers * model.experts * model.expert_bytes
+    assert (experts + model.dense_bytes) / 2 / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+def test_a_decoded_token_costs_an_expert_its_weights_over_the_memory_bandwidth() -> None:
+    accelerator = Accelerator(936.0, 71.0, 24.0, 0.85, 0.8, 5.0, 10.0)
+    costs = RooflineCosts(accelerator, full_size("mixtral"), NO_PREDICTION)
+    # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
+    assert costs.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
+
+
+def test_many_tokens_cost_an_expert_its_arithmetic() -> None:
+    # 1.5 million parameters: 3 MB in 30 us; 3 million operations a token, 1.5 us each.
+    kernels = EXPERT_KERNELS * 2e-6
+    assert tiny_costs().expert(20) == pytest.approx(30e-6 + kernels)
+    assert tiny_costs().expert(200) == pytest.approx(300e-6 + kernels)
+
+
+def test_a_decode_iteration_by_hand() -> None:
+    costs = tiny_costs().iteration([1], [50])
+    # Projections 1000 x (2 x 4 + 2 x 1) x 100 = 1 million parameters, 2 MB: 20 us. Keys and values
+    # 2 x 1 x 100 x 2 B x 50 = 20 kB: 0.2 us. Shared experts 0.6 million parameters: 12 us. Router
+    # 10 thousand: 0.2 us. Head 3 million: 60 us. One embedding, 2 kB: 0.02 us.
+    assert costs.dense == pytest.approx(32.4e-6 + DENSE_KERNELS * 2e-6 + 10e-6)
+    assert costs.start == pytest.approx(0.02e-6 + START_KERNELS * 2e-6 + 10e-6)
+    assert costs.finish == pytest.approx(60e-6 + FINISH_KERNELS * 2e-6 + 10e-6)
+
+
+def test_a_prefill_by_hand() -> None:
+    costs = tiny_costs().iteration([1000], [1000])
+    # Projections 2 x 1e6 x 1000 operations: 1,000 us. Attention 4 x 4 x 100 x 500,500 pairs, each
+    # token with those before it: 400.4 us. Shared experts 600 us, router 10 us. The head sees one
+    # row: 60 us, as when decoding.
+    assert costs.dense == pytest.approx(2010.4e-6 + DENSE_KERNELS * 2e-6 + 10e-6)
+    assert costs.start == pytest.approx(20e-6 + START_KERNELS * 2e-6 + 10e-6)
+    assert costs.finish == pytest.approx(60e-6 + FINISH_KERNELS * 2e-6 + 10e-6)
+
+
+def test_a_batch_reads_weights_once_and_every_requests_keys_and_values() -> None:
+    alone, both = tiny_costs().iteration([1], [50]), tiny_costs().iteration([1, 1], [50, 150])
+    # 60 kB more of keys and values.
+    assert both.dense - alone.dense == pytest.approx(0.6e-6)
+    assert both.finish == alone.finish
+
+
+def test_what_several_devices_change() -> None:
+    one, six = tiny_costs(), tiny_costs(devices=6)
+    assert (one.parallel, one.hop) == (False, 0.0)
+    assert (six.parallel, six.hop) == (True, 7e-6)
+    assert one.collect == six.collect == pytest.approx(13e-6)
+    assert one.expert(3) == six.expert(3)
+
+
+# Properties ---------------------------------------------------------------------------------------
+
+requests = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 5000)), min_size=1, max_size=8)
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**6))
+def test_more_tokens_never_cost_an_expert_less(tokens: int, more: int) -> None:
+    costs = tiny_costs()
+    assert costs.expert(tokens) <= costs.expert(tokens + more)
+
+
+@given(requests, st.integers(0, 7), st.integers(0, 5000), st.integers(0, 5000))
+def test_more_tokens_context_or_requests_never_cost_less(
+    batch: list[tuple[int, int]], place: int, more_tokens: int, more_context: int
+) -> None:
+    costs = tiny_costs()
+    tokens = [now for now, _ in batch]
+    contexts = [now + before for now, before in batch]
+    least = costs.iteration(tokens, contexts)
+    place %= len(batch)
+    longer = [*tokens]
+    longer[place] += more_tokens
+    wider = [*contexts]
+    wider[place] += more_tokens + more_context
+    for more in (
+        costs.iteration(tokens, [c + more_context for c in contexts]),
+        costs.iteration(longer, wider),
+        costs.iteration([*tokens, 1], [*contexts, 1]),
+    ):
+        assert more.start >= least.start
+        assert more.dense >= least.dense
+        assert more.finish >= least.finish
+
+
+@given(
+    nbytes=st.floats(0, 1e12),
+    flops=st.floats(0, 1e15),
+    kernels=st.integers(0, 100),
+    factor=st.floats(1, 8),
+)
+def test_a_part_is_bound_by_its_slower_side(
+    nbytes: float, flops: float, kernels: int, factor: float
+) -> None:
+    launches = ROUND.seconds(0, 0, kernels)
+    both = ROUND.seconds(nbytes, flops, kernels)
+    assert both == max(ROUND.seconds(nbytes, 0, kernels), ROUND.seconds(0, flops, kernels))
+    assert ROUND.seconds(nbytes * factor, flops * factor, kernels) - launches == pytest.approx(
+        factor * (both - launches), rel=1e-6, abs=1e-9
+    )
+
+
+# Memory of what was asked before ------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(st.lists(requests, min_size=1, max_size=12))
+def test_remembered_answers_are_those_of_a_fresh_model(
+    asked: list[list[tuple[int, int]]],
+) -> None:
+    remembering = tiny_costs()
+    for batch in asked + asked:
+        tokens = tuple(now for now, _ in batch)
+        contexts = tuple(now + before for now, before in batch)
+        assert remembering.iteration(tokens, contexts) == tiny_costs().iteration(tokens, contexts)
+        assert remembering.expert(sum(tokens)) == tiny_costs().expert(sum(tokens))
+
+
+def test_an_answer_is_worked_out_once_and_lists_are_as_good_as_tuples() -> None:
+    costs = tiny_costs()
+    first = costs.iteration([1, 2], [5, 6])
+    assert costs.iteration((1, 2), (5, 6)) is first
+    assert costs.iteration([2, 1], [6, 5]) is not first
+
+
+def test_two_testbeds_do_not_share_their_memory() -> None:
+    slow = RooflineCosts(Accelerator(20.0, 4.0, 1.0, 0.5, 0.5, 2.0, 10.0), TINY, NO_PREDICTION)
+    assert tiny_costs().expert(1) < slow.expert(1)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def test_requests_without_a_context_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        tiny_costs().iteration([1, 1], [5])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("memory_gb_s", 0.0),
+        ("matrix_tflops", -1.0),
+        ("memory_gb", float("nan")),
+        ("memory_efficiency", 1.01),
+        ("matrix_efficiency", 0.0),
+        ("kernel_us", -0.1),
+        ("sync_us", -1.0),
+    ],
+)
+def test_impossible_accelerators_are_refused_in_one_line(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={value}: give a [^\n]*$"):
+        Accelerator(**{**vars(ROUND), name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layers", 0), ("head_dim", -1), ("shared_expert_intermediate_size", -1)],
+)
+def test_impossible_models_are_refused_in_one_line(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={value}: give a whole number from [01]$"):
+        FullSizeModel(**{**vars(TINY), name: value})
+
+
+# The testbeds in conf/ ----------------------------------------------------------------------------
+
+
+def test_every_testbed_builds_and_prices_every_model(cfg: DictConfig) -> None:
+    testbed = instantiate(cfg.testbed)
+    assert (testbed.mode, testbed.devices) == ("simulated", cfg.testbed.devices)
+    for name in MODELS:
+        model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+        costs: CostModel = testbed.costs(model, "finemoe")
+        decode, prefill = costs.iteration((1,), (1000,)), costs.iteration((1000,), (1000,))
+        assert isinstance(decode, IterationCosts)
+        assert 0 < decode.dense < 2e-3
+        assert decode.dense < prefill.dense < 10e-3
+        assert costs.parallel == (testbed.devices > 1)
+        # 54 us and one wait for a small copy, both in conf/.
+        assert costs.collect == pytest.approx(64e-6)
+
+
+def test_every_system_that_predicts_has_its_price_on_every_testbed(cfg: DictConfig) -> None:
+    testbed = instantiate(cfg.testbed)
+    for name in MODELS:
+        model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+        for system in PREDICTING:
+            assert 0 < testbed.costs(model, system).prediction.gate < 1e-3
+        assert testbed.costs(model, "resident").prediction == PredictionCosts()
+
+
+def test_every_testbed_moves_an_expert_more_slowly_than_it_computes_it(cfg: DictConfig) -> None:
+    """Offloading is about this gap: a link that beat the memory would be a slip in a number."""
+    link, accelerator = cfg.testbed.link, Accelerator(**cfg.testbed.accelerator)
+    rate = link.gb_s * 1e9 * link.efficiency
+    assert 0.7 <= link.efficiency <= 0.95
+    assert rate < cfg.testbed.host_memory_gb_s * 1e9
+    costs = RooflineCosts(accelerator, full_size("mixtral"), NO_PREDICTION)
+    assert full_size("mixtral").expert_bytes / rate > 10 * costs.expert(1)

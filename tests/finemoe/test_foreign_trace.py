@@ -1,0 +1,173 @@
+"""Traces of other projects, worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from finemoe.foreign_trace import COLUMNS, ForeignTrace
+from finemoe.offload.policy import ModelShape
+from finemoe.trace import TraceError
+from finemoe.trace_file import TraceReader, TraceWriter
+
+# Two layers, four experts, two a token. Request 4 has a prompt of two tokens and decodes twice;
+# request 9 has a prompt of one token, and is written first.
+ROWS = """\
+request,phase,step,layer,rank,expert,weight
+9,prefill,0,0,0,1,0.9
+9,prefill,0,0,1,2,0.1
+9,prefill,0,1,0,3,0.6
+9,prefill,0,1,1,0,0.4
+4,decode,2,0,0,2,0.5
+4,decode,2,0,1,3,0.5
+4,decode,2,1,0,3,0.5
+4,decode,2,1,1,1,0.5
+4,prefill,0,0,0,0,0.7
+4,prefill,0,0,1,1,0.3
+4,prefill,0,0,0,0,0.8
+4,prefill,0,0,1,3,0.2
+4,prefill,0,1,0,2,0.6
+4,prefill,0,1,1,1,0.4
+4,prefill,0,1,0,2,0.6
+4,decode,1,0,0,0,0.5
+4,decode,1,0,1,1,0.5
+4,decode,1,1,0,2,0.5
+4,decode,1,1,1,0,0.5
+"""
+
+
+def table() -> pd.DataFrame:
+    lines = [line.split(",") for line in ROWS.splitlines()]
+    frame = pd.DataFrame(lines[1:], columns=lines[0])
+    kinds = dict.fromkeys(["request", "step", "layer", "rank", "expert"], int)
+    return frame.astype({**kinds, "weight": float})
+
+
+@pytest.fixture(params=["csv", "parquet"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    file = tmp_path / f"trace.{request.param}"
+    if request.param == "csv":
+        file.write_text(ROWS)
+    else:
+        table().to_parquet(file)
+    return file
+
+
+def changed(path: Path, frame: pd.DataFrame) -> ForeignTrace:
+    frame.to_csv(path / "t.csv", index=False)
+    return ForeignTrace(path / "t.csv")
+
+
+def test_requests_by_hand(path: Path) -> None:
+    trace = ForeignTrace(path)
+    assert trace.header.shape == ModelShape(2, 4, 2, 0)
+    assert trace.header.contents == ()
+    assert trace.numbers == (4, 9)
+    assert len(trace) == 2
+    four, nine = trace.requests()
+    assert (four.number, four.prompt, four.output) == (4, (), ())
+    assert [step.tokens for step in four.steps] == [2, 1, 1]
+    assert [step.counts.tolist() for step in four.steps] == [
+        [[2, 1, 0, 1], [0, 1, 2, 0]],
+        [[1, 1, 0, 0], [1, 0, 1, 0]],
+        [[0, 0, 1, 1], [0, 1, 0, 1]],
+    ]
+    assert [step.counts.tolist() for step in nine.steps] == [[[0, 1, 1, 0], [1, 0, 0, 1]]]
+    assert all(step.logits is None for step in (*four.steps, *nine.steps))
+
+
+def test_a_given_shape_is_taken(path: Path) -> None:
+    trace = ForeignTrace(path, ModelShape(2, 6, 2, 16))
+    assert trace.header.shape == ModelShape(2, 6, 2, 16)
+    assert trace.request(9).steps[0].counts.tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
+
+
+def test_it_can_be_kept_as_a_trace(path: Path, tmp_path: Path) -> None:
+    foreign = ForeignTrace(path)
+    with TraceWriter(tmp_path / "own", foreign.header) as writer:
+        for request in foreign.requests():
+            writer.write(request)
+    reader = TraceReader(tmp_path / "own")
+    assert reader.header == foreign.header
+    found = reader.request(4)
+    assert found.steps[2].counts.tolist() == [[0, 0, 1, 1], [0, 1, 0, 1]]
+
+
+def test_it_holds_no_logits(path: Path) -> None:
+    trace = ForeignTrace(path)
+    trace.require(shape=ModelShape(2, 4, 2, 16))
+    with pytest.raises(TraceError, match="holds no logits, which this run needs"):
+        trace.require(["logits"])
+    with pytest.raises(TraceError, match="has no request 5, only 2 others"):
+        trace.request(5)
+
+
+def test_prefill_steps_are_one_iteration(tmp_path: Path) -> None:
+    """A prompt that came in two chunks is one prefill, and does not hide a first decode step."""
+    frame = table()
+    frame.loc[frame.index[10:12], "step"] = 1
+    four = changed(tmp_path, frame).request(4)
+    assert [step.tokens for step in four.steps] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("phase", "train", "has the phase 'train'; write prefill or decode"),
+        ("layer", -1, "has layer -1, not in 0..1"),
+        ("expert", "x", "is no table of routing rows"),
+        ("expert", 1.5, "is no table of routing rows"),
+        ("expert", None, "has rows without a expert"),
+        ("layer", 7, "request 4 routes nothing in layer 0 of its step 0"),
+    ],
+)
+def test_bad_values_are_refused(tmp_path: Path, column: str, value: Any, message: str) -> None:
+    frame = table().astype({column: object})
+    frame.loc[8, column] = value
+    if value == 7:
+        frame.loc[frame["layer"] == 0, "layer"] = 2
+    with pytest.raises(TraceError, match=message) as caught:
+        list(changed(tmp_path, frame).requests())
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_beyond_the_given_model_are_refused(path: Path) -> None:
+    with pytest.raises(TraceError, match=r"has expert 3, not in 0..2; give the model it is of"):
+        ForeignTrace(path, ModelShape(2, 3, 2, 16))
+    with pytest.raises(TraceError, match="has rank 1, not in"):
+        ForeignTrace(path, ModelShape(2, 4, 1, 16))
+
+
+def test_missing_steps_are_refused(tmp_path: Path) -> None:
+    frame = table()
+    no_prefill = frame[(frame["request"] != 4) | (frame["phase"] != "prefill")]
+    with pytest.raises(TraceError, match="request 4 has no prefill rows"):
+        changed(tmp_path, no_prefill).request(4)
+    frame.loc[frame["step"] == 2, "step"] = 3
+    with pytest.raises(TraceError, match="request 4 decodes step 3 after 1"):
+        changed(tmp_path, frame).request(4)
+
+
+def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no such file"):
+        ForeignTrace(tmp_path / "nowhere.csv")
+    with pytest.raises(TraceError, match="is no table"):
+        ForeignTrace(tmp_path)
+    with pytest.raises(TraceError, match="lacks the columns rank, weight; name them so"):
+        changed(tmp_path, table().drop(columns=["rank", "weight"]))
+    with pytest.raises(TraceError, match="has no rows"):
+        changed(tmp_path, table().iloc[:0])
+    table().to_parquet(tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    for data in (b"", b"\x00\xff\xfe" * 9, b"PAR1" + b"x" * 40, good[:-9], good[: len(good) // 2]):
+        (tmp_path / "bad").write_bytes(data)
+        with pytest.raises(TraceError) as caught:
+            ForeignTrace(tmp_path / "bad")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_columns_are_those_documented() -> None:
+    assert COLUMNS.names == ["request", "phase", "step", "layer", "rank", "expert", "weight"]

@@ -1,0 +1,190 @@
+"""The recorder: what it hands out is what the model routed, and the model does not notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.on_demand import OnDemandPolicy
+from experiments.small_models import FAMILIES, small_model
+from finemoe.assemble import resident_runtime
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import Iteration
+from finemoe.recorder import Recorder, gate_weights
+from finemoe.trace import TracedRequest, TraceHeader
+from finemoe.trace_file import TraceReader, TraceWriter
+
+PAPER = ("mixtral", "qwen2_moe", "phimoe")
+PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [60, 50, 40, 30, 20]])
+CPU = torch.device("cpu")
+
+
+def offloaded(family: str, dtype: torch.dtype = torch.bfloat16) -> OffloadedModel:
+    return OffloadedModel.from_model(small_model(family, dtype), CPU)
+
+
+@torch.inference_mode()
+def serve(
+    model: OffloadedModel,
+    prompts: torch.Tensor,
+    recorder: Recorder | None,
+    numbers: tuple[int, ...],
+    steps: int = 3,
+) -> list[tuple[int, ...]]:
+    """Serve a batch greedily and return each request's tokens."""
+    tokens, cache, generated = prompts, None, []
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        for step in range(steps):
+            phase: Any = "decode" if step else "prefill"
+            lengths = (tokens.shape[1],) * len(prompts)
+            iteration = Iteration(step, phase, numbers, lengths)
+            if recorder is not None:
+                recorder.begin(iteration)
+            output = runtime.forward(iteration, input_ids=tokens, past_key_values=cache)
+            cache = output.past_key_values
+            tokens = output.logits[:, -1].argmax(-1, keepdim=True)
+            generated.append(tokens[:, 0].tolist())
+    return [tuple(column) for column in zip(*generated, strict=True)]
+
+
+def record(model: OffloadedModel, prompts: torch.Tensor) -> list[TracedRequest]:
+    numbers = tuple(range(7, 7 + len(prompts)))
+    with Recorder(model) as recorder:
+        outputs = serve(model, prompts, recorder, numbers)
+    ids = [tuple(prompt.tolist()) for prompt in prompts]
+    return [recorder.finish(*part) for part in zip(numbers, ids, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("family", PAPER)
+def test_steps_are_what_the_model_routed(family: str) -> None:
+    model = offloaded(family)
+    layers, experts = model.shape.layers, model.shape.experts
+    (request,) = record(model, PROMPTS[:1])
+    assert request.prompt == (1, 2, 3, 4, 5)
+    assert [step.tokens for step in request.steps] == [5, 1, 1]
+    fed = [PROMPTS[0], *(torch.tensor([token]) for token in request.output)]
+    for step, tokens in zip(request.steps, fed, strict=False):
+        assert step.logits is not None
+        assert step.embeddings is not None
+        assert step.logits.shape == (layers, step.tokens, experts)
+        embedded = model.model.get_input_embeddings()(tokens).detach().float().numpy()
+        np.testing.assert_array_equal(step.embeddings, embedded)
+        assert (step.counts.sum(axis=1) == step.tokens * model.shape.top_k).all()
+
+
+def test_counts_follow_the_logits() -> None:
+    model = offloaded("mixtral")
+    (request,) = record(model, PROMPTS[:1])
+    for step in request.steps:
+        assert step.logits is not None
+        best = torch.topk(torch.from_numpy(step.logits), model.shape.top_k).indices.numpy()
+        for layer in range(model.shape.layers):
+            due = np.bincount(best[layer].ravel(), minlength=model.shape.experts)
+            assert step.counts[layer].tolist() == due.tolist()
+
+
+@pytest.mark.parametrize("family", PAPER)
+def test_gates_reproduce_the_logits(family: str) -> None:
+    model = offloaded(family)
+    gates = gate_weights(model)
+    (request,) = record(model, PROMPTS[:1])
+    for step in request.steps:
+        assert step.logits is not None
+        assert step.hidden_states is not None
+        for layer in range(model.shape.layers):
+            found = gates.logits(layer, step.hidden_states[layer])
+            # bfloat16 has 8 bits; a logit near zero is rounded in the sums that lead to it.
+            np.testing.assert_allclose(found, step.logits[layer], rtol=2**-8, atol=2**-8)
+
+
+def test_a_bias_belongs_to_the_gates() -> None:
+    model = offloaded("gpt_oss")
+    for number, gate in enumerate(model.gates):
+        gate.bias.data.fill_(number + 1)  # type: ignore[operator]
+    gates = gate_weights(model)
+    assert gates.bias is not None
+    assert gates.bias[:, 0].tolist() == [1.0, 2.0, 3.0]
+    with_bias, without = gates.logits(2, np.zeros((1, 32), np.float32)), np.full((1, 4), 3.0)
+    np.testing.assert_array_equal(with_bias, without)
+
+
+def test_gates_of_another_shape_are_refused() -> None:
+    model = offloaded("mixtral")
+    model.gates[0].weight = torch.nn.Parameter(torch.zeros(3, 32))
+    with pytest.raises(ValueError, match="no linear gate"):
+        gate_weights(model)
+
+
+def test_a_batch_is_shared_out_by_request() -> None:
+    """In float32, each request of a batch routes as it does alone."""
+    model = offloaded("mixtral", torch.float32)
+    together = record(model, PROMPTS)
+    assert [request.number for request in together] == [7, 8]
+    for request, prompt in zip(together, PROMPTS, strict=True):
+        (alone,) = record(model, prompt[None])
+        assert request.output == alone.output
+        for step, due in zip(request.steps, alone.steps, strict=True):
+            np.testing.assert_array_equal(step.counts, due.counts)
+            for name in ("logits", "embeddings", "hidden_states"):
+                np.testing.assert_allclose(
+                    getattr(step, name), getattr(due, name), rtol=1e-4, atol=1e-5
+                )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_does_not_notice(family: str) -> None:
+    model = offloaded(family)
+    unrecorded = serve(model, PROMPTS, None, (0, 1))
+    hooks = [len(module._forward_hooks) for module in model.model.modules()]
+    with Recorder(model) as recorder:
+        assert serve(model, PROMPTS, recorder, (0, 1)) == unrecorded
+    assert [len(module._forward_hooks) for module in model.model.modules()] == hooks
+    assert not any(module._forward_pre_hooks for module in model.experts)
+
+
+def test_an_iteration_that_broke_off_is_forgotten() -> None:
+    model = offloaded("mixtral")
+    with Recorder(model) as recorder:
+        recorder.begin(Iteration(0, "prefill", (7,), (5,)))
+        model.gates[0](torch.zeros(5, 32, dtype=torch.bfloat16))
+        serve(model, PROMPTS[:1], recorder, (7,))
+    assert [step.tokens for step in recorder.finish(7, (), ()).steps] == [5, 1, 1]
+    with pytest.raises(KeyError):
+        recorder.finish(7, (), ())
+
+
+def test_only_the_contents_asked_for_are_kept() -> None:
+    model = offloaded("mixtral")
+    with Recorder(model, ("logits",)) as recorder:
+        serve(model, PROMPTS[:1], recorder, (7,))
+    step = recorder.finish(7, (), ()).steps[0]
+    assert step.logits is not None
+    assert step.embeddings is None
+    assert step.hidden_states is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_recording_goes_to_disk_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = offloaded("qwen2_moe", dtype)
+    with Recorder(model) as recorder:
+        outputs = serve(model, PROMPTS, recorder, (0, 1))
+    assert f"torch.{recorder.dtype}" == str(dtype)
+    header = TraceHeader(
+        model.shape, recorder.dtype, recorder.contents, {"model": "qwen"}, gate_weights(model)
+    )
+    request = recorder.finish(1, tuple(PROMPTS[1].tolist()), outputs[1])
+    with TraceWriter(tmp_path / "trace", header) as writer:
+        writer.write(request)
+    with TraceReader(tmp_path / "trace") as reader:
+        reader.require(("logits", "hidden_states"), gates=True, shape=model.shape, model="qwen")
+        (found,) = reader.requests()
+        assert reader.header.gates is not None
+        np.testing.assert_array_equal(reader.header.gates.weight, gate_weights(model).weight)
+    assert (found.prompt, found.output) == (request.prompt, request.output)
+    for step, due in zip(found.steps, request.steps, strict=True):
+        for name in ("counts", "logits", "embeddings", "hidden_states"):
+            np.testing.assert_array_equal(getattr(step, name), getattr(due, name))

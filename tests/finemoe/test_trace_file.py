@@ -1,0 +1,385 @@
+"""Routing traces on disk: exact round trips, nothing half-written, no damage that goes unseen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
+from finemoe.offload.routed import RoutedStep
+from finemoe.trace import Content, DType, TracedRequest, TraceError, TraceHeader
+from finemoe.trace_file import (
+    CHECKSUM_KEY,
+    HEADER_KEY,
+    TraceReader,
+    TraceWriter,
+    array_shape,
+    decode,
+    encode,
+)
+from tests.command import ROOT
+
+SHAPE = ModelShape(2, 3, 1, 4)
+EVERYTHING: tuple[Content, ...] = ("logits", "embeddings", "hidden_states")
+
+
+def rounded(values: FloatArray, dtype: DType) -> FloatArray:
+    if dtype == "bfloat16":
+        cut: FloatArray = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        return cut
+    return values.astype(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
+
+
+def a_step(tokens: int, header: TraceHeader, rng: np.random.Generator) -> RoutedStep:
+    arrays: dict[str, Any] = dict.fromkeys(EVERYTHING)
+    for name in header.contents:
+        values = rng.normal(size=array_shape(name, tokens, header.shape)).astype(np.float32)
+        arrays[name] = rounded(values, header.dtype)
+    counts = rng.integers(0, 65536, (header.shape.layers, header.shape.experts))
+    return RoutedStep(tokens, counts, **arrays)
+
+
+def a_request(number: int, tokens: list[int], header: TraceHeader) -> TracedRequest:
+    rng = np.random.default_rng(number)
+    steps = tuple(a_step(n, header, rng) for n in tokens)
+    return TracedRequest(number, tuple(range(tokens[0])), (7, 2**31 - 1), steps)
+
+
+def a_trace(path: Path, requests: int = 2) -> list[TracedRequest]:
+    gates = GateWeights(np.arange(24, dtype=np.float32).reshape(2, 3, 4) / np.float32(3))
+    header = TraceHeader(SHAPE, "bfloat16", EVERYTHING, {"model": "tiny", "seed": 5}, gates)
+    return written(path, header, [a_request(n, [3, 1, 1], header) for n in range(requests)])
+
+
+def written(path: Path, header: TraceHeader, requests: list[TracedRequest]) -> list[TracedRequest]:
+    with TraceWriter(path, header) as writer:
+        for request in requests:
+            writer.write(request)
+    return requests
+
+
+def assert_same(found: TracedRequest, due: TracedRequest) -> None:
+    assert (found.number, found.prompt, found.output) == (due.number, due.prompt, due.output)
+    for step, expected in zip(found.steps, due.steps, strict=True):
+        assert step.tokens == expected.tokens
+        np.testing.assert_array_equal(step.counts, expected.counts)
+        for name in EVERYTHING:
+            values, original = getattr(step, name), getattr(expected, name)
+            assert (values is None) == (original is None)
+            if values is not None:
+                assert values.dtype == np.float32
+                np.testing.assert_array_equal(values.view(np.uint32), original.view(np.uint32))
+
+
+headers = st.builds(
+    TraceHeader,
+    st.builds(ModelShape, *[st.integers(1, 4)] * 4),
+    st.sampled_from(["bfloat16", "float16", "float32"]),
+    st.lists(st.sampled_from(EVERYTHING), unique=True).map(tuple),
+    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(headers, st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), max_size=3))
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, header: TraceHeader, lengths: list[list[int]]
+) -> None:
+    path = tmp_path_factory.mktemp("trace") / "trace.parquet"
+    requests = [a_request(10 - i, tokens, header) for i, tokens in enumerate(lengths)]
+    written(path, header, requests)
+    with TraceReader(path) as reader:
+        assert reader.header == header
+        assert len(reader) == len(requests)
+        assert reader.numbers == tuple(request.number for request in requests)
+        for found, due in zip(reader.requests(), requests, strict=True):
+            assert_same(found, due)
+        for due in reversed(requests):
+            assert_same(reader.request(due.number), due)
+
+
+@given(hnp.arrays(np.uint16, st.integers(1, 50)))
+def test_every_bfloat16_survives(bits: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
+    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    stored = encode(values, "bfloat16")
+    assert stored == bits.tobytes()
+    back = decode(np.frombuffer(stored, np.uint8), "bfloat16")
+    np.testing.assert_array_equal(back.view(np.uint32), values.view(np.uint32))
+
+
+def test_bfloat16_by_hand() -> None:
+    assert encode(np.array([1.0, -2.5], np.float32), "bfloat16") == bytes.fromhex("803f20c0")
+    assert decode(np.frombuffer(bytes.fromhex("803f20c0"), np.uint8), "bfloat16").tolist() == [
+        1.0,
+        -2.5,
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("bfloat16", 1 + 2**-8), ("float16", 70000.0)])
+def test_what_the_dtype_cannot_hold_is_refused(tmp_path: Path, dtype: DType, value: float) -> None:
+    header = TraceHeader(ModelShape(1, 1, 1, 1), dtype, ("logits",))
+    step = RoutedStep(1, np.ones((1, 1), int), np.full((1, 1, 1), value, np.float32), None, None)
+    with pytest.raises(TraceError, match=f"logits hold values that are no {dtype}"):
+        written(tmp_path / "t", header, [TracedRequest(0, (), (), (step,))])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+def test_gates_are_read_as_they_were(tmp_path: Path, scale: float) -> None:
+    weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4) * np.float32(scale)
+    gates = GateWeights(weight, weight[:, :, 0])
+    written(tmp_path / "t", TraceHeader(SHAPE, "bfloat16", (), {}, gates), [])
+    found = TraceReader(tmp_path / "t").header.gates
+    assert found is not None
+    assert found.bias is not None
+    np.testing.assert_array_equal(found.weight, weight)
+    np.testing.assert_array_equal(found.bias, weight[:, :, 0])
+
+
+def test_the_documented_way_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    due = a_trace(Path("trace.parquet"))[0].steps[0]
+    page = (ROOT / "docs" / "trace-format.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    np.testing.assert_array_equal(names["counts"], due.counts)
+    np.testing.assert_array_equal(names["logits"], due.logits)
+
+
+# Half-written and wrongly written -----------------------------------------------------------------
+
+
+def write_and_break_off(path: Path) -> None:
+    header = TraceHeader(SHAPE, "float32", ())
+    with TraceWriter(path, header) as writer:
+        writer.write(a_request(0, [2], header))
+        assert path.with_name(path.name + ".partial").exists()
+        raise KeyboardInterrupt
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_and_break_off(tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exception_leaves_the_trace_that_was_there(tmp_path: Path) -> None:
+    requests = a_trace(tmp_path / "t")
+    with pytest.raises(KeyboardInterrupt):
+        write_and_break_off(tmp_path / "t")
+    assert_same(TraceReader(tmp_path / "t").request(1), requests[1])
+
+
+HEADER = TraceHeader(SHAPE, "float32", ("logits",))
+GOOD = a_request(3, [2, 1], HEADER)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": ()}, "no steps"),
+        ({"logits": None}, "logits are missing"),
+        ({"logits": np.zeros((2, 2, 4), np.float32)}, r"of shape \(2, 2, 4\), not of shape"),
+        ({"counts": np.zeros((3, 2), int)}, "counts have the shape"),
+        ({"counts": np.full((2, 3), 65536)}, "not all in 0..65535"),
+        ({"counts": np.full((2, 3), -1)}, "not all in 0..65535"),
+        ({"tokens": 0}, "0 where an integer from 1 up is due"),
+        ({"prompt": (2**31,)}, ""),
+    ],
+)
+def test_bad_requests_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    if change.keys() & {"steps", "prompt"}:
+        bad = dataclasses.replace(GOOD, **change)
+    else:
+        bad = dataclasses.replace(GOOD, steps=(dataclasses.replace(GOOD.steps[0], **change),))
+    with pytest.raises(TraceError, match=f"request 3: .*{message}"):
+        written(tmp_path / "t", HEADER, [bad])
+
+
+def test_a_number_is_written_once(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="request 3: it was written before"):
+        written(tmp_path / "t", HEADER, [GOOD, GOOD])
+
+
+def test_a_header_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no JSON"):
+        TraceWriter(tmp_path / "t", TraceHeader(SHAPE, "float32", (), {"path": tmp_path}))
+
+
+# Damaged and foreign files ------------------------------------------------------------------------
+
+
+def read_all(path: Path) -> tuple[TraceHeader, list[TracedRequest]]:
+    with TraceReader(path) as reader:
+        return reader.header, list(reader.requests())
+
+
+def complaint(path: Path, data: bytes, due: list[TracedRequest]) -> str | None:
+    """Read damaged bytes; return what the reader says, or None if all is as it was."""
+    path.write_bytes(data)
+    try:
+        header, found = read_all(path)
+    except TraceError as error:
+        return str(error)
+    assert header.provenance == {"model": "tiny", "seed": 5}
+    assert header.contents == EVERYTHING
+    assert len(found) == len(due)
+    for request, expected in zip(found, due, strict=True):
+        assert_same(request, expected)
+    return None
+
+
+def damaged(good: bytes, rng: random.Random) -> bytes:
+    """Flip a bit, or overwrite, cut out or repeat up to 16 bytes."""
+    start = rng.randrange(len(good))
+    stop = min(start + rng.randrange(1, 16), len(good))
+    flipped = bytes([good[start] ^ 1 << rng.randrange(8)]) + good[start + 1 : stop]
+    middle = rng.choice([flipped, flipped, rng.randbytes(stop - start), b"", good[start:stop] * 2])
+    return good[:start] + middle + good[stop:]
+
+
+def test_damage_is_noticed_or_harmless(tmp_path: Path) -> None:
+    due = a_trace(tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    rng = random.Random(1)
+    complaints = [complaint(tmp_path / "bad", damaged(good, rng), due) for _ in range(600)]
+    noticed = [message for message in complaints if message]
+    assert len(noticed) > 400
+    for message in noticed:
+        assert message.startswith(f"{tmp_path / 'bad'}: ")
+        assert "\n" not in message
+
+
+def test_a_changed_header_is_noticed(tmp_path: Path) -> None:
+    a_trace(tmp_path / "t")
+    data = (tmp_path / "t").read_bytes()
+    (tmp_path / "t").write_bytes(data.replace(b'"seed": 5', b'"seed": 6'))
+    with pytest.raises(TraceError, match="is damaged in its header; copy or record it again"):
+        TraceReader(tmp_path / "t")
+
+
+def test_truncated_files_are_noticed(tmp_path: Path) -> None:
+    due = a_trace(tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    for length in [*range(0, len(good), 17), *range(len(good) - 20, len(good))]:
+        assert complaint(tmp_path / "bad", good[:length], due)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, framed: bool
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "t"
+    path.write_bytes(b"PAR1" + data + b"PAR1" if framed else data)
+    with pytest.raises(TraceError):
+        TraceReader(path)
+
+
+def rewrite(path: Path, groups: tuple[int, ...] = (0, 1), **fields: Any) -> None:
+    """Write a sound file of these row groups, with these fields of the header changed."""
+    with pq.ParquetFile(path) as file:
+        tables = [file.read_row_group(group) for group in groups]
+    metadata = tables[0].schema.metadata or pq.read_metadata(path).metadata
+    header = json.dumps({**json.loads(metadata[HEADER_KEY]), **fields}).encode()
+    plain = tables[0].schema.remove_metadata()
+    with pq.ParquetWriter(path, plain, store_schema=False) as writer:
+        checksum = hashlib.sha256(header).hexdigest().encode()
+        writer.add_key_value_metadata({HEADER_KEY: header, CHECKSUM_KEY: checksum})
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(None))
+
+
+def test_the_written_again_is_read(tmp_path: Path) -> None:
+    due = a_trace(tmp_path / "t")
+    rewrite(tmp_path / "t")
+    assert_same(read_all(tmp_path / "t")[1][1], due[1])
+
+
+def test_sound_row_groups_in_the_wrong_order_are_noticed(tmp_path: Path) -> None:
+    a_trace(tmp_path / "t")
+    rewrite(tmp_path / "t", groups=(1, 0))
+    with pytest.raises(TraceError, match=r"request 0 .*checksum"):
+        read_all(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"version": 2}, "has version 2 of the format, this release reads version 1; record it"),
+        ({"format": "other"}, "has the format 'other'"),
+        ({"dtype": "int8"}, "damaged or no trace: unknown dtype"),
+        ({"contents": ["logits", "noise"]}, "damaged or no trace: unknown dtype or contents"),
+        ({"contents": ["logits"]}, "has the columns"),
+        ({"shape": {"layers": 2}}, "damaged or no trace"),
+        ({"shape": None}, "damaged or no trace"),
+        ({"shape": {"layers": 0, "experts": 3, "top_k": 1, "hidden_size": 4}}, "integer from 1 up"),
+        ({"gates": {"weight": ["float32", "AAAA"], "bias": None}}, "damaged or no trace"),
+        ({"requests": [[0, 3, 0]]}, "2 row groups for 1 requests"),
+        ({"requests": [[0, 3, 0], [0, 3, 0]]}, "2 row groups"),
+        ({"requests": [[0, 2, 0], [1, 3, 0]]}, "request 0 .*another number of steps"),
+        ({"requests": [[0, 3, 0], [1, 3, 0]]}, "request 0 .*checksum"),
+    ],
+)
+def test_unfit_headers_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    a_trace(tmp_path / "t")
+    rewrite(tmp_path / "t", **fields)
+    with pytest.raises(TraceError, match=message):
+        read_all(tmp_path / "t")
+
+
+def test_arrays_of_another_size_are_refused(tmp_path: Path) -> None:
+    due = a_trace(tmp_path / "t")
+    wider = {"layers": 2, "experts": 3, "top_k": 1, "hidden_size": 5}
+    rewrite(tmp_path / "t", shape=wider, gates=None)
+    with pytest.raises(TraceError, match=r"request 0 .*embeddings of a size"):
+        read_all(tmp_path / "t")
+    fewer = {"layers": 1, "experts": 3, "top_k": 1, "hidden_size": 4}
+    rewrite(tmp_path / "t", shape=fewer)
+    with pytest.raises(TraceError, match=r"request 1 .*counts of a size"):
+        TraceReader(tmp_path / "t").request(due[1].number)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="nowhere: no such file; check the path"):
+        TraceReader(tmp_path / "nowhere")
+    with pytest.raises(TraceError, match="damaged or no trace"):
+        TraceReader(tmp_path)
+
+
+def test_a_parquet_file_without_a_header_is_no_trace(tmp_path: Path) -> None:
+    a_trace(tmp_path / "t")
+    pq.write_table(pq.read_table(tmp_path / "t").replace_schema_metadata(None), tmp_path / "u")
+    with pytest.raises(TraceError, match="u: has no trace header; give a trace"):
+        TraceReader(tmp_path / "u")
+
+
+# What a system needs ------------------------------------------------------------------------------
+
+
+def test_what_a_system_needs(tmp_path: Path) -> None:
+    header = TraceHeader(SHAPE, "float32", ("logits",), {"model": "tiny"})
+    written(tmp_path / "t", header, [a_request(3, [2], header)])
+    reader = TraceReader(tmp_path / "t")
+    other_width = dataclasses.replace(SHAPE, hidden_size=9)
+    reader.require(["logits"], shape=other_width, model="tiny")
+    with pytest.raises(TraceError, match="t: holds no hidden states, gates, which this run needs"):
+        reader.require(["logits", "hidden_states"], gates=True)
+    with pytest.raises(TraceError, match="of tiny, not of mixtral"):
+        reader.require(model="mixtral")
+    with pytest.raises(TraceError, match="of 2 layers, 3 experts, top 1, not 2 layers, 4 experts"):
+        reader.require(shape=dataclasses.replace(SHAPE, experts=4))
+    with pytest.raises(TraceError, match=r"hidden size 4, not .* hidden size 9"):
+        reader.require(["embeddings"], shape=other_width)
+    with pytest.raises(TraceError, match="has no request 4, only 1 others"):
+        reader.request(4)
