@@ -73,7 +73,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> S
     placement = policy.placement
     contents = ("logits", "embeddings") if placement.prediction != "none" else ()
     hidden = ("hidden_states",) if placement.hidden_states else ()
-    trace.require((*contents, *hidden), gates=placement.hidden_states)  # type: ignore[arg-type]
+    trace.require((*contents, *hidden), gates=placement.hidden_states)
     if placement.hidden_states and trace.header.gates is not None:
         policy.set_gates(trace.header.gates)
     full = full_size(cfg.model).expert_bytes

@@ -11,7 +11,6 @@ import torch
 from experiments import setup, testbeds
 from experiments.errors import UserError
 from experiments.records import existing_record
-from experiments.setup import prepare
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, run_command
@@ -19,7 +18,8 @@ from tests.command import SMALL, composed, run_command
 
 def complaint(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        prepare(composed(*overrides))
+        cfg = composed(*overrides)
+        setup.prepare(cfg, setup.build(cfg.testbed))
     message = str(caught.value)
     assert "\n" not in message
     return message
