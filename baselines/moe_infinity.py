@@ -218,6 +218,18 @@ class RunningRequest:
         return int(sums[: self._collection.size].argmax())
 
 
+@dataclass(frozen=True)
+class _Ranked:
+    """Eviction keys that hold until the next gate, use or load; all arrays (L, J)."""
+
+    keys: NDArray[np.float64]
+    ahead: NDArray[np.float64]
+    """What is wanted of later layers, -inf elsewhere."""
+    wanted: NDArray[np.float64]
+    stamp: tuple[int, int]
+    """The layer and the number of events that they were made at."""
+
+
 class MoEInfinityPolicy(Policy):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
 
@@ -251,6 +263,8 @@ class MoEInfinityPolicy(Policy):
         self._activity = np.full((self.shape.layers, self.shape.experts), 1 / self.shape.experts)
         self._wanted = np.zeros((self.shape.layers, self.shape.experts))
         self._now = -1
+        self._events = 0
+        self._ranked: _Ranked | None = None
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
@@ -351,12 +365,8 @@ class MoEInfinityPolicy(Policy):
         flat = self._wanted[first:].ravel()
         chosen = flat.nonzero()[0]
         start = first * self.shape.experts
-        priorities = flat[chosen].tolist()
-        experts = self._experts
-        return [
-            Prefetch(experts[start + place], priority)
-            for place, priority in zip(chosen.tolist(), priorities, strict=True)
-        ]
+        experts = map(self._experts.__getitem__, (chosen + start).tolist())
+        return list(map(Prefetch, experts, flat[chosen].tolist()))
 
     # Cache ------------------------------------------------------------------------------------
 
@@ -364,13 +374,16 @@ class MoEInfinityPolicy(Policy):
         """Keep the running requests' share of each expert; a layer not yet seen is uniform."""
         total = float(tokens.sum())
         self._activity[layer] = tokens / total if total else 1 / self.shape.experts
+        self._events += 1
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         self._usage.on_outcome(outcome)
         self._now = outcome.layer
+        self._events += 1
 
     def on_load(self, expert: ExpertId) -> None:
         self._usage.on_load(expert)
+        self._events += self.options.eviction != "activation"
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
         """Evict the smallest activation ratio x (1 - l / L), from expert_priority_score.py.
@@ -378,19 +391,24 @@ class MoEInfinityPolicy(Policy):
         Experts to be prefetched leave last, and never for a prefetch that is less urgent: the
         code does not evict its cache candidates (core/prefetch/task_scheduler.cpp).
         """
+        now, wanted, events = self._now, self._wanted, self._events
+        ranked = self._ranked
+        if ranked is None or ranked.wanted is not wanted or ranked.stamp != (now, events):
+            ranked = self._ranked = self._rank(wanted, now, events)
+        if incoming.layer <= now:
+            return ranked.keys
+        return np.where(ranked.ahead >= wanted[incoming], -np.inf, ranked.keys)
+
+    def _rank(self, wanted: NDArray[np.float64], now: int, events: int) -> _Ranked:
         if self.options.eviction == "lru":
             keys = self._usage.lru_keys()
         elif self.options.eviction == "lfu":
             keys = self._usage.lfu_keys()
         else:
             keys = -(self._activity + SMALLEST_ACTIVITY) * self._front
-        wanted = self._wanted
-        ahead = wanted > 0
-        ahead[: self._now + 1] = False
-        keys = np.where(ahead, -PROTECTED - wanted, keys)
-        if incoming.layer > self._now:
-            keys[ahead & (wanted >= wanted[incoming])] = -np.inf
-        return keys
+        ahead = np.where(wanted > 0, wanted, -np.inf)
+        ahead[: now + 1] = -np.inf
+        return _Ranked(np.where(ahead > 0, -PROTECTED - wanted, keys), ahead, wanted, (now, events))
 
 
 def moe_infinity(shape: ModelShape, **options: int | str | bool | None) -> MoEInfinityPolicy:

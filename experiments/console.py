@@ -28,8 +28,8 @@ Advance = Callable[[int], None]
 class Console:
     """Prints to the terminal; progress bars vanish when done, so that results stay readable."""
 
-    def __init__(self) -> None:
-        self._rich = RichConsole(highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self._rich = RichConsole(highlight=False, quiet=quiet)
 
     def announce(
         self, testbed: Testbed, model: LoadedModel, prompts: PromptSet, slots: Sequence[int]
@@ -86,7 +86,7 @@ class Console:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        hidden = not self._rich.is_terminal
+        hidden = self._rich.quiet or not self._rich.is_terminal
         with Progress(*columns, console=self._rich, transient=True, disable=hidden) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
@@ -133,7 +133,9 @@ def _latencies(summary: dict[str, Any]) -> Table:
     table.add_column("milliseconds", no_wrap=True)
     for column in ("mean", "95 % interval", "p50", "p95", "p99"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("E2EL", "e2el_s")):
+    queueing = [("queueing", "queueing_s")] if summary.get("queueing_s") else []
+    latencies = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("E2EL", "e2el_s"))
+    for name, key in (*queueing, *latencies):
         table.add_row(name, *_latency(summary[key]))
     return table
 

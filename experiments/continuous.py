@@ -164,6 +164,7 @@ def run_schedule(
 class ServedOnline(Served):
     """What a request got that arrived at its time; `batch` is its place in the order of starts."""
 
+    request: TimedRequest
     queueing: float
     """Seconds that it waited for its prefill; all times count from its arrival."""
 
@@ -204,6 +205,8 @@ class ContinuousServer:
         self.steps: list[Step] = []
         """Every step carried out so far."""
         self.listeners: list[LogitsListener] = []
+        self.busy_seconds = 0.0
+        """Time during which `serve` carried out steps, and did not wait for arrivals."""
         self._max_batch_size = max_batch_size
         self._next_iteration = first_iteration
         self._clock = clock
@@ -215,9 +218,11 @@ class ContinuousServer:
         """Serve requests as they arrive, counted from now; return them in order of their start."""
         start = self._clock()
 
-        def carry_out(step: Step, _begin: float) -> float:
+        def carry_out(step: Step, begin: float) -> float:
             self.carry_out(step)
-            return self._clock() - start
+            end = self._clock() - start
+            self.busy_seconds += end - begin
+            return end
 
         def wait(until: float) -> float:
             self._sleep(max(0.0, until - (self._clock() - start)))
@@ -243,6 +248,10 @@ class ContinuousServer:
             del self._contexts[request.number]
         self.steps.append(step)
         self._next_iteration = step.number + 1
+
+    def collect(self, request: int) -> tuple[int, ...]:
+        """Hand out a request's tokens and forget them; KeyError if it has none."""
+        return tuple(self._tokens.pop(request))
 
     def _prefill(self, step: Step) -> Tensor:
         (request,) = step.requests
@@ -289,7 +298,7 @@ class ContinuousServer:
         ]
 
     def _served(self, place: int, times: ServiceTimes) -> ServedOnline:
-        tokens = tuple(self._tokens.pop(times.request.number))
+        tokens = self.collect(times.request.number)
         return ServedOnline(
             times.request,
             place,

@@ -18,9 +18,12 @@ from omegaconf import DictConfig
 from experiments.console import Advance, Console
 from experiments.first_pass import FirstPass, first_pass
 from experiments.metrics import request_table
+from experiments.online import check_system, is_online
+from experiments.online_serving import prepare_online, run_live_online
+from experiments.online_simulation import simulate_online
 from experiments.recording import record_setup
 from experiments.records import write_record
-from experiments.run_record import Measurement, RunFacts, run_record
+from experiments.run_record import Measurement, live_facts, run_record
 from experiments.serving import Server, in_batches
 from experiments.setup import (
     Setup,
@@ -36,17 +39,28 @@ from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
 from finemoe.offload.live import LiveRuntime, PhaseSeconds
 from finemoe.offload.timeline import NO_TIMELINE, TraceEvents
-from finemoe.testbed import SimulatedTestbed
+from finemoe.testbed import SimulatedTestbed, Testbed
 
 
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Carry out one run, live or simulated, and write its record; return it. Raises UserError."""
     testbed = build(cfg.testbed)
+    if is_online(cfg):
+        return _run_online(cfg, testbed, console)
     if cfg.system.get("runtime") == "deepspeed":
         return run_zero(cfg, testbed, console)
     if isinstance(testbed, SimulatedTestbed):
         return simulate(cfg, testbed, console)
     return run_live(prepare(cfg, testbed), console)
+
+
+def _run_online(
+    cfg: DictConfig, testbed: Testbed | SimulatedTestbed, console: Console
+) -> dict[str, Any]:
+    check_system(cfg)
+    if isinstance(testbed, SimulatedTestbed):
+        return simulate_online(cfg, testbed, console)
+    return run_live_online(prepare_online(cfg, testbed), console)
 
 
 def run_live(setup: Setup, console: Console) -> dict[str, Any]:
@@ -58,7 +72,8 @@ def run_live(setup: Setup, console: Console) -> dict[str, Any]:
     history = build_history(setup, console)
     reference = first_pass(setup, console)
     measurement = measure(setup, reference, console)
-    record = run_record(cfg, _facts(setup, history, reference), measurement)
+    facts = live_facts(setup, setup.prompts, history, _bound(setup, reference))
+    record = run_record(cfg, facts, measurement)
     requests = request_table(measurement.served, measurement.accesses)
     path = write_record(Path(cfg.output), record, requests)
     console.results(record, path, _sample(setup, measurement))
@@ -146,27 +161,6 @@ def _serve(
     measurement.phases += runtime.phases
     occupied = runtime.residency.cache.peak_occupied
     measurement.peak_occupied = max(measurement.peak_occupied, occupied)
-
-
-def _facts(setup: Setup, history: str, reference: FirstPass | None) -> RunFacts:
-    model = setup.model
-    return RunFacts(
-        mode=setup.testbed.mode,
-        testbed=setup.testbed.name,
-        routing="the model's own gates",
-        dataset=setup.prompts.dataset,
-        dataset_source=setup.prompts.source,
-        dataset_sha256=setup.prompts.sha256,
-        budget_bytes=setup.budget_bytes,
-        slots=setup.slots,
-        expert_bytes=model.full_expert_bytes,
-        stored_expert_bytes=model.offloaded.store.layout.nbytes,
-        dense_bytes=model.offloaded.dense_bytes,
-        time_scale=setup.testbed.time_scale,
-        history=history,
-        history_bytes=setup.policy.memory_bytes(),
-        bound=_bound(setup, reference),
-    )
 
 
 def _bound(setup: Setup, reference: FirstPass | None) -> Roofline | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
+from experiments.continuous import ServedOnline
 from experiments.serving import Served
 from finemoe.offload.policy import LayerOutcome
 
@@ -103,13 +104,19 @@ def _interval(sample: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> list[
 
 
 def latency_summary(served: Sequence[Served], seed: int) -> dict[str, Any]:
-    """Return the distributions of TTFT, TPOT, ITL and E2EL, in seconds."""
+    """Return the distributions of TTFT, TPOT, ITL, E2EL and queueing, in seconds.
+
+    All but TPOT and ITL count from the arrival, so that the queueing of online requests is part
+    of them; offline, a request arrives when its prefill starts.
+    """
     tpots = [one.tpot for one in served if one.tpot is not None]
+    queueing = [one.queueing for one in served if isinstance(one, ServedOnline)]
     return {
         "ttft_s": distribution([one.ttft for one in served], seed),
         "tpot_s": distribution(tpots, seed),
         "itl_s": distribution([gap for one in served for gap in one.itl], seed),
         "e2el_s": distribution([one.e2el for one in served], seed),
+        "queueing_s": distribution(queueing, seed),
     }
 
 
@@ -117,7 +124,8 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
     """Return one row a request.
 
     A batch shares its iterations, so `hits`, `late` and `misses` of a request are those of its
-    batch; `batch` tells which requests share them.
+    batch; `batch` tells which requests share them. Online requests join and leave their batches:
+    theirs are those of every iteration that served them, and `batch` is their order of starts.
     """
     rows = []
     for one in served:
@@ -130,9 +138,17 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
                 "ttft_s": one.ttft,
                 "tpot_s": one.tpot,
                 "e2el_s": one.e2el,
+                **_arrival(one),
                 **asdict(counter.over(one.iterations)),
                 "itl_s": list(one.itl),
                 "tokens": list(one.tokens),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _arrival(served: Served) -> dict[str, float]:
+    """Return when an online request came and how long it waited, in seconds."""
+    if not isinstance(served, ServedOnline):
+        return {}
+    return {"arrival_s": served.request.arrival, "queueing_s": served.queueing}

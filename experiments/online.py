@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
 from experiments.arrivals import Arrival, Process, generated, read_azure_trace, sampled
-from experiments.datasets import Dataset, template
+from experiments.datasets import Dataset, PromptSet, template
 from experiments.errors import UserError
 from experiments.workloads import Request
+from finemoe.offload.policy import Placement
 
 PASSAGE_END = "\n\n"
 GENERATED = "generated: Poisson arrivals, log-normal lengths"
@@ -41,6 +45,16 @@ class TimedRequest(Request):
 
 
 @dataclass(frozen=True)
+class ArrivalPlan:
+    """Arrivals in order of time, their lengths already capped, and where they come from."""
+
+    arrivals: tuple[Arrival, ...]
+    source: str
+    shortened: int
+    """How many requests a cap made shorter than the trace or the generator has them."""
+
+
+@dataclass(frozen=True)
 class OnlineWorkload:
     """Requests in order of arrival, where their times and lengths come from, and their hash."""
 
@@ -48,10 +62,38 @@ class OnlineWorkload:
     source: str
     shortened: int
     """How many requests a cap made shorter than the trace or the generator has them."""
-    passes: int
+    passes: int | None
     """How often the prompts went through the dataset's texts; above 1, text is used again."""
-    sha256: str
-    """Of arrivals, prompts and output lengths."""
+
+    @property
+    def sha256(self) -> str:
+        """Of arrivals, prompts and output lengths."""
+        drawn = [(one.arrival, one.prompt, one.output_tokens) for one in self.requests]
+        return hashlib.sha256(repr(drawn).encode()).hexdigest()
+
+    def prompt_set(self, dataset: Dataset) -> PromptSet:
+        """Return the prompts, in order of arrival, as what was drawn from a dataset."""
+        prompts = tuple(one.prompt for one in self.requests)
+        digest = hashlib.sha256(repr(list(prompts)).encode()).hexdigest()
+        return PromptSet(dataset.name, dataset.source, prompts, digest)
+
+
+def is_online(cfg: DictConfig) -> bool:
+    """Tell whether the workload of a run is one of requests that arrive at a rate."""
+    return "rate" in cfg.workload
+
+
+def check_system(cfg: DictConfig) -> None:
+    """Raise UserError for a system that cannot serve requests as they arrive."""
+    label, remedy = cfg.system.label, "use workload=offline"
+    if cfg.system.get("runtime") == "deepspeed":
+        raise UserError(f"system={label} serves fixed batches; use system=deepspeed, or {remedy}")
+    placement = getattr(get_object(cfg.system._target_), "placement", Placement())
+    if placement.foresight:
+        raise UserError(
+            f"system={label} must know all iterations beforehand, and who is in which depends on "
+            f"how fast it serves; {remedy}"
+        )
 
 
 def online(dataset: Dataset, tokenizer: Any, settings: OnlineSettings, seed: int) -> OnlineWorkload:
@@ -59,19 +101,23 @@ def online(dataset: Dataset, tokenizer: Any, settings: OnlineSettings, seed: int
 
     Raises UserError for settings out of range, a malformed trace, or texts without a token.
     """
-    check(settings)
-    arrivals, source = _arrivals(settings, seed)
-    capped = [_capped(arrival, settings) for arrival in arrivals]
-    shortened = sum(a != b for a, b in zip(arrivals, capped, strict=True))
-    lengths = [arrival.input_tokens for arrival in capped]
+    plan = planned(settings, seed)
+    lengths = [arrival.input_tokens for arrival in plan.arrivals]
     prompts, passes = prompts_of(lengths, dataset, tokenizer, seed)
     requests = tuple(
         TimedRequest(number, prompt, arrival.output_tokens, arrival.seconds)
-        for number, (prompt, arrival) in enumerate(zip(prompts, capped, strict=True))
+        for number, (prompt, arrival) in enumerate(zip(prompts, plan.arrivals, strict=True))
     )
-    drawn = [(one.arrival, one.prompt, one.output_tokens) for one in requests]
-    digest = hashlib.sha256(repr(drawn).encode()).hexdigest()
-    return OnlineWorkload(requests, source, shortened, passes, digest)
+    return OnlineWorkload(requests, plan.source, plan.shortened, passes)
+
+
+def planned(settings: OnlineSettings, seed: int) -> ArrivalPlan:
+    """Draw arrivals and lengths by seed; UserError for settings out of range or a bad trace."""
+    check(settings)
+    arrivals, source = _arrivals(settings, seed)
+    capped = tuple(_capped(arrival, settings) for arrival in arrivals)
+    shortened = sum(a != b for a, b in zip(arrivals, capped, strict=True))
+    return ArrivalPlan(capped, source, shortened)
 
 
 def check(settings: OnlineSettings) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.console import Console
+from experiments.continuous import ContinuousServer, Schedule, Step, run_schedule
 from experiments.datasets import PromptSet
 from experiments.models import LoadedModel
+from experiments.online import TimedRequest
 from experiments.records import provenance
 from experiments.serving import Server, in_batches
 from experiments.setup import Setup, plain_runtime
@@ -19,6 +21,9 @@ from finemoe.offload.live import LiveRuntime
 from finemoe.recorder import EVERYTHING, Recorder, gate_weights
 from finemoe.trace import TraceHeader
 from finemoe.trace_file import TraceWriter
+
+Write = Callable[[Request, tuple[int, ...]], None]
+"""Takes a request that is served and its tokens."""
 
 
 def record_setup(setup: Setup, path: Path, console: Console) -> None:
@@ -45,27 +50,55 @@ class Recording:
         self, batches: Iterable[Sequence[Request]], total: int, path: Path, console: Console
     ) -> None:
         """Serve batches and write what each request routed; the file appears when complete."""
+        with self._writing(total, path, console) as (recorder, write):
+            server = Server(self.runtime, listeners=[recorder.begin])
+            for batch in batches:
+                for one in server.serve(batch):
+                    write(one.request, one.tokens)
+
+    def run_continuously(
+        self, requests: Sequence[TimedRequest], max_batch_size: int, path: Path, console: Console
+    ) -> None:
+        """Serve requests as if all came at once, in batches as full as can be; write as `run`."""
+        with self._writing(len(requests), path, console) as (recorder, write):
+            server = ContinuousServer(self.runtime, max_batch_size)
+
+            def carry_out(step: Step, now: float) -> float:
+                recorder.begin(step.iteration)
+                server.carry_out(step)
+                for request in step.leaving:
+                    write(request, server.collect(request.number))
+                return now
+
+            waiting = [replace(request, arrival=0.0) for request in requests]
+            run_schedule(Schedule(waiting, max_batch_size), carry_out)
+
+    @contextmanager
+    def _writing(
+        self, total: int, path: Path, console: Console
+    ) -> Iterator[tuple[Recorder, Write]]:
         with (
             ExitStack() as stack,
             Recorder(self.runtime.model) as recorder,
             console.progress("recording", total) as advance,
         ):
-            server = Server(self.runtime, listeners=[recorder.begin])
-            writer: TraceWriter | None = None
-            for batch in batches:
-                served = server.serve(batch)
-                if writer is None:
+            writers: list[TraceWriter] = []
+
+            def write(request: Request, tokens: tuple[int, ...]) -> None:
+                if not writers:
                     # Gates may compute in a wider dtype than the model's.
                     header = replace(self.header, dtype=recorder.dtype)
-                    writer = stack.enter_context(TraceWriter(path, header))
-                for one in served:
-                    request = one.request
-                    writer.write(recorder.finish(request.number, request.prompt, one.tokens))
-                advance(len(batch))
+                    writers.append(stack.enter_context(TraceWriter(path, header)))
+                writers[0].write(recorder.finish(request.number, request.prompt, tokens))
+                advance(1)
+
+            yield recorder, write
 
 
-def trace_header(model: LoadedModel, prompts: PromptSet, seed: int) -> TraceHeader:
-    """Return the header of a trace of these prompts."""
+def trace_header(
+    model: LoadedModel, prompts: PromptSet, seed: int, passes: int | None = 1
+) -> TraceHeader:
+    """Return the header of a trace of these prompts, for which texts were gone through so often."""
     origin = {
         "model": model.name,
         "weights": model.weights,
@@ -74,7 +107,15 @@ def trace_header(model: LoadedModel, prompts: PromptSet, seed: int) -> TraceHead
         "dataset_sha256": prompts.sha256,
         "seed": seed,
         "dense_bytes": model.offloaded.dense_bytes,
+        "passes": passes,
+        "positions": positions(model),
         **provenance(),
     }
     gates = gate_weights(model.offloaded)
     return TraceHeader(model.offloaded.shape, "bfloat16", EVERYTHING, origin, gates)
+
+
+def positions(model: LoadedModel) -> int | None:
+    """Return for how many positions a model was made; None if it does not say."""
+    config = model.offloaded.model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)

@@ -20,7 +20,7 @@ from experiments.errors import UserError
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
-PLACES = ("output", "logger", "traces")
+PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
 
 

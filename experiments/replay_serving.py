@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.serving import Served
 from experiments.workloads import Request
@@ -57,6 +57,12 @@ class ReplayServer:
         self.batches += 1
         numbers = range(first, self.iterations)
         return [
-            Served(request, self.batches - 1, one.output[: len(times)], tuple(times), numbers)
+            Served(
+                replace(request, prompt=one.prompt),
+                self.batches - 1,
+                one.output[: len(times)],
+                tuple(times),
+                numbers,
+            )
             for request, one in zip(batch, traced, strict=True)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.console import Console
-from experiments.datasets import draw_prompts
+from experiments.datasets import Dataset, draw_prompts
 from experiments.errors import UserError
 from experiments.models import LoadedModel, load_model
+from experiments.online import is_online, online, planned
 from experiments.recording import Recording, trace_header
 from experiments.serving import in_batches
-from experiments.setup import build, workload_settings
+from experiments.setup import build, online_settings, workload_settings
 from experiments.workloads import offline
 from finemoe.assemble import resident_runtime
+from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
 
@@ -42,15 +45,12 @@ def open_routing(cfg: DictConfig, console: Console) -> TraceReader:
 
 def kept_trace(cfg: DictConfig, console: Console) -> Path:
     """Return the kept trace of this model, dataset and workload; record it if it is missing."""
-    settings = workload_settings(cfg.workload)
     asked = {
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": str(cfg.weights),
         "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
-        "prompts": settings.prompts,
-        "input_tokens": settings.input_tokens,
-        "output_tokens": settings.output_tokens,
         "seed": cfg.seed,
+        **(_online_lengths(cfg) if is_online(cfg) else _offline_lengths(cfg)),
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     name = f"{cfg.model.name}-{cfg.dataset.name}-{digest}.parquet"
@@ -60,16 +60,28 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
     return path
 
 
+def _offline_lengths(cfg: DictConfig) -> dict[str, Any]:
+    settings = workload_settings(cfg.workload)
+    return {
+        "prompts": settings.prompts,
+        "input_tokens": settings.input_tokens,
+        "output_tokens": settings.output_tokens,
+    }
+
+
+def _online_lengths(cfg: DictConfig) -> dict[str, Any]:
+    """Return the lengths alone: when requests arrive changes no routing."""
+    plan = planned(online_settings(cfg.workload), cfg.seed)
+    return {"online": [(one.input_tokens, one.output_tokens) for one in plan.arrivals]}
+
+
 def _record(cfg: DictConfig, path: Path, console: Console) -> None:
     """Serve all prompts of a workload with everything resident; keep what they routed."""
-    settings = workload_settings(cfg.workload)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: LoadedModel = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
-    dataset: Any = build(cfg.dataset)
-    drawn = settings.prompts, settings.input_tokens
-    prompts = draw_prompts(dataset, model.tokenizer, *drawn, cfg.seed)
-    load = offline(prompts, settings, cfg.seed)
-    requests = (*load.history, *load.measured)
+    dataset: Dataset = build(cfg.dataset)
+    prepare = _record_online if is_online(cfg) else _record_offline
+    record = prepare(cfg, model, dataset)
     console.recording(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +89,38 @@ def _record(cfg: DictConfig, path: Path, console: Console) -> None:
         raise UserError(
             f"cannot write to {path.parent}: {error.strerror}; choose another traces="
         ) from error
+    # Runs of one sweep may record the same trace at the same time; each writes its own file.
+    own = path.with_name(f"{path.stem}.{os.getpid()}.parquet")
     with resident_runtime(model.offloaded, OnDemandPolicy(model.offloaded.shape)) as runtime:
-        header = trace_header(model, prompts, cfg.seed)
-        # Runs of one sweep may record the same trace at the same time; each writes its own file.
-        own = path.with_name(f"{path.stem}.{os.getpid()}.parquet")
-        batches = in_batches(requests, RECORDING_BATCH)
-        Recording(runtime, header).run(batches, len(requests), own, console)
+        record(runtime, own, console)
     os.replace(own, path)
+
+
+Record = Callable[[LiveRuntime, Path, Console], None]
+"""Serves a workload through a runtime and writes its trace."""
+
+
+def _record_offline(cfg: DictConfig, model: LoadedModel, dataset: Dataset) -> Record:
+    settings = workload_settings(cfg.workload)
+    drawn = settings.prompts, settings.input_tokens
+    prompts = draw_prompts(dataset, model.tokenizer, *drawn, cfg.seed)
+    load = offline(prompts, settings, cfg.seed)
+    requests = (*load.history, *load.measured)
+
+    def record(runtime: LiveRuntime, path: Path, console: Console) -> None:
+        recording = Recording(runtime, trace_header(model, prompts, cfg.seed))
+        batches = in_batches(requests, RECORDING_BATCH)
+        recording.run(batches, len(requests), path, console)
+
+    return record
+
+
+def _record_online(cfg: DictConfig, model: LoadedModel, dataset: Dataset) -> Record:
+    load = online(dataset, model.tokenizer, online_settings(cfg.workload), cfg.seed)
+    prompts = load.prompt_set(dataset)
+
+    def record(runtime: LiveRuntime, path: Path, console: Console) -> None:
+        recording = Recording(runtime, trace_header(model, prompts, cfg.seed, load.passes))
+        recording.run_continuously(load.requests, RECORDING_BATCH, path, console)
+
+    return record

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.datasets import PromptSet
 from experiments.metrics import AccessCounter, latency_summary
 from experiments.records import provenance
 from experiments.serving import Served
+from experiments.setup import Engine
 from finemoe.offload.bounds import Roofline
 from finemoe.offload.live import PhaseSeconds
 from finemoe.offload.transfer import Traffic
@@ -49,6 +52,37 @@ class RunFacts:
     history: str
     history_bytes: dict[str, int]
     bound: Roofline | None
+    online: Mapping[str, Any] | None = None
+    """What is said of requests that arrive over time."""
+
+
+def live_facts(
+    engine: Engine,
+    prompts: PromptSet,
+    history: str,
+    bound: Roofline | None = None,
+    online: Mapping[str, Any] | None = None,
+) -> RunFacts:
+    """Return the facts of a live run."""
+    model = engine.model
+    return RunFacts(
+        mode=engine.testbed.mode,
+        testbed=engine.testbed.name,
+        routing="the model's own gates",
+        dataset=prompts.dataset,
+        dataset_source=prompts.source,
+        dataset_sha256=prompts.sha256,
+        budget_bytes=engine.budget_bytes,
+        slots=engine.slots,
+        expert_bytes=model.full_expert_bytes,
+        stored_expert_bytes=model.offloaded.store.layout.nbytes,
+        dense_bytes=model.offloaded.dense_bytes,
+        time_scale=engine.testbed.time_scale,
+        history=history,
+        history_bytes=engine.policy.memory_bytes(),
+        bound=bound,
+        online=online,
+    )
 
 
 def run_record(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> dict[str, Any]:
@@ -71,6 +105,7 @@ def run_record(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> di
         "time_scale": facts.time_scale,
         "seed": cfg.seed,
         "history": facts.history,
+        "online": None if facts.online is None else dict(facts.online),
         "summary": _summary(cfg, facts, measurement),
         **provenance(),
         "config": OmegaConf.to_container(cfg, resolve=True),

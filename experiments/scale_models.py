@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from experiments.corpus import Document, documents
-from experiments.scale_training import Recipe, Training
+from experiments.scale_training import Recipe, Training, held_out_windows, least_used_share
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -119,7 +119,9 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    windows = held_out_windows(training.held_out_ids, training.recipe.sequence_length, None)
     summary = {
+        "least_used_share": least_used_share(model, windows, training.recipe.batch_sequences),
         "held_out_loss": loss,
         "held_out_perplexity": math.exp(loss),
         "unigram_perplexity": math.exp(baseline),
@@ -153,6 +155,7 @@ trained gates; the only pressure on them is the family's own auxiliary load-bala
 | training tokens | {summary["tokens"]:,} |
 | held-out perplexity | {summary["held_out_perplexity"]:.1f} |
 | unigram perplexity, same text | {summary["unigram_perplexity"]:.1f} |
+| least used expert, held-out text | {summary["least_used_share"]:.2f} of its fair share |
 
 ![loss](loss.png)
 
@@ -199,7 +202,8 @@ def main(cfg: DictConfig) -> None:
     summary = export(cfg, training, tokenizer, baseline)
     print(
         f"held-out perplexity {summary['held_out_perplexity']:.1f}, "
-        f"unigram {summary['unigram_perplexity']:.1f}; exported to {cfg.export}"
+        f"unigram {summary['unigram_perplexity']:.1f}, least used expert "
+        f"{summary['least_used_share']:.2f} of its fair share; exported to {cfg.export}"
     )
 
 

@@ -97,11 +97,7 @@ class Training:
     @torch.no_grad()
     def held_out_loss(self, sequences: int | None = None) -> float:
         """Cross entropy in nats per token over evenly spaced held-out windows, or over all."""
-        length = self.recipe.sequence_length
-        whole = len(self.held_out_ids) // length
-        windows = self.held_out_ids[: whole * length].view(whole, length)
-        if sequences is not None and sequences < whole:
-            windows = windows[torch.linspace(0, whole - 1, sequences).long()]
+        windows = held_out_windows(self.held_out_ids, self.recipe.sequence_length, sequences)
         self.model.eval()
         losses = [
             self.model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -181,3 +177,29 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
+
+
+def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> torch.Tensor:
+    """Return evenly spaced windows of `length` tokens, or all that there are."""
+    whole = len(ids) // length
+    cut = ids[: whole * length].view(whole, length)
+    if windows is None or windows >= whole:
+        return cut
+    return cut[torch.linspace(0, whole - 1, windows).long()]
+
+
+@torch.no_grad()
+def least_used_share(model: PreTrainedModel, windows: torch.Tensor, batch: int) -> float:
+    """Return the use of the least used expert of any layer, relative to its fair share."""
+    top_k = model.config.num_experts_per_tok
+    counts: list[torch.Tensor] = []
+    model.eval()
+    for part in windows.split(batch):
+        output = model(input_ids=part, use_cache=False, output_router_logits=True)
+        for layer, logits in enumerate(output.router_logits):
+            used = logits.reshape(-1, logits.shape[-1]).topk(top_k).indices.ravel()
+            if layer == len(counts):
+                counts.append(torch.zeros(logits.shape[-1], device=logits.device))
+            counts[layer] += torch.bincount(used, minlength=logits.shape[-1])
+    shares = torch.stack(counts)
+    return float((shares / shares.mean(dim=1, keepdim=True)).min())

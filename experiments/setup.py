@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from hydra.errors import InstantiationException
@@ -19,6 +19,8 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.datasets import PromptSet, draw_prompts
 from experiments.errors import UserError
 from experiments.models import LoadedModel, load_model
+from experiments.online import OnlineSettings
+from experiments.online import check as check_online
 from experiments.workloads import OfflineSettings, OfflineWorkload, offline
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.expert_map import StoreMismatch
@@ -29,29 +31,45 @@ from finemoe.offload.timeline import NO_TIMELINE, Timeline
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 
+S = TypeVar("S")
+
 DESCRIPTIONS = ("label", "lengths", "runtime")
 """Keys of a config group's option that describe it and are no arguments of its target."""
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What one run consists of."""
+class Engine:
+    """What serves in a live run, whatever is served."""
 
     cfg: DictConfig
     testbed: Testbed
     model: LoadedModel
-    prompts: PromptSet
-    settings: OfflineSettings
-    workload: OfflineWorkload
     policy: Policy
     slots: tuple[int, ...]
     budget_bytes: int
 
 
+@dataclass(frozen=True)
+class Setup(Engine):
+    """What one live offline run consists of."""
+
+    prompts: PromptSet
+    settings: OfflineSettings
+    workload: OfflineWorkload
+
+
 def prepare(cfg: DictConfig, testbed: Testbed) -> Setup:
     """Build model, workload and policy; raise UserError for anything that cannot be."""
-    check_seed(cfg)
     settings = workload_settings(cfg.workload)
+    engine = prepare_engine(cfg, testbed)
+    prompts, workload = draw_workload(cfg, settings, engine.model.tokenizer)
+    load_store(cfg, engine.policy, engine.model.identity)
+    return Setup(**vars(engine), prompts=prompts, settings=settings, workload=workload)
+
+
+def prepare_engine(cfg: DictConfig, testbed: Testbed) -> Engine:
+    """Load the model and build the policy; raise UserError for anything that cannot be."""
+    check_seed(cfg)
     if testbed.threads is not None:
         torch.set_num_threads(testbed.threads)
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
@@ -59,13 +77,10 @@ def prepare(cfg: DictConfig, testbed: Testbed) -> Setup:
     policy: Policy = build(cfg.system, shape=shape)
     if policy.placement.hidden_states:
         policy.set_gates(gate_weights(model.offloaded))
-    prompts, workload = draw_workload(cfg, settings, model.tokenizer)
     full = model.full_expert_bytes
     budget, slots = budget_slots(cfg, policy, full, shape, len(testbed.devices))
     _check_room(testbed, model, slots)
-    setup = Setup(cfg, testbed, model, prompts, settings, workload, policy, slots, budget)
-    load_store(cfg, policy, model.identity)
-    return setup
+    return Engine(cfg, testbed, model, policy, slots, budget)
 
 
 def check_seed(cfg: DictConfig) -> None:
@@ -121,9 +136,9 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def everything_fits(setup: Setup) -> bool:
+def everything_fits(engine: Engine) -> bool:
     """Tell whether all experts fit the main device; on the CPU they are used where they lie."""
-    offloaded = setup.model.offloaded
+    offloaded = engine.model.offloaded
     if offloaded.device.type != "cuda":
         return True
     shape = offloaded.shape
@@ -131,36 +146,47 @@ def everything_fits(setup: Setup) -> bool:
     return needed < 0.9 * free_bytes(offloaded.device)
 
 
-def under_budget(setup: Setup, policy: Policy, timeline: Timeline = NO_TIMELINE) -> LiveRuntime:
+def under_budget(engine: Engine, policy: Policy, timeline: Timeline = NO_TIMELINE) -> LiveRuntime:
     """Return a runtime that serves under the memory budget."""
-    model = setup.model
+    model = engine.model
     full = model.full_expert_bytes
-    return offloading_runtime(model.offloaded, policy, setup.testbed, setup.slots, full, timeline)
+    return offloading_runtime(model.offloaded, policy, engine.testbed, engine.slots, full, timeline)
 
 
-def plain_runtime(setup: Setup, policy: Policy | None = None) -> LiveRuntime:
+def plain_runtime(engine: Engine, policy: Policy | None = None) -> LiveRuntime:
     """Return a runtime with everything resident if that fits, else one under the budget."""
-    offloaded = setup.model.offloaded
+    offloaded = engine.model.offloaded
     policy = policy or OnDemandPolicy(offloaded.shape)
-    if everything_fits(setup):
+    if everything_fits(engine):
         return resident_runtime(offloaded, policy)
-    return under_budget(setup, policy)
+    return under_budget(engine, policy)
 
 
 def workload_settings(cfg: DictConfig) -> OfflineSettings:
-    """Return what a workload option says; raise UserError for values that cannot be."""
-    try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(OfflineSettings), plain)
-        settings: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"workload: {str(error).splitlines()[0]}") from error
+    """Return what an offline workload says; raise UserError for values that cannot be."""
+    settings = _settings(cfg, OfflineSettings)
     for name in ("prompts", "input_tokens", "output_tokens", "batch_size", "repeats"):
         if getattr(settings, name) < 1:
             raise UserError(f"workload.{name}={getattr(settings, name)}: it starts at 1")
     if settings.history_batch_size < 1 or settings.warmup < 0:
         raise UserError("workload.history_batch_size starts at 1, workload.warmup at 0")
     return settings
+
+
+def online_settings(cfg: DictConfig) -> OnlineSettings:
+    """Return what an online workload says; raise UserError for values that cannot be."""
+    settings = _settings(cfg, OnlineSettings)
+    check_online(settings)
+    return settings
+
+
+def _settings(cfg: DictConfig, kind: type[S]) -> S:
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        settings: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(f"workload: {str(error).splitlines()[0]}") from error
+    return cast(S, settings)
 
 
 def _check_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ others are measured. Nothing is computed, so nothing can be verified: `lossless`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from experiments.replay_serving import Fetch, ReplayServer, fetch_all, routed_st
 from experiments.routing_source import open_routing
 from experiments.run_record import Measurement, RunFacts, run_record
 from experiments.serving import in_batches
-from experiments.setup import budget_slots, build, load_store, workload_settings
+from experiments.setup import budget_slots, build, learns, load_store, workload_settings
 from experiments.testbeds import full_size
 from experiments.workloads import OfflineSettings, OfflineWorkload, Request, split
 from finemoe.offload.bounds import Roofline, minimal_loads
@@ -39,18 +39,24 @@ from finemoe.trace_file import TraceReader
 
 
 @dataclass(frozen=True)
-class Simulation:
-    """What one simulated run consists of."""
+class ReplayEngine:
+    """What serves in a simulated run, whatever is served."""
 
     cfg: DictConfig
     testbed: SimulatedTestbed
     trace: TraceReader
-    settings: OfflineSettings
-    workload: OfflineWorkload
     policy: Policy
     costs: CostModel
     plan: MemoryPlan
     budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Simulation(ReplayEngine):
+    """What one simulated offline run consists of."""
+
+    settings: OfflineSettings
+    workload: OfflineWorkload
     fetch: Fetch
 
 
@@ -68,6 +74,18 @@ def simulate(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> di
 def prepare(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> Simulation:
     """Build workload, policy and costs; raise UserError or TraceError for what cannot be."""
     settings = workload_settings(cfg.workload)
+    engine = prepare_engine(cfg, testbed, trace)
+    kept = max(settings.batch_size, settings.history_batch_size)
+    return Simulation(
+        **vars(engine),
+        settings=settings,
+        workload=_workload(trace, settings, cfg.seed),
+        fetch=lru_cache(maxsize=kept)(trace.request),
+    )
+
+
+def prepare_engine(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> ReplayEngine:
+    """Build policy and costs; raise UserError or TraceError for what cannot be."""
     shape = trace.header.shape
     policy: Policy = build(cfg.system, shape=shape)
     placement = policy.placement
@@ -78,22 +96,14 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> S
         policy.set_gates(trace.header.gates)
     full = full_size(cfg.model).expert_bytes
     budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
-    load_store(cfg, policy, _identity(cfg))
-    return Simulation(
-        cfg,
-        testbed,
-        trace,
-        settings,
-        _workload(trace, settings, cfg.seed),
-        policy,
-        testbed.costs(cfg.model, cfg.system.label),
-        MemoryPlan(slots, full, testbed.chunk_bytes),
-        budget,
-        lru_cache(maxsize=max(settings.batch_size, settings.history_batch_size))(trace.request),
-    )
+    load_store(cfg, policy, identity(cfg))
+    costs = testbed.costs(cfg.model, cfg.system.label)
+    plan = MemoryPlan(slots, full, testbed.chunk_bytes)
+    return ReplayEngine(cfg, testbed, trace, policy, costs, plan, budget)
 
 
-def _identity(cfg: DictConfig) -> str:
+def identity(cfg: DictConfig) -> str:
+    """Return what a store of expert maps is marked with."""
     return f"{cfg.model.name} with weights {cfg.weights}"
 
 
@@ -114,7 +124,7 @@ def _run(simulation: Simulation, console: Console) -> dict[str, Any]:
     history = teach(simulation, console)
     measurement = measure(simulation, console)
     limit = bound(simulation)
-    record = run_record(simulation.cfg, _facts(simulation, history, limit), measurement)
+    record = run_record(simulation.cfg, replay_facts(simulation, history, limit), measurement)
     requests = request_table(measurement.served, measurement.accesses)
     path = write_record(Path(simulation.cfg.output), record, requests)
     console.results(record, path, None)
@@ -135,7 +145,7 @@ def teach(simulation: Simulation, console: Console) -> str:
                 number = _teach_batch(simulation, batch, number)
                 advance(len(batch))
     if simulation.cfg.store.save:
-        policy.save(Path(simulation.cfg.store.save), _identity(simulation.cfg))
+        policy.save(Path(simulation.cfg.store.save), identity(simulation.cfg))
     policy.begin_serving()
     return served
 
@@ -191,13 +201,13 @@ def measure(simulation: Simulation, console: Console) -> Measurement:
 
 
 def replay_runtime(
-    simulation: Simulation, policy: Policy, timeline: Timeline = NO_TIMELINE
+    engine: ReplayEngine, policy: Policy, timeline: Timeline = NO_TIMELINE
 ) -> ReplayRuntime:
     """Return a runtime that starts at time 0 with an empty cache, or a full one if all fit."""
-    residency = Residency(simulation.trace.header.shape, simulation.plan, policy)
+    residency = Residency(engine.trace.header.shape, engine.plan, policy)
     if residency.holds_everything:
         residency.preload()
-    return ReplayRuntime(policy, residency, simulation.costs, simulation.testbed.rate, timeline)
+    return ReplayRuntime(policy, residency, engine.costs, engine.testbed.rate, timeline)
 
 
 def iterations(simulation: Simulation) -> Iterator[RoutedIteration]:
@@ -244,22 +254,29 @@ def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> 
     return total
 
 
-def _facts(simulation: Simulation, history: str, limit: Roofline) -> RunFacts:
-    origin = simulation.trace.header.provenance
+def replay_facts(
+    engine: ReplayEngine,
+    history: str,
+    bound: Roofline | None = None,
+    online: Mapping[str, Any] | None = None,
+) -> RunFacts:
+    """Return the facts of a simulated run."""
+    origin = engine.trace.header.provenance
     return RunFacts(
-        mode=simulation.testbed.mode,
-        testbed=simulation.testbed.name,
+        mode=engine.testbed.mode,
+        testbed=engine.testbed.name,
         routing=f"a trace of {origin['model']} with weights {origin['weights']}",
         dataset=str(origin["dataset"]),
         dataset_source=str(origin["dataset_source"]),
         dataset_sha256=str(origin["dataset_sha256"]),
-        budget_bytes=simulation.budget_bytes,
-        slots=simulation.plan.slots,
-        expert_bytes=simulation.plan.expert_bytes,
-        stored_expert_bytes=simulation.plan.expert_bytes,
-        dense_bytes=full_size(simulation.cfg.model).dense_bytes,
+        budget_bytes=engine.budget_bytes,
+        slots=engine.plan.slots,
+        expert_bytes=engine.plan.expert_bytes,
+        stored_expert_bytes=engine.plan.expert_bytes,
+        dense_bytes=full_size(engine.cfg.model).dense_bytes,
         time_scale=1.0,
         history=history,
-        history_bytes=simulation.policy.memory_bytes(),
-        bound=limit,
+        history_bytes=engine.policy.memory_bytes(),
+        bound=bound,
+        online=online,
     )

@@ -7,7 +7,6 @@ other experts of those layers at the tail.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +70,12 @@ def select_experts(
     """
     delta = min(max(1.0 - score, 0.0), 1.0)
     order = (-probabilities).argsort(kind="stable")
-    sums = itertools.accumulate(probabilities[order].tolist())
+    # A running sum in double precision, one addend after the other.
+    sums = probabilities[order].cumsum(dtype=np.float64)
     if variant == "paper":
-        count = 1 + sum(1 for _ in itertools.takewhile(lambda total: total < delta, sums))
+        count = 1 + int(sums.searchsorted(delta, "left"))
     else:
-        count = sum(1 for _ in itertools.takewhile(lambda total: total <= delta, sums))
+        count = int(sums.searchsorted(delta, "right"))
     return order[: max(count, top_k)]
 
 

@@ -14,6 +14,7 @@ ALLOWED = {
     "finemoe": ("finemoe",),
     "baselines": ("baselines", "finemoe"),
     "experiments": ("experiments", "baselines", "finemoe"),
+    "experiments/figures": ("experiments", "baselines", "finemoe"),
 }
 OURS = ("finemoe", "baselines", "experiments", "run", "tests")
 

@@ -64,19 +64,19 @@ class ExpertCache:
         self._slot: dict[ExpertId, Slot] = {}
         self._pins: dict[ExpertId, int] = {}
         self._free = [list(range(count))[::-1] for count in slots]
-        self._resident = np.zeros((shape.layers, shape.experts), dtype=bool)
+        self.residents: set[ExpertId] = set()
         self._evictable = np.zeros((shape.layers, shape.experts), dtype=bool)
-        flat = np.arange(shape.layers * shape.experts) % len(slots)
-        self._device = flat.reshape(shape.layers, shape.experts)
-        self._on_device = [self._device == device for device in range(len(slots))]
+        # A device's experts are every so many of the flat order: views, so nothing is gathered.
+        flat = self._evictable.ravel()
+        self._evictable_on = [flat[device :: len(slots)] for device in range(len(slots))]
 
     def device_of(self, expert: ExpertId) -> int:
         return (expert.layer * self.shape.experts + expert.index) % len(self.slots)
 
     def state(self, expert: ExpertId) -> State:
-        if expert not in self._slot:
-            return State.ABSENT
-        return State.RESIDENT if self._resident[expert] else State.LOADING
+        if expert in self.residents:
+            return State.RESIDENT
+        return State.LOADING if expert in self._slot else State.ABSENT
 
     def slot(self, expert: ExpertId) -> Slot:
         """Return the slot of a loading or resident expert; KeyError if it is absent."""
@@ -104,14 +104,15 @@ class ExpertCache:
             self._evicted(evicted)
         slot = Slot(device, self._free[device].pop())
         self._slot[expert] = slot
-        self.peak_occupied = max(self.peak_occupied, len(self._slot))
+        if len(self._slot) > self.peak_occupied:
+            self.peak_occupied = len(self._slot)
         return Reservation(slot, evicted)
 
     def loaded(self, expert: ExpertId) -> None:
         """Turn a loading expert into a resident one."""
         if self.state(expert) is not State.LOADING:
             raise ValueError(f"{expert} is not loading")
-        self._resident[expert] = True
+        self.residents.add(expert)
         self._evictable[expert] = expert not in self._pins
 
     def abandon(self, expert: ExpertId) -> None:
@@ -132,7 +133,7 @@ class ExpertCache:
         self._pins[expert] -= 1
         if not self._pins[expert]:
             del self._pins[expert]
-            self._evictable[expert] = self._resident[expert]
+            self._evictable[expert] = expert in self.residents
 
     def check_integrity(self) -> None:
         """Raise AssertionError if slots, states and pins contradict each other."""
@@ -144,28 +145,25 @@ class ExpertCache:
             assert len(held) + len(self._free[device]) == count, "slots were lost"
         for expert, slot in self._slot.items():
             assert slot.device == self.device_of(expert), "an expert is on a foreign device"
-        residents = _members(self._resident)
-        assert residents <= self._slot.keys(), "a resident has no slot"
-        evictable = _members(self._evictable)
-        assert evictable == residents - self._pins.keys(), "pins and evictability disagree"
+        assert self.residents <= self._slot.keys(), "a resident has no slot"
+        evictable = {
+            ExpertId(int(layer), int(index)) for layer, index in np.argwhere(self._evictable)
+        }
+        assert evictable == self.residents - self._pins.keys(), "pins and evictability disagree"
 
     def _victim(self, incoming: ExpertId, device: int, urgent: bool) -> ExpertId | None:
-        candidates = np.flatnonzero(self._evictable & self._on_device[device])
+        candidates = self._evictable_on[device].nonzero()[0]
         if not candidates.size:
             return None
-        keys = self._keys(incoming).ravel()[candidates]
+        keys = self._keys(incoming).ravel()[device :: len(self.slots)][candidates]
         best = int(keys.argmax())
-        if keys[best] == -np.inf and not urgent:
+        if not urgent and keys[best] == -np.inf:
             return None
-        layer, index = divmod(int(candidates[best]), self.shape.experts)
-        return ExpertId(layer, index)
+        flat = int(candidates[best]) * len(self.slots) + device
+        return ExpertId(*divmod(flat, self.shape.experts))
 
     def _remove(self, expert: ExpertId) -> None:
         slot = self._slot.pop(expert)
         self._free[slot.device].append(slot.index)
-        self._resident[expert] = False
+        self.residents.discard(expert)
         self._evictable[expert] = False
-
-
-def _members(table: NDArray[np.bool_]) -> set[ExpertId]:
-    return {ExpertId(int(layer), int(index)) for layer, index in np.argwhere(table)}

@@ -87,7 +87,7 @@ class ReplayRuntime:
         self.listeners: list[OutcomeListener] = []
         self.now = 0.0
         self._costs = costs
-        self._timeline = timeline
+        self._timeline = None if timeline is NO_TIMELINE else timeline
         self._links = VirtualLinks(residency, rate, timeline)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tickets = itertools.count()
@@ -117,7 +117,7 @@ class ReplayRuntime:
         if self._observed:
             update = partial(self.policy.end_iteration, iteration)
             self._ask("update", iteration.number + 1, update, self._costs.prediction.update)
-        self._timeline.span("iterations", iteration.phase, began, self.now)
+        self._span("iterations", iteration.phase, began, self.now)
         return self.now
 
     def wait_until(self, time: float) -> None:
@@ -167,6 +167,7 @@ class ReplayRuntime:
         ready = deque(outcome.hits)
         waiting = len(outcome.late) + len(outcome.misses)
         end = self.now
+        experts = self.residency.experts[outcome.layer]
         while ready or waiting:
             if not ready:
                 self._await_arrival()
@@ -174,17 +175,20 @@ class ReplayRuntime:
                 ready.append(self._arrived.popleft().index)
                 waiting -= 1
             index = ready.popleft()
-            finished = self._run_expert(ExpertId(outcome.layer, index), counts[index])
-            end = max(end, finished)
+            finished = self._run_expert(experts[index], counts[index])
+            if finished > end:
+                end = finished
         self._advance(end)
 
     def _run_expert(self, expert: ExpertId, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(expert)
         seconds = self._costs.expert(tokens)
-        began = max(self.now, self._devices_free[device])
+        free = self._devices_free[device]
+        began = free if free > self.now else self.now
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
-        self._timeline.span(f"device {device}", f"expert {expert.index}", began, end)
+        if self._timeline:
+            self._timeline.span(f"device {device}", f"expert {expert.index}", began, end)
         if self._costs.parallel:
             self._at(end, partial(self._release, expert))
         else:
@@ -201,7 +205,7 @@ class ReplayRuntime:
         while not self._arrived:
             self._step()
         self.phases.on_demand_wait += self.now - began
-        self._timeline.span("waits", "on demand", began, self.now)
+        self._span("waits", "on demand", began, self.now)
 
     def _await_prefetches(self) -> None:
         if not self.policy.placement.awaited:
@@ -210,7 +214,7 @@ class ReplayRuntime:
         while not self.residency.settled:
             self._step()
         self.phases.prefetch_wait += self.now - began
-        self._timeline.span("waits", "prefetches", began, self.now)
+        self._span("waits", "prefetches", began, self.now)
 
     # Policy -----------------------------------------------------------------------------------
 
@@ -232,7 +236,7 @@ class ReplayRuntime:
             self._advance(self._searches[-capacity])
         began = max(self.now, self._searches[-1]) if self._searches else self.now
         self._searches.append(began + seconds)
-        self._timeline.span("searcher", phase, began, began + seconds)
+        self._span("searcher", phase, began, began + seconds)
         self._at(began + seconds, partial(self._search_done, number, call))
 
     def _search_done(self, number: int, call: Callable[[], Sequence[Prefetch]]) -> None:
@@ -251,18 +255,20 @@ class ReplayRuntime:
 
     def _advance(self, to: float) -> None:
         """Let everything happen that is due until `to`, in order of time."""
-        while self._next_event() <= to:
+        events, links = self._events, self._links
+        while links.next_event <= to or (events and events[0][0] <= to):
             self._happen()
         self.now = to
 
     def _step(self) -> None:
         """Let the next thing happen; RuntimeError if nothing is left that could."""
-        if self._next_event() == NEVER:
+        if not self._events and self._links.next_event == NEVER:
             raise RuntimeError("the replay waits for an expert that no link is going to bring")
         self._happen()
 
-    def _next_event(self) -> float:
-        return min(self._events[0][0] if self._events else NEVER, self._links.next_event)
+    def _span(self, track: str, name: str, start: float, end: float) -> None:
+        if self._timeline:
+            self._timeline.span(track, name, start, end)
 
     def _happen(self) -> None:
         if self._events and self._events[0][0] < self._links.next_event:

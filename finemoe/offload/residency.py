@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finemoe.offload.cache import ExpertCache, State
+from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import (
     ExpertId,
     Iteration,
@@ -40,9 +40,17 @@ class Residency:
         self.shape = shape
         self.plan = plan
         self.policy = policy
+        self.experts = [
+            [ExpertId(layer, index) for index in range(shape.experts)]
+            for layer in range(shape.layers)
+        ]
         self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
         self.queues = [
             TransferQueue(self.cache, plan.expert_bytes, plan.chunk_bytes) for _ in plan.slots
+        ]
+        self._queue_of = [
+            [self.queues[self.cache.device_of(expert)] for expert in layer]
+            for layer in self.experts
         ]
         self._progress = (-1, -1)
 
@@ -67,21 +75,26 @@ class Residency:
         Every activated expert stays pinned until `release`.
         """
         self._progress = (iteration.number, layer)
-        found: dict[str, list[ExpertId]] = {"hits": [], "late": [], "misses": []}
+        experts, queues = self.experts[layer], self._queue_of[layer]
+        hits: list[int] = []
+        late: list[int] = []
+        misses: list[int] = []
+        resident = self.cache.residents
         for index in activated:
-            expert = ExpertId(layer, index)
-            found[self._classify(expert)].append(expert)
+            expert = experts[index]
+            if expert in resident:
+                hits.append(index)
+                queues[index].used(expert)
+            else:
+                (late if queues[index].requested(expert) else misses).append(index)
             self.cache.pin(expert)
-            self._queue(expert).used(expert)
-        wanted = set(activated)
         for queue in self.queues:
             for expert in queue.queued_of_layer(layer):
-                if expert.index not in wanted:
+                if expert.index not in activated:
                     queue.cancel(expert)
-        for expert in (*found["late"], *found["misses"]):
-            self._queue(expert).demand(expert)
-        kinds = {name: tuple(e.index for e in experts) for name, experts in found.items()}
-        outcome = LayerOutcome(iteration, layer, **kinds)
+        for index in (*late, *misses):
+            queues[index].demand(experts[index])
+        outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
         self.policy.on_outcome(outcome)
         return outcome
 
@@ -90,10 +103,17 @@ class Residency:
 
         Returns how many were still in time.
         """
-        in_time = [w for w in wishes if (iteration_number, w.expert.layer) > self._progress]
-        for wish in in_time:
-            self._queue(wish.expert).prefetch(wish.expert, wish.priority)
-        return len(in_time)
+        number, layer = self._progress
+        if iteration_number < number:
+            return 0
+        last_gone = layer if iteration_number == number else -1
+        in_time, resident, queue_of = 0, self.cache.residents, self._queue_of
+        for expert, priority in wishes:
+            if expert.layer > last_gone:
+                in_time += 1
+                if expert not in resident:
+                    queue_of[expert.layer][expert.index].prefetch(expert, priority)
+        return in_time
 
     @property
     def settled(self) -> bool:
@@ -126,10 +146,5 @@ class Residency:
         """Return the bytes that crossed all links so far."""
         return sum((queue.traffic for queue in self.queues), Traffic())
 
-    def _classify(self, expert: ExpertId) -> str:
-        if self.cache.state(expert) is State.RESIDENT:
-            return "hits"
-        return "late" if self._queue(expert).requested(expert) else "misses"
-
     def _queue(self, expert: ExpertId) -> TransferQueue:
-        return self.queues[self.cache.device_of(expert)]
+        return self._queue_of[expert.layer][expert.index]

@@ -50,7 +50,7 @@ class Traffic:
         )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Transfer:
     expert: ExpertId
     urgent: bool
@@ -80,6 +80,7 @@ class TransferQueue:
         self._transfers: dict[ExpertId, _Transfer] = {}
         self._urgent: dict[ExpertId, _Transfer] = {}
         self._order: list[tuple[float, int, ExpertId]] = []
+        self._unordered: list[_Transfer] = []
         self._tickets = itertools.count()
         self._unused: dict[ExpertId, int] = {}
 
@@ -112,10 +113,7 @@ class TransferQueue:
         self.starved = False
         transfer.cancelled = False
         transfer.priority, transfer.ticket = priority, next(self._tickets)
-        heapq.heappush(self._order, (-priority, transfer.ticket, expert))
-        if len(self._order) > 64 + 4 * len(self._transfers):
-            self._order = [entry for entry in self._order if self._is_current(entry)]
-            heapq.heapify(self._order)
+        self._unordered.append(transfer)
 
     def demand(self, expert: ExpertId) -> None:
         """Queue an on-demand load, or promote a prefetch of the same expert to one."""
@@ -138,6 +136,8 @@ class TransferQueue:
 
     def queued_of_layer(self, layer: int) -> list[ExpertId]:
         """Return the experts of `layer` whose prefetch is queued or under way."""
+        if not self._transfers:
+            return []
         return [e for e, t in self._transfers.items() if e.layer == layer and not t.cancelled]
 
     def next_chunk(self) -> Chunk | None:
@@ -165,6 +165,8 @@ class TransferQueue:
         transfer = self._transfers[span.expert]
         if self._urgent or transfer.urgent or transfer.cancelled:
             return True
+        if not self._order and not self._unordered:
+            return False
         best = self._best_prefetch()
         return best is not None and (-best.priority, best.ticket) < (
             -transfer.priority,
@@ -172,8 +174,11 @@ class TransferQueue:
         )
 
     def _next(self, at_most: int) -> Chunk | None:
+        if not self._transfers:
+            self.starved = False
+            return None
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
-        self.starved = transfer is None and bool(self._transfers)
+        self.starved = transfer is None
         if transfer is None:
             return None
         assert transfer.slot is not None
@@ -231,9 +236,25 @@ class TransferQueue:
         return self._strongest_partial()
 
     def _best_prefetch(self) -> _Transfer | None:
+        if self._unordered:
+            self._put_in_order()
         while self._order and not self._is_current(self._order[0]):
             heapq.heappop(self._order)
         return self._transfers[self._order[0][2]] if self._order else None
+
+    def _put_in_order(self) -> None:
+        """Take in new priorities; many at once, or many outdated entries, make a new heap."""
+        if len(self._order) + len(self._unordered) > len(self._transfers) + 8:
+            self._order = [
+                (-t.priority, t.ticket, t.expert)
+                for t in self._transfers.values()
+                if not t.urgent and not t.cancelled and t.sent < self._expert_bytes
+            ]
+            heapq.heapify(self._order)
+        else:
+            for t in self._unordered:
+                heapq.heappush(self._order, (-t.priority, t.ticket, t.expert))
+        self._unordered.clear()
 
     def _is_current(self, entry: tuple[float, int, ExpertId]) -> bool:
         _, ticket, expert = entry

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from finemoe.offload.policy import ExpertId
 from finemoe.offload.residency import Residency
-from finemoe.offload.timeline import Timeline
+from finemoe.offload.timeline import NO_TIMELINE, Timeline
 from finemoe.offload.transfer import Chunk
 
 NEVER = float("inf")
@@ -33,7 +33,7 @@ class LinkRate:
         return min(self.bytes_per_second, self.shared_bytes_per_second / max(copying, 1))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Span:
     chunk: Chunk
     began: float
@@ -55,9 +55,10 @@ class VirtualLinks:
         self._residency = residency
         self._queues = residency.queues
         self._rate = rate
-        self._timeline = timeline
+        self._timeline = None if timeline is NO_TIMELINE else timeline
         self._spans: list[_Span | None] = [None] * len(residency.queues)
-        self._speed = rate.each(1)
+        self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
+        self._speed = self._speeds[1]
         self._chunk_bytes = residency.plan.chunk_bytes
 
     def kick(self, now: float) -> None:
@@ -80,9 +81,10 @@ class VirtualLinks:
             if span is None or span.end > now:
                 continue
             self._spans[device] = None
-            why = "on demand" if span.chunk.urgent else "prefetch"
-            name = f"{why} {span.chunk.expert.layer}.{span.chunk.expert.index}"
-            self._timeline.span(f"link {device}", name, span.began, span.end)
+            if self._timeline:
+                why = "on demand" if span.chunk.urgent else "prefetch"
+                name = f"{why} {span.chunk.expert.layer}.{span.chunk.expert.index}"
+                self._timeline.span(f"link {device}", name, span.began, span.end)
             expert = self._residency.chunk_done(device, span.chunk)
             if expert is not None:
                 yield expert
@@ -110,7 +112,7 @@ class VirtualLinks:
     def _settle(self, now: float) -> None:
         """Share the host's bandwidth among the links that copy, and note the next event."""
         copying = [span for span in self._spans if span is not None]
-        speed = self._rate.each(len(copying))
+        speed = self._speeds[len(copying)]
         if speed != self._speed and copying:
             for span in copying:
                 span.sent += _moved(span, now, self._speed)
@@ -118,7 +120,7 @@ class VirtualLinks:
                 span.moves_from = max(now, span.moves_from)
                 span.end = span.moves_from + left / speed
             self._speed = speed
-        self.next_event = min((span.end for span in copying), default=NEVER)
+        self.next_event = min([span.end for span in copying]) if copying else NEVER
 
 
 def _moved(span: _Span, now: float, speed: float) -> float:

@@ -16,10 +16,14 @@ from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, run_command
 
 
+def prepared(*overrides: str) -> setup.Setup:
+    cfg = composed(*overrides)
+    return setup.prepare(cfg, setup.build(cfg.testbed))
+
+
 def complaint(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        cfg = composed(*overrides)
-        setup.prepare(cfg, setup.build(cfg.testbed))
+        prepared(*overrides)
     message = str(caught.value)
     assert "\n" not in message
     return message

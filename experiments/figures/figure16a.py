@@ -1,0 +1,80 @@
+"""Figure 16a: mean semantic and trajectory similarity of the best match against store capacity."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from omegaconf import DictConfig
+
+from experiments import routing_analysis as analysis
+from experiments.figures import charts, style, traces
+from experiments.figures.style import Drawn
+
+NARROWEST = 0.02
+"""The least range of scores that an axis shows."""
+DODGE = 16
+"""How far apart, in iterations of capacity, whiskers of the same capacity are drawn."""
+
+
+def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
+    """Write capacity.csv: capacity, stored iterations, search, score with interval."""
+    found = list(traces.subjects(cfg, recorded))
+    tables = [scores(one, list(cfg.experiment.capacities)) for one in found]
+    traces.write_analysis(cfg, folder, {"capacity": traces.over_subjects(found, tables)}, found)
+
+
+def scores(subject: traces.Subject, capacities: list[int]) -> pd.DataFrame:
+    """Return mean scores over decode iterations; trajectories as far as they predict a layer."""
+    measured = subject.measured
+    request = measured.request[measured.decode]
+    rows = []
+    for capacity in capacities:
+        searched = subject.searched(capacity)
+        ahead = searched.trajectory.scores[: subject.shape.layers - subject.distance].mean(axis=0)
+        for search, values in (("semantic", searched.semantic.scores), ("trajectory", ahead)):
+            interval = analysis.mean_with_interval(values, request)
+            rows.append((capacity, searched.store.size, search, *interval))
+    return pd.DataFrame(rows, columns=["capacity", "stored", "search", "score", "low", "high"])
+
+
+def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
+    """Draw a line a model: searches down, datasets across, one scale a search."""
+    found = traces.read_analysis(folder)
+    frame = found.tables["capacity"]
+    models, datasets = charts.facets(frame)
+    looks, searches = traces.model_looks(models), list(traces.SEARCHES)
+    with style.canvas(len(searches), len(datasets), style.COLUMN_INCHES, 2.9) as figure:
+        panels = traces.grid(figure, len(datasets))
+        for (row, search), (column, dataset) in product(enumerate(searches), enumerate(datasets)):
+            axes, of_search = panels[row][column], frame[frame["search"] == search.lower()]
+            for number, model in enumerate(models):
+                chosen = (of_search["model"] == model) & (of_search["dataset"] == dataset)
+                shift = DODGE * (number - (len(models) - 1) / 2)
+                _line(axes, of_search[chosen], shift, looks[model])
+            # An automatic scale would blow up differences in the third digit.
+            low = min(of_search["low"].min(), 1 - NARROWEST)
+            axes.set(ylim=(low - 0.05 * (1 - low), 1 + 0.02 * (1 - low)))
+            axes.set_xticks(sorted(set(frame["capacity"])))
+            axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
+            axes.tick_params(labelleft=column == 0, labelbottom=row == len(searches) - 1)
+        figure.supxlabel("Store capacity (iterations)", fontsize=style.POINTS)
+        figure.supylabel("Mean similarity score (cosine)", fontsize=style.POINTS)
+        traces.apart(figure)
+        charts.legend(figure, traces.by_display_name(looks), "line")
+        caption = found.caption(
+            "Mean score of the best match over decode iterations, in a store filled with the "
+            "history. Axes do not begin at zero. Whiskers: 95 % bootstrap intervals "
+            "over requests, the same at every capacity."
+        )
+        return style.save(figure, frame, place, found.record["id"], caption)
+
+
+def _line(axes: Axes, rows: pd.DataFrame, shift: float, look: charts.Look) -> None:
+    mean, spread = traces.whiskers(rows, "score")
+    axes.errorbar(
+        rows["capacity"] + shift, mean, spread, color=look["color"], marker=look["marker"],
+        elinewidth=0.6, capsize=1.2, capthick=0.6, markeredgecolor="white", markeredgewidth=0.3,
+    )  # fmt: skip

@@ -1,0 +1,67 @@
+"""Figure 9: Pearson coefficient of similarity and expert hit rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from omegaconf import DictConfig
+
+from experiments import routing_analysis as analysis
+from experiments.figures import charts, style, traces
+from experiments.figures.style import Drawn
+
+
+def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
+    """Write pearson.csv: search, pearson with interval, mean score and hit rate, iterations."""
+    found = list(traces.subjects(cfg, recorded))
+    tables = [coefficients(one, cfg.experiment.store_capacity) for one in found]
+    traces.write_analysis(cfg, folder, {"pearson": traces.over_subjects(found, tables)}, found)
+
+
+def coefficients(subject: traces.Subject, capacity: int) -> pd.DataFrame:
+    """Return the coefficient over decode iterations for each search, K experts predicted."""
+    pairs = traces.similarity_pairs(subject.path, subject.distance, subject.cut, capacity)
+    rows = []
+    for search, group in pairs.groupby("search"):
+        score, hits = group["score"].to_numpy(), group["top_k"].to_numpy()
+        found = analysis.correlation(score, hits, group["request"].to_numpy())
+        rows.append((search, *found, score.mean(), hits.mean(), len(group)))
+    names = ["search", "pearson", "low", "high", "score", "hit_rate", "iterations"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
+    """Draw a bar a search for each model, datasets across; n/a where nothing varies."""
+    found = traces.read_analysis(folder)
+    frame = found.tables["pearson"]
+    models, datasets = charts.facets(frame)
+    with style.canvas(1, len(datasets), style.COLUMN_INCHES, 1.9) as figure:
+        least = min(0.0, frame["low"].min() * 1.1, frame["pearson"].min() * 1.1)
+        for column, (axes, dataset) in enumerate(zip(figure.axes, datasets, strict=True)):
+            _bars(axes, frame[frame["dataset"] == dataset], models)
+            axes.set_title(style.dataset_name(dataset), pad=3)
+            axes.set_ylim(least, 1)
+            axes.tick_params(axis="y", labelleft=column == 0)
+        figure.axes[0].set_ylabel("Pearson coefficient")
+        charts.legend(figure, traces.SEARCHES, "bar")
+        caption = found.caption(
+            "Correlation, over decode iterations, of the best match's similarity score and the "
+            "hit rate of the K likeliest experts of its map. Whiskers: 95 % bootstrap intervals "
+            "over requests."
+        )
+        return style.save(figure, frame, place, found.record["id"], caption)
+
+
+def _bars(axes: Axes, frame: pd.DataFrame, models: list[str]) -> None:
+    for number, (search, look) in enumerate(traces.SEARCHES.items()):
+        one = frame[frame["search"] == search.lower()].set_index("model").reindex(models)
+        centres = np.arange(len(models)) + 0.4 * (number - 0.5)
+        mean, spread = traces.whiskers(one, "pearson")
+        axes.bar(centres, mean, 0.38, color=look["color"], yerr=spread, error_kw=traces.WHISKER)
+        for centre in centres[np.isnan(mean)]:
+            axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
+    axes.axhline(0, color="#333333", lw=0.6)
+    traces.name_models(axes, models)

@@ -1,0 +1,372 @@
+"""What the analyses of routing traces share: the traces they read and the record they leave.
+
+An analysis reads what some models routed on some datasets, and leaves CSV files and `record.json`
+in a folder; a picture is drawn from that folder alone. All has one mode, so that the `mixed_modes`
+of figures of runs has nothing to say here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import routing_analysis as analysis
+from experiments import routing_predictors as prediction
+from experiments.errors import UserError
+from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
+from experiments.records import provenance
+from finemoe.costs import FullSizeModel
+from finemoe.offload.policy import ModelShape
+from finemoe.trace_file import TraceReader
+
+MODE = "analysis of routing traces"
+FACTS_MODE = "computed from the models' published shapes"
+RECORD = "record.json"
+MODEL_CONFIGS = Path(__file__).parents[2] / "conf" / "model"
+KEPT = 6
+"""Three models on two datasets: what one process keeps, so that it reads each trace once."""
+
+Traces = Mapping[tuple[str, str], Path]
+Tables = Mapping[str, pd.DataFrame]
+Look = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a trace holds, hidden states left out."""
+
+    shape: ModelShape
+    origin: Mapping[str, Any]
+    """Where the routing came from, as the trace says."""
+    iterations: analysis.Iterations
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one dataset; the first requests of its trace are history, as in runs (6.1)."""
+
+    model: str
+    dataset: str
+    path: Path
+    distance: int
+    """The model's prefetch distance d, below its number of layers."""
+    cut: int
+    """How many requests are history."""
+
+    @property
+    def routing(self) -> Routing:
+        return read_routing(self.path)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.routing.shape
+
+    @property
+    def history(self) -> analysis.Iterations:
+        return self._part(measured=False)
+
+    @property
+    def measured(self) -> analysis.Iterations:
+        return self._part(measured=True)
+
+    def searched(self, capacity: int) -> prediction.Searched:
+        """Return what a store of `capacity`, filled with the history, says to the measured."""
+        part = self.history, self.measured
+        return prediction.search(*part, self.shape, capacity, self.distance)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says about this subject."""
+        routed = self.routing.iterations
+        requests = int(routed.request[-1]) + 1
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "weights": self.routing.origin.get("weights", "unknown"),
+            **asdict(self.shape),
+            "distance": self.distance,
+            "requests": requests,
+            "history_requests": self.cut,
+            "measured_requests": requests - self.cut,
+            "decode_iterations": int(routed.decode.sum()),
+            "trace": dict(self.routing.origin),
+        }
+
+    def _part(self, measured: bool) -> analysis.Iterations:
+        routed = self.routing.iterations
+        return routed.at((routed.request >= self.cut) == measured)
+
+
+@lru_cache(maxsize=KEPT)
+def read_routing(path: Path) -> Routing:
+    """Return what a trace holds. Raises TraceError; ValueError if it holds no request."""
+    with TraceReader(path) as reader:
+        # Request by request, or the hidden states of a full-size model would not fit.
+        parts = [
+            replace(_without_states(analysis.iterations([one])), request=np.array([number]))
+            for number, one in enumerate(reader.requests())
+        ]
+        header = reader.header
+    if not parts:
+        raise ValueError(f"{path} holds no request; record at least one")
+    request = np.repeat([part.request[0] for part in parts], [len(part.decode) for part in parts])
+    joined = {
+        one.name: np.concatenate([getattr(part, one.name) for part in parts])
+        for one in fields(analysis.Iterations)
+    }
+    iterations = analysis.Iterations(**{**joined, "request": request})
+    return Routing(header.shape, header.provenance, iterations)
+
+
+def _without_states(routed: analysis.Iterations) -> analysis.Iterations:
+    return replace(routed, hidden_states=routed.hidden_states[..., :0])
+
+
+def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
+    """Yield what `cfg.experiment` lists: every model of `models` on every dataset of `datasets`.
+
+    Raises UserError if a trace is missing, or has no history or nothing else.
+    """
+    for model in cfg.experiment.models:
+        for dataset in cfg.experiment.datasets:
+            if (model, dataset) not in traces:
+                raise UserError(f"no routing trace of {model} on {dataset}; record it first")
+            path = traces[model, dataset]
+            routing = read_routing(path)
+            requests = int(routing.iterations.request[-1]) + 1
+            cut = round(cfg.workload.history_share * requests)
+            if not 0 < cut < requests:
+                raise UserError(
+                    f"workload.history_share={cfg.workload.history_share} of {requests} requests "
+                    "leaves no history, or none to measure; change it or add prompts"
+                )
+            asked = int(model_facts(model).prefetch_distance)
+            distance = max(1, min(asked, routing.shape.layers - 1))
+            yield Subject(model, dataset, path, distance, cut)
+
+
+@lru_cache(maxsize=KEPT)
+def similarity_pairs(path: Path, distance: int, cut: int, capacity: int) -> pd.DataFrame:
+    """Return score and hit rate of every measured decode iteration (figures 8 and 9)."""
+    subject = Subject("", "", path, distance, cut)
+    searched, top_k = subject.searched(capacity), subject.shape.top_k
+    return prediction.similarity_and_hits(searched, subject.measured, top_k, distance)
+
+
+# Facts of the real models -------------------------------------------------------------------------
+
+
+def model_facts(name: str) -> DictConfig:
+    """Return conf/model/<name>.yaml; raise UserError if there is none."""
+    path = MODEL_CONFIGS / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(one.stem for one in MODEL_CONFIGS.glob("*.yaml")))
+        raise UserError(f"no model {name!r}; choose some of {known}")
+    facts = OmegaConf.load(path)
+    assert isinstance(facts, DictConfig)
+    return facts
+
+
+def full_size(facts: DictConfig) -> FullSizeModel:
+    """Return the shapes of the real model that `model_facts` describes."""
+    return FullSizeModel(
+        layers=facts.layers,
+        experts=facts.experts,
+        top_k=facts.top_k,
+        hidden_size=facts.hidden_size,
+        expert_intermediate_size=facts.expert_intermediate_size,
+        **facts.full_size,
+    )
+
+
+# What an analysis leaves --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """What an analysis left in its folder."""
+
+    record: Mapping[str, Any]
+    tables: Tables = field(default_factory=dict)
+
+    def caption(self, what: str, split: bool = True) -> str:
+        """Return title, `what` is drawn, mode, weights, datasets and numbers of requests.
+
+        `split`: whether requests were split into history and measured ones.
+        """
+        found: Sequence[Mapping[str, Any]] = self.record["subjects"]
+        head = f"{self.record['label']}: {self.record['title']}. {what}"
+        if not found:
+            return f"{head} Mode: {self.record['mode']}."
+        datasets = _listed(dataset_name(one["dataset"]) for one in found)
+        total = _listed(str(one["requests"]) for one in found)
+        measured = _listed(str(one["measured_requests"]) for one in found)
+        counted = f"{total} requests ({measured} measured, the others history)"
+        return (
+            f"{head} Mode: {self.record['mode']}; weights: {_weights(found)}; dataset"
+            f"{'s' if ',' in datasets else ''}: {datasets}; "
+            f"n = {counted if split else f'{total} requests'} of each model and "
+            "dataset."
+        )
+
+
+def _weights(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the weights, once if all models have the same."""
+    kinds = {one["weights"] for one in found}
+    named = found if len(kinds) > 1 else found[:1]
+    small = " (small trained stand-ins of the real models' routing shapes)"
+    return _listed(
+        (f"{model_name(one['model'])}: " if len(kinds) > 1 else "")
+        + one["weights"]
+        + (small if one["weights"] == "scale" else "")
+        for one in named
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+def write_analysis(
+    cfg: DictConfig, folder: Path, tables: Tables, found: Sequence[Subject] = ()
+) -> None:
+    """Write a CSV a table, then the record; its rename makes the analysis complete.
+
+    Raises UserError if the folder cannot be written to.
+    """
+    experiment: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
+    name = experiment["id"]
+    record = {
+        "id": name,
+        "label": name.capitalize().replace("Table", "Table ")
+        if "table" in name
+        else f"Figure {name}",
+        "title": experiment["title"],
+        "mode": MODE if found else FACTS_MODE,
+        "experiment": experiment,
+        "history_share": cfg.workload.history_share if found else None,
+        "subjects": [one.facts() for one in found],
+        "tables": sorted(tables),
+        "provenance": provenance(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stem, table in tables.items():
+            table.to_csv(folder / f"{stem}.csv", index=False)
+        partial = folder / f"{RECORD}.partial"
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, folder / RECORD)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder for the results"
+        ) from error
+
+
+def read_analysis(folder: Path) -> Analysed:
+    """Return what an analysis left; raise UserError if it is not there or not whole."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        tables = {stem: pd.read_csv(folder / f"{stem}.csv") for stem in record["tables"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no complete analysis ({error}); run it again") from error
+    return Analysed(record, tables)
+
+
+def over_subjects(found: Sequence[Subject], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return one table, with columns model and dataset in front."""
+    keyed = [
+        table.assign(model=subject.model, dataset=subject.dataset)
+        for subject, table in zip(found, tables, strict=True)
+    ]
+    joined = pd.concat(keyed, ignore_index=True)
+    others = [name for name in joined.columns if name not in ("model", "dataset")]
+    return joined[["model", "dataset", *others]]
+
+
+# What the pictures share --------------------------------------------------------------------------
+
+WHISKER: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7, "ecolor": "#333333"}
+GRANULARITIES: Mapping[str, Look] = {
+    "Coarse": {"color": "#999999", "marker": "s", "linestyle": "-", "hatch": ""},
+    "Fine": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
+}
+SEARCHES: Mapping[str, Look] = {
+    "Semantic": {"color": "#56B4E9", "marker": "s", "linestyle": "-", "hatch": ""},
+    "Trajectory": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
+}
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def model_looks(models: Sequence[str]) -> dict[str, Look]:
+    """Return colour, marker and line of each model; a known model has its own everywhere."""
+    known = [*MODELS, *(one for one in models if one not in MODELS)]
+    return {
+        model: {
+            "color": MODEL_COLOURS.get(model, "#666666"),
+            "marker": MARKERS[known.index(model) % len(MARKERS)],
+            "linestyle": "-",
+        }
+        for model in models
+    }
+
+
+def by_display_name(looks: Mapping[str, Look]) -> dict[str, Look]:
+    """Return the looks of models under the names that a legend shows."""
+    return {model_name(model): look for model, look in looks.items()}
+
+
+def unmarked(looks: Mapping[str, Look]) -> dict[str, Look]:
+    """Return looks of lines without markers."""
+    return {name: {**look, "marker": ""} for name, look in looks.items()}
+
+
+def grid(figure: Figure, columns: int) -> list[list[Axes]]:
+    """Return a figure's panels by row and column."""
+    return [figure.axes[n : n + columns] for n in range(0, len(figure.axes), columns)]
+
+
+def apart(figure: Figure) -> None:
+    """Leave room between panels, so that outer tick labels of neighbours do not meet."""
+    figure.set_layout_engine("constrained", wspace=0.06)
+
+
+def name_models(axes: Axes, models: Sequence[str]) -> None:
+    """Write the models' names in two lines below their bars."""
+    names = ["\n".join(model_name(one).rsplit("-", 1)) for one in models]
+    axes.set_xticks(range(len(models)), names)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+
+
+def band(
+    axes: Axes,
+    rows: pd.DataFrame,
+    x: str,
+    y: str,
+    look: Look,
+    factor: float = 1,
+) -> None:
+    """Draw the means `y` over `x` as a line and low to high as a band, times `factor`."""
+    colour = look["color"]
+    axes.plot(rows[x], rows[y] * factor, color=colour, ls=look["linestyle"])
+    axes.fill_between(
+        rows[x], rows["low"] * factor, rows["high"] * factor, color=colour, alpha=0.2, lw=0
+    )
+
+
+def whiskers(rows: pd.DataFrame, value: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return values (n,) and how far low and high are from them (2, n), 0 where unknown."""
+    mean, low, high = (rows[name].to_numpy(dtype=float) for name in (value, "low", "high"))
+    # A percentile interval can just miss its own mean; a whisker cannot point inwards.
+    return mean, np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))

@@ -1,0 +1,135 @@
+"""Measure how fast the replay is: python -m experiments.replay_bench workload=quick
+
+Layer-steps (one layer of one iteration) per second of CPU time, one thread, for every system and
+model on a kept trace, which is recorded first if it is missing. Arguments are those of run.py;
+`models=mixtral,qwen` and `systems=finemoe,belady` choose what is measured, and `output=FILE.json`
+leaves a record.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from experiments.console import Console
+from experiments.errors import UserError
+from experiments.overheads import write_json
+from experiments.records import provenance
+from experiments.routing_source import open_routing
+from experiments.setup import build
+from experiments.simulation import bound, measure, prepare, teach
+from finemoe.trace import TraceError
+
+BAD_INPUT = 2
+CONF = Path(__file__).resolve().parents[1] / "conf"
+DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
+CHOICES = {
+    "models": "mixtral,qwen",
+    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed,on_demand,belady,oracle",
+    "output": "",
+}
+
+
+@dataclass(frozen=True)
+class ReplaySpeed:
+    """CPU seconds of the parts of one simulated run."""
+
+    model: str
+    system: str
+    layer_steps: int
+    teach_s: float
+    measure_s: float
+    bound_s: float
+
+    @property
+    def layer_steps_per_s(self) -> float:
+        """Layer-steps of warm-up and measured requests per second of `measure`."""
+        return self.layer_steps / self.measure_s
+
+
+def replay_speed(cfg: DictConfig, console: Console) -> ReplaySpeed:
+    """Carry out one simulated run and time it, without the reading of its config."""
+    with open_routing(cfg, console) as trace:
+        simulation = prepare(cfg, build(cfg.testbed), trace)
+        teach_s = cpu_seconds(lambda: teach(simulation, console))
+        measure_s = cpu_seconds(lambda: measure(simulation, console))
+        bound_s = cpu_seconds(lambda: bound(simulation))
+    load, size = simulation.workload, simulation.settings.batch_size
+    served = (load.warmup, load.measured)
+    batches = sum(len(requests[::size]) for requests in served)
+    steps = batches * simulation.settings.output_tokens * trace.header.shape.layers
+    return ReplaySpeed(cfg.model.name, cfg.system.label, steps, teach_s, measure_s, bound_s)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return this process's CPU time for some work: other processes do not count."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def speed_table(speeds: Sequence[ReplaySpeed]) -> Table:
+    """Return a row a system and model."""
+    table = Table("model", "system", "layer-steps", "teach s", "measure s", "bound s", "per s")
+    for one in speeds:
+        seconds = (f"{value:.2f}" for value in (one.teach_s, one.measure_s, one.bound_s))
+        rate = f"{one.layer_steps_per_s:,.0f}"
+        table.add_row(one.model, one.system, str(one.layer_steps), *seconds, rate)
+    return table
+
+
+def configs(choices: dict[str, str], overrides: Sequence[str]) -> list[DictConfig]:
+    """Return the config of every run; UserError for what no config has."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return [
+                compose(
+                    "config",
+                    overrides=[*DEFAULTS, f"model={model}", f"system={system}", *overrides],
+                )
+                for model in choices["models"].split(",")
+                for system in choices["systems"].split(",")
+            ]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{str(error).splitlines()[0]}; see python run.py --help") from None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write if asked; exit 2 for bad input."""
+    torch.set_num_threads(1)
+    given = sys.argv[1:] if arguments is None else arguments
+    choices = dict(CHOICES)
+    overrides = []
+    for argument in given:
+        name, _, value = argument.partition("=")
+        if name in choices:
+            choices[name] = value
+        else:
+            overrides.append(argument)
+    try:
+        speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
+    except (UserError, TraceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    RichConsole().print(speed_table(speeds))
+    if choices["output"]:
+        rows = [{**asdict(one), "layer_steps_per_s": one.layer_steps_per_s} for one in speeds]
+        record: dict[str, Any] = {"overrides": [*DEFAULTS, *overrides], "speeds": rows}
+        write_json(Path(choices["output"]), {**record, **provenance()})
+        print(f"written to {choices['output']}")
+
+
+if __name__ == "__main__":
+    main()

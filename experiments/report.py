@@ -1,0 +1,234 @@
+"""Write the report of a results folder: ``python -m experiments.report results=<folder>``.
+
+`REPORT.md` links the figures; `report.html` is one file with everything in it, readable on a phone
+and printed. Both say the same: each claim with its verdict, each figure with its caption and data,
+and where all of it came from. The same records give the same report but for the time of writing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from experiments.claims import BAD_INPUT, RULES, VERDICTS, Verdict, arguments, judge, write_text
+from experiments.errors import UserError
+from experiments.evidence import Evidence, Run
+from experiments.figures.style import dataset_name, model_name, system_name
+
+TEMPLATES = Path(__file__).parent
+MARKDOWN, PAGE = "REPORT.md", "report.html"
+IDS = (
+    "table1", "1b", "3a", "3b", "3c", "4", "8", "9", "10", "11", "12", "13", "14a", "14b", "15",
+    "16a", "16b", "17", "18",
+)  # fmt: skip
+"""Experiments in the paper's order."""
+HEADLINES = ("Abstract", "Talk")
+DATA_ROWS = 60
+"""A figure's data is shown up to so many rows; the CSV beside it has them all."""
+DIGEST = 12
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure or table of the paper."""
+
+    id: str
+    name: str
+    title: str
+    caption: str
+    picture: str
+    """The PNG in base64, empty if it was not drawn."""
+    data: tuple[tuple[str, ...], ...]
+    """Column names, then rows."""
+    left_out: int
+    """How many rows of data are not shown."""
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def made(self) -> bool:
+        return bool(self.picture or self.data)
+
+
+def write(results: Path, mixed_modes: bool = False) -> None:
+    """Judge the claims, then write REPORT.md and report.html into `results`.
+
+    Raises UserError if the folder is missing, unreadable or cannot be written to.
+    """
+    verdicts = judge(results, mixed_modes)
+    evidence = Evidence(results)
+    content = {
+        "headlines": [one for one in verdicts if one.section in HEADLINES],
+        "sections": [_section(evidence, name, verdicts) for name in IDS],
+        "counts": {verdict: _count(verdicts, verdict) for verdict in VERDICTS},
+        "total": len(verdicts),
+        "modes": _listed(one.mode for one in verdicts if one.mode),
+        "weights": _listed(one.weights for one in verdicts if one.weights),
+        "rules": RULES,
+        "provenance": _provenance(evidence),
+        "runs": [_run_row(run) for run in evidence.every_run()],
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    for name, escape in ((MARKDOWN, False), (PAGE, True)):
+        write_text(results / name, _render(name, content, escape))
+
+
+def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"slug": _slug, "cell": _markdown_cell}
+    suffix = Path(name).suffix
+    return environment.get_template(f"report_template{suffix}").render(content) + "\n"
+
+
+def _slug(verdict: str) -> str:
+    return verdict.replace(" ", "-")
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _count(verdicts: Sequence[Verdict], verdict: str) -> int:
+    return sum(one.verdict == verdict for one in verdicts)
+
+
+# Figures and tables -------------------------------------------------------------------------------
+
+
+def _section(evidence: Evidence, name: str, verdicts: Sequence[Verdict]) -> Section:
+    figures = evidence.results / "figures"
+    picture, caption = figures / f"{name}.png", figures / f"{name}.txt"
+    rows, left_out = _data(figures / f"{name}.csv")
+    mine = [v for v in verdicts if v.experiment == name and v.section not in HEADLINES]
+    return Section(
+        name,
+        f"Table {name.removeprefix('table')}" if name.startswith("table") else f"Figure {name}",
+        _title(evidence, name),
+        caption.read_text().strip() if caption.exists() else "",
+        base64.b64encode(picture.read_bytes()).decode() if picture.exists() else "",
+        rows,
+        left_out,
+        tuple(mine),
+    )
+
+
+def _title(evidence: Evidence, name: str) -> str:
+    index = evidence.results / "experiments" / f"{name}.json"
+    held = json.loads(index.read_text()) if index.exists() else evidence.analysis_record(name)
+    return str(held.get("title", ""))
+
+
+def _data(path: Path) -> tuple[tuple[tuple[str, ...], ...], int]:
+    if not path.exists():
+        return (), 0
+    frame = pd.read_csv(path)
+    shown = frame.head(DATA_ROWS)
+    rows = [tuple(_shown(value) for value in row) for row in shown.itertuples(index=False)]
+    return (tuple(map(str, frame.columns)), *rows), len(frame) - len(shown)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    text = str(value)
+    whole_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return text[:DIGEST] if whole_digest else text
+
+
+# Where it came from -------------------------------------------------------------------------------
+
+
+def _provenance(evidence: Evidence) -> dict[str, str]:
+    """Return what the records say of commits, versions, machines, traces and seeds."""
+    runs = evidence.every_run()
+    analyses = [record for name in IDS if (record := evidence.analysis_record(name))]
+    origins = [run.record for run in runs]
+    origins += [one["provenance"] for one in analyses if "provenance" in one]
+    subjects = [subject for one in analyses for subject in one.get("subjects", ())]
+    traces = [run.record["routing"] for run in runs]
+    traces += [_trace(one) for one in subjects]
+    packages = [f"{name} {number}" for one in origins for name, number in one["versions"].items()]
+    found = {
+        "records": f"{len(runs)} runs, {len(analyses)} analyses",
+        "commit": _listed(map(_commit, origins)),
+        "recorded": _span(one["date"] for one in origins),
+        "mode": _listed([run.record["mode"] for run in runs] + [one["mode"] for one in analyses]),
+        "testbed": _listed(run.record["testbed"] for run in runs),
+        "weights": _listed([run.record["weights"] for run in runs]
+                           + [str(one.get("weights")) for one in subjects]),
+        "routing": _listed(traces),
+        "data": _listed(f"{run.record['dataset']}: {run.record['dataset_source']} "
+                        f"(sha256 {run.record['dataset_sha256'][:DIGEST]})" for run in runs),
+        "seeds": _listed(str(run.record["seed"]) for run in runs),
+        "machine": _listed(map(_machine, origins)),
+        "versions": _listed([f"Python {one['python']}" for one in origins] + packages),
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value}
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
+
+
+def _span(dates: Iterable[str]) -> str:
+    ordered = sorted(dates)
+    return f"{ordered[0]} to {ordered[-1]}" if ordered else ""
+
+
+def _commit(origin: Mapping[str, Any]) -> str:
+    changed = " with uncommitted changes" if origin.get("git_dirty") else ""
+    return f"{origin.get('git_commit') or 'unknown'}{changed}"
+
+
+def _machine(origin: Mapping[str, Any]) -> str:
+    one = origin["machine"]
+    gpus = f", {', '.join(one['gpus'])}" if one["gpus"] else ", no accelerator"
+    return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB{gpus} ({one['system']})"
+
+
+def _trace(subject: Mapping[str, Any]) -> str:
+    return f"a trace of {subject['model']} with weights {subject.get('weights', 'unknown')}"
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    record = run.record
+    return (
+        run.digest[:DIGEST],
+        system_name(record["system"]),
+        model_name(record["model"]),
+        dataset_name(record["dataset"]),
+        f"{record['memory_budget_gb']:.3g}",
+        record["testbed"],
+        record["mode"],
+        str(record["seed"]),
+        str(record.get("git_commit") or "unknown")[:DIGEST],
+    )
+
+
+def main() -> None:
+    """Write the report; exit 2 for bad input."""
+    try:
+        results, mixed_modes = arguments(sys.argv[1:])
+        write(results, mixed_modes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    print(f"report: {results / MARKDOWN}, {results / PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Reproduce the paper's evaluation: ``python -m experiments.reproduce 12`` or ``all``.
+
+Runs what is missing, draws what is not drawn, and, for ``all``, judges the paper's claims and
+writes the report. Anything that ``run.py`` takes narrows or changes it:
+
+    python -m experiments.reproduce 10 12 model=mixtral
+    python -m experiments.reproduce all weights=hub dataset=lmsys,sharegpt testbed=local
+
+What is complete is never done again, so that an interrupted call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments import sweeps
+from experiments.errors import UserError
+from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
+from experiments.reproduce_tasks import function, make, record_traces, run_one
+from experiments.run_store import ERROR, RunStore
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+@dataclass
+class Options:
+    """What ``key=value`` sets of the reproduction itself; every other key is one of the runs'."""
+
+    results: str = "outputs/reproduce"
+    launcher: str = "joblib"
+    n_jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    mixed_modes: bool = False
+    """Draw records of several modes in one figure, marked as such."""
+    redraw: bool = False
+    """Analyse and draw again what is complete."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one experiment needs: runs by digest, or an analysis and its traces."""
+
+    experiment: sweeps.Experiment
+    content: dict[str, Any]
+    """What its file under `experiments/` says, but for files and provenance."""
+    runs: dict[str, DictConfig] = field(default_factory=dict)
+    analysis: DictConfig | None = None
+    traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
+
+
+class Reproduction:
+    """One call of the command."""
+
+    def __init__(
+        self, ids: Sequence[str], overrides: Sequence[str], options: Options, conf: Path
+    ) -> None:
+        self.options, self.store = options, RunStore(Path(options.results))
+        self.everything = "all" in ids
+        self.console = RichConsole(highlight=False)
+        self.failures: list[Ended] = []
+        self.chosen = sweeps.chosen(ids, conf)
+        self.store.check_writable()
+        self.plans = self._unmade(overrides, conf)
+
+    def carry_out(self) -> int:
+        """Run, draw and report what is missing; return the exit code."""
+        if not self.plans:
+            self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
+        else:
+            self._say(
+                f"to do: {len(self.plans)} of {len(self.chosen)} experiments, "
+                f"{len(self.pending_runs)} runs"
+            )
+            self._record_traces()
+            self._run()
+            self._draw()
+        if self.everything and not self.failures:
+            self._report()
+        self._say(f"results: {escape(str(self.store.root))}")
+        if not self.failures:
+            return 0
+        return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
+
+    # Plan -------------------------------------------------------------------------------------
+
+    @cached_property
+    def pending_runs(self) -> dict[str, DictConfig]:
+        """The runs that are missing, long ones first."""
+        wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
+        missing = {one: cfg for one, cfg in wanted.items() if not self.store.complete(cfg, one)}
+        return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
+
+    def _unmade(self, overrides: Sequence[str], conf: Path) -> list[Plan]:
+        """Plan the experiments that were not made of these very configs."""
+        source = sweeps.source([*overrides, f"mixed_modes={self.options.mixed_modes}"], conf)
+        return [
+            self._plan(one, overrides, source, conf)
+            for one in self.chosen
+            if self.options.redraw or not self.store.made(one.id, source)
+        ]
+
+    def _plan(
+        self, experiment: sweeps.Experiment, overrides: Sequence[str], source: str, conf: Path
+    ) -> Plan:
+        content: dict[str, Any] = {
+            "id": experiment.id,
+            "title": experiment.title,
+            "kind": "analysis" if experiment.analysis else "runs",
+            "overrides": list(overrides),
+            "mixed_modes": self.options.mixed_modes,
+            "source": source,
+        }
+        if experiment.analysis is None:
+            configs = sweeps.run_configs(experiment, overrides, conf)
+            runs = {self.store.place(cfg): cfg for cfg in configs}
+            return Plan(experiment, {**content, "runs": list(runs)}, runs)
+        own, traced = sweeps.analysis_config(experiment, overrides, conf)
+        own.output = str(self.store.analysis(experiment.id))
+        return Plan(experiment, content, analysis=own, traced=traced)
+
+    # Steps ------------------------------------------------------------------------------------
+
+    def _record_traces(self) -> None:
+        """Record every missing trace once; leave out the runs that a failure concerns."""
+        groups: dict[str, list[DictConfig]] = {}
+        wanted = [cfg for cfg in self.pending_runs.values() if replays(cfg)]
+        for plan in self.plans:
+            wanted += plan.traced.values()
+        for cfg in wanted:
+            groups.setdefault(routed(cfg), []).append(cfg)
+        tasks = [Task(name, record_traces, (plain(cfgs),)) for name, cfgs in groups.items()]
+        failed = {ended.name for ended in self._stage("traces", tasks) if ended.error}
+        for name, cfg in list(self.pending_runs.items()):
+            if replays(cfg) and routed(cfg) in failed:
+                del self.pending_runs[name]
+
+    def _run(self) -> None:
+        """Carry out the missing runs: simulated ones side by side, others alone, as they time."""
+        simulated: list[Task] = []
+        timed: list[Task] = []
+        digests = {f"{named(cfg)} ({one})": one for one, cfg in self.pending_runs.items()}
+        for name, one in digests.items():
+            cfg = self.pending_runs[one]
+            (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, plain([cfg])))
+        for ended in self._stage("runs", simulated, timed):
+            if ended.trace:
+                folder = self.store.run(digests[ended.name])
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ERROR).write_text(ended.trace)
+
+    def _draw(self) -> None:
+        """Analyse and draw; an experiment with a run missing is left out and said."""
+        tasks = []
+        for plan in self.plans:
+            missing = sum(not self.store.record(one).exists() for one in plan.runs)
+            if missing:
+                name = plan.experiment.id
+                self._say(f"experiment {name}: not drawn, {missing} of its runs are missing")
+                continue
+            configs = [plan.analysis] if plan.analysis is not None else []
+            traced = dict(zip(plan.traced, plain(plan.traced.values()), strict=True))
+            parts = plan.experiment, plan.content, plain(configs), traced, self.store
+            tasks.append(Task(f"experiment {plan.experiment.id}", make, parts))
+        for ended in self._stage("figures", tasks):
+            if ended.trace:
+                self.console.print(ended.trace, style="dim", markup=False)
+
+    def _report(self) -> None:
+        """Judge the claims and write the report, unless there is one of these results."""
+        report = self.store.root / "REPORT.md"
+        made = [self.store.experiment(one.id) for one in self.chosen]
+        newest = max(path.stat().st_mtime_ns for path in made)
+        if report.exists() and report.stat().st_mtime_ns > newest:
+            return
+        for name in ("experiments.claims.judge", "experiments.report.write"):
+            function(name)(self.store.root)
+        self._say(f"report: {escape(str(report))}")
+
+    def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
+        """Carry out tasks under a bar; say each failure in a line, and remember it."""
+        columns = (
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        done: list[Ended] = []
+        total, hidden = len(tasks) + len(alone), not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
+            shown = bar.add_task(what, total=total)
+            for ended in self._ends(tasks, alone):
+                done.append(ended)
+                bar.advance(shown)
+                if ended.error:
+                    self.failures.append(ended)
+                    self._say(f"[red]failed[/] {ended.name}: {escape(ended.error)}")
+                # A log gets a line for every tenth instead of a bar.
+                if hidden and len(done) * 10 // total > (len(done) - 1) * 10 // total:
+                    self._say(f"{what}: {len(done)} of {total}")
+        return done
+
+    def _ends(self, tasks: Sequence[Task], alone: Sequence[Task]) -> Iterator[Ended]:
+        yield from side_by_side(tasks, self.options.launcher, self.options.n_jobs)
+        yield from one_by_one(alone)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+
+# About configs --------------------------------------------------------------------------------
+
+
+def plain(configs: Iterable[DictConfig]) -> tuple[dict[str, Any], ...]:
+    """Return configs as what travels to another process."""
+    return tuple(OmegaConf.to_container(cfg, resolve=True) for cfg in configs)  # type: ignore[misc]
+
+
+def routed(cfg: DictConfig) -> str:
+    """Name the traces that one worker records one after another, so that none is recorded twice."""
+    kind = "online" if "rate" in cfg.workload else "offline"
+    return f"routing of {cfg.model.name} on {cfg.dataset.name} ({kind})"
+
+
+def named(cfg: DictConfig) -> str:
+    """Return what tells a run apart for a reader."""
+    what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
+    return f"{what}, memory_budget={cfg.memory_budget}"
+
+
+def in_virtual_time(cfg: DictConfig) -> bool:
+    """Tell whether a run is simulated, so that others beside it do not disturb its times."""
+    from experiments.setup import build
+    from finemoe.testbed import SimulatedTestbed
+
+    if cfg.system.get("runtime") == "deepspeed":
+        return False
+    # What is amiss with the testbed is said by the run itself.
+    try:
+        return isinstance(build(cfg.testbed), SimulatedTestbed)
+    except UserError:
+        return False
+
+
+def replays(cfg: DictConfig) -> bool:
+    """Tell whether a run needs a kept trace."""
+    return not cfg.routing and in_virtual_time(cfg)
+
+
+def length(cfg: DictConfig) -> float:
+    """Estimate how long a run takes, in no unit: long ones start first."""
+    load = cfg.workload
+    requests = load.get("prompts") or load.get("requests") or 1
+    tokens = load.get("output_tokens") or load.get("max_output_tokens") or 200
+    batch = load.get("batch_size") or load.get("max_batch_size") or 1
+    learns = 1 if cfg.system.label in ("on_demand", "deepspeed", "resident", "belady") else 2
+    return float(requests) * float(tokens) / batch**0.5 * cfg.model.layers * learns
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], Options, list[str]]:
+    """Return ids, own options and the overrides of runs. Raises UserError."""
+    ids = [word for word in words if "=" not in word and not word.startswith("~")]
+    given = [word for word in words if word not in ids]
+    own = {one.name for one in fields(Options)}
+    mine = [word for word in given if word.partition("=")[0] in own]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(mine))
+        options: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{' '.join(mine)}: {str(error).splitlines()[0]}") from error
+    if options.n_jobs < 1 or options.launcher not in LAUNCHERS:
+        raise UserError(f"give n_jobs of 1 or more, and launcher={' or '.join(LAUNCHERS)}")
+    return ids, options, [word for word in given if word not in mine]
+
+
+def arguments(words: Sequence[str] | None) -> Namespace:
+    """Parse the command line."""
+    own = "\n".join(f"  {one.name}={value}" for one, value in _defaults())
+    parser = ArgumentParser(
+        "python -m experiments.reproduce",
+        description=re.sub("``", "", __doc__ or ""),
+        epilog=f"experiments: all {' '.join(sweeps.available())}\noptions:\n{own}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="id|all|key=value")
+    return parser.parse_args(words)
+
+
+def _defaults() -> Iterator[tuple[Any, Any]]:
+    options = Options()
+    return ((one, getattr(options, one.name)) for one in fields(Options))
+
+
+def main(words: Sequence[str] | None = None, conf: Path = sweeps.CONF) -> int:
+    """Carry the command out; return 0, 1 if something failed, 2 for bad input, 130 interrupted."""
+    given = arguments(words).words
+    try:
+        ids, options, overrides = split_words(given)
+        return Reproduction(ids, overrides, options, conf).carry_out()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; complete runs are kept: call again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What a reproduction gives to its workers: record traces, carry out a run, make a figure."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.console import Console
+from experiments.errors import UserError
+from experiments.records import REQUESTS, existing_record, read_record
+from experiments.run_store import ERROR, RunStore
+from experiments.sweeps import Experiment
+
+
+def record_traces(configs: Sequence[dict[str, Any]]) -> None:
+    """Record the traces that these configs need, each once. Raises UserError."""
+    from experiments.routing_source import kept_trace
+
+    for cfg in map(OmegaConf.create, configs):
+        kept_trace(cfg, Console(quiet=True))
+
+
+def run_one(config: dict[str, Any]) -> None:
+    """Carry out one run, and log it where its config says. Raises UserError."""
+    from experiments.harness import run
+    from experiments.tracking import log_record
+
+    cfg = OmegaConf.create(config)
+    held, folder = existing_record(cfg), Path(cfg.output)
+    record = run(cfg, Console(quiet=True)) if held is None else read_record(held)
+    if not (folder / "wandb").exists():
+        log_record(cfg.logger, folder, record, folder / REQUESTS)
+    (folder / ERROR).unlink(missing_ok=True)
+
+
+def make(
+    experiment: Experiment,
+    content: dict[str, Any],
+    analysed: Sequence[dict[str, Any]],
+    traced: dict[tuple[str, str], dict[str, Any]],
+    store: RunStore,
+) -> None:
+    """Analyse, if it is an analysis, draw, and mark the experiment complete. Raises UserError."""
+    from experiments.routing_source import kept_trace
+
+    source: Any
+    if experiment.analysis:
+        cfg = OmegaConf.create(analysed[0])
+        console, source = Console(quiet=True), Path(cfg.output)
+        paths = {key: kept_trace(OmegaConf.create(one), console) for key, one in traced.items()}
+        function(experiment.analysis)(cfg, paths, source)
+    else:
+        from experiments.frames import run_frame
+
+        source = run_frame([store.record(one) for one in content["runs"]])
+    if experiment.draws:
+        store.figures.mkdir(parents=True, exist_ok=True)
+        function(experiment.draws)(source, store.figures, content["mixed_modes"])
+    store.write_experiment(experiment.id, content)
+
+
+def function(dotted: str) -> Callable[..., Any]:
+    """Return what ``module.name`` names; raise UserError if there is no such thing."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"no function {dotted}: {error}") from error
+    return found

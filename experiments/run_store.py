@@ -1,0 +1,109 @@
+"""Where reproduced results lie: runs by digest, shared by all figures, and what was made of them.
+
+<results>/runs/<digest>/run.json, requests.parquet    one run
+<results>/analysis/<id>/                              one analysis of routing traces
+<results>/figures/<id>.png, .pdf, .csv, .txt          what was drawn
+<results>/experiments/<id>.json                       an experiment: written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments.errors import UserError
+from experiments.records import RECORD, provenance, read_record
+from experiments.sweeps import digest
+
+ERROR = "error.txt"
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """A results folder."""
+
+    root: Path
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    def run(self, identity: str) -> Path:
+        """Return the folder of the run with this digest."""
+        return self.root / "runs" / identity
+
+    def record(self, identity: str) -> Path:
+        """Return the record of the run with this digest, which may not be there."""
+        return self.run(identity) / RECORD
+
+    def analysis(self, name: str) -> Path:
+        """Return the folder of an analysis."""
+        return self.root / "analysis" / name
+
+    def place(self, cfg: DictConfig) -> str:
+        """Send the config's output to its folder; return its digest."""
+        identity = digest(cfg)
+        cfg.output = str(self.run(identity))
+        return identity
+
+    def complete(self, cfg: DictConfig, identity: str) -> bool:
+        """Tell whether the run is there, and logged if its config asks for that.
+
+        Raises UserError if its record is malformed.
+        """
+        path = self.record(identity)
+        if not path.exists():
+            return False
+        read_record(path)
+        return cfg.logger.name != "wandb" or (path.parent / "wandb").exists()
+
+    def check_writable(self) -> None:
+        """Raise UserError if nothing can be written here."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f"writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            cause = f"cannot write to {self.root}: {error.strerror}"
+            raise UserError(f"{cause}; choose another results=") from error
+
+    # Experiments ------------------------------------------------------------------------------
+
+    def experiment(self, name: str) -> Path:
+        """Return the file that says what an experiment consists of."""
+        return self.root / "experiments" / f"{name}.json"
+
+    def made(self, name: str, source: str) -> bool:
+        """Tell whether the experiment was made of this source, and all it left is still there.
+
+        Raises UserError if a record of its runs is malformed.
+        """
+        try:
+            held = json.loads(self.experiment(name).read_text())
+            same, files = held["source"] == source, [self.root / one for one in held["files"]]
+            records = [self.record(one) for one in held.get("runs", ())]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if not same or not all(path.exists() for path in (*files, *records)):
+            return False
+        for path in records:
+            read_record(path)
+        return True
+
+    def write_experiment(self, name: str, content: Mapping[str, Any]) -> None:
+        """Mark an experiment complete, with the files that it left."""
+        left = (*self.figures.glob(f"{name}.*"), *self.analysis(name).glob("*"))
+        files = sorted(str(path.relative_to(self.root)) for path in left)
+        path = self.experiment(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        whole = {**content, "files": files, "provenance": provenance()}
+        partial.write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(partial, path)

@@ -1,0 +1,226 @@
+"""Compare live runs with replays of their own routing: ``python -m experiments.validate``.
+
+Every system serves the same prompts live, over emulated links, at every budget; then the recorded
+routing is replayed in the virtual time of the calibrated testbed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich import box
+from rich.console import Console as RichConsole
+from rich.table import Table
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from experiments import simulation
+from experiments.calibrate import as_run, calibrate, write_testbed
+from experiments.console import Console
+from experiments.errors import UserError
+from experiments.first_pass import first_pass
+from experiments.harness import build_history, measure
+from experiments.overheads import write_json
+from experiments.recording import record_setup
+from experiments.records import provenance
+from experiments.run_record import Measurement
+from experiments.setup import build, prepare
+from finemoe.testbed import SimulatedTestbed, Testbed
+from finemoe.trace import TraceError
+from finemoe.trace_file import TraceReader
+
+MOST_DEVIATION = 0.05
+"""Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run measured; times are means over requests, in seconds."""
+
+    ttft_s: float
+    tpot_s: float
+    hits: int
+    late: int
+    misses: int
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> Result:
+        """Return the result of a measurement whose answers are longer than one token."""
+        tpots = [one.tpot for one in measurement.served if one.tpot is not None]
+        ttft = statistics.fmean(one.ttft for one in measurement.served)
+        found = measurement.accesses.total
+        return cls(ttft, statistics.fmean(tpots), found.hits, found.late, found.misses)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One system at one budget (GB), live and replayed."""
+
+    system: str
+    budget: float
+    live: Result
+    replay: Result
+
+    @property
+    def ttft_ratio(self) -> float:
+        """Replay over live."""
+        return self.replay.ttft_s / self.live.ttft_s
+
+    @property
+    def tpot_ratio(self) -> float:
+        """Replay over live."""
+        return self.replay.tpot_s / self.live.tpot_s
+
+    @property
+    def met(self) -> bool:
+        """Whether both ratios keep the target."""
+        return all(abs(r - 1) <= MOST_DEVIATION for r in (self.ttft_ratio, self.tpot_ratio))
+
+    def plain(self) -> dict[str, Any]:
+        ratios = {"ttft_ratio": self.ttft_ratio, "tpot_ratio": self.tpot_ratio}
+        return {**asdict(self), **ratios, "met": self.met}
+
+
+def validate(cfg: DictConfig, console: Console) -> tuple[list[Comparison], dict[str, Any]]:
+    """Return all comparisons, and the calibrated testbed they used. Raises UserError."""
+    if cfg.workload.output_tokens < 2:
+        raise UserError("workload.output_tokens: there is no TPOT below 2")
+    testbed = build(cfg.testbed)
+    if not isinstance(testbed, Testbed) or testbed.mode != "emulated":
+        raise UserError("validate compares with an emulated testbed; use testbed=emulated")
+    calibrated = _calibration(cfg, console)
+    _check_links(calibrated, testbed)
+    virtual = build(OmegaConf.create(calibrated))
+    path = Path(cfg.output) / "trace.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = next(iter(cfg.systems))
+    record_setup(prepare(as_run(cfg, first, memory_budget="100%"), testbed), path, console)
+    comparisons = []
+    try:
+        with TraceReader(path) as trace:
+            for system in cfg.systems:
+                for budget in cfg.budgets:
+                    run = as_run(cfg, system, memory_budget=budget)
+                    live = _live(run, testbed, console)
+                    again = _replay(run, virtual, trace, console)
+                    comparisons.append(Comparison(system, float(budget), live, again))
+    except TraceError as error:
+        raise UserError(str(error)) from error
+    finally:
+        path.unlink(missing_ok=True)
+    return comparisons, calibrated
+
+
+def _live(run: DictConfig, testbed: Testbed, console: Console) -> Result:
+    setup = prepare(run, testbed)
+    build_history(setup, console)
+    return Result.of(measure(setup, first_pass(setup, console), console))
+
+
+def _replay(
+    run: DictConfig, testbed: SimulatedTestbed, trace: TraceReader, console: Console
+) -> Result:
+    prepared = simulation.prepare(run, testbed, trace)
+    simulation.teach(prepared, console)
+    return Result.of(simulation.measure(prepared, console))
+
+
+def _calibration(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """Return the testbed of the file that the config names, or measure it now."""
+    if cfg.calibration is not None:
+        path = Path(cfg.calibration)
+        try:
+            loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
+        except (OSError, YAMLError, OmegaConfBaseException) as error:
+            cause = str(error).splitlines()[0]
+            raise UserError(f"calibration={path}: {cause}; run experiments.calibrate") from error
+        if not isinstance(loaded, dict) or "compute_us" not in loaded:
+            raise UserError(f"calibration={path} is no file of experiments.calibrate; make one")
+        return loaded
+    testbed = calibrate(_calibrate_config(cfg), console)
+    write_testbed(Path(cfg.output) / "testbed.yaml", testbed)
+    return testbed
+
+
+def _calibrate_config(cfg: DictConfig) -> DictConfig:
+    """Return conf/calibrate.yaml with this command's model, testbed and systems."""
+    asked = cfg.calibrate
+    chosen: Any = compose("calibrate", [f"dataset={asked.dataset}"])
+    OmegaConf.set_struct(chosen, False)
+    for group in ("model", "testbed", "systems"):
+        chosen[group] = cfg[group]
+    chosen.weights, chosen.seed, chosen.memory_budget = cfg.weights, asked.seed, asked.memory_budget
+    chosen.workload.prompts = asked.prompts
+    chosen.workload.output_tokens = asked.output_tokens
+    return chosen
+
+
+def _check_links(calibrated: dict[str, Any], testbed: Testbed) -> None:
+    link = calibrated["link"]
+    if (link["gb_s"], link["time_scale"]) != (testbed.link_gb_s, testbed.time_scale):
+        raise UserError(
+            f"calibrated for links of {link['gb_s']} GB/s at time scale {link['time_scale']}, not "
+            f"{testbed.link_gb_s} at {testbed.time_scale}; set calibration=null"
+        )
+
+
+# Reports ------------------------------------------------------------------------------------------
+
+
+def table(comparisons: Sequence[Comparison]) -> Table:
+    """Return one row a comparison; accesses are hits / late / misses."""
+    rows = Table(title="replay against live (emulated)", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for column in ("system", "GB", "TTFT ms", "replay", "ratio", "TPOT ms", "replay", "ratio"):
+        rows.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
+    for column in ("live accesses", "replay's", "5 %"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    for one in comparisons:
+        live, again = one.live, one.replay
+        rows.add_row(
+            one.system,
+            f"{one.budget:g}",
+            *_times(live.ttft_s, again.ttft_s),
+            *_times(live.tpot_s, again.tpot_s),
+            *(f"{r.hits:,}/{r.late:,}/{r.misses:,}" for r in (live, again)),
+            "[green]met[/]" if one.met else "[red]no[/]",
+        )
+    return rows
+
+
+def _times(live: float, again: float) -> tuple[str, str, str]:
+    return f"{live * 1e3:.1f}", f"{again * 1e3:.1f}", f"{again / live:.3f}"
+
+
+@hydra.main(config_path="../conf", config_name="validate", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Validate as the config says; exit 2 for bad input. Nothing fails because of a time."""
+    try:
+        comparisons, calibrated = validate(cfg, Console())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    RichConsole(width=140).print(table(comparisons))
+    met = sum(one.met for one in comparisons)
+    print(f"TTFT and TPOT within 5 %: {met} of {len(comparisons)}")
+    path = Path(cfg.output) / "validate.json"
+    record = {
+        "comparisons": [one.plain() for one in comparisons],
+        "most_deviation": MOST_DEVIATION,
+        "testbed": calibrated,
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        **provenance(),
+    }
+    write_json(path, record)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

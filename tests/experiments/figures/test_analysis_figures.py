@@ -1,0 +1,166 @@
+"""Analyses and pictures of a toy trace (`test_routing_analysis` has it) and of published shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_method
+from omegaconf import DictConfig
+from PIL import Image
+
+from experiments.errors import UserError
+from experiments.figures import figure3a, figure3b, figure3c, figure4, figure18, table1, traces
+from finemoe.offload.policy import ModelShape
+from finemoe.trace import TraceHeader
+from finemoe.trace_file import CONTENTS, TraceWriter
+from tests.command import ROOT
+from tests.experiments.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
+
+OF_TRACES = ("figure3a", "figure3b", "figure3c", "figure4", "figure8", "figure9", "figure16a")
+OF_SHAPES = ("table1", "figure18")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("toy") / "toy.parquet"
+    shape = ModelShape(layers=2, experts=EXPERTS, top_k=1, hidden_size=EXPERTS)
+    header = TraceHeader(shape, "float32", CONTENTS, {"weights": "scale"})
+    with TraceWriter(path, header) as writer:
+        for request in REQUESTS:
+            writer.write(request)
+    return path
+
+
+@pytest.fixture
+def subject(toy: Path) -> traces.Subject:
+    """The first toy request is history, the second measured."""
+    return traces.Subject("mixtral", "docs", toy, distance=1, cut=1)
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [f"+experiment={name}", *overrides])
+
+
+def analysed(name: str, recorded: traces.Traces, folder: Path, *overrides: str) -> DictConfig:
+    cfg = composed(name, "workload.history_share=0.5", *overrides)
+    get_method(cfg.experiment.analysis)(cfg, recorded, folder)
+    return cfg
+
+
+def everywhere(toy: Path) -> dict[tuple[str, str], Path]:
+    return {(m, d): toy for m in ("mixtral", "qwen", "phi") for d in ("docs", "code")}
+
+
+@pytest.mark.parametrize("name", [*OF_TRACES, *OF_SHAPES])
+def test_every_figure_is_drawn_from_what_its_analysis_left(
+    name: str, toy: Path, tmp_path: Path
+) -> None:
+    cfg = analysed(name, everywhere(toy), tmp_path / "analysis")
+    record: dict[str, Any] = json.loads((tmp_path / "analysis" / "record.json").read_text())
+    assert record["provenance"]["versions"]["numpy"] == np.__version__
+    drawn = get_method(cfg.experiment.draws)(tmp_path / "analysis", tmp_path / "figures")
+    assert drawn.png == tmp_path / "figures" / f"{cfg.experiment.id}.png"
+    assert np.asarray(Image.open(drawn.png).convert("L")).std() > 1
+    assert drawn.pdf.read_bytes().startswith(b"%PDF")
+    assert len(pd.read_csv(drawn.csv)) > 0
+    assert record["mode"] in drawn.caption
+    if name in OF_TRACES:
+        assert record["mode"] == "analysis of routing traces"
+        assert "weights: scale" in drawn.caption
+        assert {one["measured_requests"] for one in record["subjects"]} == {1}
+
+
+def test_entropies_by_hand(subject: traces.Subject) -> None:
+    # Layer by layer, request 0 counts 3:1 and 3:1, request 1 counts 2:2 and one expert only.
+    table = figure3b.entropies(subject).set_index(["measure", "granularity"])
+    found = table["nats"].to_dict()
+    assert found["counts", "coarse"] == pytest.approx((THREE_TO_ONE + LN2 / 2) / 2)
+    assert found["counts", "fine"] == pytest.approx(0)
+    assert found["gate", "fine"] == pytest.approx(1.5 * LN2)
+    # Request 0, layer 0: three tokens prefer expert 0, one expert 1: 7:5:4 sixteenths.
+    tokens = np.array([[7, 5, 4], [4, 5, 7], [4, 6, 6], [8, 4, 4]]) / 16
+    whole = -(tokens * np.log(tokens)).sum(axis=1).mean()
+    assert found["gate", "coarse"] == pytest.approx(whole, rel=1e-6)
+    assert table["uniform"].to_numpy() == pytest.approx(math.log(EXPERTS))
+
+
+def test_entropy_grows_by_hand(subject: traces.Subject) -> None:
+    # Only layer 0 of request 0 changes its expert in the second decoded token.
+    table = figure3c.growth(subject.routing.iterations, longest=50)
+    assert table["nats"].tolist() == pytest.approx([0, LN2 / 4])
+    assert table["requests"].tolist() == [2, 2]
+    assert figure3c.growth(subject.routing.iterations, longest=1)["iterations"].tolist() == [1]
+
+
+def test_the_fine_heatmap_shows_the_same_iteration_twice(subject: traces.Subject) -> None:
+    table = figure3a.shares(subject.routing.iterations)
+    assert table["fine_counts"].tolist() == [0, 1, 0, 0, 0, 1]
+    assert table["fine"].tolist() == pytest.approx([0.25, 0.5, 0.25, 0.25, 0.25, 0.5])
+    assert table["coarse"].tolist() == [0.75, 0.25, 0, 0, 0.25, 0.75]
+
+
+def test_hit_rates_stop_at_the_last_layer(subject: traces.Subject) -> None:
+    table = figure4.hit_rates(subject, composed("figure4").experiment)
+    # The history's request and its second token both say 2 in layer 1, where the measured say 0.
+    assert table[["granularity", "distance", "hit_rate"]].to_numpy().tolist() == [
+        ["coarse", 1, 0.0],
+        ["fine", 1, 0.0],
+    ]
+    assert table["chance"].tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_a_trace_is_split_into_history_and_measured(subject: traces.Subject) -> None:
+    assert subject.history.request.tolist() == [0, 0, 0]
+    assert subject.measured.request.tolist() == [1, 1, 1]
+    assert subject.searched(capacity=10).store.size == 3
+
+
+def test_store_memory_by_hand() -> None:
+    table = figure18.memory("mixtral", [1000]).iloc[0]
+    assert table["maps_mb"] == pytest.approx(32 * 8 * 4 / 1e3)
+    assert table["total_mb"] == pytest.approx((32 * 8 + 4096 + 32) * 4 / 1e3)
+    assert figure18.memory("qwen", [32000])["maps_mb"].iloc[0] < figure18.CLAIMED_MB
+
+
+@pytest.mark.parametrize(
+    ("model", "active", "total", "inactive", "gigabytes", "expert"),
+    [
+        ("mixtral", 12.9, 46.7, 0.72, 67, 352),
+        ("qwen", 2.7, 14.3, 0.81, 23, 17.3),
+        ("phi", 6.6, 42, 0.84, 70, 157),
+    ],
+)
+def test_table_1_is_the_papers(
+    model: str, active: float, total: float, inactive: float, gigabytes: float, expert: float
+) -> None:
+    row = table1.characteristics(model)
+    assert row["active_b"] == pytest.approx(active, abs=0.05)
+    assert row["total_b"] == pytest.approx(total, abs=0.15)
+    assert row["inactive_share"] == pytest.approx(inactive, abs=0.006)
+    assert row["inactive_gb"] == pytest.approx(gigabytes, abs=1)
+    assert row["expert_mb"] == pytest.approx(expert, rel=0.005)
+
+
+def test_bad_input_is_named(toy: Path, tmp_path: Path) -> None:
+    known = {("mixtral", "docs"): toy}
+    with pytest.raises(UserError, match="no routing trace of qwen on docs"):
+        analysed("figure9", known, tmp_path / "a", "experiment.datasets=[docs]")
+    cfg = composed("figure3a", "workload.history_share=0.01")
+    with pytest.raises(UserError, match="leaves no history"):
+        figure3a.analyse(cfg, known, tmp_path / "a")
+    with pytest.raises(UserError, match="choose some of mixtral"):
+        analysed("table1", {}, tmp_path / "a", "experiment.models=[mixtrel]")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match="holds no complete analysis"):
+        figure3a.draw(tmp_path / "a", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        analysed("table1", {}, tmp_path / "file" / "folder")

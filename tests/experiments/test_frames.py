@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from experiments.errors import UserError
+from experiments.frames import one_mode, ratio_interval, request_frame, run_frame
+from experiments.records import write_record
+from tests.command import ROOT
+
+PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
+
+
+@lru_cache
+def config(*overrides: str) -> Any:
+    """Return the resolved config of a simulated run, as plain data; not to be changed."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", ["testbed=rtx3090x6", "output=unused", *overrides])
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def leave_run(
+    folder: Path,
+    *overrides: str,
+    batches: tuple[int, ...] = (0, 1, 2),
+    tpots: tuple[float, ...] = (0.1, 0.2, 0.3),
+    hits: tuple[int, ...] = (1, 2, 3),
+    mode: str = "simulated",
+) -> Path:
+    """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
+    plain = config(*overrides)
+    tokens = 11
+    table = pd.DataFrame(
+        {
+            "request": range(len(batches)),
+            "batch": batches,
+            "input_tokens": 5,
+            "output_tokens": tokens,
+            "ttft_s": [10 * tpot for tpot in tpots],
+            "tpot_s": tpots,
+            "e2el_s": [20 * tpot for tpot in tpots],
+            "hits": hits,
+            "late": [4] * len(batches),
+            "misses": [6 - hit for hit in hits],
+        }
+    )
+    summary: dict[str, Any] = {
+        name: {"mean": float(table[name].mean()), "ci95": [0.0, 99.0]}
+        for name in ("ttft_s", "tpot_s", "e2el_s")
+    }
+    per_batch = table.drop_duplicates("batch")
+    summary |= {name: int(per_batch[name].sum()) for name in ("hits", "late", "misses")}
+    summary |= {
+        "expert_hit_rate": float(per_batch["hits"].sum() / (10 * len(per_batch))),
+        "bytes_prefetched": 7,
+        "slot_budget_bytes": 25_000_000_000,
+        "dense_bytes": 3_000_000_000,
+        "phase_seconds": PHASES,
+        "busy_seconds": 12.0,
+        "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
+    }
+    record = {
+        "status": "complete",
+        "mode": mode,
+        "testbed": "6 x RTX 3090",
+        "system": plain["system"]["label"],
+        "model": plain["model"]["name"],
+        "weights": "scale",
+        "routing": "a trace",
+        "dataset": plain["dataset"]["name"],
+        "memory_budget_gb": 22.5,
+        "seed": 0,
+        "summary": summary,
+        "config": plain,
+    }
+    folder.mkdir(parents=True)
+    return write_record(folder, record, table)
+
+
+def only(frame: pd.DataFrame) -> dict[str, Any]:
+    (row,) = frame.to_dict("records")
+    return {str(key): value for key, value in row.items()}
+
+
+def test_a_run_becomes_a_row(tmp_path: Path) -> None:
+    path = leave_run(tmp_path / "abc", "memory_budget=25%")
+    row = only(run_frame([tmp_path / "abc"]))
+    assert (row["digest"], row["system"], row["label"]) == ("abc", "finemoe", "finemoe")
+    assert (row["model"], row["dataset"], row["mode"]) == ("mixtral", "docs", "simulated")
+    assert (row["memory_budget"], row["memory_budget_gb"]) == ("25%", 22.5)
+    assert (row["batch_size"], row["prefetch_distance"], row["store_capacity"]) == (1, 3, 1000)
+    assert row["tpot_s"] == pytest.approx(0.2)
+    # Each request was its own batch: the record's interval stands.
+    assert (row["tpot_s_low"], row["tpot_s_high"]) == (0.0, 99.0)
+    assert row["hit_rate"] == pytest.approx(0.2)
+    assert (row["hits"], row["late"], row["misses"], row["bytes_prefetched"]) == (6, 12, 12, 7)
+    assert (row["bound_times"], row["busy_s"], row["phase_on_demand_wait_s"]) == (3.0, 12.0, 6.0)
+    assert math.isnan(row["phase_search_s"])
+    assert row["path"] == str(path)
+
+
+def test_iterations_are_counted_once_a_batch(tmp_path: Path) -> None:
+    leave_run(tmp_path / "a", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
+    row = only(run_frame([tmp_path / "a"]))
+    # Two batches of 11 iterations, of 2 and 6 seconds.
+    assert row["iterations"] == 22
+    assert row["iteration_s"] == pytest.approx(8 / 22)
+    assert row["iteration_s_low"] == pytest.approx(2 / 11)
+    assert row["iteration_s_high"] == pytest.approx(6 / 11)
+
+
+def test_requests_of_one_batch_are_no_independent_samples(tmp_path: Path) -> None:
+    leave_run(tmp_path / "two", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
+    leave_run(tmp_path / "one", batches=(0, 0, 0), tpots=(0.1, 0.1, 0.1), hits=(1, 1, 1))
+    two, one = run_frame([tmp_path / "two", tmp_path / "one"]).to_dict("records")
+    # Only three resamples of two batches exist: the one, both, the other.
+    assert two["tpot_s_low"] == pytest.approx(0.1)
+    assert two["tpot_s_high"] == pytest.approx(0.3)
+    assert (two["hit_rate_low"], two["hit_rate_high"]) == pytest.approx((0.1, 0.3))
+    assert math.isnan(one["tpot_s_low"])
+    assert math.isnan(one["hit_rate_high"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["system=finemoe", "system.prefetch_distance=3"], "finemoe"),
+        (["system=finemoe", "system.eviction=lru"], "finemoe eviction=lru"),
+        (
+            ["system=finemoe", "system.search=trajectory", "system.selection=top_k"],
+            "finemoe search=trajectory selection=top_k",
+        ),
+        (["system=promoe", "system.prefetch_distance=5"], "promoe prefetch_distance=5"),
+        (["system=on_demand"], "on_demand"),
+    ],
+)
+def test_the_label_names_what_is_not_default(
+    tmp_path: Path, overrides: list[str], label: str
+) -> None:
+    leave_run(tmp_path / "a", *overrides)
+    assert only(run_frame([tmp_path / "a"]))["label"] == label
+
+
+def test_requests_carry_the_names_of_their_run(tmp_path: Path) -> None:
+    leave_run(tmp_path / "a", "system=promoe")
+    leave_run(tmp_path / "b")
+    table = request_frame([tmp_path / "a", tmp_path / "b"])
+    assert table["system"].tolist() == ["promoe"] * 3 + ["finemoe"] * 3
+    assert table["e2el_s"].tolist() == pytest.approx([2.0, 4.0, 6.0] * 2)
+
+
+def test_no_records_are_an_empty_table() -> None:
+    assert run_frame([]).empty
+    assert request_frame([]).empty
+
+
+def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        run_frame([tmp_path])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="is no run record"):
+        run_frame([tmp_path])
+    leave_run(tmp_path / "a")
+    (tmp_path / "a" / "requests.parquet").write_text("torn")
+    with pytest.raises(UserError, match=r"no readable requests\.parquet; remove the folder"):
+        run_frame([tmp_path / "a"])
+
+
+def test_mixed_modes_are_refused_unless_asked_for() -> None:
+    frame = pd.DataFrame({"mode": ["simulated", "measured"]})
+    with pytest.raises(UserError, match="figure 10 mixes measured and simulated records"):
+        one_mode(frame, "figure 10", mixed_modes=False)
+    one_mode(frame, "figure 10", mixed_modes=True)
+    one_mode(frame.head(1), "figure 10", mixed_modes=False)
+
+
+pairs = st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 50)), min_size=2, max_size=12)
+
+
+@given(pairs)
+def test_an_interval_of_a_ratio_holds_the_ratio_and_stays_within_its_parts(
+    values: list[tuple[float, int]],
+) -> None:
+    totals, weights = zip(*values, strict=True)
+    low, high = ratio_interval(totals, weights, seed=0)
+    ratios = [total / weight for total, weight in values]
+    assert min(ratios) - 1e-9 <= low <= high <= max(ratios) + 1e-9
+    assert (low, high) == ratio_interval(totals, weights, seed=0)
+
+
+def test_a_single_pair_has_no_interval() -> None:
+    assert all(map(math.isnan, ratio_interval([1.0], [2.0], seed=0)))

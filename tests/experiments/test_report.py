@@ -1,0 +1,148 @@
+"""The report says what the verdicts and records say, in one file that needs nothing else."""
+
+import re
+import struct
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from experiments.claims import judge
+from experiments.errors import UserError
+from experiments.report import IDS, main, write
+from tests.experiments.test_claims import Results
+
+CAPTION = "Mode: simulated; 6 x RTX 3090; <scale> weights; 3 requests a run."
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """One figure drawn of two runs; its caption has what HTML must escape."""
+    made = Results(tmp_path / "results")
+    digests = [made.run("deepspeed", [1.0, 1.5, 2.0]), made.run("finemoe", [1.1, 1.4, 2.2])]
+    made.experiment("10", *digests)
+    figures = made.root / "figures"
+    figures.mkdir()
+    (figures / "10.png").write_bytes(dot())
+    (figures / "10.txt").write_text(CAPTION + "\n")
+    (figures / "10.csv").write_text("system,tpot_s\n" + "finemoe,1.23456789\n" * 61)
+    return made
+
+
+def dot() -> bytes:
+    """Return a PNG of one black pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0\0")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, and complains of tags that do not close."""
+
+    VOID = {"meta", "img", "br", "link", "input"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        named = dict(attrs)
+        self.links += [value for key in ("src", "href") if (value := named.get(key))]
+        self.ids += [value for key in ("id",) if (value := named.get(key))]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> does not close what is open"
+
+
+def test_page_is_whole_and_needs_nothing_else(results: Results) -> None:
+    write(results.root)
+    text = (results.root / "report.html").read_text()
+    page = Page(text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert not re.search(r"@import|url\(|<script", text)
+
+
+def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
+    write(results.root)
+    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
+    for verdict in judge(results.root):
+        row = page.split(f'<tr id="{verdict.id}">')[1].split("</tr>")[0]
+        assert f">{verdict.verdict}</span>" in row
+        assert verdict.paper_says in row
+        assert verdict.ours_says in row
+        assert f"| {verdict.text} | **{verdict.verdict}** |" in markdown
+        if verdict.why:
+            assert verdict.why in markdown
+    (failed,) = [one for one in judge(results.root) if one.id == "fig10-tpot-deepspeed"]
+    assert failed.verdict == "does not hold"
+    assert failed.ours_says in markdown
+
+
+def test_figures_captions_and_data_are_there(results: Results) -> None:
+    write(results.root)
+    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
+    assert page.count("data:image/png;base64,") == 1
+    assert CAPTION.replace("<", "&lt;").replace(">", "&gt;") in page
+    assert f"{CAPTION} Data: [CSV](figures/10.csv)." in markdown
+    assert "![Figure 10](figures/10.png)" in markdown
+    assert page.count("<td>1.235</td>") == 60
+    assert "the first 60 rows; 1 more in figures/10.csv" in page
+    for name in IDS:
+        missing = f"python -m experiments.reproduce {name}"
+        assert (f"Not made yet: `{missing}`." in markdown) == (name != "10")
+
+
+def test_provenance_is_that_of_the_records(results: Results) -> None:
+    write(results.root)
+    markdown = (results.root / "REPORT.md").read_text()
+    for row in (
+        "| records | 2 runs, 0 analyses |",
+        "| commit | 0123456789abcdef |",
+        "| recorded | 2026-01-01T00:00:00+00:00 to 2026-01-01T00:00:00+00:00 |",
+        "| mode | simulated |",
+        "| data | docs: somewhere (sha256 abababababab) |",
+        "| seeds | 0 |",
+        "| machine | a cpu, 2 cores, 8.0 GB, no accelerator (Linux) |",
+        "| versions | Python 3.11.7, torch 2.13.0 |",
+    ):
+        assert row in markdown
+
+
+def test_the_same_records_give_the_same_report_but_for_the_time(results: Results) -> None:
+    def contents() -> list[str]:
+        write(results.root)
+        texts = [(results.root / name).read_text() for name in ("report.html", "REPORT.md")]
+        return [re.sub(r"Written [-0-9T:+]+", "Written", text) for text in texts]
+
+    first = contents()
+    assert "Written." in first[0]
+    assert first == contents()
+
+
+def test_bad_input_is_one_line(
+    results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", "results=/nowhere/at/all"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /nowhere/at/all: no such folder; run ")
+    (results.root / "claims.csv").mkdir()
+    with pytest.raises(UserError, match="cannot write to"):
+        write(results.root)

@@ -1,0 +1,100 @@
+"""Live against replay, as a command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from experiments.calibrate import write_testbed
+from experiments.console import Console
+from experiments.errors import UserError
+from experiments.validate import Comparison, Result, validate
+from tests.command import ROOT
+
+TESTBED = {
+    "_target_": "experiments.calibrated_testbed.calibrated",
+    "name": "by hand",
+    "model": "mixtral",
+    "devices": 1,
+    "link": {"gb_s": 32.0, "time_scale": 0.001, "latency_us": 50.0},
+    "chunk_mb": 32.0,
+    "compute_us": {
+        part: {"base": 100.0, "per_token": 1.0} for part in ("start", "dense", "finish", "expert")
+    },
+    "collect_us": {"finemoe": 10.0, "on_demand": 0.0},
+    "prediction_us": {"finemoe": {"embeddings": 10.0, "gate": 10.0, "update": 10.0}},
+}
+
+
+OVERRIDES = (
+    *(f"~system@systems.{n}" for n in ("moe_infinity", "promoe", "mixtral_offload", "deepspeed")),
+    "budgets=[6]",
+    "workload.prompts=3",
+    "workload.output_tokens=3",
+    "testbed.time_scale=0.001",
+)
+
+
+def command(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.validate", *OVERRIDES, *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("validate", [*OVERRIDES, *overrides])
+
+
+def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
+    write_testbed(tmp_path / "mine.yaml", TESTBED)
+    done = command(f"output={tmp_path / 'out'}", f"calibration={tmp_path / 'mine.yaml'}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "validate.json").read_text())
+    rows = record["comparisons"]
+    assert [(row["system"], row["budget"]) for row in rows] == [("finemoe", 6), ("on_demand", 6)]
+    for row in rows:
+        live, again = row["live"], row["replay"]
+        assert min(live["ttft_s"], live["tpot_s"], again["ttft_s"], again["tpot_s"]) > 0
+        accesses = [sum(run[kind] for kind in ("hits", "late", "misses")) for run in (live, again)]
+        assert accesses[0] == accesses[1] > 0
+    # Without prefetch the order of transfers is the same, whatever they take.
+    on_demand = rows[1]
+    assert [on_demand["live"][k] for k in ("hits", "late", "misses")] == [
+        on_demand["replay"][k] for k in ("hits", "late", "misses")
+    ]
+    assert {"git_commit", "machine", "testbed", "config"} <= record.keys()
+    assert "on_demand" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["validate.json"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    mine = f"calibration={tmp_path / 'mine.yaml'}"
+    write_testbed(tmp_path / "mine.yaml", TESTBED)
+    (tmp_path / "other.yaml").write_text("name: other\n")
+    for overrides, cause in (
+        ((mine, "testbed.time_scale=0.5"), "calibrated for links of 32.0 GB/s"),
+        ((f"calibration={tmp_path / 'other.yaml'}",), "is no file of experiments.calibrate"),
+        (("calibration=nowhere.yaml",), "calibration=nowhere.yaml"),
+        ((mine, "workload.output_tokens=1"), "no TPOT below 2"),
+        ((mine, "testbed=h100", "~testbed.time_scale"), "use testbed=emulated"),
+    ):
+        with pytest.raises(UserError, match=cause):
+            validate(config(*overrides, f"output={tmp_path / 'out'}"), Console())
+
+
+@pytest.mark.parametrize(
+    ("ttft", "tpot", "met"), [(1.049, 0.951, True), (1.051, 1.0, False), (1.0, 0.949, False)]
+)
+def test_the_target_is_kept_by_both_times(ttft: float, tpot: float, met: bool) -> None:
+    live, again = Result(1.0, 1.0, 1, 0, 0), Result(ttft, tpot, 1, 0, 0)
+    assert Comparison("on_demand", 6.0, live, again).met is met
