@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench gpu clean
+.PHONY: help run test lint bench reproduce gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -29,6 +29,9 @@ lint: $(READY)  ## ruff and mypy
 
 bench: $(READY)  ## overheads of the engine, as ratios measured in one run
 	$(BIN)/python -m experiments.bench
+
+reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simulated
+	$(BIN)/python -m experiments.reproduce all
 
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
 	$(BIN)/python -m experiments.gpu_check

@@ -293,7 +293,7 @@ def _plain(value: float, digits: int = 3) -> str:
     if value == 0 or not np.isfinite(value):
         return f"{value:g}"
     decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
-    text = f"{value:.{min(decimals, 6)}f}"
+    text = f"{value:.{min(decimals, 3)}f}"
     return text.rstrip("0").rstrip(".") if digits > 3 and "." in text else text
 
 

@@ -32,8 +32,10 @@ from experiments.errors import UserError
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
 from experiments.reproduce_tasks import function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
+from experiments.tracking import log_reproduction
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+WANDB_PROJECT = "finemoe"
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Reproduction:
     ) -> None:
         self.options, self.store = options, RunStore(Path(options.results))
         self.everything = "all" in ids
+        self.log_to_wandb = "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
         self.failures: list[Ended] = []
         self.chosen = sweeps.chosen(ids, conf)
@@ -182,11 +185,14 @@ class Reproduction:
         """Judge the claims and write the report, unless there is one of these results."""
         report = self.store.root / "REPORT.md"
         made = [self.store.experiment(one.id) for one in self.chosen]
+        made += Path(__file__).parent.glob("*.*")  # claims, their rules and the report's template
         newest = max(path.stat().st_mtime_ns for path in made)
         if report.exists() and report.stat().st_mtime_ns > newest:
             return
         for name in ("experiments.claims.judge", "experiments.report.write"):
             function(name)(self.store.root)
+        if self.log_to_wandb:
+            log_reproduction(WANDB_PROJECT, self.store.root)
         self._say(f"report: {escape(str(report))}")
 
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:

@@ -77,6 +77,8 @@ def _online_lengths(cfg: DictConfig) -> dict[str, Any]:
 
 def _record(cfg: DictConfig, path: Path, console: Console) -> None:
     """Serve all prompts of a workload with everything resident; keep what they routed."""
+    # A sum's last bits depend on the threads, and so would tokens that nearly tie.
+    torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: LoadedModel = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
     dataset: Dataset = build(cfg.dataset)

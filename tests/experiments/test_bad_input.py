@@ -60,7 +60,7 @@ def test_missing_weights() -> None:
 
 
 def test_a_scale_model_that_is_not_shipped() -> None:
-    assert "weights=dummy" in complaint("model=phi")
+    assert "weights=dummy" in complaint("model.name=other")
 
 
 def test_weights_that_need_a_network() -> None:

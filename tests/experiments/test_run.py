@@ -111,7 +111,14 @@ def test_store_devices_batches_and_wandb(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_leaves_no_record_and_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "run.py", "workload=quick", f"output={tmp_path}"]
+    command = [
+        sys.executable,
+        "-u",
+        "run.py",
+        "workload=quick",
+        "testbed=emulated",
+        f"output={tmp_path}",
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -132,7 +139,9 @@ def test_an_interrupted_run_leaves_no_record_and_no_process(tmp_path: Path) -> N
 def test_help_lists_what_exists() -> None:
     done = run_command("--help")
     assert done.returncode == 0
-    options = "finemoe on_demand resident mixtral qwen phi lmsys sharegpt docs code quick wandb"
+    options = (
+        "finemoe promoe on_demand resident mixtral qwen phi lmsys docs online quick h100 wandb"
+    )
     assert not [option for option in options.split() if option not in done.stdout]
 
 
