@@ -115,7 +115,7 @@ def _of_systems(claim: Claim, finding: Finding) -> Iterator[str]:
         yield _traffic(name, runs)
     for name, runs in groups.items():
         yield from _seconds(name, runs)
-    if claim.kind in ("reduction", "order") and claim.subject in _systems(finding.runs):
+    if claim.kind in ("reduction", "order") and str(claim.subject) in _systems(finding.runs):
         yield from _room(claim, finding)
 
 
