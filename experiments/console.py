@@ -20,7 +20,7 @@ from rich.text import Text
 from experiments.datasets import PromptSet
 from experiments.models import LoadedModel
 from finemoe.testbed import SimulatedTestbed, Testbed
-from finemoe.trace_file import TraceReader
+from finemoe.trace import Trace
 
 Advance = Callable[[int], None]
 
@@ -58,7 +58,7 @@ class Console:
         self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
 
     def announce_replay(
-        self, testbed: SimulatedTestbed, cfg: DictConfig, trace: TraceReader, slots: Sequence[int]
+        self, testbed: SimulatedTestbed, cfg: DictConfig, trace: Trace, slots: Sequence[int]
     ) -> None:
         """Say what is simulated, and from which trace."""
         shape, origin = trace.header.shape, trace.header.provenance

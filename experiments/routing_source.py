@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from experiments.serving import in_batches
 from experiments.setup import build, online_settings, workload_settings
 from experiments.workloads import offline
 from finemoe.assemble import resident_runtime
+from finemoe.foreign_trace import ForeignTrace, is_foreign
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
@@ -30,16 +32,19 @@ from finemoe.trace_file import TraceReader
 RECORDING_BATCH = 16
 
 
-def open_routing(cfg: DictConfig, console: Console) -> TraceReader:
+def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrace:
     """Open the trace that `routing` names, or the kept one of this model and workload.
 
-    The latter is recorded first if it is not there. Raises TraceError or UserError.
+    The latter is recorded first if it is not there. A table of activations alone, CSV or Parquet,
+    will do for systems that predict nothing. Raises TraceError or UserError.
     """
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
-    reader = TraceReader(path)
     model = cfg.model
-    shape = ModelShape(model.layers, model.experts, model.top_k, reader.header.shape.hidden_size)
-    reader.require(shape=shape)
+    shape = ModelShape(model.layers, model.experts, model.top_k, 0)
+    if cfg.routing and is_foreign(path):
+        return ForeignTrace(path, shape)
+    reader = TraceReader(path)
+    reader.require(shape=replace(shape, hidden_size=reader.header.shape.hidden_size))
     return reader
 
 

@@ -34,8 +34,9 @@ from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.timeline import NO_TIMELINE, Timeline, TraceEvents
 from finemoe.testbed import SimulatedTestbed
-from finemoe.trace import TraceError
-from finemoe.trace_file import TraceReader
+from finemoe.trace import Trace, TraceError
+
+UNKNOWN = "unknown: a foreign trace"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ReplayEngine:
 
     cfg: DictConfig
     testbed: SimulatedTestbed
-    trace: TraceReader
+    trace: Trace
     policy: Policy
     costs: CostModel
     plan: MemoryPlan
@@ -71,7 +72,7 @@ def simulate(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> di
         raise UserError(str(error)) from error
 
 
-def prepare(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> Simulation:
+def prepare(cfg: DictConfig, testbed: SimulatedTestbed, trace: Trace) -> Simulation:
     """Build workload, policy and costs; raise UserError or TraceError for what cannot be."""
     settings = workload_settings(cfg.workload)
     engine = prepare_engine(cfg, testbed, trace)
@@ -84,7 +85,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> S
     )
 
 
-def prepare_engine(cfg: DictConfig, testbed: SimulatedTestbed, trace: TraceReader) -> ReplayEngine:
+def prepare_engine(cfg: DictConfig, testbed: SimulatedTestbed, trace: Trace) -> ReplayEngine:
     """Build policy and costs; raise UserError or TraceError for what cannot be."""
     shape = trace.header.shape
     policy: Policy = build(cfg.system, shape=shape)
@@ -107,7 +108,7 @@ def identity(cfg: DictConfig) -> str:
     return f"{cfg.model.name} with weights {cfg.weights}"
 
 
-def _workload(trace: TraceReader, settings: OfflineSettings, seed: int) -> OfflineWorkload:
+def _workload(trace: Trace, settings: OfflineSettings, seed: int) -> OfflineWorkload:
     """Split the traced requests, which are numbered in the order of the split."""
     numbers = sorted(trace.numbers)
     if len(numbers) < settings.prompts:
@@ -265,10 +266,10 @@ def replay_facts(
     return RunFacts(
         mode=engine.testbed.mode,
         testbed=engine.testbed.name,
-        routing=f"a trace of {origin['model']} with weights {origin['weights']}",
-        dataset=str(origin["dataset"]),
-        dataset_source=str(origin["dataset_source"]),
-        dataset_sha256=str(origin["dataset_sha256"]),
+        routing=_origin(engine.trace),
+        dataset=str(origin.get("dataset", UNKNOWN)),
+        dataset_source=str(origin.get("dataset_source", UNKNOWN)),
+        dataset_sha256=str(origin.get("dataset_sha256", UNKNOWN)),
         budget_bytes=engine.budget_bytes,
         slots=engine.plan.slots,
         expert_bytes=engine.plan.expert_bytes,
@@ -280,3 +281,10 @@ def replay_facts(
         bound=bound,
         online=online,
     )
+
+
+def _origin(trace: Trace) -> str:
+    origin = trace.header.provenance
+    if "model" not in origin:
+        return f"a foreign trace, {trace.path.name}"
+    return f"a trace of {origin['model']} with weights {origin['weights']}"

@@ -35,6 +35,16 @@ COLUMNS = pa.schema(
 Numbers = NDArray[np.integer]
 
 
+def is_foreign(path: Path) -> bool:
+    """Tell whether a file is a CSV, or a Parquet table with a column of foreign traces only."""
+    if path.suffix == ".csv":
+        return True
+    try:
+        return "rank" in pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        return False
+
+
 class ForeignTrace:
     """The requests of a foreign trace, with counts only; `len` is their number.
 
@@ -62,6 +72,12 @@ class ForeignTrace:
         stops = [*starts[1:].tolist(), len(order)]
         rows = map(slice, starts.tolist(), stops)
         self._rows = dict(zip(numbers.tolist(), rows, strict=True))
+
+    def __enter__(self) -> ForeignTrace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def __len__(self) -> int:
         return len(self._rows)

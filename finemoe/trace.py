@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
@@ -43,6 +44,29 @@ class TracedRequest:
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     steps: tuple[RoutedStep, ...]
+
+
+class Trace(Protocol):
+    """What replays need of a trace, whatever file it lies in."""
+
+    path: Path
+    header: TraceHeader
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of the requests."""
+
+    def request(self, number: int) -> TracedRequest:
+        """Return one request; TraceError if it is not there or damaged."""
+
+    def require(
+        self,
+        contents: Sequence[Content] = (),
+        gates: bool = False,
+        shape: ModelShape | None = None,
+        model: str | None = None,
+    ) -> None:
+        """Raise TraceError if this trace does not do, as the function of that name says."""
 
 
 def require(
