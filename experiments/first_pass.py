@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from experiments.console import Console
-from experiments.serving import Server, in_batches
+from experiments.serving import in_batches
 from experiments.setup import Setup, everything_fits, plain_runtime
 from finemoe.offload.policy import LayerOutcome
 
@@ -49,7 +49,7 @@ def first_pass(setup: Setup, console: Console) -> FirstPass | None:
         console.progress("reference", len(load.measured)) as advance,
     ):
         runtime.listeners.append(done)
-        server = Server(runtime)
+        server = setup.server(runtime)
         for batch in in_batches(load.warmup, size):
             server.serve(batch)
         done.measured_from = server.iterations

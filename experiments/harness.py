@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from experiments.online_simulation import simulate_online
 from experiments.recording import record_setup
 from experiments.records import write_record
 from experiments.run_record import Measurement, live_facts, run_record
-from experiments.serving import Server, in_batches
+from experiments.serving import in_batches
 from experiments.setup import (
     Setup,
     build,
@@ -35,6 +36,7 @@ from experiments.setup import (
     under_budget,
 )
 from experiments.simulation import simulate
+from experiments.traced_serving import traced_setup
 from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
 from finemoe.offload.live import LiveRuntime, PhaseSeconds
@@ -45,6 +47,9 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Carry out one run, live or simulated, and write its record; return it. Raises UserError."""
     testbed = build(cfg.testbed)
+    if cfg.routing and not isinstance(testbed, SimulatedTestbed):
+        with traced_setup(cfg, testbed, console) as setup:
+            return run_live(setup, console)
     if is_online(cfg):
         return _run_online(cfg, testbed, console)
     if cfg.system.get("runtime") == "deepspeed":
@@ -73,7 +78,7 @@ def run_live(setup: Setup, console: Console) -> dict[str, Any]:
     reference = first_pass(setup, console)
     measurement = measure(setup, reference, console)
     facts = live_facts(setup, setup.prompts, history, _bound(setup, reference))
-    record = run_record(cfg, facts, measurement)
+    record = run_record(cfg, replace(facts, routing=setup.routing), measurement)
     requests = request_table(measurement.served, measurement.accesses)
     path = write_record(Path(cfg.output), record, requests)
     console.results(record, path, _sample(setup, measurement))
@@ -93,7 +98,7 @@ def build_history(setup: Setup, console: Console) -> str:
             plain_runtime(setup, setup.policy) as runtime,
             console.progress("history", len(history)) as advance,
         ):
-            server = Server(runtime)
+            server = setup.server(runtime)
             for batch in in_batches(history, setup.settings.history_batch_size):
                 server.serve(batch)
                 advance(len(batch))
@@ -138,7 +143,7 @@ def _serve(
     size = setup.settings.batch_size
     # Numbers go on where the last repeat ended, so that every batch and iteration has its own.
     numbered = measurement.served[-1] if measurement.served else None
-    server = Server(runtime)
+    server = setup.server(runtime)
     if numbered:
         server.batches, server.iterations = numbered.batch + 1, numbered.iterations[-1] + 1
     for batch in in_batches(setup.workload.warmup, size):

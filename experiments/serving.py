@@ -1,4 +1,4 @@
-"""Serve batches of requests greedily through a live runtime, and take the times."""
+"""Serve batches of requests through a live runtime, and take the times."""
 
 from __future__ import annotations
 
@@ -81,6 +81,11 @@ class PlainRuntime:
         """Nothing was kept for a request."""
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """Return the likeliest tokens, (B, 1), of logits (B, vocabulary)."""
+    return logits.argmax(-1, keepdim=True)
+
+
 @dataclass
 class Server:
     """Runs requests in batches through one runtime; iterations are numbered across batches."""
@@ -92,6 +97,8 @@ class Server:
     iterations: int = 0
     listeners: list[Callable[[Iteration], None]] = field(default_factory=list)
     """Called before every forward pass."""
+    choose: Callable[[Tensor], Tensor] = greedy
+    """Turns logits (B, vocabulary) into the tokens to go on with, (B, 1)."""
 
     @torch.inference_mode()
     def serve(self, batch: Sequence[Request]) -> list[Served]:
@@ -112,7 +119,7 @@ class Server:
             )
             cache = output.past_key_values
             self.logits.append(output.logits[:, -1])
-            tokens = self.logits[-1].argmax(-1, keepdim=True)
+            tokens = self.choose(self.logits[-1])
             generated.append(tokens[:, 0].tolist())
             times.append(time.perf_counter() - start)
         for request in batch:

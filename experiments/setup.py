@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,6 +22,7 @@ from experiments.errors import UserError
 from experiments.models import LoadedModel, load_model
 from experiments.online import OnlineSettings
 from experiments.online import check as check_online
+from experiments.serving import Runtime, Server
 from experiments.workloads import OfflineSettings, OfflineWorkload, offline
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.expert_map import StoreMismatch
@@ -56,6 +58,10 @@ class Setup(Engine):
     prompts: PromptSet
     settings: OfflineSettings
     workload: OfflineWorkload
+    server: Callable[[Runtime], Server] = Server
+    """Makes what serves through a runtime."""
+    routing: str = "the model's own gates"
+    """Where the routing comes from, in words."""
 
 
 def prepare(cfg: DictConfig, testbed: Testbed) -> Setup:

@@ -140,11 +140,13 @@ class Model:
         waiting = self.waiting(device)
         queue = waiting or self.wanted(device)
         urgent = bool(waiting)
+        begun = [load for load in waiting if load.slotted]
+        if begun:
+            return begun[0]
         if self.free_slots(device) or self.evictable(device, urgent):
             return queue[0] if queue else None
-        slotted = [load for load in queue if load.slotted]
-        if slotted or not urgent:
-            return slotted[0] if slotted else None
+        if not urgent:
+            return next((load for load in queue if load.slotted), None)
         idle = self.idle_partials(device)
         if not idle:
             return None

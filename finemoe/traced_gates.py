@@ -1,0 +1,126 @@
+"""Routing from a trace in a live model: real copies and kernels, but given choices of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import FloatArray, Iteration
+from finemoe.offload.routed import RoutedStep
+
+
+@dataclass(frozen=True)
+class GateStep:
+    """What the gates of all L layers say of one request's T tokens, ready to be handed out."""
+
+    logits: Tensor
+    """Shape (L, T, J), float32."""
+    index: Tensor
+    """Chosen experts by descending logit, shape (L, T, K)."""
+    weights: Tensor
+    """Softmax of the chosen logits, shape (L, T, K), float32."""
+
+    @classmethod
+    def of(cls, step: RoutedStep, top_k: int) -> GateStep:
+        """Raises ValueError if the step has no logits or its counts do not follow from them."""
+        if step.logits is None:
+            raise ValueError("the trace holds no gate logits; record them too")
+        pairs = zip(step.logits, step.counts, strict=True)
+        index = torch.from_numpy(np.stack([chosen(*pair, top_k) for pair in pairs]))
+        logits = torch.from_numpy(np.array(step.logits))
+        return cls(logits, index, logits.gather(-1, index).softmax(-1))
+
+
+def chosen(logits: FloatArray, counts: NDArray[np.integer], top_k: int) -> NDArray[np.int64]:
+    """Return each token's K experts of highest logit, (T, K), as often each as `counts` says.
+
+    Where logits (T, J) tie for the last place, `counts` (J,) decides. Raises ValueError if the
+    choice was another one than of the highest logits.
+    """
+    index: NDArray[np.int64] = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    due = counts.astype(np.int64)
+    if not np.array_equal(np.bincount(index.ravel(), minlength=len(due)), due):
+        _settle_ties(index, logits, due)
+    if not np.array_equal(np.bincount(index.ravel(), minlength=len(due)), due):
+        raise ValueError("the trace's choices are not those of the highest logits")
+    return index
+
+
+def _settle_ties(index: NDArray[np.int64], logits: FloatArray, due: NDArray[np.int64]) -> None:
+    """Let experts that tie for a token's last places take turns as often as is due, in place."""
+    top_k = index.shape[1]
+    last = np.take_along_axis(logits, index[:, -1:], axis=1)
+    above, level = logits > last, logits == last
+    left = due - above.sum(axis=0)
+    open_places = top_k - above.sum(axis=1)
+    forced = level.sum(axis=1) == open_places
+    left -= level[forced].sum(axis=0)
+    for token in np.flatnonzero(~forced):
+        tied = np.flatnonzero(level[token])
+        places = open_places[token]
+        picked = tied[np.argsort(-left[tied], kind="stable")[:places]]
+        index[token, top_k - places :] = picked
+        left[picked] -= 1
+
+
+class TracedGates:
+    """Overrules a model's gates between enter and exit, whichever runtime drives it.
+
+    Enter it before the runtime: hooks run in the order of their registration, so that the runtime
+    and its policy see the trace's logits. The gates themselves still run; what is added is one copy
+    an iteration of logits and choices to the model's device. Call `begin` before every pass.
+    """
+
+    def __init__(self, model: OffloadedModel) -> None:
+        self.model = model
+        self._hooks: list[Any] = []
+        self._now: GateStep | None = None
+
+    def __enter__(self) -> TracedGates:
+        layers = zip(self.model.gates, self.model.experts, strict=True)
+        for layer, (gate, experts) in enumerate(layers):
+            self._hooks += [
+                gate.register_forward_hook(partial(self._on_gate, layer)),
+                experts.register_forward_pre_hook(partial(self._on_experts, layer)),
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def begin(self, iteration: Iteration, steps: Sequence[GateStep]) -> None:
+        """Take the steps of the iteration's requests, in their order; ValueError if they misfit."""
+        found = tuple(step.logits.shape[1] for step in steps)
+        if found != iteration.tokens:
+            raise ValueError(f"the trace routes {found} tokens where {iteration.tokens} are served")
+        device = self.model.device
+        self._now = GateStep(
+            torch.cat([step.logits for step in steps], 1).to(device),
+            torch.cat([step.index for step in steps], 1).to(device),
+            torch.cat([step.weights for step in steps], 1).to(device),
+        )
+
+    def _on_gate(self, layer: int, _module: Any, _inputs: Any, output: Any) -> Any:
+        assert self._now is not None
+        parts, place = list(output), self.model.logits_index
+        own: Tensor = parts[place]
+        parts[place] = self._now.logits[layer].to(own.dtype).reshape(own.shape)
+        return tuple(parts)
+
+    def _on_experts(
+        self, layer: int, _module: Any, inputs: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._now is not None
+        hidden, index, weights = inputs
+        given = self._now.index[layer], self._now.weights[layer]
+        return hidden, given[0].to(index.dtype), given[1].to(weights.dtype)
