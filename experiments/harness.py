@@ -40,7 +40,7 @@ from experiments.traced_serving import traced_setup
 from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
 from finemoe.offload.live import LiveRuntime, PhaseSeconds
-from finemoe.offload.timeline import NO_TIMELINE, TraceEvents
+from finemoe.offload.timeline import TraceEvents
 from finemoe.testbed import SimulatedTestbed, Testbed
 
 
@@ -121,7 +121,7 @@ def measure(setup: Setup, reference: FirstPass | None, console: Console) -> Meas
     verified = reference is not None and reference.logits is not None
     measurement = Measurement(same_as_reference=True if verified else None)
     total = (len(load.warmup) + len(load.measured)) * repeats
-    timeline = TraceEvents() if setup.cfg.timeline else NO_TIMELINE
+    timeline = TraceEvents() if setup.cfg.timeline else None
     with console.progress("serving", total) as advance:
         for _ in range(repeats):
             policy = copy.deepcopy(setup.policy)

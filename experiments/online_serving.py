@@ -35,7 +35,7 @@ from experiments.setup import (
     prepare_engine,
     under_budget,
 )
-from finemoe.offload.timeline import NO_TIMELINE, TraceEvents
+from finemoe.offload.timeline import TraceEvents
 from finemoe.testbed import Testbed
 
 
@@ -94,7 +94,7 @@ def measure(setup: OnlineSetup, console: Console) -> tuple[Sequence[ServedOnline
     """Serve the requests as they arrive, then compare every logit if that is asked for."""
     setup.policy.begin_serving()
     verify = bool(setup.cfg.verify) and everything_fits(setup)
-    timeline = TraceEvents() if setup.cfg.timeline else NO_TIMELINE
+    timeline = TraceEvents() if setup.cfg.timeline else None
     measurement, logits = Measurement(), list[Tensor]()
     total = len(setup.workload.requests)
     with (

@@ -29,7 +29,7 @@ from experiments.setup import check_seed, online_settings
 from experiments.simulation import ReplayEngine, prepare_engine, replay_facts, replay_runtime
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.routed import joined
-from finemoe.offload.timeline import NO_TIMELINE, TraceEvents
+from finemoe.offload.timeline import TraceEvents
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import TracedRequest, TraceError
 
@@ -80,7 +80,7 @@ def measure(
     """Replay the requests as they arrive, from an empty store and cache."""
     policy = simulation.policy
     policy.begin_serving()
-    timeline = TraceEvents() if simulation.cfg.timeline else NO_TIMELINE
+    timeline = TraceEvents() if simulation.cfg.timeline else None
     runtime, measurement = replay_runtime(simulation, policy, timeline), Measurement()
     runtime.listeners.append(measurement.accesses)
     before = runtime.residency.traffic()

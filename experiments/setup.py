@@ -29,7 +29,7 @@ from finemoe.expert_map import StoreMismatch
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape, Policy
-from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.timeline import Timeline
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 
@@ -152,7 +152,7 @@ def everything_fits(engine: Engine) -> bool:
     return needed < 0.9 * free_bytes(offloaded.device)
 
 
-def under_budget(engine: Engine, policy: Policy, timeline: Timeline = NO_TIMELINE) -> LiveRuntime:
+def under_budget(engine: Engine, policy: Policy, timeline: Timeline | None = None) -> LiveRuntime:
     """Return a runtime that serves under the memory budget."""
     model = engine.model
     full = model.full_expert_bytes

@@ -32,7 +32,7 @@ from finemoe.offload.policy import Gate, Policy
 from finemoe.offload.replay import CostModel, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
-from finemoe.offload.timeline import NO_TIMELINE, Timeline, TraceEvents
+from finemoe.offload.timeline import Timeline, TraceEvents
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TraceError
 
@@ -176,7 +176,7 @@ def measure(simulation: Simulation, console: Console) -> Measurement:
     policy = copy.deepcopy(simulation.policy)
     if policy.placement.foresight:
         policy.foretell([one.activated for one in iterations(simulation)])
-    timeline = TraceEvents() if simulation.cfg.timeline else NO_TIMELINE
+    timeline = TraceEvents() if simulation.cfg.timeline else None
     runtime = replay_runtime(simulation, policy, timeline)
     server, measurement = ReplayServer(runtime, simulation.fetch), Measurement()
     total = len(load.warmup) + len(load.measured)
@@ -202,7 +202,7 @@ def measure(simulation: Simulation, console: Console) -> Measurement:
 
 
 def replay_runtime(
-    engine: ReplayEngine, policy: Policy, timeline: Timeline = NO_TIMELINE
+    engine: ReplayEngine, policy: Policy, timeline: Timeline | None = None
 ) -> ReplayRuntime:
     """Return a runtime that starts at time 0 with an empty cache, or a full one if all fit."""
     residency = Residency(engine.trace.header.shape, engine.plan, policy)

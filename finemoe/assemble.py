@@ -8,7 +8,7 @@ from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
 from finemoe.offload.residency import MemoryPlan, Residency
-from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.timeline import Timeline
 from finemoe.testbed import Testbed
 
 
@@ -18,7 +18,7 @@ def offloading_runtime(
     testbed: Testbed,
     slots: tuple[int, ...],
     full_expert_bytes: int,
-    timeline: Timeline = NO_TIMELINE,
+    timeline: Timeline | None = None,
 ) -> LiveRuntime:
     """Return a runtime whose experts live in `slots` (per device) and arrive over links.
 

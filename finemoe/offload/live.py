@@ -29,7 +29,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
-from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.timeline import Timeline
 from finemoe.offload.transfer import Chunk
 from finemoe.offload.worker import Worker
 
@@ -73,7 +73,7 @@ class LiveRuntime:
         memory: ExpertMemory,
         links: Sequence[Link],
         devices: Sequence[torch.device],
-        timeline: Timeline = NO_TIMELINE,
+        timeline: Timeline | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -136,7 +136,7 @@ class LiveRuntime:
             self.residency.begin_iteration(iteration)
         began = time.perf_counter()
         output = self.model.model(**inputs)
-        self._timeline.span("iterations", iteration.phase, began, time.perf_counter())
+        self._span("iterations", iteration.phase, began)
         if self._observed:
             self._publish("update", iteration.number + 1, self.policy.end_iteration, iteration)
         return output
@@ -249,8 +249,8 @@ class LiveRuntime:
         if self.links:
             self.links[slot.device].guard(slot)
         weighed = routing.weigh(expert.index, output)
-        track, name = f"device {slot.device}", f"expert {expert.layer}.{expert.index}"
-        self._timeline.span(track, name, began, time.perf_counter())
+        if self._timeline:
+            self._span(f"device {slot.device}", f"expert {expert.layer}.{expert.index}", began)
         return weighed
 
     def _await_prefetches(self) -> None:
@@ -313,9 +313,10 @@ class LiveRuntime:
                 if in_flight and (chunk is None or len(in_flight) == link.depth):
                     oldest, began = in_flight.popleft()
                     link.finish()
-                    why = "on demand" if oldest.urgent else "prefetch"
-                    name = f"{why} {oldest.expert.layer}.{oldest.expert.index}"
-                    self._timeline.span(f"link {device}", name, began, time.perf_counter())
+                    if self._timeline:
+                        why = "on demand" if oldest.urgent else "prefetch"
+                        name = f"{why} {oldest.expert.layer}.{oldest.expert.index}"
+                        self._span(f"link {device}", name, began)
                     self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
                     return
@@ -365,6 +366,10 @@ class LiveRuntime:
                 f"a background thread failed: {name}: {self._error}"
             ) from self._error
 
+    def _span(self, track: str, name: str, began: float) -> None:
+        if self._timeline:
+            self._timeline.span(track, name, began, time.perf_counter())
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -373,7 +378,7 @@ class LiveRuntime:
         finally:
             spent = time.perf_counter() - start
             setattr(self.phases, phase, getattr(self.phases, phase) + spent)
-            self._timeline.span(phase, phase, start, start + spent)
+            self._span(phase, phase, start)
 
 
 def _call_all(tasks: Sequence[Callable[[], None]]) -> None:

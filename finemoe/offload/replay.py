@@ -19,7 +19,7 @@ from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, Phase
 from finemoe.offload.policy import ExpertId, Gate, LayerOutcome, Policy, Prefetch
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
-from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.timeline import Timeline
 from finemoe.offload.virtual_links import NEVER, LinkRate, VirtualLinks
 
 
@@ -79,7 +79,7 @@ class ReplayRuntime:
         residency: Residency,
         costs: CostModel,
         rate: LinkRate,
-        timeline: Timeline = NO_TIMELINE,
+        timeline: Timeline | None = None,
     ) -> None:
         self.policy = policy
         self.residency = residency
@@ -87,7 +87,7 @@ class ReplayRuntime:
         self.listeners: list[OutcomeListener] = []
         self.now = 0.0
         self._costs = costs
-        self._timeline = None if timeline is NO_TIMELINE else timeline
+        self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tickets = itertools.count()

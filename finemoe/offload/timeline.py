@@ -14,14 +14,6 @@ class Timeline(Protocol):
     def span(self, track: str, name: str, start: float, end: float) -> None: ...
 
 
-class _Nothing:
-    def span(self, track: str, name: str, start: float, end: float) -> None:
-        pass
-
-
-NO_TIMELINE: Timeline = _Nothing()
-
-
 @dataclass
 class TraceEvents:
     """Spans in the trace event format (JSON array of complete events, times in microseconds)."""

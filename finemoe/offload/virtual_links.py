@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from finemoe.offload.policy import ExpertId
 from finemoe.offload.residency import Residency
-from finemoe.offload.timeline import NO_TIMELINE, Timeline
+from finemoe.offload.timeline import Timeline
 from finemoe.offload.transfer import Chunk
 
 NEVER = float("inf")
@@ -50,12 +50,12 @@ class VirtualLinks:
     With a host bandwidth that binds, the rate of a span changes when another link starts or stops.
     """
 
-    def __init__(self, residency: Residency, rate: LinkRate, timeline: Timeline) -> None:
+    def __init__(self, residency: Residency, rate: LinkRate, timeline: Timeline | None) -> None:
         self.next_event = NEVER
         self._residency = residency
         self._queues = residency.queues
         self._rate = rate
-        self._timeline = None if timeline is NO_TIMELINE else timeline
+        self._timeline = timeline
         self._spans: list[_Span | None] = [None] * len(residency.queues)
         self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
         self._speed = self._speeds[1]
