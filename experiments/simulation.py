@@ -97,10 +97,23 @@ def prepare_engine(cfg: DictConfig, testbed: SimulatedTestbed, trace: Trace) -> 
         policy.set_gates(trace.header.gates)
     full = full_size(cfg.model).expert_bytes
     budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
+    _check_room(cfg, testbed, slots)
     load_store(cfg, policy, identity(cfg))
     costs = testbed.costs(cfg.model, cfg.system.label)
     plan = MemoryPlan(slots, full, testbed.chunk_bytes)
     return ReplayEngine(cfg, testbed, trace, policy, costs, plan, budget)
+
+
+def _check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...]) -> None:
+    """Raise UserError if a device cannot hold its slots; the first one also holds what is dense."""
+    model = full_size(cfg.model)
+    for device, count in enumerate(slots):
+        needed = count * model.expert_bytes + (0 if device else model.dense_bytes)
+        if needed > testbed.device_bytes:
+            raise UserError(
+                f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of "
+                f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}; lower memory_budget"
+            )
 
 
 def identity(cfg: DictConfig) -> str:

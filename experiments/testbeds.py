@@ -103,7 +103,8 @@ def simulated(
         shapes = full_size(model)
         return RooflineCosts(device, shapes, prediction, devices, collect_us * 1e-6, hop_us * 1e-6)
 
-    return SimulatedTestbed(name, devices, _chunk_bytes(chunk_mb), rate, costs)
+    room = device.memory_gb * 1e9
+    return SimulatedTestbed(name, devices, _chunk_bytes(chunk_mb), rate, costs, room)
 
 
 def full_size(model: DictConfig) -> FullSizeModel:

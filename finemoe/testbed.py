@@ -50,4 +50,6 @@ class SimulatedTestbed:
     rate: LinkRate
     costs: Callable[[Any, str], CostModel]
     """Returns the costs of a model (its config) under a system (its label)."""
+    device_bytes: float = float("inf")
+    """Memory of each device."""
     mode: Literal["simulated"] = "simulated"
