@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the project and whether its files differ from it."""
+    """Return the commit of the project and whether its files, but for results, differ from it."""
     root = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -113,7 +113,10 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # What runs write there changes no later run.
+    status = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
+    )
     dirty = None if status is None else bool(status)
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
 
