@@ -42,7 +42,8 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    Prefetch,
+    PrefetchTable,
+    Wishes,
 )
 
 UNSEEN_RATIO = 1e-8
@@ -245,11 +246,6 @@ class MoEInfinityPolicy(Policy):
         self._growing = True
         self._running: dict[int, RunningRequest] = {}
         self._served: tuple[int, ...] = ()
-        self._experts = [
-            ExpertId(layer, index)
-            for layer in range(shape.layers)
-            for index in range(shape.experts)
-        ]
         steps = shape.layers if options.variant == "paper" else shape.layers + 1
         self._decay = 1 - np.arange(shape.layers + 1)[:, None] / steps
         """How much a prediction counts, by how many layers it looks ahead."""
@@ -280,13 +276,13 @@ class MoEInfinityPolicy(Policy):
     def memory_bytes(self) -> dict[str, int]:
         collection = self.collection
         return {
-            "matrices": collection.capacity * 4 * len(self._experts),
+            "matrices": collection.capacity * 4 * self.shape.layers * self.shape.experts,
             "store": collection.nbytes,
         }
 
     # Predictions ------------------------------------------------------------------------------
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Wishes:
         """Ask for the K most popular experts of the early layers, which no gate foretells."""
         requests = [self._request(number) for number in iteration.requests]
         for request in requests:
@@ -303,9 +299,9 @@ class MoEInfinityPolicy(Policy):
             kept = np.take_along_axis(shares, popular, axis=1) * self._decay[1 : len(early) + 1]
             np.put_along_axis(wanted[: len(early)], popular, kept, axis=1)
         self._now, self._wanted = -1, wanted
-        return self._prefetches(0)
+        return PrefetchTable(wanted)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
         requests = [self._request(number) for number in iteration.requests]
         for request, tokens in zip(requests, self._tokens(iteration, gate), strict=True):
             request.count(gate.layer, tokens)
@@ -321,7 +317,7 @@ class MoEInfinityPolicy(Policy):
             wanted[first:last] += UNSEEN_RATIO
         wanted[first:] *= self._decay[1 : self.shape.layers - gate.layer]
         self._wanted = wanted
-        return self._prefetches(first)
+        return PrefetchTable(wanted)
 
     def end_request(self, request: int) -> None:
         """Store what the request activated, and compare the others with it."""
@@ -359,14 +355,6 @@ class MoEInfinityPolicy(Policy):
         for entry in entries[1:]:
             ratios = np.maximum(ratios, self.collection.ratios(entry))
         return ratios
-
-    def _prefetches(self, first: int) -> list[Prefetch]:
-        """Return what is wanted from layer `first` on."""
-        flat = self._wanted[first:].ravel()
-        chosen = flat.nonzero()[0]
-        start = first * self.shape.experts
-        experts = map(self._experts.__getitem__, (chosen + start).tolist())
-        return list(map(Prefetch, experts, flat[chosen].tolist()))
 
     # Cache ------------------------------------------------------------------------------------
 

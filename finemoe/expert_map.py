@@ -37,6 +37,16 @@ class ExpertMapStore:
         """Return row `layer` of every stored map, shape (size, J)."""
         return self._maps[layer, : self.size]
 
+    @property
+    def all_rows(self) -> FloatArray:
+        """Return every row of every stored map, shape (L, size, J)."""
+        return self._maps[:, : self.size]
+
+    @property
+    def all_prefix_norms(self) -> FloatArray:
+        """Return the prefix norms of every layer, shape (L, size)."""
+        return self._prefix_norms[:, : self.size]
+
     def expert_map(self, entry: int) -> FloatArray:
         """Return the map of one stored iteration, shape (L, J)."""
         return self._maps[:, entry]

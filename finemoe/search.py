@@ -20,7 +20,7 @@ class Match(NamedTuple):
 
 def semantic_search(store: ExpertMapStore, embeddings: FloatArray) -> list[Match]:
     """Return, for each embedding (B, h), the stored iteration of largest cosine (4.2.1)."""
-    return _best(unit(embeddings) @ store.embeddings.T, np.ones(len(embeddings)))
+    return _best(store.embeddings @ unit(embeddings).T, np.ones(len(embeddings)))
 
 
 class TrajectorySearch:
@@ -33,20 +33,32 @@ class TrajectorySearch:
     def __init__(self, store: ExpertMapStore, batch: int) -> None:
         self._store = store
         self._layer = 0
-        self._dots = np.zeros((batch, store.size), dtype=np.float32)
+        self._dots = np.zeros((store.size, batch), dtype=np.float32)
         self._squares = np.zeros(batch, dtype=np.float32)
+        self._foreseen: list[list[Match]] = []
 
     def observe(self, rows: FloatArray) -> list[Match]:
         """Add the next layer's gate probabilities (B, J); return the best match of each query."""
-        self._dots += rows @ self._store.rows(self._layer).T
-        self._squares += (rows * rows).sum(axis=1)
-        # The query's own norm does not change which map is best.
-        scores = self._dots / self._store.prefix_norms(self._layer)
+        layer = self._layer
         self._layer += 1
+        if self._foreseen:
+            return self._foreseen[layer]
+        self._dots += self._store.rows(layer) @ rows.T
+        self._squares += np.vecdot(rows, rows)
+        # The query's own norm does not change which map is best.
+        scores = self._dots / self._store.prefix_norms(layer)[:, None]
         return _best(scores, np.sqrt(self._squares))
+
+    def foresee(self, rows: FloatArray) -> None:
+        """Compute what `observe` is going to return for the rows of all layers, (L, B, J)."""
+        dots = np.matmul(self._store.all_rows, rows.swapaxes(1, 2)).cumsum(axis=0)
+        norms = np.sqrt(np.vecdot(rows, rows).cumsum(axis=0))
+        dots /= self._store.all_prefix_norms[:, :, None]
+        self._foreseen = [_best(*layer) for layer in zip(dots, norms, strict=True)]
 
 
 def _best(scores: FloatArray, query_norms: NDArray[np.floating]) -> list[Match]:
-    entries = scores.argmax(axis=1).tolist()
+    """Return the best entries by scores (size, B), which are divided by the queries' norms (B,)."""
+    entries = scores.argmax(axis=0).tolist()
     norms = query_norms.tolist()
-    return [Match(e, float(row[e]) / n) for e, row, n in zip(entries, scores, norms, strict=True)]
+    return [Match(e, float(scores[e, q]) / norms[q]) for q, e in enumerate(entries)]

@@ -6,9 +6,8 @@ No torch, no clock, no thread: whoever drives it (a live link or a virtual one) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +34,7 @@ EvictionKeys = Callable[[ExpertId], NDArray[np.float64]]
 EvictionListener = Callable[[ExpertId], None]
 
 
-@dataclass(frozen=True)
-class Reservation:
+class Reservation(NamedTuple):
     """A slot taken for a load, and the resident that had to leave it."""
 
     slot: Slot
@@ -65,13 +63,27 @@ class ExpertCache:
         self._pins: dict[ExpertId, int] = {}
         self._free = [list(range(count))[::-1] for count in slots]
         self.residents: set[ExpertId] = set()
+        count = shape.layers * shape.experts
+        experts = [ExpertId(*divmod(flat, shape.experts)) for flat in range(count)]
+        self._experts_on = [experts[device :: len(slots)] for device in range(len(slots))]
+        self._absent = np.ones((shape.layers, shape.experts), dtype=bool)
         self._evictable = np.zeros((shape.layers, shape.experts), dtype=bool)
-        # A device's experts are every so many of the flat order: views, so nothing is gathered.
-        flat = self._evictable.ravel()
-        self._evictable_on = [flat[device :: len(slots)] for device in range(len(slots))]
+        self._evictable_on = [self.share(self._evictable, device) for device in range(len(slots))]
 
     def device_of(self, expert: ExpertId) -> int:
-        return (expert.layer * self.shape.experts + expert.index) % len(self.slots)
+        return (expert[0] * self.shape.experts + expert[1]) % len(self.slots)
+
+    def share(self, per_expert: NDArray[Any], device: int) -> NDArray[Any]:
+        """Return a view of what an array (L, J) holds for the experts of one device, flat."""
+        flat = per_expert.reshape(-1)
+        return flat if len(self.slots) == 1 else flat[device :: len(self.slots)]
+
+    def absent_on(self, device: int) -> NDArray[np.bool_]:
+        """Return a view that tells of each of a device's experts whether it has no slot."""
+        return self.share(self._absent, device)
+
+    def is_absent(self, expert: ExpertId) -> bool:
+        return expert not in self._slot
 
     def state(self, expert: ExpertId) -> State:
         if expert in self.residents:
@@ -104,13 +116,14 @@ class ExpertCache:
             self._evicted(evicted)
         slot = Slot(device, self._free[device].pop())
         self._slot[expert] = slot
+        self._absent[expert] = False
         if len(self._slot) > self.peak_occupied:
             self.peak_occupied = len(self._slot)
         return Reservation(slot, evicted)
 
     def loaded(self, expert: ExpertId) -> None:
         """Turn a loading expert into a resident one."""
-        if self.state(expert) is not State.LOADING:
+        if expert in self.residents or expert not in self._slot:
             raise ValueError(f"{expert} is not loading")
         self.residents.add(expert)
         self._evictable[expert] = expert not in self._pins
@@ -146,24 +159,26 @@ class ExpertCache:
         for expert, slot in self._slot.items():
             assert slot.device == self.device_of(expert), "an expert is on a foreign device"
         assert self.residents <= self._slot.keys(), "a resident has no slot"
-        evictable = {
-            ExpertId(int(layer), int(index)) for layer, index in np.argwhere(self._evictable)
-        }
+        absent = {ExpertId(*map(int, place)) for place in np.argwhere(self._absent)}
+        assert absent.isdisjoint(self._slot), "an absent expert has a slot"
+        assert len(absent) + len(self._slot) == self._absent.size, "an expert is nowhere"
+        evictable = {ExpertId(*map(int, place)) for place in np.argwhere(self._evictable)}
         assert evictable == self.residents - self._pins.keys(), "pins and evictability disagree"
 
     def _victim(self, incoming: ExpertId, device: int, urgent: bool) -> ExpertId | None:
-        candidates = self._evictable_on[device].nonzero()[0]
-        if not candidates.size:
-            return None
-        keys = self._keys(incoming).ravel()[device :: len(self.slots)][candidates]
+        evictable = self._evictable_on[device]
+        keys = np.where(evictable, self.share(self._keys(incoming), device), -np.inf)
         best = int(keys.argmax())
-        if not urgent and keys[best] == -np.inf:
-            return None
-        flat = int(candidates[best]) * len(self.slots) + device
-        return ExpertId(*divmod(flat, self.shape.experts))
+        if keys[best] == -np.inf:
+            # None may go for a prefetch; an on-demand load takes the first that may go at all.
+            if not urgent or not evictable.any():
+                return None
+            best = int(evictable.argmax())
+        return self._experts_on[device][best]
 
     def _remove(self, expert: ExpertId) -> None:
         slot = self._slot.pop(expert)
         self._free[slot.device].append(slot.index)
         self.residents.discard(expert)
+        self._absent[expert] = True
         self._evictable[expert] = False

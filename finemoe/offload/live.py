@@ -25,7 +25,7 @@ from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
     Policy,
-    Prefetch,
+    Wishes,
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
@@ -153,7 +153,7 @@ class LiveRuntime:
         with self._changed:
             self._raise_failure()
 
-    def _end_request(self, request: int) -> tuple[Prefetch, ...]:
+    def _end_request(self, request: int) -> Wishes:
         self.policy.end_request(request)
         return ()
 
@@ -216,7 +216,7 @@ class LiveRuntime:
         outcome: LayerOutcome,
         logits: FloatArray,
         hidden: FloatArray | None,
-    ) -> Sequence[Prefetch]:
+    ) -> Wishes:
         gate = Gate(outcome.layer, softmax(logits), outcome.activated, hidden)
         return self.policy.on_gate(iteration, gate)
 
@@ -270,7 +270,7 @@ class LiveRuntime:
         self,
         phase: str,
         iteration_number: int,
-        call: Callable[..., Sequence[Prefetch]],
+        call: Callable[..., Wishes],
         *arguments: Any,
     ) -> None:
         """Have the policy called, here or by the worker, and its prefetches queued."""
@@ -289,7 +289,7 @@ class LiveRuntime:
         self,
         phase: str,
         iteration_number: int,
-        call: Callable[..., Sequence[Prefetch]],
+        call: Callable[..., Wishes],
         *arguments: Any,
     ) -> None:
         with self._timed(phase):

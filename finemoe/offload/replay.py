@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol
 
 from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
-from finemoe.offload.policy import ExpertId, Gate, LayerOutcome, Policy, Prefetch
+from finemoe.offload.policy import ExpertId, Gate, LayerOutcome, Policy, Wishes
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.timeline import Timeline
@@ -106,7 +106,7 @@ class ReplayRuntime:
         self.residency.begin_iteration(iteration)
         if self._observed:
             self._collect()
-            call = partial(self.policy.on_embeddings, iteration, routed.embeddings)
+            call = partial(self._on_embeddings, routed)
             self._ask("search", iteration.number, call, self._costs.prediction.embeddings)
             self._await_prefetches()
         self._advance(self.now + costs.start)
@@ -134,7 +134,7 @@ class ReplayRuntime:
         while self._searches:
             self._advance(self._searches[-1])
 
-    def _end_request(self, request: int) -> Sequence[Prefetch]:
+    def _end_request(self, request: int) -> Wishes:
         self.policy.end_request(request)
         return ()
 
@@ -155,9 +155,12 @@ class ReplayRuntime:
         self._compute(outcome, routed.counts[layer].tolist())
         self._await_prefetches()
 
-    def _on_gate(
-        self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]
-    ) -> Sequence[Prefetch]:
+    def _on_embeddings(self, routed: RoutedIteration) -> Wishes:
+        wishes = self.policy.on_embeddings(routed.iteration, routed.embeddings)
+        self.policy.foresee(routed.iteration, routed.probabilities)
+        return wishes
+
+    def _on_gate(self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]) -> Wishes:
         hidden = routed.hidden_states[layer] if self._hidden else None
         gate = Gate(layer, routed.probabilities[layer], activated, hidden)
         return self.policy.on_gate(routed.iteration, gate)
@@ -222,9 +225,7 @@ class ReplayRuntime:
         self.phases.context_collection += self._costs.collect
         self._advance(self.now + self._costs.collect)
 
-    def _ask(
-        self, phase: str, number: int, call: Callable[[], Sequence[Prefetch]], seconds: float
-    ) -> None:
+    def _ask(self, phase: str, number: int, call: Callable[[], Wishes], seconds: float) -> None:
         """Have the policy called for an iteration, now or when the searcher gets to it."""
         setattr(self.phases, phase, getattr(self.phases, phase) + seconds)
         if not self._background:
@@ -239,11 +240,11 @@ class ReplayRuntime:
         self._span("searcher", phase, began, began + seconds)
         self._at(began + seconds, partial(self._search_done, number, call))
 
-    def _search_done(self, number: int, call: Callable[[], Sequence[Prefetch]]) -> None:
+    def _search_done(self, number: int, call: Callable[[], Wishes]) -> None:
         self._searches.popleft()
         self._issue(number, call)
 
-    def _issue(self, number: int, call: Callable[[], Sequence[Prefetch]]) -> None:
+    def _issue(self, number: int, call: Callable[[], Wishes]) -> None:
         wishes = call()
         if wishes and self.residency.prefetch(number, wishes):
             self._links.kick(self.now)

@@ -5,8 +5,10 @@ Both runtimes drive this object and nothing below it; the caller holds the lock,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import (
@@ -15,7 +17,8 @@ from finemoe.offload.policy import (
     LayerOutcome,
     ModelShape,
     Policy,
-    Prefetch,
+    PrefetchTable,
+    Wishes,
 )
 from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
 
@@ -46,7 +49,8 @@ class Residency:
         ]
         self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
         self.queues = [
-            TransferQueue(self.cache, plan.expert_bytes, plan.chunk_bytes) for _ in plan.slots
+            TransferQueue(self.cache, device, plan.expert_bytes, plan.chunk_bytes)
+            for device in range(len(plan.slots))
         ]
         self._queue_of = [
             [self.queues[self.cache.device_of(expert)] for expert in layer]
@@ -89,16 +93,14 @@ class Residency:
                 (late if queues[index].requested(expert) else misses).append(index)
             self.cache.pin(expert)
         for queue in self.queues:
-            for expert in queue.queued_of_layer(layer):
-                if expert.index not in activated:
-                    queue.cancel(expert)
+            queue.cancel_layer(layer, activated)
         for index in (*late, *misses):
             queues[index].demand(experts[index])
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
         self.policy.on_outcome(outcome)
         return outcome
 
-    def prefetch(self, iteration_number: int, wishes: Iterable[Prefetch]) -> int:
+    def prefetch(self, iteration_number: int, wishes: Wishes) -> int:
         """Queue wishes made for an iteration, dropping those whose layer's gate already spoke.
 
         Returns how many were still in time.
@@ -107,6 +109,8 @@ class Residency:
         if iteration_number < number:
             return 0
         last_gone = layer if iteration_number == number else -1
+        if isinstance(wishes, PrefetchTable):
+            return self._prefetch_table(wishes, last_gone + 1)
         in_time, resident, queue_of = 0, self.cache.residents, self._queue_of
         for expert, priority in wishes:
             if expert.layer > last_gone:
@@ -114,6 +118,14 @@ class Residency:
                 if expert not in resident:
                     queue_of[expert.layer][expert.index].prefetch(expert, priority)
         return in_time
+
+    def _prefetch_table(self, wishes: PrefetchTable, first: int) -> int:
+        """Queue the wishes for layers from `first` on; return how many there are."""
+        due = wishes.priorities.copy()
+        due[:first] = 0
+        for device, queue in enumerate(self.queues):
+            queue.prefetch_all(self.cache.share(due, device))
+        return int(np.count_nonzero(due))
 
     @property
     def settled(self) -> bool:

@@ -2,18 +2,22 @@
 
 On-demand loads go first, in the order they were asked for, then prefetches by priority. Experts are
 copied in chunks, so an on-demand load waits for the chunks in flight and no longer (section 4.5 of
-the paper). A load takes its slot when its first chunk is due, so residents stay useful until then.
+the paper). A load takes its slot when its first chunk is due, so residents stay useful until then;
+a prefetch is no more than a wish before.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from finemoe.offload.cache import ExpertCache, Slot, State
+import numpy as np
+from numpy.typing import NDArray
+
+from finemoe.offload.cache import ExpertCache, Slot
 from finemoe.offload.policy import ExpertId
+from finemoe.offload.wishes import WishList
 
 
 class Chunk(NamedTuple):
@@ -52,10 +56,11 @@ class Traffic:
 
 @dataclass(eq=False, slots=True)
 class _Transfer:
+    """An expert that is demanded, or of which something was copied."""
+
     expert: ExpertId
     urgent: bool
-    priority: float
-    ticket: int
+    priority: float = 0.0
     slot: Slot | None = None
     sent: int = 0
     done: int = 0
@@ -66,28 +71,34 @@ class _Transfer:
     def in_flight(self) -> bool:
         return self.done < self.sent
 
+    @property
+    def rank(self) -> tuple[float, ExpertId]:
+        """Order among prefetches, the first one lowest; see `WishList`."""
+        return -self.priority, self.expert
+
 
 class TransferQueue:
-    """Transfers of one link: queued, under way, or cancelled with a chunk still in flight."""
+    """Transfers of one link: wished for, under way, or cancelled with a chunk still in flight."""
 
-    def __init__(self, cache: ExpertCache, expert_bytes: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, cache: ExpertCache, device: int, expert_bytes: int, chunk_bytes: int
+    ) -> None:
         self.traffic = Traffic()
         self.starved = False
         """Whether the last call of `next_chunk` found transfers but no slot for them."""
         self._cache = cache
         self._expert_bytes = expert_bytes
         self._chunk_bytes = chunk_bytes
+        self._wishes = WishList(cache.shape, len(cache.slots), device)
+        self._absent = cache.absent_on(device)
         self._transfers: dict[ExpertId, _Transfer] = {}
         self._urgent: dict[ExpertId, _Transfer] = {}
-        self._order: list[tuple[float, int, ExpertId]] = []
-        self._unordered: list[_Transfer] = []
-        self._tickets = itertools.count()
         self._unused: dict[ExpertId, int] = {}
 
     @property
     def settled(self) -> bool:
         """Whether nothing is under way and nothing queued can get a slot."""
-        if not self._transfers:
+        if not self._transfers and not self._wishes.any():
             return True
         return self.starved and not any(t.in_flight for t in self._transfers.values())
 
@@ -99,34 +110,53 @@ class TransferQueue:
     def requested(self, expert: ExpertId) -> bool:
         """Tell whether a copy of `expert` is queued or under way, and wanted."""
         transfer = self._transfers.get(expert)
-        return transfer is not None and not transfer.cancelled
+        if transfer is None:
+            return self._wishes.wished(expert)
+        return not transfer.cancelled
 
     def prefetch(self, expert: ExpertId, priority: float) -> None:
         """Queue a prefetch, or give a queued one its new priority."""
         transfer = self._transfers.get(expert)
-        if transfer is None:
-            if self._cache.state(expert) is not State.ABSENT:
-                return
-            transfer = self._transfers[expert] = _Transfer(expert, False, priority, -1)
-        elif transfer.urgent:
+        if transfer is not None:
+            self._prefetch_again(transfer, priority)
+        elif self._cache.is_absent(expert):
+            self.starved = False
+            self._wishes.put(expert, priority)
+
+    def prefetch_all(self, priorities: NDArray[np.float64]) -> None:
+        """Queue prefetches of this link's experts by priority, (experts,); 0 leaves one alone."""
+        self.starved = False
+        self._wishes.put_all(priorities, (priorities > 0) & self._absent)
+        for expert, transfer in self._transfers.items():
+            priority = float(priorities[self._wishes.position(expert)])
+            if transfer.urgent:
+                self._wishes.drop(expert)
+            elif priority > 0:
+                self._prefetch_again(transfer, priority)
+
+    def _prefetch_again(self, transfer: _Transfer, priority: float) -> None:
+        if transfer.urgent:
             return
         self.starved = False
         transfer.cancelled = False
-        transfer.priority, transfer.ticket = priority, next(self._tickets)
-        self._unordered.append(transfer)
+        transfer.priority = priority
+        if transfer.sent < self._expert_bytes:
+            self._wishes.put(transfer.expert, priority)
 
     def demand(self, expert: ExpertId) -> None:
         """Queue an on-demand load, or promote a prefetch of the same expert to one."""
         transfer = self._transfers.get(expert)
         if transfer is None:
-            transfer = self._transfers[expert] = _Transfer(expert, True, 0.0, -1)
+            transfer = self._transfers[expert] = _Transfer(expert, urgent=True)
         self.starved = False
         transfer.urgent, transfer.cancelled = True, False
+        self._wishes.drop(expert)
         if transfer.sent < self._expert_bytes:
             self._urgent[expert] = transfer
 
     def cancel(self, expert: ExpertId) -> None:
         """Drop a prefetch; one with a chunk in flight ends when that chunk is done."""
+        self._wishes.drop(expert)
         transfer = self._transfers.get(expert)
         if transfer is None or transfer.urgent:
             return
@@ -134,11 +164,14 @@ class TransferQueue:
         if not transfer.in_flight:
             self._drop(transfer)
 
-    def queued_of_layer(self, layer: int) -> list[ExpertId]:
-        """Return the experts of `layer` whose prefetch is queued or under way."""
-        if not self._transfers:
-            return []
-        return [e for e, t in self._transfers.items() if e.layer == layer and not t.cancelled]
+    def cancel_layer(self, layer: int, but: Collection[int]) -> None:
+        """Drop the prefetches of a layer's experts; of those whose indices are `but`, only wishes.
+
+        The others have begun to arrive, or are to be demanded now.
+        """
+        self._wishes.drop_layer(layer)
+        for expert in [e for e in self._transfers if e.layer == layer and e.index not in but]:
+            self.cancel(expert)
 
     def next_chunk(self) -> Chunk | None:
         """Return the chunk to copy now, taking a slot if it is a first one; None to wait."""
@@ -157,30 +190,25 @@ class TransferQueue:
         if transfer.urgent:
             self._urgent[span.expert] = transfer
         elif not transfer.cancelled:
-            heapq.heappush(self._order, (-transfer.priority, transfer.ticket, span.expert))
+            self._wishes.put(span.expert, transfer.priority)
         return span._replace(stop=stop)
 
     def gives_way(self, span: Chunk) -> bool:
         """Tell whether something else than the rest of a prefetch's span is to be copied now."""
-        transfer = self._transfers[span.expert]
-        if self._urgent or transfer.urgent or transfer.cancelled:
+        if self._urgent:
             return True
-        if not self._order and not self._unordered:
-            return False
-        best = self._best_prefetch()
-        return best is not None and (-best.priority, best.ticket) < (
-            -transfer.priority,
-            transfer.ticket,
-        )
+        transfer = self._transfers[span.expert]
+        if transfer.urgent or transfer.cancelled:
+            return True
+        best = self._wishes.best()
+        return best is not None and (-best[1], best[0]) < transfer.rank
 
     def _next(self, at_most: int) -> Chunk | None:
-        if not self._transfers:
-            self.starved = False
-            return None
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
-        self.starved = transfer is None
         if transfer is None:
+            self.starved = bool(self._transfers) or self._wishes.any()
             return None
+        self.starved = False
         assert transfer.slot is not None
         start = transfer.sent
         stop = min(start + at_most, self._expert_bytes)
@@ -192,6 +220,8 @@ class TransferQueue:
         else:
             self.traffic.prefetched += stop - start
             transfer.prefetched += stop - start
+            if stop == self._expert_bytes:
+                self._wishes.drop(transfer.expert)
         return Chunk(transfer.expert, transfer.slot, start, stop, transfer.urgent)
 
     def chunk_done(self, chunk: Chunk) -> ExpertId | None:
@@ -228,63 +258,42 @@ class TransferQueue:
         return first if self._take_slot(first) else None
 
     def _next_prefetch(self) -> _Transfer | None:
-        best = self._best_prefetch()
+        best = self._wishes.best()
         if best is None:
             return None
-        if best.slot is not None or self._take_slot(best):
-            return best
-        return self._strongest_partial()
-
-    def _best_prefetch(self) -> _Transfer | None:
-        if self._unordered:
-            self._put_in_order()
-        while self._order and not self._is_current(self._order[0]):
-            heapq.heappop(self._order)
-        return self._transfers[self._order[0][2]] if self._order else None
-
-    def _put_in_order(self) -> None:
-        """Take in new priorities; many at once, or many outdated entries, make a new heap."""
-        if len(self._order) + len(self._unordered) > len(self._transfers) + 8:
-            self._order = [
-                (-t.priority, t.ticket, t.expert)
-                for t in self._transfers.values()
-                if not t.urgent and not t.cancelled and t.sent < self._expert_bytes
-            ]
-            heapq.heapify(self._order)
-        else:
-            for t in self._unordered:
-                heapq.heappush(self._order, (-t.priority, t.ticket, t.expert))
-        self._unordered.clear()
-
-    def _is_current(self, entry: tuple[float, int, ExpertId]) -> bool:
-        _, ticket, expert = entry
-        transfer = self._transfers.get(expert)
-        if transfer is None or transfer.ticket != ticket or transfer.cancelled or transfer.urgent:
-            return False
-        return transfer.sent < self._expert_bytes
+        expert, priority = best
+        begun = self._transfers.get(expert)
+        if begun is not None:
+            return begun
+        transfer = _Transfer(expert, urgent=False, priority=priority)
+        if not self._take_slot(transfer):
+            return self._strongest_partial()
+        self._transfers[expert] = transfer
+        return transfer
 
     def _partials(self) -> list[_Transfer]:
         return [t for t in self._transfers.values() if t.slot and not t.urgent and not t.cancelled]
 
     def _strongest_partial(self) -> _Transfer | None:
         unsent = [t for t in self._partials() if t.sent < self._expert_bytes]
-        return min(unsent, key=lambda t: (-t.priority, t.ticket), default=None)
+        return min(unsent, key=lambda t: t.rank, default=None)
 
     def _weakest_partial(self) -> _Transfer | None:
         idle = [t for t in self._partials() if not t.in_flight]
-        return max(idle, key=lambda t: (-t.priority, t.ticket), default=None)
+        return max(idle, key=lambda t: t.rank, default=None)
 
     def _take_slot(self, transfer: _Transfer) -> bool:
         reservation = self._cache.reserve(transfer.expert, transfer.urgent)
         if reservation is None:
             return False
-        transfer.slot = reservation.slot
-        if reservation.evicted is not None:
-            self.traffic.wasted += self._unused.pop(reservation.evicted, 0)
+        transfer.slot, evicted = reservation
+        if evicted is not None:
+            self.traffic.wasted += self._unused.pop(evicted, 0)
         return True
 
     def _drop(self, transfer: _Transfer) -> None:
+        """Forget a half-copied prefetch."""
         del self._transfers[transfer.expert]
-        if transfer.slot is not None:
-            self._cache.abandon(transfer.expert)
-            self.traffic.wasted += transfer.prefetched
+        self._wishes.drop(transfer.expert)
+        self._cache.abandon(transfer.expert)
+        self.traffic.wasted += transfer.prefetched

@@ -6,7 +6,6 @@ go first, a prefetch's span is cut after the chunks that are already in flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finemoe.offload.policy import ExpertId
@@ -72,11 +71,7 @@ class VirtualLinks:
 
     def progress(self, now: float) -> list[ExpertId]:
         """End the spans that are due and go on; return the experts that arrived."""
-        arrived = list(self._ended(now))
-        self._settle(now)
-        return arrived
-
-    def _ended(self, now: float) -> Iterator[ExpertId]:
+        arrived = []
         for device, span in enumerate(self._spans):
             if span is None or span.end > now:
                 continue
@@ -87,8 +82,10 @@ class VirtualLinks:
                 self._timeline.span(f"link {device}", name, span.began, span.end)
             expert = self._residency.chunk_done(device, span.chunk)
             if expert is not None:
-                yield expert
+                arrived.append(expert)
             self._start(device, now)
+        self._settle(now)
+        return arrived
 
     def _start(self, device: int, now: float) -> None:
         chunk = self._queues[device].next_span()
@@ -111,16 +108,20 @@ class VirtualLinks:
 
     def _settle(self, now: float) -> None:
         """Share the host's bandwidth among the links that copy, and note the next event."""
-        copying = [span for span in self._spans if span is not None]
-        speed = self._speeds[len(copying)]
-        if speed != self._speed and copying:
-            for span in copying:
-                span.sent += _moved(span, now, self._speed)
-                left = span.chunk.stop - span.chunk.start - span.sent
-                span.moves_from = max(now, span.moves_from)
-                span.end = span.moves_from + left / speed
+        ends = [span.end for span in self._spans if span is not None]
+        speed = self._speeds[len(ends)]
+        if ends and speed != self._speed:
+            ends = [self._change_speed(span, now, speed) for span in self._spans if span]
             self._speed = speed
-        self.next_event = min([span.end for span in copying]) if copying else NEVER
+        self.next_event = min(ends) if ends else NEVER
+
+    def _change_speed(self, span: _Span, now: float, speed: float) -> float:
+        """Let a span go on at another speed; return when it ends."""
+        span.sent += _moved(span, now, self._speed)
+        left = span.chunk.stop - span.chunk.start - span.sent
+        span.moves_from = max(now, span.moves_from)
+        span.end = span.moves_from + left / speed
+        return span.end
 
 
 def _moved(span: _Span, now: float, speed: float) -> float:

@@ -27,6 +27,7 @@ from finemoe.offload.policy import (
     Policy,
     Prefetch,
     Routing,
+    Wishes,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
 
@@ -51,11 +52,11 @@ class Guessing(OnDemandPolicy):
         self.shape = shape
         self._rng = rng
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
         layer = (gate.layer + 1) % self.shape.layers
         return [Prefetch(ExpertId(layer, self._rng.randrange(self.shape.experts)), 1.0)]
 
-    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+    def end_iteration(self, iteration: Iteration) -> Wishes:
         return [Prefetch(ExpertId(0, self._rng.randrange(self.shape.experts)), 1.0)]
 
 
@@ -146,7 +147,7 @@ class Engine:
                     break
                 self.residency.chunk_done(device, chunk)
 
-    def _wish(self, number: int, wishes: Sequence[Prefetch]) -> None:
+    def _wish(self, number: int, wishes: Wishes) -> None:
         self.residency.prefetch(number, wishes)
 
 
@@ -154,7 +155,7 @@ def rows(width: int) -> FloatArray:
     return np.zeros((1, width), dtype=np.float32)
 
 
-def ranked(wishes: Sequence[Prefetch]) -> list[ExpertId]:
+def ranked(wishes: Wishes) -> list[ExpertId]:
     return [wish.expert for wish in sorted(wishes, key=lambda wish: -wish.priority)]
 
 
@@ -272,7 +273,7 @@ def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
     wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
     engine.residency.prefetch(0, wishes)
     engine._prefetch()
-    assert len(wishes) == 3
+    assert len(list(wishes)) == 3
     residents = [index for index in range(4) if cache.state(ExpertId(0, index)) is State.RESIDENT]
     assert residents == [0, 1]
 

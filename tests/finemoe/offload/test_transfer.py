@@ -44,8 +44,8 @@ class Load:
         return self.sent < EXPERT_BYTES
 
     @property
-    def rank(self) -> tuple[float, int]:
-        return -self.priority, self.order
+    def rank(self) -> tuple[float, ExpertId]:
+        return -self.priority, self.expert
 
 
 class Model:
@@ -100,7 +100,7 @@ class Model:
         if expert in self.unused_bytes or (load and load.urgent):
             return
         load = self.loads.setdefault(expert, Load(expert, False, priority, 0))
-        load.priority, load.order, load.cancelled = priority, next(self.orders), False
+        load.priority, load.cancelled = priority, False
 
     def activate(self, expert: ExpertId) -> None:
         self.pinned.add(expert)
@@ -184,7 +184,10 @@ class TransferMachine(RuleBasedStateMachine):
     def start(self, slots: list[int], chunk_bytes: int) -> None:
         self.model = Model(slots, chunk_bytes)
         self.cache = ExpertCache(SHAPE, slots, self.eviction_keys)
-        self.queues = [TransferQueue(self.cache, EXPERT_BYTES, chunk_bytes) for _ in slots]
+        self.queues = [
+            TransferQueue(self.cache, device, EXPERT_BYTES, chunk_bytes)
+            for device in range(len(slots))
+        ]
         self.in_flight: list[deque[Chunk]] = [deque() for _ in slots]
         self.arrived: Counter[ExpertId] = Counter()
         self.handed_out = 0
@@ -220,6 +223,25 @@ class TransferMachine(RuleBasedStateMachine):
         if self.cache.state(expert) is not State.RESIDENT:
             self.queue(expert).demand(expert)
         self.model.activate(expert)
+
+    @rule(table=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6))
+    def prefetch_all(self, table: list[float]) -> None:
+        for device, queue in enumerate(self.queues):
+            queue.prefetch_all(np.array(table[device :: len(self.queues)]))
+        for expert, priority in zip(EXPERTS, table, strict=True):
+            if priority:
+                self.model.prefetch(expert, priority)
+
+    @rule(layer=st.integers(0, 1), but=st.sets(st.integers(0, 2)))
+    def cancel_layer(self, layer: int, but: set[int]) -> None:
+        """As a gate does: what it chose of a layer is demanded if it is not there."""
+        for queue in self.queues:
+            queue.cancel_layer(layer, but)
+        for expert in EXPERTS:
+            if expert.layer == layer and expert.index not in but:
+                self.model.cancel(expert)
+            elif expert.layer == layer:
+                self.activate(expert)
 
     @rule(expert=experts)
     def cancel(self, expert: ExpertId) -> None:
@@ -292,10 +314,6 @@ class TransferMachine(RuleBasedStateMachine):
             wanted = load is not None and not load.cancelled
             assert self.queue(expert).requested(expert) == wanted
             assert self.cache.state(expert) is self.expected_state(expert)
-        for layer in range(SHAPE.layers):
-            queued = [e for queue in self.queues for e in queue.queued_of_layer(layer)]
-            loads = [x for x in self.model.loads.values() if not x.cancelled]
-            assert sorted(queued) == sorted(x.expert for x in loads if x.expert.layer == layer)
 
     def expected_state(self, expert: ExpertId) -> State:
         if expert in self.model.unused_bytes:
@@ -352,7 +370,7 @@ A, B, C, D = EXPERTS[:4]
 
 def link(slots: int, keys: float = 0.0) -> tuple[ExpertCache, TransferQueue]:
     cache = ExpertCache(SHAPE, [slots], lambda incoming: np.full((2, 3), keys))
-    return cache, TransferQueue(cache, EXPERT_BYTES, CHUNK_BYTES)
+    return cache, TransferQueue(cache, 0, EXPERT_BYTES, CHUNK_BYTES)
 
 
 def begin(queue: TransferQueue) -> Chunk:
@@ -388,9 +406,9 @@ def test_an_expert_is_copied_in_chunks_from_its_first_byte_to_its_last() -> None
     assert queue.next_chunk() is None
 
 
-def test_prefetches_go_by_priority_and_then_by_order_of_request() -> None:
+def test_prefetches_go_by_priority_and_then_from_the_first_layer_on() -> None:
     _, queue = link(slots=4)
-    for expert, priority in ((A, 0.1), (B, 0.5), (C, 0.1), (D, 0.9)):
+    for expert, priority in ((C, 0.1), (B, 0.5), (A, 0.1), (D, 0.9)):
         queue.prefetch(expert, priority)
     assert copy_all(queue) == [D, B, A, C]
 
@@ -656,16 +674,33 @@ def test_a_protected_resident_stops_a_prefetch_but_not_a_demand() -> None:
     assert copy_all(queue) == [C]
 
 
-def test_requests_of_a_layer_are_listed_without_the_cancelled_ones() -> None:
+def test_a_layer_that_ran_leaves_no_wish_and_keeps_what_its_gate_chose() -> None:
     _, queue = link(slots=4)
     below = ExpertId(1, 0)
-    for expert in (A, B, below):
-        queue.prefetch(expert, 1.0)
-    queue.cancel(B)
-    assert queue.queued_of_layer(0) == [A]
-    assert queue.queued_of_layer(1) == [below]
-    assert queue.queued_of_layer(2) == []
+    for expert, priority in ((A, 0.9), (B, 0.8), (C, 0.7), (below, 0.1)):
+        queue.prefetch(expert, priority)
+    copy(queue)
+    queue.prefetch(B, 1.0)
+    copy(queue)
+    queue.cancel_layer(0, but=[A.index])
+    assert [queue.requested(expert) for expert in (A, B, C, below)] == [True, False, False, True]
+    assert queue.traffic.wasted == CHUNK_BYTES
 
 
-def test_traffic_of_an_interval_is_a_difference() -> None:
-    assert Traffic(9, 8, 7) - Traffic(1, 2, 3) == Traffic(8, 6, 4)
+def test_a_table_of_wishes_leaves_residents_demands_and_zeros_alone() -> None:
+    _, queue = link(slots=6)
+    queue.prefetch(A, 1.0)
+    copy_all(queue)
+    queue.demand(B)
+    queue.prefetch(C, 0.3)
+    queue.prefetch_all(np.array([0.9, 0.9, 0.0, 0.1, 0.0, 0.2]))
+    assert copy_all(queue) == [B, C, EXPERTS[5], D]
+    assert queue.traffic.on_demand == EXPERT_BYTES
+
+
+def test_a_table_gives_a_half_copied_prefetch_its_new_priority() -> None:
+    _, queue = link(slots=6)
+    queue.prefetch(A, 1.0)
+    copy(queue)
+    queue.prefetch_all(np.array([0.1, 0.0, 0.5, 0.0, 0.0, 0.0]))
+    assert copy_all(queue) == [C, A]
