@@ -144,6 +144,11 @@ def _total(runs: Sequence[Run], name: str) -> float:
     return float(sum(run.summary.get(name) or 0 for run in runs))
 
 
+def _plain(value: float) -> str:
+    """Return a number of three digits or more, never with an exponent where it is large."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
 def _accesses(name: str, runs: Sequence[Run]) -> str:
     parts = [_total(runs, one) for one in ("hits", "late", "misses")]
     asked = sum(parts) or 1.0
@@ -160,8 +165,8 @@ def _traffic(name: str, runs: Sequence[Run]) -> str:
     )
     served = sum(len(run.requests) for run in runs) or 1
     text = (
-        f"{name} moves {ahead / served:.3g} GB a request ahead and {demand / served:.3g} GB "
-        "on demand"
+        f"{name} moves {_plain(ahead / served)} GB a request ahead and "
+        f"{_plain(demand / served)} GB on demand"
     )
     return text + (f"; {100 * vain / ahead:.1f} % of the former are in vain." if ahead else ".")
 
@@ -179,7 +184,7 @@ def _seconds(name: str, runs: Sequence[Run]) -> Iterator[str]:
     if told:
         own = 100 * sum(synchronous_seconds(run) for run in runs) / busy
         yield (
-            f"Of the {busy:.4g} s that it serves, {name} {', '.join(told)} "
+            f"Of the {_plain(busy)} s that it serves, {name} {', '.join(told)} "
             f"(on the critical path, loads on demand aside: {own:.2g} %)."
         )
     bounds = [bound for run in runs if (bound := run.summary.get("bound"))]

@@ -8,7 +8,9 @@ and where all of it came from. The same records give the same report but for the
 from __future__ import annotations
 
 import base64
+import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+from PIL import Image, UnidentifiedImageError
 
 from experiments.claims import BAD_INPUT, RULES, VERDICTS, Verdict, arguments, judge, write_text
 from experiments.errors import UserError
@@ -35,6 +38,42 @@ HEADLINES = ("Abstract", "Talk")
 DATA_ROWS = 60
 """A figure's data is shown up to so many rows; the CSV beside it has them all."""
 DIGEST = 12
+PIXELS_PER_CSS_PIXEL = 2.4
+"""Pixels of a figure at 300 dpi to a CSS pixel: its 8-point type is then as large as a table's."""
+SHORT = 60
+"""A first sentence of fewer characters is shown with the second; the others are folded."""
+BROAD = 600
+"""A figure of more CSS pixels scrolls on a phone rather than shrinks."""
+TERMS = {
+    "measured": "the model ran on CUDA devices; experts came over PCIe from page-locked memory.",
+    "emulated": "the model ran on the CPU; each expert was copied, paced to a PCIe link.",
+    "simulated": "a routing trace was replayed in virtual time, with the live policy, cache and "
+    "queue; compute and links cost what a roofline over the full-size model says.",
+    "analysis of routing traces": "counted from the recorded choices of the gates; no time enters.",
+    "computed from the models' published shapes": "arithmetic on layers, experts and hidden "
+    "sizes; nothing ran.",
+    "scale weights": "small trained members of the paper's model families with the paper models' "
+    "routing shapes; bytes moved are those of the full-size models.",
+    "TTFT, TPOT": "the time to the first token, and the time per output token after it.",
+    "cell": "one combination of what a claim ranges over, mostly a model and a dataset.",
+    "bound": "the least possible time: the longer of compute alone and of the bytes that no "
+    "system can avoid to move, over their links.",
+}
+"""What the reports' words mean. Both print this."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure to be shown in a page, `width` x `height` CSS pixels."""
+
+    base64: str
+    """A PNG of at most 256 colours."""
+    width: int
+    height: int
+
+    @property
+    def broad(self) -> bool:
+        return self.width > BROAD
 
 
 @dataclass(frozen=True)
@@ -45,8 +84,8 @@ class Section:
     name: str
     title: str
     caption: str
-    picture: str
-    """The PNG in base64, empty if it was not drawn."""
+    picture: Picture | None
+    """None if it was not drawn."""
     data: tuple[tuple[str, ...], ...]
     """Column names, then rows."""
     left_out: int
@@ -61,18 +100,24 @@ class Section:
 def write(results: Path, mixed_modes: bool = False) -> None:
     """Judge the claims, then write REPORT.md and report.html into `results`.
 
-    Raises UserError if the folder is missing, unreadable or cannot be written to.
+    Raises UserError if the folder is missing, unreadable or cannot be written to, or if a figure
+    in it is no image.
     """
     verdicts = judge(results, mixed_modes)
     evidence = Evidence(results)
+    headlines = [one for one in verdicts if one.section in HEADLINES]
+    sections = [_section(evidence, name, verdicts) for name in IDS]
+    in_order = headlines + [one for section in sections for one in section.verdicts]
     content = {
-        "headlines": [one for one in verdicts if one.section in HEADLINES],
-        "sections": [_section(evidence, name, verdicts) for name in IDS],
-        "counts": {verdict: _count(verdicts, verdict) for verdict in VERDICTS},
+        "headlines": headlines,
+        "sections": sections,
+        "claims": {name: [one for one in in_order if one.verdict == name] for name in VERDICTS},
         "total": len(verdicts),
         "modes": _listed(one.mode for one in verdicts if one.mode),
         "weights": _listed(one.weights for one in verdicts if one.weights),
         "rules": RULES,
+        "terms": TERMS,
+        "short": SHORT,
         "provenance": _provenance(evidence),
         "runs": [_run_row(run) for run in evidence.every_run()],
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,7 +134,7 @@ def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"slug": _slug, "cell": _markdown_cell}
+    environment.filters |= {"slug": _slug, "cell": _markdown_cell, "sentences": _sentences}
     suffix = Path(name).suffix
     return environment.get_template(f"report_template{suffix}").render(content) + "\n"
 
@@ -102,8 +147,10 @@ def _markdown_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _count(verdicts: Sequence[Verdict], verdict: str) -> int:
-    return sum(one.verdict == verdict for one in verdicts)
+def _sentences(text: str) -> list[str]:
+    """Return the sentences, each with its numbers tied to their units."""
+    tied = re.sub(r"(?<=\d) (?=(%|GB|MB|ms|s)\b|%)", "\N{NO-BREAK SPACE}", text)
+    return re.split(r"(?<=\.) (?=[A-Z0-9])", tied)
 
 
 # Figures and tables -------------------------------------------------------------------------------
@@ -119,11 +166,23 @@ def _section(evidence: Evidence, name: str, verdicts: Sequence[Verdict]) -> Sect
         f"Table {name.removeprefix('table')}" if name.startswith("table") else f"Figure {name}",
         _title(evidence, name),
         caption.read_text().strip() if caption.exists() else "",
-        base64.b64encode(picture.read_bytes()).decode() if picture.exists() else "",
+        _picture(picture) if picture.exists() else None,
         rows,
         left_out,
         tuple(mine),
     )
+
+
+def _picture(path: Path) -> Picture:
+    try:
+        with Image.open(path) as drawn:
+            whole = drawn.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: not an image; delete it and draw the figure again") from error
+    packed = io.BytesIO()
+    whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(packed, "PNG", optimize=True)
+    width, height = (max(1, round(side / PIXELS_PER_CSS_PIXEL)) for side in whole.size)
+    return Picture(base64.b64encode(packed.getvalue()).decode(), width, height)
 
 
 def _title(evidence: Evidence, name: str) -> str:

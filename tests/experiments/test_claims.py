@@ -488,6 +488,19 @@ def test_blurred_heatmaps_have_the_higher_entropy(results: Results) -> None:
 # Why ----------------------------------------------------------------------------------------------
 
 
+def test_large_numbers_of_a_why_have_no_exponent(results: Results) -> None:
+    facts = {
+        "bytes_prefetched": 9_390_000_000_000,
+        "busy_seconds": 14_400.0,
+        "phase_seconds": {"search": 7_200.0},
+    }
+    slow = results.run("finemoe", [0.4, 0.4, 0.4], summary=facts)
+    results.experiment("10", slow, results.run("promoe", [0.2, 0.2, 0.2]))
+    why = results.verdict("fig10-tpot-promoe").why
+    assert "FineMoE moves 3,130 GB a request ahead and 2 GB on demand" in why
+    assert "Of the 14,400 s that it serves, FineMoE searches 50.0 %" in why
+
+
 def test_why_is_made_of_the_records(results: Results) -> None:
     results.experiment(
         "10",

@@ -1,5 +1,8 @@
 """The report says what the verdicts and records say, in one file that needs nothing else."""
 
+import base64
+import html
+import io
 import re
 import struct
 import sys
@@ -8,8 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
-from experiments.claims import judge
+from experiments.claims import VERDICTS, judge
 from experiments.errors import UserError
 from experiments.report import IDS, main, write
 from tests.experiments.test_claims import Results
@@ -92,6 +96,65 @@ def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
     (failed,) = [one for one in judge(results.root) if one.id == "fig10-tpot-deepspeed"]
     assert failed.verdict == "does not hold"
     assert failed.ours_says in markdown
+
+
+def test_contents_lead_to_each_section_and_count_its_verdicts(results: Results) -> None:
+    write(results.root)
+    page = (results.root / "report.html").read_text()
+    contents = page.split('<nav id="contents"')[1].split("</nav>")[0]
+    assert [f"s{name}" for name in IDS] == re.findall(r'href="#(s[^"]+)"', contents)
+    (entry,) = [one for one in contents.split("</li>") if 'href="#s10"' in one]
+    counted = set(re.findall(r'>(\d+)<span class="unseen">: ([a-z ]+)<', entry))
+    mine = [one for one in judge(results.root) if one.experiment == "10"]
+    shown = [one.verdict for one in mine if one.section not in ("Abstract", "Talk")]
+    assert counted == {(str(shown.count(name)), name) for name in VERDICTS if name in shown}
+    assert len(counted) > 1
+
+
+def test_each_claim_is_listed_under_its_verdict(results: Results) -> None:
+    write(results.root)
+    page = (results.root / "report.html").read_text()
+    verdicts = judge(results.root)
+    for name in VERDICTS:
+        listed = page.split(f'<ul id="{name.replace(" ", "-")}">')[1].split("</ul>")[0]
+        found = re.findall(r'href="#([^"]+)"', listed)
+        assert sorted(found) == sorted(one.id for one in verdicts if one.verdict == name)
+
+
+def test_a_long_why_is_folded_after_its_first_sentence_and_whole(results: Results) -> None:
+    write(results.root)
+    page = (results.root / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    (failed,) = [one for one in judge(results.root) if one.id == "fig10-tpot-deepspeed"]
+    cell = page.split(f'<tr id="{failed.id}">')[1].split('<tr class="why">')[1].split("</tr>")[0]
+    opened, folded = cell.split("<details>")
+    assert failed.why.startswith(re.sub(r"<[^>]+>", "", opened).strip())
+    assert "DeepSpeed finds" not in opened
+    assert "<li>DeepSpeed finds " in folded
+    bare = re.sub(r"<summary>.*?</summary>|<[^>]+>", " ", cell)
+    assert html.unescape(bare).split() == failed.why.split()
+
+
+@pytest.mark.parametrize(("side", "shown", "broad"), [(999, 416, False), (2100, 875, True)])
+def test_figures_keep_their_looks_and_say_their_size(
+    results: Results, side: int, shown: int, broad: bool
+) -> None:
+    drawn = Image.new("RGBA", (side, 240), "#ffffff")
+    drawn.paste("#0072b2", (0, 0, 100, 100))
+    drawn.paste("#d55e00", (100, 100, 200, 240))
+    drawn.save(results.root / "figures" / "10.png")
+    write(results.root)
+    (image,) = re.findall(r"<img [^>]+>", (results.root / "report.html").read_text())
+    assert f'width="{shown}" height="100" alt="Figure 10: a title;' in image
+    assert ('class="broad"' in image) == broad
+    packed = Image.open(io.BytesIO(base64.b64decode(image.split("base64,")[1].split('"')[0])))
+    assert packed.mode == "P"
+    assert not ImageChops.difference(packed.convert("RGB"), drawn.convert("RGB")).getbbox()
+
+
+def test_a_broken_figure_is_one_line(results: Results) -> None:
+    (results.root / "figures" / "10.png").write_bytes(dot()[:40])
+    with pytest.raises(UserError, match=r"10\.png: not an image; delete it"):
+        write(results.root)
 
 
 def test_figures_captions_and_data_are_there(results: Results) -> None:
