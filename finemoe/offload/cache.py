@@ -61,7 +61,10 @@ class ExpertCache:
         self._evicted = evicted
         self._slot: dict[ExpertId, Slot] = {}
         self._pins: dict[ExpertId, int] = {}
-        self._free = [list(range(count))[::-1] for count in slots]
+        self._free = [
+            [Slot(device, index) for index in reversed(range(count))]
+            for device, count in enumerate(slots)
+        ]
         self.residents: set[ExpertId] = set()
         count = shape.layers * shape.experts
         experts = [ExpertId(*divmod(flat, shape.experts)) for flat in range(count)]
@@ -114,7 +117,7 @@ class ExpertCache:
                 return None
             self._remove(evicted)
             self._evicted(evicted)
-        slot = Slot(device, self._free[device].pop())
+        slot = self._free[device].pop()
         self._slot[expert] = slot
         self._absent[expert] = False
         if len(self._slot) > self.peak_occupied:
@@ -153,7 +156,7 @@ class ExpertCache:
         taken = list(self._slot.values())
         assert len(set(taken)) == len(taken), "two experts share a slot"
         for device, count in enumerate(self.slots):
-            held = {slot.index for slot in taken if slot.device == device}
+            held = {slot for slot in taken if slot.device == device}
             assert held.isdisjoint(self._free[device]), "a taken slot is free"
             assert len(held) + len(self._free[device]) == count, "slots were lost"
         for expert, slot in self._slot.items():
@@ -166,19 +169,18 @@ class ExpertCache:
         assert evictable == self.residents - self._pins.keys(), "pins and evictability disagree"
 
     def _victim(self, incoming: ExpertId, device: int, urgent: bool) -> ExpertId | None:
-        evictable = self._evictable_on[device]
-        keys = np.where(evictable, self.share(self._keys(incoming), device), -np.inf)
+        candidates = self._evictable_on[device].nonzero()[0]
+        if not candidates.size:
+            return None
+        keys = self.share(self._keys(incoming), device)[candidates]
         best = int(keys.argmax())
-        if keys[best] == -np.inf:
-            # None may go for a prefetch; an on-demand load takes the first that may go at all.
-            if not urgent or not evictable.any():
-                return None
-            best = int(evictable.argmax())
-        return self._experts_on[device][best]
+        if not urgent and keys[best] == -np.inf:
+            return None
+        return self._experts_on[device][candidates[best]]
 
     def _remove(self, expert: ExpertId) -> None:
         slot = self._slot.pop(expert)
-        self._free[slot.device].append(slot.index)
+        self._free[slot.device].append(slot)
         self.residents.discard(expert)
         self._absent[expert] = True
         self._evictable[expert] = False

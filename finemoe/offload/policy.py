@@ -51,8 +51,7 @@ class Iteration:
         return [slice(stop - n, stop) for stop, n in zip(stops, self.tokens, strict=True)]
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """What the gate of one layer decided in one iteration (T tokens)."""
 
     layer: int
@@ -86,8 +85,7 @@ class PrefetchTable:
 Wishes = Sequence[Prefetch] | PrefetchTable
 
 
-@dataclass(frozen=True)
-class LayerOutcome:
+class LayerOutcome(NamedTuple):
     """How one layer of one iteration found its activated experts (indices, ascending).
 
     A hit was resident when the gate asked, a late one queued or on its way, a miss not requested.

@@ -211,6 +211,6 @@ def test_a_full_device_does_not_borrow_from_another() -> None:
 
 def test_integrity_notices_a_lost_slot() -> None:
     cache = full_cache(np.zeros((3, 4)), 2)
-    cache._free[0].append(0)
+    cache._free[0].append(Slot(0, 0))
     with pytest.raises(AssertionError, match="free"):
         cache.check_integrity()
