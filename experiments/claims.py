@@ -49,7 +49,8 @@ RULES = {
     "order": "holds: every comparison's mean over cells is as claimed with an interval that "
     "excludes 0, and so is the sign in every single cell; holds weaker: the former only.",
     "trend": f"rank correlation in the claimed direction: holds if its interval lies above 0 and "
-    f"reaches {STRONG_TREND} or more; holds weaker if it lies above 0. Flat beyond a point: holds "
+    f"reaches {STRONG_TREND} or more; holds weaker if it lies above 0 (no interval in analyses of "
+    "traces, where the points of a curve are of the same requests). Flat beyond a point: holds "
     f"if the curve rises before it (interval above 0) and the slope beyond is at most {FLAT} of "
     "that before (interval reaches it and lies below 1); holds weaker if the interval lies "
     "below 1.",
@@ -263,7 +264,7 @@ def _said(claim: Claim) -> dict[str, Any]:
 
 def _paper(claim: Claim, unit: str) -> str:
     if claim.kind in ("order", "trend"):
-        return claim.direction or "flat" if claim.kind == "trend" else "in this order"
+        return claim.direction or "flat" if claim.kind == "trend" else "every margin above 0"
     if claim.at_most is not None:
         return f"at most {_number(claim.at_most, unit, digits=6)}"
     if claim.at_least is not None:

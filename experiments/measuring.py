@@ -207,7 +207,7 @@ def _gains(claim: Claim, cells: _Cells) -> Iterator[Part]:
             subject = run_draws(cells.one(cell, claim.subject), metric)
             for other in claim.against:
                 base = run_draws(cells.one(cell, other), metric)
-                label = f"{_metric(metric)} against {selector_name(other)}"
+                label = f"{quantity_name(metric)} against {selector_name(other)}"
                 yield Part(label, cell, 1 - _share(subject, base))
 
 
@@ -222,7 +222,7 @@ def _increase(claim: Claim, here: _Cells, _: _Cells | None) -> Iterator[Part]:
         for other in claim.against:
             base = {cell: run_draws(here.one(cell, other), metric) for cell in here}
             usual = np.mean(list(base.values()), axis=0)
-            label = f"{_metric(metric)} against {selector_name(other)}"
+            label = f"{quantity_name(metric)} against {selector_name(other)}"
             for cell in mine:
                 yield Part(label, cell, _share(mine[cell] - base[cell], usual))
 
@@ -249,7 +249,7 @@ def _order(claim: Claim, here: _Cells, there: _Cells | None) -> Iterator[Part]:
                 (selector_name(one), run_draws(here.one(cell, one), metric))
                 for one in claim.selectors
             ]
-            yield from _margins(claim, cell, values, _metric(metric))
+            yield from _margins(claim, cell, values, quantity_name(metric))
 
 
 def _origins(claim: Claim, cells: _Cells, cell: Cell) -> Iterator[Part]:
@@ -321,14 +321,14 @@ def _bound(claim: Claim, here: _Cells, there: _Cells | None) -> Iterator[Part]:
                 for one in claim.selectors:
                     mine = run_draws(here.one(cell, one), metric)
                     base = run_draws(there.one(cell, one), metric)
-                    yield Part(f"{_metric(metric)} of {selector_name(one)}", cell,
+                    yield Part(f"{quantity_name(metric)} of {selector_name(one)}", cell,
                                np.abs(mine - base))  # fmt: skip
             elif claim.aggregate == "share":
                 others = [run_draws(here.one(cell, one), metric) for one in claim.against]
                 lowest = (subject < np.min(others, axis=0)).astype(float)
-                yield Part(f"{_metric(metric)} lowest", cell, lowest)
+                yield Part(f"{quantity_name(metric)} lowest", cell, lowest)
             else:
-                yield Part(_metric(metric), cell, subject)
+                yield Part(quantity_name(metric), cell, subject)
 
 
 def _best_setting(claim: Claim, here: _Cells, _: _Cells | None) -> Iterator[Part]:
@@ -343,7 +343,11 @@ def _best_setting(claim: Claim, here: _Cells, _: _Cells | None) -> Iterator[Part
             )
         runs = sorted(runs, key=lambda run: float(run.setting(claim.x)))
         least = np.argmin([run_draws(run, metric) for run in runs], axis=0)
-        yield Part(f"{claim.x} with the lowest {_metric(metric)}", cell, settings[least])
+        yield Part(
+            f"{quantity_name(claim.x)} with the lowest {quantity_name(metric)}",
+            cell,
+            settings[least],
+        )
 
 
 _RUN_PARTS = {
@@ -410,16 +414,24 @@ def _table_parts(claim: Claim, cell: Cell, group: pd.DataFrame) -> Iterator[Part
             )
         values = [(str(one), row_draws(named[str(one)], claim.value, (*cell, one)))
                   for one in claim.ranking]  # fmt: skip
-        yield from _margins(claim, cell, values, claim.value)
+        yield from _margins(claim, cell, values, quantity_name(claim.value))
     elif claim.kind == "trend":
         ordered = group.sort_values(claim.x)
-        curve = [
-            row_draws(row, claim.value, (*cell, row[claim.x])) for _, row in ordered.iterrows()
-        ]
-        yield from _shape(claim, claim.value, cell, ordered[claim.x].tolist(), curve)
+        curve = [_point(claim, row, (*cell, row[claim.x])) for _, row in ordered.iterrows()]
+        yield from _shape(claim, quantity_name(claim.value), cell, ordered[claim.x].tolist(), curve)
     else:
         for _, row in group.iterrows():
-            yield Part(claim.value, cell, row_draws(row, claim.value, cell))
+            yield Part(quantity_name(claim.value), cell, row_draws(row, claim.value, cell))
+
+
+def _point(claim: Claim, row: pd.Series[Any], key: Cell) -> Draws:
+    """Return a point of a curve. For a rank correlation it does not vary.
+
+    The points of a curve are of the same requests: drawn one by one they would lose their order.
+    """
+    if claim.flat_after is None:
+        return constant(float(row[claim.value]))
+    return row_draws(row, claim.value, key)
 
 
 def row_draws(row: pd.Series[Any], value: str, key: Cell) -> Draws:
@@ -464,7 +476,11 @@ def _shape(
         raise Untestable(f"{len(x)} values of {claim.x} make no trend: {remedy(claim.experiment)}")
     if claim.flat_after is None:
         sign = 1.0 if claim.direction == "rises" else -1.0
-        yield Part(f"{what} {claim.direction} with {claim.x}", cell, sign * spearman(x, curve))
+        yield Part(
+            f"{what} {claim.direction} with {quantity_name(claim.x)}",
+            cell,
+            sign * spearman(x, curve),
+        )
         return
     if not x[0] < claim.flat_after < x[-1]:
         raise Untestable(f"{claim.x} does not reach beyond {claim.flat_after:g}: "
@@ -504,19 +520,44 @@ def summarise(claim: Claim, parts: Sequence[Part]) -> tuple[Draws, str]:
 
 # Names --------------------------------------------------------------------------------------------
 
-_METRICS = {
+_NAMES = {
     "ttft_s": "TTFT",
     "tpot_s": "TPOT",
     "e2el_s": "end-to-end latency",
     "hit_rate": "expert hit rate",
     "sync_s": "synchronous overhead an iteration",
     "sync_share": "synchronous share of the time served",
+    "origin": "distance to the origin",
+    "nats": "entropy (nats)",
+    "pearson": "Pearson correlation",
+    "score": "similarity score",
+    "active_b": "active parameters (10^9)",
+    "total_b": "parameters (10^9)",
+    "inactive_gb": "inactive parameters (GB)",
+    "inactive_share": "inactive share",
+    "maps_mb": "expert maps (MB)",
+    "total_mb": "maps and embeddings (MB)",
+    "memory_budget_gb": "expert cache (GB)",
+    "prefetch_distance": "prefetch distance",
+    "distance": "prefetch distance",
+    "capacity": "store capacity",
+}
+_OPTIONS = {
+    "search=both": "T+S",
+    "search=trajectory": "T",
+    "search=semantic": "S",
+    "selection=delta": "δ",
+    "selection=top_k": "",
+    "eviction=lru": "LRU caching",
+    "eviction=lfu": "LFU caching",
+    "eviction=finemoe": "its own caching",
 }
 
 
-def _metric(metric: str) -> str:
-    name, _, level = metric.partition("@")
-    return _METRICS.get(name, name) + (f", p{float(level) * 100:g}" if level else "")
+def quantity_name(quantity: str) -> str:
+    """Return how reports call a metric, such as `e2el_s@0.9`, a column or a setting."""
+    name, _, level = quantity.partition("@")
+    return _NAMES.get(name, name) + (f", p{float(level) * 100:g}" if level else "")
 
 
 def selector_name(selector: Selector) -> str:
@@ -524,8 +565,9 @@ def selector_name(selector: Selector) -> str:
     if isinstance(selector, str):
         return system_name(selector)
     options = [f"{n.removeprefix('system.')}={v}" for n, v in selector.items() if n != "system"]
+    known = [_OPTIONS.get(option, option) for option in options]
     name = system_name(str(selector.get("system", "")))
-    return f"{name} ({', '.join(options)})" if options else name
+    return f"{name} ({', '.join(filter(None, known))})" if any(known) else name
 
 
 def cell_name(cell: Cell) -> str:

@@ -358,6 +358,16 @@ def test_trend_is_weaker_if_it_is_not_strong(results: Results) -> None:
         assert results.verdict("fig4-falls").verdict == verdict
 
 
+def test_intervals_of_points_that_share_requests_do_not_shuffle_a_trend(results: Results) -> None:
+    rates = np.linspace(0.9, 0.5, 9)
+    rows = pd.DataFrame({"model": "qwen", "dataset": "docs", "granularity": "fine",
+                         "distance": range(9), "hit_rate": rates,
+                         "low": rates - 0.4, "high": rates + 0.4})  # fmt: skip
+    results.analysis("4", hit_rates=rows)
+    found = results.verdict("fig4-falls")
+    assert (found.verdict, found.ours, found.low) == (HOLDS, pytest.approx(1.0), None)
+
+
 def test_gaps_narrow(results: Results) -> None:
     # Reductions of 40, 20 and 0 % as the budget grows: they fall; the other way round they rise.
     for budgets, verdict in (((6, 12, 24), HOLDS), ((24, 12, 6), FAILS)):
