@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib import rc_context
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from experiments.figures import charts, style
 
 ID = "1b"
 TITLE = "End-to-end request latency against memory, all systems and no offloading"
 METRIC = "e2el_s"
+MARKER_POINTS = 5.5
 
 
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
@@ -28,7 +30,11 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
     if frame.groupby(["model", "dataset", "series"]).size().max() == 1:
         looks = {name: {**look, "linestyle": ""} for name, look in looks.items()}
     width = style.PAGE_INCHES if len(models) > 1 else style.COLUMN_INCHES
-    with style.canvas(len(datasets), len(models), width, 0.6 + 1.7 * len(datasets)) as figure:
+    height = 0.6 + 1.7 * len(datasets)
+    with (
+        style.canvas(len(datasets), len(models), width, height) as figure,
+        rc_context({"lines.markersize": MARKER_POINTS}),
+    ):
         cells = [(dataset, model) for dataset in datasets for model in models]
         for axes, (dataset, model) in zip(figure.axes, cells, strict=True):
             part = frame[(frame["model"] == model) & (frame["dataset"] == dataset)]
@@ -36,7 +42,11 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
                 charts.line(axes, part[part["series"] == name], "memory_gb", METRIC, look)
             charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
             axes.set_xlim(0, 1.12 * part["memory_gb"].max())
-            axes.set_ylim(0, 1.12 * max(part[METRIC].max(), part[f"{METRIC}_high"].max()))
+            axes.set_yscale("log")
+            axes.set_ylim(0.7 * part[METRIC].min(), 1.4 * part[METRIC].max())
+            axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel("Memory for weights (GB)")
             if model == models[0]:
@@ -48,7 +58,7 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
 
 def _caption(frame: pd.DataFrame) -> str:
     notes = [
-        f"Error bars: {charts.INTERVALS}.",
+        f"Error bars: {charts.INTERVALS}. The latency axis is logarithmic.",
         "Memory: the expert budget (all experts where nothing is offloaded) and the weights that "
         "are always resident; keys, values and activations are not counted.",
     ]
