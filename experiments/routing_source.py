@@ -29,7 +29,9 @@ from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
 
-RECORDING_BATCH = 16
+RECORDING_BATCH = 64
+ONLINE_RECORDING_BATCH = 32
+"""Smaller: requests of one batch are padded to the longest, which may be thousands of tokens."""
 
 
 def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrace:
@@ -128,6 +130,6 @@ def _record_online(cfg: DictConfig, model: LoadedModel, dataset: Dataset) -> Rec
 
     def record(runtime: LiveRuntime, path: Path, console: Console) -> None:
         recording = Recording(runtime, trace_header(model, prompts, cfg.seed, load.passes))
-        recording.run_continuously(load.requests, RECORDING_BATCH, path, console)
+        recording.run_continuously(load.requests, ONLINE_RECORDING_BATCH, path, console)
 
     return record
