@@ -1,8 +1,8 @@
 """Measure what serving costs on this machine: ``python -m experiments.calibrate output=FILE``.
 
 Serves a few prompts of their own with the live runtime and writes a testbed in which the same
-hardware runs in virtual time. Compute is measured with every expert resident; what a system's
-predictions cost, and what a wait adds to the pace of its links, under a small budget.
+hardware runs in virtual time. Compute is measured with every expert resident and, for each system,
+under small budgets, where waits and copies disturb it; predictions and wake-ups under these alone.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import itertools
 import os
 import sys
 import tempfile
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import hydra
 import numpy as np
@@ -29,58 +27,33 @@ from experiments.console import Console
 from experiments.errors import UserError
 from experiments.first_pass import first_pass
 from experiments.harness import build_history
+from experiments.probe import (
+    Probe,
+    Sample,
+    collecting,
+    compute_samples,
+    predicting,
+    undisturbed,
+    waking,
+)
 from experiments.recording import record_setup
 from experiments.records import provenance
 from experiments.serving import Server, in_batches
 from experiments.setup import Setup, build, prepare, under_budget
-from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.testbed import Testbed
 from finemoe.trace import TracedRequest
 from finemoe.trace_file import TraceReader
 
 NEUTRAL = "on_demand"
-"""The system whose runs show compute and links alone: it predicts nothing."""
-
-
-class Span(NamedTuple):
-    """A stretch of time on a track, in seconds."""
-
-    track: str
-    start: float
-    end: float
-
-
-class Sample(NamedTuple):
-    """Seconds that a part took for so many tokens, of requests with so long a context."""
-
-    tokens: int
-    context: int
-    seconds: float
-
-
-@dataclass
-class Probe:
-    """Takes times from a live runtime: as its timeline, and as a listener of server and runtime."""
-
-    begins: list[tuple[Iteration, float]] = field(default_factory=list)
-    gates: list[tuple[LayerOutcome, float]] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    thread: int = field(default_factory=threading.get_ident)
-
-    def span(self, track: str, name: str, start: float, end: float) -> None:
-        self.spans.append(Span(track, start, end))
-
-    def begin(self, iteration: Iteration) -> None:
-        self.begins.append((iteration, time.perf_counter()))
-
-    def gate(self, outcome: LayerOutcome) -> None:
-        self.gates.append((outcome, time.perf_counter()))
-
-    def on(self, track: str) -> list[Span]:
-        return [span for span in self.spans if span.track == track]
-
-    def seconds(self, track: str) -> list[float]:
-        return [span.end - span.start for span in self.on(track)]
+"""The system whose runs show waits and links alone: it predicts nothing."""
+COLUMNS: dict[str, Callable[[Sample], float]] = {
+    "per_context": lambda sample: sample.context,
+    "after_wait": lambda sample: sample.rested,
+    "while_copying": lambda sample: sample.copying,
+}
+"""What a part's seconds may depend on besides tokens."""
+CONTEXT = ("per_context",)
+DISTURBED = ("after_wait", "while_copying")
 
 
 # Serving under observation ------------------------------------------------------------------------
@@ -132,102 +105,26 @@ def observed(setup: Setup, console: Console) -> Probe:
 # From times to costs ------------------------------------------------------------------------------
 
 
-def compute_samples(
-    probe: Probe, traced: Mapping[int, TracedRequest], layers: int
-) -> dict[str, list[Sample]]:
-    """Split iterations with every expert resident into start, dense, finish and expert.
+def fitted(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
+    """Return base, per_token and the other columns asked for in microseconds, none below 0.
 
-    What passes between two experts counts for the second; the last iteration of all is left out.
+    Least squares over the relative errors of the means of samples that agree in these columns.
     """
-    samples: dict[str, list[Sample]] = defaultdict(list)
-    experts = (span for span in probe.spans if span.track.startswith("device"))
-    steps: dict[int, int] = defaultdict(int)
-    gates = iter(probe.gates)
-    for (iteration, began), (following, next_began) in itertools.pairwise(probe.begins):
-        routed = [traced[number].steps[steps[number]] for number in iteration.requests]
-        contexts = [traced[number].steps[0].tokens + steps[number] for number in iteration.requests]
-        for number in iteration.requests:
-            steps[number] += 1
-        tokens, context = sum(iteration.tokens), sum(contexts)
-        counts = np.sum([step.counts for step in routed], axis=0)
-        ended, dense = began, []
-        for outcome, asked in itertools.islice(gates, layers):
-            dense.append(asked - ended)
-            ended = asked
-            for _ in outcome.activated:
-                span = next(experts)
-                samples["_order"].append(Sample(outcome.layer, 0, span.end - ended))
-                ended = span.end
-            order = outcome.hits
-            for index, sample in zip(order, samples.pop("_order"), strict=True):
-                computed = int(counts[outcome.layer, index])
-                samples["expert"].append(Sample(computed, 0, sample.seconds))
-        first, *others = dense
-        samples["dense"] += [Sample(tokens, context, seconds) for seconds in others]
-        samples["start"].append(Sample(tokens, context, first - float(np.mean(others))))
-        if following.phase == "decode":
-            samples["finish"].append(Sample(tokens, context, next_began - ended))
-    return dict(samples)
-
-
-def fitted(samples: Sequence[Sample], context: bool) -> dict[str, float]:
-    """Return base, per_token and, if asked for, per_context in microseconds, none below 0.
-
-    Least squares over the relative errors of the means of equal tokens and context.
-    """
-    groups: dict[tuple[int, int], list[float]] = defaultdict(list)
+    groups: dict[tuple[float, ...], list[float]] = defaultdict(list)
     for sample in samples:
-        groups[sample.tokens, sample.context if context else 0].append(sample.seconds * 1e6)
-    keys = np.array(list(groups), dtype=float)
-    means = np.array([np.mean(values) for values in groups.values()])
-    weights = np.sqrt([len(values) for values in groups.values()]) / np.maximum(means, 1e-3)
-    columns = [np.ones(len(keys)), keys[:, 0], *([keys[:, 1]] if context else [])]
-    solution, _ = nnls(np.stack(columns, axis=1) * weights[:, None], means * weights)
-    names = ("base", "per_token", "per_context")
-    return {name: round(float(value), 4) for name, value in zip(names, solution, strict=False)}
+        row = (1, sample.tokens, *(float(COLUMNS[name](sample)) for name in columns))
+        groups[row].append(sample.seconds * 1e6)
+    kept = [undisturbed(values) for values in groups.values()]
+    means = np.array([np.mean(values) for values in kept])
+    weights = np.sqrt([len(values) for values in kept]) / np.maximum(means, 1e-3)
+    matrix = np.array(list(groups), dtype=float)
+    solution, _ = nnls(matrix * weights[:, None], means * weights)
+    names = ("base", "per_token", *columns)
+    return {name: round(float(value), 4) for name, value in zip(names, solution, strict=True)}
 
 
-def added_wait(probe: Probe, load_seconds: float) -> float:
-    """Return what a load takes beyond its time on the link, in microseconds.
-
-    From a gate that finds nothing to the first expert computed, less one load: waking the link and
-    the model's thread. A layer's loads follow one another without, so each bears its share.
-    """
-    experts = iter([span for span in probe.spans if span.track.startswith("device")])
-    shares = []
-    for outcome, asked in probe.gates:
-        spans = list(itertools.islice(experts, len(outcome.activated)))
-        if len(outcome.misses) == len(outcome.activated) and outcome.iteration.phase == "decode":
-            wait = spans[-1].start - asked - load_seconds * len(outcome.misses)
-            shares.append(max(0.0, wait) / len(outcome.misses))
-    if not shares:
-        raise UserError("no layer missed all its experts; lower memory_budget")
-    return _micros(shares)
-
-
-def collecting(probe: Probe) -> float:
-    """Return what handing over one context takes of the critical path, in microseconds."""
-    spans = probe.seconds("context_collection")
-    contexts = len(probe.begins) + len(probe.gates)
-    return round(sum(spans) / contexts * 1e6, 2) if spans else 0.0
-
-
-def predicting(probe: Probe, layers: int) -> dict[str, float]:
-    """Return what the policy's calls take, in microseconds; one on_embeddings, then L on_gates."""
-    search = probe.seconds("search")
-    if not search:
-        return {}
-    width = layers + 1
-    gates = [seconds for place, seconds in enumerate(search) if place % width]
-    return {
-        "embeddings": _micros(search[::width]),
-        "gate": _micros(gates),
-        "update": round(sum(probe.seconds("update")) / len(probe.begins) * 1e6, 2),
-    }
-
-
-def _micros(seconds: Iterable[float]) -> float:
-    return round(float(np.mean(list(seconds))) * 1e6, 2)
+def _micros(seconds: float) -> float:
+    return round(seconds * 1e6, 2)
 
 
 # The command --------------------------------------------------------------------------------------
@@ -242,22 +139,28 @@ def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:
         raise UserError("testbed.devices: calibrate one device; they share this machine's cores")
     resident = _cut(prepare(as_run(cfg, NEUTRAL, memory_budget="100%"), testbed))
     layers = resident.model.offloaded.shape.layers
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.parquet"
-        record_setup(resident, path, console)
-        with TraceReader(path) as trace:
-            traced = {number: trace.request(number) for number in trace.numbers}
-    samples = compute_samples(observed(resident, console), traced, layers)
-    compute = {part: fitted(samples[part], part != "expert") for part in sorted(samples)}
-    collect, prediction, latency = {"resident": 0.0}, {}, 0.0
+    traced = _routing(resident, console)
+    still = compute_samples(observed(resident, console), traced, layers)
+    compute: dict[str, Any] = {p: fitted(still[p], CONTEXT) for p in ("start", "finish")}
+    compute["dense"] = {"resident": fitted(still["dense"], CONTEXT)}
+    compute["expert"] = {"resident": fitted(still["expert"], ())}
+    collect, prediction, wake, resume = {"resident": 0.0}, {}, 0.0, 0.0
     load = testbed.load_seconds(resident.model.full_expert_bytes)
     for system in cfg.systems:
-        run = as_run(cfg, system, memory_budget=cfg.memory_budget)
-        probe = observed(_shortened(prepare(run, testbed)), console)
-        collect[system] = collecting(probe)
-        prediction[system] = predicting(probe, layers)
+        probe = Probe()
+        dense, expert = list(still["dense"]), list(still["expert"])
+        for budget in cfg.memory_budgets:
+            run = as_run(cfg, system, memory_budget=budget)
+            seen = observed(_shortened(_cut(prepare(run, testbed))), console)
+            found = compute_samples(seen, traced, layers)
+            dense, expert = dense + found["dense"], expert + found["expert"]
+            probe += seen
+        compute["dense"][system] = fitted(dense, (*CONTEXT, *DISTURBED))
+        compute["expert"][system] = fitted(expert, DISTURBED)
+        collect[system] = _micros(collecting(probe))
+        prediction[system] = {k: _micros(v) for k, v in predicting(probe, layers).items()}
         if system == NEUTRAL:
-            latency = added_wait(probe, load) + testbed.link_latency_s * testbed.time_scale * 1e6
+            wake, resume = waking(probe, load)
     return {
         "_target_": "experiments.calibrated_testbed.calibrated",
         "name": str(cfg.name),
@@ -266,13 +169,24 @@ def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:
         "link": {
             "gb_s": testbed.link_gb_s,
             "time_scale": testbed.time_scale,
-            "latency_us": round(latency, 2),
+            "latency_us": _micros(testbed.link_latency_s * testbed.time_scale),
+            "wake_us": _micros(wake),
         },
         "chunk_mb": testbed.chunk_bytes / 1e6,
+        "resume_us": _micros(resume),
         "compute_us": compute,
         "collect_us": collect,
         "prediction_us": prediction,
     }
+
+
+def _routing(setup: Setup, console: Console) -> dict[int, TracedRequest]:
+    """Return what each request routes, by its number."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.parquet"
+        record_setup(setup, path, console)
+        with TraceReader(path) as trace:
+            return {number: trace.request(number) for number in trace.numbers}
 
 
 def _cut(setup: Setup) -> Setup:
@@ -285,8 +199,9 @@ def _cut(setup: Setup) -> Setup:
 
 
 def _shortened(setup: Setup) -> Setup:
-    """Leave one measured request: it asks for hundreds of predictions."""
-    return replace(setup, workload=replace(setup.workload, measured=setup.workload.measured[:1]))
+    """Leave the longest measured request: it asks for hundreds of predictions."""
+    longest = max(setup.workload.measured, key=lambda request: len(request.prompt))
+    return replace(setup, workload=replace(setup.workload, measured=(longest,)))
 
 
 def write_testbed(path: Path, testbed: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from experiments.errors import UserError
 from experiments.testbeds import emulated
 from finemoe.linear_costs import Line, LinearCosts
+from finemoe.offload.model_thread import Extra, ThreadCosts
 from finemoe.offload.replay import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.testbed import SimulatedTestbed
@@ -23,23 +25,32 @@ def calibrated(
     devices: int,
     link: Numbers,
     chunk_mb: float,
-    compute_us: Mapping[str, Numbers],
+    resume_us: float,
+    compute_us: Mapping[str, Any],
     collect_us: Numbers,
     prediction_us: Mapping[str, Numbers],
 ) -> SimulatedTestbed:
     """Return the testbed that `python -m experiments.calibrate` wrote.
 
-    `link` holds `gb_s`, `time_scale`, and `latency_us`, which is already stretched by the scale;
-    `compute_us` a line for each of start, dense, finish and expert; the others a number, or one a
+    `link` holds `gb_s`, `time_scale`, `latency_us`, which is already stretched by the scale, and
+    `wake_us`; `compute_us` a line each for start and finish and, for each system, for dense and
+    expert, with `after_wait` and `while_copying` (`ThreadCosts`); the others a number, or one a
     call, for each system. Raises UserError for another model than the calibrated one, and for a
     system that was not measured.
     """
     as_emulated = emulated(devices, link["gb_s"], 0.0, link["time_scale"], chunk_mb, None)
     try:
-        lines = {part: Line(**_seconds(compute_us[part])) for part in compute_us}
-        start, dense, finish, expert = (lines[k] for k in ("start", "dense", "finish", "expert"))
-        rate = LinkRate(link["gb_s"] * 1e9 / link["time_scale"], link["latency_us"] * 1e-6)
-    except (KeyError, TypeError) as error:
+        start, finish = (Line(**_seconds(compute_us[part])) for part in ("start", "finish"))
+        dense, expert = (
+            {system: _disturbed(line) for system, line in compute_us[part].items()}
+            for part in ("dense", "expert")
+        )
+        rate = LinkRate(
+            link["gb_s"] * 1e9 / link["time_scale"],
+            link["latency_us"] * 1e-6,
+            wake=link["wake_us"] * 1e-6,
+        )
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"testbed {name}: {error}; run python -m experiments.calibrate") from error
 
     def costs(asked: DictConfig, system: str) -> LinearCosts:
@@ -48,19 +59,29 @@ def calibrated(
             raise UserError(
                 f"testbed {name} was calibrated with {model}, not {asked.name}; {again}"
             )
-        if system not in collect_us:
+        if not all(system in known for known in (dense, expert, collect_us)):
             raise UserError(f"testbed {name} knows no costs of system={system}; {again}")
         calls: Any = _seconds(prediction_us.get(system, {}))
+        (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]
         return LinearCosts(
             start,
-            dense,
+            dense_line,
             finish,
-            expert,
+            expert_line,
             collect=collect_us[system] * 1e-6,
             prediction=PredictionCosts(**calls),
+            thread=ThreadCosts(resume_us * 1e-6, dense_extra, expert_extra),
         )
 
     return SimulatedTestbed(name, devices, as_emulated.chunk_bytes, rate, costs)
+
+
+def _disturbed(micros: Numbers) -> tuple[Line, Extra]:
+    """Return a line, and what comes on top of it when the model's thread is disturbed."""
+    seconds = _seconds(micros)
+    names = [one.name for one in fields(Extra)]
+    extra = Extra(**{name: seconds.pop(name, 0.0) for name in names})
+    return Line(**seconds), extra
 
 
 def _seconds(micros: Numbers) -> dict[str, float]:

@@ -6,6 +6,7 @@ routing is replayed in the virtual time of the calibrated testbed.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,16 @@ class Comparison:
     system: str
     budget: float
     live: Result
+    """The least disturbed of the repeats."""
     replay: Result
+    repeats: tuple[Result, ...] = ()
+    """All live runs of it."""
+
+    @classmethod
+    def of(cls, run: DictConfig, repeats: Sequence[Result], replay: Result) -> Comparison:
+        """Compare a replay with the repeat of least TPOT: other processes only ever slow one."""
+        live = min(repeats, key=lambda one: one.tpot_s)
+        return cls(run.system.label, float(run.memory_budget), live, replay, tuple(repeats))
 
     @property
     def ttft_ratio(self) -> float:
@@ -93,6 +103,8 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[Comparison], dict[
     """Return all comparisons, and the calibrated testbed they used. Raises UserError."""
     if cfg.workload.output_tokens < 2:
         raise UserError("workload.output_tokens: there is no TPOT below 2")
+    if cfg.repeats < 1:
+        raise UserError(f"repeats={cfg.repeats}: serve live at least once")
     testbed = build(cfg.testbed)
     if not isinstance(testbed, Testbed) or testbed.mode != "emulated":
         raise UserError("validate compares with an emulated testbed; use testbed=emulated")
@@ -103,20 +115,21 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[Comparison], dict[
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(cfg.systems))
     record_setup(prepare(as_run(cfg, first, memory_budget="100%"), testbed), path, console)
-    comparisons = []
+    runs = [
+        as_run(cfg, system, memory_budget=budget)
+        for system, budget in itertools.product(cfg.systems, cfg.budgets)
+    ]
     try:
+        # All live runs first: only they need a quiet machine.
+        rounds = [[_live(run, testbed, console) for run in runs] for _ in range(cfg.repeats)]
         with TraceReader(path) as trace:
-            for system in cfg.systems:
-                for budget in cfg.budgets:
-                    run = as_run(cfg, system, memory_budget=budget)
-                    live = _live(run, testbed, console)
-                    again = _replay(run, virtual, trace, console)
-                    comparisons.append(Comparison(system, float(budget), live, again))
+            again = [_replay(run, virtual, trace, console) for run in runs]
     except TraceError as error:
         raise UserError(str(error)) from error
     finally:
         path.unlink(missing_ok=True)
-    return comparisons, calibrated
+    lives = zip(*rounds, strict=True)
+    return list(map(Comparison.of, runs, lives, again)), calibrated
 
 
 def _live(run: DictConfig, testbed: Testbed, console: Console) -> Result:
@@ -157,7 +170,8 @@ def _calibrate_config(cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(chosen, False)
     for group in ("model", "testbed", "systems"):
         chosen[group] = cfg[group]
-    chosen.weights, chosen.seed, chosen.memory_budget = cfg.weights, asked.seed, asked.memory_budget
+    chosen.weights, chosen.seed = cfg.weights, asked.seed
+    chosen.memory_budgets = asked.memory_budgets
     chosen.workload.prompts = asked.prompts
     chosen.workload.output_tokens = asked.output_tokens
     return chosen

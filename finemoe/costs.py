@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from finemoe.offload.model_thread import ThreadCosts
 from finemoe.offload.replay import IterationCosts, PredictionCosts
 
 START_KERNELS = 14
@@ -144,6 +145,7 @@ class RooflineCosts:
         self.parallel = devices > 1
         self.collect = collect + accelerator.sync_us * 1e-6
         self.hop = hop if self.parallel else 0.0
+        self.thread = ThreadCosts()
         self._expert = lru_cache(maxsize=None)(self._price_expert)
         self._iteration = lru_cache(ITERATIONS_REMEMBERED)(self._price_iteration)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from finemoe.offload.model_thread import ThreadCosts
 from finemoe.offload.replay import IterationCosts, PredictionCosts
 
 
@@ -32,6 +33,7 @@ class LinearCosts:
     hop: float = 0.0
     prediction: PredictionCosts = field(default_factory=PredictionCosts)
     parallel: bool = False
+    thread: ThreadCosts = field(default_factory=ThreadCosts)
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         computed, attended = sum(tokens), sum(contexts)

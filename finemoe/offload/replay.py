@@ -16,6 +16,7 @@ from functools import partial
 from typing import Protocol
 
 from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
+from finemoe.offload.model_thread import ModelThread, ThreadCosts
 from finemoe.offload.policy import ExpertId, Gate, LayerOutcome, Policy, Wishes
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
@@ -63,6 +64,10 @@ class CostModel(Protocol):
     def prediction(self) -> PredictionCosts:
         """What calls of the policy cost."""
 
+    @property
+    def thread(self) -> ThreadCosts:
+        """What waits and copies cost the thread that runs the model."""
+
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         """Return the costs for a batch: each request's tokens now, and those it attends to."""
 
@@ -89,6 +94,7 @@ class ReplayRuntime:
         self._costs = costs
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
+        self._thread = ModelThread(costs.thread)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tickets = itertools.count()
         self._arrived: deque[ExpertId] = deque()
@@ -111,7 +117,7 @@ class ReplayRuntime:
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
-            self._advance(self.now + costs.dense)
+            self._advance(self.now + costs.dense + self._thread.dense(self._links.copying))
             self._layer(routed, layer)
         self._advance(self.now + costs.finish)
         if self._observed:
@@ -186,7 +192,7 @@ class ReplayRuntime:
     def _run_expert(self, expert: ExpertId, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(expert)
-        seconds = self._costs.expert(tokens)
+        seconds = self._costs.expert(tokens) + self._thread.expert(self._links.copying)
         free = self._devices_free[device]
         began = free if free > self.now else self.now
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
@@ -205,8 +211,10 @@ class ReplayRuntime:
 
     def _await_arrival(self) -> None:
         began = self.now
-        while not self._arrived:
-            self._step()
+        if not self._arrived:
+            while not self._arrived:
+                self._step()
+            self._resume()
         self.phases.on_demand_wait += self.now - began
         self._span("waits", "on demand", began, self.now)
 
@@ -214,10 +222,17 @@ class ReplayRuntime:
         if not self.policy.placement.awaited:
             return
         began = self.now
-        while not self.residency.settled:
-            self._step()
+        if not self.residency.settled:
+            while not self.residency.settled:
+                self._step()
+            self._resume()
         self.phases.prefetch_wait += self.now - began
         self._span("waits", "prefetches", began, self.now)
+
+    def _resume(self) -> None:
+        """Have the model's thread go on after a wait."""
+        self._thread.waited()
+        self._advance(self.now + self._thread.resume)
 
     # Policy -----------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class LinkRate:
-    """Bytes per second of one link, of all together, and seconds that every transfer adds."""
+    """Bytes per second of one link, of all together, and seconds that transfers add."""
 
     bytes_per_second: float
     latency: float = 0.0
@@ -26,6 +26,8 @@ class LinkRate:
     """Host memory bandwidth, which all links that copy at one time share."""
     chunks_in_flight: int = 1
     """A demand waits for as many chunks of a prefetch."""
+    wake: float = 0.0
+    """Seconds until an idle link that is given something begins with it."""
 
     def each(self, copying: int) -> float:
         """Return what each of `copying` links gets."""
@@ -60,11 +62,16 @@ class VirtualLinks:
         self._speed = self._speeds[1]
         self._chunk_bytes = residency.plan.chunk_bytes
 
+    @property
+    def copying(self) -> bool:
+        """Whether any link copies."""
+        return self.next_event != NEVER
+
     def kick(self, now: float) -> None:
         """Start idle links that have something to copy, and cut spans that must give way."""
         for device, span in enumerate(self._spans):
             if span is None:
-                self._start(device, now)
+                self._start(device, now, self._rate.wake)
             elif not span.chunk.urgent and self._queues[device].gives_way(span.chunk):
                 self._cut(device, span, now)
         self._settle(now)
@@ -87,11 +94,11 @@ class VirtualLinks:
         self._settle(now)
         return arrived
 
-    def _start(self, device: int, now: float) -> None:
+    def _start(self, device: int, now: float, wake: float = 0.0) -> None:
         chunk = self._queues[device].next_span()
         if chunk is None:
             return
-        moves_from = now + (self._rate.latency if chunk.start == 0 else 0.0)
+        moves_from = now + wake + (self._rate.latency if chunk.start == 0 else 0.0)
         end = moves_from + (chunk.stop - chunk.start) / self._speed
         self._spans[device] = _Span(chunk, now, moves_from, 0.0, end)
 

@@ -22,10 +22,18 @@ TESTBED = {
     "name": "by hand",
     "model": "mixtral",
     "devices": 1,
-    "link": {"gb_s": 32.0, "time_scale": 0.001, "latency_us": 50.0},
+    "link": {"gb_s": 32.0, "time_scale": 0.001, "latency_us": 50.0, "wake_us": 50.0},
     "chunk_mb": 32.0,
+    "resume_us": 100.0,
     "compute_us": {
-        part: {"base": 100.0, "per_token": 1.0} for part in ("start", "dense", "finish", "expert")
+        **{part: {"base": 100.0, "per_token": 1.0} for part in ("start", "finish")},
+        **{
+            part: {
+                name: {"base": 100.0, "per_token": 1.0, "after_wait": 10.0, "while_copying": 5.0}
+                for name in ("finemoe", "on_demand")
+            }
+            for part in ("dense", "expert")
+        },
     },
     "collect_us": {"finemoe": 10.0, "on_demand": 0.0},
     "prediction_us": {"finemoe": {"embeddings": 10.0, "gate": 10.0, "update": 10.0}},
@@ -57,13 +65,16 @@ def config(*overrides: str) -> DictConfig:
 
 def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
     write_testbed(tmp_path / "mine.yaml", TESTBED)
-    done = command(f"output={tmp_path / 'out'}", f"calibration={tmp_path / 'mine.yaml'}")
+    mine = f"calibration={tmp_path / 'mine.yaml'}"
+    done = command(f"output={tmp_path / 'out'}", mine, "repeats=2")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "validate.json").read_text())
     rows = record["comparisons"]
     assert [(row["system"], row["budget"]) for row in rows] == [("finemoe", 6), ("on_demand", 6)]
     for row in rows:
         live, again = row["live"], row["replay"]
+        assert live["tpot_s"] == min(one["tpot_s"] for one in row["repeats"])
+        assert len(row["repeats"]) == 2
         assert min(live["ttft_s"], live["tpot_s"], again["ttft_s"], again["tpot_s"]) > 0
         accesses = [sum(run[kind] for kind in ("hits", "late", "misses")) for run in (live, again)]
         assert accesses[0] == accesses[1] > 0
@@ -86,6 +97,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ((f"calibration={tmp_path / 'other.yaml'}",), "is no file of experiments.calibrate"),
         (("calibration=nowhere.yaml",), "calibration=nowhere.yaml"),
         ((mine, "workload.output_tokens=1"), "no TPOT below 2"),
+        ((mine, "repeats=0"), "repeats=0: serve live at least once"),
         ((mine, "testbed=h100", "~testbed.time_scale"), "use testbed=emulated"),
     ):
         with pytest.raises(UserError, match=cause):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from finemoe.linear_costs import Line, LinearCosts
 from finemoe.offload.eviction import UsageTable
+from finemoe.offload.model_thread import Extra, ThreadCosts
 from finemoe.offload.policy import (
     ExpertId,
     Gate,
@@ -72,6 +73,7 @@ def runtime(
     rate: LinkRate | None = None,
     gate_s: float = 0.0,
     parallel: bool = False,
+    thread: ThreadCosts | None = None,
 ) -> tuple[ReplayRuntime, list[LayerOutcome]]:
     """Return a runtime where a layer takes 10 s before its gate, an expert 1 s, a load 8 s."""
     costs = LinearCosts(
@@ -81,6 +83,7 @@ def runtime(
         expert_line=Line(1.0),
         prediction=PredictionCosts(gate=gate_s),
         parallel=parallel,
+        thread=thread or ThreadCosts(),
     )
     residency = Residency(SHAPE, MemoryPlan(slots, BYTES, CHUNK), policy)
     replay = ReplayRuntime(policy, residency, costs, rate or LinkRate(1.0))
@@ -168,6 +171,57 @@ def test_two_chunks_in_flight_are_waited_for() -> None:
 def test_every_transfer_adds_its_latency() -> None:
     replay, _ = runtime(Scripted({}, prediction="none"), rate=LinkRate(1.0, latency=0.5))
     assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(10 + 17 + 1 + 10 + 8.5 + 1)
+
+
+def test_an_idle_link_wakes_up_once_for_loads_that_follow_one_another() -> None:
+    replay, _ = runtime(Scripted({}, prediction="none"), rate=LinkRate(1.0, wake=0.5))
+    # Awake at 10.5, the link brings its two loads by 18.5 and 26.5; the next gate asks at 37.5.
+    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(26.5 + 1 + 10 + 8.5 + 1)
+
+
+def test_a_prefetch_wakes_an_idle_link_and_keeps_a_busy_one_awake() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 1), 1.0), Prefetch(ExpertId(1, 2), 0.5)]}
+    policy = Scripted(wish, prediction="background")
+    replay, outcomes = runtime(policy, gate_s=8.75, rate=LinkRate(1.0, wake=0.5))
+    # Expert 0 is there at 18.5; the search ends at 18.75, so its loads run from 19.25 to 27.25 and
+    # from there to 35.25, when the gate of layer 1, asked at 29.5, goes on.
+    assert replay.forward(routed(0, (0,), (1, 2))) == pytest.approx(35.25 + 1)
+    assert outcomes[1].hits == (1,)
+    assert outcomes[1].late == (2,)
+
+
+def test_a_waiting_model_resumes_late_and_its_link_goes_on_meanwhile() -> None:
+    thread = ThreadCosts(resume=0.25)
+    replay, _ = runtime(Scripted({}, prediction="none"), thread=thread)
+    # The second load is there at 26 nevertheless; the last one comes from 37.25 to 45.25.
+    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(26.25 + 1 + 10 + 8.25 + 1)
+    assert replay.phases.on_demand_wait == pytest.approx(8.25 + 7 + 8.25)
+    # Hits wait for nothing.
+    assert replay.forward(routed(1, (0,), (0,))) == pytest.approx(46.5 + 22)
+
+
+def test_a_model_that_awaited_prefetches_resumes_late() -> None:
+    wish = {0: [Prefetch(ExpertId(1, j), 1.0) for j in range(4)]}
+    policy = Scripted(wish, prediction="critical_path", awaited=True)
+    replay, _ = runtime(policy, thread=ThreadCosts(resume=0.25))
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50.25 + 10 + 1)
+
+
+def test_parts_take_longer_after_a_wait_and_beside_a_copy() -> None:
+    thread = ThreadCosts(dense=Extra(2.0, 0.5), expert=Extra(0.25, 0.125))
+    replay, _ = runtime(Scripted({}, prediction="none"), thread=thread)
+    # Expert 0 from 18 to 19.375, beside the load of 1, which is computed from 26 to 27.25.
+    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(27.25 + 12 + 8 + 1.25)
+    # Only what comes first after a wait is slowed down by it: here the dense part.
+    assert replay.forward(routed(1, (0,), (0,))) == pytest.approx(48.5 + 12 + 1 + 10 + 1)
+
+
+def test_a_prefetch_beside_it_slows_the_dense_part() -> None:
+    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
+    thread = ThreadCosts(dense=Extra(while_copying=0.5))
+    replay, _ = runtime(Scripted(wish, prediction="background"), thread=thread)
+    # The prefetch runs from 18 to 26, layer 1's dense part from 19 to 29.5.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10.5 + 1)
 
 
 def test_devices_load_over_their_own_links_and_compute_together() -> None:

@@ -1,0 +1,53 @@
+"""What waiting for experts and copies beside it cost the thread that runs the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Seconds that a part of a layer takes more than in a thread that is never disturbed."""
+
+    after_wait: float = 0.0
+    """If the thread waited since the part last ran: caches and core are not as it left them."""
+    while_copying: float = 0.0
+    """If a link copies: its thread takes turns with this one."""
+
+
+@dataclass(frozen=True)
+class ThreadCosts:
+    """What disturbs the model's thread; all zero on testbeds where nobody measured it."""
+
+    resume: float = 0.0
+    """Seconds from the arrival that ends a wait until the thread goes on."""
+    dense: Extra = Extra()
+    expert: Extra = Extra()
+
+
+class ModelThread:
+    """Remembers whether the model's thread waited since it last ran each part of a layer."""
+
+    def __init__(self, costs: ThreadCosts) -> None:
+        self.resume = costs.resume
+        self._costs = costs
+        self._dense_rested = self._expert_rested = False
+
+    def waited(self) -> None:
+        """Note that the thread had to wait."""
+        self._dense_rested = self._expert_rested = True
+
+    def dense(self, copying: bool) -> float:
+        """Return the extra seconds of what runs between two MoE layers, now."""
+        rested, self._dense_rested = self._dense_rested, False
+        return _seconds(self._costs.dense, rested, copying)
+
+    def expert(self, copying: bool) -> float:
+        """Return the extra seconds of one expert, now."""
+        rested, self._expert_rested = self._expert_rested, False
+        return _seconds(self._costs.expert, rested, copying)
+
+
+def _seconds(extra: Extra, rested: bool, copying: bool) -> float:
+    seconds = extra.after_wait if rested else 0.0
+    return seconds + extra.while_copying if copying else seconds
