@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import hydra
 from omegaconf import DictConfig
@@ -14,13 +17,23 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 BAD_INPUT, INTERRUPTED = 2, 130
+STARTED, REFUSED = "started", "refused"
 
 
+@dataclass(frozen=True)
 class Outcome:
-    """Whether the task was entered, and whether any job of a sweep had bad input."""
+    """What jobs tell of a sweep, in a folder: a launcher may carry them out in other processes."""
 
-    started = False
-    bad_input = False
+    folder: Path
+
+    def tell(self, what: str) -> None:
+        """Let every process know; on another machine, which has no such folder, nothing happens."""
+        with suppress(OSError):
+            (self.folder / what).touch()
+
+    def told(self, what: str) -> bool:
+        """Return whether any job told so."""
+        return (self.folder / what).exists()
 
 
 def serve(cfg: DictConfig, outcome: Outcome) -> None:
@@ -34,7 +47,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     from experiments.records import REQUESTS, existing_record, read_record
     from experiments.tracking import log_record
 
-    outcome.started = True
+    outcome.tell(STARTED)
     console = Console()
     try:
         held = existing_record(cfg)
@@ -46,14 +59,19 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
             log_record(cfg.logger, folder, record, folder / REQUESTS)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        outcome.bad_input = True
+        outcome.tell(REFUSED)
         if HydraConfig.get().mode == RunMode.RUN:
             raise SystemExit(BAD_INPUT) from None
 
 
 def main() -> None:
     """Run Hydra; exit 2 for bad input, 130 when interrupted."""
-    outcome = Outcome()
+    with TemporaryDirectory(prefix="finemoe-") as folder:
+        conduct(Outcome(Path(folder)))
+
+
+def conduct(outcome: Outcome) -> None:
+    """Run Hydra; its jobs leave in `outcome` how they went."""
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def task(cfg: DictConfig) -> None:
@@ -66,10 +84,10 @@ def main() -> None:
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:
         # Hydra exits with 1 for what it refuses before a job starts, such as an unknown option.
-        if stop.code == 1 and not outcome.started:
+        if stop.code == 1 and not outcome.told(STARTED):
             raise SystemExit(BAD_INPUT) from None
         raise
-    if outcome.bad_input:
+    if outcome.told(REFUSED):
         raise SystemExit(BAD_INPUT)
 
 

@@ -11,9 +11,8 @@ from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.errors import UserError
+from experiments.weights import SCALE_MODELS as SCALE_MODELS
 from finemoe.offload.model import OffloadedModel
-
-SCALE_MODELS = Path(__file__).parent / "scale"
 
 
 @dataclass(frozen=True)

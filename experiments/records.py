@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
+from experiments.weights import fingerprint
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
@@ -33,7 +35,8 @@ def comparable(cfg: DictConfig) -> dict[str, Any]:
 def existing_record(cfg: DictConfig) -> Path | None:
     """Return the complete record of this very config, if the output folder holds it.
 
-    Raises UserError if it holds another run's record, or cannot be written to.
+    A record whose weights have changed since is none: the run is to be done again. Raises UserError
+    if the folder holds another run's record, or cannot be written to.
     """
     folder = Path(cfg.output)
     record = folder / RECORD
@@ -41,7 +44,7 @@ def existing_record(cfg: DictConfig) -> Path | None:
         held = read_record(record)
         wanted = json.loads(json.dumps(comparable(cfg)))
         if {key: value for key, value in held["config"].items() if key not in PLACES} == wanted:
-            return record
+            return record if of_these_weights(held) else None
         raise UserError(f"{folder} holds the record of another config; choose another output=")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,13 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{path} is no run record; choose another output= or remove it")
+
+
+def of_these_weights(record: Mapping[str, Any]) -> bool:
+    """Tell whether a run record is of the weights that its config names today."""
+    config = record["config"]
+    now = fingerprint(config["model"], str(config["weights"]), config["seed"])
+    return bool(record.get("weights_fingerprint") == now)
 
 
 def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -> Path:

@@ -168,7 +168,7 @@ class Reproduction:
         """Analyse and draw; an experiment with a run missing is left out and said."""
         tasks = []
         for plan in self.plans:
-            missing = sum(not self.store.record(one).exists() for one in plan.runs)
+            missing = sum(not self.store.complete(cfg, one) for one, cfg in plan.runs.items())
             if missing:
                 name = plan.experiment.id
                 self._say(f"experiment {name}: not drawn, {missing} of its runs are missing")

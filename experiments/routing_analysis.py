@@ -1,7 +1,7 @@
 """What routing looks like: balance, entropy, overlap and activation heatmaps of recorded requests.
 
-Figures 3a, 3b, 3c, 8 and 9 of the paper. N counts iterations, L layers, J experts, h hidden size;
-entropies are in nats.
+For the routing report and figures 3a, 3b, 3c, 8 and 9 of the paper. N counts iterations, L layers,
+J experts, h hidden size; entropies are in nats.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def entropy(weights: NDArray[np.generic]) -> NDArray[np.float64]:
 
 
 def entropies(routed: Iterations) -> pd.DataFrame:
-    """Return mean entropies by layer (figure 3b).
+    """Return mean entropies by layer.
 
     `coarse` is that of a request's activation counts. `fine_counts` is that of one decode
     iteration's counts, as the authors' demo takes it, and so ln K by construction; `fine_gate` is
@@ -128,19 +128,6 @@ def entropies(routed: Iterations) -> pd.DataFrame:
         "fine_gate": entropy(decoded.maps).mean(axis=0),
     }
     return pd.DataFrame(columns).rename_axis("layer")
-
-
-def entropy_growth(routed: Iterations, longest: int) -> pd.DataFrame:
-    """Return the entropy of activation counts over a request's first n decode iterations.
-
-    Mean over layers and over the requests that have so many, n = 1..`longest` (figure 3c).
-    """
-    decoded = routed.at(routed.decode)
-    totals = [one.counts[:longest].cumsum(axis=0) for one in decoded.by_request()]
-    curves = [entropy(total).mean(axis=-1) for total in totals]
-    rows = [(n + 1, value) for curve in curves for n, value in enumerate(curve)]
-    frame = pd.DataFrame(rows, columns=["iterations", "entropy"])
-    return frame.groupby("iterations").mean()
 
 
 def heatmaps(routed: Iterations) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from experiments.routing_analysis import Iterations, hit_rates, mean_with_interval
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import GateWeights, ModelShape
-from finemoe.policy import select_experts
 from finemoe.search import Match, TrajectorySearch, semantic_search
 
 Experts = NDArray[np.bool_]
@@ -194,63 +193,19 @@ def similarity_and_hits(
     """Return score and hit rate of every decode iteration with its best matches (figures 8, 9).
 
     Semantic: one match an iteration, judged over all layers. Trajectory: scores after layers
-    0..L-1-d, judged d layers later; both means over layers. `top_k` counts the K likeliest
-    experts of the matched map as predicted, `delta` those of similarity-aware selection
-    (section 4.3), which takes more the lower the score.
+    0..L-1-d, judged d layers later; both means over layers. The K likeliest experts of the matched
+    map count as predicted.
     """
     queries = measured.at(measured.decode)
-    layers = queries.counts.shape[1]
-    count = len(queries.request)
-    semantic = Matches(
-        np.broadcast_to(searched.semantic.entries, (layers, count)),
-        np.broadcast_to(searched.semantic.scores, (layers, count)),
-    )
+    ahead = min(distance, queries.counts.shape[1] - 1)
+    trajectory = searched.trajectory.scores[: queries.counts.shape[1] - ahead].mean(axis=0)
     frames = []
-    for kind, matches, ahead in (
-        ("semantic", semantic, 0),
-        ("trajectory", searched.trajectory, min(distance, layers - 1)),
+    for kind, score, chosen in (
+        ("semantic", searched.semantic.scores, semantic_map(searched, top_k)(0)),
+        ("trajectory", trajectory, trajectory_map(searched, top_k)(ahead)),
     ):
-        activated = queries.counts[:, ahead:] > 0
-        columns = {"request": queries.request, "search": kind}
-        frame = pd.DataFrame(columns).assign(score=matches.scores[: layers - ahead].mean(axis=0))
-        for selection in ("top_k", "delta"):
-            chosen = _selected(searched.store, matches, ahead, top_k, selection == "delta")
-            frame[selection] = hit_rates(chosen, activated).mean(axis=1)
-            frame[f"{selection}_experts"] = chosen.sum(axis=-1).mean(axis=1)
-        frames.append(frame)
+        activated = queries.counts[:, -chosen.shape[1] :] > 0
+        hits = hit_rates(chosen, activated).mean(axis=1)
+        columns = {"request": queries.request, "search": kind, "score": score, "hit_rate": hits}
+        frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
-
-
-def _selected(
-    store: ExpertMapStore, matches: Matches, ahead: int, top_k: int, by_delta: bool
-) -> Experts:
-    """Return what FineMoE selects from matched maps for layers `ahead`..L-1, (N, L - ahead, J)."""
-    layers, experts = store.shape.layers - ahead, store.shape.experts
-    chosen = np.zeros((matches.entries.shape[1], layers, experts), dtype=bool)
-    for layer in range(layers):
-        rows = store.rows(layer + ahead)
-        found = zip(matches.entries[layer], matches.scores[layer], strict=True)
-        for query, (entry, score) in enumerate(found):
-            trusted = float(score) if by_delta else 1.0
-            chosen[query, layer, select_experts(rows[entry], trusted, top_k)] = True
-    return chosen
-
-
-def capacity_scores(
-    history: Iterations,
-    measured: Iterations,
-    shape: ModelShape,
-    capacities: list[int],
-    distance: int,
-) -> pd.DataFrame:
-    """Return mean scores of the best matches by store capacity (figure 16a).
-
-    `stored` is how many iterations a store holds after the history.
-    """
-    rows = []
-    for capacity in capacities:
-        searched = search(history, measured, shape, capacity, distance)
-        used = searched.trajectory.scores[: shape.layers - min(distance, shape.layers - 1)]
-        means = float(searched.semantic.scores.mean()), float(used.mean())
-        rows.append((capacity, searched.store.size, *means))
-    return pd.DataFrame(rows, columns=["capacity", "stored", "semantic", "trajectory"])

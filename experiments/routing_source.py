@@ -22,6 +22,7 @@ from experiments.online import is_online, online, planned
 from experiments.recording import Recording, trace_header
 from experiments.serving import in_batches
 from experiments.setup import build, online_settings, workload_settings
+from experiments.weights import fingerprint
 from experiments.workloads import offline
 from finemoe.assemble import resident_runtime
 from finemoe.foreign_trace import ForeignTrace, is_foreign
@@ -51,20 +52,23 @@ def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrac
 
 
 def kept_trace(cfg: DictConfig, console: Console) -> Path:
-    """Return the kept trace of this model, dataset and workload; record it if it is missing."""
+    """Return the kept trace of these weights, dataset and workload; record it if it is missing."""
+    path = _place(cfg)
+    return path if path.exists() else _record(cfg, console)
+
+
+def _place(cfg: DictConfig) -> Path:
     asked = {
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": str(cfg.weights),
+        "fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
         "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
         "seed": cfg.seed,
         **(_online_lengths(cfg) if is_online(cfg) else _offline_lengths(cfg)),
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     name = f"{cfg.model.name}-{cfg.dataset.name}-{digest}.parquet"
-    path = Path(cfg.traces) / name
-    if not path.exists():
-        _record(cfg, path, console)
-    return path
+    return Path(cfg.traces) / name
 
 
 def _offline_lengths(cfg: DictConfig) -> dict[str, Any]:
@@ -82,8 +86,8 @@ def _online_lengths(cfg: DictConfig) -> dict[str, Any]:
     return {"online": [(one.input_tokens, one.output_tokens) for one in plan.arrivals]}
 
 
-def _record(cfg: DictConfig, path: Path, console: Console) -> None:
-    """Serve all prompts of a workload with everything resident; keep what they routed."""
+def _record(cfg: DictConfig, console: Console) -> Path:
+    """Serve a workload's prompts with everything resident; return where their routing is kept."""
     # A sum's last bits depend on the threads, and so would tokens that nearly tie.
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,6 +95,8 @@ def _record(cfg: DictConfig, path: Path, console: Console) -> None:
     dataset: Dataset = build(cfg.dataset)
     prepare = _record_online if is_online(cfg) else _record_offline
     record = prepare(cfg, model, dataset)
+    # Loading may have downloaded weights whose revision was not known before.
+    path = _place(cfg)
     console.recording(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +109,7 @@ def _record(cfg: DictConfig, path: Path, console: Console) -> None:
     with resident_runtime(model.offloaded, OnDemandPolicy(model.offloaded.shape)) as runtime:
         record(runtime, own, console)
     os.replace(own, path)
+    return path
 
 
 Record = Callable[[LiveRuntime, Path, Console], None]

@@ -13,6 +13,7 @@ from experiments.metrics import AccessCounter, latency_summary
 from experiments.records import provenance
 from experiments.serving import Served
 from experiments.setup import Engine
+from experiments.weights import fingerprint
 from finemoe.offload.bounds import Roofline
 from finemoe.offload.live import PhaseSeconds
 from finemoe.offload.transfer import Traffic
@@ -94,6 +95,7 @@ def run_record(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> di
         "system": cfg.system.label,
         "model": cfg.model.name,
         "weights": str(cfg.weights),
+        "weights_fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
         "routing": facts.routing,
         "dataset": facts.dataset,
         "dataset_source": facts.dataset_source,

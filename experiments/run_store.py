@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.errors import UserError
-from experiments.records import RECORD, provenance, read_record
+from experiments.records import RECORD, of_these_weights, provenance, read_record
 from experiments.sweeps import digest
 
 ERROR = "error.txt"
@@ -53,14 +53,15 @@ class RunStore:
         return identity
 
     def complete(self, cfg: DictConfig, identity: str) -> bool:
-        """Tell whether the run is there, and logged if its config asks for that.
+        """Tell whether the run is there, of today's weights, and logged if its config asks for it.
 
         Raises UserError if its record is malformed.
         """
         path = self.record(identity)
         if not path.exists():
             return False
-        read_record(path)
+        if not of_these_weights(read_record(path)):
+            return False
         return cfg.logger.name != "wandb" or (path.parent / "wandb").exists()
 
     def check_writable(self) -> None:

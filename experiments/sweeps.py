@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
 from experiments.records import comparable
+from experiments.weights import fingerprint
 
 CONF = Path(__file__).parent.parent / "conf"
 NO_MATTER = ("system", "memory_budget")
@@ -111,9 +112,10 @@ def analysis_config(
 
 
 def source(overrides: Sequence[str], conf: Path = CONF) -> str:
-    """Return a digest over what configs are composed from: every file of `conf`, and overrides."""
+    """Return a digest over what an experiment is made of: files of `conf`, overrides, weights."""
     files = sorted(conf.glob("**/*.yaml"))
-    return digest_of([*((str(one.relative_to(conf)), one.read_text()) for one in files), overrides])
+    texts = [(str(one.relative_to(conf)), one.read_text()) for one in files]
+    return digest_of([texts, overrides, _fingerprints(overrides, conf)])
 
 
 def digest(cfg: DictConfig) -> str:
@@ -125,6 +127,16 @@ def digest_of(plain: Any) -> str:
     """Return 16 hex digits over plain data."""
     packed = json.dumps(plain, sort_keys=True).encode()
     return hashlib.sha256(packed).hexdigest()[:16]
+
+
+def _fingerprints(overrides: Sequence[str], conf: Path) -> list[str]:
+    """Return the fingerprint of every model's weights, whichever the experiment takes."""
+    chosen = parse(overrides)
+    plain = OmegaConf.load(conf / "config.yaml")
+    kinds = [value_of(one) for one in chosen.get("weights", [])] or [str(plain.weights)]
+    models = [OmegaConf.load(path) for path in sorted((conf / "model").glob("*.yaml"))]
+    # A seed among the overrides is in the digest as such.
+    return [fingerprint(model, kind, plain.seed) for model in models for kind in kinds]
 
 
 # Overrides ------------------------------------------------------------------------------------

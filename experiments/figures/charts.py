@@ -30,6 +30,7 @@ from experiments.frames import one_mode
 
 INTERVALS = "95 % bootstrap intervals of the mean"
 SHOWN_GAPS = 6
+REFERENCE_DASHES = (0, (3, 1.2))
 Look = dict[str, Any]
 
 
@@ -139,6 +140,25 @@ def bars(
     axes.grid(axis="x", visible=False)
 
 
+def references(
+    axes: Axes,
+    frame: pd.DataFrame,
+    metric: str,
+    groups: Mapping[str, str],
+    styles: Mapping[str, Look],
+    by: str,
+) -> None:
+    """Draw the mean of each series as a line across each group of bars that `bars` drew."""
+    _, factor = METRICS[metric]
+    for name, look in styles.items():
+        for group, value in enumerate(groups):
+            one = frame[(frame["series"] == name) & (frame[by] == value)]
+            axes.hlines(
+                one[metric] * factor, group - 0.46, group + 0.46, look["color"], REFERENCE_DASHES,
+                lw=1.2, zorder=4,
+            )  # fmt: skip
+
+
 def percent_axis(axes: Axes) -> None:
     """Let the vertical axis run from 0 to 100, with room for the cap of an interval."""
     axes.set_ylim(0, 103)
@@ -178,8 +198,14 @@ def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))
 
 
-def legend(figure: Figure, styles: Mapping[str, Look], kind: str, columns: int = 5) -> None:
-    """Put one legend above all panels; `kind` is bar or line."""
+def legend(
+    figure: Figure,
+    styles: Mapping[str, Look],
+    kind: str,
+    columns: int = 5,
+    referred: Mapping[str, Look] | None = None,
+) -> None:
+    """Put one legend above all panels; `kind` is bar or line, `referred` what `references` drew."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -193,12 +219,14 @@ def legend(figure: Figure, styles: Mapping[str, Look], kind: str, columns: int =
         else:
             shape = {key: look[key] for key in ("color", "marker", "linestyle")}
             handles.append(Line2D([], [], **shape, label=name))
+    for name, look in (referred or {}).items():
+        handles.append(Line2D([], [], color=look["color"], ls=REFERENCE_DASHES, label=name))
     figure.legend(
         handles=handles,
         loc="outside upper center",
         ncols=min(columns, len(handles)),
         frameon=False,
-        handlelength=1.4 if kind == "bar" else 2.4,
+        handlelength=1.6 if kind == "bar" else 2.4,
         columnspacing=1.2,
         handletextpad=0.5,
         borderaxespad=0.1,

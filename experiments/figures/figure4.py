@@ -6,18 +6,20 @@ past iteration of nearest expert map (trajectory search, section 4.2.2).
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments import routing_predictors as prediction
 from experiments.figures import charts, style, traces
 from experiments.figures.style import Drawn
 
-CHANCE: dict[str, Any] = {"color": "#333333", "linestyle": "--", "linewidth": 0.8}
+LOOKS = {name.lower(): look for name, look in traces.unmarked(traces.GRANULARITIES).items()}
 
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
@@ -45,28 +47,34 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw coarse and fine with their bands, models down and datasets across."""
     found = traces.read_analysis(folder)
     frame = found.tables["hit_rates"]
-    models, datasets = charts.facets(frame)
-    height = 0.6 + 1.05 * len(models)
-    with style.canvas(len(models), len(datasets), style.COLUMN_INCHES, height) as figure:
-        panels = traces.grid(figure, len(datasets))
-        for (row, model), (column, dataset) in product(enumerate(models), enumerate(datasets)):
-            axes = panels[row][column]
-            chosen = frame[(frame["model"] == model) & (frame["dataset"] == dataset)]
-            for name, look in traces.GRANULARITIES.items():
-                one = chosen[chosen["granularity"] == name.lower()]
-                traces.band(axes, one, "distance", "hit_rate", look, 100)
-            axes.axhline(chosen["chance"].iloc[0] * 100, **CHANCE)
-            axes.set(xlim=(0, frame["distance"].max() + 0.5), ylim=(0, 103), yticks=(0, 50, 100))
-            charts.panel_title(axes, model, dataset)
-            axes.tick_params(labelleft=column == 0, labelbottom=row == len(models) - 1)
-        figure.supxlabel("Prefetch distance d (layers)", fontsize=style.POINTS)
-        figure.supylabel("Expert hit rate (%)", fontsize=style.POINTS)
-        traces.apart(figure)
-        looks = {**traces.GRANULARITIES, "Chance (K/J)": CHANCE}
-        charts.legend(figure, traces.unmarked(looks), "line")
-        caption = found.caption(
-            "Share of a decoded token's experts that were among the K predicted d layers before. "
-            "Coarse: the past request of nearest activation counts; fine: the past iteration of "
-            "nearest expert map. Bands: 95 % bootstrap intervals over requests."
-        )
+    caption = found.caption(
+        "Share of a decoded token's experts that were among the K predicted d layers before. "
+        "Coarse: the past request of nearest activation counts; fine: the past iteration of "
+        "nearest expert map. Bands: 95 % bootstrap intervals over requests."
+    )
+    with rate_panels(frame.rename(columns={"granularity": "predictor"}), LOOKS) as figure:
         return style.save(figure, frame, place, found.record["id"], caption)
+
+
+@contextmanager
+def rate_panels(frame: pd.DataFrame, looks: Mapping[str, charts.Look]) -> Iterator[Figure]:
+    """Yield a figure of hit rate over distance, a band for each predictor that has a look.
+
+    `frame` has model, dataset, predictor, distance, hit_rate with its interval, and chance.
+    """
+
+    longest = frame["distance"].max()
+
+    def panel(axes: Axes, rows: pd.DataFrame) -> None:
+        for name, look in looks.items():
+            traces.band(axes, rows[rows["predictor"] == name], "distance", "hit_rate", look, 100)
+        axes.axhline(rows["chance"].iloc[0] * 100, color=traces.CHANCE["color"], ls="--", lw=0.8)
+        axes.set(xlim=(0, longest + 0.5), ylim=(0, 103), yticks=(0, 50, 100))
+        axes.set_xticks(range(0, longest + 1, 10 if longest > 10 else 2))
+
+    labels = "Prefetch distance d (layers)", "Expert hit rate (%)"
+    named = {name.capitalize(): look for name, look in looks.items()}
+    with traces.model_panels(frame, labels, panel) as figure:
+        columns = 3 if len(looks) < 3 else 2
+        charts.legend(figure, {**named, "Chance (K/J)": traces.CHANCE}, "line", columns)
+        yield figure

@@ -32,7 +32,7 @@ def similarity(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
     )
     frames = []
     for search, group in pairs.groupby("search"):
-        score, hits, request = (group[name].to_numpy() for name in ("score", "top_k", "request"))
+        score, hits, request = (group[name].to_numpy() for name in ("score", "hit_rate", "request"))
         bins = analysis.binned(score, hits, request, experiment.bins)
         frames.append(bins.assign(share=bins["count"] / len(group), search=search))
     joined = pd.concat(frames, ignore_index=True)

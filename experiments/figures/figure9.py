@@ -26,7 +26,7 @@ def coefficients(subject: traces.Subject, capacity: int) -> pd.DataFrame:
     pairs = traces.similarity_pairs(subject.path, subject.distance, subject.cut, capacity)
     rows = []
     for search, group in pairs.groupby("search"):
-        score, hits = group["score"].to_numpy(), group["top_k"].to_numpy()
+        score, hits = group["score"].to_numpy(), group["hit_rate"].to_numpy()
         found = analysis.correlation(score, hits, group["request"].to_numpy())
         rows.append((search, *found, score.mean(), hits.mean(), len(group)))
     names = ["search", "pearson", "low", "high", "score", "hit_rate", "iterations"]

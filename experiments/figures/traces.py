@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import routing_analysis as analysis
 from experiments import routing_predictors as prediction
 from experiments.errors import UserError
+from experiments.figures import charts, style
 from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
 from experiments.records import provenance
 from finemoe.costs import FullSizeModel
@@ -305,6 +308,16 @@ SEARCHES: Mapping[str, Look] = {
     "Semantic": {"color": "#56B4E9", "marker": "s", "linestyle": "-", "hatch": ""},
     "Trajectory": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
 }
+# Of the colours of systems, a predictor has that of the one which predicts so.
+PREDICTORS: Mapping[str, Look] = {
+    "popularity": {"color": "#0072B2", "marker": "X", "linestyle": "-"},
+    "request counts": GRANULARITIES["Coarse"],
+    "previous token": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
+    "target gate": {"color": "#E69F00", "marker": "D", "linestyle": "-"},
+    "map, semantic": {**SEARCHES["Semantic"], "marker": "v"},
+    "map, trajectory": SEARCHES["Trajectory"],
+}
+CHANCE: Look = {"color": "#333333", "marker": "", "linestyle": "--"}
 MARKERS = ("o", "s", "^", "D", "v")
 
 
@@ -341,6 +354,29 @@ def apart(figure: Figure) -> None:
     figure.set_layout_engine("constrained", wspace=0.06)
 
 
+@contextmanager
+def model_panels(
+    frame: pd.DataFrame, labels: tuple[str, str], panel: Callable[[Axes, pd.DataFrame], None]
+) -> Iterator[Figure]:
+    """Yield a figure where `panel` drew the rows of each model (down) on each dataset (across).
+
+    `labels` are those of the horizontal and the vertical axes.
+    """
+    models, datasets = charts.facets(frame)
+    height = 0.75 + 1.05 * len(models)
+    with style.canvas(len(models), len(datasets), style.COLUMN_INCHES, height) as figure:
+        panels = grid(figure, len(datasets))
+        for (row, model), (column, dataset) in product(enumerate(models), enumerate(datasets)):
+            axes = panels[row][column]
+            panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
+            charts.panel_title(axes, model, dataset)
+            axes.tick_params(labelleft=column == 0, labelbottom=row == len(models) - 1)
+        figure.supxlabel(labels[0], fontsize=style.POINTS)
+        figure.supylabel(labels[1], fontsize=style.POINTS)
+        apart(figure)
+        yield figure
+
+
 def name_models(axes: Axes, models: Sequence[str]) -> None:
     """Write the models' names in two lines below their bars."""
     names = ["\n".join(model_name(one).rsplit("-", 1)) for one in models]
@@ -359,7 +395,10 @@ def band(
 ) -> None:
     """Draw the means `y` over `x` as a line and low to high as a band, times `factor`."""
     colour = look["color"]
-    axes.plot(rows[x], rows[y] * factor, color=colour, ls=look["linestyle"])
+    axes.plot(
+        rows[x], rows[y] * factor, color=colour, ls=look["linestyle"], marker=look["marker"],
+        markeredgecolor="white", markeredgewidth=0.3,
+    )  # fmt: skip
     axes.fill_between(
         rows[x], rows["low"] * factor, rows["high"] * factor, color=colour, alpha=0.2, lw=0
     )

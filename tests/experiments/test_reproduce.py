@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from experiments import parallel, reproduce, sweeps
 from experiments.errors import UserError
 from experiments.run_store import RunStore
+from experiments.weights import SCALE_MODELS
 from tests.command import ROOT
 
 HERE = "tests.experiments.test_reproduce"
@@ -269,6 +272,51 @@ def test_one_bad_run_stops_neither_the_others_nor_is_its_figure_drawn(
     assert "experiment 98: not drawn, 1 of its runs are missing" in said
     assert len(list(tmp_path.glob("runs/*/run.json"))) == 1
     assert not (tmp_path / "experiments").exists()
+
+
+def test_weights_trained_again_in_place_are_noticed(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "scale" / "mixtral"
+    shutil.copytree(SCALE_MODELS / "mixtral", model)
+    for module in ("weights", "models"):
+        monkeypatch.setattr(f"experiments.{module}.SCALE_MODELS", model.parent)
+    kept = tmp_path / "traces"
+    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
+    assert reproduce.main(words, conf) == 0
+    (record,) = tmp_path.glob("runs/*/run.json")
+    first = json.loads(record.read_text())
+    capsys.readouterr()
+    assert reproduce.main(words, conf) == 0
+    assert "nothing to run" in capsys.readouterr().out
+
+    tensors = load_file(model / "model.safetensors")
+    gate = next(name for name in tensors if name.endswith("gate.weight"))
+    tensors[gate] = -tensors[gate]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert reproduce.main(words, conf) == 0
+    assert "to do: 1 of 1 experiments, 1 runs" in capsys.readouterr().out
+    again = json.loads(record.read_text())
+    assert again["config"] == first["config"]
+    assert again["weights_fingerprint"] != first["weights_fingerprint"]
+    assert again["summary"]["tpot_s"]["mean"] != first["summary"]["tpot_s"]["mean"]
+    # Nothing was recorded over: the weights of before would find their routing again.
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_a_record_of_other_weights_is_not_drawn(
+    conf: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(conf, tmp_path, traces, "system=on_demand", "memory_budget=12", "n_jobs=1")
+    assert reproduce.main(words, conf) == 0
+    (path,) = tmp_path.glob("runs/*/run.json")
+    stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
+    path.write_text(json.dumps(stale))
+    # Bad input that the run alone meets.
+    (path.parent / "requests.parquet.partial").mkdir()
+    assert reproduce.main([*words, "redraw=true"], conf) != 0
+    assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == stale
 
 
 def test_an_analysis_gets_its_traces_and_draws(conf: Path, traces: Path, tmp_path: Path) -> None:

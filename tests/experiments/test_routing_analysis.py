@@ -29,7 +29,6 @@ from experiments.routing_analysis import (
     correlation,
     entropies,
     entropy,
-    entropy_growth,
     heatmaps,
     hit_rates,
     iterations,
@@ -103,14 +102,6 @@ def test_entropies() -> None:
     np.testing.assert_allclose(found["coarse"], [(THREE_TO_ONE + LN2) / 2, THREE_TO_ONE / 2])
     np.testing.assert_allclose(found["fine_counts"], [0, 0], atol=1e-12)
     np.testing.assert_allclose(found["fine_gate"], [1.5 * LN2] * 2, rtol=1e-6)
-
-
-def test_entropy_grows_with_iterations() -> None:
-    growth = entropy_growth(iterations(REQUESTS), longest=5)
-    # After two: ln 2 in layer 0 of request 0, nothing elsewhere.
-    assert growth.index.tolist() == [1, 2]
-    np.testing.assert_allclose(growth["entropy"], [0, LN2 / 4], atol=1e-12)
-    assert entropy_growth(iterations(REQUESTS), longest=1).index.tolist() == [1]
 
 
 def test_heatmaps_of_the_first_request() -> None:

@@ -13,7 +13,6 @@ from experiments.routing_analysis import Iterations, iterations
 from experiments.routing_predictors import (
     Predictor,
     Searched,
-    capacity_scores,
     hit_rates_by_distance,
     popularity,
     predictors,
@@ -131,30 +130,18 @@ def test_what_has_been_seen_before_is_found_again() -> None:
     np.testing.assert_allclose(found.trajectory.scores, 1, rtol=1e-6)
     pairs = similarity_and_hits(found, measured, 1, distance=1)
     assert pairs["search"].tolist() == ["semantic"] * 2 + ["trajectory"] * 2
-    np.testing.assert_allclose(pairs["top_k"], 1)
-    np.testing.assert_allclose(pairs["top_k_experts"], 1)
+    np.testing.assert_allclose(pairs["hit_rate"], 1)
 
 
-def test_low_similarity_selects_more_experts() -> None:
-    history = iterations([request(0, [[0, 0], [2, 2]], [[0], [2]])])
+def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:
+    # By embedding the past iteration is at right angles; both layers of it say something else.
+    history = iterations([request(0, [[0, 0], [1, 1]], [[0], [1]])])
     measured = iterations([request(0, [[2], [1]], [[2], [1]])])
     pairs = similarity_and_hits(searched(history, measured), measured, 1, distance=1)
-    semantic = pairs[pairs["search"] == "semantic"].iloc[0]
-    # Embeddings at right angles: delta is 1, so every expert is selected and everything hit.
-    assert semantic["score"] == 0
-    assert (semantic["delta_experts"], semantic["delta"]) == (3, 1)
-    assert (semantic["top_k_experts"], semantic["top_k"]) == (1, 0)
-
-
-def test_a_larger_store_finds_nearer_iterations() -> None:
-    history, measured = split()
-    both = iterations(REQUESTS)
-    scores = capacity_scores(both, measured, SHAPE, [1, 10], 1)
-    assert scores["stored"].tolist() == [1, 6]
-    assert scores["semantic"].iloc[1] == pytest.approx(1)
-    assert scores["trajectory"].iloc[1] == pytest.approx(1)
-    few = capacity_scores(history, measured, SHAPE, [1], 1)
-    assert (few[["semantic", "trajectory"]] <= 1).to_numpy().all()
+    semantic, trajectory = pairs[["score", "hit_rate"]].to_numpy()
+    assert semantic.tolist() == [0, 0.5]
+    # After layer 0 gates (1/2 1/4 1/4) and (1/4 1/4 1/2) have a cosine of 5/6; layer 1 is hit.
+    assert trajectory.tolist() == pytest.approx([5 / 6, 1])
 
 
 SCORES = arrays(np.float32, (3, 6), elements=st.floats(-10, 10, width=32))

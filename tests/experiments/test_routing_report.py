@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
+from experiments.figures import routing, traces
+from experiments.figures.figure4 import rate_panels
 from experiments.models import SCALE_MODELS
 from experiments.routing_report import Subject, lacks_weights, report, shortcomings, subject_configs
 from experiments.small_models import random_model
@@ -28,7 +31,6 @@ TINY = (
     "workload.prompts=6",
     "workload.input_tokens=8",
     "workload.output_tokens=5",
-    "capacities=[4,100]",
 )
 
 
@@ -74,17 +76,58 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
     subject = record["subjects"][0]
     assert (subject["layers"], subject["experts"], subject["top_k"]) == (3, 4, 2)
     assert subject["trace"]["dataset"] == "docs"
-    assert subject["hit_rate"]["chance"] == 0.5
+    assert subject["chance"] == 0.5
+    assert (subject["requests"], subject["measured_requests"]) == (6, 2)
     assert subject["entropy_nats"]["fine_counts"] == pytest.approx(np.log(2))
     rates = pd.read_csv(tmp_path / "out" / "hit_rates.csv")
     assert set(rates["distance"]) == {1, 2}
     assert rates["hit_rate"].between(0, 1).all()
-    capacity = pd.read_csv(tmp_path / "out" / "capacity.csv")
-    # 4 of 6 prompts are history, each with a prefill and 4 decode iterations.
-    assert capacity["stored"].tolist() == [4, 20]
-    pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {path.stem for path in (tmp_path / "out").glob("*.pdf")}
-    assert {"hit_rates", "figure3b_entropy", "figure3a_heatmaps_mixtral"} <= pictures
+    assert set(rates["predictor"]) == set(traces.PREDICTORS)
+    for kind in ("csv", "png", "pdf", "txt"):
+        left = {path.stem for path in (tmp_path / "out").glob(f"*.{kind}")}
+        assert left == {"load_balance", "entropy", "overlap", "hit_rates"}
+    told = (tmp_path / "out" / "hit_rates.txt").read_text()
+    assert "6 requests (2 measured, the others history)" in told
+
+
+def toy_table(name: str) -> pd.DataFrame:
+    """Return what the report would say of one model of three layers on two datasets."""
+    columns = dict.fromkeys(routing.BY_LAYER[name].lines, 0.5)
+    rows = [("mixtral", dataset, layer) for dataset in ("docs", "code") for layer in range(3)]
+    return pd.DataFrame(rows, columns=["model", "dataset", "layer"]).assign(**columns, uniform=2.0)
+
+
+@pytest.mark.parametrize("name", routing.BY_LAYER)
+def test_a_picture_by_layer_draws_each_column_and_what_is_uniform(
+    name: str, tmp_path: Path, saved: list[Figure]
+) -> None:
+    routing.draw_by_layer(name, toy_table(name), [], tmp_path)
+    (figure,) = saved
+    assert len(figure.axes) == 2
+    for axes in figure.axes:
+        heights = [set(np.asarray(line.get_ydata())) for line in axes.lines]
+        assert heights == [{0.5}] * len(routing.BY_LAYER[name].lines) + [{2.0}]
+        assert axes.get_ylim()[1] > 2
+    (legend,) = figure.legends
+    inside = legend.get_window_extent()
+    assert inside.x0 >= 0
+    assert inside.x1 <= figure.bbox.width
+
+
+def test_every_predictor_has_a_look_and_fits_the_legend(tmp_path: Path) -> None:
+    looks = [(look["color"], look["marker"]) for look in traces.PREDICTORS.values()]
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 6
+    rows = [("mixtral", "docs", one, d) for one in traces.PREDICTORS for d in (1, 2)]
+    table = pd.DataFrame(rows, columns=["model", "dataset", "predictor", "distance"])
+    table = table.assign(hit_rate=0.5, low=0.4, high=0.6, chance=0.25)
+    with rate_panels(table, traces.PREDICTORS) as figure:
+        figure.draw_without_rendering()
+        (axes,), (legend,) = figure.axes, figure.legends
+        assert len(axes.lines) == 7
+        assert set(np.asarray(axes.lines[-1].get_ydata())) == {25}
+        inside = legend.get_window_extent()
+        assert inside.x0 >= 0
+        assert inside.x1 <= figure.bbox.width
 
 
 def test_every_model_meets_every_dataset() -> None:
@@ -124,18 +167,18 @@ def test_missing_scale_weights_are_named(
 
 def test_shortcomings_are_said() -> None:
     tables = {
-        "balance": pd.DataFrame(
-            {"tokens": ["prompts", "prompts", "all"], "layer": [0, 1, 1], "smallest": [0.3, 0.1, 0]}
+        "load_balance": pd.DataFrame(
+            {"layer": [0, 1], "smallest": [0.3, 0.1], "smallest_all": [0.1, 0.3]}
         ),
         "hit_rates": pd.DataFrame(
             {
-                "predictor": ["chance", "good", "poor", "good"],
-                "distance": [1, 1, 1, 2],
-                "low": [0.5, 0.6, 0.45, 0.1],
+                "predictor": ["good", "poor", "good"],
+                "distance": [1, 1, 2],
+                "low": [0.6, 0.45, 0.1],
             }
         ),
     }
-    subject = Subject("toy", "docs", ModelShape(2, 4, 2, 8), 1, {}, tables)
+    subject = Subject("toy", "docs", ModelShape(2, 4, 2, 8), 1, 6, 4, {}, tables)
     balance, predictors = shortcomings(subject)
     assert balance.endswith("tokens: 1")
     assert predictors.endswith("interval): poor")

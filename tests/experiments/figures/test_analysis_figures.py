@@ -16,7 +16,16 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.errors import UserError
-from experiments.figures import figure3a, figure3b, figure3c, figure4, figure18, table1, traces
+from experiments.figures import (
+    figure3a,
+    figure3b,
+    figure3c,
+    figure4,
+    figure16a,
+    figure18,
+    table1,
+    traces,
+)
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceHeader
 from finemoe.trace_file import CONTENTS, TraceWriter
@@ -115,6 +124,13 @@ def test_hit_rates_stop_at_the_last_layer(subject: traces.Subject) -> None:
         ["fine", 1, 0.0],
     ]
     assert table["chance"].tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_scores_by_capacity_by_hand(subject: traces.Subject) -> None:
+    table = figure16a.scores(subject, [1, 10]).set_index(["capacity", "search"])
+    assert table["stored"].tolist() == [1, 1, 3, 3]
+    # What the measured decode in layer 0, where they are searched for, the history did last.
+    assert table["score"].tolist() == pytest.approx([1, 1, 1, 1])
 
 
 def test_a_trace_is_split_into_history_and_measured(subject: traces.Subject) -> None:

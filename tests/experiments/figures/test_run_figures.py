@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_method
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
@@ -20,7 +21,7 @@ from tests.command import ROOT
 from tests.experiments.test_frames import leave_run
 
 FIGURES = ("1b", "10", "11", "12", "13", "14a", "14b", "15", "16b", "17")
-PRODUCTS = dict(zip(FIGURES, (18, 30, 15, 75, 30, 6, 18, 24, 16, 3), strict=True))
+PRODUCTS = dict(zip(FIGURES, (18, 36, 15, 75, 30, 6, 18, 24, 16, 3), strict=True))
 # Overrides of a few runs that each figure can be drawn from, without every cell of its sweep.
 RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "1b": (("system=finemoe",), ("system=resident",)),
@@ -128,6 +129,30 @@ def test_gaps_are_the_cells_without_a_row() -> None:
     expected: dict[str, Any] = {"model": ["mixtral", "qwen", "phi"], "series": ["A", "B"]}
     assert charts.gaps(frame, expected) == "Phi-3.5-MoE; Mixtral-8x7B / B"
     assert charts.gaps(frame, {"model": ["qwen"], "series": ["A", "B"]}) == ""
+
+
+def test_the_oracle_of_figure_10_is_a_line_and_no_system(
+    tmp_path: Path, saved: list[Figure]
+) -> None:
+    leave_run(tmp_path / "a")
+    leave_run(tmp_path / "b", "system=oracle", tpots=(0.02, 0.05, 0.08))
+    found = drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
+    assert "Dashed: the oracle" in found.caption
+    assert "no proven bound" in found.caption
+    assert set(pd.read_csv(found.csv)["system"]) == {"finemoe", "oracle"}
+    ttft, tpot, hits = saved[0].axes
+    assert [len(axes.patches) for axes in (ttft, tpot, hits)] == [1, 1, 1]
+    # The oracle's 50 ms, across the bar.
+    line = np.asarray(tpot.collections[-1].get_paths()[0].vertices, dtype=float)
+    np.testing.assert_allclose(line, [[-0.46, 50], [0.46, 50]])
+    (legend,) = saved[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["FineMoE", "Oracle"]
+    drawn("10", run_frame([tmp_path / "b"]), tmp_path / "alone")
+    assert len(saved[1].axes[0].patches) == 1
+
+
+def test_without_the_oracle_figure_10_does_not_speak_of_it(tmp_path: Path) -> None:
+    assert "oracle" not in drawn("10", frame_of(tmp_path, "10"), tmp_path).caption.lower()
 
 
 def test_another_ablation_is_no_approach_of_figure_14a(tmp_path: Path) -> None:
