@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +62,12 @@ def side_by_side(tasks: Sequence[Task], launcher: str, n_jobs: int) -> Iterator[
 
 def _over_cores(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
     left = {task.name for task in tasks}
-    with parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1):
+    with (
+        warnings.catch_warnings(),
+        parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1),
+    ):
+        # joblib replaces a worker whose memory grew, and warns of it; nothing is lost.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
         jobs = (delayed(in_worker)(task, os.getcwd(), os.getpid()) for task in tasks)
         try:
