@@ -70,6 +70,8 @@ def select_experts(
     """
     delta = min(max(1.0 - score, 0.0), 1.0)
     order = (-probabilities).argsort(kind="stable")
+    if float(probabilities[order[0]]) >= delta:
+        return order[:top_k]
     # A running sum in double precision, one addend after the other.
     sums = probabilities[order].cumsum(dtype=np.float64)
     if variant == "paper":
