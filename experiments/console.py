@@ -23,6 +23,8 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import Trace
 
 Advance = Callable[[int], None]
+LONG_SECONDS = 100
+"""From an end-to-end latency of this p99 on, latencies are shown in seconds."""
 
 
 class Console:
@@ -129,24 +131,28 @@ def _lossless(same: bool | None) -> str:
 
 
 def _latencies(summary: dict[str, Any]) -> Table:
+    unit = "seconds" if summary["e2el_s"]["p99"] >= LONG_SECONDS else "milliseconds"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("milliseconds", no_wrap=True)
+    table.add_column(unit, no_wrap=True)
     for column in ("mean", "95 % interval", "p50", "p95", "p99"):
         table.add_column(column, justify="right", no_wrap=True)
     queueing = [("queueing", "queueing_s")] if summary.get("queueing_s") else []
     latencies = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "itl_s"), ("E2EL", "e2el_s"))
     for name, key in (*queueing, *latencies):
-        table.add_row(name, *_latency(summary[key]))
+        table.add_row(name, *_latency(summary[key], unit))
     return table
 
 
-def _latency(values: dict[str, Any] | None) -> tuple[str, ...]:
+def _latency(values: dict[str, Any] | None, unit: str) -> tuple[str, ...]:
     if values is None:
         return ("-",) * 5
+
+    def show(seconds: float) -> str:
+        return f"{seconds:.2f}" if unit == "seconds" else f"{seconds * 1e3:.1f}"
+
     ci95 = values["ci95"]
-    interval = f"{ci95[0] * 1e3:.1f} to {ci95[1] * 1e3:.1f}" if ci95 else "-"
-    p50, p95, p99 = (f"{values[key] * 1e3:.1f}" for key in ("p50", "p95", "p99"))
-    return (f"{values['mean'] * 1e3:.1f}", interval, p50, p95, p99)
+    interval = f"{show(ci95[0])} to {show(ci95[1])}" if ci95 else "-"
+    return (show(values["mean"]), interval, *(show(values[key]) for key in ("p50", "p95", "p99")))
 
 
 def _experts(summary: dict[str, Any]) -> Table:

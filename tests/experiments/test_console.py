@@ -1,0 +1,42 @@
+"""What a run prints, for latencies of milliseconds and of hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.console import Console
+
+
+def latency(seconds: float) -> dict[str, Any]:
+    return {"mean": seconds, "ci95": [seconds, seconds], "p50": seconds, "p95": seconds,
+            "p99": seconds}  # fmt: skip
+
+
+def record(e2el: float) -> dict[str, Any]:
+    counts = {"expert_hit_rate": 0.5, "hits": 1, "late": 0, "misses": 1}
+    traffic = dict.fromkeys(("bytes_prefetched", "bytes_on_demand", "bytes_wasted"), 0)
+    summary = {
+        **{name: latency(0.0123) for name in ("ttft_s", "tpot_s", "itl_s")},
+        "e2el_s": latency(e2el), **counts, "phases": {"decode": counts}, "bound": None,
+        **traffic, "peak_slot_bytes": 0, "slot_budget_bytes": 0, "lossless": None,
+    }  # fmt: skip
+    return {"system": "finemoe", "model": "mixtral", "memory_budget_gb": 6.0, "mode": "simulated",
+            "summary": summary}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("e2el", "unit", "tpot", "shown"),
+    [(1.5, "milliseconds", "12.3", "1500.0"), (3952.9, "seconds", "0.01", "3952.90")],
+)
+def test_long_latencies_are_shown_whole(
+    capsys: pytest.CaptureFixture[str], e2el: float, unit: str, tpot: str, shown: str
+) -> None:
+    Console().results(record(e2el), Path("run.json"), None)
+    printed = capsys.readouterr().out
+    rows = {words[0]: words for line in printed.splitlines() if (words := line.split())}
+    assert unit in rows
+    assert tpot in rows["TPOT"]
+    assert rows["E2EL"] == ["E2EL", shown, shown, "to", shown, shown, shown, shown]
