@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,18 +106,24 @@ def configs(choices: dict[str, str], overrides: Sequence[str]) -> list[DictConfi
         raise UserError(f"{str(error).splitlines()[0]}; see python run.py --help") from None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, and write if asked; exit 2 for bad input."""
-    torch.set_num_threads(1)
-    given = sys.argv[1:] if arguments is None else arguments
-    choices = dict(CHOICES)
-    overrides = []
-    for argument in given:
+def split_choices(
+    arguments: Sequence[str], defaults: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return a benchmark's own choices, and the arguments that are run.py's."""
+    choices, overrides = dict(defaults), []
+    for argument in arguments:
         name, _, value = argument.partition("=")
         if name in choices:
             choices[name] = value
         else:
             overrides.append(argument)
+    return choices, overrides
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write if asked; exit 2 for bad input."""
+    torch.set_num_threads(1)
+    choices, overrides = split_choices(sys.argv[1:] if arguments is None else arguments, CHOICES)
     try:
         speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
     except (UserError, TraceError) as error:

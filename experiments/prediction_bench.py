@@ -1,0 +1,161 @@
+"""Measure what policies' calls take: python -m experiments.prediction_bench output=FILE.json
+
+Microseconds of one thread for each call of a decode step of one request, at the full size of the
+models' shapes: what `prediction_us` of conf/testbed/base_simulated.yaml holds. Routing and hidden
+states are random, as times do not depend on them. `models=` and `systems=` choose what is measured.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from experiments.errors import UserError
+from experiments.overheads import write_json
+from experiments.records import provenance
+from experiments.replay_bench import BAD_INPUT, configs, split_choices
+from experiments.setup import build
+from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
+from finemoe.offload.routed import softmax
+
+CHOICES = {
+    "models": "mixtral,qwen,phi",
+    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed",
+    "output": "",
+}
+REQUESTS = 45
+"""Requests of the history: 70 % of the 64 prompts of section 6.1."""
+STEPS = 23
+"""Iterations of each: 45 x 23 fill FineMoE's store of 1,000 maps."""
+CALLS = 250
+PERCENTILE = 10
+"""Of the calls: what is slower met another process."""
+
+
+@dataclass(frozen=True)
+class PredictionTimes:
+    """Microseconds of one call: of the embeddings, of a gate with its softmax, of the update."""
+
+    model: str
+    system: str
+    embeddings: float
+    gate: float
+    update: float
+
+
+class RandomRouting:
+    """Random inputs of one request's decode steps, at the size of a shape."""
+
+    def __init__(self, shape: ModelShape, hidden_states: bool) -> None:
+        self.shape = shape
+        self._hidden = hidden_states
+        self._random = np.random.default_rng(0)
+
+    def embeddings(self) -> FloatArray:
+        return self._random.standard_normal((1, self.shape.hidden_size), dtype=np.float32)
+
+    def logits(self) -> FloatArray:
+        return self._random.standard_normal((1, self.shape.experts), dtype=np.float32)
+
+    def gate(self, layer: int, logits: FloatArray, hidden: FloatArray | None) -> Gate:
+        """Return what a runtime makes of a gate's logits; its softmax is part of what is timed."""
+        probabilities = softmax(logits)
+        activated = tuple(sorted(np.argpartition(-logits[0], self.shape.top_k)[: self.shape.top_k]))
+        return Gate(layer, probabilities, activated, hidden)
+
+    def hidden_states(self) -> FloatArray | None:
+        return self.embeddings() if self._hidden else None
+
+
+def prediction_times(cfg: DictConfig) -> PredictionTimes:
+    """Teach a policy a history of full length, then time its calls."""
+    model = cfg.model
+    shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
+    policy: Policy = build(cfg.system, shape=shape)
+    routing = RandomRouting(shape, policy.placement.hidden_states)
+    if policy.placement.hidden_states:
+        weights = np.random.default_rng(1).standard_normal(
+            (shape.layers, shape.experts, shape.hidden_size), dtype=np.float32
+        )
+        policy.set_gates(GateWeights(weights))
+    if policy.placement.learns:
+        teach(policy, routing)
+    policy.begin_serving()
+    embeddings, gates, updates = [], np.zeros((CALLS, shape.layers)), []
+    for number in range(CALLS):
+        iteration = Iteration(number, "decode", (REQUESTS,), (1,))
+        tokens = routing.embeddings()
+        embeddings.append(micros(policy.on_embeddings, iteration, tokens))
+        for layer in range(shape.layers):
+            gates[number, layer] = gate_micros(policy, iteration, layer, routing)
+        updates.append(micros(policy.end_iteration, iteration))
+    return PredictionTimes(
+        model.name,
+        cfg.system.label,
+        round(float(np.percentile(embeddings, PERCENTILE)), 1),
+        round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
+        round(float(np.percentile(updates, PERCENTILE)), 1),
+    )
+
+
+def teach(policy: Policy, routing: RandomRouting) -> None:
+    """Show a policy the history of REQUESTS requests."""
+    layers = range(routing.shape.layers)
+    for request in range(REQUESTS):
+        for step in range(STEPS):
+            iteration = Iteration(request * STEPS + step, "decode", (request,), (1,))
+            gates = [routing.gate(x, routing.logits(), routing.hidden_states()) for x in layers]
+            policy.study(iteration, routing.embeddings(), gates.copy)
+        policy.end_request(request)
+
+
+def gate_micros(policy: Policy, iteration: Iteration, layer: int, routing: RandomRouting) -> float:
+    """Return the microseconds of one `on_gate` and of the softmax before it."""
+    logits, hidden = routing.logits(), routing.hidden_states()
+    spoken = routing.gate(layer, logits, hidden)
+    return micros(softmax, logits) + micros(policy.on_gate, iteration, spoken)
+
+
+def micros(call: Callable[..., object], *arguments: Any) -> float:
+    """Return the microseconds that a call takes."""
+    began = time.perf_counter()
+    call(*arguments)
+    return (time.perf_counter() - began) * 1e6
+
+
+def times_table(times: Sequence[PredictionTimes]) -> Table:
+    """Return a row a model and system."""
+    table = Table("model", "system", "embeddings us", "gate us", "update us")
+    for one in times:
+        table.add_row(one.model, one.system, *map(str, (one.embeddings, one.gate, one.update)))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write if asked; exit 2 for bad input."""
+    torch.set_num_threads(1)
+    choices, overrides = split_choices(sys.argv[1:] if arguments is None else arguments, CHOICES)
+    try:
+        times = [prediction_times(cfg) for cfg in configs(choices, overrides)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    Console().print(times_table(times))
+    if choices["output"]:
+        rows: list[dict[str, Any]] = [vars(one) for one in times]
+        write_json(Path(choices["output"]), {"calls": CALLS, "times": rows, **provenance()})
+        print(f"written to {choices['output']}")
+
+
+if __name__ == "__main__":
+    main()
