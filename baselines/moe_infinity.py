@@ -276,7 +276,7 @@ class MoEInfinityPolicy(Policy):
     def memory_bytes(self) -> dict[str, int]:
         collection = self.collection
         return {
-            "matrices": collection.capacity * 4 * self.shape.layers * self.shape.experts,
+            "matrices": collection.matrix_bytes,
             "store": collection.nbytes,
         }
 

@@ -85,7 +85,9 @@ class LearnedPredictor:
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:
         """Read a predictor; ValueError if it is missing, corrupt, or for another model or d."""
-        again = f"train it: python -m experiments.train_predictor distance={distance}"
+        again = (
+            f"train it: python -m experiments.train_predictor model=<its name> distance={distance}"
+        )
         try:
             with safe_open(path, "numpy") as file:
                 trained_for = (file.metadata() or {}).get("distance")

@@ -76,8 +76,9 @@ def _source(cfg: DictConfig, weights: str) -> str:
         return str(path)
     if weights == "scale":
         raise UserError(
-            f"no scale model of {cfg.name} is shipped yet; use weights=dummy, weights=hub or a "
-            "local folder, or model=mixtral"
+            f"no scale model of {cfg.name} is there; train one with python -m "
+            f"experiments.scale_models model={cfg.name}, or use weights=dummy, weights=hub or a "
+            "local folder"
         )
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
 

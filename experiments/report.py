@@ -48,7 +48,8 @@ TERMS = {
     "measured": "the model ran on CUDA devices; experts came over PCIe from page-locked memory.",
     "emulated": "the model ran on the CPU; each expert was copied, paced to a PCIe link.",
     "simulated": "a routing trace was replayed in virtual time, with the live policy, cache and "
-    "queue; compute and links cost what a roofline over the full-size model says.",
+    "queue; compute and links cost what a roofline over the full-size model says, or, on a "
+    "calibrated testbed, what was measured.",
     "analysis of routing traces": "counted from the recorded choices of the gates; no time enters.",
     "computed from the models' published shapes": "arithmetic on layers, experts and hidden "
     "sizes; nothing ran.",

@@ -137,10 +137,10 @@ class FineMoEPolicy(Policy):
         self._expect(self._semantic, range(self.shape.layers))
         return self._prefetches(self._semantic, range(self.distance), now=-1)
 
-    def foresee(self, iteration: Iteration, probabilities: FloatArray) -> None:
+    def compute_ahead(self, iteration: Iteration, probabilities: FloatArray) -> None:
         if self._trajectory is not None and self.options.search != "semantic":
             rows = [self._queries(iteration, layer) for layer in probabilities]
-            self._trajectory.foresee(np.stack(rows))
+            self._trajectory.compute_ahead(np.stack(rows))
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
         rows = self._queries(iteration, gate.probabilities)

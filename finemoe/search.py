@@ -35,26 +35,26 @@ class TrajectorySearch:
         self._layer = 0
         self._dots = np.zeros((store.size, batch), dtype=np.float32)
         self._squares = np.zeros(batch, dtype=np.float32)
-        self._foreseen: list[list[Match]] = []
+        self._computed: list[list[Match]] = []
 
     def observe(self, rows: FloatArray) -> list[Match]:
         """Add the next layer's gate probabilities (B, J); return the best match of each query."""
         layer = self._layer
         self._layer += 1
-        if self._foreseen:
-            return self._foreseen[layer]
+        if self._computed:
+            return self._computed[layer]
         self._dots += self._store.rows(layer) @ rows.T
         self._squares += np.vecdot(rows, rows)
         # The query's own norm does not change which map is best.
         scores = self._dots / self._store.prefix_norms(layer)[:, None]
         return _best(scores, np.sqrt(self._squares))
 
-    def foresee(self, rows: FloatArray) -> None:
+    def compute_ahead(self, rows: FloatArray) -> None:
         """Compute what `observe` is going to return for the rows of all layers, (L, B, J)."""
         dots = np.matmul(self._store.all_rows, rows.swapaxes(1, 2)).cumsum(axis=0)
         norms = np.sqrt(np.vecdot(rows, rows).cumsum(axis=0))
         dots /= self._store.all_prefix_norms[:, :, None]
-        self._foreseen = [_best(*layer) for layer in zip(dots, norms, strict=True)]
+        self._computed = [_best(*layer) for layer in zip(dots, norms, strict=True)]
 
 
 def _best(scores: FloatArray, query_norms: NDArray[np.floating]) -> list[Match]:

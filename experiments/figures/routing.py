@@ -42,7 +42,7 @@ BY_LAYER = {
         "Load / fair share",
         {
             "largest": ("Most used", _PLAIN),
-            "smallest": ("Least used", {**_PLAIN, "linestyle": ":"}),
+            "smallest": ("Least used", _DOTTED),
         },
         "Fair share",
         "Share of the prompts' tokens that the most and the least used expert of a layer got, over "

@@ -66,6 +66,7 @@ class ExpertCache:
             for device, count in enumerate(slots)
         ]
         self.residents: set[ExpertId] = set()
+        """Experts that are whole on their device; for reading only."""
         count = shape.layers * shape.experts
         experts = [ExpertId(*divmod(flat, shape.experts)) for flat in range(count)]
         self._experts_on = [experts[device :: len(slots)] for device in range(len(slots))]

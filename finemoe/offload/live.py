@@ -36,6 +36,7 @@ from finemoe.offload.worker import Worker
 OutcomeListener = Callable[[LayerOutcome], None]
 
 SEARCH_QUEUE_ITERATIONS = 2
+"""How many iterations' contexts may wait for the searcher before inference waits for it."""
 
 
 @dataclass

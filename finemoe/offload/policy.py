@@ -184,7 +184,7 @@ class Policy:
         """Answer the token embeddings (T, h) of an iteration before its first layer runs."""
         return ()
 
-    def foresee(self, iteration: Iteration, probabilities: FloatArray) -> None:
+    def compute_ahead(self, iteration: Iteration, probabilities: FloatArray) -> None:
         """Take the probabilities (L, T, J) of the gates to come, to search for all at once.
 
         Only a replay can tell them, right after `on_embeddings`; no answer may depend on it.

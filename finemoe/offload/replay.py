@@ -163,7 +163,7 @@ class ReplayRuntime:
 
     def _on_embeddings(self, routed: RoutedIteration) -> Wishes:
         wishes = self.policy.on_embeddings(routed.iteration, routed.embeddings)
-        self.policy.foresee(routed.iteration, routed.probabilities)
+        self.policy.compute_ahead(routed.iteration, routed.probabilities)
         return wishes
 
     def _on_gate(self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]) -> Wishes:

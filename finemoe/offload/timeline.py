@@ -1,4 +1,4 @@
-"""What happened when: spans of virtual time, written as trace events that Perfetto opens."""
+"""What happened when: spans of time, real or virtual, as trace events that Perfetto opens."""
 
 from __future__ import annotations
 

@@ -324,6 +324,31 @@ def test_a_saved_policy_predicts_the_same(tmp_path: Path) -> None:
     assert again.on_embeddings(DECODE, QUERY) == policy.on_embeddings(DECODE, QUERY)
 
 
+@pytest.mark.parametrize("search", ["both", "semantic", "trajectory"])
+@pytest.mark.parametrize("aggregation", ["mean", "token"])
+def test_what_is_computed_ahead_changes_no_answer(
+    search: Literal["both", "semantic", "trajectory"], aggregation: Literal["mean", "token"]
+) -> None:
+    options = replace(OPTIONS, search=search, aggregation=aggregation)
+    plain, ahead = policy_with(options, *TWO), policy_with(options, *TWO)
+    draw = np.random.default_rng(0)
+    for number, tokens in enumerate([(3, 2), (1, 1), (1, 1)]):
+        iteration = Iteration(number, "prefill" if number == 0 else "decode", (0, 1), tokens)
+        rows = sum(tokens)
+        embeddings = draw.random((rows, 2), dtype=np.float32)
+        gates = draw.dirichlet(np.ones(4), (4, rows)).astype(np.float32)
+        assert plain.on_embeddings(iteration, embeddings) == ahead.on_embeddings(
+            iteration, embeddings
+        )
+        ahead.compute_ahead(iteration, gates)
+        for layer, probabilities in enumerate(gates):
+            spoken = Gate(layer, probabilities, (0,), None)
+            assert plain.on_gate(iteration, spoken) == ahead.on_gate(iteration, spoken)
+            assert np.array_equal(plain.eviction_keys(INCOMING), ahead.eviction_keys(INCOMING))
+        plain.end_iteration(iteration)
+        ahead.end_iteration(iteration)
+
+
 def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
     # C = 1000: maps 1000 * 4 * 4 * 4; embeddings 1000 * 2 * 4 and norms 4 * 1000 * 4 on top.
     assert policy_with(OPTIONS).memory_bytes() == {"maps": 64_000, "store": 88_000}

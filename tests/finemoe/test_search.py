@@ -97,14 +97,14 @@ def test_trajectory_search_equals_the_flattened_cosine(
 
 @settings(max_examples=60, deadline=None)
 @given(searches())
-def test_a_search_that_foresees_its_rows_finds_the_same_bit_for_bit(
+def test_a_search_computed_ahead_finds_the_same_bit_for_bit(
     case: tuple[FloatArray, FloatArray, int],
 ) -> None:
     maps, queries, _ = case
     layers = maps.shape[1]
     store = store_of(np.ones((len(maps), 1), dtype=np.float32), maps)
     step_by_step, at_once = (TrajectorySearch(store, len(queries)) for _ in range(2))
-    at_once.foresee(queries.swapaxes(0, 1))
+    at_once.compute_ahead(queries.swapaxes(0, 1))
     for layer in range(layers):
         rows = queries[:, layer]
         assert step_by_step.observe(rows) == at_once.observe(rows)
