@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.optimize import nnls
 
 from experiments.console import Console
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.first_pass import first_pass
 from experiments.harness import build_history
 from experiments.probe import (
@@ -227,7 +227,7 @@ def main(cfg: DictConfig) -> None:
         print(f"written to {path}; testbed={path.stem} if it lies in conf/testbed")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(BAD_INPUT) from None
 
 
 if __name__ == "__main__":

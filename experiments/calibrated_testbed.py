@@ -73,7 +73,8 @@ def calibrated(
             thread=ThreadCosts(resume_us * 1e-6, dense_extra, expert_extra),
         )
 
-    return SimulatedTestbed(name, devices, as_emulated.chunk_bytes, rate, costs)
+    scale = link["time_scale"]
+    return SimulatedTestbed(name, devices, as_emulated.chunk_bytes, rate, costs, time_scale=scale)
 
 
 def _disturbed(micros: Numbers) -> tuple[Line, Extra]:

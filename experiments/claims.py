@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.evidence import Evidence, Run
 from experiments.explanations import explain
 from experiments.figures.style import model_name
@@ -40,7 +40,6 @@ UNTESTABLE = "not testable here"
 VERDICTS = (HOLDS, WEAKER, FAILS, UNTESTABLE)
 STRONG_TREND = 0.8
 FLAT = 0.25
-BAD_INPUT = 2
 
 RULES = {
     "reduction": "holds: the 95 % interval contains or exceeds the paper's value and lies above 0; "

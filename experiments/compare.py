@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.frames import run_frame
 from experiments.records import RECORD, read_record
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         Console(width=130).print(comparison(find_records([Path(one) for one in arguments])))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(BAD_INPUT) from None
 
 
 if __name__ == "__main__":

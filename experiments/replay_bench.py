@@ -24,7 +24,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from experiments.console import Console
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.overheads import write_json
 from experiments.records import provenance
 from experiments.routing_source import open_routing
@@ -32,7 +32,6 @@ from experiments.setup import build
 from experiments.simulation import bound, measure, prepare, teach
 from finemoe.trace import TraceError
 
-BAD_INPUT = 2
 CONF = Path(__file__).resolve().parents[1] / "conf"
 DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
 CHOICES = {

@@ -22,8 +22,8 @@ import jinja2
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from experiments.claims import BAD_INPUT, RULES, VERDICTS, Verdict, arguments, judge, write_text
-from experiments.errors import UserError
+from experiments.claims import RULES, VERDICTS, Verdict, arguments, judge, write_text
+from experiments.errors import BAD_INPUT, UserError
 from experiments.evidence import Evidence, Run
 from experiments.figures.style import dataset_name, model_name, system_name
 

@@ -28,13 +28,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import sweeps
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
 from experiments.reproduce_tasks import function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
 from experiments.tracking import log_reproduction
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, INTERRUPTED = 1, 130
 WANDB_PROJECT = "finemoe"
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from experiments import routing_analysis as analysis
 from experiments import routing_predictors as prediction
 from experiments.console import Console
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.figures import routing
 from experiments.overheads import write_json
 from experiments.records import provenance
@@ -36,7 +36,6 @@ from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceError
 from finemoe.trace_file import TraceReader
 
-BAD_INPUT = 2
 FAIR_SHARE_FLOOR = 0.2
 """An expert with less than a fifth of its fair share is called neglected."""
 DISTANCES = range(1, 9)

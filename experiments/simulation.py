@@ -288,7 +288,7 @@ def replay_facts(
         expert_bytes=engine.plan.expert_bytes,
         stored_expert_bytes=engine.plan.expert_bytes,
         dense_bytes=full_size(engine.cfg.model).dense_bytes,
-        time_scale=1.0,
+        time_scale=engine.testbed.time_scale,
         history=history,
         history_bytes=engine.policy.memory_bytes(),
         bound=bound,

@@ -26,7 +26,7 @@ from baselines.promoe import LearnedPredictor
 from baselines.resident import ResidentPolicy
 from experiments.corpus import documents
 from experiments.datasets import Dataset, corpus_dataset, draw_prompts
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.models import LoadedModel, load_model
 from experiments.serving import Server, in_batches
 from experiments.workloads import Request
@@ -203,7 +203,7 @@ def main(cfg: DictConfig) -> Any:
         run(cfg)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(BAD_INPUT) from None
 
 
 if __name__ == "__main__":

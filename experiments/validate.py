@@ -26,7 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from experiments import simulation
 from experiments.calibrate import as_run, calibrate, write_testbed
 from experiments.console import Console
-from experiments.errors import UserError
+from experiments.errors import BAD_INPUT, UserError
 from experiments.first_pass import first_pass
 from experiments.harness import build_history, measure
 from experiments.overheads import write_json
@@ -220,7 +220,7 @@ def main(cfg: DictConfig) -> None:
         comparisons, calibrated = validate(cfg, Console())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(BAD_INPUT) from None
     RichConsole(width=140).print(table(comparisons))
     met = sum(one.met for one in comparisons)
     print(f"TTFT and TPOT within 5 %: {met} of {len(comparisons)}")

@@ -52,4 +52,6 @@ class SimulatedTestbed:
     """Returns the costs of a model (its config) under a system (its label)."""
     device_bytes: float = float("inf")
     """Memory of each device."""
+    time_scale: float = 1.0
+    """Factor on the time of links, of a testbed that stands for an emulated one."""
     mode: Literal["simulated"] = "simulated"

@@ -75,6 +75,7 @@ def test_a_calibration_becomes_a_testbed(tmp_path: Path) -> None:
     testbed = build(OmegaConf.load(path))  # type: ignore[arg-type]
     assert isinstance(testbed, SimulatedTestbed)
     assert testbed.rate.bytes_per_second == 32e9 / 0.001
+    assert testbed.time_scale == 0.001
     assert testbed.rate.latency == pytest.approx(10e-6 * 0.001)
     assert testbed.rate.wake > 0
     costs = testbed.costs(cfg.model, "finemoe")
