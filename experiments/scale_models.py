@@ -2,6 +2,9 @@
 
 Trains a small member of the paper model's family, with the same routing shape (L, J, K), on the
 text of `experiments.corpus`, and exports it in the Hugging Face format. A second call resumes.
+
+On a CPU with glibc a step takes a sixth less time if large tensors stay mapped:
+GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184.
 """
 
 from __future__ import annotations
