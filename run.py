@@ -13,10 +13,12 @@ from tempfile import TemporaryDirectory
 import hydra
 from omegaconf import DictConfig
 
+from experiments.errors import BAD_INPUT
+
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-BAD_INPUT, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 STARTED, REFUSED = "started", "refused"
 
 

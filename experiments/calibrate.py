@@ -48,7 +48,7 @@ NEUTRAL = "on_demand"
 """The system whose runs show waits and links alone: it predicts nothing."""
 COLUMNS: dict[str, Callable[[Sample], float]] = {
     "per_context": lambda sample: sample.context,
-    "after_wait": lambda sample: sample.rested,
+    "after_wait": lambda sample: sample.waited,
     "while_copying": lambda sample: sample.copying,
 }
 """What a part's seconds may depend on besides tokens."""

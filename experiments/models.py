@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.errors import UserError
-from experiments.weights import SCALE_MODELS as SCALE_MODELS
+from experiments.weights import SCALE_MODELS
 from finemoe.offload.model import OffloadedModel
 
 

@@ -21,13 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 from baselines.on_demand import OnDemandPolicy
 from experiments.serving import Server
 from experiments.small_models import random_model
+from experiments.weights import SCALE_MODELS
 from experiments.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 
-SCALE_MODEL = Path(__file__).parent / "scale" / "mixtral"
+SCALE_MODEL = SCALE_MODELS / "mixtral"
 PREFETCH_DISTANCE = 3
 """d of Mixtral (section 6.1)."""
 MOST_OVERHEAD = 1.10

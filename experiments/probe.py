@@ -42,7 +42,7 @@ class Sample(NamedTuple):
     tokens: int
     context: int
     seconds: float
-    rested: bool = False
+    waited: bool = False
     """Whether the thread had waited since the part last ran."""
     copying: bool = False
     """Whether the link copied most of the time."""
@@ -102,10 +102,10 @@ class _Parts:
         """Return the sample of a part that was under way at `started` and ended at `end`."""
         began = self._stops[bisect_right(self._stops, started) - 1]
         waits = bisect_right(self._woken, began)
-        rested = waits > self._waits_before.get(part, waits)
+        waited = waits > self._waits_before.get(part, waits)
         self._waits_before[part] = waits
         copying = self._copied(began, end) > (end - began) / 2
-        return Sample(tokens, context, end - began, rested, copying)
+        return Sample(tokens, context, end - began, waited, copying)
 
     def before(self, at: float) -> float:
         """Return the latest stop before `at`."""

@@ -67,8 +67,7 @@ class ExpertCache:
         ]
         self.residents: set[ExpertId] = set()
         """Experts that are whole on their device; for reading only."""
-        count = shape.layers * shape.experts
-        experts = [ExpertId(*divmod(flat, shape.experts)) for flat in range(count)]
+        experts = shape.all_experts()
         self._experts_on = [experts[device :: len(slots)] for device in range(len(slots))]
         self._absent = np.ones((shape.layers, shape.experts), dtype=bool)
         self._evictable = np.zeros((shape.layers, shape.experts), dtype=bool)

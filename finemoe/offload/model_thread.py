@@ -31,23 +31,23 @@ class ModelThread:
     def __init__(self, costs: ThreadCosts) -> None:
         self.resume = costs.resume
         self._costs = costs
-        self._dense_rested = self._expert_rested = False
+        self._dense_waited = self._expert_waited = False
 
     def waited(self) -> None:
         """Note that the thread had to wait."""
-        self._dense_rested = self._expert_rested = True
+        self._dense_waited = self._expert_waited = True
 
     def dense(self, copying: bool) -> float:
         """Return the extra seconds of what runs between two MoE layers, now."""
-        rested, self._dense_rested = self._dense_rested, False
-        return _seconds(self._costs.dense, rested, copying)
+        waited, self._dense_waited = self._dense_waited, False
+        return _seconds(self._costs.dense, waited, copying)
 
     def expert(self, copying: bool) -> float:
         """Return the extra seconds of one expert, now."""
-        rested, self._expert_rested = self._expert_rested, False
-        return _seconds(self._costs.expert, rested, copying)
+        waited, self._expert_waited = self._expert_waited, False
+        return _seconds(self._costs.expert, waited, copying)
 
 
-def _seconds(extra: Extra, rested: bool, copying: bool) -> float:
-    seconds = extra.after_wait if rested else 0.0
+def _seconds(extra: Extra, waited: bool, copying: bool) -> float:
+    seconds = extra.after_wait if waited else 0.0
     return seconds + extra.while_copying if copying else seconds

@@ -35,6 +35,10 @@ class ModelShape:
     top_k: int
     hidden_size: int
 
+    def all_experts(self) -> list[ExpertId]:
+        """Return all experts, layer by layer."""
+        return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
+
 
 @dataclass(frozen=True)
 class Iteration:

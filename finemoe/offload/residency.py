@@ -61,13 +61,11 @@ class Residency:
     def preload(self) -> list[ExpertId]:
         """Make residents of the first experts of every device, as many as fit, and return them."""
         chosen = []
-        for layer in range(self.shape.layers):
-            for index in range(self.shape.experts):
-                expert = ExpertId(layer, index)
-                if self.cache.has_room(expert):
-                    self.cache.reserve(expert, urgent=True)
-                    self.cache.loaded(expert)
-                    chosen.append(expert)
+        for expert in self.shape.all_experts():
+            if self.cache.has_room(expert):
+                self.cache.reserve(expert, urgent=True)
+                self.cache.loaded(expert)
+                chosen.append(expert)
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:

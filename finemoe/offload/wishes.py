@@ -26,8 +26,7 @@ class WishList:
         self._per_layer = shape.experts
         self._devices = devices
         self._device = device
-        flat = range(device, shape.layers * shape.experts, devices)
-        self._experts = [ExpertId(*divmod(one, shape.experts)) for one in flat]
+        self._experts = shape.all_experts()[device::devices]
         self._priorities = np.full(len(self._experts), NONE)
         self._best = NOWHERE
         self._highest = NONE

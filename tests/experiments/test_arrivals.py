@@ -23,8 +23,8 @@ from experiments.arrivals import (
 )
 from experiments.datasets import Dataset
 from experiments.errors import UserError
-from experiments.models import SCALE_MODELS
 from experiments.online import OnlineSettings, OnlineWorkload, online, prompts_of
+from experiments.weights import SCALE_MODELS
 from tests.command import ROOT
 
 SHARED = ROOT.parent / "shared"

@@ -45,9 +45,9 @@ def test_costs_are_never_negative_and_leave_out_what_is_not_asked_for() -> None:
 
 def test_waits_and_copies_are_told_apart() -> None:
     samples = [
-        Sample(tokens, 0, (100 + 2 * tokens + 50 * rested + 30 * copying) * 1e-6, rested, copying)
+        Sample(tokens, 0, (100 + 2 * tokens + 50 * waited + 30 * copying) * 1e-6, waited, copying)
         for tokens in (1, 9)
-        for rested, copying in ((False, False), (True, False), (True, True))
+        for waited, copying in ((False, False), (True, False), (True, True))
     ]
     assert fitted(samples, ("after_wait", "while_copying")) == pytest.approx(
         {"base": 100, "per_token": 2, "after_wait": 50, "while_copying": 30}

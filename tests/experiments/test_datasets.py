@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from experiments.corpus import documents
 from experiments.datasets import Dataset, conversations, corpus_dataset, draw_prompts
-from experiments.models import SCALE_MODELS
+from experiments.weights import SCALE_MODELS
 
 TEXTS = ("What is the capital of France, and how many live there?", "Tell me about whales.")
 LMSYS = [{"conversation": [{"role": "user", "content": text}]} for text in TEXTS]

@@ -85,11 +85,11 @@ def test_waits_and_calls_count_for_no_part_but_leave_their_mark() -> None:
     )
     found = compute_samples(probe, traced, layers=2)
     assert found["expert"] == [
-        Sample(1, 0, 2.0, rested=False, copying=True),
-        Sample(2, 0, 3.0, rested=True, copying=False),
-        Sample(3, 0, pytest.approx(2.0, abs=1e-4), rested=True, copying=False),  # type: ignore[arg-type]
+        Sample(1, 0, 2.0, waited=False, copying=True),
+        Sample(2, 0, 3.0, waited=True, copying=False),
+        Sample(3, 0, pytest.approx(2.0, abs=1e-4), waited=True, copying=False),  # type: ignore[arg-type]
     ]
-    assert found["dense"] == [Sample(3, 3, 4.0, rested=True, copying=False)]
+    assert found["dense"] == [Sample(3, 3, 4.0, waited=True, copying=False)]
 
 
 def test_links_wake_and_models_resume() -> None:

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoTokenizer
 from experiments.errors import UserError
 from experiments.figures import routing, traces
 from experiments.figures.figure4 import rate_panels
-from experiments.models import SCALE_MODELS
 from experiments.routing_report import Subject, lacks_weights, report, shortcomings, subject_configs
 from experiments.small_models import random_model
+from experiments.weights import SCALE_MODELS
 from finemoe.offload.policy import ModelShape
 from tests.command import ROOT
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.models import SCALE_MODELS
+from experiments.weights import SCALE_MODELS
 from tests.command import ROOT
 
 TOY = (

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.belady import BeladyPolicy
 from baselines.resident import ResidentPolicy
-from experiments.models import SCALE_MODELS
 from experiments.serving import Server
+from experiments.weights import SCALE_MODELS
 from experiments.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.bounds import minimal_loads
