@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench reproduce gpu clean
+.PHONY: help run test lint bench reproduce gpu compiled clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -36,5 +36,8 @@ reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simula
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
 	$(BIN)/python -m experiments.gpu_check
 
-clean:  ## remove the environment and what runs left
-	rm -rf $(VENV) outputs multirun *.egg-info
+compiled: $(READY)  ## compile the engine with mypyc: the same replays in about half the time
+	$(BIN)/python -m experiments.compiled_engine
+
+clean:  ## remove the environment, the compiled engine and what runs left
+	rm -rf $(VENV) outputs multirun build *.egg-info finemoe/offload/*.so

@@ -30,6 +30,8 @@ from experiments.records import provenance
 from experiments.routing_source import open_routing
 from experiments.setup import build
 from experiments.simulation import bound, measure, prepare, teach
+from finemoe.offload import replay
+from finemoe.offload.compiled import is_compiled
 from finemoe.trace import TraceError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -132,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     if choices["output"]:
         rows = [{**asdict(one), "layer_steps_per_s": one.layer_steps_per_s} for one in speeds]
         record: dict[str, Any] = {"overrides": [*DEFAULTS, *overrides], "speeds": rows}
+        record["compiled"] = is_compiled(replay.__file__)
         write_json(Path(choices["output"]), {**record, **provenance()})
         print(f"written to {choices['output']}")
 

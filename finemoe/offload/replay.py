@@ -94,7 +94,7 @@ class ReplayRuntime:
         self._costs = costs
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
-        self._thread = ModelThread(costs.thread)
+        self._model_thread = ModelThread(costs.thread)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tickets = itertools.count()
         self._arrived: deque[ExpertId] = deque()
@@ -117,7 +117,7 @@ class ReplayRuntime:
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
-            self._advance(self.now + costs.dense + self._thread.dense(self._links.copying))
+            self._advance(self.now + costs.dense + self._model_thread.dense(self._links.copying))
             self._layer(routed, layer)
         self._advance(self.now + costs.finish)
         if self._observed:
@@ -192,7 +192,7 @@ class ReplayRuntime:
     def _run_expert(self, expert: ExpertId, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(expert)
-        seconds = self._costs.expert(tokens) + self._thread.expert(self._links.copying)
+        seconds = self._costs.expert(tokens) + self._model_thread.expert(self._links.copying)
         free = self._devices_free[device]
         began = free if free > self.now else self.now
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
@@ -231,8 +231,8 @@ class ReplayRuntime:
 
     def _resume(self) -> None:
         """Have the model's thread go on after a wait."""
-        self._thread.waited()
-        self._advance(self.now + self._thread.resume)
+        self._model_thread.waited()
+        self._advance(self.now + self._model_thread.resume)
 
     # Policy -----------------------------------------------------------------------------------
 
