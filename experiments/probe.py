@@ -18,7 +18,7 @@ from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.trace import TracedRequest
 
 WAITS = ("on_demand_wait", "prefetch_wait")
-STOPS = ("device", *WAITS, "context_collection", "search", "update")
+STOPS = ("device", *WAITS, "context_collection", "search", "prefetch_issue", "update")
 """What the model's thread does besides the parts that are looked for; a part begins where one of
 these ended."""
 SHORTEST_WAIT = 20e-6
@@ -202,10 +202,17 @@ def collecting(probe: Probe) -> float:
 
 
 def predicting(probe: Probe, layers: int) -> dict[str, float]:
-    """Return what the policy's calls take, in seconds; one on_embeddings, then L on_gates."""
-    search = probe.seconds("search")
-    if not search:
+    """Return what the policy's calls take, in seconds; one on_embeddings, then L on_gates.
+
+    Each with the queueing of the prefetches that it led to, if it led to any.
+    """
+    searches = probe.on("search")
+    if not searches:
         return {}
+    search = [span.end - span.start for span in searches]
+    begins = [span.start for span in searches]
+    for issue in probe.on("prefetch_issue"):
+        search[bisect_right(begins, issue.start) - 1] += issue.end - issue.start
     width = layers + 1
     gates = [seconds for place, seconds in enumerate(search) if place % width]
     return {

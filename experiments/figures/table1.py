@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from experiments.figures import style, traces
 from experiments.figures.style import Drawn
+from experiments.testbeds import full_size
 
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
@@ -23,7 +24,7 @@ def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
 def characteristics(name: str) -> dict[str, Any]:
     """Return the row of one model; norms and biases are not counted."""
     facts = traces.model_facts(name)
-    model = traces.full_size(facts)
+    model = full_size(facts)
     width = model.bytes_per_parameter
     dense = model.dense_bytes // width
     total, active = (

@@ -30,7 +30,6 @@ from experiments.errors import UserError
 from experiments.figures import charts, style
 from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
 from experiments.records import provenance
-from finemoe.costs import FullSizeModel
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
 
@@ -43,7 +42,6 @@ KEPT = 6
 
 Traces = Mapping[tuple[str, str], Path]
 Tables = Mapping[str, pd.DataFrame]
-Look = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -181,18 +179,6 @@ def model_facts(name: str) -> DictConfig:
     return facts
 
 
-def full_size(facts: DictConfig) -> FullSizeModel:
-    """Return the shapes of the real model that `model_facts` describes."""
-    return FullSizeModel(
-        layers=facts.layers,
-        experts=facts.experts,
-        top_k=facts.top_k,
-        hidden_size=facts.hidden_size,
-        expert_intermediate_size=facts.expert_intermediate_size,
-        **facts.full_size,
-    )
-
-
 # What an analysis leaves --------------------------------------------------------------------------
 
 
@@ -299,17 +285,17 @@ def over_subjects(found: Sequence[Subject], tables: Sequence[pd.DataFrame]) -> p
 
 # What the pictures share --------------------------------------------------------------------------
 
-WHISKER: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7, "ecolor": "#333333"}
-GRANULARITIES: Mapping[str, Look] = {
+WHISKER: charts.Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7, "ecolor": "#333333"}
+GRANULARITIES: Mapping[str, charts.Look] = {
     "Coarse": {"color": "#999999", "marker": "s", "linestyle": "-", "hatch": ""},
     "Fine": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
 }
-SEARCHES: Mapping[str, Look] = {
+SEARCHES: Mapping[str, charts.Look] = {
     "Semantic": {"color": "#56B4E9", "marker": "s", "linestyle": "-", "hatch": ""},
     "Trajectory": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
 }
 # Of the colours of systems, a predictor has that of the one which predicts so.
-PREDICTORS: Mapping[str, Look] = {
+PREDICTORS: Mapping[str, charts.Look] = {
     "popularity": {"color": "#0072B2", "marker": "X", "linestyle": "-"},
     "request counts": GRANULARITIES["Coarse"],
     "previous token": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
@@ -317,11 +303,11 @@ PREDICTORS: Mapping[str, Look] = {
     "map, semantic": {**SEARCHES["Semantic"], "marker": "v"},
     "map, trajectory": SEARCHES["Trajectory"],
 }
-CHANCE: Look = {"color": "#333333", "marker": "", "linestyle": "--"}
+CHANCE: charts.Look = {"color": "#333333", "marker": "", "linestyle": "--"}
 MARKERS = ("o", "s", "^", "D", "v")
 
 
-def model_looks(models: Sequence[str]) -> dict[str, Look]:
+def model_looks(models: Sequence[str]) -> dict[str, charts.Look]:
     """Return colour, marker and line of each model; a known model has its own everywhere."""
     known = [*MODELS, *(one for one in models if one not in MODELS)]
     return {
@@ -334,12 +320,12 @@ def model_looks(models: Sequence[str]) -> dict[str, Look]:
     }
 
 
-def by_display_name(looks: Mapping[str, Look]) -> dict[str, Look]:
+def by_display_name(looks: Mapping[str, charts.Look]) -> dict[str, charts.Look]:
     """Return the looks of models under the names that a legend shows."""
     return {model_name(model): look for model, look in looks.items()}
 
 
-def unmarked(looks: Mapping[str, Look]) -> dict[str, Look]:
+def unmarked(looks: Mapping[str, charts.Look]) -> dict[str, charts.Look]:
     """Return looks of lines without markers."""
     return {name: {**look, "marker": ""} for name, look in looks.items()}
 
@@ -390,7 +376,7 @@ def band(
     rows: pd.DataFrame,
     x: str,
     y: str,
-    look: Look,
+    look: charts.Look,
     factor: float = 1,
 ) -> None:
     """Draw the means `y` over `x` as a line and low to high as a band, times `factor`."""

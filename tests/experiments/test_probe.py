@@ -111,11 +111,13 @@ def test_links_wake_and_models_resume() -> None:
 
 def test_calls_of_a_policy_are_told_apart() -> None:
     seconds = [5.0, 1.0, 3.0, 7.0, 2.0, 2.0]
-    spans = [Span("search", 0.0, s) for s in seconds] + [Span("update", 0.0, 4.0)]
-    spans += [Span("context_collection", 0.0, 3.0)]
+    spans = [Span("search", 10.0 * i, 10.0 * i + s) for i, s in enumerate(seconds)]
+    # The second gate's prefetches, and the last one's, take another second to queue.
+    spans += [Span("prefetch_issue", at, at + 1.0) for at in (23.0, 52.0)]
+    spans += [Span("update", 0.0, 4.0), Span("context_collection", 0.0, 3.0)]
     gates = [(hit(PREFILL, layer % 2), 0.0) for layer in range(4)]
     probe = Probe([(PREFILL, 0.0), (DECODES[0], 1.0)], gates, spans)
-    assert predicting(probe, layers=2) == {"embeddings": 6.0, "gate": 2.0, "update": 2.0}
+    assert predicting(probe, layers=2) == {"embeddings": 6.0, "gate": 2.5, "update": 2.0}
     assert collecting(probe) == 0.5
     assert predicting(Probe(), layers=2) == {}
 
