@@ -102,12 +102,18 @@ def _row(path: Path) -> dict[str, Any]:
         "requests": len(requests),
         **_latencies(summary, requests, record["seed"]),
         **_hits(summary, requests, record["seed"]),
-        **{key: value for key, value in summary.items() if key.startswith("bytes_")},
-        "slot_budget_bytes": summary.get("slot_budget_bytes", math.nan),
-        "dense_bytes": summary.get("dense_bytes", math.nan),
+        **{key: _number(summary, key) for key in summary if key.startswith("bytes_")},
+        "slot_budget_bytes": _number(summary, "slot_budget_bytes"),
+        "dense_bytes": _number(summary, "dense_bytes"),
         **_iterations(summary, requests, names["workload"], record["seed"]),
-        "bound_times": bound.get("times", math.nan),
+        "bound_times": _number(bound, "times"),
     }
+
+
+def _number(summary: Mapping[str, Any], key: str) -> float:
+    """Return a number of a summary, NaN where the system does not count it."""
+    value = summary.get(key)
+    return math.nan if value is None else value
 
 
 def _identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,14 +175,14 @@ def _latencies(summary: Mapping[str, Any], requests: pd.DataFrame, seed: int) ->
 
 def _hits(summary: Mapping[str, Any], requests: pd.DataFrame, seed: int) -> dict[str, float]:
     rate = summary.get("expert_hit_rate")
-    counts = {key: summary.get(key, math.nan) for key in ("hits", "late", "misses")}
+    counts = {key: _number(summary, key) for key in ("hits", "late", "misses")}
     low = high = math.nan
     if rate is not None and {"hits", "late", "misses"} <= set(requests):
         # Requests of a batch carry the same counts: those of the batch.
         batches = requests.groupby("batch")[["hits", "late", "misses"]].first()
         low, high = ratio_interval(batches["hits"], batches.sum(axis=1), seed)
-    rates = {"hit_rate": math.nan if rate is None else rate}
-    return {**rates, "hit_rate_low": low, "hit_rate_high": high, **counts}
+    rates = {"hit_rate": _number(summary, "expert_hit_rate"), "hit_rate_low": low}
+    return {**rates, "hit_rate_high": high, **counts}
 
 
 def _iterations(

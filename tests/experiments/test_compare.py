@@ -23,6 +23,13 @@ def test_every_record_is_a_row() -> None:
     assert all(" yes " in row and "emulated" in row for row in rows)
 
 
+def test_what_a_system_does_not_count_is_a_dash() -> None:
+    done = compare("results/baselines/deepspeed_zero")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if " deepspeed_zero " in line)
+    assert row.count(" - ") == 5, "budget, hit, late, GB moved and the bound"
+
+
 def test_a_folder_without_records_is_one_line_and_exit_code_2() -> None:
     done = compare("docs")
     assert done.returncode == 2
