@@ -56,12 +56,15 @@ class Schedule:
     def __init__(
         self, requests: Sequence[TimedRequest], max_batch_size: int, first_iteration: int = 0
     ) -> None:
-        """Take all requests to come, in any order; iterations are numbered from the one given."""
+        """Take all requests to come; of those that come at once, the first one given is first.
+
+        Iterations are numbered from the one given.
+        """
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size}: it starts at 1")
         if len({request.number for request in requests}) < len(requests):
             raise ValueError("two requests have the same number")
-        self._coming = deque(sorted(requests, key=lambda one: (one.arrival, one.number)))
+        self._coming = deque(sorted(requests, key=lambda one: one.arrival))
         self._waiting: deque[TimedRequest] = deque()
         self._running: dict[int, tuple[TimedRequest, int]] = {}
         self._max_batch_size = max_batch_size

@@ -59,7 +59,10 @@ class Recording:
     def run_continuously(
         self, requests: Sequence[TimedRequest], max_batch_size: int, path: Path, console: Console
     ) -> None:
-        """Serve requests as if all came at once, in batches as full as can be; write as `run`."""
+        """Serve requests as if all came at once, in batches as full as can be; write as `run`.
+
+        The longest prompts go first, so that a batch pads little.
+        """
         with self._writing(len(requests), path, console) as (recorder, write):
             server = ContinuousServer(self.runtime, max_batch_size)
 
@@ -70,7 +73,8 @@ class Recording:
                     write(request, server.collect(request.number))
                 return now
 
-            waiting = [replace(request, arrival=0.0) for request in requests]
+            longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+            waiting = [replace(request, arrival=0.0) for request in longest_first]
             run_schedule(Schedule(waiting, max_batch_size), carry_out)
 
     @contextmanager

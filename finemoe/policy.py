@@ -21,6 +21,7 @@ from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
     Gate,
+    Gates,
     Iteration,
     LayerOutcome,
     ModelShape,
@@ -137,9 +138,9 @@ class FineMoEPolicy(Policy):
         self._expect(self._semantic, range(self.shape.layers))
         return self._prefetches(self._semantic, range(self.distance), now=-1)
 
-    def compute_ahead(self, iteration: Iteration, probabilities: FloatArray) -> None:
+    def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
         if self._trajectory is not None and self.options.search != "semantic":
-            rows = [self._queries(iteration, layer) for layer in probabilities]
+            rows = [self._queries(iteration, layer) for layer in gates.probabilities]
             self._trajectory.compute_ahead(np.stack(rows))
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:

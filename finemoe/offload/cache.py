@@ -5,6 +5,7 @@ No torch, no clock, no thread: whoever drives it (a live link or a virtual one) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Slot(NamedTuple):
 
 
 EvictionKeys = Callable[[ExpertId], NDArray[np.float64]]
+EvictionFloor = Callable[[ExpertId], float]
 EvictionListener = Callable[[ExpertId], None]
 
 
@@ -53,12 +55,14 @@ class ExpertCache:
         slots: Sequence[int],
         keys: EvictionKeys,
         evicted: EvictionListener = lambda expert: None,
+        floor: EvictionFloor = lambda expert: -math.inf,
     ) -> None:
         self.shape = shape
         self.slots = tuple(slots)
         self.peak_occupied = 0
         self._keys = keys
         self._evicted = evicted
+        self._floor = floor
         self._slot: dict[ExpertId, Slot] = {}
         self._pins: dict[ExpertId, int] = {}
         self._free = [
@@ -174,7 +178,7 @@ class ExpertCache:
             return None
         keys = self.share(self._keys(incoming), device)[candidates]
         best = int(keys.argmax())
-        if not urgent and keys[best] == -np.inf:
+        if not urgent and keys[best] <= self._floor(incoming):
             return None
         return self._experts_on[device][candidates[best]]
 

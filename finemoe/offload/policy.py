@@ -7,6 +7,7 @@ count from 0; arrays are NumPy, float32, on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ class ModelShape:
     experts: int
     top_k: int
     hidden_size: int
+
+    def flat(self, expert: ExpertId) -> int:
+        """Return the place of an expert in arrays (L, J) that are laid out flat."""
+        return expert[0] * self.experts + expert[1]
 
     def all_experts(self) -> list[ExpertId]:
         """Return all experts, layer by layer."""
@@ -65,6 +70,16 @@ class Gate(NamedTuple):
     """Indices of the experts that at least one token goes to, ascending."""
     hidden_states: FloatArray | None
     """Input of the MoE block, shape (T, h), if `Placement.hidden_states` asks for it."""
+
+
+class Gates(NamedTuple):
+    """What all gates of one iteration decide, layer by layer: see `Gate`."""
+
+    probabilities: FloatArray
+    """Shape (L, T, J)."""
+    activated: Sequence[tuple[int, ...]]
+    hidden_states: FloatArray | None
+    """Shape (L, T, h), if `Placement.hidden_states` asks for it."""
 
 
 class Prefetch(NamedTuple):
@@ -147,9 +162,9 @@ class Policy:
 
     Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
     `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
-    background worker's, if the placement says so). `on_outcome`, `on_load`, `on_evict` and
-    `eviction_keys` are called from the engine, possibly while a prediction runs, and may see it
-    half taken over.
+    background worker's, if the placement says so). `on_outcome`, `on_load`, `on_evict`,
+    `eviction_keys` and `eviction_floor` are called from the engine, possibly while a prediction
+    runs, and may see it half taken over.
     """
 
     placement = Placement()
@@ -188,8 +203,8 @@ class Policy:
         """Answer the token embeddings (T, h) of an iteration before its first layer runs."""
         return ()
 
-    def compute_ahead(self, iteration: Iteration, probabilities: FloatArray) -> None:
-        """Take the probabilities (L, T, J) of the gates to come, to search for all at once.
+    def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
+        """Take the gates to come, to compute what follows from them for all layers at once.
 
         Only a replay can tell them, right after `on_embeddings`; no answer may depend on it.
         """
@@ -217,7 +232,14 @@ class Policy:
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
         """Return keys (L, J): among the evictable residents of the device, the largest goes.
 
-        A key of -inf keeps an expert from being evicted for a prefetch; an on-demand load takes
-        it if nothing else is left.
+        The array may be the policy's own: the engine only reads it, and only at once.
         """
         raise NotImplementedError
+
+    def eviction_floor(self, incoming: ExpertId) -> float:
+        """Return the key that a resident must exceed to be evicted for a prefetch of `incoming`.
+
+        An on-demand load takes whoever has the largest key. So a key of -inf keeps an expert from
+        being evicted for a prefetch.
+        """
+        return -math.inf

@@ -17,7 +17,14 @@ from typing import Protocol
 
 from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
 from finemoe.offload.model_thread import ModelThread, ThreadCosts
-from finemoe.offload.policy import ExpertId, Gate, LayerOutcome, Policy, Wishes
+from finemoe.offload.policy import (
+    ExpertId,
+    Gate,
+    Gates,
+    LayerOutcome,
+    Policy,
+    Wishes,
+)
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.timeline import Timeline
@@ -163,7 +170,9 @@ class ReplayRuntime:
 
     def _on_embeddings(self, routed: RoutedIteration) -> Wishes:
         wishes = self.policy.on_embeddings(routed.iteration, routed.embeddings)
-        self.policy.compute_ahead(routed.iteration, routed.probabilities)
+        hidden = routed.hidden_states if self._hidden else None
+        gates = Gates(routed.probabilities, routed.activated, hidden)
+        self.policy.compute_ahead(routed.iteration, gates)
         return wishes
 
     def _on_gate(self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]) -> Wishes:

@@ -47,7 +47,9 @@ class Residency:
             [ExpertId(layer, index) for index in range(shape.experts)]
             for layer in range(shape.layers)
         ]
-        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
+        self.cache = ExpertCache(
+            shape, plan.slots, policy.eviction_keys, policy.on_evict, policy.eviction_floor
+        )
         self.queues = [
             TransferQueue(self.cache, device, plan.expert_bytes, plan.chunk_bytes)
             for device in range(len(plan.slots))

@@ -16,6 +16,7 @@ from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
     Gate,
+    Gates,
     Iteration,
     LayerOutcome,
     ModelShape,
@@ -340,7 +341,7 @@ def test_what_is_computed_ahead_changes_no_answer(
         assert plain.on_embeddings(iteration, embeddings) == ahead.on_embeddings(
             iteration, embeddings
         )
-        ahead.compute_ahead(iteration, gates)
+        ahead.compute_ahead(iteration, Gates(gates, [(0,)] * len(gates), None))
         for layer, probabilities in enumerate(gates):
             spoken = Gate(layer, probabilities, (0,), None)
             assert plain.on_gate(iteration, spoken) == ahead.on_gate(iteration, spoken)
