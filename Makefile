@@ -36,7 +36,7 @@ reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simula
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
 	$(BIN)/python -m experiments.gpu_check
 
-compiled: $(READY)  ## compile the engine with mypyc: the same replays in about half the time
+compiled: $(READY)  ## compile the engine with Cython: the same replays in a fraction of the time
 	$(BIN)/python -m experiments.compiled_engine
 
 clean:  ## remove the environment, the compiled engine and what runs left

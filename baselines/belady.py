@@ -6,6 +6,8 @@ The expert whose next use is farthest leaves first, one that is never used again
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +23,29 @@ from finemoe.offload.policy import (
 FloatTable = NDArray[np.float64]
 
 
+def uses(routing: Routing, shape: ModelShape) -> tuple[FloatTable, list[list[float]]]:
+    """Return the first use of every expert, (L, J), and step by step the uses that come next.
+
+    Steps count layers over all iterations; of each step's activated experts the next uses are
+    given, in their order. What never comes is infinite.
+    """
+    activated = list(itertools.chain.from_iterable(routing))
+    widths = [len(indices) for indices in activated]
+    steps = np.arange(len(activated)).repeat(np.array(widths, np.int64))
+    indices = np.fromiter(itertools.chain.from_iterable(activated), np.int64, len(steps))
+    experts = steps % shape.layers * shape.experts + indices
+    first = np.full(shape.layers * shape.experts, np.inf)
+    np.minimum.at(first, experts, steps)
+    order = experts.argsort(kind="stable")
+    earlier, later = order[:-1], order[1:]
+    again = experts[earlier] == experts[later]
+    following = np.full(len(steps), np.inf)
+    following[earlier[again]] = steps[later[again]]
+    left = iter(following.tolist())
+    by_step = [list(itertools.islice(left, width)) for width in widths]
+    return first.reshape(shape.layers, shape.experts), by_step
+
+
 class BeladyPolicy(Policy):
     """Knows of every expert when it is used next; steps count layers over all iterations."""
 
@@ -28,32 +53,18 @@ class BeladyPolicy(Policy):
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
-        self._routing: Routing = ()
-        self._uses: dict[ExpertId, list[int]] = {}
-        self._step = 0
-        self._next_use: FloatTable = np.full((shape.layers, shape.experts), np.inf)
+        self.foretell(())
 
     def foretell(self, routing: Routing) -> None:
-        self._routing, self._uses, self._step = routing, {}, 0
-        for number in reversed(range(len(routing))):
-            for layer, activated in enumerate(routing[number]):
-                for index in activated:
-                    uses = self._uses.setdefault(ExpertId(layer, index), [])
-                    uses.append(number * self.shape.layers + layer)
-        self._next_use[:] = np.inf
-        for expert, uses in self._uses.items():
-            self._next_use[expert] = uses[-1]
+        self._routing, self._step = routing, 0
+        self._next_use, self._following = uses(routing, self.shape)
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         """Move on to the next uses; ValueError if the layer did not route as foretold."""
         if not self._routing:
             return
         self._check(outcome)
-        step = outcome.iteration.number * self.shape.layers + outcome.layer
-        self._skip_to(step)
-        self._step = step + 1
-        for index in outcome.activated:
-            self._advance(ExpertId(outcome.layer, index))
+        self._go_to(outcome.iteration.number * self.shape.layers + outcome.layer + 1)
 
     def eviction_keys(self, incoming: ExpertId) -> FloatTable:
         return self._next_use
@@ -61,21 +72,19 @@ class BeladyPolicy(Policy):
     def _check(self, outcome: LayerOutcome) -> None:
         number, layer = outcome.iteration.number, outcome.layer
         foretold = self._routing[number][layer] if number < len(self._routing) else None
-        if outcome.activated != foretold:
+        activated = outcome.activated
+        if activated != foretold:
             raise ValueError(
-                f"layer {layer} of iteration {number} activated {outcome.activated}, but "
+                f"layer {layer} of iteration {number} activated {activated}, but "
                 f"{foretold} was foretold; foretell the routing of the same requests"
             )
 
-    def _skip_to(self, step: int) -> None:
-        """Forget the uses before a step: a repeat begins where the numbers of the last one end."""
-        if step > self._step:
-            self._step = step
-            for expert in self._uses:
-                self._advance(expert)
-
-    def _advance(self, expert: ExpertId) -> None:
-        uses = self._uses[expert]
-        while uses and uses[-1] < self._step:
-            uses.pop()
-        self._next_use[expert] = uses[-1] if uses else np.inf
+    def _go_to(self, step: int) -> None:
+        """Put the steps before this one behind: a repeat skips those that the last one ran."""
+        for gone in range(self._step, min(step, len(self._following))):
+            iteration, layer = divmod(gone, self.shape.layers)
+            next_use = self._next_use[layer]
+            pairs = zip(self._routing[iteration][layer], self._following[gone], strict=True)
+            for index, following in pairs:
+                next_use[index] = following
+        self._step = max(step, self._step)

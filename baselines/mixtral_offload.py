@@ -9,66 +9,17 @@ first out. As the FineMoE paper runs it (section 6.1), prefetches are synchronou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
-from finemoe.offload.eviction import LayeredLruPolicy
-from finemoe.offload.policy import (
-    ExpertId,
-    FloatArray,
-    Gate,
-    GateWeights,
-    Iteration,
-    ModelShape,
-    Placement,
-    Prefetch,
-)
-from finemoe.offload.routed import softmax
+from baselines.speculation import SpeculatingPolicy
+from finemoe.offload.policy import ModelShape, Placement
 
 DISTANCE = 1
 """Layers that the guess looks ahead (section 6.1 of the FineMoE paper)."""
 
 
-def likeliest(scores: FloatArray, count: int, layer: int) -> list[Prefetch]:
-    """Return the union of each token's `count` best experts of `layer`, best first.
-
-    `scores` are logits, shape (T, J); an expert's priority is the largest softmax probability
-    among the tokens that it was chosen for. Equal scores: the lower index.
-    """
-    probabilities = softmax(scores)
-    chosen = (-scores).argsort(axis=1, kind="stable")[:, :count]
-    if len(scores) == 1:
-        indices = chosen[0]
-        best = probabilities[0, indices]
-    else:
-        kept = np.zeros_like(probabilities)
-        np.put_along_axis(kept, chosen, np.take_along_axis(probabilities, chosen, 1), 1)
-        indices = np.unique(chosen)
-        best = kept.max(axis=0)[indices]
-        order = (-best).argsort(kind="stable")
-        indices, best = indices[order], best[order]
-    pairs = zip(indices.tolist(), best.tolist(), strict=True)
-    return [Prefetch(ExpertId(layer, index), priority) for index, priority in pairs]
-
-
-class MixtralOffloadPolicy(LayeredLruPolicy):
+class MixtralOffloadPolicy(SpeculatingPolicy):
     """After each gate waits for the top-K that the next gate would choose for the same input."""
 
     placement = Placement("critical_path", hidden_states=True, awaited=True, learns=False)
 
     def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape)
-        self._gates: GateWeights | None = None
-
-    def set_gates(self, gates: GateWeights) -> None:
-        self._gates = gates
-
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        target = gate.layer + DISTANCE
-        if target >= self.shape.layers:
-            return ()
-        assert self._gates is not None
-        assert gate.hidden_states is not None
-        logits = self._gates.logits(target, gate.hidden_states)
-        return likeliest(logits, self.shape.top_k, target)
+        super().__init__(shape, DISTANCE, shape.top_k)

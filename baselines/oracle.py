@@ -15,17 +15,15 @@ the proven bound.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-import numpy as np
-
-from baselines.belady import BeladyPolicy, FloatTable
+from baselines.belady import BeladyPolicy
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
     Gate,
     Iteration,
-    LayerOutcome,
     ModelShape,
     Placement,
     Prefetch,
@@ -42,20 +40,19 @@ class OraclePolicy(BeladyPolicy):
     placement = Placement("critical_path", foresight=True, learns=False)
 
     def __init__(self, shape: ModelShape, lookahead: int = 64) -> None:
-        super().__init__(shape)
         if lookahead < 1:
             raise ValueError(f"lookahead={lookahead}: it starts at 1")
+        super().__init__(shape)
         self._lookahead = lookahead
-        self._resident = np.zeros((shape.layers, shape.experts), dtype=bool)
-        self._demanded: set[ExpertId] = set()
 
     def foretell(self, routing: Routing) -> None:
         super().foretell(routing)
-        self._resident[:] = False
-        self._demanded.clear()
+        self._resident: set[ExpertId] = set()
+        self._planned = -1
+        self._plan: list[list[Prefetch]] = []
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
-        self._skip_to(iteration.number * self.shape.layers)
+        self._go_to(iteration.number * self.shape.layers)
         return self._wishes(iteration.number)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
@@ -64,32 +61,31 @@ class OraclePolicy(BeladyPolicy):
     def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
         return self._wishes(iteration.number + 1)
 
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        super().on_outcome(outcome)
-        for index in (*outcome.late, *outcome.misses):
-            self._demanded.add(ExpertId(outcome.layer, index))
-
     def on_load(self, expert: ExpertId) -> None:
-        self._resident[expert] = True
-        self._demanded.discard(expert)
+        self._resident.add(expert)
 
     def on_evict(self, expert: ExpertId) -> None:
-        self._resident[expert] = False
+        self._resident.discard(expert)
 
-    def eviction_keys(self, incoming: ExpertId) -> FloatTable:
-        """Return next uses, -inf for what is needed no later than a prefetched `incoming`."""
-        if incoming in self._demanded:
-            return self._next_use
-        later = self._next_use > self._next_use[incoming]
-        return np.where(later, self._next_use, -np.inf)
+    def eviction_floor(self, incoming: ExpertId) -> float:
+        """Keep what is needed no later than a prefetched `incoming`."""
+        return self._next_use.item(incoming)
 
     def _wishes(self, number: int) -> list[Prefetch]:
         """Return the absent experts that iteration `number` is still to use, soonest first."""
-        due = np.where(self._resident, np.inf, self._next_use).ravel()
-        soonest = due.argsort(kind="stable")[: self._lookahead].tolist()
-        end = (number + 1) * self.shape.layers
+        if number != self._planned:
+            self._planned, self._plan = number, self._layers(number)
+        layer = max(self._step - number * self.shape.layers, 0)
+        due = itertools.chain.from_iterable(self._plan[layer:])
+        resident = self._resident
+        absent = (wish for wish in due if wish.expert not in resident)
+        return list(itertools.islice(absent, self._lookahead))
+
+    def _layers(self, number: int) -> list[list[Prefetch]]:
+        """Return wishes for all that an iteration uses, by layer."""
+        routed = self._routing[number] if number < len(self._routing) else ()
+        first = number * self.shape.layers
         return [
-            Prefetch(ExpertId(*divmod(expert, self.shape.experts)), -float(due[expert]))
-            for expert in soonest
-            if due[expert] < end
+            [Prefetch(ExpertId(layer, index), -float(first + layer)) for index in activated]
+            for layer, activated in enumerate(routed)
         ]

@@ -11,7 +11,7 @@ per layer; layers have equal shares.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,17 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from baselines.mixtral_offload import likeliest
-from finemoe.offload.eviction import LayeredLruPolicy
-from finemoe.offload.policy import (
-    FloatArray,
-    Gate,
-    GateWeights,
-    Iteration,
-    ModelShape,
-    Placement,
-    Prefetch,
-)
+from baselines.speculation import Ranking, SpeculatingPolicy
+from finemoe.offload.policy import FloatArray, ModelShape, Placement, Prefetch
 
 
 @dataclass(frozen=True)
@@ -70,10 +61,14 @@ class LearnedPredictor:
     down_bias: FloatArray
     """Shape (S, J)."""
 
-    def logits(self, source: int, hidden_states: FloatArray) -> FloatArray:
-        """Return scores (T, J) of the experts of layer `source` + d for inputs (T, h)."""
-        units = np.maximum(hidden_states @ self.up[source].T + self.up_bias[source], 0)
-        logits: FloatArray = units @ self.down[source].T + self.down_bias[source]
+    def logits(self, source: int | slice, hidden_states: FloatArray) -> FloatArray:
+        """Return scores (T, J) of the experts of layer `source` + d for inputs (T, h).
+
+        For a slice of S sources the inputs are (S, T, h), and the scores (S, T, J).
+        """
+        up, down = self.up[source].swapaxes(-1, -2), self.down[source].swapaxes(-1, -2)
+        units = np.maximum(hidden_states @ up + self.up_bias[source][..., None, :], 0)
+        logits: FloatArray = units @ down + self.down_bias[source][..., None, :]
         return logits
 
     def save(self, path: Path, distance: int, facts: Mapping[str, str]) -> None:
@@ -102,36 +97,27 @@ class LearnedPredictor:
         return cls(**weights)
 
 
-class ProMoEPolicy(LayeredLruPolicy):
+class ProMoEPolicy(SpeculatingPolicy):
     """Prefetches the K best experts of each token, the nearest layer first."""
 
     placement = Placement("background", hidden_states=True, learns=False)
 
     def __init__(self, shape: ModelShape, options: ProMoEOptions) -> None:
-        super().__init__(shape)
+        super().__init__(shape, options.prefetch_distance, shape.top_k + options.extra)
         self.options = options
-        self._gates: GateWeights | None = None
         self._learned: LearnedPredictor | None = None
         if options.predictor == "learned":
             path = Path(options.predictor_path or "")
             self._learned = LearnedPredictor.load(path, shape, options.prefetch_distance)
 
-    def set_gates(self, gates: GateWeights) -> None:
-        self._gates = gates
+    def _logits(self, first: int, hidden_states: FloatArray) -> FloatArray:
+        if self._learned is None:
+            return super()._logits(first, hidden_states)
+        return self._learned.logits(slice(first, first + len(hidden_states)), hidden_states)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        target = gate.layer + self.options.prefetch_distance
-        if target >= self.shape.layers:
-            return ()
-        assert gate.hidden_states is not None
-        if self._learned is not None:
-            logits = self._learned.logits(gate.layer, gate.hidden_states)
-        else:
-            assert self._gates is not None
-            logits = self._gates.logits(target, gate.hidden_states)
-        predicted = likeliest(logits, self.shape.top_k + self.options.extra, target)
-        nearness = self.shape.layers - target
-        return [Prefetch(expert, nearness + priority) for expert, priority in predicted]
+    def _prefetches(self, target: int, ranking: Ranking) -> list[Prefetch]:
+        experts, nearness = self._experts[target], self.shape.layers - target
+        return [Prefetch(experts[index], nearness + probability) for index, probability in ranking]
 
 
 def promoe(shape: ModelShape, **options: int | str | None) -> ProMoEPolicy:

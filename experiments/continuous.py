@@ -264,7 +264,7 @@ class ContinuousServer:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._contexts[request.number] = Context(output.past_key_values, 0, 1, len(request.prompt))
+        self._contexts[request.number] = Context(output.cache, 0, 1, len(request.prompt))
         return output.logits[:, -1]
 
     def _decode(self, step: Step) -> Tensor:
@@ -280,7 +280,7 @@ class ContinuousServer:
             input_ids=torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device),
             position_ids=lengths,
             attention_mask=(columns >= longest - lengths).long() if padded else None,
-            past_key_values=contexts[0].cache,
+            cache=contexts[0].cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -47,7 +47,7 @@ from finemoe.offload.experts import BlockLayout, DeviceSlots, HostStore, host_bl
 from finemoe.offload.links import CudaLink, EmulatedLink, Link, LinkSpeed
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import ExpertId, ModelShape, Policy
+from finemoe.offload.policy import ModelShape, Policy
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
@@ -124,10 +124,8 @@ def _plain_logits(model: PreTrainedModel, asked: Request) -> list[Tensor]:
     logits: list[Tensor] = []
     tokens, cache = torch.tensor([asked.prompt], device=model.device), None
     for _ in range(asked.output_tokens):
-        output: Any = model(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache = output.past_key_values
+        output: Any = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1)
+        cache = output.cache
         logits.append(output.logits[:, -1])
         tokens = logits[-1].argmax(-1, keepdim=True)
     return logits
@@ -155,10 +153,9 @@ class CopyRig:
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         pin = device.type == "cuda"
         blocks = [host_block(sizes.expert_bytes, pin).fill_(1) for _ in range(2)]
-        self.experts = [ExpertId(0, index) for index in range(sizes.copies)]
         store = HostStore(
             BlockLayout((), sizes.expert_bytes),
-            {expert: blocks[expert.index % 2] for expert in self.experts},
+            [blocks[place % 2] for place in range(sizes.copies)],
             pinned=pin,
         )
         self._slots = DeviceSlots(store, (2,), (device,))
@@ -173,12 +170,12 @@ class CopyRig:
 
     def drive(self) -> None:
         """Copy every expert through a transfer queue and the link, as a runtime's thread does."""
-        shape = ModelShape(1, len(self.experts), 1, 1)
+        shape = ModelShape(1, self._sizes.copies, 1, 1)
         plan = MemoryPlan((2,), self._sizes.expert_bytes, self._sizes.chunk_bytes)
         queue = Residency(shape, plan, OnDemandPolicy(shape)).queues[0]
         link = self._link()
-        for expert in self.experts:
-            queue.demand(expert)
+        for place in range(self._sizes.copies):
+            queue.demand(place)
         in_flight: deque[Any] = deque()
         while (chunk := queue.next_chunk()) is not None or in_flight:
             if chunk is not None:
@@ -190,9 +187,9 @@ class CopyRig:
 
     def memcpy(self) -> None:
         """Copy as many bytes with one plain copy an expert."""
-        for expert in self.experts:
-            target = self._slots.block(Slot(0, expert.index % 2))
-            target.copy_(self._store.block(expert), non_blocking=True)
+        for place in range(self._sizes.copies):
+            target = self._slots.block(Slot(0, place % 2))
+            target.copy_(self._store.block(place), non_blocking=True)
         _wait(self._device)
 
     def _link(self) -> Link:

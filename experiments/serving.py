@@ -113,11 +113,11 @@ class Server:
             output = self.runtime.forward(
                 self._iteration(batch, tokens.shape[1]),
                 input_ids=tokens,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
+            cache = output.cache
             self.logits.append(output.logits[:, -1])
             tokens = self.choose(self.logits[-1])
             generated.append(tokens[:, 0].tolist())

@@ -36,8 +36,8 @@ def offloading_runtime(
             speed = _paced(testbed, stored, full_expert_bytes)
             links.append(EmulatedLink(model.store, memory, speed))
     if residency.holds_everything:
-        for expert in residency.preload():
-            memory.block(residency.cache.slot(expert)).copy_(model.store.block(expert))
+        for place in residency.preload():
+            memory.block(residency.cache.slot(place)).copy_(model.store.block(place))
     return LiveRuntime(model, policy, residency, memory, links, testbed.devices, timeline)
 
 
@@ -53,8 +53,8 @@ def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
     memory: ExpertMemory = HostMemory(model.store)
     if model.device.type == "cuda":
         slots = DeviceSlots(model.store, (experts,), (model.device,))
-        for expert in loaded:
-            slots.block(residency.cache.slot(expert)).copy_(model.store.block(expert))
+        for place in loaded:
+            slots.block(residency.cache.slot(place)).copy_(model.store.block(place))
         memory = slots
     return LiveRuntime(model, policy, residency, memory, (), (model.device,))
 

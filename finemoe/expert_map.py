@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from finemoe.offload.policy import FloatArray, ModelShape
+
+EVERYTHING = slice(None)
+SMALLEST_NORM = np.finfo(np.float32).tiny
 
 
 class StoreMismatch(ValueError):
@@ -21,44 +25,37 @@ class ExpertMapStore:
 
     An expert map holds the gate's full softmax of every layer. When the store is full, the stored
     iteration most redundant with the new one is replaced: RDY = d/L * score_sem + (L-d)/L *
-    score_traj, both cosines (section 4.4).
+    score_traj, both cosines (section 4.4). Arrays have entries as their last axis, along which a
+    product of few queries with all entries is quickest.
     """
 
     def __init__(self, shape: ModelShape, capacity: int, prefetch_distance: int) -> None:
         self.shape = shape
         self.capacity = capacity
         self.size = 0
-        self._semantic_share = min(prefetch_distance, shape.layers) / shape.layers
-        self._maps = np.zeros((shape.layers, capacity, shape.experts), dtype=np.float32)
-        self._embeddings = np.zeros((capacity, shape.hidden_size), dtype=np.float32)
+        self._semantic_share = np.float32(min(prefetch_distance, shape.layers) / shape.layers)
+        self._maps = np.zeros((shape.layers, shape.experts, capacity), dtype=np.float32)
+        self._embeddings = np.zeros((shape.hidden_size, capacity), dtype=np.float32)
         self._prefix_norms = np.zeros((shape.layers, capacity), dtype=np.float32)
 
-    def rows(self, layer: int) -> FloatArray:
-        """Return row `layer` of every stored map, shape (size, J)."""
-        return self._maps[layer, : self.size]
+    @property
+    def maps(self) -> FloatArray:
+        """Every stored map, shape (L, J, size)."""
+        return self._maps[:, :, : self.size]
 
     @property
-    def all_rows(self) -> FloatArray:
-        """Return every row of every stored map, shape (L, size, J)."""
-        return self._maps[:, : self.size]
+    def embeddings(self) -> FloatArray:
+        """Stored embeddings scaled to unit length, shape (h, size)."""
+        return self._embeddings[:, : self.size]
 
     @property
-    def all_prefix_norms(self) -> FloatArray:
-        """Return the prefix norms of every layer, shape (L, size)."""
+    def prefix_norms(self) -> FloatArray:
+        """Euclidean norms of rows 0..l of every stored map, shape (L, size)."""
         return self._prefix_norms[:, : self.size]
 
     def expert_map(self, entry: int) -> FloatArray:
         """Return the map of one stored iteration, shape (L, J)."""
-        return self._maps[:, entry]
-
-    @property
-    def embeddings(self) -> FloatArray:
-        """Stored embeddings scaled to unit length, shape (size, h)."""
-        return self._embeddings[: self.size]
-
-    def prefix_norms(self, layer: int) -> FloatArray:
-        """Return the Euclidean norm of rows 0..layer of every stored map, shape (size,)."""
-        return self._prefix_norms[layer, : self.size]
+        return self._maps[:, :, entry]
 
     @property
     def map_bytes(self) -> int:
@@ -70,32 +67,97 @@ class ExpertMapStore:
         """Bytes of maps, embeddings and the norms kept for the search."""
         return self._maps.nbytes + self._embeddings.nbytes + self._prefix_norms.nbytes
 
+    # Similarity -------------------------------------------------------------------------------
+
+    def cosines(self, embeddings: FloatArray, entries: slice = EVERYTHING) -> FloatArray:
+        """Return score_sem of embeddings (B, h) with every stored one, shape (B, size)."""
+        cosines: FloatArray = unit(embeddings) @ self.embeddings[:, entries]
+        return cosines
+
+    def running_dots(self, rows: FloatArray, entries: slice = EVERYTHING) -> FloatArray:
+        """Return dot products with every stored map over rows 0..l, (L, B, J) to (L, B, size)."""
+        dots: FloatArray = np.matmul(rows, self.maps[:, :, entries])
+        # One layer after the other, as a search adds them up; np.cumsum takes five times as long.
+        for earlier, later in itertools.pairwise(dots):
+            later += earlier
+        return dots
+
+    def redundancy(
+        self,
+        rows: FloatArray,
+        embeddings: FloatArray,
+        cosines: FloatArray | None = None,
+        dots: FloatArray | None = None,
+        entries: slice = EVERYTHING,
+    ) -> FloatArray:
+        """Return RDY of new iterations, rows (L, B, J), with every stored one, shape (B, size).
+
+        `cosines` and `dots` over all layers, both (B, size), spare their computation.
+        """
+        if cosines is None:
+            cosines = self.cosines(embeddings, entries)
+        if dots is None:
+            dots = self.running_dots(rows, entries)[-1]
+        maps = rows.swapaxes(0, 1).reshape(len(embeddings), -1)
+        norms = np.sqrt(np.vecdot(maps, maps))[:, None] * self.prefix_norms[-1, entries]
+        share = self._semantic_share
+        redundancy: FloatArray = share * cosines + (1 - share) * (dots / norms)
+        return redundancy
+
+    # Growth -----------------------------------------------------------------------------------
+
     def add(self, expert_map: FloatArray, embedding: FloatArray) -> int:
         """Remember an iteration, replacing the most redundant one if full; return its entry."""
-        entry = self.size
-        if self.size == self.capacity:
-            entry = int(self.redundancy(expert_map, embedding).argmax())
-        else:
-            self.size += 1
-        self._maps[:, entry] = expert_map
-        self._embeddings[entry] = unit(embedding)
-        self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
-        return entry
+        return self.add_all(expert_map[:, None], embedding[None])[0]
 
-    def redundancy(self, expert_map: FloatArray, embedding: FloatArray) -> FloatArray:
-        """Return RDY of a new iteration against every stored one, shape (size,)."""
-        semantic = self.embeddings @ unit(embedding)
-        dots = np.matmul(self._maps[:, : self.size], expert_map[:, :, None])[..., 0].sum(axis=0)
-        trajectory = dots / (self.prefix_norms(-1) * np.linalg.norm(expert_map))
-        share = np.float32(self._semantic_share)
-        redundancy: FloatArray = share * semantic + (1 - share) * trajectory
-        return redundancy
+    def add_all(
+        self,
+        rows: FloatArray,
+        embeddings: FloatArray,
+        cosines: FloatArray | None = None,
+        dots: FloatArray | None = None,
+    ) -> list[int]:
+        """Remember iterations, rows (L, B, J), one after the other; return their entries.
+
+        A search in the store as it is now may hand in what `redundancy` needs.
+        """
+        batch, size = len(embeddings), self.size
+        redundancy = np.zeros((batch, self.capacity), dtype=np.float32)
+        overflows = size + batch > self.capacity
+        if overflows:
+            redundancy[:, :size] = self.redundancy(rows, embeddings, cosines, dots)
+        entries = []
+        for one, embedding in enumerate(unit(embeddings)):
+            entry = self._vacate(redundancy[one])
+            self._put(entry, rows[:, one], embedding)
+            entries.append(entry)
+            rest = slice(one + 1, batch)
+            if overflows and rest.start < batch:
+                new = slice(entry, entry + 1)
+                redundancy[rest, new] = self.redundancy(
+                    rows[:, rest], embeddings[rest], entries=new
+                )
+        return entries
+
+    def _vacate(self, redundancy: FloatArray) -> int:
+        """Return a free entry, or the most redundant one if there is none."""
+        if self.size == self.capacity:
+            return int(redundancy.argmax())
+        self.size += 1
+        return self.size - 1
+
+    def _put(self, entry: int, expert_map: FloatArray, embedding: FloatArray) -> None:
+        self._maps[:, :, entry] = expert_map
+        self._embeddings[:, entry] = embedding
+        self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
+
+    # Files ------------------------------------------------------------------------------------
 
     def save(self, path: Path, model_id: str) -> None:
         """Write the stored iterations as safetensors, marked with the model they belong to."""
         arrays = {
-            "maps": np.ascontiguousarray(self._maps[:, : self.size].swapaxes(0, 1)),
-            "embeddings": self.embeddings.copy(),
+            "maps": np.ascontiguousarray(self.maps.transpose(2, 0, 1)),
+            "embeddings": np.ascontiguousarray(self.embeddings.T),
         }
         partial = path.with_name(f"{path.name}.partial")
         save_file(arrays, partial, metadata={"model_id": model_id})
@@ -122,6 +184,6 @@ class ExpertMapStore:
 
 def unit(vector: FloatArray) -> FloatArray:
     """Return vectors scaled to unit length along the last axis; zero stays zero."""
-    norms = np.linalg.norm(vector, axis=-1, keepdims=True)
-    scaled: FloatArray = vector / np.maximum(norms, np.finfo(np.float32).tiny)
+    norms = np.sqrt((vector * vector).sum(axis=-1, keepdims=True))
+    scaled: FloatArray = vector / np.maximum(norms, SMALLEST_NORM)
     return scaled

@@ -1,20 +1,17 @@
-"""FineMoE: prefetch what the most similar remembered iteration activated (sections 4.2 to 4.5).
-
-Where the paper and the authors' demo repository differ, `variant` chooses: `paper`, or `demo`,
-which selects one expert fewer, decays priorities linearly over the predicted layers, and queues all
-other experts of those layers at the tail.
-"""
+"""FineMoE: prefetch what the most similar remembered iteration activated (sections 4.2 to 4.5)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finemoe.expected_use import ExpectedUse
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
@@ -29,12 +26,8 @@ from finemoe.offload.policy import (
     Policy,
     Prefetch,
 )
-from finemoe.search import Match, TrajectorySearch, semantic_search
-
-Variant = Literal["paper", "demo"]
-
-TAIL_PRIORITY = 1e-6
-SMALLEST_PROBABILITY = 1e-9
+from finemoe.search import Match, TrajectorySearch, nearest
+from finemoe.selection import Selector, Variant
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class FineMoEOptions:
     store_capacity: int = 1000
     """C (section 6.1)."""
     variant: Variant = "paper"
+    """Whose selection and priorities, where paper and demo differ: see finemoe/selection.py."""
     search: Literal["both", "semantic", "trajectory"] = "both"
     """Figure 14a: T+S, S alone for every layer, or T alone."""
     selection: Literal["delta", "top_k"] = "delta"
@@ -62,28 +56,11 @@ class FineMoEOptions:
     """Search in the background (section 4.3) or on the critical path."""
 
 
-def select_experts(
-    probabilities: FloatArray, score: float, top_k: int, variant: Variant = "paper"
-) -> NDArray[np.intp]:
-    """Return experts by descending p until their sum reaches delta = clip(1 - score, 0, 1).
-
-    Never fewer than `top_k`. The demo stops one short of reaching delta.
-    """
-    delta = min(max(1.0 - score, 0.0), 1.0)
-    order = (-probabilities).argsort(kind="stable")
-    if float(probabilities[order[0]]) >= delta:
-        return order[:top_k]
-    # A running sum in double precision, one addend after the other.
-    sums = probabilities[order].cumsum(dtype=np.float64)
-    if variant == "paper":
-        count = 1 + int(sums.searchsorted(delta, "left"))
-    else:
-        count = int(sums.searchsorted(delta, "right"))
-    return order[: max(count, top_k)]
-
-
 class FineMoEPolicy(Policy):
-    """Searches the store after the embeddings and after every gate, and prefetches its answer."""
+    """Searches the store after the embeddings and after every gate, and prefetches its answer.
+
+    Q counts the queries of an iteration: its requests, or its tokens.
+    """
 
     def __init__(self, shape: ModelShape, options: FineMoEOptions) -> None:
         self.shape = shape
@@ -91,20 +68,26 @@ class FineMoEPolicy(Policy):
         self.placement = Placement("background" if options.asynchronous else "critical_path")
         self.distance = min(options.prefetch_distance, shape.layers)
         self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
+        self._selector = Selector(shape, options.variant, by_score=options.selection == "delta")
         self._growing = True
-        self._usage = UsageTable(shape)
-        self._expected: FloatArray = np.full(
-            (shape.layers, shape.experts), 1 / shape.experts, dtype=np.float32
-        )
-        self._embeddings: FloatArray = np.empty((0, shape.hidden_size), dtype=np.float32)
-        self._observed: list[FloatArray] = []
+        self._by_maps = options.eviction == "finemoe"
+        self._forget_use()
+        self._begin(np.empty((0, shape.hidden_size), dtype=np.float32))
+
+    def _begin(self, embeddings: FloatArray) -> None:
+        """Forget the last iteration, after which the store may have changed; embeddings (Q, h)."""
+        shape = (self.shape.layers, len(embeddings), self.shape.experts)
+        self._embeddings = embeddings
+        self._rows: FloatArray = np.empty(shape, dtype=np.float32)
+        self._cosines: FloatArray | None = None
         self._semantic: list[Match] = []
         self._trajectory: TrajectorySearch | None = None
+        self._answers: list[tuple[set[int], Sequence[Prefetch]]] = []
+        self._followed: set[int] = set()
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
-        self._usage = UsageTable(self.shape)
-        self._expect_anything()
+        self._forget_use()
 
     def save(self, path: Path, model_id: str) -> None:
         self.store.save(path, model_id)
@@ -119,123 +102,135 @@ class FineMoEPolicy(Policy):
         self, iteration: Iteration, embeddings: FloatArray, gates: Callable[[], Iterable[Gate]]
     ) -> None:
         """Remember the iteration; searches would leave no trace."""
-        self._embeddings = self._queries(iteration, embeddings)
-        self._observed = [self._queries(iteration, gate.probabilities) for gate in gates()]
+        self._begin(self._queries(iteration, embeddings))
+        for gate in gates():
+            self._rows[gate.layer] = self._queries(iteration, gate.probabilities)
         self.end_iteration(iteration)
 
     # Predictions ------------------------------------------------------------------------------
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
-        self._embeddings = self._queries(iteration, embeddings)
-        self._observed = []
+        self._begin(self._queries(iteration, embeddings))
         if not self.store.size:
             return ()
-        self._trajectory = TrajectorySearch(self.store, len(self._embeddings))
+        if self.options.search != "semantic":
+            self._trajectory = TrajectorySearch(self.store, len(self._embeddings))
         if self.options.search == "trajectory":
-            self._expect_anything()
+            self._use.expect_anything()
             return ()
-        self._semantic = semantic_search(self.store, self._embeddings)
-        self._expect(self._semantic, range(self.shape.layers))
-        return self._prefetches(self._semantic, range(self.distance), now=-1)
+        self._cosines = self.store.cosines(self._embeddings)
+        self._semantic = nearest(self._cosines)
+        self._expect(_entries(self._semantic), 0)
+        return self._band(self._semantic, range(self.distance), now=-1)
 
     def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
-        if self._trajectory is not None and self.options.search != "semantic":
-            rows = [self._queries(iteration, layer) for layer in gates.probabilities]
-            self._trajectory.compute_ahead(np.stack(rows))
+        self._rows = self._queries(iteration, gates.probabilities)
+        if self._trajectory is None:
+            matches = [self._semantic] * self.shape.layers
+        else:
+            matches = self._trajectory.observe_all(self._rows)
+        asked = self._all_prefetches(matches)
+        self._answers = list(zip(map(_entries, matches), asked, strict=True))
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        rows = self._queries(iteration, gate.probabilities)
-        self._observed.append(rows)
-        if self._trajectory is None:
-            return ()
-        by_embedding = self.options.search == "semantic"
-        matches = self._semantic if by_embedding else self._trajectory.observe(rows)
-        first = gate.layer + self.distance
-        last = self.shape.layers if self.options.horizon == "all" else first + 1
-        targets = range(first, min(last, self.shape.layers))
-        self._expect(matches, range(first, self.shape.layers))
-        return self._prefetches(matches, targets, now=gate.layer)
+        layer = gate.layer
+        if self._answers:
+            entries, prefetches = self._answers[layer]
+        else:
+            self._rows[layer] = self._queries(iteration, gate.probabilities)
+            matches = self._search(layer)
+            entries, prefetches = _entries(matches), self._prefetches(matches, layer)
+        self._expect(entries, layer + self.distance)
+        return prefetches
 
     def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
         if self._growing:
-            maps = np.stack(self._observed, axis=1)
-            for expert_map, embedding in zip(maps, self._embeddings, strict=True):
-                self.store.add(expert_map, embedding)
-        self._trajectory = None
+            dots = None if self._trajectory is None else self._trajectory.dots
+            self.store.add_all(self._rows, self._embeddings, self._cosines, dots)
         return ()
 
     def _queries(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
-        """Return one row a query: the mean of a request's tokens, or every token."""
-        if self.options.aggregation == "token" or len(rows) == len(iteration.requests):
+        """Return one row a query, (..., T, n) to (..., Q, n): a request's mean, or every token."""
+        if self.options.aggregation == "token" or rows.shape[-2] == len(iteration.requests):
             return rows
-        return np.stack([rows[part].mean(axis=0) for part in iteration.rows()])
+        return np.stack([rows[..., r, :].mean(axis=-2) for r in iteration.rows()], axis=-2)
 
-    def _expect_anything(self) -> None:
-        self._expected[:] = 1 / self.shape.experts
+    def _search(self, layer: int) -> list[Match]:
+        """Return the queries' matches once the gate of `layer` has spoken, if there are any."""
+        if self._trajectory is None:
+            return self._semantic
+        return self._trajectory.observe(self._rows[layer])
 
-    def _expect(self, matches: Sequence[Match], layers: range) -> None:
-        """Note the searched maps' probabilities, the p of the eviction priority.
+    # Prefetches -------------------------------------------------------------------------------
 
-        The semantic map gives p for all layers until trajectory maps replace it; queries of a
-        batch give their maximum.
-        """
-        if not layers:
-            return
-        target = self._expected[layers.start :]
-        first, *others = (self.store.expert_map(match.entry)[layers.start :] for match in matches)
-        target[:] = first
-        for searched in others:
-            np.maximum(target, searched, out=target)
+    def _all_prefetches(self, matches: list[list[Match]]) -> Iterable[Sequence[Prefetch]]:
+        """Return what each gate asks for by its matches, all gates at once if that can be."""
+        if self.options.horizon == "all" or not matches[0]:
+            return [self._prefetches(found, layer) for layer, found in enumerate(matches)]
+        targets = self.shape.layers - self.distance
+        divisors = self._selector.divisors(range(self.distance, self.distance + 1), now=0)
+        asked = self._select(matches[:targets], self.distance, divisors) if targets else []
+        return chain(asked, [()] * self.distance)
 
-    def _prefetches(self, matches: Iterable[Match], band: range, now: int) -> list[Prefetch]:
-        """Return the union of the queries' prefetches over a band of layers."""
-        best: dict[ExpertId, float] = {}
-        for match in matches:
-            expert_map = self.store.expert_map(match.entry)
-            for layer in band:
-                chosen = self._select(expert_map[layer], match.score)
-                ranked = self._prioritise(expert_map[layer], chosen, layer, band, now)
-                for index, priority in ranked:
-                    expert = ExpertId(layer, index)
-                    best[expert] = max(priority, best.get(expert, 0.0))
-        return [Prefetch(expert, priority) for expert, priority in best.items()]
+    def _prefetches(self, matches: list[Match], layer: int) -> Sequence[Prefetch]:
+        """Return what the gate of `layer` asks for by its matches."""
+        first = layer + self.distance
+        last = self.shape.layers if self.options.horizon == "all" else first + 1
+        return self._band(matches, range(first, min(last, self.shape.layers)), now=layer)
 
-    def _select(self, probabilities: FloatArray, score: float) -> NDArray[np.intp]:
-        trusted = 1.0 if self.options.selection == "top_k" else score
-        return select_experts(probabilities, trusted, self.shape.top_k, self.options.variant)
+    def _band(self, matches: list[Match], band: range, now: int) -> Sequence[Prefetch]:
+        """Return what the same matches ask for of a band of layers."""
+        if not matches or not band:
+            return ()
+        divisors = self._selector.divisors(band, now)
+        return list(chain(*self._select([matches] * len(band), band.start, divisors)))
 
-    def _prioritise(
-        self, probabilities: FloatArray, chosen: NDArray[np.intp], layer: int, band: range, now: int
-    ) -> Iterable[tuple[int, float]]:
-        """Yield experts with p / (l - l_now) (section 4.5), or with the demo's priorities."""
-        if self.options.variant == "paper":
-            for index in chosen.tolist():
-                yield index, float(probabilities[index]) / (layer - now)
-            return
-        decay = 1 - (layer - band.start) / band.stop
-        weights = np.zeros(self.shape.experts)
-        weights[chosen] = probabilities[chosen] * decay
-        yield from enumerate((weights + TAIL_PRIORITY).tolist())
+    def _select(
+        self, matches: list[list[Match]], first: int, divisors: NDArray[np.float64]
+    ) -> list[list[Prefetch]]:
+        """Return what is asked for of the layers from `first` on, each by its own matches."""
+        found = np.array(matches, dtype=np.float64)
+        entries, scores = found[..., 0].astype(np.intp), found[..., 1]
+        layers = np.arange(first, first + len(matches))[:, None]
+        return self._selector.prefetches(
+            self.store.maps[layers, :, entries], scores, divisors, first
+        )
 
     # Cache ------------------------------------------------------------------------------------
 
+    def _forget_use(self) -> None:
+        self._use = ExpectedUse(self.shape)
+        self._usage = UsageTable(self.shape)
+
+    def _expect(self, entries: set[int], first: int) -> None:
+        """Have evictions go by stored maps from layer `first` on, until others replace them.
+
+        Several, of the queries of a batch, give their maximum.
+        """
+        if first >= self.shape.layers or entries == self._followed:
+            return
+        self._followed = entries
+        maps = [self.store.expert_map(entry)[first:] for entry in entries]
+        self._use.expect(maps[0] if len(maps) == 1 else np.maximum.reduce(maps), first)
+
     def on_outcome(self, outcome: LayerOutcome) -> None:
-        self._usage.on_outcome(outcome)
+        if self._by_maps:
+            self._use.on_outcome(outcome)
+        else:
+            self._usage.on_outcome(outcome)
 
     def on_load(self, expert: ExpertId) -> None:
-        self._usage.on_load(expert)
+        if not self._by_maps:
+            self._usage.on_load(expert)
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        """Return 1 / (p * freq), p from the map searched for this iteration (section 4.5).
+        if self._by_maps:
+            return self._use.keys()
+        return self._usage.lru_keys() if self.options.eviction == "lru" else self._usage.lfu_keys()
 
-        freq counts visits of the cache; an expert prefetched but not yet visited counts as one.
-        """
-        if self.options.eviction == "lru":
-            return self._usage.lru_keys()
-        if self.options.eviction == "lfu":
-            return self._usage.lfu_keys()
-        probabilities = np.maximum(self._expected, SMALLEST_PROBABILITY)
-        return 1 / (probabilities * np.maximum(self._usage.visits, 1.0))
+
+def _entries(matches: list[Match]) -> set[int]:
+    return {match.entry for match in matches}
 
 
 def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from finemoe.expert_map import ExpertMapStore, unit
+from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import FloatArray
 
 
@@ -20,7 +19,12 @@ class Match(NamedTuple):
 
 def semantic_search(store: ExpertMapStore, embeddings: FloatArray) -> list[Match]:
     """Return, for each embedding (B, h), the stored iteration of largest cosine (4.2.1)."""
-    return _best(store.embeddings @ unit(embeddings).T, np.ones(len(embeddings)))
+    return nearest(store.cosines(embeddings))
+
+
+def nearest(cosines: FloatArray) -> list[Match]:
+    """Return the best match of each query by its cosines with every entry, (B, size)."""
+    return _matches(cosines[None], np.ones((1, len(cosines)), dtype=np.float32))[0]
 
 
 class TrajectorySearch:
@@ -31,34 +35,32 @@ class TrajectorySearch:
     """
 
     def __init__(self, store: ExpertMapStore, batch: int) -> None:
+        self.dots: FloatArray = np.zeros((batch, store.size), dtype=np.float32)
+        """Dot products of the observed rows with those of every entry, shape (B, size)."""
         self._store = store
         self._layer = 0
-        self._dots = np.zeros((store.size, batch), dtype=np.float32)
         self._squares = np.zeros(batch, dtype=np.float32)
-        self._computed: list[list[Match]] = []
 
     def observe(self, rows: FloatArray) -> list[Match]:
         """Add the next layer's gate probabilities (B, J); return the best match of each query."""
         layer = self._layer
         self._layer += 1
-        if self._computed:
-            return self._computed[layer]
-        self._dots += self._store.rows(layer) @ rows.T
+        self.dots += rows @ self._store.maps[layer]
         self._squares += np.vecdot(rows, rows)
         # The query's own norm does not change which map is best.
-        scores = self._dots / self._store.prefix_norms(layer)[:, None]
-        return _best(scores, np.sqrt(self._squares))
+        scores = self.dots / self._store.prefix_norms[layer]
+        return _matches(scores[None], np.sqrt(self._squares)[None])[0]
 
-    def compute_ahead(self, rows: FloatArray) -> None:
-        """Compute what `observe` is going to return for the rows of all layers, (L, B, J)."""
-        dots = np.matmul(self._store.all_rows, rows.swapaxes(1, 2)).cumsum(axis=0)
-        norms = np.sqrt(np.vecdot(rows, rows).cumsum(axis=0))
-        dots /= self._store.all_prefix_norms[:, :, None]
-        self._computed = [_best(*layer) for layer in zip(dots, norms, strict=True)]
+    def observe_all(self, rows: FloatArray) -> list[list[Match]]:
+        """Add the rows of all layers (L, B, J); return what `observe` would, layer by layer."""
+        dots = self._store.running_dots(rows)
+        self.dots = dots[-1]
+        scores = dots / self._store.prefix_norms[:, None]
+        return _matches(scores, np.sqrt(np.vecdot(rows, rows).cumsum(axis=0)))
 
 
-def _best(scores: FloatArray, query_norms: NDArray[np.floating]) -> list[Match]:
-    """Return the best entries by scores (size, B), which are divided by the queries' norms (B,)."""
-    entries = scores.argmax(axis=0).tolist()
-    norms = query_norms.tolist()
-    return [Match(e, float(scores[e, q]) / norms[q]) for q, e in enumerate(entries)]
+def _matches(scores: FloatArray, query_norms: FloatArray) -> list[list[Match]]:
+    """Return the best entries by scores (L, B, size), which are divided by norms (L, B)."""
+    entries = scores.argmax(axis=-1).tolist()
+    best = (scores.max(axis=-1).astype(np.float64) / query_norms).tolist()
+    return [list(map(Match, *layer)) for layer in zip(entries, best, strict=True)]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.offload.policy import ExpertId, ModelShape
+from finemoe.offload.scans import largest_marked
 
 
 class State(Enum):
@@ -36,15 +37,12 @@ EvictionFloor = Callable[[ExpertId], float]
 EvictionListener = Callable[[ExpertId], None]
 
 
-class Reservation(NamedTuple):
-    """A slot taken for a load, and the resident that had to leave it."""
-
-    slot: Slot
-    evicted: ExpertId | None
+NOBODY = -1
+NO_SLOT = -2
 
 
 class ExpertCache:
-    """Slots of all devices; expert (l, j) lives on device (l * J + j) mod devices.
+    """Slots of all devices; the expert at place p = l * J + j lives on device p mod devices.
 
     The bytes in use are `occupied` slots times the bytes of one expert, loading ones included.
     """
@@ -54,137 +52,144 @@ class ExpertCache:
         shape: ModelShape,
         slots: Sequence[int],
         keys: EvictionKeys,
-        evicted: EvictionListener = lambda expert: None,
-        floor: EvictionFloor = lambda expert: -math.inf,
+        evicted: EvictionListener | None = None,
+        floor: EvictionFloor | None = None,
     ) -> None:
+        """See `Policy` for what is called: `eviction_keys`, `on_evict` and `eviction_floor`."""
         self.shape = shape
         self.slots = tuple(slots)
+        self.occupied = 0
         self.peak_occupied = 0
+        self.absent = bytearray(b"\1") * shape.size
+        """By place, whether an expert has no slot; for reading only."""
+        self._devices = len(slots)
         self._keys = keys
         self._evicted = evicted
         self._floor = floor
-        self._slot: dict[ExpertId, Slot] = {}
-        self._pins: dict[ExpertId, int] = {}
+        self._experts = shape.all_experts()
+        self._slot: list[Slot | None] = [None] * shape.size
+        self._pins = [0] * shape.size
+        self._resident = bytearray(shape.size)
+        self._evictable = bytearray(shape.size)
         self._free = [
             [Slot(device, index) for index in reversed(range(count))]
             for device, count in enumerate(slots)
         ]
-        self.residents: set[ExpertId] = set()
-        """Experts that are whole on their device; for reading only."""
-        experts = shape.all_experts()
-        self._experts_on = [experts[device :: len(slots)] for device in range(len(slots))]
-        self._absent = np.ones((shape.layers, shape.experts), dtype=bool)
-        self._evictable = np.zeros((shape.layers, shape.experts), dtype=bool)
-        self._evictable_on = [self.share(self._evictable, device) for device in range(len(slots))]
+        self._seen_keys: NDArray[np.float64] | None = None
+        self._flat_keys: NDArray[np.float64] = np.empty(0)
 
-    def device_of(self, expert: ExpertId) -> int:
-        return (expert[0] * self.shape.experts + expert[1]) % len(self.slots)
+    def device_of(self, place: int) -> int:
+        return place % self._devices
 
-    def share(self, per_expert: NDArray[Any], device: int) -> NDArray[Any]:
-        """Return a view of what an array (L, J) holds for the experts of one device, flat."""
-        flat = per_expert.reshape(-1)
-        return flat if len(self.slots) == 1 else flat[device :: len(self.slots)]
+    def is_resident(self, place: int) -> bool:
+        return bool(self._resident[place])
 
-    def absent_on(self, device: int) -> NDArray[np.bool_]:
-        """Return a view that tells of each of a device's experts whether it has no slot."""
-        return self.share(self._absent, device)
-
-    def is_absent(self, expert: ExpertId) -> bool:
-        return expert not in self._slot
-
-    def state(self, expert: ExpertId) -> State:
-        if expert in self.residents:
+    def state(self, place: int) -> State:
+        if self._resident[place]:
             return State.RESIDENT
-        return State.LOADING if expert in self._slot else State.ABSENT
+        return State.ABSENT if self.absent[place] else State.LOADING
 
-    def slot(self, expert: ExpertId) -> Slot:
-        """Return the slot of a loading or resident expert; KeyError if it is absent."""
-        return self._slot[expert]
+    def slot(self, place: int) -> Slot:
+        """Return the slot of a loading or resident expert; ValueError if it is absent."""
+        slot = self._slot[place]
+        if slot is None:
+            raise ValueError(f"{self._experts[place]} has no slot")
+        return slot
 
-    @property
-    def occupied(self) -> int:
-        return len(self._slot)
+    def has_room(self, device: int) -> bool:
+        """Tell whether a device has a free slot."""
+        return bool(self._free[device])
 
-    def has_room(self, expert: ExpertId) -> bool:
-        """Tell whether the expert's device has a free slot."""
-        return bool(self._free[self.device_of(expert)])
+    def reserve(self, place: int, urgent: bool) -> int:
+        """Take a slot for an absent expert, evicting if none is free.
 
-    def reserve(self, expert: ExpertId, urgent: bool) -> Reservation | None:
-        """Take a slot for an absent expert, evicting if none is free; None if none can be had."""
-        if expert in self._slot:
-            raise ValueError(f"{expert} already has a slot")
-        device = self.device_of(expert)
-        evicted = None
-        if not self._free[device]:
-            evicted = self._victim(expert, device, urgent)
-            if evicted is None:
-                return None
-            self._remove(evicted)
-            self._evicted(evicted)
-        slot = self._free[device].pop()
-        self._slot[expert] = slot
-        self._absent[expert] = False
-        if len(self._slot) > self.peak_occupied:
-            self.peak_occupied = len(self._slot)
-        return Reservation(slot, evicted)
+        Returns the place of who had to leave, NOBODY, or NO_SLOT if none can be had.
+        """
+        if not self.absent[place]:
+            raise ValueError(f"{self._experts[place]} already has a slot")
+        free = self._free[place % self._devices]
+        victim = NOBODY
+        if not free:
+            victim = self._victim(place, urgent)
+            if victim < 0:
+                return NO_SLOT
+            self._remove(victim)
+            if self._evicted is not None:
+                self._evicted(self._experts[victim])
+        slot = free.pop()
+        self._slot[place] = slot
+        self.absent[place] = False
+        self.occupied += 1
+        if self.occupied > self.peak_occupied:
+            self.peak_occupied = self.occupied
+        return victim
 
-    def loaded(self, expert: ExpertId) -> None:
+    def loaded(self, place: int) -> None:
         """Turn a loading expert into a resident one."""
-        if expert in self.residents or expert not in self._slot:
-            raise ValueError(f"{expert} is not loading")
-        self.residents.add(expert)
-        self._evictable[expert] = expert not in self._pins
+        self._check_loading(place)
+        self._resident[place] = True
+        self._evictable[place] = self._pins[place] == 0
 
-    def abandon(self, expert: ExpertId) -> None:
+    def abandon(self, place: int) -> None:
         """Give back the slot of a loading expert."""
-        if self.state(expert) is not State.LOADING:
-            raise ValueError(f"{expert} is not loading")
-        self._remove(expert)
+        self._check_loading(place)
+        self._remove(place)
 
-    def pin(self, expert: ExpertId) -> None:
+    def pin(self, place: int) -> None:
         """Keep an expert from eviction until it is unpinned as often; it may still be absent."""
-        self._pins[expert] = self._pins.get(expert, 0) + 1
-        self._evictable[expert] = False
+        self._pins[place] += 1
+        self._evictable[place] = False
 
-    def is_pinned(self, expert: ExpertId) -> bool:
-        return expert in self._pins
+    def is_pinned(self, place: int) -> bool:
+        return self._pins[place] > 0
 
-    def unpin(self, expert: ExpertId) -> None:
-        self._pins[expert] -= 1
-        if not self._pins[expert]:
-            del self._pins[expert]
-            self._evictable[expert] = expert in self.residents
+    def unpin(self, place: int) -> None:
+        """Take one pin back; ValueError if there is none."""
+        if not self._pins[place]:
+            raise ValueError(f"{self._experts[place]} is not pinned")
+        self._pins[place] -= 1
+        self._evictable[place] = self._pins[place] == 0 and self._resident[place]
 
     def check_integrity(self) -> None:
         """Raise AssertionError if slots, states and pins contradict each other."""
-        taken = list(self._slot.values())
-        assert len(set(taken)) == len(taken), "two experts share a slot"
+        placed = {place: slot for place, slot in enumerate(self._slot) if slot}
+        taken = set(placed.values())
+        assert len(taken) == len(placed) == self.occupied, "two experts share a slot"
         for device, count in enumerate(self.slots):
             held = {slot for slot in taken if slot.device == device}
             assert held.isdisjoint(self._free[device]), "a taken slot is free"
             assert len(held) + len(self._free[device]) == count, "slots were lost"
-        for expert, slot in self._slot.items():
-            assert slot.device == self.device_of(expert), "an expert is on a foreign device"
-        assert self.residents <= self._slot.keys(), "a resident has no slot"
-        absent = {ExpertId(*map(int, place)) for place in np.argwhere(self._absent)}
-        assert absent.isdisjoint(self._slot), "an absent expert has a slot"
-        assert len(absent) + len(self._slot) == self._absent.size, "an expert is nowhere"
-        evictable = {ExpertId(*map(int, place)) for place in np.argwhere(self._evictable)}
-        assert evictable == self.residents - self._pins.keys(), "pins and evictability disagree"
+        for place, slot in placed.items():
+            assert slot.device == self.device_of(place), "an expert is on a foreign device"
+        for place in range(self.shape.size):
+            assert self.absent[place] == (place not in placed), "an absent expert has a slot"
+            assert not (self._resident[place] and self.absent[place]), "a resident has no slot"
+            may_go = bool(self._resident[place]) and not self._pins[place]
+            assert self._evictable[place] == may_go, "pins and evictability disagree"
 
-    def _victim(self, incoming: ExpertId, device: int, urgent: bool) -> ExpertId | None:
-        candidates = self._evictable_on[device].nonzero()[0]
-        if not candidates.size:
-            return None
-        keys = self.share(self._keys(incoming), device)[candidates]
-        best = int(keys.argmax())
-        if not urgent and keys[best] <= self._floor(incoming):
-            return None
-        return self._experts_on[device][candidates[best]]
+    def _check_loading(self, place: int) -> None:
+        if self.absent[place] or self._resident[place]:
+            raise ValueError(f"{self._experts[place]} is not loading")
 
-    def _remove(self, expert: ExpertId) -> None:
-        slot = self._slot.pop(expert)
-        self._free[slot.device].append(slot)
-        self.residents.discard(expert)
-        self._absent[expert] = True
-        self._evictable[expert] = False
+    def _victim(self, place: int, urgent: bool) -> int:
+        """Return whom the load of an expert may evict, or NOBODY."""
+        incoming = self._experts[place]
+        keys = self._keys(incoming)
+        if keys is not self._seen_keys:
+            self._seen_keys, self._flat_keys = keys, keys.reshape(-1)
+        device = place % self._devices
+        victim = largest_marked(self._flat_keys, self._evictable, device, self._devices)
+        if victim < 0 or urgent:
+            return victim
+        floor = -math.inf if self._floor is None else self._floor(incoming)
+        return victim if self._flat_keys[victim] > floor else NOBODY
+
+    def _remove(self, place: int) -> None:
+        free, slot = self._free[place % self._devices], self._slot[place]
+        assert slot is not None
+        free.append(slot)
+        self._slot[place] = None
+        self._resident[place] = False
+        self._evictable[place] = False
+        self.absent[place] = True
+        self.occupied -= 1

@@ -1,107 +1,127 @@
-"""Eviction orders that need no prediction, and a policy base that wires up the per-layer one."""
+"""Eviction orders that need no prediction, and a policy base for the per-layer one.
+
+Orders are kept up to date, an expert or a row at a time, so that asking for one costs nothing.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy
 
+TICK = 2.0**-36
+"""What a use or a load adds to the time: sums with counts below 2**17 are exact."""
 
-class UsageTable:
-    """When and how often each expert was used; a load counts as a use for recency only."""
+STEPS = {by: np.array(by) for by in (-2.0, -1.0, 1.0, 2.0)}
+"""Changes of a rank, as arrays: NumPy takes longer to convert a float than to add it to a row."""
+
+
+class Recency:
+    """When each expert was last used; a load counts as a use. For a policy to hold or to be."""
 
     def __init__(self, shape: ModelShape) -> None:
-        self._time = 0
-        self.last_used = np.zeros((shape.layers, shape.experts))
-        self.visits = np.zeros((shape.layers, shape.experts))
+        self.shape = shape
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, as the cache does."""
+        self._now = 0.0
+        self._recency = np.zeros((self.shape.layers, self.shape.experts))
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
-        self._time += 1
-        last_used, visits = self.last_used[outcome.layer], self.visits[outcome.layer]
+        self._now -= TICK
+        now, row = self._now, self._row(outcome.layer)
         # One by one: for the few experts of a decode step this beats indexing with a list.
         for used in (outcome.hits, outcome.late, outcome.misses):
             for index in used:
-                last_used[index] = self._time
-                visits[index] += 1
+                row[index] = now
 
     def on_load(self, expert: ExpertId) -> None:
-        self._time += 1
-        self.last_used[expert] = self._time
+        self._now -= TICK
+        self._recency[expert] = self._now
 
     def lru_keys(self) -> NDArray[np.float64]:
-        return -self.last_used
+        """Return the negative time of each expert's last use, in (-1, 0]; the table's own array."""
+        return self._recency
+
+    def _row(self, layer: int) -> NDArray[np.float64]:
+        """Return where a layer's last uses are kept, shape (J,)."""
+        return self._recency[layer]
+
+
+class UsageTable(Recency):
+    """When and how often each expert was used; a load counts as a use for recency only."""
+
+    def forget(self) -> None:
+        super().forget()
+        self.visits = np.zeros((self.shape.layers, self.shape.experts))
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        visits = self.visits[outcome.layer]
+        for used in (outcome.hits, outcome.late, outcome.misses):
+            for index in used:
+                visits[index] += 1
 
     def lfu_keys(self) -> NDArray[np.float64]:
         """Fewest visits first; equal counts fall back to recency."""
-        return -(self.visits + self.last_used / (self._time + 1))
+        return self._recency - self.visits
 
 
-class LayeredUsage(UsageTable):
-    """A usage table for caches of equal size: counts the residents of every layer.
+class LayeredLruPolicy(Recency, Policy):
+    """No prediction; every layer has a cache of equal size, which evicts its least recently used.
 
     What was prefetched stays until its layer's next gate, unless an on-demand load needs the slot:
     else one prefetch would undo another.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape)
-        self.residents = np.zeros(shape.layers)
-        self._ahead = np.zeros((shape.layers, shape.experts), dtype=bool)
-        self._demanded = np.zeros((shape.layers, shape.experts), dtype=bool)
+    def forget(self) -> None:
+        super().forget()
+        self._keys = np.zeros((self.shape.layers, self.shape.experts))
+        self._ranks = [0.0] * self.shape.layers
+        self._demanded: list[set[int]] = [set() for _ in range(self.shape.layers)]
+        self._incoming = 0
+        self._raise(0, 1.0)
+
+    def begin_serving(self) -> None:
+        self.forget()
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
-        self._ahead[outcome.layer] = False
-        demanded = self._demanded[outcome.layer]
-        demanded[:] = False
-        for index in (*outcome.late, *outcome.misses):
-            demanded[index] = True
+        layer = outcome.layer
+        self._demanded[layer] = {*outcome.late, *outcome.misses}
+        np.add(self._recency[layer], self._ranks[layer], out=self._keys[layer])
 
     def on_load(self, expert: ExpertId) -> None:
         super().on_load(expert)
-        self.residents[expert.layer] += 1
-        self._ahead[expert] = not self._demanded[expert]
-        self._demanded[expert] = False
+        layer, index = expert
+        self._raise(layer, 2.0)
+        if index in self._demanded[layer]:
+            self._demanded[layer].remove(index)
+            self._keys[expert] = self._ranks[layer] + self._now
+        else:
+            self._keys[expert] = -math.inf
 
     def on_evict(self, expert: ExpertId) -> None:
-        self.residents[expert.layer] -= 1
-        self._ahead[expert] = False
-
-    def layered_lru_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
-
-        This keeps the layers' shares equal within one, whatever the number of slots.
-        """
-        rank = 2 * self.residents
-        rank[incoming.layer] += 1
-        # The age is below 1, so it orders experts inside a layer only.
-        keys: NDArray[np.float64] = rank[:, None] - self.last_used / (self._time + 1)
-        keys[self._ahead] = -np.inf
-        return keys
-
-
-class LayeredLruPolicy(Policy):
-    """No prediction; every layer has a cache of equal size, which evicts its least recently used.
-
-    `usage` starts anew with the cache.
-    """
-
-    def __init__(self, shape: ModelShape) -> None:
-        self.shape = shape
-        self.usage = LayeredUsage(shape)
-
-    def begin_serving(self) -> None:
-        self.usage = LayeredUsage(self.shape)
-
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        self.usage.on_outcome(outcome)
-
-    def on_load(self, expert: ExpertId) -> None:
-        self.usage.on_load(expert)
-
-    def on_evict(self, expert: ExpertId) -> None:
-        self.usage.on_evict(expert)
+        self._raise(expert.layer, -2.0)
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        return self.usage.layered_lru_keys(incoming)
+        """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
+
+        This keeps the layers' shares equal within one, whatever the number of slots. Keys hold for
+        residents.
+        """
+        if incoming.layer != self._incoming:
+            self._raise(self._incoming, -1.0)
+            self._raise(incoming.layer, 1.0)
+            self._incoming = incoming.layer
+        return self._keys
+
+    def _raise(self, layer: int, by: float) -> None:
+        """Change a layer's rank, twice its residents; recency, below 1, orders experts inside."""
+        self._ranks[layer] += by
+        row = self._keys[layer]
+        np.add(row, STEPS[by], row)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.offload.cache import Slot
-from finemoe.offload.policy import ExpertId
 
 ALIGNMENT = 256
 
@@ -65,23 +64,22 @@ class HostStore:
     store.
     """
 
-    def __init__(
-        self, layout: BlockLayout, blocks: dict[ExpertId, Tensor], pinned: bool = False
-    ) -> None:
+    def __init__(self, layout: BlockLayout, blocks: Sequence[Tensor], pinned: bool = False) -> None:
         self.layout = layout
         self._blocks = blocks
         if pinned:
-            weakref.finalize(self, _unlock, {block.data_ptr() for block in blocks.values()})
+            weakref.finalize(self, _unlock, {block.data_ptr() for block in blocks})
 
-    def block(self, expert: ExpertId) -> Tensor:
-        return self._blocks[expert]
+    def block(self, place: int) -> Tensor:
+        """Return the bytes (uint8) of the expert at place l * J + j."""
+        return self._blocks[place]
 
     @classmethod
     def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> HostStore:
         """Move the experts of `layers` into blocks, emptying one module after the other."""
         layout = BlockLayout.of(layers[0])
-        blocks = {}
-        for number, module in enumerate(layers):
+        blocks = []
+        for module in layers:
             if BlockLayout.of(module) != layout:
                 raise ValueError("the MoE layers of this model differ in their experts' shapes")
             parameters = dict(module.named_parameters(recurse=False))
@@ -89,7 +87,7 @@ class HostStore:
                 block = host_block(layout.nbytes, pin)
                 for name, view in layout.views(block).items():
                     view.copy_(parameters[name].data[index])
-                blocks[ExpertId(number, index)] = block
+                blocks.append(block)
             drop_parameters(module)
         return cls(layout, blocks, pin)
 
@@ -105,9 +103,7 @@ class HostStore:
             view.normal_(std=std, generator=generator)
         for module in layers:
             drop_parameters(module)
-        numbers = range(len(layers))
-        blocks = {ExpertId(n, j): block for n in numbers for j in range(experts)}
-        return cls(layout, blocks, pin)
+        return cls(layout, [block] * (len(layers) * experts), pin)
 
 
 def host_block(nbytes: int, pin: bool) -> Tensor:
@@ -137,9 +133,9 @@ def drop_parameters(module: nn.Module) -> None:
 
 
 class ExpertMemory(Protocol):
-    """Where the kernel finds the weights of a resident expert."""
+    """Where the kernel finds the weights of the resident expert at a place, l * J + j."""
 
-    def weights(self, expert: ExpertId, slot: Slot) -> Weights: ...
+    def weights(self, place: int, slot: Slot) -> Weights: ...
 
 
 class DeviceSlots:
@@ -155,7 +151,7 @@ class DeviceSlots:
             self._blocks.append(slab.split(nbytes))
         self._views = [[store.layout.views(block) for block in row] for row in self._blocks]
 
-    def weights(self, expert: ExpertId, slot: Slot) -> Weights:
+    def weights(self, place: int, slot: Slot) -> Weights:
         return self._views[slot.device][slot.index]
 
     def block(self, slot: Slot) -> Tensor:
@@ -173,12 +169,12 @@ class HostMemory:
 
     def __init__(self, store: HostStore) -> None:
         self._store = store
-        self._views: dict[ExpertId, Weights] = {}
+        self._views: dict[int, Weights] = {}
 
-    def weights(self, expert: ExpertId, slot: Slot) -> Weights:
-        if expert not in self._views:
-            self._views[expert] = self._store.layout.views(self._store.block(expert))
-        return self._views[expert]
+    def weights(self, place: int, slot: Slot) -> Weights:
+        if place not in self._views:
+            self._views[place] = self._store.layout.views(self._store.block(place))
+        return self._views[place]
 
 
 class ExpertKernel:

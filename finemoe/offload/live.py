@@ -19,7 +19,6 @@ from finemoe.offload.experts import ExpertMemory, Weights
 from finemoe.offload.links import Link
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
-    ExpertId,
     FloatArray,
     Gate,
     Iteration,
@@ -86,7 +85,7 @@ class LiveRuntime:
         self._devices = tuple(devices)
         self._timeline = timeline
         self._changed = threading.Condition()
-        self._arrived: deque[ExpertId] = deque()
+        self._arrived: deque[int] = deque()
         self._error: BaseException | None = None
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -232,19 +231,19 @@ class LiveRuntime:
                 waiting -= len(arrivals)
                 ready.extend(arrivals)
             index = ready.popleft()
-            expert = ExpertId(outcome.layer, index)
-            outputs[index] = self._run_expert(expert, routing)
+            place = outcome.layer * self.model.shape.experts + index
+            outputs[index] = self._run_expert(place, routing)
             with self._changed:
-                if self.residency.release(expert):
+                if self.residency.release(place):
                     self._changed.notify_all()
         return routing.combine(outputs)
 
-    def _run_expert(self, expert: ExpertId, routing: Dispatch) -> Tensor:
+    def _run_expert(self, place: int, routing: Dispatch) -> Tensor:
         """Return an expert's weighted output for the tokens that go to it, on the main device."""
         began = time.perf_counter()
+        expert, slot = self.residency.experts[place], self.residency.cache.slot(place)
         rows = routing.gather(expert.index)
-        slot = self.residency.cache.slot(expert)
-        parameters: Weights = self._memory.weights(expert, slot)
+        parameters: Weights = self._memory.weights(place, slot)
         kernel = self.model.kernels[expert.layer]
         output = kernel(rows.to(self._devices[slot.device]), parameters).to(rows.device)
         if self.links:
@@ -256,12 +255,12 @@ class LiveRuntime:
 
     def _await_prefetches(self) -> None:
         if self.policy.placement.awaited:
-            self._await("prefetch_wait", lambda: self.residency.settled)
+            self._await("prefetch_wait", self.residency.settled)
 
     def _next_arrivals(self) -> list[int]:
         """Wait for on-demand loads of the current layer; return those that arrived."""
         self._await("on_demand_wait", lambda: bool(self._arrived))
-        arrivals = [expert.index for expert in self._arrived]
+        arrivals = [place % self.model.shape.experts for place in self._arrived]
         self._arrived.clear()
         return arrivals
 
@@ -315,8 +314,7 @@ class LiveRuntime:
                     oldest, began = in_flight.popleft()
                     link.finish()
                     if self._timeline:
-                        why = "on demand" if oldest.urgent else "prefetch"
-                        name = f"{why} {oldest.expert.layer}.{oldest.expert.index}"
+                        name = oldest.name(self.residency.experts[oldest.place])
                         self._span(f"link {device}", name, began)
                     self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
@@ -342,11 +340,10 @@ class LiveRuntime:
 
     def _arrive(self, device: int, chunk: Chunk) -> None:
         with self._changed:
-            expert = self.residency.chunk_done(device, chunk)
-            if expert is None:
+            if not self.residency.chunk_done(device, chunk):
                 return
-            if self.residency.is_pinned(expert):
-                self._arrived.append(expert)
+            if self.residency.is_pinned(chunk.place):
+                self._arrived.append(chunk.place)
             self._changed.notify_all()
 
     def _await(self, phase: str, condition: Callable[[], bool]) -> None:

@@ -36,12 +36,17 @@ class ModelShape:
     top_k: int
     hidden_size: int
 
-    def flat(self, expert: ExpertId) -> int:
-        """Return the place of an expert in arrays (L, J) that are laid out flat."""
+    @property
+    def size(self) -> int:
+        """How many routed experts there are, L * J."""
+        return self.layers * self.experts
+
+    def place(self, expert: ExpertId) -> int:
+        """Return an expert's place among all, l * J + j, which is its place in flat arrays."""
         return expert[0] * self.experts + expert[1]
 
     def all_experts(self) -> list[ExpertId]:
-        """Return all experts, layer by layer."""
+        """Return all experts in the order of their places."""
         return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
 
 

@@ -8,7 +8,6 @@ copied, a search has ended, an expert has been computed.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Protocol
 from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
 from finemoe.offload.model_thread import ModelThread, ThreadCosts
 from finemoe.offload.policy import (
-    ExpertId,
     Gate,
     Gates,
     LayerOutcome,
@@ -103,13 +101,15 @@ class ReplayRuntime:
         self._links = VirtualLinks(residency, rate, timeline)
         self._model_thread = ModelThread(costs.thread)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._tickets = itertools.count()
-        self._arrived: deque[ExpertId] = deque()
+        self._tickets = 0
+        self._arrived: deque[int] = deque()
+        self._per_layer = residency.shape.experts
         self._searches: deque[float] = deque()
         self._devices_free = [0.0] * len(residency.plan.slots)
         self._observed = policy.placement.prediction != "none"
         self._background = policy.placement.prediction == "background"
         self._hidden = policy.placement.hidden_states
+        self._awaited = policy.placement.awaited
 
     def forward(self, routed: RoutedIteration) -> float:
         """Run one iteration; return the time at which its tokens are there."""
@@ -182,40 +182,40 @@ class ReplayRuntime:
 
     def _compute(self, outcome: LayerOutcome, counts: list[int]) -> None:
         """Run experts in order of arrival; the layer ends with the last of them."""
-        ready = deque(outcome.hits)
+        first = outcome.layer * self._per_layer
+        ready = deque([first + index for index in outcome.hits])
         waiting = len(outcome.late) + len(outcome.misses)
         end = self.now
-        experts = self.residency.experts[outcome.layer]
         while ready or waiting:
             if not ready:
                 self._await_arrival()
             while self._arrived:
-                ready.append(self._arrived.popleft().index)
+                ready.append(self._arrived.popleft())
                 waiting -= 1
-            index = ready.popleft()
-            finished = self._run_expert(experts[index], counts[index])
+            place = ready.popleft()
+            finished = self._run_expert(place, counts[place - first])
             if finished > end:
                 end = finished
         self._advance(end)
 
-    def _run_expert(self, expert: ExpertId, tokens: int) -> float:
+    def _run_expert(self, place: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
-        device = self.residency.cache.device_of(expert)
+        device = self.residency.cache.device_of(place)
         seconds = self._costs.expert(tokens) + self._model_thread.expert(self._links.copying)
         free = self._devices_free[device]
         began = free if free > self.now else self.now
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
         if self._timeline:
-            self._timeline.span(f"device {device}", f"expert {expert.index}", began, end)
+            self._timeline.span(f"device {device}", f"expert {place % self._per_layer}", began, end)
         if self._costs.parallel:
-            self._at(end, partial(self._release, expert))
+            self._at(end, partial(self._release, place))
         else:
             self._advance(end)
-            self._release(expert)
+            self._release(place)
         return end
 
-    def _release(self, expert: ExpertId) -> None:
-        if self.residency.release(expert):
+    def _release(self, place: int) -> None:
+        if self.residency.release(place):
             self._links.kick(self.now)
 
     def _await_arrival(self) -> None:
@@ -228,11 +228,11 @@ class ReplayRuntime:
         self._span("waits", "on demand", began, self.now)
 
     def _await_prefetches(self) -> None:
-        if not self.policy.placement.awaited:
+        if not self._awaited:
             return
         began = self.now
-        if not self.residency.settled:
-            while not self.residency.settled:
+        if not self.residency.settled():
+            while not self.residency.settled():
                 self._step()
             self._resume()
         self.phases.prefetch_wait += self.now - began
@@ -276,7 +276,8 @@ class ReplayRuntime:
     # The clock --------------------------------------------------------------------------------
 
     def _at(self, time: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (time, next(self._tickets), action))
+        self._tickets += 1
+        heapq.heappush(self._events, (time, self._tickets, action))
 
     def _advance(self, to: float) -> None:
         """Let everything happen that is due until `to`, in order of time."""
@@ -301,6 +302,6 @@ class ReplayRuntime:
             action()
             return
         self.now = self._links.next_event
-        for expert in self._links.progress(self.now):
-            if self.residency.is_pinned(expert):
-                self._arrived.append(expert)
+        for place in self._links.progress(self.now):
+            if self.residency.is_pinned(place):
+                self._arrived.append(place)

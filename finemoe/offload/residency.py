@@ -12,7 +12,6 @@ import numpy as np
 
 from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import (
-    ExpertId,
     Iteration,
     LayerOutcome,
     ModelShape,
@@ -37,67 +36,68 @@ class MemoryPlan:
 
 
 class Residency:
-    """Turns gates and prefetch wishes into cache and queue operations; classifies accesses."""
+    """Turns gates and prefetch wishes into cache and queue operations; classifies accesses.
+
+    Where a method takes a place, it is that of an expert among all, l * J + j.
+    """
 
     def __init__(self, shape: ModelShape, plan: MemoryPlan, policy: Policy) -> None:
         self.shape = shape
         self.plan = plan
         self.policy = policy
-        self.experts = [
-            [ExpertId(layer, index) for index in range(shape.experts)]
-            for layer in range(shape.layers)
-        ]
-        self.cache = ExpertCache(
-            shape, plan.slots, policy.eviction_keys, policy.on_evict, policy.eviction_floor
-        )
+        self.experts = shape.all_experts()
+        self._on_outcome = policy.on_outcome
+        self._on_load = policy.on_load
+        evicted = policy.on_evict if _overrides(policy, "on_evict") else None
+        floor = policy.eviction_floor if _overrides(policy, "eviction_floor") else None
+        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, evicted, floor)
         self.queues = [
             TransferQueue(self.cache, device, plan.expert_bytes, plan.chunk_bytes)
             for device in range(len(plan.slots))
         ]
-        self._queue_of = [
-            [self.queues[self.cache.device_of(expert)] for expert in layer]
-            for layer in self.experts
-        ]
-        self._progress = (-1, -1)
+        self._per_layer = shape.experts
+        self._devices = len(plan.slots)
+        self._iteration = self._layer = -1
 
-    def preload(self) -> list[ExpertId]:
-        """Make residents of the first experts of every device, as many as fit, and return them."""
+    def preload(self) -> list[int]:
+        """Make residents of the first experts of every device, as many as fit; return places."""
         chosen = []
-        for expert in self.shape.all_experts():
-            if self.cache.has_room(expert):
-                self.cache.reserve(expert, urgent=True)
-                self.cache.loaded(expert)
-                chosen.append(expert)
+        for place in range(self.shape.size):
+            if self.cache.has_room(self.cache.device_of(place)):
+                self.cache.reserve(place, True)
+                self.cache.loaded(place)
+                chosen.append(place)
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:
-        self._progress = (iteration.number, -1)
+        self._iteration, self._layer = iteration.number, -1
 
     def gate(self, iteration: Iteration, layer: int, activated: Sequence[int]) -> LayerOutcome:
         """Pin what the gate chose, demand what is missing, and cancel the layer's other prefetches.
 
         Every activated expert stays pinned until `release`.
         """
-        self._progress = (iteration.number, layer)
-        experts, queues = self.experts[layer], self._queue_of[layer]
+        self._iteration, self._layer = iteration.number, layer
+        first = layer * self._per_layer
         hits: list[int] = []
         late: list[int] = []
         misses: list[int] = []
-        resident = self.cache.residents
         for index in activated:
-            expert = experts[index]
-            if expert in resident:
+            place = first + index
+            if self.cache.is_resident(place):
                 hits.append(index)
-                queues[index].used(expert)
+                self._queue(place).used(place)
+            elif self._queue(place).requested(place):
+                late.append(index)
             else:
-                (late if queues[index].requested(expert) else misses).append(index)
-            self.cache.pin(expert)
+                misses.append(index)
+            self.cache.pin(place)
         for queue in self.queues:
             queue.cancel_layer(layer, activated)
-        for index in (*late, *misses):
-            queues[index].demand(experts[index])
+        for index in late + misses:
+            self._queue(first + index).demand(first + index)
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
-        self.policy.on_outcome(outcome)
+        self._on_outcome(outcome)
         return outcome
 
     def prefetch(self, iteration_number: int, wishes: Wishes) -> int:
@@ -105,58 +105,66 @@ class Residency:
 
         Returns how many were still in time.
         """
-        number, layer = self._progress
-        if iteration_number < number:
+        if iteration_number < self._iteration:
             return 0
-        last_gone = layer if iteration_number == number else -1
+        first = self._layer + 1 if iteration_number == self._iteration else 0
         if isinstance(wishes, PrefetchTable):
-            return self._prefetch_table(wishes, last_gone + 1)
-        in_time, resident, queue_of = 0, self.cache.residents, self._queue_of
-        for expert, priority in wishes:
-            if expert.layer > last_gone:
+            return self._prefetch_table(wishes, first)
+        in_time = 0
+        for (layer, index), priority in wishes:
+            if layer >= first:
                 in_time += 1
-                if expert not in resident:
-                    queue_of[expert.layer][expert.index].prefetch(expert, priority)
+                place = layer * self._per_layer + index
+                if not self.cache.is_resident(place):
+                    self._queue(place).prefetch(place, priority)
         return in_time
 
     def _prefetch_table(self, wishes: PrefetchTable, first: int) -> int:
         """Queue the wishes for layers from `first` on; return how many there are."""
         due = wishes.priorities.copy()
         due[:first] = 0
-        for device, queue in enumerate(self.queues):
-            queue.prefetch_all(self.cache.share(due, device))
+        table = due.reshape(-1)
+        for queue in self.queues:
+            queue.prefetch_all(table)
         return int(np.count_nonzero(due))
 
-    @property
     def settled(self) -> bool:
-        """Whether no link has anything left that it could copy now."""
-        return all(queue.settled for queue in self.queues)
+        """Tell whether no link has anything left that it could copy now."""
+        for queue in self.queues:
+            if not queue.settled():
+                return False
+        return True
 
     @property
     def holds_everything(self) -> bool:
         """Whether there is a slot for every expert, so that none ever leaves."""
         return sum(self.plan.slots) == self.shape.layers * self.shape.experts
 
-    def is_pinned(self, expert: ExpertId) -> bool:
-        return self.cache.is_pinned(expert)
+    def is_pinned(self, place: int) -> bool:
+        return self.cache.is_pinned(place)
 
-    def release(self, expert: ExpertId) -> bool:
+    def release(self, place: int) -> bool:
         """Unpin an expert whose layer is done with it; tell whether its link waits for a slot."""
-        self.cache.unpin(expert)
-        return self._queue(expert).retry()
+        self.cache.unpin(place)
+        return self._queue(place).retry()
 
     def next_chunk(self, device: int) -> Chunk | None:
-        return self.queues[device].next_chunk()
+        return self._queue(device).next_chunk()
 
-    def chunk_done(self, device: int, chunk: Chunk) -> ExpertId | None:
-        loaded = self.queues[device].chunk_done(chunk)
-        if loaded is not None:
-            self.policy.on_load(loaded)
+    def chunk_done(self, device: int, chunk: Chunk) -> bool:
+        """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""
+        loaded = self._queue(device).chunk_done(chunk)
+        if loaded:
+            self._on_load(self.experts[chunk.place])
         return loaded
 
     def traffic(self) -> Traffic:
         """Return the bytes that crossed all links so far."""
         return sum((queue.traffic for queue in self.queues), Traffic())
 
-    def _queue(self, expert: ExpertId) -> TransferQueue:
-        return self._queue_of[expert.layer][expert.index]
+    def _queue(self, place: int) -> TransferQueue:
+        return self.queues[place % self._devices]
+
+
+def _overrides(policy: Policy, method: str) -> bool:
+    return getattr(type(policy), method) is not getattr(Policy, method)

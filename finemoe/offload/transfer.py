@@ -10,24 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import ExpertCache, Slot
+from finemoe.offload.cache import NO_SLOT, ExpertCache, Slot
 from finemoe.offload.policy import ExpertId
 from finemoe.offload.wishes import WishList
 
 
-class Chunk(NamedTuple):
+class Chunk:
     """Bytes [start, stop) of an expert's block, to be copied into its slot."""
 
-    expert: ExpertId
+    place: int
+    """Of the expert, l * J + j."""
     slot: Slot
     start: int
     stop: int
     urgent: bool
+
+    def name(self, expert: ExpertId) -> str:
+        """Return what a timeline calls it."""
+        why = "on demand" if self.urgent else "prefetch"
+        return f"{why} {expert.layer}.{expert.index}"
+
+
+def _chunk(transfer: _Transfer, start: int, stop: int) -> Chunk:
+    # Without __init__, whose call would take longer than all else that a compiled queue does.
+    chunk = Chunk.__new__(Chunk)
+    assert transfer.slot is not None
+    chunk.place, chunk.slot = transfer.place, transfer.slot
+    chunk.start, chunk.stop = start, stop
+    chunk.urgent = transfer.urgent
+    return chunk
 
 
 @dataclass
@@ -54,83 +69,107 @@ class Traffic:
         )
 
 
-@dataclass(eq=False, slots=True)
 class _Transfer:
     """An expert that is demanded, or of which something was copied."""
 
-    expert: ExpertId
+    place: int
     urgent: bool
-    priority: float = 0.0
-    slot: Slot | None = None
-    sent: int = 0
-    done: int = 0
-    prefetched: int = 0
-    cancelled: bool = False
+    priority: float
+    slot: Slot | None
+    sent: int
+    done: int
+    prefetched: int
+    cancelled: bool
 
-    @property
     def in_flight(self) -> bool:
         return self.done < self.sent
 
-    @property
-    def rank(self) -> tuple[float, ExpertId]:
-        """Order among prefetches, the first one lowest; see `WishList`."""
-        return -self.priority, self.expert
+    def yields_to(self, priority: float, place: int) -> bool:
+        """Tell whether another prefetch goes first; see `WishList`."""
+        if self.priority != priority:
+            return self.priority < priority
+        return place < self.place
+
+
+def _transfer(place: int, urgent: bool, priority: float) -> _Transfer:
+    transfer = _Transfer.__new__(_Transfer)
+    transfer.place = place
+    transfer.urgent = urgent
+    transfer.priority = priority
+    transfer.slot = None
+    transfer.sent = transfer.done = transfer.prefetched = 0
+    transfer.cancelled = False
+    return transfer
 
 
 class TransferQueue:
-    """Transfers of one link: wished for, under way, or cancelled with a chunk still in flight."""
+    """Transfers of one link: wished for, under way, or cancelled with a chunk still in flight.
+
+    Experts are named by their places, l * J + j.
+    """
 
     def __init__(
         self, cache: ExpertCache, device: int, expert_bytes: int, chunk_bytes: int
     ) -> None:
-        self.traffic = Traffic()
         self.starved = False
         """Whether the last call of `next_chunk` found transfers but no slot for them."""
         self._cache = cache
         self._expert_bytes = expert_bytes
         self._chunk_bytes = chunk_bytes
-        self._wishes = WishList(cache.shape, len(cache.slots), device)
-        self._absent = cache.absent_on(device)
-        self._transfers: dict[ExpertId, _Transfer] = {}
-        self._urgent: dict[ExpertId, _Transfer] = {}
-        self._unused: dict[ExpertId, int] = {}
+        self._per_layer = cache.shape.experts
+        self._devices = len(cache.slots)
+        self._prefetched = self._on_demand = self._wasted = 0
+        self._wishes = WishList(cache.shape, self._devices, device)
+        mine = range(device, cache.shape.size, self._devices)
+        # By place // devices.
+        self._transfers: list[_Transfer | None] = [None] * len(mine)
+        self._unused = [0] * len(mine)
+        self._under_way: list[_Transfer] = []
+        self._urgent: list[_Transfer] = []
 
     @property
+    def traffic(self) -> Traffic:
+        """Bytes that crossed the link so far."""
+        return Traffic(self._prefetched, self._on_demand, self._wasted)
+
     def settled(self) -> bool:
-        """Whether nothing is under way and nothing queued can get a slot."""
-        if not self._transfers and not self._wishes.any():
+        """Tell whether nothing is under way and nothing queued can get a slot."""
+        if not self._under_way and self._wishes.best() < 0:
             return True
-        return self.starved and not any(t.in_flight for t in self._transfers.values())
+        return self.starved and not self._copying()
 
     def retry(self) -> bool:
         """Note that a slot may have become free; tell whether transfers waited for one."""
         starved, self.starved = self.starved, False
         return starved
 
-    def requested(self, expert: ExpertId) -> bool:
-        """Tell whether a copy of `expert` is queued or under way, and wanted."""
-        transfer = self._transfers.get(expert)
+    def requested(self, place: int) -> bool:
+        """Tell whether a copy of an expert is queued or under way, and wanted."""
+        transfer = self._transfers[place // self._devices]
         if transfer is None:
-            return self._wishes.wished(expert)
+            return self._wishes.wished(place)
         return not transfer.cancelled
 
-    def prefetch(self, expert: ExpertId, priority: float) -> None:
+    def prefetch(self, place: int, priority: float) -> None:
         """Queue a prefetch, or give a queued one its new priority."""
-        transfer = self._transfers.get(expert)
+        transfer = self._transfers[place // self._devices]
         if transfer is not None:
             self._prefetch_again(transfer, priority)
-        elif self._cache.is_absent(expert):
+        elif self._cache.absent[place]:
             self.starved = False
-            self._wishes.put(expert, priority)
+            self._wishes.put(place, priority)
 
-    def prefetch_all(self, priorities: NDArray[np.float64]) -> None:
-        """Queue prefetches of this link's experts by priority, (experts,); 0 leaves one alone."""
+    def prefetch_all(self, table: NDArray[np.float64]) -> None:
+        """Queue prefetches of this link's experts by priority; 0 leaves one alone.
+
+        `table` is flat, (L * J,), and holds the experts of all links.
+        """
         self.starved = False
-        self._wishes.put_all(priorities, (priorities > 0) & self._absent)
-        for expert, transfer in self._transfers.items():
-            priority = float(priorities[self._wishes.position(expert)])
+        self._wishes.put_all(table, self._cache.absent)
+        for transfer in self._under_way:
+            priority = float(table[transfer.place])
             if transfer.urgent:
-                self._wishes.drop(expert)
+                self._wishes.drop(transfer.place)
             elif priority > 0:
                 self._prefetch_again(transfer, priority)
 
@@ -141,27 +180,28 @@ class TransferQueue:
         transfer.cancelled = False
         transfer.priority = priority
         if transfer.sent < self._expert_bytes:
-            self._wishes.put(transfer.expert, priority)
+            self._wishes.put(transfer.place, priority)
 
-    def demand(self, expert: ExpertId) -> None:
+    def demand(self, place: int) -> None:
         """Queue an on-demand load, or promote a prefetch of the same expert to one."""
-        transfer = self._transfers.get(expert)
+        transfer = self._transfers[place // self._devices]
         if transfer is None:
-            transfer = self._transfers[expert] = _Transfer(expert, urgent=True)
+            transfer = _transfer(place, True, 0.0)
+            self._begin(transfer)
         self.starved = False
         transfer.urgent, transfer.cancelled = True, False
-        self._wishes.drop(expert)
-        if transfer.sent < self._expert_bytes:
-            self._urgent[expert] = transfer
+        self._wishes.drop(place)
+        if transfer.sent < self._expert_bytes and transfer not in self._urgent:
+            self._urgent.append(transfer)
 
-    def cancel(self, expert: ExpertId) -> None:
+    def cancel(self, place: int) -> None:
         """Drop a prefetch; one with a chunk in flight ends when that chunk is done."""
-        self._wishes.drop(expert)
-        transfer = self._transfers.get(expert)
+        self._wishes.drop(place)
+        transfer = self._transfers[place // self._devices]
         if transfer is None or transfer.urgent:
             return
         transfer.cancelled = True
-        if not transfer.in_flight:
+        if not transfer.in_flight():
             self._drop(transfer)
 
     def cancel_layer(self, layer: int, but: Collection[int]) -> None:
@@ -170,8 +210,12 @@ class TransferQueue:
         The others have begun to arrive, or are to be demanded now.
         """
         self._wishes.drop_layer(layer)
-        for expert in [e for e in self._transfers if e.layer == layer and e.index not in but]:
-            self.cancel(expert)
+        if not self._under_way:
+            return
+        for transfer in self._under_way.copy():
+            place = transfer.place
+            if place // self._per_layer == layer and place % self._per_layer not in but:
+                self.cancel(place)
 
     def next_chunk(self) -> Chunk | None:
         """Return the chunk to copy now, taking a slot if it is a first one; None to wait."""
@@ -181,119 +225,137 @@ class TransferQueue:
         """Return all chunks that follow one another if nothing intervenes; see `cut`."""
         return self._next(self._expert_bytes)
 
-    def cut(self, span: Chunk, stop: int) -> Chunk:
+    def cut(self, span: Chunk, stop: int) -> None:
         """Take back the bytes of a prefetch's span from `stop` on, which were not sent."""
-        transfer = self._transfers[span.expert]
+        transfer = self._transfers[span.place // self._devices]
+        assert transfer is not None
         transfer.sent = stop
         transfer.prefetched -= span.stop - stop
-        self.traffic.prefetched -= span.stop - stop
+        self._prefetched -= span.stop - stop
         if transfer.urgent:
-            self._urgent[span.expert] = transfer
+            self._urgent.append(transfer)
         elif not transfer.cancelled:
-            self._wishes.put(span.expert, transfer.priority)
-        return span._replace(stop=stop)
+            self._wishes.put(span.place, transfer.priority)
+        span.stop = stop
 
     def gives_way(self, span: Chunk) -> bool:
         """Tell whether something else than the rest of a prefetch's span is to be copied now."""
         if self._urgent:
             return True
-        transfer = self._transfers[span.expert]
+        transfer = self._transfers[span.place // self._devices]
+        assert transfer is not None
         if transfer.urgent or transfer.cancelled:
             return True
         best = self._wishes.best()
-        return best is not None and (-best[1], best[0]) < transfer.rank
+        return best >= 0 and transfer.yields_to(self._wishes.highest, best)
 
     def _next(self, at_most: int) -> Chunk | None:
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
         if transfer is None:
-            self.starved = bool(self._transfers) or self._wishes.any()
+            self.starved = bool(self._under_way) or self._wishes.best() >= 0
             return None
         self.starved = False
-        assert transfer.slot is not None
         start = transfer.sent
         stop = min(start + at_most, self._expert_bytes)
         transfer.sent = stop
         if transfer.urgent:
-            self.traffic.on_demand += stop - start
+            self._on_demand += stop - start
             if stop == self._expert_bytes:
-                del self._urgent[transfer.expert]
+                self._urgent.remove(transfer)
         else:
-            self.traffic.prefetched += stop - start
+            self._prefetched += stop - start
             transfer.prefetched += stop - start
             if stop == self._expert_bytes:
-                self._wishes.drop(transfer.expert)
-        return Chunk(transfer.expert, transfer.slot, start, stop, transfer.urgent)
+                self._wishes.drop(transfer.place)
+        return _chunk(transfer, start, stop)
 
-    def chunk_done(self, chunk: Chunk) -> ExpertId | None:
-        """Note that a chunk arrived, oldest first; return the expert it made resident."""
-        transfer = self._transfers[chunk.expert]
+    def chunk_done(self, chunk: Chunk) -> bool:
+        """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""
+        transfer = self._transfers[chunk.place // self._devices]
+        assert transfer is not None
         transfer.done = chunk.stop
         if transfer.done == self._expert_bytes:
-            del self._transfers[chunk.expert]
-            self._cache.loaded(chunk.expert)
+            self._end(transfer)
+            self._cache.loaded(chunk.place)
             if not transfer.urgent:
-                self._unused[chunk.expert] = transfer.prefetched
-            return chunk.expert
-        if transfer.cancelled and not transfer.in_flight:
+                self._unused[chunk.place // self._devices] = transfer.prefetched
+            return True
+        if transfer.cancelled and not transfer.in_flight():
             self._drop(transfer)
-        return None
+        return False
 
-    def used(self, expert: ExpertId) -> None:
-        """Note that a gate asked for `expert`, so that its prefetch was not wasted."""
-        self._unused.pop(expert, None)
+    def used(self, place: int) -> None:
+        """Note that a gate asked for an expert, so that its prefetch was not wasted."""
+        self._unused[place // self._devices] = 0
 
     def _next_urgent(self) -> _Transfer | None:
         # One that was begun is finished first: it is not preempted and needs no slot any more.
-        for transfer in self._urgent.values():
+        for transfer in self._urgent:
             if transfer.slot is not None:
                 return transfer
-        for transfer in self._urgent.values():
+        for transfer in self._urgent:
             if self._take_slot(transfer):
                 return transfer
         weakest = self._weakest_partial()
         if weakest is None:
             return None
         self._drop(weakest)
-        first = next(iter(self._urgent.values()))
+        first = self._urgent[0]
         return first if self._take_slot(first) else None
 
     def _next_prefetch(self) -> _Transfer | None:
-        best = self._wishes.best()
-        if best is None:
+        place = self._wishes.best()
+        if place < 0:
             return None
-        expert, priority = best
-        begun = self._transfers.get(expert)
+        begun = self._transfers[place // self._devices]
         if begun is not None:
             return begun
-        transfer = _Transfer(expert, urgent=False, priority=priority)
+        transfer = _transfer(place, False, self._wishes.highest)
         if not self._take_slot(transfer):
             return self._strongest_partial()
-        self._transfers[expert] = transfer
+        self._begin(transfer)
         return transfer
 
+    def _copying(self) -> bool:
+        for transfer in self._under_way:
+            if transfer.in_flight():
+                return True
+        return False
+
     def _partials(self) -> list[_Transfer]:
-        return [t for t in self._transfers.values() if t.slot and not t.urgent and not t.cancelled]
+        """Return the half-copied prefetches, the first to go on with first."""
+        partial = [t for t in self._under_way if t.slot and not t.urgent and not t.cancelled]
+        return sorted(partial, key=lambda t: (-t.priority, t.place))
 
     def _strongest_partial(self) -> _Transfer | None:
-        unsent = [t for t in self._partials() if t.sent < self._expert_bytes]
-        return min(unsent, key=lambda t: t.rank, default=None)
+        unsent = (t for t in self._partials() if t.sent < self._expert_bytes)
+        return next(unsent, None)
 
     def _weakest_partial(self) -> _Transfer | None:
-        idle = [t for t in self._partials() if not t.in_flight]
-        return max(idle, key=lambda t: t.rank, default=None)
+        idle = (t for t in reversed(self._partials()) if not t.in_flight())
+        return next(idle, None)
 
     def _take_slot(self, transfer: _Transfer) -> bool:
-        reservation = self._cache.reserve(transfer.expert, transfer.urgent)
-        if reservation is None:
+        evicted = self._cache.reserve(transfer.place, transfer.urgent)
+        if evicted == NO_SLOT:
             return False
-        transfer.slot, evicted = reservation
-        if evicted is not None:
-            self.traffic.wasted += self._unused.pop(evicted, 0)
+        transfer.slot = self._cache.slot(transfer.place)
+        if evicted >= 0:
+            self._wasted += self._unused[evicted // self._devices]
+            self._unused[evicted // self._devices] = 0
         return True
+
+    def _begin(self, transfer: _Transfer) -> None:
+        self._transfers[transfer.place // self._devices] = transfer
+        self._under_way.append(transfer)
+
+    def _end(self, transfer: _Transfer) -> None:
+        self._transfers[transfer.place // self._devices] = None
+        self._under_way.remove(transfer)
 
     def _drop(self, transfer: _Transfer) -> None:
         """Forget a half-copied prefetch."""
-        del self._transfers[transfer.expert]
-        self._wishes.drop(transfer.expert)
-        self._cache.abandon(transfer.expert)
-        self.traffic.wasted += transfer.prefetched
+        self._end(transfer)
+        self._wishes.drop(transfer.place)
+        self._cache.abandon(transfer.place)
+        self._wasted += transfer.prefetched

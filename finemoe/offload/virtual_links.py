@@ -1,14 +1,13 @@
 """Links in virtual time: what each copies, how fast, and when it is done.
 
-A link copies a span, all chunks of an expert that follow one another; when something else should
-go first, a prefetch's span is cut after the chunks that are already in flight.
+When something else should go first, a prefetch's span is cut after the chunks that are already in
+flight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finemoe.offload.policy import ExpertId
 from finemoe.offload.residency import Residency
 from finemoe.offload.timeline import Timeline
 from finemoe.offload.transfer import Chunk
@@ -34,15 +33,21 @@ class LinkRate:
         return min(self.bytes_per_second, self.shared_bytes_per_second / max(copying, 1))
 
 
-@dataclass(slots=True)
-class _Span:
-    chunk: Chunk
-    began: float
-    moves_from: float
-    """When bytes begin to move; before that is latency."""
-    sent: float
-    """Bytes moved at `moves_from`."""
-    end: float
+class _Lane:
+    """What one link copies: a span, all chunks of an expert that follow one another, or nothing."""
+
+    def __init__(self) -> None:
+        self.span: Chunk | None = None
+        self.began = 0.0
+        self.moves_from = 0.0
+        """When bytes begin to move; before that is latency."""
+        self.sent = 0.0
+        """Bytes moved at `moves_from`."""
+        self.end = NEVER
+
+    def moved(self, now: float, speed: float) -> float:
+        """Return the bytes moved until now."""
+        return self.sent + max(0.0, now - self.moves_from) * speed
 
 
 class VirtualLinks:
@@ -55,82 +60,86 @@ class VirtualLinks:
         self.next_event = NEVER
         self._residency = residency
         self._queues = residency.queues
-        self._rate = rate
+        self._wake = rate.wake
+        self._latency = rate.latency
+        self._chunks_in_flight = rate.chunks_in_flight
         self._timeline = timeline
-        self._spans: list[_Span | None] = [None] * len(residency.queues)
+        self._lanes = [_Lane() for _ in residency.queues]
         self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
-        self._speed = self._speeds[1]
+        self._speed = rate.each(1)
+        self._copying = 0
         self._chunk_bytes = residency.plan.chunk_bytes
 
     @property
     def copying(self) -> bool:
         """Whether any link copies."""
-        return self.next_event != NEVER
+        return self._copying > 0
 
     def kick(self, now: float) -> None:
         """Start idle links that have something to copy, and cut spans that must give way."""
-        for device, span in enumerate(self._spans):
-            if span is None:
-                self._start(device, now, self._rate.wake)
-            elif not span.chunk.urgent and self._queues[device].gives_way(span.chunk):
-                self._cut(device, span, now)
+        for device, lane in enumerate(self._lanes):
+            if lane.span is None:
+                self._start(device, lane, now, self._wake)
+            elif not lane.span.urgent:
+                self._yield(device, lane, now)
         self._settle(now)
 
-    def progress(self, now: float) -> list[ExpertId]:
-        """End the spans that are due and go on; return the experts that arrived."""
+    def progress(self, now: float) -> list[int]:
+        """End the spans that are due and go on; return the places of experts that arrived."""
         arrived = []
-        for device, span in enumerate(self._spans):
-            if span is None or span.end > now:
+        for device, lane in enumerate(self._lanes):
+            span = lane.span
+            if span is None or lane.end > now:
                 continue
-            self._spans[device] = None
+            lane.span = None
+            self._copying -= 1
             if self._timeline:
-                why = "on demand" if span.chunk.urgent else "prefetch"
-                name = f"{why} {span.chunk.expert.layer}.{span.chunk.expert.index}"
-                self._timeline.span(f"link {device}", name, span.began, span.end)
-            expert = self._residency.chunk_done(device, span.chunk)
-            if expert is not None:
-                arrived.append(expert)
-            self._start(device, now)
+                name = span.name(self._residency.experts[span.place])
+                self._timeline.span(f"link {device}", name, lane.began, lane.end)
+            if self._residency.chunk_done(device, span):
+                arrived.append(span.place)
+            self._start(device, lane, now, 0.0)
         self._settle(now)
         return arrived
 
-    def _start(self, device: int, now: float, wake: float = 0.0) -> None:
-        chunk = self._queues[device].next_span()
-        if chunk is None:
+    def _start(self, device: int, lane: _Lane, now: float, wake: float) -> None:
+        queue = self._queues[device]
+        span = queue.next_span()
+        if span is None:
             return
-        moves_from = now + wake + (self._rate.latency if chunk.start == 0 else 0.0)
-        end = moves_from + (chunk.stop - chunk.start) / self._speed
-        self._spans[device] = _Span(chunk, now, moves_from, 0.0, end)
+        self._copying += 1
+        lane.span = span
+        lane.began, lane.sent = now, 0.0
+        lane.moves_from = now + wake + (self._latency if span.start == 0 else 0.0)
+        lane.end = lane.moves_from + (span.stop - span.start) / self._speed
 
-    def _cut(self, device: int, span: _Span, now: float) -> None:
-        """End a span after the chunks that are in flight now."""
-        length = span.chunk.stop - span.chunk.start
-        moved = span.sent + _moved(span, now, self._speed)
-        begun = int(moved // self._chunk_bytes) + self._rate.chunks_in_flight
-        kept = begun * self._chunk_bytes
-        if kept >= length:
+    def _yield(self, device: int, lane: _Lane, now: float) -> None:
+        """End a prefetch after the chunks that are in flight now, if something else is to go."""
+        queue, span = self._queues[device], lane.span
+        assert span is not None
+        if not queue.gives_way(span):
             return
-        span.chunk = self._queues[device].cut(span.chunk, span.chunk.start + kept)
-        span.end = max(now, span.moves_from) + (kept - moved) / self._speed
+        moved = lane.moved(now, self._speed)
+        begun = int(moved // self._chunk_bytes) + self._chunks_in_flight
+        kept = begun * self._chunk_bytes
+        if kept < span.stop - span.start:
+            queue.cut(span, span.start + kept)
+            lane.end = max(now, lane.moves_from) + (kept - moved) / self._speed
 
     def _settle(self, now: float) -> None:
         """Share the host's bandwidth among the links that copy, and note the next event."""
-        ends = [span.end for span in self._spans if span is not None]
-        speed = self._speeds[len(ends)]
-        if ends and speed != self._speed:
-            ends = [self._change_speed(span, now, speed) for span in self._spans if span]
-            self._speed = speed
-        self.next_event = min(ends) if ends else NEVER
+        speed = self._speeds[self._copying] if self._copying else self._speed
+        self.next_event = NEVER
+        for lane in self._lanes:
+            if lane.span is not None:
+                if speed != self._speed:
+                    self._change_speed(lane, lane.span, now, speed)
+                if lane.end < self.next_event:
+                    self.next_event = lane.end
+        self._speed = speed
 
-    def _change_speed(self, span: _Span, now: float, speed: float) -> float:
-        """Let a span go on at another speed; return when it ends."""
-        span.sent += _moved(span, now, self._speed)
-        left = span.chunk.stop - span.chunk.start - span.sent
-        span.moves_from = max(now, span.moves_from)
-        span.end = span.moves_from + left / speed
-        return span.end
-
-
-def _moved(span: _Span, now: float, speed: float) -> float:
-    """Return the bytes moved since `moves_from`."""
-    return max(0.0, now - span.moves_from) * speed
+    def _change_speed(self, lane: _Lane, span: Chunk, now: float, speed: float) -> None:
+        """Let a span go on at another speed."""
+        lane.sent = lane.moved(now, self._speed)
+        lane.moves_from = max(now, lane.moves_from)
+        lane.end = lane.moves_from + (span.stop - span.start - lane.sent) / speed

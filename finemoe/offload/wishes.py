@@ -2,74 +2,73 @@
 
 from __future__ import annotations
 
+import math
+
+import cython
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, ModelShape
+from finemoe.offload.policy import ModelShape
+from finemoe.offload.scans import NOWHERE, largest
 
-NONE = float("-inf")
+NONE = -math.inf
 """The priority of an expert that nobody wishes for."""
-NOWHERE = -1
-"""Where the best wish is if there is none."""
 STALE = -2
 """Where the best wish is if it has to be looked up."""
 
 
 class WishList:
-    """Priorities of the experts (l, j) with (l * J + j) mod devices == device.
+    """Priorities of the experts whose places (l * J + j) mod devices == device.
 
-    The best wish has the highest priority; of equal ones the first layer's, and there the first
-    expert's.
+    The best wish has the highest priority; of equal ones the first in place.
     """
 
     def __init__(self, shape: ModelShape, devices: int, device: int) -> None:
+        self.highest = NONE
+        """The priority of the best wish, after `best` was called."""
         self._per_layer = shape.experts
         self._devices = devices
         self._device = device
-        self._experts = shape.all_experts()[device::devices]
-        self._priorities = np.full(len(self._experts), NONE)
+        self._priorities = np.full(len(range(device, shape.size, devices)), NONE)
         self._best = NOWHERE
-        self._highest = NONE
 
-    def best(self) -> tuple[ExpertId, float] | None:
-        """Return the expert to prefetch first and its priority, or None."""
+    def best(self) -> int:
+        """Return the place of the expert to prefetch first, or -1."""
         if self._best == STALE:
             self._look_up()
-        return None if self._best == NOWHERE else (self._experts[self._best], self._highest)
+        return NOWHERE if self._best < 0 else self._device + self._best * self._devices
 
-    def any(self) -> bool:
-        """Tell whether there is a wish."""
-        if self._best == STALE:
-            self._look_up()
-        return self._best != NOWHERE
+    def wished(self, place: int) -> bool:
+        return bool(self._priorities[place // self._devices] > NONE)
 
-    def position(self, expert: ExpertId) -> int:
-        """Return where arrays (experts of this link,) hold an expert."""
-        return (expert[0] * self._per_layer + expert[1]) // self._devices
-
-    def wished(self, expert: ExpertId) -> bool:
-        return bool(self._priorities[self.position(expert)] > NONE)
-
-    def put(self, expert: ExpertId, priority: float) -> None:
+    def put(self, place: int, priority: float) -> None:
         """Wish for an expert, or give a wish its new priority."""
-        position = self.position(expert)
+        position = place // self._devices
         self._priorities[position] = priority
         best = self._best
         if best == STALE:
-            return
-        if priority > self._highest or (priority == self._highest and position < best):
-            self._best, self._highest = position, priority
-        elif position == best and priority < self._highest:
+            self.highest = max(self.highest, priority)
+        elif priority > self.highest or (priority == self.highest and position < best):
+            self._best, self.highest = position, priority
+        elif position == best and priority < self.highest:
             self._best = STALE
 
-    def put_all(self, priorities: NDArray[np.float64], where: NDArray[np.bool_]) -> None:
-        """Wish for many at once; both of the shape (experts of this link,)."""
-        np.copyto(self._priorities, priorities, where=where)
-        self._best = STALE
+    def put_all(self, table: NDArray[np.float64], marks: bytearray) -> None:
+        """Wish for every expert that is marked and has a priority above 0; both flat, (L * J,)."""
+        self._best, self.highest = STALE, math.inf
+        if cython.compiled:
+            for position in range(len(self._priorities)):
+                place = self._device + position * self._devices
+                if marks[place] and table[place] > 0:
+                    self._priorities[position] = table[place]
+            return
+        mine = slice(self._device, None, self._devices)
+        wished = (table[mine] > 0) & np.frombuffer(marks, dtype=bool)[mine]
+        np.copyto(self._priorities, table[mine], where=wished)
 
-    def drop(self, expert: ExpertId) -> None:
+    def drop(self, place: int) -> None:
         """Forget the wish for an expert, if there is one."""
-        position = self.position(expert)
+        position = place // self._devices
         self._priorities[position] = NONE
         if position == self._best:
             self._best = STALE
@@ -78,13 +77,17 @@ class WishList:
         """Forget all wishes for a layer."""
         if self._best == NOWHERE:
             return
-        start = -(-(layer * self._per_layer - self._device) // self._devices)
-        stop = -(-((layer + 1) * self._per_layer - self._device) // self._devices)
+        start = self._first_from(layer)
+        stop = self._first_from(layer + 1)
         self._priorities[start:stop] = NONE
         if start <= self._best < stop:
             self._best = STALE
 
+    def _first_from(self, layer: int) -> int:
+        """Return the position of the first expert of a layer or a later one."""
+        return (layer * self._per_layer - self._device + self._devices - 1) // self._devices
+
     def _look_up(self) -> None:
-        position = int(self._priorities.argmax())
-        self._highest = float(self._priorities[position])
-        self._best = position if self._highest > NONE else NOWHERE
+        """Find the best wish anew; `highest` has been an upper bound since it was lost."""
+        self._best = largest(self._priorities, self.highest)
+        self.highest = NONE if self._best < 0 else float(self._priorities[self._best])

@@ -16,6 +16,7 @@ from baselines.on_demand import OnDemandPolicy
 from baselines.oracle import OraclePolicy
 from finemoe.offload.bounds import minimal_loads
 from finemoe.offload.cache import State
+from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
@@ -35,11 +36,11 @@ SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
 
 
-class Lfu(OnDemandPolicy):
+class Lfu(UsageTable, Policy):
     """Evicts the expert with the fewest visits."""
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        return self._usage.lfu_keys()
+        return self.lfu_keys()
 
 
 class Guessing(OnDemandPolicy):
@@ -112,32 +113,32 @@ class Engine:
         if self._predicts:
             gate = Gate(layer, rows(self.residency.shape.experts), activated, None)
             self._wish(iteration.number, self.policy.on_gate(iteration, gate))
-        done = [ExpertId(layer, index) for index in outcome.hits]
+        done = [layer * self.residency.shape.experts + index for index in outcome.hits]
         waiting = len(outcome.late) + len(outcome.misses)
         if self._turns:
             self._release(done)
         while waiting:
-            arrived = self._arrivals(layer, activated)
+            arrived = self._arrivals()
             waiting -= len(arrived)
             self._release(done + arrived)
             done = []
         self._release(done)
 
-    def _arrivals(self, layer: int, activated: tuple[int, ...]) -> list[ExpertId]:
-        """Copy until an expert of this layer is there, or no link can go on."""
+    def _arrivals(self) -> list[int]:
+        """Copy until an expert that is waited for is there, or no link can go on."""
         for device in range(len(self.residency.queues)):
             while (chunk := self.residency.next_chunk(device)) is not None:
-                expert = self.residency.chunk_done(device, chunk)
-                if expert is not None and self.residency.is_pinned(expert):
-                    return [expert]
+                loaded = self.residency.chunk_done(device, chunk)
+                if loaded and self.residency.is_pinned(chunk.place):
+                    return [chunk.place]
                 if not chunk.urgent:
                     break
         return []
 
-    def _release(self, experts: list[ExpertId]) -> None:
-        for expert in experts:
-            self.residency.release(expert)
-        experts.clear()
+    def _release(self, places: list[int]) -> None:
+        for place in places:
+            self.residency.release(place)
+        places.clear()
 
     def _prefetch(self) -> None:
         for device in range(len(self.residency.queues)):
@@ -231,8 +232,13 @@ def test_the_oracle_wishes_for_what_is_needed_soonest_and_not_there() -> None:
     wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
     assert ranked(wishes) == [(0, 0), (1, 2)]
     policy.on_evict(ExpertId(0, 1))
-    wishes = policy.end_iteration(Iteration(0, "decode", (0,), (1,)))
+    wishes = policy.on_gate(Iteration(0, "decode", (0,), (1,)), Gate(0, rows(4), (0, 1), None))
     assert ranked(wishes) == [(0, 0), (0, 1), (1, 2)]
+    near = foretold(OraclePolicy(SHAPE, lookahead=2), ROUTING)
+    assert ranked(near.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))) == [
+        (0, 0),
+        (0, 1),
+    ]
 
 
 def test_the_oracle_wishes_for_one_iteration_at_a_time() -> None:
@@ -247,18 +253,19 @@ def test_the_oracle_wishes_for_one_iteration_at_a_time() -> None:
 
 def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
     policy = foretold(OraclePolicy(SHAPE), ROUTING)
-    keys = policy.eviction_keys(ExpertId(1, 2)).tolist()
-    assert keys == [[-np.inf, -np.inf, np.inf, np.inf], [np.inf, np.inf, -np.inf, 3]]
+    expert = ExpertId(1, 2)
+    evictable = policy.eviction_keys(expert) > policy.eviction_floor(expert)
+    # Needed at step 1: what is needed later, or never again, may go.
+    assert evictable.tolist() == [[False, False, True, True], [True, True, False, True]]
 
 
 def test_the_oracle_gives_a_demanded_expert_the_slot_that_is_needed_last() -> None:
-    policy = foretold(OraclePolicy(SHAPE), ROUTING)
-    outcome = LayerOutcome(Iteration(0, "decode", (0,), (1,)), 0, (), (), (0, 1))
-    policy.on_outcome(outcome)
-    # Expert (0, 1) is used again at step 4, but it is wanted now.
-    assert policy.eviction_keys(ExpertId(0, 1))[1].tolist() == [np.inf, np.inf, 1, 3]
-    policy.on_load(ExpertId(0, 1))
-    assert policy.eviction_keys(ExpertId(0, 1))[1].tolist() == [np.inf, np.inf, -np.inf, -np.inf]
+    policy = foretold(OraclePolicy(SHAPE), [[(0,), (1, 2)], [(0,), (2,)]])
+    engine = Engine(policy, (2,))
+    # The slots hold (0, 0) and (1, 1), which nobody needs again, when (1, 2) is demanded.
+    assert [o.hits for o in engine.serve([[(0,), (1, 2)]])] == [(), ()]
+    residents = [place for place in range(8) if engine.residency.cache.is_resident(place)]
+    assert residents == [0, 6]
 
 
 def test_a_fast_link_leaves_the_oracle_no_miss_but_none_it_cannot_hold() -> None:
@@ -274,7 +281,7 @@ def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
     engine.residency.prefetch(0, wishes)
     engine._prefetch()
     assert len(list(wishes)) == 3
-    residents = [index for index in range(4) if cache.state(ExpertId(0, index)) is State.RESIDENT]
+    residents = [place for place in range(8) if cache.state(place) is State.RESIDENT]
     assert residents == [0, 1]
 
 

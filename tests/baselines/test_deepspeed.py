@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from baselines.deepspeed import DeepSpeedPolicy
-from finemoe.offload.cache import ExpertCache
+from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache
 from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
 
 SHAPE = ModelShape(layers=3, experts=3, top_k=1, hidden_size=2)
@@ -30,26 +32,51 @@ def test_least_recently_used_leaves_but_not_for_its_own_layer() -> None:
     policy = DeepSpeedPolicy(SHAPE)
     cache = ExpertCache(SHAPE, (3,), policy.eviction_keys, policy.on_evict)
 
-    def bring(layer: int, index: int, urgent: bool = False) -> object:
+    def bring(layer: int, index: int, urgent: bool = False) -> int:
         expert = ExpertId(layer, index)
-        reservation = cache.reserve(expert, urgent)
-        if reservation is None:
-            return "no slot"
-        cache.loaded(expert)
-        policy.on_load(expert)
-        return reservation.evicted
+        evicted = cache.reserve(SHAPE.place(expert), urgent)
+        if evicted != NO_SLOT:
+            cache.loaded(SHAPE.place(expert))
+            policy.on_load(expert)
+        return evicted
 
-    assert [bring(0, 0), bring(0, 1), bring(1, 0)] == [None] * 3
+    assert [bring(0, 0), bring(0, 1), bring(1, 0)] == [NOBODY] * 3
     policy.on_outcome(LayerOutcome(DECODE, 0, (0,), (), ()))
-    assert bring(1, 1) == (0, 1)
+    assert bring(1, 1) == SHAPE.place(ExpertId(0, 1))
     # Layer 1's own residents are older than layer 0's, and stay.
-    assert bring(1, 2) == (0, 0)
+    assert bring(1, 2) == SHAPE.place(ExpertId(0, 0))
     # A layer larger than the slots: the rest is only loaded on demand.
-    cache.pin(ExpertId(1, 0))
-    assert bring(2, 0) == (1, 1)
-    assert bring(2, 1) == (1, 2)
-    assert bring(2, 2) == "no slot"
-    assert bring(2, 2, urgent=True) == (2, 0)
+    cache.pin(SHAPE.place(ExpertId(1, 0)))
+    assert bring(2, 0) == SHAPE.place(ExpertId(1, 1))
+    assert bring(2, 1) == SHAPE.place(ExpertId(1, 2))
+    assert bring(2, 2) == NO_SLOT
+    assert bring(2, 2, urgent=True) == SHAPE.place(ExpertId(2, 0))
+
+
+events = st.lists(
+    st.tuples(st.sampled_from(["use", "load", "ask"]), st.integers(0, 2), st.integers(0, 2)),
+    max_size=40,
+)
+
+
+@given(events)
+def test_the_order_is_that_of_last_uses_but_for_the_incoming_layer(
+    happened: list[tuple[str, int, int]],
+) -> None:
+    policy, last_used = DeepSpeedPolicy(SHAPE), np.zeros((3, 3))
+    for time, (event, layer, index) in enumerate(happened, 1):
+        if event == "use":
+            policy.on_outcome(LayerOutcome(DECODE, layer, (index,), (), ()))
+        elif event == "load":
+            policy.on_load(ExpertId(layer, index))
+        if event != "ask":
+            last_used[layer, index] = time
+            continue
+        keys = policy.eviction_keys(ExpertId(layer, index))
+        assert (keys[layer] == -np.inf).all()
+        others = np.arange(3) != layer
+        expected = (-last_used[others]).ravel().argsort(kind="stable")
+        assert (keys[others].ravel().argsort(kind="stable") == expected).all()
 
 
 def test_serving_begins_with_an_empty_cache() -> None:

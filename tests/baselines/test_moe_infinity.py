@@ -7,20 +7,27 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from baselines.moe_infinity import (
-    PROTECTED,
-    MatrixCollection,
-    MoEInfinityPolicy,
-    RunningRequest,
-    moe_infinity,
-)
+from baselines.activation_matrices import MatrixCollection, RunningRequest
+from baselines.moe_infinity import PROTECTED, MoEInfinityPolicy, moe_infinity
 from finemoe.expert_map import StoreMismatch
-from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
+from finemoe.offload.policy import (
+    ExpertId,
+    Gate,
+    Gates,
+    Iteration,
+    LayerOutcome,
+    ModelShape,
+    PrefetchTable,
+    Wishes,
+)
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=2)
+WIDE = ModelShape(layers=6, experts=60, top_k=4, hidden_size=2)
+INCOMING = ExpertId(0, 0)
 FIRST = np.array([[2, 0, 0, 0], [0, 2, 0, 0], [3, 1, 0, 0]], np.float32)
 SECOND = np.array([[0, 0, 2, 0], [0, 0, 2, 0], [0, 0, 1, 1]], np.float32)
 EMBEDDINGS = np.zeros((1, 2), np.float32)
@@ -150,16 +157,16 @@ def test_carried_sums_find_what_a_full_comparison_finds(
     stored: list[list[list[int]]], passes: list[list[list[int]]]
 ) -> None:
     collection = MatrixCollection(SHAPE, 5)
-    request = RunningRequest(collection)
+    request = RunningRequest(collection, "paper")
     for matrix, passed in zip(stored, passes, strict=False):
         entry = collection.add(np.array(matrix, np.float32), "similar")
         assert entry is not None
         request.refresh(entry)
         request.begin_iteration()
         for layer, tokens in enumerate(passed):
-            request.count(layer, np.array(tokens, np.float32))
+            (sums,) = request.count(slice(layer, layer + 1), np.array([tokens], np.float32))
             similarity = collection.similarity(request.matrix)
-            best = similarity[request.nearest("paper")]
+            best = similarity[sums.argmax()]
             assert best == pytest.approx(similarity.max(), abs=1e-5)
 
 
@@ -184,21 +191,28 @@ def test_a_new_request_starts_with_its_own_activity() -> None:
     assert made.eviction_keys(ExpertId(1, 0))[0] == pytest.approx([-0.25] * 4, abs=1e-5)
 
 
-def test_what_is_to_be_prefetched_leaves_last_and_never_for_a_lesser_prefetch() -> None:
-    made = policy(FIRST)
+@pytest.mark.parametrize("eviction", ["activation", "lfu", "lru"])
+def test_what_is_to_be_prefetched_leaves_last_and_never_for_a_lesser_prefetch(
+    eviction: str,
+) -> None:
+    made = policy(FIRST, eviction=eviction)
     made.on_embeddings(decode(0), EMBEDDINGS)
     wishes(made, decode(0), gate(0, 0))
-    on_demand = made.eviction_keys(ExpertId(0, 1))
-    assert on_demand[1, 1] == pytest.approx(-PROTECTED - 2 / 3)
-    assert on_demand[2, 0] == pytest.approx(-PROTECTED - 1 / 4)
-    assert on_demand[1, 0] > -1
-    lesser = made.eviction_keys(ExpertId(2, 1))
-    assert lesser[1, 1] == lesser[2, 0] == -np.inf
-    better = made.eviction_keys(ExpertId(1, 1))
-    assert better[2, 0] == pytest.approx(-PROTECTED - 1 / 4)
+    keys = made.eviction_keys(ExpertId(0, 1))
+    assert keys[1, 1] == pytest.approx(-PROTECTED - 2 / 3, abs=1e-6)
+    assert keys[2, 0] == pytest.approx(-PROTECTED - 1 / 4, abs=1e-6)
+    assert keys[1, 1] < keys[2, 0] < keys[2, 1] < -PROTECTED
+    assert keys[1, 0] > -2
+    lesser = made.eviction_floor(ExpertId(2, 1))
+    assert keys[2, 0] < lesser < keys[1, 0]
+    better = made.eviction_floor(ExpertId(1, 1))
+    assert better == keys[1, 1]
+    # What was once asked for, and is not wanted any more, takes no wanted expert's slot.
+    unwanted = made.eviction_floor(ExpertId(1, 2))
+    assert keys[2, 1] < unwanted < keys[1, 0]
     # Once a layer's gate has spoken, its experts are as evictable as others.
     made.on_outcome(LayerOutcome(decode(0), 1, (1,), (), ()))
-    assert made.eviction_keys(ExpertId(1, 2))[1, 1] > -1
+    assert made.eviction_keys(ExpertId(1, 2))[1, 1] > -2
 
 
 @pytest.mark.parametrize("eviction", ["lfu", "lru"])
@@ -210,6 +224,80 @@ def test_plain_orders_can_be_chosen(eviction: Literal["lfu", "lru"]) -> None:
     assert (keys[2, 1] < keys[2, 2]) == (eviction == "lfu")
     made.begin_serving()
     assert (made.eviction_keys(ExpertId(2, 0)) == 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    variant=st.sampled_from(["paper", "code"]),
+    horizon=st.sampled_from([None, 2]),
+    requests=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_what_is_computed_ahead_changes_no_answer(
+    variant: str, horizon: int | None, requests: int, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    plain, ahead = (
+        moe_infinity(WIDE, early_layers=2, variant=variant, horizon=horizon) for _ in range(2)
+    )
+    for matrix in draw.integers(0, 5, (40, 6, 60)).astype(np.float32):
+        plain.collection.add(matrix, "similar")
+        ahead.collection.add(matrix, "similar")
+    for number, tokens in enumerate([7, 1, 1]):
+        served = tuple(range(requests))
+        iteration = Iteration(number, "prefill", served, (tokens,) * requests)
+        gates = random_gates(draw, tokens * requests)
+        asked = table(plain.on_embeddings(iteration, EMBEDDINGS))
+        assert np.array_equal(asked, table(ahead.on_embeddings(iteration, EMBEDDINGS)))
+        ahead.compute_ahead(iteration, gates)
+        for layer, probabilities in enumerate(gates.probabilities):
+            spoken = Gate(layer, probabilities, gates.activated[layer], None)
+            for made in (plain, ahead):
+                made.on_outcome(LayerOutcome(iteration, layer, spoken.activated, (), ()))
+            assert np.array_equal(plain.eviction_keys(INCOMING), ahead.eviction_keys(INCOMING))
+            asked = table(plain.on_gate(iteration, spoken))
+            assert np.array_equal(asked, table(ahead.on_gate(iteration, spoken)))
+            assert np.array_equal(plain.eviction_keys(INCOMING), ahead.eviction_keys(INCOMING))
+        assert np.array_equal(plain.collection.matches, ahead.collection.matches)
+    plain.end_request(0)
+    ahead.end_request(0)
+    assert np.array_equal(plain.collection.matrices, ahead.collection.matrices)
+
+
+def random_gates(draw: np.random.Generator, tokens: int) -> Gates:
+    """Return what the gates of a WIDE model may say of some tokens."""
+    probabilities = draw.dirichlet(np.ones(60), (6, tokens)).astype(np.float32)
+    best = (-probabilities).argsort(axis=2)[:, :, : WIDE.top_k]
+    return Gates(probabilities, [tuple(np.unique(layer).tolist()) for layer in best], None)
+
+
+def table(asked: Wishes) -> NDArray[np.float64]:
+    """Return wishes as an array (L, J)."""
+    return asked.priorities if isinstance(asked, PrefetchTable) else np.zeros((6, 60))
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_studying_leaves_what_serving_leaves(variant: str) -> None:
+    draw = np.random.default_rng(0)
+    studied, served = (
+        moe_infinity(WIDE, early_layers=2, capacity=2, variant=variant) for _ in range(2)
+    )
+    for number in range(8):
+        iteration = Iteration(number, "prefill", (number, number + 1), (2, 1))
+        given = random_gates(draw, 3)
+        gates = [
+            Gate(layer, probabilities, given.activated[layer], None)
+            for layer, probabilities in enumerate(given.probabilities)
+        ]
+        studied.study(iteration, EMBEDDINGS, gates.copy)
+        served.on_embeddings(iteration, EMBEDDINGS)
+        for spoken in gates:
+            served.on_gate(iteration, spoken)
+        studied.end_request(number)
+        served.end_request(number)
+    assert studied.collection.size == 2
+    assert np.array_equal(studied.collection.matrices, served.collection.matrices)
+    assert np.array_equal(studied.collection.matches, served.collection.matches)
 
 
 def test_requests_enter_while_serving_only_if_it_grows() -> None:

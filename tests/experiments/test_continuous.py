@@ -317,7 +317,7 @@ def test_caches_are_merged_only_when_members_change() -> None:
     model, clock = offloaded("mixtral"), Clock()
     caches: list[Any] = []
     model.model.register_forward_pre_hook(
-        lambda _module, _inputs, named: caches.append(named.get("past_key_values")),
+        lambda _module, _inputs, named: caches.append(named.get("cache")),
         with_kwargs=True,
     )
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:

@@ -41,6 +41,12 @@ def numbered_store(capacity: int, entries: int) -> ExpertMapStore:
     return store
 
 
+def assert_same(one: ExpertMapStore, other: ExpertMapStore) -> None:
+    assert np.array_equal(one.maps, other.maps)
+    assert np.array_equal(one.embeddings, other.embeddings)
+    assert np.array_equal(one.prefix_norms, other.prefix_norms)
+
+
 def saved(store: ExpertMapStore, folder: Path) -> Path:
     path = folder / "store.safetensors"
     store.save(path, MODEL)
@@ -64,15 +70,17 @@ def test_the_distance_weighs_meaning_against_path(
 ) -> None:
     store = disagreeing_store(distance)
     embedding, expert_map = NEW
-    assert store.redundancy(expert_map, embedding) == pytest.approx(redundancy)
+    found = store.redundancy(expert_map[:, None], embedding[None])
+    assert found == pytest.approx(array(redundancy))
     assert store.add(expert_map, embedding) == replaced
 
 
 def test_redundancy_ignores_the_length_of_embeddings() -> None:
     store = disagreeing_store(1)
     embedding, expert_map = NEW
-    expected = store.redundancy(expert_map, embedding)
-    assert store.redundancy(expert_map, 7 * embedding) == pytest.approx(expected)
+    rows = expert_map[:, None]
+    expected = store.redundancy(rows, embedding[None])
+    assert store.redundancy(rows, 7 * embedding[None]) == pytest.approx(expected)
 
 
 def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
@@ -84,9 +92,8 @@ def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
     assert entry == 1
     assert not np.array_equal(store.expert_map(1), kept)
     assert store.expert_map(1) == pytest.approx(new_map)
-    assert store.embeddings[1] == pytest.approx((0, 1))
-    norms = [store.prefix_norms(layer)[1] for layer in range(4)]
-    assert norms == pytest.approx([1, 2**0.5, 3**0.5, 2])
+    assert store.embeddings[:, 1] == pytest.approx((0, 1))
+    assert store.prefix_norms[:, 1] == pytest.approx([1, 2**0.5, 3**0.5, 2])
     assert store.expert_map(0) == pytest.approx(SAME_MEANING[1])
 
 
@@ -101,15 +108,46 @@ def test_entries_are_filled_in_order_before_any_is_replaced() -> None:
     assert [store.add(expert_map, embedding) for _ in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("stored", [0, 1, 3, 5])
+def test_a_batch_enters_as_one_iteration_after_the_other(stored: int) -> None:
+    together, one_by_one = numbered_store(5, stored), numbered_store(5, stored)
+    rng = np.random.default_rng(1)
+    rows = rng.random((SHAPE.layers, 7, SHAPE.experts), dtype=np.float32)
+    embeddings = rng.random((7, SHAPE.hidden_size), dtype=np.float32)
+    singly = [one_by_one.add(rows[:, one], embeddings[one]) for one in range(7)]
+    assert together.add_all(rows, embeddings) == singly
+    assert_same(together, one_by_one)
+
+
+def test_an_iteration_equal_to_one_of_its_batch_replaces_it() -> None:
+    store = disagreeing_store(1)
+    embedding, expert_map = array(0, 1), array((0, 1), (0, 1), (1, 0), (1, 0))
+    entries = store.add_all(np.stack([expert_map] * 3, axis=1), np.stack([embedding] * 3))
+    # Against entry 0: 3/4 * 1/4; against entry 1: 1/4 * 4/5 + 3/4 * 1/2. Then itself: 1.
+    assert entries == [1, 1, 1]
+
+
+def test_what_a_search_has_found_is_taken_for_the_redundancy() -> None:
+    store = disagreeing_store(2)
+    embedding, expert_map = NEW
+    rows, embeddings = expert_map[:, None], embedding[None]
+    # 2/4 of each cosine, of which the dot product over all layers is divided by 2 * 2.
+    found = store.redundancy(rows, embeddings, array((0.5, 0.25)), array((1, 3)))
+    assert found == pytest.approx(array((0.375, 0.5)))
+    assert store.add_all(rows, embeddings, array((0.5, 0.25)), array((3, 1))) == [0]
+
+
+def test_running_dots_add_layer_after_layer() -> None:
+    dots = disagreeing_store(1).running_dots(NEW[1][:, None])
+    assert dots.tolist() == [[[1, 1]], [[1, 2]], [[1, 3]], [[1, 4]]]
+
+
 def test_views_show_stored_iterations_only() -> None:
     store = disagreeing_store(1)
     roomy = ExpertMapStore(SHAPE, 10, 1)
     for embedding, expert_map in (SAME_MEANING, SAME_PATH):
         roomy.add(expert_map, embedding)
-    assert np.array_equal(roomy.embeddings, store.embeddings)
-    for layer in range(SHAPE.layers):
-        assert np.array_equal(roomy.rows(layer), store.rows(layer))
-        assert np.array_equal(roomy.prefix_norms(layer), store.prefix_norms(layer))
+    assert_same(roomy, store)
 
 
 def test_embeddings_are_kept_at_unit_length_and_zero_stays_zero() -> None:
@@ -122,9 +160,8 @@ def test_a_saved_store_comes_back_the_same(tmp_path: Path) -> None:
     again.load(saved(store, tmp_path), MODEL)
     assert again.size == 4
     assert again.embeddings == pytest.approx(store.embeddings)
-    for layer in range(SHAPE.layers):
-        assert np.array_equal(again.rows(layer), store.rows(layer))
-        assert np.array_equal(again.prefix_norms(layer), store.prefix_norms(layer))
+    assert np.array_equal(again.maps, store.maps)
+    assert np.array_equal(again.prefix_norms, store.prefix_norms)
 
 
 def test_an_empty_store_comes_back_empty(tmp_path: Path) -> None:
@@ -148,9 +185,9 @@ def test_loading_into_a_small_store_replaces_by_redundancy(tmp_path: Path) -> No
     small, by_hand = ExpertMapStore(SHAPE, 2, 1), ExpertMapStore(SHAPE, 2, 1)
     small.load(saved(store, tmp_path), MODEL)
     for entry in range(6):
-        by_hand.add(store.expert_map(entry), store.embeddings[entry])
+        by_hand.add(store.expert_map(entry), store.embeddings[:, entry])
     assert small.size == 2
-    assert np.array_equal(small.rows(0), by_hand.rows(0))
+    assert np.array_equal(small.maps, by_hand.maps)
 
 
 def test_a_store_of_another_model_is_refused(tmp_path: Path) -> None:

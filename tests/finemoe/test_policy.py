@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from finemoe.offload.policy import (
     ModelShape,
     Prefetch,
 )
-from finemoe.policy import FineMoEOptions, FineMoEPolicy, Variant, finemoe, select_experts
+from finemoe.policy import FineMoEOptions, FineMoEPolicy, finemoe
+from finemoe.selection import Variant, select_experts
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
 OPTIONS = FineMoEOptions(prefetch_distance=2)
@@ -89,10 +91,12 @@ SELECTIONS = [
 
 @pytest.mark.parametrize(("score", "top_k", "paper", "demo"), SELECTIONS)
 def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> None:
-    shuffled = array(0.125, 0.5, 0.125, 0.25)
+    shuffled = array((0.125, 0.5, 0.125, 0.25))
     descending = [1, 3, 0, 2]
-    assert select_experts(shuffled, score, top_k).tolist() == descending[:paper]
-    assert select_experts(shuffled, score, top_k, "demo").tolist() == descending[:demo]
+    counts: dict[Variant, int] = {"paper": paper, "demo": demo}
+    for variant, count in counts.items():
+        chosen = select_experts(shuffled, np.array([score]), top_k, variant)
+        assert np.flatnonzero(chosen).tolist() == sorted(descending[:count])
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,14 +111,25 @@ def test_selection_takes_the_shortest_prefix_that_qualifies(
 ) -> None:
     top_k = min(top_k, len(weights))
     probabilities = array(*weights) / np.float32(sum(weights))
-    chosen = select_experts(probabilities, score, top_k, variant)
+    chosen = select_experts(probabilities[None], np.array([score]), top_k, variant)[0]
+    count = int(chosen.sum())
     descending = sorted(probabilities.tolist(), reverse=True)
-    assert probabilities[chosen].tolist() == descending[: len(chosen)]
-    assert top_k <= len(chosen) <= len(weights)
-    if len(chosen) > top_k:
+    assert sorted(probabilities[chosen].tolist(), reverse=True) == descending[:count]
+    assert top_k <= count <= len(weights)
+    if count > top_k:
         delta = min(1.0, 1 - score)
-        shorter = sum(descending[: len(chosen) - 1])
-        assert shorter < delta if variant == "paper" else sum(descending[: len(chosen)]) <= delta
+        shorter = sum(descending[: count - 1])
+        assert shorter < delta if variant == "paper" else sum(descending[:count]) <= delta
+
+
+def test_of_equally_likely_experts_the_first_are_selected() -> None:
+    chosen = select_experts(array((0.25, 0.25, 0.25, 0.25)), np.array([0.5]), 1)
+    assert chosen.tolist() == [[True, True, False, False]]
+
+
+def test_every_row_is_selected_by_its_own_score() -> None:
+    chosen = select_experts(array(LIKELY, LIKELY, LIKELY), np.array([0.625, 0.1875, 0.375]), 1)
+    assert chosen.sum(axis=1).tolist() == [1, 3, 2]
 
 
 # Priorities -----------------------------------------------------------------------------------
@@ -268,18 +283,18 @@ def test_mean_aggregation_remembers_one_iteration_a_request() -> None:
     serve(policy, PREFILL, TOKENS, ROWS)
     assert policy.store.size == 2
     # The mean of (2, 0) and (0, 2) is (1, 1), of unit length (0.7071, 0.7071).
-    assert policy.store.embeddings == pytest.approx(array((0.5**0.5, 0.5**0.5), (0, 1)))
-    assert policy.store.rows(0) == pytest.approx(array((0.5, 0.5, 0, 0), (0, 0, 1, 0)))
-    assert policy.store.rows(3) == pytest.approx(array((0.5, 0, 0, 0.5), (0, 1, 0, 0)))
+    assert policy.store.embeddings.transpose() == pytest.approx(array((0.5**0.5, 0.5**0.5), (0, 1)))
+    assert policy.store.maps[0].transpose() == pytest.approx(array((0.5, 0.5, 0, 0), (0, 0, 1, 0)))
+    assert policy.store.maps[3].transpose() == pytest.approx(array((0.5, 0, 0, 0.5), (0, 1, 0, 0)))
 
 
 def test_token_aggregation_remembers_one_iteration_a_token() -> None:
     policy = policy_with(replace(OPTIONS, aggregation="token"))
     serve(policy, PREFILL, TOKENS, ROWS)
     assert policy.store.size == 3
-    assert policy.store.embeddings == pytest.approx(array((1, 0), (0, 1), (0, 1)))
+    assert policy.store.embeddings.transpose() == pytest.approx(array((1, 0), (0, 1), (0, 1)))
     for layer in range(4):
-        assert np.array_equal(policy.store.rows(layer), np.roll(ROWS, layer, axis=1))
+        assert np.array_equal(policy.store.maps[layer].transpose(), np.roll(ROWS, layer, axis=1))
 
 
 def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> None:
@@ -311,7 +326,7 @@ def test_preparation_fills_the_store_and_serving_only_one_that_grows(
 
 def test_serving_begins_without_the_visits_of_the_preparation() -> None:
     policy = policy_with(OPTIONS)
-    fresh = policy.eviction_keys(INCOMING)
+    fresh = policy.eviction_keys(INCOMING).copy()
     for _ in range(3):
         policy.on_outcome(outcome(1, 2))
     policy.begin_serving()
@@ -325,29 +340,88 @@ def test_a_saved_policy_predicts_the_same(tmp_path: Path) -> None:
     assert again.on_embeddings(DECODE, QUERY) == policy.on_embeddings(DECODE, QUERY)
 
 
-@pytest.mark.parametrize("search", ["both", "semantic", "trajectory"])
-@pytest.mark.parametrize("aggregation", ["mean", "token"])
-def test_what_is_computed_ahead_changes_no_answer(
-    search: Literal["both", "semantic", "trajectory"], aggregation: Literal["mean", "token"]
-) -> None:
-    options = replace(OPTIONS, search=search, aggregation=aggregation)
-    plain, ahead = policy_with(options, *TWO), policy_with(options, *TWO)
-    draw = np.random.default_rng(0)
-    for number, tokens in enumerate([(3, 2), (1, 1), (1, 1)]):
-        iteration = Iteration(number, "prefill" if number == 0 else "decode", (0, 1), tokens)
-        rows = sum(tokens)
-        embeddings = draw.random((rows, 2), dtype=np.float32)
-        gates = draw.dirichlet(np.ones(4), (4, rows)).astype(np.float32)
-        assert plain.on_embeddings(iteration, embeddings) == ahead.on_embeddings(
-            iteration, embeddings
-        )
-        ahead.compute_ahead(iteration, Gates(gates, [(0,)] * len(gates), None))
-        for layer, probabilities in enumerate(gates):
-            spoken = Gate(layer, probabilities, (0,), None)
-            assert plain.on_gate(iteration, spoken) == ahead.on_gate(iteration, spoken)
-            assert np.array_equal(plain.eviction_keys(INCOMING), ahead.eviction_keys(INCOMING))
-        plain.end_iteration(iteration)
-        ahead.end_iteration(iteration)
+# Ahead ----------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Options for a model of this shape, and the tokens of each request, iteration by iteration."""
+
+    shape: ModelShape
+    options: FineMoEOptions
+    tokens: list[tuple[int, ...]]
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Draw iterations of one request or several that overflow a small store."""
+    shape = ModelShape(draw(st.integers(1, 7)), draw(st.integers(2, 6)), draw(st.integers(1, 2)), 3)
+    hints = get_type_hints(FineMoEOptions)
+    chosen = {
+        name: draw(st.sampled_from(get_args(hints[name])))
+        for name in ("variant", "search", "selection", "eviction", "horizon", "aggregation")
+    }
+    options = FineMoEOptions(draw(st.integers(1, 4)), draw(st.integers(1, 4)), **chosen)
+    requests = draw(st.integers(1, 3))
+    prompt = draw(st.tuples(*[st.integers(1, 3)] * requests))
+    return Case(shape, options, [prompt, *[(1,) * requests] * 4], draw(st.integers(0, 2**32 - 1)))
+
+
+def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, FloatArray]]:
+    """Yield iterations with their embeddings (T, h) and gate probabilities (L, T, J)."""
+    rng = np.random.default_rng(case.seed)
+    layers, experts = case.shape.layers, case.shape.experts
+    for number, tokens in enumerate(case.tokens):
+        iteration = Iteration(number, "decode", tuple(range(len(tokens))), tokens)
+        embeddings = rng.random((sum(tokens), case.shape.hidden_size), dtype=np.float32)
+        gates = rng.dirichlet(np.full(experts, 0.5), (layers, sum(tokens))).astype(np.float32)
+        yield iteration, embeddings, gates
+
+
+def spoken(gates: FloatArray) -> Iterator[Gate]:
+    for layer, probabilities in enumerate(gates):
+        activated = sorted(set(probabilities.argmax(axis=1).tolist()))
+        yield Gate(layer, probabilities, tuple(activated), None)
+
+
+def answers(case: Case, ahead: bool) -> tuple[FineMoEPolicy, list[object]]:
+    """Serve a case, told of the gates to come or not; return all that the policy answered."""
+    policy = FineMoEPolicy(case.shape, case.options)
+    told: list[object] = []
+    for iteration, embeddings, gates in routed(case):
+        told.append(policy.on_embeddings(iteration, embeddings))
+        if ahead:
+            policy.compute_ahead(iteration, Gates(gates, [()] * len(gates), None))
+        for gate in spoken(gates):
+            policy.on_outcome(LayerOutcome(iteration, gate.layer, gate.activated, (), ()))
+            told.append(policy.eviction_keys(INCOMING).tolist())
+            told.append(list(policy.on_gate(iteration, gate)))
+            told.append(policy.eviction_keys(INCOMING).tolist())
+        policy.end_iteration(iteration)
+    return policy, told
+
+
+def assert_same_store(one: FineMoEPolicy, other: FineMoEPolicy) -> None:
+    assert np.array_equal(one.store.maps, other.store.maps)
+    assert np.array_equal(one.store.embeddings, other.store.embeddings)
+    assert np.array_equal(one.store.prefix_norms, other.store.prefix_norms)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_what_is_computed_ahead_changes_no_answer(case: Case) -> None:
+    (plain, slowly), (quick, at_once) = answers(case, ahead=False), answers(case, ahead=True)
+    assert slowly == at_once
+    assert_same_store(plain, quick)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_what_is_studied_is_remembered_as_if_it_were_served(case: Case) -> None:
+    studious = FineMoEPolicy(case.shape, case.options)
+    for iteration, embeddings, gates in routed(case):
+        studious.study(iteration, embeddings, partial(spoken, gates))
+    assert_same_store(studious, answers(case, ahead=False)[0])
 
 
 def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
@@ -447,7 +521,7 @@ def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:
 def test_recency_does_not_matter_to_finemoe() -> None:
     policy = policy_with(OPTIONS, ONE)
     policy.on_outcome(outcome(1, 1))
-    before = policy.eviction_keys(INCOMING)
+    before = policy.eviction_keys(INCOMING).copy()
     policy.on_load(ExpertId(1, 0))
     assert np.array_equal(policy.eviction_keys(INCOMING), before)
 
@@ -459,6 +533,25 @@ def test_a_gate_revises_the_map_of_the_layers_from_its_target_on() -> None:
     keys = policy.eviction_keys(INCOMING)
     for layer, expected in enumerate([rolled(1), rolled(1), rolled(0), rolled(0)]):
         assert keys[layer] == pytest.approx(1 / expected[layer])
+
+
+def test_a_gate_may_return_to_a_map_that_another_gate_left() -> None:
+    policy = policy_with(replace(OPTIONS, prefetch_distance=1), *TWO)
+    policy.on_embeddings(DECODE, array((1, 0)))
+    policy.on_gate(DECODE, gate(0, LIKELY))
+    policy.on_gate(DECODE, gate(1, 10 * rolled(1)[1]))
+    keys = policy.eviction_keys(INCOMING)
+    for layer, expected in enumerate([rolled(1), rolled(0), rolled(1), rolled(1)]):
+        assert keys[layer] == pytest.approx(1 / expected[layer])
+
+
+def test_a_replaced_map_is_followed_where_the_old_one_was() -> None:
+    policy = policy_with(replace(OPTIONS, store_capacity=1), ONE)
+    policy.on_embeddings(DECODE, QUERY)
+    policy.compute_ahead(DECODE, Gates(rolled(1)[:, None], [(0,)] * 4, None))
+    policy.end_iteration(DECODE)
+    policy.on_embeddings(replace(DECODE, number=1), QUERY)
+    assert policy.eviction_keys(INCOMING) == pytest.approx(1 / rolled(1))
 
 
 def test_a_batch_keeps_what_any_request_expects() -> None:

@@ -44,8 +44,8 @@ def serve(
             iteration = Iteration(step, phase, numbers, lengths)
             if recorder is not None:
                 recorder.begin(iteration)
-            output = runtime.forward(iteration, input_ids=tokens, past_key_values=cache)
-            cache = output.past_key_values
+            output = runtime.forward(iteration, input_ids=tokens, cache=cache)
+            cache = output.cache
             tokens = output.logits[:, -1].argmax(-1, keepdim=True)
             generated.append(tokens[:, 0].tolist())
     return [tuple(column) for column in zip(*generated, strict=True)]

@@ -97,17 +97,16 @@ def test_trajectory_search_equals_the_flattened_cosine(
 
 @settings(max_examples=60, deadline=None)
 @given(searches())
-def test_a_search_computed_ahead_finds_the_same_bit_for_bit(
+def test_a_search_by_all_rows_finds_the_same_bit_for_bit(
     case: tuple[FloatArray, FloatArray, int],
 ) -> None:
     maps, queries, _ = case
     layers = maps.shape[1]
     store = store_of(np.ones((len(maps), 1), dtype=np.float32), maps)
     step_by_step, at_once = (TrajectorySearch(store, len(queries)) for _ in range(2))
-    at_once.compute_ahead(queries.swapaxes(0, 1))
-    for layer in range(layers):
-        rows = queries[:, layer]
-        assert step_by_step.observe(rows) == at_once.observe(rows)
+    rows = queries.swapaxes(0, 1)
+    assert at_once.observe_all(rows) == [step_by_step.observe(rows[n]) for n in range(layers)]
+    assert np.array_equal(at_once.dots, step_by_step.dots)
 
 
 def flattened_cosines(queries: FloatArray, maps: FloatArray) -> FloatArray:

@@ -11,14 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import ExpertCache, Reservation, Slot, State
+from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache, Slot, State
 from finemoe.offload.policy import ExpertId, ModelShape
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
-EXPERTS = [ExpertId(layer, index) for layer in range(3) for index in range(4)]
+EXPERTS = list(range(SHAPE.size))
 KEYS = st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 1.0, np.inf])
 
 experts = st.sampled_from(EXPERTS)
+
+
+def at(layer: int, index: int) -> int:
+    return SHAPE.place(ExpertId(layer, index))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -29,63 +33,66 @@ class CacheMachine(RuleBasedStateMachine):
         self.slots = slots
         self.keys = dict.fromkeys(EXPERTS, 0.0)
         self.cache = ExpertCache(SHAPE, slots, self.eviction_keys)
-        self.placed: dict[ExpertId, Slot] = {}
-        self.residents: set[ExpertId] = set()
-        self.pins: Counter[ExpertId] = Counter()
+        self.placed: dict[int, Slot] = {}
+        self.residents: set[int] = set()
+        self.pins: Counter[int] = Counter()
         self.peak = 0
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        assert incoming not in self.placed, "keys are asked for an expert that has a slot"
+        assert SHAPE.place(incoming) not in self.placed, (
+            "keys are asked for an expert that has a slot"
+        )
         return np.array([self.keys[expert] for expert in EXPERTS]).reshape(3, 4)
 
-    def device(self, expert: ExpertId) -> int:
-        return EXPERTS.index(expert) % len(self.slots)
+    def device(self, expert: int) -> int:
+        return expert % len(self.slots)
 
-    def neighbours(self, expert: ExpertId) -> set[ExpertId]:
+    def neighbours(self, expert: int) -> set[int]:
         return {held for held in self.placed if self.device(held) == self.device(expert)}
 
     @rule(expert=experts, key=KEYS)
-    def rank(self, expert: ExpertId, key: float) -> None:
+    def rank(self, expert: int, key: float) -> None:
         self.keys[expert] = key
 
     @rule(expert=experts, urgent=st.booleans())
-    def reserve(self, expert: ExpertId, urgent: bool) -> None:
+    def reserve(self, expert: int, urgent: bool) -> None:
         if expert in self.placed:
             with pytest.raises(ValueError, match="already has a slot"):
                 self.cache.reserve(expert, urgent)
             return
         neighbours = self.neighbours(expert)
         has_room = len(neighbours) < self.slots[self.device(expert)]
-        assert self.cache.has_room(expert) == has_room
+        assert self.cache.has_room(self.device(expert)) == has_room
         allowed = {e for e in neighbours & self.residents if not self.pins[e]}
         if not urgent:
             allowed = {e for e in allowed if self.keys[e] > -np.inf}
-        reservation = self.cache.reserve(expert, urgent)
-        if reservation is None:
+        evicted = self.cache.reserve(expert, urgent)
+        if evicted == NO_SLOT:
             assert not has_room
             assert not allowed
         else:
-            self.check_reservation(expert, reservation, has_room, allowed)
+            self.check_reservation(expert, evicted, has_room, allowed)
 
     def check_reservation(
-        self, expert: ExpertId, found: Reservation, has_room: bool, allowed: set[ExpertId]
+        self, expert: int, evicted: int, has_room: bool, allowed: set[int]
     ) -> None:
-        if found.evicted is None:
+        slot = self.cache.slot(expert)
+        if evicted == NOBODY:
             assert has_room
         else:
             assert not has_room
-            assert found.evicted in allowed
-            assert self.keys[found.evicted] == max(self.keys[e] for e in allowed)
-            assert self.placed.pop(found.evicted) == found.slot
-            self.residents.discard(found.evicted)
-        device, index = found.slot
-        assert device == self.device(expert)
-        assert 0 <= index < self.slots[device]
-        self.placed[expert] = found.slot
+            assert evicted in allowed
+            best = max(self.keys[e] for e in allowed)
+            assert evicted == min(e for e in allowed if self.keys[e] == best)
+            assert self.placed.pop(evicted) == slot
+            self.residents.discard(evicted)
+        assert slot.device == self.device(expert)
+        assert 0 <= slot.index < self.slots[slot.device]
+        self.placed[expert] = slot
         self.peak = max(self.peak, len(self.placed))
 
     @rule(expert=experts)
-    def arrive(self, expert: ExpertId) -> None:
+    def arrive(self, expert: int) -> None:
         if expert in self.placed and expert not in self.residents:
             self.cache.loaded(expert)
             self.residents.add(expert)
@@ -94,7 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.loaded(expert)
 
     @rule(expert=experts)
-    def abandon(self, expert: ExpertId) -> None:
+    def abandon(self, expert: int) -> None:
         if expert in self.placed and expert not in self.residents:
             self.cache.abandon(expert)
             del self.placed[expert]
@@ -103,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.abandon(expert)
 
     @rule(expert=experts)
-    def pin(self, expert: ExpertId) -> None:
+    def pin(self, expert: int) -> None:
         self.cache.pin(expert)
         self.pins[expert] += 1
 
@@ -126,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert {expert: self.cache.slot(expert) for expert in self.placed} == self.placed
         assert len(set(self.placed.values())) == len(self.placed)
 
-    def expected_state(self, expert: ExpertId) -> State:
+    def expected_state(self, expert: int) -> State:
         if expert not in self.placed:
             return State.ABSENT
         return State.RESIDENT if expert in self.residents else State.LOADING
@@ -145,55 +152,73 @@ def full_cache(keys: NDArray[np.float64], count: int) -> ExpertCache:
     return cache
 
 
-def evicted_for(cache: ExpertCache, expert: ExpertId, urgent: bool) -> ExpertId | None:
-    reservation = cache.reserve(expert, urgent)
-    return reservation.evicted if reservation else None
-
-
 def test_the_largest_key_leaves_first() -> None:
     keys = np.array([[3.0, 9.0, 5.0, 99.0]] * 3)
     cache = full_cache(keys, 3)
-    assert evicted_for(cache, ExpertId(2, 0), urgent=False) == ExpertId(0, 1)
-    assert evicted_for(cache, ExpertId(2, 1), urgent=False) == ExpertId(0, 2)
+    assert cache.reserve(at(2, 0), urgent=False) == at(0, 1)
+    assert cache.reserve(at(2, 1), urgent=False) == at(0, 2)
 
 
 def test_a_protected_expert_leaves_for_an_on_demand_load_only() -> None:
     cache = full_cache(np.full((3, 4), -np.inf), 2)
-    assert cache.reserve(ExpertId(2, 0), urgent=False) is None
-    assert evicted_for(cache, ExpertId(2, 0), urgent=True) in EXPERTS[:2]
+    assert cache.reserve(at(2, 0), urgent=False) == NO_SLOT
+    assert cache.reserve(at(2, 0), urgent=True) in EXPERTS[:2]
+
+
+def test_a_prefetch_evicts_only_above_its_floor() -> None:
+    keys = np.array([[1.0, 2.0, 0.0, 0.0]] * 3)
+    floors = {ExpertId(2, 0): 2.0, ExpertId(2, 3): 1.5}
+    cache = ExpertCache(SHAPE, [2], lambda incoming: keys, floor=floors.__getitem__)
+    for expert in EXPERTS[:2]:
+        cache.reserve(expert, urgent=False)
+        cache.loaded(expert)
+    assert cache.reserve(at(2, 0), urgent=False) == NO_SLOT
+    assert cache.reserve(at(2, 3), urgent=False) == at(0, 1)
+    cache.loaded(at(2, 3))
+    assert cache.reserve(at(2, 0), urgent=True) == at(0, 0)
+
+
+def test_keys_that_are_updated_in_place_count_at_once() -> None:
+    keys = np.zeros((3, 4))
+    cache = full_cache(keys, 2)
+    keys[0, 1] = 1.0
+    assert cache.reserve(at(2, 0), urgent=False) == at(0, 1)
+    cache.loaded(at(2, 0))
+    keys[0, 0], keys[2, 0] = 0.0, 2.0
+    assert cache.reserve(at(2, 1), urgent=False) == at(2, 0)
 
 
 def test_an_on_demand_load_takes_a_protected_expert_last() -> None:
     keys = np.zeros((3, 4))
     keys[0, 0] = -np.inf
     cache = full_cache(keys, 2)
-    assert evicted_for(cache, ExpertId(2, 0), urgent=True) == ExpertId(0, 1)
-    assert evicted_for(cache, ExpertId(2, 1), urgent=True) == ExpertId(0, 0)
+    assert cache.reserve(at(2, 0), urgent=True) == at(0, 1)
+    assert cache.reserve(at(2, 1), urgent=True) == at(0, 0)
 
 
 def test_a_pinned_expert_stays_whatever_its_key() -> None:
     cache = full_cache(np.zeros((3, 4)), 2)
-    cache.pin(ExpertId(0, 0))
-    cache.pin(ExpertId(0, 1))
-    cache.pin(ExpertId(0, 1))
-    cache.unpin(ExpertId(0, 1))
-    assert cache.reserve(ExpertId(2, 0), urgent=True) is None
-    cache.unpin(ExpertId(0, 1))
-    assert evicted_for(cache, ExpertId(2, 0), urgent=True) == ExpertId(0, 1)
+    cache.pin(at(0, 0))
+    cache.pin(at(0, 1))
+    cache.pin(at(0, 1))
+    cache.unpin(at(0, 1))
+    assert cache.reserve(at(2, 0), urgent=True) == NO_SLOT
+    cache.unpin(at(0, 1))
+    assert cache.reserve(at(2, 0), urgent=True) == at(0, 1)
 
 
 def test_a_pin_that_came_before_the_expert_holds() -> None:
     cache = ExpertCache(SHAPE, [1], lambda incoming: np.zeros((3, 4)))
-    cache.pin(ExpertId(0, 0))
-    cache.reserve(ExpertId(0, 0), urgent=True)
-    cache.loaded(ExpertId(0, 0))
-    assert cache.reserve(ExpertId(1, 0), urgent=True) is None
+    cache.pin(at(0, 0))
+    cache.reserve(at(0, 0), urgent=True)
+    cache.loaded(at(0, 0))
+    assert cache.reserve(at(1, 0), urgent=True) == NO_SLOT
 
 
 def test_a_loading_expert_is_never_evicted() -> None:
     cache = ExpertCache(SHAPE, [1], lambda incoming: np.zeros((3, 4)))
-    cache.reserve(ExpertId(0, 0), urgent=False)
-    assert cache.reserve(ExpertId(1, 0), urgent=True) is None
+    cache.reserve(at(0, 0), urgent=False)
+    assert cache.reserve(at(1, 0), urgent=True) == NO_SLOT
 
 
 def test_experts_go_round_robin_over_devices() -> None:
@@ -203,10 +228,10 @@ def test_experts_go_round_robin_over_devices() -> None:
 
 def test_a_full_device_does_not_borrow_from_another() -> None:
     cache = ExpertCache(SHAPE, [1, 2], lambda incoming: np.zeros((3, 4)))
-    cache.reserve(ExpertId(0, 0), urgent=True)
-    assert cache.has_room(ExpertId(0, 1))
-    assert not cache.has_room(ExpertId(0, 2))
-    assert cache.reserve(ExpertId(0, 2), urgent=True) is None
+    cache.reserve(at(0, 0), urgent=True)
+    assert cache.has_room(1)
+    assert not cache.has_room(0)
+    assert cache.reserve(at(0, 2), urgent=True) == NO_SLOT
 
 
 def test_integrity_notices_a_lost_slot() -> None:

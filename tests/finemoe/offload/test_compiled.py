@@ -8,21 +8,23 @@ import pytest
 from finemoe.offload.compiled import is_compiled, require_fresh
 
 
-def build(folder: Path, compiled_at: float) -> None:
+def build(folder: Path, edited: str, compiled_at: float) -> None:
     for name, time in (
-        ("cache.py", 100.0),
+        ("cache.py", 90.0),
+        ("cache.pxd", 90.0),
+        (edited, 100.0),
         ("cache.cpython-311.so", compiled_at),
-        ("engine__mypyc.cpython-311.so", compiled_at),
     ):
         (folder / name).touch()
         os.utime(folder / name, (time, time))
 
 
-def test_a_source_edited_after_it_was_compiled_is_refused(tmp_path: Path) -> None:
-    build(tmp_path, compiled_at=101.0)
+@pytest.mark.parametrize("edited", ["cache.py", "cache.pxd"])
+def test_a_source_edited_after_it_was_compiled_is_refused(tmp_path: Path, edited: str) -> None:
+    build(tmp_path, edited, compiled_at=101.0)
     require_fresh(tmp_path)
-    build(tmp_path, compiled_at=99.0)
-    with pytest.raises(ImportError, match=r"cache\.py is newer .* make compiled"):
+    build(tmp_path, edited, compiled_at=99.0)
+    with pytest.raises(ImportError, match=f"{edited} is newer .* make compiled"):
         require_fresh(tmp_path)
 
 

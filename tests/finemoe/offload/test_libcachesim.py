@@ -29,7 +29,7 @@ from experiments.weights import SCALE_MODELS
 from experiments.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.bounds import minimal_loads
-from finemoe.offload.cache import ExpertCache, State
+from finemoe.offload.cache import NO_SLOT, ExpertCache, State
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape, Policy
@@ -72,14 +72,15 @@ def our_hits(stream: Stream, shape: ModelShape, slots: int, policy: Policy) -> l
     cache = ExpertCache(shape, (slots,), policy.eviction_keys, policy.on_evict)
     hits = []
     for number, expert in enumerate(stream):
-        hit = cache.state(expert) is State.RESIDENT
+        place = shape.place(expert)
+        hit = cache.state(place) is State.RESIDENT
         iteration = Iteration(number, "decode", (0,), (1,))
         found = (expert.index,)
         kinds = (found, (), ()) if hit else ((), (), found)
         policy.on_outcome(LayerOutcome(iteration, expert.layer, *kinds))
         if not hit:
-            assert cache.reserve(expert, urgent=True) is not None
-            cache.loaded(expert)
+            assert cache.reserve(place, urgent=True) != NO_SLOT
+            cache.loaded(place)
             policy.on_load(expert)
         hits.append(hit)
     cache.check_integrity()

@@ -14,7 +14,6 @@ import torch
 from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import small_model
 from finemoe.assemble import offloading_runtime
-from finemoe.offload.cache import State
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import BackgroundError, LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -134,7 +133,7 @@ def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
 
     def await_prefetch(*_: object) -> None:
         def resident() -> bool:
-            return live.residency.cache.state(ExpertId(1, 0)) is State.RESIDENT
+            return live.residency.cache.is_resident(live.model.shape.place(ExpertId(1, 0)))
 
         with live._changed:
             arrived.append(live._changed.wait_for(resident, timeout=10))

@@ -74,7 +74,7 @@ class Lockstep:
         self.runtime.drain()
         changed = self.runtime._changed
         with changed:
-            while not self.runtime.residency.settled:
+            while not self.runtime.residency.settled():
                 self.runtime._raise_failure()
                 # A link that starves does not say so unless prefetches are awaited.
                 changed.wait(1e-4)

@@ -47,9 +47,9 @@ def offloaded_logits(runtime: LiveRuntime, prompts: torch.Tensor) -> list[torch.
 def _serve(step: Callable[..., Any], prompts: torch.Tensor) -> list[torch.Tensor]:
     logits, tokens, cache = [], prompts, None
     for number in range(STEPS):
-        output = step(number, input_ids=tokens, past_key_values=cache, use_cache=True)
+        output = step(number, input_ids=tokens, cache=cache, use_cache=True)
         logits.append(output.logits[:, -1].clone())
-        cache = output.past_key_values
+        cache = output.cache
         tokens = logits[-1].argmax(-1, keepdim=True)
     return logits
 

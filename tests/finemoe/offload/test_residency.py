@@ -71,9 +71,8 @@ def copy_all(engine: Residency) -> list[ExpertId]:
     loaded = []
     for device in range(len(engine.queues)):
         while (chunk := engine.next_chunk(device)) is not None:
-            expert = engine.chunk_done(device, chunk)
-            if expert is not None:
-                loaded.append(expert)
+            if engine.chunk_done(device, chunk):
+                loaded.append(engine.experts[chunk.place])
     engine.cache.check_integrity()
     return loaded
 
@@ -83,13 +82,18 @@ def kinds(outcome: LayerOutcome) -> tuple[tuple[int, ...], tuple[int, ...], tupl
 
 
 def requested(engine: Residency) -> list[ExpertId]:
-    experts = (ExpertId(layer, index) for layer in range(3) for index in range(4))
-    return [e for e in experts if engine.queues[engine.cache.device_of(e)].requested(e)]
+    places = range(SHAPE.size)
+    wanted = [p for p in places if engine.queues[engine.cache.device_of(p)].requested(p)]
+    return [engine.experts[place] for place in wanted]
+
+
+def at(layer: int, index: int) -> int:
+    return SHAPE.place(ExpertId(layer, index))
 
 
 def release(engine: Residency, layer: int, indices: Iterable[int]) -> None:
     for index in indices:
-        engine.release(ExpertId(layer, index))
+        engine.release(at(layer, index))
 
 
 def test_an_access_is_a_hit_late_or_a_miss() -> None:
@@ -151,7 +155,7 @@ def test_a_gate_cancels_the_prefetches_of_its_layer_that_it_did_not_choose() -> 
     copy(engine, 1)
     engine.gate(iteration(0), 0, (1,))
     assert requested(engine) == [ExpertId(0, 1), ExpertId(1, 0)]
-    assert engine.cache.state(ExpertId(0, 0)) is State.ABSENT
+    assert engine.cache.state(at(0, 0)) is State.ABSENT
     assert engine.traffic().wasted == 5
 
 
@@ -209,14 +213,14 @@ def test_everything_activated_is_pinned_until_its_release() -> None:
     engine.prefetch(0, wish((0, 0), (0, 1)))
     copy(engine, 3)  # expert 0 is resident, expert 1 half copied, expert 2 neither
     engine.gate(iteration(0), 0, (0, 1, 2))
-    activated = [ExpertId(0, index) for index in range(3)]
-    assert all(engine.is_pinned(expert) for expert in activated)
-    assert copy_all(engine) == [activated[1]]
-    engine.release(activated[0])
-    assert [engine.is_pinned(expert) for expert in activated] == [False, True, True]
-    assert copy_all(engine) == [activated[2]]
-    assert engine.cache.state(activated[0]) is State.ABSENT
-    assert engine.cache.state(activated[1]) is State.RESIDENT
+    activated = [at(0, index) for index in range(3)]
+    assert all(engine.is_pinned(place) for place in activated)
+    assert copy_all(engine) == [(0, 1)]
+    engine.release(at(0, 0))
+    assert [engine.is_pinned(place) for place in activated] == [False, True, True]
+    assert copy_all(engine) == [(0, 2)]
+    assert engine.cache.state(at(0, 0)) is State.ABSENT
+    assert engine.cache.state(at(0, 1)) is State.RESIDENT
 
 
 def test_a_layer_wider_than_the_budget_is_served_as_experts_are_released() -> None:
@@ -273,10 +277,10 @@ def test_a_preload_fills_every_device_with_its_first_experts(
     slots: tuple[int, ...], expected: list[tuple[int, int]]
 ) -> None:
     engine = residency(*slots)
-    assert engine.preload() == expected
+    assert [engine.experts[place] for place in engine.preload()] == expected
     engine.cache.check_integrity()
     assert engine.cache.occupied == sum(slots)
-    assert all(engine.cache.state(ExpertId(*expert)) is State.RESIDENT for expert in expected)
+    assert all(engine.cache.state(at(*expert)) is State.RESIDENT for expert in expected)
     assert kinds(engine.gate(iteration(0), 0, (0,))) == ((0,), (), ())
 
 

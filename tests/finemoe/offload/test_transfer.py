@@ -19,7 +19,7 @@ from finemoe.offload.policy import ExpertId, ModelShape
 from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
 
 SHAPE = ModelShape(layers=2, experts=3, top_k=1, hidden_size=1)
-EXPERTS = [ExpertId(layer, index) for layer in range(2) for index in range(3)]
+EXPERTS = list(range(SHAPE.size))
 EXPERT_BYTES = 10
 DEPTH = 2
 
@@ -29,7 +29,7 @@ priorities = st.sampled_from([0.1, 0.2, 0.3])
 
 @dataclass(eq=False)
 class Load:
-    expert: ExpertId
+    expert: int
     urgent: bool
     priority: float
     order: int
@@ -44,7 +44,7 @@ class Load:
         return self.sent < EXPERT_BYTES
 
     @property
-    def rank(self) -> tuple[float, ExpertId]:
+    def rank(self) -> tuple[float, int]:
         return -self.priority, self.expert
 
 
@@ -55,14 +55,14 @@ class Model:
         self.slots = slots
         self.chunk_bytes = chunk_bytes
         self.keys = dict.fromkeys(EXPERTS, 0.0)
-        self.loads: dict[ExpertId, Load] = {}
-        self.unused_bytes: dict[ExpertId, int] = {}  # of every resident
-        self.pinned: set[ExpertId] = set()
+        self.loads: dict[int, Load] = {}
+        self.unused_bytes: dict[int, int] = {}  # of every resident
+        self.pinned: set[int] = set()
         self.traffic = Traffic()
         self.orders = itertools.count()
 
-    def device(self, expert: ExpertId) -> int:
-        return EXPERTS.index(expert) % len(self.slots)
+    def device(self, expert: int) -> int:
+        return expert % len(self.slots)
 
     def loads_of(self, device: int) -> list[Load]:
         return [load for load in self.loads.values() if self.device(load.expert) == device]
@@ -77,7 +77,7 @@ class Model:
         loads = [x for x in self.loads_of(device) if not x.urgent and not x.cancelled and x.unsent]
         return sorted(loads, key=lambda load: load.rank)
 
-    def evictable(self, device: int, urgent: bool) -> list[ExpertId]:
+    def evictable(self, device: int, urgent: bool) -> list[int]:
         return [
             expert
             for expert in EXPERTS
@@ -95,14 +95,14 @@ class Model:
         loads = [x for x in self.loads_of(device) if x.slotted and not x.urgent]
         return [x for x in loads if not x.cancelled and x.done == x.sent]
 
-    def prefetch(self, expert: ExpertId, priority: float) -> None:
+    def prefetch(self, expert: int, priority: float) -> None:
         load = self.loads.get(expert)
         if expert in self.unused_bytes or (load and load.urgent):
             return
         load = self.loads.setdefault(expert, Load(expert, False, priority, 0))
         load.priority, load.cancelled = priority, False
 
-    def activate(self, expert: ExpertId) -> None:
+    def activate(self, expert: int) -> None:
         self.pinned.add(expert)
         if expert in self.unused_bytes:
             self.unused_bytes[expert] = 0
@@ -110,7 +110,7 @@ class Model:
         load = self.loads.setdefault(expert, Load(expert, True, 0.0, 0))
         load.urgent, load.cancelled, load.order = True, False, next(self.orders)
 
-    def cancel(self, expert: ExpertId) -> None:
+    def cancel(self, expert: int) -> None:
         load = self.loads.get(expert)
         if load and not load.urgent:
             load.cancelled = True
@@ -121,7 +121,7 @@ class Model:
             self.traffic.wasted += load.prefetched
             del self.loads[load.expert]
 
-    def next_chunk(self, device: int) -> tuple[ExpertId, int, int, bool] | None:
+    def next_chunk(self, device: int) -> tuple[int, int, int, bool] | None:
         load = self.next_load(device)
         if load is None:
             return None
@@ -163,15 +163,15 @@ class Model:
             self.traffic.wasted += self.unused_bytes.pop(victim)
         load.slotted = True
 
-    def chunk_done(self, expert: ExpertId, stop: int) -> ExpertId | None:
+    def chunk_done(self, expert: int, stop: int) -> bool:
         load = self.loads[expert]
         load.done = stop
         if stop < EXPERT_BYTES:
             self.drop_if_over(load)
-            return None
+            return False
         del self.loads[expert]
         self.unused_bytes[expert] = 0 if load.urgent else load.prefetched
-        return expert
+        return True
 
 
 class TransferMachine(RuleBasedStateMachine):
@@ -189,33 +189,33 @@ class TransferMachine(RuleBasedStateMachine):
             for device in range(len(slots))
         ]
         self.in_flight: list[deque[Chunk]] = [deque() for _ in slots]
-        self.arrived: Counter[ExpertId] = Counter()
+        self.arrived: Counter[int] = Counter()
         self.handed_out = 0
 
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
         return np.array([self.model.keys[expert] for expert in EXPERTS]).reshape(2, 3)
 
-    def queue(self, expert: ExpertId) -> TransferQueue:
+    def queue(self, expert: int) -> TransferQueue:
         return self.queues[self.model.device(expert)]
 
     @rule(expert=experts, key=st.sampled_from([-np.inf, 0.0, 1.0, 2.0]))
-    def rank(self, expert: ExpertId, key: float) -> None:
+    def rank(self, expert: int, key: float) -> None:
         self.model.keys[expert] = key
 
     @rule(expert=experts, priority=priorities)
-    def prefetch(self, expert: ExpertId, priority: float) -> None:
+    def prefetch(self, expert: int, priority: float) -> None:
         self.queue(expert).prefetch(expert, priority)
         self.model.prefetch(expert, priority)
 
     @rule(expert=experts, priority=priorities, chunks=st.integers(1, 2))
-    def half_copy(self, expert: ExpertId, priority: float, chunks: int) -> None:
+    def half_copy(self, expert: int, priority: float, chunks: int) -> None:
         """Let a prefetch overtake all others for a while, so that several are half copied."""
         self.prefetch(expert, 1.0)
         self.drive(self.model.device(expert), [True, False] * chunks)
         self.prefetch(expert, priority)
 
     @rule(expert=experts)
-    def activate(self, expert: ExpertId) -> None:
+    def activate(self, expert: int) -> None:
         if expert in self.model.pinned:
             return
         self.cache.pin(expert)
@@ -226,8 +226,8 @@ class TransferMachine(RuleBasedStateMachine):
 
     @rule(table=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6))
     def prefetch_all(self, table: list[float]) -> None:
-        for device, queue in enumerate(self.queues):
-            queue.prefetch_all(np.array(table[device :: len(self.queues)]))
+        for queue in self.queues:
+            queue.prefetch_all(np.array(table))
         for expert, priority in zip(EXPERTS, table, strict=True):
             if priority:
                 self.model.prefetch(expert, priority)
@@ -238,13 +238,13 @@ class TransferMachine(RuleBasedStateMachine):
         for queue in self.queues:
             queue.cancel_layer(layer, but)
         for expert in EXPERTS:
-            if expert.layer == layer and expert.index not in but:
+            if expert // 3 == layer and expert % 3 not in but:
                 self.model.cancel(expert)
-            elif expert.layer == layer:
+            elif expert // 3 == layer:
                 self.activate(expert)
 
     @rule(expert=experts)
-    def cancel(self, expert: ExpertId) -> None:
+    def cancel(self, expert: int) -> None:
         self.queue(expert).cancel(expert)
         self.model.cancel(expert)
 
@@ -269,25 +269,25 @@ class TransferMachine(RuleBasedStateMachine):
         if chunk is None:
             assert expected is None
             return False
-        assert (chunk.expert, chunk.start, chunk.stop, chunk.urgent) == expected
+        assert (chunk.place, chunk.start, chunk.stop, chunk.urgent) == expected
         assert chunk.urgent or not prompt
-        assert self.cache.slot(chunk.expert) == chunk.slot
-        assert self.cache.state(chunk.expert) is State.LOADING
+        assert self.cache.slot(chunk.place) == chunk.slot
+        assert self.cache.state(chunk.place) is State.LOADING
         self.handed_out += chunk.stop - chunk.start
         self.in_flight[device].append(chunk)
         return True
 
     def finish_chunk(self, device: int) -> None:
         chunk = self.in_flight[device].popleft()
-        assert self.cache.slot(chunk.expert) == chunk.slot, "the slot was given away in flight"
-        assert chunk.start == self.arrived[chunk.expert], "bytes came twice or out of order"
-        self.arrived[chunk.expert] = chunk.stop
+        assert self.cache.slot(chunk.place) == chunk.slot, "the slot was given away in flight"
+        assert chunk.start == self.arrived[chunk.place], "bytes came twice or out of order"
+        self.arrived[chunk.place] = chunk.stop
         loaded = self.queues[device].chunk_done(chunk)
-        assert loaded == self.model.chunk_done(chunk.expert, chunk.stop)
-        if loaded is not None:
-            assert self.arrived[loaded] == EXPERT_BYTES
-        if self.cache.state(chunk.expert) is not State.LOADING:
-            del self.arrived[chunk.expert]
+        assert loaded == self.model.chunk_done(chunk.place, chunk.stop)
+        if loaded:
+            assert self.arrived[chunk.place] == EXPERT_BYTES
+        if self.cache.state(chunk.place) is not State.LOADING:
+            del self.arrived[chunk.place]
 
     def slot_can_be_had(self, device: int) -> bool:
         return bool(
@@ -297,10 +297,10 @@ class TransferMachine(RuleBasedStateMachine):
             or any(load.slotted for load in self.model.waiting(device))
         )
 
-    def releasable(self) -> list[ExpertId]:
+    def releasable(self) -> list[int]:
         return sorted(self.model.pinned & self.model.unused_bytes.keys())
 
-    def let_go(self, expert: ExpertId) -> None:
+    def let_go(self, expert: int) -> None:
         self.cache.unpin(expert)
         self.model.pinned.remove(expert)
 
@@ -315,7 +315,7 @@ class TransferMachine(RuleBasedStateMachine):
             assert self.queue(expert).requested(expert) == wanted
             assert self.cache.state(expert) is self.expected_state(expert)
 
-    def expected_state(self, expert: ExpertId) -> State:
+    def expected_state(self, expert: int) -> State:
         if expert in self.model.unused_bytes:
             return State.RESIDENT
         load = self.model.loads.get(expert)
@@ -379,23 +379,22 @@ def begin(queue: TransferQueue) -> Chunk:
     return chunk
 
 
-def copy(queue: TransferQueue, chunks: int = 1) -> list[tuple[ExpertId, int, int]]:
+def copy(queue: TransferQueue, chunks: int = 1) -> list[tuple[int, int, int]]:
     """Copy chunks one after another and return what each one was."""
     copied = []
     for _ in range(chunks):
         chunk = begin(queue)
         queue.chunk_done(chunk)
-        copied.append((chunk.expert, chunk.start, chunk.stop))
+        copied.append((chunk.place, chunk.start, chunk.stop))
     return copied
 
 
-def copy_all(queue: TransferQueue) -> list[ExpertId]:
+def copy_all(queue: TransferQueue) -> list[int]:
     """Copy until nothing is left and return the experts in the order they became resident."""
     loaded = []
     while (chunk := queue.next_chunk()) is not None:
-        expert = queue.chunk_done(chunk)
-        if expert is not None:
-            loaded.append(expert)
+        if queue.chunk_done(chunk):
+            loaded.append(chunk.place)
     return loaded
 
 
@@ -426,7 +425,7 @@ def test_a_new_priority_replaces_the_old_one() -> None:
 def test_order_survives_any_number_of_changes_of_priority(changes: int) -> None:
     _, queue = link(slots=len(EXPERTS))
     rng = random.Random(changes)
-    latest: dict[ExpertId, float] = {}
+    latest: dict[int, float] = {}
     for _ in range(changes):
         expert = rng.choice(EXPERTS)
         latest[expert] = rng.random()
@@ -474,7 +473,7 @@ def test_a_prefetch_whose_last_chunk_is_in_flight_is_not_copied_again_on_demand(
     last = begin(queue)
     queue.demand(A)
     assert queue.next_chunk() is None
-    assert queue.chunk_done(last) == A
+    assert queue.chunk_done(last)
     assert queue.next_chunk() is None
     assert cache.state(A) is State.RESIDENT
     assert queue.traffic == Traffic(prefetched=10, on_demand=0, wasted=0)
@@ -540,7 +539,7 @@ def test_a_prefetch_cancelled_after_its_last_chunk_left_becomes_resident() -> No
     copy(queue, 2)
     last = begin(queue)
     queue.cancel(A)
-    assert queue.chunk_done(last) == A
+    assert queue.chunk_done(last)
     assert cache.state(A) is State.RESIDENT
     assert queue.traffic.wasted == 0
 
@@ -676,13 +675,13 @@ def test_a_protected_resident_stops_a_prefetch_but_not_a_demand() -> None:
 
 def test_a_layer_that_ran_leaves_no_wish_and_keeps_what_its_gate_chose() -> None:
     _, queue = link(slots=4)
-    below = ExpertId(1, 0)
+    below = SHAPE.place(ExpertId(1, 0))
     for expert, priority in ((A, 0.9), (B, 0.8), (C, 0.7), (below, 0.1)):
         queue.prefetch(expert, priority)
     copy(queue)
     queue.prefetch(B, 1.0)
     copy(queue)
-    queue.cancel_layer(0, but=[A.index])
+    queue.cancel_layer(0, but=[A])
     assert [queue.requested(expert) for expert in (A, B, C, below)] == [True, False, False, True]
     assert queue.traffic.wasted == CHUNK_BYTES
 

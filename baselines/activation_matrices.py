@@ -1,0 +1,171 @@
+"""The activation matrices of MoE-Infinity: those of past requests, and of one under way.
+
+A request's matrix (L x J) counts its tokens per expert, over its prompt and its decoded tokens.
+File names below are those of the original code, TorchMoE/MoE-Infinity.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from finemoe.expert_map import StoreMismatch, unit
+from finemoe.offload.policy import FloatArray, ModelShape
+
+Variant = Literal["paper", "code"]
+"""Whether all rows so far are compared, or those after the current layer (expert_tracer.py)."""
+
+
+class MatrixCollection:
+    """Up to `capacity` activation matrices (L, J) of finished requests.
+
+    Two matrices are as similar as the mean, over the layers, of the cosines of their rows
+    (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero.
+    """
+
+    def __init__(self, shape: ModelShape, capacity: int) -> None:
+        self.shape = shape
+        self.capacity = capacity
+        self.size = 0
+        self.matches = np.zeros(capacity, dtype=np.int64)
+        """How often each matrix was the nearest one."""
+        self.popularity = np.zeros((shape.layers, shape.experts))
+        """Tokens of all stored requests per expert."""
+        self.additions = 0
+        """How often a matrix was stored."""
+        self._prepared = 0
+        self._matrices = np.zeros((capacity, shape.layers, shape.experts), dtype=np.float32)
+        self._ratios = np.zeros_like(self._matrices)
+        self._rows = np.zeros((shape.layers, capacity, shape.experts), dtype=np.float32)
+
+    @property
+    def matrices(self) -> FloatArray:
+        """The stored matrices, shape (size, L, J)."""
+        return self._matrices[: self.size]
+
+    def rows(self, layers: slice) -> FloatArray:
+        """Return rows of every stored matrix scaled to unit length, shape (layers, size, J)."""
+        return self._rows[layers, : self.size]
+
+    def ratios(self, entries: NDArray[np.intp]) -> FloatArray:
+        """Return each expert's share of its layer's activations, shape (entries, L, J); a copy."""
+        return self._ratios[entries]
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self._matrices.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices and of what is kept for the search."""
+        return self._matrices.nbytes + self._ratios.nbytes + self._rows.nbytes
+
+    def keep_all(self) -> None:
+        """Keep what is stored now from being the least matched (`persistent_capacity`)."""
+        self._prepared = self.size
+
+    def similarity(self, matrix: FloatArray) -> FloatArray:
+        """Return the similarity of a matrix (L, J) to every stored one, shape (size,)."""
+        cosines = np.matmul(self._rows[:, : self.size], unit(matrix)[:, :, None])[..., 0]
+        similarity: FloatArray = cosines.mean(axis=0)
+        return similarity
+
+    def add(self, matrix: FloatArray, replace: Literal["similar", "unmatched"]) -> int | None:
+        """Store a matrix and return its entry; None if it was full of matrices to be kept."""
+        entry = self._place(matrix, replace)
+        if entry is None:
+            return None
+        self.popularity += matrix - self._matrices[entry]
+        self._matrices[entry] = matrix
+        self._ratios[entry] = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        self._rows[:, entry] = unit(matrix)
+        self.matches[entry] = 1
+        self.additions += 1
+        return entry
+
+    def _place(self, matrix: FloatArray, replace: str) -> int | None:
+        if self.size < self.capacity:
+            self.size += 1
+            return self.size - 1
+        if replace == "similar":
+            return int(self.similarity(matrix).argmax())
+        if self._prepared == self.size:
+            return None
+        return self._prepared + int(self.matches[self._prepared :].argmin())
+
+    def save(self, path: Path, model_id: str) -> None:
+        """Write the matrices as safetensors, marked with the model they belong to."""
+        partial = path.with_name(f"{path.name}.partial")
+        save_file({"matrices": self.matrices.copy()}, partial, metadata={"model_id": model_id})
+        os.replace(partial, path)
+
+    def load(self, path: Path, model_id: str, replace: Literal["similar", "unmatched"]) -> None:
+        """Add the matrices of a file, in its order.
+
+        Raises StoreMismatch if the file was saved for another model or is no such file.
+        """
+        try:
+            with safe_open(path, "numpy") as file:
+                saved_for = (file.metadata() or {}).get("model_id")
+                matrices = file.get_tensor("matrices")
+        except (SafetensorError, OSError) as error:
+            raise StoreMismatch(f"{path} is no collection of matrices ({error})") from error
+        if saved_for != model_id or matrices.shape[1:] != self._matrices.shape[1:]:
+            raise StoreMismatch(f"{path} holds matrices of {saved_for}, not of {model_id}")
+        for matrix in matrices:
+            self.add(matrix, replace)
+
+
+class RunningRequest:
+    """The matrix of a request under way, and the cosine of each row with every stored row.
+
+    Only the current layer's row changes at a gate, so sums over the layers are carried along.
+    """
+
+    def __init__(self, collection: MatrixCollection, variant: Variant) -> None:
+        shape = collection.shape
+        self.matrix = np.zeros((shape.layers, shape.experts), dtype=np.float32)
+        self._collection = collection
+        self._variant = variant
+        self._cosines = np.zeros((shape.layers, collection.capacity), dtype=np.float32)
+        self._sums = np.zeros(collection.capacity, dtype=np.float32)
+        self.begin_iteration()
+
+    def begin_iteration(self) -> None:
+        """Sum up anew, so that rounding errors do not pile up."""
+        size = self._collection.size
+        self._sums[:size] = self._cosines[:, :size].sum(axis=0)
+
+    def refresh(self, entry: int) -> None:
+        """Compare with a matrix that was stored after this request had begun."""
+        stored = self._collection.matrices[entry]
+        self._cosines[:, entry] = (unit(stored) * unit(self.matrix)).sum(axis=1)
+
+    def count(self, layers: slice, tokens: FloatArray) -> FloatArray:
+        """Add the tokens per expert of consecutive gates, (gates, J).
+
+        Returns how similar every stored matrix is after each of them, (gates, size).
+        """
+        rows = self.matrix[layers]
+        rows += tokens
+        lengths = np.sqrt(np.vecdot(rows, rows))[:, None]
+        directions = rows / np.maximum(lengths, 1e-30)
+        cosines = np.matmul(self._collection.rows(layers), directions[:, :, None])[..., 0]
+        known = self._cosines[layers, : self._collection.size]
+        changes = cosines - known if self._variant == "paper" else -known
+        known[:] = cosines
+        return self._carry(changes)
+
+    def _carry(self, changes: FloatArray) -> FloatArray:
+        """Return the carried sums after each change (gates, size), added one after the other."""
+        carried = self._sums[: self._collection.size]
+        changes[0] += carried
+        sums: FloatArray = changes.cumsum(axis=0)
+        carried[:] = sums[-1]
+        return sums

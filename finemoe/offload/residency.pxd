@@ -1,0 +1,32 @@
+cimport cython
+
+from finemoe.offload.cache cimport ExpertCache
+from finemoe.offload.transfer cimport Chunk, TransferQueue
+
+
+cdef class Residency:
+    cdef readonly object shape, plan, policy
+    cdef readonly ExpertCache cache
+    cdef readonly list experts, queues
+    cdef object _on_outcome, _on_load
+    cdef int _per_layer, _devices
+    cdef long long _iteration
+    cdef int _layer
+
+    cpdef begin_iteration(self, iteration)
+    @cython.locals(
+        first=int, index=int, place=int, hits=list, late=list, misses=list, queue=TransferQueue
+    )
+    cpdef gate(self, iteration, int layer, activated)
+    @cython.locals(in_time=int, first=int, layer=int, index=int, place=int)
+    cpdef int prefetch(self, long long iteration_number, wishes)
+    @cython.locals(queue=TransferQueue)
+    cdef int _prefetch_table(self, wishes, int first)
+    @cython.locals(queue=TransferQueue)
+    cpdef bint settled(self)
+    cpdef bint is_pinned(self, int place)
+    cpdef bint release(self, int place)
+    cpdef Chunk next_chunk(self, int device)
+    @cython.locals(loaded=bint)
+    cpdef bint chunk_done(self, int device, Chunk chunk)
+    cdef TransferQueue _queue(self, int place)

@@ -1,0 +1,26 @@
+cimport cython
+
+from finemoe.offload.scans cimport largest
+
+
+cdef int STALE
+cdef double NONE
+
+
+cdef class WishList:
+    cdef readonly double highest
+    cdef int _per_layer, _devices, _device, _best
+    cdef double[::1] _priorities
+
+    cpdef int best(self)
+    cpdef bint wished(self, int place)
+    @cython.locals(position=int, best=int)
+    cpdef put(self, int place, double priority)
+    @cython.locals(position=int, place=int)
+    cpdef put_all(self, const double[::1] table, bytearray marks)
+    @cython.locals(position=int)
+    cpdef drop(self, int place)
+    @cython.locals(start=int, stop=int)
+    cpdef drop_layer(self, int layer)
+    cdef int _first_from(self, int layer)
+    cdef _look_up(self)

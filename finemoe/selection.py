@@ -1,0 +1,97 @@
+"""Which experts of the searched maps to prefetch, and in which order (sections 4.3 and 4.5).
+
+Rows are target layers: N of them, each with what Q queries expect of J experts. Where the paper and
+the authors' demo repository differ, `variant` chooses: `paper`, or `demo`, which selects one expert
+fewer, decays priorities linearly over the predicted layers, and queues all other experts of those
+layers at the tail.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finemoe.offload.policy import FloatArray, ModelShape, Prefetch
+
+Variant = Literal["paper", "demo"]
+
+TAIL_PRIORITY = 1e-6
+UNWANTED = -1.0
+
+
+def select_experts(
+    probabilities: FloatArray,
+    scores: NDArray[np.float64],
+    top_k: int,
+    variant: Variant = "paper",
+) -> NDArray[np.bool_]:
+    """Choose experts by descending p until their sum reaches delta = clip(1 - score, 0, 1).
+
+    Never fewer than `top_k`. The demo stops one short of reaching delta. Takes probabilities (R, J)
+    and scores (R,), returns what is chosen (R, J).
+    """
+    rows, ranks = np.arange(len(scores))[:, None], np.arange(probabilities.shape[1])
+    deltas = np.minimum(np.maximum(1.0 - scores, 0.0), 1.0)[:, None]
+    order = (-probabilities).argsort(axis=1, kind="stable")
+    # A running sum in double precision, one addend after the other.
+    sums = probabilities[rows, order].cumsum(axis=1, dtype=np.float64)
+    paper = variant == "paper"
+    # The paper takes also the one that reaches delta.
+    counts = (sums < deltas if paper else sums <= deltas).sum(axis=1) + int(paper)
+    chosen = np.empty(probabilities.shape, dtype=bool)
+    chosen[rows, order] = ranks < np.maximum(counts, top_k)[:, None]
+    return chosen
+
+
+class Selector:
+    """Turns what maps say of target layers, and how far they are trusted, into prefetches."""
+
+    def __init__(self, shape: ModelShape, variant: Variant, by_score: bool) -> None:
+        self._shape = shape
+        self._variant: Variant = variant
+        self._by_score = by_score
+        self._experts = shape.all_experts()
+
+    def divisors(self, band: range, now: int) -> NDArray[np.float64]:
+        """Return by what the probabilities of a band of layers are divided as priorities, (N,).
+
+        l - l_now (section 4.5), or for the demo what makes a linear decay over the band.
+        """
+        layers = np.arange(band.start, band.stop, dtype=np.float64)
+        if self._variant == "paper":
+            return layers - now
+        return band.stop / (band.stop - (layers - band.start))
+
+    def prefetches(
+        self,
+        probabilities: FloatArray,
+        scores: NDArray[np.float64],
+        divisors: NDArray[np.float64],
+        first: int,
+    ) -> list[list[Prefetch]]:
+        """Return what to prefetch of each of the layers from `first` on: the queries' union.
+
+        Takes probabilities (N, Q, J), scores (N, Q) and divisors (N,), or (1,) for all.
+        """
+        trusted = scores if self._by_score else np.ones_like(scores)
+        flat = probabilities.reshape(-1, self._shape.experts)
+        chosen = select_experts(flat, trusted.ravel(), self._shape.top_k, self._variant)
+        chosen = chosen.reshape(probabilities.shape)
+        priorities = probabilities / divisors[:, None, None]
+        if self._variant == "paper":
+            priorities = np.where(chosen, priorities, UNWANTED)
+        else:
+            priorities = np.where(chosen, priorities, 0.0) + TAIL_PRIORITY
+        return self._listed(priorities.max(axis=1), first)
+
+    def _listed(self, priorities: NDArray[np.float64], first: int) -> list[list[Prefetch]]:
+        """Return the wanted ones of priorities (N, J), a list for each layer from `first` on."""
+        wanted = priorities > UNWANTED
+        places = (wanted.ravel().nonzero()[0] + first * self._shape.experts).tolist()
+        experts = [self._experts[place] for place in places]
+        listed = list(map(Prefetch, experts, priorities[wanted].tolist()))
+        stops = wanted.sum(axis=1).cumsum().tolist()
+        return [listed[start:stop] for start, stop in itertools.pairwise((0, *stops))]
