@@ -122,6 +122,9 @@ class MoEInfinityPolicy(Policy):
         self._served: tuple[int, ...] = ()
         self._plain = self._unseen.copy()
         self._keys = self._unseen.copy()
+        self._now = -1
+        self._wanted: PrefetchTable | None = None
+        """What is asked for and `_keys` do not show yet."""
         self._ahead: list[_Answer] = []
 
     def begin_serving(self) -> None:
@@ -167,10 +170,9 @@ class MoEInfinityPolicy(Policy):
             self._plain = np.where(seen, self._activity_keys(tokens), self._unseen)
         if self._popular[0] != self.collection.additions:
             self._popular = (self.collection.additions, PrefetchTable(self._popular_experts()))
-        wishes = self._popular[1]
-        self._keys = _protected(self._plain, wishes.priorities)
+        self._now, self._wanted = -1, self._popular[1]
         self._ahead = []
-        return wishes
+        return self._popular[1]
 
     def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
         self._ahead = self._answers(iteration, slice(0, self.shape.layers), gates)
@@ -185,7 +187,7 @@ class MoEInfinityPolicy(Policy):
         if answer.wishes is None:
             self._keys[gate.layer] = answer.plain
             return ()
-        self._keys = _protected(self._plain, answer.wishes.priorities)
+        self._wanted = answer.wishes
         return answer.wishes
 
     def end_request(self, request: int) -> None:
@@ -221,7 +223,7 @@ class MoEInfinityPolicy(Policy):
         rows = self._activity_keys(_tokens_of(self._requests(iteration), layers), layers.start)
         wishes: list[PrefetchTable | None] = [None] * len(rows)
         if nearest:
-            wanted = self._wanted(nearest, layers)[: self.shape.layers - 1 - layers.start]
+            wanted = self._tables(nearest, layers)[: self.shape.layers - 1 - layers.start]
             wishes[: len(wanted)] = [PrefetchTable(table) for table in wanted]
         return [_Answer(*answer) for answer in zip(wishes, rows, strict=True)]
 
@@ -258,7 +260,7 @@ class MoEInfinityPolicy(Policy):
         ]
         return np.stack(counted).reshape(-1, layers, experts).astype(np.float32)
 
-    def _wanted(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
+    def _tables(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
         """Return what each gate wishes for, (layers, L, J): the ratios of the nearest matrices.
 
         Of several requests the largest counts.
@@ -288,8 +290,8 @@ class MoEInfinityPolicy(Policy):
         """Protect no longer what was to be prefetched until now."""
         if self.options.eviction != "activation":
             self._usage.on_outcome(outcome)
-        spoken = slice(0, outcome.layer + 1)
-        self._keys[spoken] = self._plain[spoken]
+        self._now = outcome.layer
+        self._keys[: self._now + 1] = self._plain[: self._now + 1]
 
     def on_load(self, expert: ExpertId) -> None:
         if self.options.eviction != "activation":
@@ -300,6 +302,7 @@ class MoEInfinityPolicy(Policy):
 
         Of the latter the least wanted leaves first.
         """
+        self._protect()
         if self.options.eviction == "activation":
             return self._keys
         lru = self.options.eviction == "lru"
@@ -311,19 +314,25 @@ class MoEInfinityPolicy(Policy):
 
         The code does not evict its cache candidates (core/prefetch/task_scheduler.cpp).
         """
+        self._protect()
         key = self._keys.item(incoming)
         return key if key < -PROTECTED else -PROTECTED
+
+    def _protect(self) -> None:
+        """Have the keys of what was asked for last, and did not run yet, show that."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None:
+            return
+        later = self._now + 1
+        protected = -PROTECTED - wanted.priorities[later:]
+        self._keys[:] = self._plain
+        np.copyto(self._keys[later:], protected, where=wanted.priorities[later:] > 0)
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:
     """Return the tokens of all requests per expert, shape (layers, J)."""
     first, *others = (request.matrix[layers] for request in requests)
     return sum(others, start=first)
-
-
-def _protected(keys: FloatTable, wanted: FloatTable) -> FloatTable:
-    """Return eviction keys of which those of wanted experts are below all others."""
-    return np.where(wanted > 0, -PROTECTED - wanted, keys)
 
 
 def moe_infinity(shape: ModelShape, **options: int | str | bool | None) -> MoEInfinityPolicy:

@@ -6,9 +6,9 @@ an access as a hit only if the expert was resident when its gate asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from scipy.stats import bootstrap
 
 from experiments.continuous import ServedOnline
 from experiments.serving import Served
-from finemoe.offload.policy import LayerOutcome
+from finemoe.offload.policy import LayerOutcome, Phase
 
 BOOTSTRAP_RESAMPLES = 2000
 
@@ -43,20 +43,26 @@ class Accesses:
 
 @dataclass
 class AccessCounter:
-    """A listener that counts accesses, in all, by phase and by iteration."""
+    """A listener that counts accesses, by iteration."""
 
-    total: Accesses = field(default_factory=Accesses)
-    phases: dict[str, Accesses] = field(
-        default_factory=lambda: {"prefill": Accesses(), "decode": Accesses()}
-    )
     iterations: dict[int, Accesses] = field(default_factory=dict)
+    phases: dict[int, Phase] = field(default_factory=dict)
+    """Of the iterations."""
 
     def __call__(self, outcome: LayerOutcome) -> None:
-        self.total.add(outcome)
-        self.phases[outcome.iteration.phase].add(outcome)
-        self.iterations.setdefault(outcome.iteration.number, Accesses()).add(outcome)
+        number = outcome.iteration.number
+        counted = self.iterations.get(number)
+        if counted is None:
+            counted = self.iterations[number] = Accesses()
+            self.phases[number] = outcome.iteration.phase
+        counted.add(outcome)
 
-    def over(self, iterations: Sequence[int]) -> Accesses:
+    @property
+    def total(self) -> Accesses:
+        """Accesses of all iterations."""
+        return self.over(self.iterations)
+
+    def over(self, iterations: Iterable[int]) -> Accesses:
         """Return the accesses of some iterations."""
         parts = [self.iterations[number] for number in iterations]
         return Accesses(
@@ -67,13 +73,14 @@ class AccessCounter:
 
     def summary(self) -> dict[str, Any]:
         """Return counts and hit rates, in all and by phase."""
-        by_phase = {
-            name: {**asdict(accesses), "expert_hit_rate": accesses.hit_rate}
-            for name, accesses in self.phases.items()
-        }
+        by_phase = {}
+        for name in get_args(Phase):
+            accesses = self.over(number for number, phase in self.phases.items() if phase == name)
+            by_phase[name] = {**asdict(accesses), "expert_hit_rate": accesses.hit_rate}
+        total = self.total
         return {
-            "expert_hit_rate": self.total.hit_rate,
-            **asdict(self.total),
+            "expert_hit_rate": total.hit_rate,
+            **asdict(total),
             "phases": by_phase,
         }
 

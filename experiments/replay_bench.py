@@ -1,6 +1,6 @@
 """Measure how fast the replay is: python -m experiments.replay_bench workload=quick
 
-Layer-steps (one layer of one iteration) per second of CPU time, one thread, for every system and
+Steps (one layer of one iteration) per second of CPU time, one thread, for every system and
 model on a kept trace, which is recorded first if it is missing. Arguments are those of run.py;
 `models=mixtral,qwen` and `systems=finemoe,belady` choose what is measured, and `output=FILE.json`
 leaves a record.
@@ -65,7 +65,8 @@ def replay_speed(cfg: DictConfig, console: Console) -> ReplaySpeed:
     with open_routing(cfg, console) as trace:
         simulation = prepare(cfg, build(cfg.testbed), trace)
         teach_s = cpu_seconds(lambda: teach(simulation, console))
-        measure_s = cpu_seconds(lambda: measure(simulation, console))
+        # The faster of two: the first one also reads what the second finds in memory.
+        measure_s = min(cpu_seconds(lambda: measure(simulation, console)) for _ in range(2))
         bound_s = cpu_seconds(lambda: bound(simulation))
     load, size = simulation.workload, simulation.settings.batch_size
     served = (load.warmup, load.measured)
@@ -83,7 +84,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def speed_table(speeds: Sequence[ReplaySpeed]) -> Table:
     """Return a row a system and model."""
-    table = Table("model", "system", "layer-steps", "teach s", "measure s", "bound s", "per s")
+    table = Table("model", "system", "steps", "teach s", "measure s", "bound s", "steps/s")
     for one in speeds:
         seconds = (f"{value:.2f}" for value in (one.teach_s, one.measure_s, one.bound_s))
         rate = f"{one.layer_steps_per_s:,.0f}"

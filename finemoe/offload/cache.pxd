@@ -1,6 +1,9 @@
 cimport cython
 
-from finemoe.offload.scans cimport largest_marked
+from finemoe.offload.scans cimport largest_of
+
+
+cdef double NO_FLOOR
 
 
 cdef class ExpertCache:
@@ -11,8 +14,9 @@ cdef class ExpertCache:
     cdef readonly list _free
     cdef int _devices
     cdef object _keys, _evicted, _floor, _seen_keys
-    cdef list _experts, _slot, _pins
-    cdef bytearray _resident, _evictable
+    cdef list _experts, _slot
+    cdef bytearray _resident
+    cdef int[::1] _pins, _leavers, _starts, _stops, _turn
     cdef const double[::1] _flat_keys
 
     cpdef int device_of(self, int place)
@@ -26,7 +30,13 @@ cdef class ExpertCache:
     cpdef bint is_pinned(self, int place)
     cpdef unpin(self, int place)
     cdef _check_loading(self, int place)
-    @cython.locals(victim=int, device=int, floor=double)
+    @cython.locals(victim=int, device=int, start=int, stop=int, floor=double)
     cdef int _victim(self, int place, bint urgent) except? -1
     @cython.locals(free=list)
     cdef _remove(self, int place)
+    @cython.locals(turn=int, device=int)
+    cdef bint _may_go(self, int place)
+    @cython.locals(turn=int, device=int)
+    cdef _let_go(self, int place)
+    @cython.locals(turn=int, device=int, last=int, moved=int)
+    cdef _hold(self, int place)

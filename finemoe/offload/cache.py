@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.offload.policy import ExpertId, ModelShape
-from finemoe.offload.scans import largest_marked
+from finemoe.offload.scans import largest_of
 
 
 class State(Enum):
@@ -39,6 +39,7 @@ EvictionListener = Callable[[ExpertId], None]
 
 NOBODY = -1
 NO_SLOT = -2
+NO_FLOOR = -math.inf
 
 
 class ExpertCache:
@@ -68,13 +69,18 @@ class ExpertCache:
         self._floor = floor
         self._experts = shape.all_experts()
         self._slot: list[Slot | None] = [None] * shape.size
-        self._pins = [0] * shape.size
+        self._pins = np.zeros(shape.size, dtype=np.int32)
         self._resident = bytearray(shape.size)
-        self._evictable = bytearray(shape.size)
         self._free = [
             [Slot(device, index) for index in reversed(range(count))]
             for device, count in enumerate(slots)
         ]
+        # Who may leave now: places, in no order, from a device's own start to its stop.
+        self._leavers = np.empty(sum(slots), dtype=np.int32)
+        self._starts = np.cumsum([0, *slots[:-1]], dtype=np.int32)
+        self._stops = self._starts.copy()
+        self._turn = np.full(shape.size, NOBODY, dtype=np.int32)
+        """Where each expert stands among them."""
         self._seen_keys: NDArray[np.float64] | None = None
         self._flat_keys: NDArray[np.float64] = np.empty(0)
 
@@ -128,7 +134,8 @@ class ExpertCache:
         """Turn a loading expert into a resident one."""
         self._check_loading(place)
         self._resident[place] = True
-        self._evictable[place] = self._pins[place] == 0
+        if not self._pins[place]:
+            self._let_go(place)
 
     def abandon(self, place: int) -> None:
         """Give back the slot of a loading expert."""
@@ -138,17 +145,18 @@ class ExpertCache:
     def pin(self, place: int) -> None:
         """Keep an expert from eviction until it is unpinned as often; it may still be absent."""
         self._pins[place] += 1
-        self._evictable[place] = False
+        self._hold(place)
 
     def is_pinned(self, place: int) -> bool:
-        return self._pins[place] > 0
+        return bool(self._pins[place] > 0)
 
     def unpin(self, place: int) -> None:
         """Take one pin back; ValueError if there is none."""
         if not self._pins[place]:
             raise ValueError(f"{self._experts[place]} is not pinned")
         self._pins[place] -= 1
-        self._evictable[place] = self._pins[place] == 0 and self._resident[place]
+        if not self._pins[place] and self._resident[place]:
+            self._let_go(place)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if slots, states and pins contradict each other."""
@@ -165,7 +173,7 @@ class ExpertCache:
             assert self.absent[place] == (place not in placed), "an absent expert has a slot"
             assert not (self._resident[place] and self.absent[place]), "a resident has no slot"
             may_go = bool(self._resident[place]) and not self._pins[place]
-            assert self._evictable[place] == may_go, "pins and evictability disagree"
+            assert self._may_go(place) == may_go, "pins and evictability disagree"
 
     def _check_loading(self, place: int) -> None:
         if self.absent[place] or self._resident[place]:
@@ -178,10 +186,11 @@ class ExpertCache:
         if keys is not self._seen_keys:
             self._seen_keys, self._flat_keys = keys, keys.reshape(-1)
         device = place % self._devices
-        victim = largest_marked(self._flat_keys, self._evictable, device, self._devices)
+        start, stop = self._starts[device], self._stops[device]
+        victim = largest_of(self._flat_keys, self._leavers, start, stop)
         if victim < 0 or urgent:
             return victim
-        floor = -math.inf if self._floor is None else self._floor(incoming)
+        floor = NO_FLOOR if self._floor is None else self._floor(incoming)
         return victim if self._flat_keys[victim] > floor else NOBODY
 
     def _remove(self, place: int) -> None:
@@ -190,6 +199,32 @@ class ExpertCache:
         free.append(slot)
         self._slot[place] = None
         self._resident[place] = False
-        self._evictable[place] = False
+        self._hold(place)
         self.absent[place] = True
         self.occupied -= 1
+
+    def _may_go(self, place: int) -> bool:
+        turn, device = self._turn[place], place % self._devices
+        ours = self._starts[device] <= turn < self._stops[device]
+        return bool(ours and self._leavers[turn] == place)
+
+    def _let_go(self, place: int) -> None:
+        """Put an expert among those that may leave."""
+        device = place % self._devices
+        turn = self._stops[device]
+        self._leavers[turn] = place
+        self._turn[place] = turn
+        self._stops[device] = turn + 1
+
+    def _hold(self, place: int) -> None:
+        """Take an expert from those that may leave, if it is there; the last takes its turn."""
+        turn = self._turn[place]
+        if turn < 0:
+            return
+        device = place % self._devices
+        last = self._stops[device] - 1
+        moved = self._leavers[last]
+        self._leavers[turn] = moved
+        self._turn[moved] = turn
+        self._turn[place] = NOBODY
+        self._stops[device] = last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class ModelThread:
 
     def __init__(self, costs: ThreadCosts) -> None:
         self.resume = costs.resume
-        self._costs = costs
+        self._dense_after, self._dense_beside = astuple(costs.dense)
+        self._expert_after, self._expert_beside = astuple(costs.expert)
         self._dense_waited = self._expert_waited = False
 
     def waited(self) -> None:
@@ -39,15 +40,12 @@ class ModelThread:
 
     def dense(self, copying: bool) -> float:
         """Return the extra seconds of what runs between two MoE layers, now."""
-        waited, self._dense_waited = self._dense_waited, False
-        return _seconds(self._costs.dense, waited, copying)
+        seconds = self._dense_after if self._dense_waited else 0.0
+        self._dense_waited = False
+        return seconds + self._dense_beside if copying else seconds
 
     def expert(self, copying: bool) -> float:
         """Return the extra seconds of one expert, now."""
-        waited, self._expert_waited = self._expert_waited, False
-        return _seconds(self._costs.expert, waited, copying)
-
-
-def _seconds(extra: Extra, waited: bool, copying: bool) -> float:
-    seconds = extra.after_wait if waited else 0.0
-    return seconds + extra.while_copying if copying else seconds
+        seconds = self._expert_after if self._expert_waited else 0.0
+        self._expert_waited = False
+        return seconds + self._expert_beside if copying else seconds

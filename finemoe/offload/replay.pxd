@@ -15,6 +15,7 @@ cdef class ReplayRuntime:
     cdef VirtualLinks _links
     cdef ModelThread _model_thread
     cdef list _events, _devices_free
+    cdef dict _known_seconds
     cdef long long _tickets
     cdef int _per_layer
     cdef bint _observed, _background, _hidden, _awaited
@@ -25,6 +26,8 @@ cdef class ReplayRuntime:
     @cython.locals(device=int, seconds=double, free=double, began=double, end=double)
     cdef double _run_expert(self, int place, tokens)
     @cython.locals(began=double)
+    cdef double _expert_seconds(self, tokens)
+    cdef _release(self, int place)
     cdef _await_arrival(self)
     @cython.locals(began=double)
     cdef _await_prefetches(self)

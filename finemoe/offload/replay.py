@@ -100,12 +100,14 @@ class ReplayRuntime:
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
         self._model_thread = ModelThread(costs.thread)
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, int | Callable[[], None]]] = []
+        """When, in which order, and what: the expert at a place is computed, or a call is due."""
         self._tickets = 0
         self._arrived: deque[int] = deque()
         self._per_layer = residency.shape.experts
         self._searches: deque[float] = deque()
         self._devices_free = [0.0] * len(residency.plan.slots)
+        self._known_seconds: dict[int, float] = {}
         self._observed = policy.placement.prediction != "none"
         self._background = policy.placement.prediction == "background"
         self._hidden = policy.placement.hidden_states
@@ -201,18 +203,24 @@ class ReplayRuntime:
     def _run_expert(self, place: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(place)
-        seconds = self._costs.expert(tokens) + self._model_thread.expert(self._links.copying)
+        seconds = self._expert_seconds(tokens) + self._model_thread.expert(self._links.copying)
         free = self._devices_free[device]
         began = free if free > self.now else self.now
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
         if self._timeline:
             self._timeline.span(f"device {device}", f"expert {place % self._per_layer}", began, end)
         if self._costs.parallel:
-            self._at(end, partial(self._release, place))
+            self._at(end, place)
         else:
             self._advance(end)
             self._release(place)
         return end
+
+    def _expert_seconds(self, tokens: int) -> float:
+        seconds = self._known_seconds.get(tokens)
+        if seconds is None:
+            seconds = self._known_seconds[tokens] = self._costs.expert(tokens)
+        return seconds
 
     def _release(self, place: int) -> None:
         if self.residency.release(place):
@@ -275,7 +283,7 @@ class ReplayRuntime:
 
     # The clock --------------------------------------------------------------------------------
 
-    def _at(self, time: float, action: Callable[[], None]) -> None:
+    def _at(self, time: float, action: int | Callable[[], None]) -> None:
         self._tickets += 1
         heapq.heappush(self._events, (time, self._tickets, action))
 
@@ -299,7 +307,10 @@ class ReplayRuntime:
     def _happen(self) -> None:
         if self._events and self._events[0][0] < self._links.next_event:
             self.now, _, action = heapq.heappop(self._events)
-            action()
+            if isinstance(action, int):
+                self._release(action)
+            else:
+                action()
             return
         self.now = self._links.next_event
         for place in self._links.progress(self.now):

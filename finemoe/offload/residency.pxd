@@ -20,7 +20,7 @@ cdef class Residency:
     cpdef gate(self, iteration, int layer, activated)
     @cython.locals(in_time=int, first=int, layer=int, index=int, place=int)
     cpdef int prefetch(self, long long iteration_number, wishes)
-    @cython.locals(queue=TransferQueue)
+    @cython.locals(table="const double[::1]", queue=TransferQueue)
     cdef int _prefetch_table(self, wishes, int first)
     @cython.locals(queue=TransferQueue)
     cpdef bint settled(self)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import (
     Iteration,
@@ -103,7 +101,7 @@ class Residency:
     def prefetch(self, iteration_number: int, wishes: Wishes) -> int:
         """Queue wishes made for an iteration, dropping those whose layer's gate already spoke.
 
-        Returns how many were still in time.
+        Returns how many were still in time; of a table, for how many layers it was.
         """
         if iteration_number < self._iteration:
             return 0
@@ -120,13 +118,11 @@ class Residency:
         return in_time
 
     def _prefetch_table(self, wishes: PrefetchTable, first: int) -> int:
-        """Queue the wishes for layers from `first` on; return how many there are."""
-        due = wishes.priorities.copy()
-        due[:first] = 0
-        table = due.reshape(-1)
+        """Queue the wishes for layers from `first` on; return of how many layers they may be."""
+        table = wishes.priorities.reshape(-1)
         for queue in self.queues:
-            queue.prefetch_all(table)
-        return int(np.count_nonzero(due))
+            queue.prefetch_all(table, first)
+        return self.shape.layers - first
 
     def settled(self) -> bool:
         """Tell whether no link has anything left that it could copy now."""

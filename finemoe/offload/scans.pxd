@@ -1,9 +1,9 @@
 cimport cython
 
+cdef double LOWEST
+
 @cython.locals(best=int, place=int, highest=double)
 cpdef int largest(const double[::1] values, double limit=*)
 
-@cython.locals(best=int, place=int, highest=double, value=double, nothing=double)
-cpdef int largest_marked(const double[::1] values, bytearray marks, int first, int step)
-
-cpdef int first_marked(bytearray marks, int first, int step)
+@cython.locals(best=int, at=int, place=int, highest=double, value=double)
+cpdef int largest_of(const double[::1] values, const int[::1] places, int start, int stop)

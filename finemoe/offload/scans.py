@@ -9,15 +9,15 @@ import cython
 import numpy as np
 from numpy.typing import NDArray
 
-NOWHERE = -1
+LOWEST = -math.inf
 
 
-def largest(values: NDArray[np.float64], limit: float = math.inf) -> int:
+def largest(values: NDArray[np.float64], limit: float = -LOWEST) -> int:
     """Return where the largest value is, the first of equal ones; -1 if all are -inf.
 
     No value exceeds `limit`.
     """
-    best, highest = NOWHERE, -math.inf
+    best, highest = -1, LOWEST
     if cython.compiled:
         for place in range(len(values)):
             if values[place] > highest:
@@ -27,32 +27,26 @@ def largest(values: NDArray[np.float64], limit: float = math.inf) -> int:
                     break
         return best
     place = int(values.argmax())
-    return place if values[place] > highest else NOWHERE
+    return place if values[place] > highest else -1
 
 
-def largest_marked(values: NDArray[np.float64], marks: bytearray, first: int, step: int) -> int:
-    """Return where the largest of values[first::step] is whose mark is set, the first of equals.
+def largest_of(
+    values: NDArray[np.float64], places: NDArray[np.int32], start: int, stop: int
+) -> int:
+    """Return which of places[start:stop] has the largest value, the lowest of equals.
 
-    -1 if no mark is set; both arguments have the same length.
+    -1 if there is none; -inf is a value like any other.
     """
+    best, highest = -1, LOWEST
     if cython.compiled:
-        best, nothing, place = NOWHERE, -math.inf, first
-        highest = nothing
-        while place < len(values):
-            # Without a branch on the mark, which no processor could foretell.
-            value = values[place] if marks[place] else nothing
-            if value > highest:
+        for at in range(start, stop):
+            place = places[at]
+            value = values[place]
+            if value >= highest and (value > highest or place < best or best < 0):
                 best = place
                 highest = value
-            place += step
-        return best if best >= 0 else first_marked(marks, first, step)
-    marked = np.frombuffer(marks, dtype=bool)[first::step].nonzero()[0]
-    if not marked.size:
-        return NOWHERE
-    return first + step * int(marked[values[first::step][marked].argmax()])
-
-
-def first_marked(marks: bytearray, first: int, step: int) -> int:
-    """Return the first place whose mark is set among first, first + step, ...; -1 if none is."""
-    found = marks[first::step].find(1)
-    return first + step * found if found >= 0 else NOWHERE
+        return best
+    if start == stop:
+        return -1
+    among = np.sort(places[start:stop])
+    return int(among[values[among].argmax()])

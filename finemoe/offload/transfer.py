@@ -159,14 +159,16 @@ class TransferQueue:
             self.starved = False
             self._wishes.put(place, priority)
 
-    def prefetch_all(self, table: NDArray[np.float64]) -> None:
-        """Queue prefetches of this link's experts by priority; 0 leaves one alone.
+    def prefetch_all(self, table: NDArray[np.float64], layer: int) -> None:
+        """Queue prefetches of this link's experts from `layer` on by priority; 0 leaves one alone.
 
         `table` is flat, (L * J,), and holds the experts of all links.
         """
         self.starved = False
-        self._wishes.put_all(table, self._cache.absent)
+        self._wishes.put_all(table, self._cache.absent, layer)
         for transfer in self._under_way:
+            if transfer.place < layer * self._per_layer:
+                continue
             priority = float(table[transfer.place])
             if transfer.urgent:
                 self._wishes.drop(transfer.place)

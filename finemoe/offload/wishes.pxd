@@ -3,7 +3,7 @@ cimport cython
 from finemoe.offload.scans cimport largest
 
 
-cdef int STALE
+cdef int NOWHERE, STALE
 cdef double NONE
 
 
@@ -16,8 +16,8 @@ cdef class WishList:
     cpdef bint wished(self, int place)
     @cython.locals(position=int, best=int)
     cpdef put(self, int place, double priority)
-    @cython.locals(position=int, place=int)
-    cpdef put_all(self, const double[::1] table, bytearray marks)
+    @cython.locals(start=int, position=int, place=int)
+    cpdef put_all(self, const double[::1] table, bytearray marks, int layer)
     @cython.locals(position=int)
     cpdef drop(self, int place)
     @cython.locals(start=int, stop=int)

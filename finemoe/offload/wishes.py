@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.offload.policy import ModelShape
-from finemoe.offload.scans import NOWHERE, largest
+from finemoe.offload.scans import largest
 
 NONE = -math.inf
 """The priority of an expert that nobody wishes for."""
+NOWHERE = -1
+"""Where the best wish is if there is none."""
 STALE = -2
 """Where the best wish is if it has to be looked up."""
 
@@ -53,18 +55,23 @@ class WishList:
         elif position == best and priority < self.highest:
             self._best = STALE
 
-    def put_all(self, table: NDArray[np.float64], marks: bytearray) -> None:
-        """Wish for every expert that is marked and has a priority above 0; both flat, (L * J,)."""
-        self._best, self.highest = STALE, math.inf
+    def put_all(self, table: NDArray[np.float64], marks: bytearray, layer: int) -> None:
+        """Wish for every expert from `layer` on that is marked and has a priority above 0.
+
+        Table and marks are flat, (L * J,).
+        """
+        self._best, self.highest = STALE, -NONE
+        start = self._first_from(layer)
         if cython.compiled:
-            for position in range(len(self._priorities)):
-                place = self._device + position * self._devices
-                if marks[place] and table[place] > 0:
+            place = self._device + start * self._devices
+            for position in range(start, len(self._priorities)):
+                if table[place] > 0 and marks[place]:
                     self._priorities[position] = table[place]
+                place += self._devices
             return
-        mine = slice(self._device, None, self._devices)
+        mine = slice(self._device + start * self._devices, None, self._devices)
         wished = (table[mine] > 0) & np.frombuffer(marks, dtype=bool)[mine]
-        np.copyto(self._priorities, table[mine], where=wished)
+        np.copyto(self._priorities[start:], table[mine], where=wished)
 
     def drop(self, place: int) -> None:
         """Forget the wish for an expert, if there is one."""

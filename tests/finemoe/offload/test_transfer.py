@@ -227,7 +227,7 @@ class TransferMachine(RuleBasedStateMachine):
     @rule(table=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6))
     def prefetch_all(self, table: list[float]) -> None:
         for queue in self.queues:
-            queue.prefetch_all(np.array(table))
+            queue.prefetch_all(np.array(table), 0)
         for expert, priority in zip(EXPERTS, table, strict=True):
             if priority:
                 self.model.prefetch(expert, priority)
@@ -692,7 +692,7 @@ def test_a_table_of_wishes_leaves_residents_demands_and_zeros_alone() -> None:
     copy_all(queue)
     queue.demand(B)
     queue.prefetch(C, 0.3)
-    queue.prefetch_all(np.array([0.9, 0.9, 0.0, 0.1, 0.0, 0.2]))
+    queue.prefetch_all(np.array([0.9, 0.9, 0.0, 0.1, 0.0, 0.2]), 0)
     assert copy_all(queue) == [B, C, EXPERTS[5], D]
     assert queue.traffic.on_demand == EXPERT_BYTES
 
@@ -701,5 +701,5 @@ def test_a_table_gives_a_half_copied_prefetch_its_new_priority() -> None:
     _, queue = link(slots=6)
     queue.prefetch(A, 1.0)
     copy(queue)
-    queue.prefetch_all(np.array([0.1, 0.0, 0.5, 0.0, 0.0, 0.0]))
+    queue.prefetch_all(np.array([0.1, 0.0, 0.5, 0.0, 0.0, 0.0]), 0)
     assert copy_all(queue) == [C, A]

@@ -21,7 +21,7 @@ steps: st.SearchStrategy[tuple[str, int, Any]] = st.one_of(
     st.tuples(st.just("drop_layer"), st.integers(0, 2), st.none()),
     st.tuples(
         st.just("put_all"),
-        st.just(0),
+        st.integers(0, 2),
         st.tuples(
             st.lists(st.just(0.0) | priorities, min_size=15, max_size=15),
             st.lists(st.integers(0, 1), min_size=15, max_size=15),
@@ -50,9 +50,11 @@ def test_the_best_wish_is_that_of_a_dictionary(devices: int, data: st.DataObject
             expected = {e: p for e, p in expected.items() if e // 5 != at}
         elif kind == "put_all":
             priorities_of, marks = value
-            wishes.put_all(np.array(priorities_of), bytearray(marks))
+            wishes.put_all(np.array(priorities_of), bytearray(marks), at)
             table = zip(PLACES, priorities_of, marks, strict=True)
-            expected |= {e: p for e, p, marked in table if marked and p and e in mine}
+            expected |= {
+                e: p for e, p, marked in table if marked and p and e in mine and e // 5 >= at
+            }
         else:
             ranked = sorted(expected.items(), key=lambda wish: (-wish[1], wish[0]))
             assert wishes.best() == (ranked[0][0] if ranked else -1)
