@@ -37,7 +37,11 @@ def main() -> None:
         quiet=True,
         show_all_warnings=False,
         # Types are those of the .pxd files; annotations in the sources are for mypy.
-        compiler_directives={"annotation_typing": False, "warn.unreachable": False},
+        compiler_directives={
+            "annotation_typing": False,
+            "show_performance_hints": False,
+            "warn.unreachable": False,
+        },
     )
     setup(
         name="finemoe-engine",
