@@ -43,6 +43,8 @@ class Options:
     """What ``key=value`` sets of the reproduction itself; every other key is one of the runs'."""
 
     results: str = "outputs/reproduce"
+    records: str = ""
+    """Folder of records that sweeps left, to be taken instead of run again."""
     launcher: str = "joblib"
     n_jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     mixed_modes: bool = False
@@ -77,6 +79,10 @@ class Reproduction:
         self.chosen = sweeps.chosen(ids, conf)
         self.store.check_writable()
         self.plans = self._unmade(overrides, conf)
+        if options.records:
+            wanted = {digest for plan in self.plans for digest in plan.runs}
+            taken = self.store.adopt(Path(options.records), wanted)
+            self._say(f"taken from {escape(options.records)}: {taken} of {len(wanted)} runs")
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""

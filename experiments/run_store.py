@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from experiments.records import RECORD, of_these_weights, provenance, read_record
+from experiments.records import RECORD, REQUESTS, of_these_weights, provenance, read_record
 from experiments.sweeps import digest
 
 ERROR = "error.txt"
+AUTO, SIMULATED = "experiments.testbeds.auto", "experiments.testbeds.simulated"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,31 @@ class RunStore:
         if not of_these_weights(read_record(path)):
             return False
         return cfg.logger.name != "wandb" or (path.parent / "wandb").exists()
+
+    def adopt(self, folder: Path, wanted: Collection[str]) -> int:
+        """Copy the runs of these digests, as far as they are not here, from records below a folder.
+
+        Returns how many. A sweep without testbed= that was simulated counts as what it simulated.
+        Raises UserError if there is no such folder, or a malformed record in it.
+        """
+        if not folder.is_dir():
+            raise UserError(f"records={folder} is no folder; name one that a sweep left")
+        adopted = 0
+        for path in sorted(folder.rglob(RECORD)):
+            record = read_record(path)
+            identity = digest(_as_simulated(record))
+            if identity in wanted and not self.record(identity).exists():
+                self._copy(path.parent, identity)
+                adopted += 1
+        return adopted
+
+    def _copy(self, source: Path, identity: str) -> None:
+        """Copy a run, its record last."""
+        self.run(identity).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / REQUESTS, self.run(identity) / REQUESTS)
+        partial = self.record(identity).with_suffix(".partial")
+        shutil.copyfile(source / RECORD, partial)
+        os.replace(partial, self.record(identity))
 
     def check_writable(self) -> None:
         """Raise UserError if nothing can be written here."""
@@ -108,3 +135,11 @@ class RunStore:
         whole = {**content, "files": files, "provenance": provenance()}
         partial.write_text(json.dumps(whole, indent=1) + "\n")
         os.replace(partial, path)
+
+
+def _as_simulated(record: Mapping[str, Any]) -> DictConfig:
+    """Return a record's config, with testbed=auto replaced by what it came to."""
+    cfg = OmegaConf.create(record["config"])
+    if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
+        cfg.testbed._target_ = SIMULATED
+    return cfg

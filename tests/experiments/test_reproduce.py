@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from experiments import parallel, reproduce, sweeps
 from experiments.errors import UserError
 from experiments.run_store import RunStore
 from experiments.weights import SCALE_MODELS
-from tests.command import ROOT
+from tests.command import ROOT, run_command
 
 HERE = "tests.experiments.test_reproduce"
 TINY = ("workload.prompts=4", "workload.output_tokens=6", "workload.input_tokens=12")
@@ -259,6 +260,26 @@ def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_no
         "or remove it\n"
     )
     assert broken.read_text() == "{"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="testbed=auto simulates without CUDA only")
+def test_records_of_a_sweep_are_taken_instead_of_run_again(
+    conf: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = tmp_path / "multirun"
+    sweep = ["-m", "system=on_demand", "memory_budget=12,24", "verify=false"]
+    done = run_command(*sweep, *TINY, f"traces={traces}", f"hydra.sweep.dir={swept}")
+    assert done.returncode == 0, done.stderr
+    same = [*TINY, "verify=false", f"results={tmp_path / 'results'}", f"records={swept}"]
+    assert reproduce.main(["99a", *same, f"traces={traces}", "n_jobs=1"], conf) == 0
+    said = capsys.readouterr().out
+    assert "taken from" in said
+    assert "2 of 2 runs\nto do: 1 of 1 experiments, 0 runs" in said
+    drawn = pd.read_csv(tmp_path / "results" / "figures" / "99a.csv")
+    assert sorted(drawn["memory_budget"]) == [12, 24]
+    missing = f"records={tmp_path / 'none'}"
+    assert reproduce.main(["98", *same[:-1], missing], conf) == 2
+    assert "none is no folder" in capsys.readouterr().err
 
 
 def test_one_bad_run_stops_neither_the_others_nor_is_its_figure_drawn(
