@@ -31,6 +31,7 @@ bench: $(READY)  ## overheads of the engine, as ratios measured in one run
 	$(BIN)/python -m experiments.bench
 
 reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simulated
+	$(BIN)/python -m experiments.compiled_engine || echo "no C compiler: replays are interpreted"
 	$(BIN)/python -m experiments.reproduce all
 
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
