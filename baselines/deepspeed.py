@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baselines.on_demand import OnDemandPolicy
-from finemoe.offload.eviction import TICK
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
@@ -25,10 +24,7 @@ from finemoe.offload.policy import (
 
 
 class DeepSpeedPolicy(OnDemandPolicy):
-    """Fetches layer after layer, one ahead of the model, and waits for each.
-
-    The row of the layer that is being fetched is hidden from eviction and kept aside.
-    """
+    """Fetches layer after layer, one ahead of the model, and waits for each."""
 
     placement = Placement("critical_path", awaited=True, learns=False)
 
@@ -37,37 +33,14 @@ class DeepSpeedPolicy(OnDemandPolicy):
         whole = np.eye(shape.layers)[:, :, None].repeat(shape.experts, axis=2)
         self._layers = [PrefetchTable(priorities) for priorities in whole]
 
-    def forget(self) -> None:
-        super().forget()
-        self._fetched = 0
-        self._hidden = np.zeros(self.shape.experts)
-        self._recency[0] = -np.inf
-
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Wishes:
         return self._layers[0]
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
         return self._layers[gate.layer + 1] if gate.layer + 1 < self.shape.layers else ()
 
-    def on_load(self, expert: ExpertId) -> None:
-        if expert.layer != self._fetched:
-            super().on_load(expert)
-            return
-        self._now -= TICK
-        self._hidden[expert.index] = self._now
-
     def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
         """Least recently used; a layer that is being fetched does not push itself out."""
-        if incoming.layer != self._fetched:
-            self._fetch(incoming.layer)
+        if incoming.layer != self._spared:
+            self.spare(incoming.layer)
         return self._recency
-
-    def _fetch(self, layer: int) -> None:
-        """Hide a layer's row in place of the one that was hidden."""
-        self._recency[self._fetched] = self._hidden
-        self._hidden[:] = self._recency[layer]
-        self._recency[layer] = -np.inf
-        self._fetched = layer
-
-    def _row(self, layer: int) -> NDArray[np.float64]:
-        return self._hidden if layer == self._fetched else self._recency[layer]

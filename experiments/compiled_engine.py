@@ -39,6 +39,8 @@ def main() -> None:
         # Types are those of the .pxd files; annotations in the sources are for mypy.
         compiler_directives={
             "annotation_typing": False,
+            # Of what is never negative, such as a place: there C divides as Python does.
+            "cdivision": True,
             "show_performance_hints": False,
             "warn.unreachable": False,
         },

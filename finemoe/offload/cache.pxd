@@ -21,6 +21,7 @@ cdef class ExpertCache:
 
     cpdef int device_of(self, int place)
     cpdef bint is_resident(self, int place)
+    cpdef slot(self, int place)
     cpdef bint has_room(self, int device)
     @cython.locals(victim=int, free=list)
     cpdef int reserve(self, int place, bint urgent) except? -1

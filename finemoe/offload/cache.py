@@ -79,8 +79,8 @@ class ExpertCache:
         self._leavers = np.empty(sum(slots), dtype=np.int32)
         self._starts = np.cumsum([0, *slots[:-1]], dtype=np.int32)
         self._stops = self._starts.copy()
-        self._turn = np.full(shape.size, NOBODY, dtype=np.int32)
-        """Where each expert stands among them."""
+        self._turn = np.full(shape.size, -1, dtype=np.int32)
+        """Where each expert stands among them; -1 if it does not."""
         self._seen_keys: NDArray[np.float64] | None = None
         self._flat_keys: NDArray[np.float64] = np.empty(0)
 
@@ -114,8 +114,9 @@ class ExpertCache:
         if not self.absent[place]:
             raise ValueError(f"{self._experts[place]} already has a slot")
         free = self._free[place % self._devices]
-        victim = NOBODY
-        if not free:
+        if free:
+            victim = NOBODY
+        else:
             victim = self._victim(place, urgent)
             if victim < 0:
                 return NO_SLOT
@@ -226,5 +227,5 @@ class ExpertCache:
         moved = self._leavers[last]
         self._leavers[turn] = moved
         self._turn[moved] = turn
-        self._turn[place] = NOBODY
+        self._turn[place] = -1
         self._stops[device] = last

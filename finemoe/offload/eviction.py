@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy
+from finemoe.offload.table import Table
 
 TICK = 2.0**-36
 """What a use or a load adds to the time: sums with counts below 2**17 are exact."""
@@ -19,8 +20,14 @@ STEPS = {by: np.array(by) for by in (-2.0, -1.0, 1.0, 2.0)}
 """Changes of a rank, as arrays: NumPy takes longer to convert a float than to add it to a row."""
 
 
+NO_LAYER = -1
+
+
 class Recency:
-    """When each expert was last used; a load counts as a use. For a policy to hold or to be."""
+    """When each expert was last used; a load counts as a use. For a policy to hold or to be.
+
+    One layer may be spared: its keys are -inf, while its uses and loads are noted aside.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
@@ -30,26 +37,42 @@ class Recency:
         """Start anew, as the cache does."""
         self._now = 0.0
         self._recency = np.zeros((self.shape.layers, self.shape.experts))
+        self._table = Table(self._recency)
+        self._aside = Table(np.zeros((1, self.shape.experts)))
+        self._spared = NO_LAYER
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         self._now -= TICK
-        now, row = self._now, self._row(outcome.layer)
-        # One by one: for the few experts of a decode step this beats indexing with a list.
+        layer = outcome.layer
         for used in (outcome.hits, outcome.late, outcome.misses):
             for index in used:
-                row[index] = now
+                self._touch(layer, index)
 
     def on_load(self, expert: ExpertId) -> None:
+        self.note_load(expert.layer, expert.index)
+
+    def note_load(self, layer: int, index: int) -> None:
+        """Do what `on_load` does; the engine calls it instead where nobody overrides that."""
         self._now -= TICK
-        self._recency[expert] = self._now
+        self._touch(layer, index)
 
     def lru_keys(self) -> NDArray[np.float64]:
         """Return the negative time of each expert's last use, in (-1, 0]; the table's own array."""
         return self._recency
 
-    def _row(self, layer: int) -> NDArray[np.float64]:
-        """Return where a layer's last uses are kept, shape (J,)."""
-        return self._recency[layer]
+    def spare(self, layer: int) -> None:
+        """Keep a layer's experts from eviction, in place of those of the layer that was spared."""
+        if self._spared != NO_LAYER:
+            self._recency[self._spared] = self._aside.values[0]
+        self._aside.values[0] = self._recency[layer]
+        self._recency[layer] = -math.inf
+        self._spared = layer
+
+    def _touch(self, layer: int, index: int) -> None:
+        if layer == self._spared:
+            self._aside.put(0, index, self._now)
+        else:
+            self._table.put(layer, index, self._now)
 
 
 class UsageTable(Recency):

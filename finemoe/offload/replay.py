@@ -26,7 +26,7 @@ from finemoe.offload.policy import (
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.timeline import Timeline
-from finemoe.offload.virtual_links import NEVER, LinkRate, VirtualLinks
+from finemoe.offload.virtual_links import LinkRate, VirtualLinks
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class ReplayRuntime:
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
-            self._advance(self.now + costs.dense + self._model_thread.dense(self._links.copying))
+            self._advance(
+                self.now + costs.dense + self._model_thread.dense(self._links.copying > 0)
+            )
             self._layer(routed, layer)
         self._advance(self.now + costs.finish)
         if self._observed:
@@ -203,7 +205,7 @@ class ReplayRuntime:
     def _run_expert(self, place: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(place)
-        seconds = self._expert_seconds(tokens) + self._model_thread.expert(self._links.copying)
+        seconds = self._expert_seconds(tokens) + self._model_thread.expert(self._links.copying > 0)
         free = self._devices_free[device]
         began = free if free > self.now else self.now
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
@@ -296,7 +298,7 @@ class ReplayRuntime:
 
     def _step(self) -> None:
         """Let the next thing happen; RuntimeError if nothing is left that could."""
-        if not self._events and self._links.next_event == NEVER:
+        if not self._events and not self._links.copying:
             raise RuntimeError("the replay waits for an expert that no link is going to bring")
         self._happen()
 
@@ -313,6 +315,4 @@ class ReplayRuntime:
                 action()
             return
         self.now = self._links.next_event
-        for place in self._links.progress(self.now):
-            if self.residency.is_pinned(place):
-                self._arrived.append(place)
+        self._arrived.extend(self._links.progress(self.now))

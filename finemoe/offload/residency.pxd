@@ -1,6 +1,7 @@
 cimport cython
 
 from finemoe.offload.cache cimport ExpertCache
+from finemoe.offload.eviction cimport Recency
 from finemoe.offload.transfer cimport Chunk, TransferQueue
 
 
@@ -9,6 +10,7 @@ cdef class Residency:
     cdef readonly ExpertCache cache
     cdef readonly list experts, queues
     cdef object _on_outcome, _on_load
+    cdef Recency _recency
     cdef int _per_layer, _devices
     cdef long long _iteration
     cdef int _layer

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finemoe.offload.cache import ExpertCache
+from finemoe.offload.eviction import Recency
 from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
@@ -46,6 +47,9 @@ class Residency:
         self.experts = shape.all_experts()
         self._on_outcome = policy.on_outcome
         self._on_load = policy.on_load
+        self._recency = None
+        if isinstance(policy, Recency) and not _overrides(policy, "on_load", Recency):
+            self._recency = policy
         evicted = policy.on_evict if _overrides(policy, "on_evict") else None
         floor = policy.eviction_floor if _overrides(policy, "eviction_floor") else None
         self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, evicted, floor)
@@ -150,9 +154,14 @@ class Residency:
     def chunk_done(self, device: int, chunk: Chunk) -> bool:
         """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""
         loaded = self._queue(device).chunk_done(chunk)
-        if loaded:
+        if not loaded:
+            return False
+        if self._recency is not None:
+            # Hundreds of loads an iteration, with no call of Python for any.
+            self._recency.note_load(chunk.place // self._per_layer, chunk.place % self._per_layer)
+        else:
             self._on_load(self.experts[chunk.place])
-        return loaded
+        return True
 
     def traffic(self) -> Traffic:
         """Return the bytes that crossed all links so far."""
@@ -162,5 +171,5 @@ class Residency:
         return self.queues[place % self._devices]
 
 
-def _overrides(policy: Policy, method: str) -> bool:
-    return getattr(type(policy), method) is not getattr(Policy, method)
+def _overrides(policy: Policy, method: str, base: type = Policy) -> bool:
+    return getattr(type(policy), method) is not getattr(base, method)

@@ -12,21 +12,23 @@ from numpy.typing import NDArray
 LOWEST = -math.inf
 
 
-def largest(values: NDArray[np.float64], limit: float = -LOWEST) -> int:
-    """Return where the largest value is, the first of equal ones; -1 if all are -inf.
+def largest(values: NDArray[np.float64], start: int, stop: int, limit: float) -> int:
+    """Return where the largest of values[start:stop] is, the first of equal ones.
 
-    No value exceeds `limit`.
+    -1 if there is none, or all are -inf. No value exceeds `limit`.
     """
     best, highest = -1, LOWEST
     if cython.compiled:
-        for place in range(len(values)):
+        for place in range(start, stop):
             if values[place] > highest:
                 best = place
                 highest = values[place]
                 if highest >= limit:
                     break
         return best
-    place = int(values.argmax())
+    if start == stop:
+        return -1
+    place = start + int(values[start:stop].argmax())
     return place if values[place] > highest else -1
 
 

@@ -42,7 +42,8 @@ cdef class TransferQueue:
     cdef WishList _wishes
     cdef long long _expert_bytes, _chunk_bytes, _prefetched, _on_demand, _wasted
     cdef int _per_layer, _devices
-    cdef list _transfers, _unused, _under_way, _urgent
+    cdef list _transfers, _under_way, _urgent
+    cdef long long[::1] _unused
 
     cpdef bint settled(self)
     cpdef bint retry(self)
@@ -79,5 +80,6 @@ cdef class TransferQueue:
     @cython.locals(evicted=int)
     cdef bint _take_slot(self, _Transfer transfer)
     cdef _begin(self, _Transfer transfer)
+    @cython.locals(under_way=list, at=int)
     cdef _end(self, _Transfer transfer)
     cdef _drop(self, _Transfer transfer)

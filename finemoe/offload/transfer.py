@@ -123,14 +123,14 @@ class TransferQueue:
         mine = range(device, cache.shape.size, self._devices)
         # By place // devices.
         self._transfers: list[_Transfer | None] = [None] * len(mine)
-        self._unused = [0] * len(mine)
+        self._unused = np.zeros(len(mine), dtype=np.int64)
         self._under_way: list[_Transfer] = []
         self._urgent: list[_Transfer] = []
 
     @property
     def traffic(self) -> Traffic:
         """Bytes that crossed the link so far."""
-        return Traffic(self._prefetched, self._on_demand, self._wasted)
+        return Traffic(self._prefetched, self._on_demand, int(self._wasted))
 
     def settled(self) -> bool:
         """Tell whether nothing is under way and nothing queued can get a slot."""
@@ -339,12 +339,12 @@ class TransferQueue:
 
     def _take_slot(self, transfer: _Transfer) -> bool:
         evicted = self._cache.reserve(transfer.place, transfer.urgent)
-        if evicted == NO_SLOT:
-            return False
-        transfer.slot = self._cache.slot(transfer.place)
         if evicted >= 0:
             self._wasted += self._unused[evicted // self._devices]
             self._unused[evicted // self._devices] = 0
+        elif evicted == NO_SLOT:
+            return False
+        transfer.slot = self._cache.slot(transfer.place)
         return True
 
     def _begin(self, transfer: _Transfer) -> None:
@@ -353,7 +353,12 @@ class TransferQueue:
 
     def _end(self, transfer: _Transfer) -> None:
         self._transfers[transfer.place // self._devices] = None
-        self._under_way.remove(transfer)
+        under_way = self._under_way
+        # By hand: looking up list.remove would take longer than the few that are under way.
+        at = 0
+        while under_way[at] is not transfer:
+            at += 1
+        del under_way[at]
 
     def _drop(self, transfer: _Transfer) -> None:
         """Forget a half-copied prefetch."""

@@ -3,6 +3,8 @@ cimport cython
 from finemoe.offload.residency cimport Residency
 from finemoe.offload.transfer cimport Chunk, TransferQueue
 
+cdef double NEVER
+
 
 cdef class _Lane:
     cdef Chunk span
@@ -13,17 +15,18 @@ cdef class _Lane:
 
 cdef class VirtualLinks:
     cdef readonly double next_event
+    cdef readonly int copying
     cdef Residency _residency
     cdef list _queues, _lanes, _speeds
     cdef object _timeline
     cdef double _wake, _latency, _speed
-    cdef int _chunks_in_flight, _copying
+    cdef int _chunks_in_flight
     cdef long long _chunk_bytes
 
     @cython.locals(device=int, lane=_Lane)
     cpdef kick(self, double now)
-    @cython.locals(device=int, lane=_Lane, span=Chunk, arrived=list)
-    cpdef list progress(self, double now)
+    @cython.locals(device=int, lane=_Lane, span=Chunk)
+    cpdef progress(self, double now)
     @cython.locals(queue=TransferQueue, span=Chunk)
     cdef _start(self, int device, _Lane lane, double now, double wake)
     @cython.locals(

@@ -6,6 +6,7 @@ flight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finemoe.offload.residency import Residency
@@ -58,6 +59,8 @@ class VirtualLinks:
 
     def __init__(self, residency: Residency, rate: LinkRate, timeline: Timeline | None) -> None:
         self.next_event = NEVER
+        self.copying = 0
+        """How many links copy."""
         self._residency = residency
         self._queues = residency.queues
         self._wake = rate.wake
@@ -67,13 +70,7 @@ class VirtualLinks:
         self._lanes = [_Lane() for _ in residency.queues]
         self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
         self._speed = rate.each(1)
-        self._copying = 0
         self._chunk_bytes = residency.plan.chunk_bytes
-
-    @property
-    def copying(self) -> bool:
-        """Whether any link copies."""
-        return self._copying > 0
 
     def kick(self, now: float) -> None:
         """Start idle links that have something to copy, and cut spans that must give way."""
@@ -84,20 +81,20 @@ class VirtualLinks:
                 self._yield(device, lane, now)
         self._settle(now)
 
-    def progress(self, now: float) -> list[int]:
-        """End the spans that are due and go on; return the places of experts that arrived."""
-        arrived = []
+    def progress(self, now: float) -> Sequence[int]:
+        """End the spans that are due and go on; return the places of experts waited for."""
+        arrived: list[int] | tuple[()] = ()
         for device, lane in enumerate(self._lanes):
             span = lane.span
             if span is None or lane.end > now:
                 continue
             lane.span = None
-            self._copying -= 1
+            self.copying -= 1
             if self._timeline:
                 name = span.name(self._residency.experts[span.place])
                 self._timeline.span(f"link {device}", name, lane.began, lane.end)
-            if self._residency.chunk_done(device, span):
-                arrived.append(span.place)
+            if self._residency.chunk_done(device, span) and self._residency.is_pinned(span.place):
+                arrived = [*arrived, span.place]
             self._start(device, lane, now, 0.0)
         self._settle(now)
         return arrived
@@ -107,7 +104,7 @@ class VirtualLinks:
         span = queue.next_span()
         if span is None:
             return
-        self._copying += 1
+        self.copying += 1
         lane.span = span
         lane.began, lane.sent = now, 0.0
         lane.moves_from = now + wake + (self._latency if span.start == 0 else 0.0)
@@ -128,7 +125,7 @@ class VirtualLinks:
 
     def _settle(self, now: float) -> None:
         """Share the host's bandwidth among the links that copy, and note the next event."""
-        speed = self._speeds[self._copying] if self._copying else self._speed
+        speed = self._speeds[self.copying] if self.copying else self._speed
         self.next_event = NEVER
         for lane in self._lanes:
             if lane.span is not None:

@@ -33,6 +33,8 @@ class WishList:
         self._device = device
         self._priorities = np.full(len(range(device, shape.size, devices)), NONE)
         self._best = NOWHERE
+        self._search_from = 0
+        """While the best wish is stale: no wish before this position is as high as `highest`."""
 
     def best(self) -> int:
         """Return the place of the expert to prefetch first, or -1."""
@@ -48,19 +50,23 @@ class WishList:
         position = place // self._devices
         self._priorities[position] = priority
         best = self._best
-        if best == STALE:
-            self.highest = max(self.highest, priority)
-        elif priority > self.highest or (priority == self.highest and position < best):
-            self._best, self.highest = position, priority
+        known = self._search_from if best == STALE else best
+        if priority > self.highest or (priority == self.highest and position < known):
+            self.highest = priority
+            if best == STALE:
+                self._search_from = position
+            else:
+                self._best = position
         elif position == best and priority < self.highest:
-            self._best = STALE
+            self._lose_best(position)
 
     def put_all(self, table: NDArray[np.float64], marks: bytearray, layer: int) -> None:
         """Wish for every expert from `layer` on that is marked and has a priority above 0.
 
         Table and marks are flat, (L * J,).
         """
-        self._best, self.highest = STALE, -NONE
+        self._lose_best(0)
+        self.highest = -NONE
         start = self._first_from(layer)
         if cython.compiled:
             place = self._device + start * self._devices
@@ -78,7 +84,7 @@ class WishList:
         position = place // self._devices
         self._priorities[position] = NONE
         if position == self._best:
-            self._best = STALE
+            self._lose_best(position)
 
     def drop_layer(self, layer: int) -> None:
         """Forget all wishes for a layer."""
@@ -88,13 +94,23 @@ class WishList:
         stop = self._first_from(layer + 1)
         self._priorities[start:stop] = NONE
         if start <= self._best < stop:
-            self._best = STALE
+            self._lose_best(stop)
 
     def _first_from(self, layer: int) -> int:
         """Return the position of the first expert of a layer or a later one."""
         return (layer * self._per_layer - self._device + self._devices - 1) // self._devices
 
+    def _lose_best(self, first: int) -> None:
+        """Note that the best wish has to be looked up; see `_search_from`."""
+        self._best, self._search_from = STALE, first
+
     def _look_up(self) -> None:
         """Find the best wish anew; `highest` has been an upper bound since it was lost."""
-        self._best = largest(self._priorities, self.highest)
-        self.highest = NONE if self._best < 0 else float(self._priorities[self._best])
+        priorities, first = self._priorities, self._search_from
+        best = largest(priorities, first, len(priorities), self.highest)
+        if best < 0 or priorities[best] < self.highest:
+            before = largest(priorities, 0, first, self.highest)
+            if before >= 0 and (best < 0 or priorities[before] >= priorities[best]):
+                best = before
+        self._best = best
+        self.highest = NONE if best < 0 else float(priorities[best])
