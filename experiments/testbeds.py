@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from experiments.errors import UserError
 from finemoe.costs import Accelerator, FullSizeModel, RooflineCosts
+from finemoe.offload.cores import Cores
 from finemoe.offload.replay import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.testbed import SimulatedTestbed, Testbed
@@ -27,8 +28,13 @@ def emulated(
     time_scale: float,
     chunk_mb: float,
     threads: int | None,
+    pinned: bool = False,
 ) -> Testbed:
-    """Return CPU devices whose links take the time of full-size experts on a real link."""
+    """Return CPU devices whose links take the time of full-size experts on a real link.
+
+    With `pinned`, links and searcher never run on the model's cores. Raises UserError for a testbed
+    that cannot be.
+    """
     for name, value in (("devices", devices), ("threads", 1 if threads is None else threads)):
         if not isinstance(value, int) or value < 1:
             raise UserError(f"testbed.{name}={value}: give a whole number from 1")
@@ -46,7 +52,15 @@ def emulated(
         link_latency_s=latency_us * 1e-6,
         time_scale=time_scale,
         threads=threads,
+        cores=_cores(threads) if pinned else None,
     )
+
+
+def _cores(threads: int | None) -> Cores:
+    try:
+        return Cores.apart(torch.get_num_threads() if threads is None else threads)
+    except ValueError as error:
+        raise UserError(f"testbed.pinned=true: {error}; set it to false") from error
 
 
 def local(devices: int | None, chunk_mb: float) -> Testbed:

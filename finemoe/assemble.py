@@ -38,7 +38,9 @@ def offloading_runtime(
     if residency.holds_everything:
         for place in residency.preload():
             memory.block(residency.cache.slot(place)).copy_(model.store.block(place))
-    return LiveRuntime(model, policy, residency, memory, links, testbed.devices, timeline)
+    return LiveRuntime(
+        model, policy, residency, memory, links, testbed.devices, timeline, testbed.cores
+    )
 
 
 def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from finemoe.offload.cores import Cores
 from finemoe.offload.replay import CostModel
 from finemoe.offload.virtual_links import LinkRate
 
@@ -33,6 +34,8 @@ class Testbed:
     """Factor on the time that emulated links take."""
     threads: int | None = None
     """Threads for the model's operations on the CPU; None leaves torch's default."""
+    cores: Cores | None = None
+    """Where the model's thread and the links' run; None leaves that to the operating system."""
 
     def load_seconds(self, expert_bytes: int) -> float:
         """Return how long an emulated link takes for one full-size expert."""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finemoe.offload.cores import Cores
 from finemoe.offload.dispatch import Dispatch, dispatch
 from finemoe.offload.experts import ExpertMemory, Weights
 from finemoe.offload.links import Link
@@ -74,6 +75,7 @@ class LiveRuntime:
         links: Sequence[Link],
         devices: Sequence[torch.device],
         timeline: Timeline | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -84,6 +86,8 @@ class LiveRuntime:
         self._memory = memory
         self._devices = tuple(devices)
         self._timeline = timeline
+        self._cores = cores
+        self._occupied = ExitStack()
         self._changed = threading.Condition()
         self._arrived: deque[int] = deque()
         self._error: BaseException | None = None
@@ -98,6 +102,13 @@ class LiveRuntime:
 
     def __enter__(self) -> LiveRuntime:
         self._attach()
+        with self._cores.threads_beside() if self._cores else nullcontext():
+            self._start_threads()
+        if self._cores:
+            self._occupied.enter_context(self._cores.model_thread())
+        return self
+
+    def _start_threads(self) -> None:
         for device, link in enumerate(self.links):
             name = f"link-{device}"
             thread = threading.Thread(
@@ -108,7 +119,6 @@ class LiveRuntime:
         if self.policy.placement.prediction == "background":
             capacity = SEARCH_QUEUE_ITERATIONS * (self.model.shape.layers + 2)
             self._worker = Worker(capacity, self._fail)
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
@@ -120,6 +130,7 @@ class LiveRuntime:
             self._worker.close()
             # It refers back to this runtime, whose slots must be freed with the last user.
             self._worker = None
+        self._occupied.close()
         for hook in self._hooks:
             hook.remove()
         for module in self.model.experts:

@@ -55,6 +55,11 @@ def test_local_without_cuda() -> None:
         testbeds.local(devices=None, chunk_mb=32)
 
 
+def test_pinning_without_a_core_to_spare() -> None:
+    with pytest.raises(UserError, match=r"testbed.pinned=true: .* cores?"):
+        testbeds.emulated(1, 32.0, 10.0, 1.0, 32.0, threads=4096, pinned=True)
+
+
 def test_missing_weights() -> None:
     assert "neither scale, dummy, hub nor a folder" in complaint("weights=/nowhere/model")
 

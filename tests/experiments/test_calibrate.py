@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import calibrate
-from experiments.calibrate import fitted
+from experiments.calibration import fitted
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.probe import Sample
@@ -98,4 +98,6 @@ def test_only_one_emulated_device_is_calibrated() -> None:
     with pytest.raises(UserError, match="one device"):
         calibrate.calibrate(config("testbed.devices=2"), Console())
     with pytest.raises(UserError, match="an emulated one"):
-        calibrate.calibrate(config("testbed=h100", "~testbed.time_scale"), Console())
+        calibrate.calibrate(
+            config("testbed=h100", "~testbed.time_scale", "~testbed.pinned"), Console()
+        )

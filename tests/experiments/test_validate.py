@@ -66,15 +66,14 @@ def config(*overrides: str) -> DictConfig:
 def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
     write_testbed(tmp_path / "mine.yaml", TESTBED)
     mine = f"calibration={tmp_path / 'mine.yaml'}"
-    done = command(f"output={tmp_path / 'out'}", mine, "repeats=2")
+    done = command(f"output={tmp_path / 'out'}", mine, "repeats=3")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "validate.json").read_text())
     rows = record["comparisons"]
     assert [(row["system"], row["budget"]) for row in rows] == [("finemoe", 6), ("on_demand", 6)]
     for row in rows:
         live, again = row["live"], row["replay"]
-        assert live["tpot_s"] == min(one["tpot_s"] for one in row["repeats"])
-        assert len(row["repeats"]) == 2
+        assert live["tpot_s"] == sorted(one["tpot_s"] for one in row["repeats"])[1]
         assert min(live["ttft_s"], live["tpot_s"], again["ttft_s"], again["tpot_s"]) > 0
         accesses = [sum(run[kind] for kind in ("hits", "late", "misses")) for run in (live, again)]
         assert accesses[0] == accesses[1] > 0
@@ -98,7 +97,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (("calibration=nowhere.yaml",), "calibration=nowhere.yaml"),
         ((mine, "workload.output_tokens=1"), "no TPOT below 2"),
         ((mine, "repeats=0"), "repeats=0: serve live at least once"),
-        ((mine, "testbed=h100", "~testbed.time_scale"), "use testbed=emulated"),
+        ((mine, "testbed=h100", "~testbed.time_scale", "~testbed.pinned"), "use testbed=emulated"),
     ):
         with pytest.raises(UserError, match=cause):
             validate(config(*overrides, f"output={tmp_path / 'out'}"), Console())

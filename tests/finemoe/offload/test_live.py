@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import small_model
 from finemoe.assemble import offloading_runtime
+from finemoe.offload.cores import Cores
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import BackgroundError, LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -41,9 +43,11 @@ def model() -> OffloadedModel:
     return OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
 
 
-def runtime(model: OffloadedModel, policy: Policy, slots: int = 6) -> LiveRuntime:
+def runtime(
+    model: OffloadedModel, policy: Policy, slots: int = 6, cores: Cores | None = None
+) -> LiveRuntime:
     cpu = (torch.device("cpu"),)
-    testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=0.5)
+    testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=0.5, cores=cores)
     stored = model.store.layout.nbytes
     return offloading_runtime(model, policy, testbed, (slots,), stored)
 
@@ -105,6 +109,42 @@ def test_predictions_run_in_order_where_they_are_placed(
         assert gate.hidden_states.shape == (5, 32)
         chosen = np.argsort(-gate.probabilities, axis=1)[:, :2]
         assert gate.activated == outcome.activated == tuple(np.unique(chosen).tolist())
+
+
+class Placed(Spy):
+    """Notes which cores each thread may use."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape, Placement("background"))
+        self.cores: dict[str, set[int]] = {}
+
+    def _note(self, call: str) -> None:
+        self.cores[threading.current_thread().name] = os.sched_getaffinity(0)
+
+    def on_load(self, expert: ExpertId) -> None:
+        super().on_load(expert)
+        self._note("load")
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        self._note("outcome")
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="no two cores to choose from",
+)
+def test_links_and_searcher_keep_off_the_cores_of_the_model(model: OffloadedModel) -> None:
+    before = os.sched_getaffinity(0)
+    policy, cores = Placed(model.shape), Cores.apart(1)
+    with runtime(model, policy, cores=cores) as live:
+        serve_and_drain(live)
+    assert policy.cores == {
+        "MainThread": cores.model,
+        "link-0": cores.beside,
+        "searcher": cores.beside,
+    }
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedModel) -> None:
