@@ -215,7 +215,7 @@ def _verdict(claim: Claim, finding: Finding, evidence: Evidence) -> Verdict:
     ours = float(finding.draws[0])
     says = _number(ours, unit)
     says += f" ({_range(*limits, unit)})" if limits else " (no interval)"
-    why = "" if decided == HOLDS else explain(claim, finding, evidence)
+    why = "" if decided == HOLDS else explain(claim, finding)
     return Verdict(
         **_said(claim),
         verdict=decided,

@@ -26,6 +26,7 @@ from experiments.claims import RULES, VERDICTS, Verdict, arguments, judge, write
 from experiments.errors import BAD_INPUT, UserError
 from experiments.evidence import Evidence, Run
 from experiments.figures.style import dataset_name, model_name, system_name
+from experiments.system_table import NOTE, system_table
 
 TEMPLATES = Path(__file__).parent
 MARKDOWN, PAGE = "REPORT.md", "report.html"
@@ -91,6 +92,8 @@ class Section:
     """Column names, then rows."""
     left_out: int
     """How many rows of data are not shown."""
+    systems: tuple[tuple[str, ...], ...]
+    """What the systems did: column names, then rows. Nothing where no system ran."""
     verdicts: tuple[Verdict, ...]
 
     @property
@@ -118,6 +121,7 @@ def write(results: Path, mixed_modes: bool = False) -> None:
         "weights": _listed(one.weights for one in verdicts if one.weights),
         "rules": RULES,
         "terms": TERMS,
+        "systems_note": NOTE,
         "short": SHORT,
         "provenance": _provenance(evidence),
         "runs": [_run_row(run) for run in evidence.every_run()],
@@ -170,6 +174,7 @@ def _section(evidence: Evidence, name: str, verdicts: Sequence[Verdict]) -> Sect
         _picture(picture) if picture.exists() else None,
         rows,
         left_out,
+        system_table(evidence.runs(name)),
         tuple(mine),
     )
 

@@ -424,7 +424,6 @@ def test_overhead_is_over_iterations_and_time(results: Results) -> None:
     )
     share = results.verdict("fig17-share")
     assert (share.ours, share.verdict) == (pytest.approx(3), FAILS)
-    assert "waits for experts 40.0 %" in share.why
 
 
 def test_hit_rates_unchanged_on_the_other_testbed(results: Results) -> None:
@@ -498,37 +497,28 @@ def test_blurred_heatmaps_have_the_higher_entropy(results: Results) -> None:
 # Why ----------------------------------------------------------------------------------------------
 
 
-def test_large_numbers_of_a_why_have_no_exponent(results: Results) -> None:
-    facts = {
-        "bytes_prefetched": 9_390_000_000_000,
-        "busy_seconds": 14_400.0,
-        "phase_seconds": {"search": 7_200.0},
-    }
-    slow = results.run("finemoe", [0.4, 0.4, 0.4], summary=facts)
-    results.experiment("10", slow, results.run("promoe", [0.2, 0.2, 0.2]))
-    why = results.verdict("fig10-tpot-promoe").why
-    assert "FineMoE moves 3,130 GB a request ahead and 2 GB on demand" in why
-    assert "Of the 14,400 s that it serves, FineMoE searches 50.0 %" in why
+def test_why_says_what_the_other_settings_give(results: Results) -> None:
+    made = [
+        results.run("finemoe", [seconds] * 3, options={"prefetch_distance": d})
+        for d, seconds in ((1, 0.1), (2, 0.1234), (3, 0.15))
+    ]
+    results.experiment("15", *made)
+    assert results.verdict("fig15-tpot-mixtral").why == (
+        "TPOT by prefetch distance (Mixtral-8x7B, docs): 1: 100 ms, 2: 123.4 ms, 3: 150 ms."
+    )
 
 
-def test_why_is_made_of_the_records(results: Results) -> None:
+def test_why_says_what_could_be_gained_at_all(results: Results) -> None:
     results.experiment(
         "10",
         results.run("promoe", [1.0] * 3, hits=[8, 8, 8], summary={"busy_seconds": 9.0}),
         results.run("finemoe", [1.2] * 3, hits=[5, 5, 5]),
     )
-    why = results.verdict("fig10-tpot-promoe").why
-    for sentence in (
-        "FineMoE finds 50.0 % of the experts resident, 10.0 % on their way and 40.0 % not req",
-        "ProMoE finds 80.0 % of the experts resident",
-        "FineMoE moves 1 GB a request ahead and 2 GB on demand; 50.0 % of the former are in vain.",
-        "Of the 10 s that it serves, FineMoE waits for experts 40.0 %, collects contexts 3.0 %",
-        "The fewest loads that any system needs take 80.0 % of that time on the busiest link",
-        # 8 of ProMoE's 9 s are needed by any system: no more than 11.1 % can be saved.
+    # 8 of ProMoE's 9 s are needed by any system: no more than 11.1 % can be saved.
+    assert (
         "Against ProMoE no system could lower the time served by more than 11.1 %, "
-        "which is less than the paper's value.",
-    ):
-        assert sentence in why
+        "which is less than the paper's value."
+    ) in results.verdict("fig10-tpot-promoe").why
 
 
 # Missing, mixed and broken records ----------------------------------------------------------------
