@@ -32,11 +32,11 @@ def calibrated(
 ) -> SimulatedTestbed:
     """Return the testbed that `python -m experiments.calibrate` wrote.
 
-    `link` holds `gb_s`, `time_scale`, `latency_us`, which is already stretched by the scale, and
-    `wake_us`; `compute_us` a line each for start and finish and, for each system, for dense and
-    expert, with `after_wait` and `while_copying` (`ThreadCosts`); the others a number, or one a
-    call, for each system. Raises UserError for another model than the calibrated one, and for a
-    system that was not measured.
+    `link` holds `gb_s`, `time_scale`, `latency_us`, which is already stretched by the scale,
+    `wake_us` and `lag_us`; `compute_us` a line each for start and finish and, for each system, for
+    dense and expert, with `after_wait` and `while_copying` (`ThreadCosts`); the others a number, or
+    one a call, for each system. Raises UserError for another model than the calibrated one, and
+    for a system that was not measured.
     """
     as_emulated = emulated(devices, link["gb_s"], 0.0, link["time_scale"], chunk_mb, None)
     try:
@@ -48,6 +48,7 @@ def calibrated(
         rate = LinkRate(
             link["gb_s"] * 1e9 / link["time_scale"],
             link["latency_us"] * 1e-6,
+            lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )
     except (AttributeError, KeyError, TypeError) as error:

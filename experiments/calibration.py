@@ -35,6 +35,7 @@ from experiments.probe import (
 from experiments.recording import record_setup
 from experiments.serving import Server, in_batches
 from experiments.setup import Setup, build, prepare, under_budget
+from finemoe.offload.links import EmulatedLink
 from finemoe.testbed import Testbed
 from finemoe.trace import TracedRequest
 from finemoe.trace_file import TraceReader
@@ -96,6 +97,10 @@ def observed(setup: Setup, console: Console) -> Probe:
         for batch in in_batches(setup.workload.measured, setup.settings.batch_size):
             server.serve(batch)
         runtime.drain()
+        for link in runtime.links:
+            if isinstance(link, EmulatedLink):
+                probe.lags += link.lags
+                probe.lag_seconds += link.lag_seconds
     return probe
 
 
@@ -166,6 +171,8 @@ class Calibration:
         """Return the testbed as conf/testbed would hold it."""
         testbed, probes = self._testbed, self._probes
         load = testbed.load_seconds(self._resident.model.full_expert_bytes)
+        lags = sum(probe.lags for probe in probes.values())
+        lag_seconds = sum(probe.lag_seconds for probe in probes.values())
         wake, resume = waking(probes[NEUTRAL], load) if NEUTRAL in probes else (0.0, 0.0)
         return {
             "_target_": "experiments.calibrated_testbed.calibrated",
@@ -177,6 +184,7 @@ class Calibration:
                 "time_scale": testbed.time_scale,
                 "latency_us": _micros(testbed.link_latency_s * testbed.time_scale),
                 "wake_us": _micros(wake),
+                "lag_us": _micros(lag_seconds / lags if lags else 0.0),
             },
             "chunk_mb": testbed.chunk_bytes / 1e6,
             "resume_us": _micros(resume),

@@ -55,6 +55,9 @@ class Probe:
     begins: list[tuple[Iteration, float]] = field(default_factory=list)
     gates: list[tuple[LayerOutcome, float]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    lags: int = 0
+    lag_seconds: float = 0.0
+    """Of the emulated links; see there."""
     thread: int = field(default_factory=threading.get_ident)
     """The model's thread."""
 
@@ -82,7 +85,13 @@ class Probe:
         return [span.end - span.start for span in self.on(track)]
 
     def __add__(self, later: Probe) -> Probe:
-        return Probe(self.begins + later.begins, self.gates + later.gates, self.spans + later.spans)
+        return Probe(
+            self.begins + later.begins,
+            self.gates + later.gates,
+            self.spans + later.spans,
+            self.lags + later.lags,
+            self.lag_seconds + later.lag_seconds,
+        )
 
 
 class _Parts:

@@ -42,7 +42,11 @@ class LinkSpeed:
 
 
 class EmulatedLink:
-    """A real copy on the CPU, paced to a rate and a latency in real time."""
+    """A real copy on the CPU, paced to a rate and a latency in real time.
+
+    Whoever drives it notices late that a chunk arrived. The next one is on schedule nevertheless,
+    so a demand that was made in between begins before it was made; `lag_seconds` says by how much.
+    """
 
     depth = 1
 
@@ -53,32 +57,41 @@ class EmulatedLink:
         self._free_at = 0.0
         self._counted_to = 0.0
         self._busy = False
+        self._sent = 0
+        """Bytes of the chunk in flight."""
         self.copied_bytes = 0
         self.copying_seconds = 0.0
+        self.lags = 0
+        """How often a chunk followed another without a pause."""
+        self.lag_seconds = 0.0
+        """How long after the other was due they were begun, in all."""
 
     def start(self, chunk: Chunk) -> None:
         # A link that was busy goes on from its own schedule, so that late wake-ups do not add up.
+        now = time.perf_counter()
         if not self._busy:
-            self._free_at = self._counted_to = time.perf_counter()
-        nbytes = chunk.stop - chunk.start
-        self._free_at += nbytes / self._speed.bytes_per_second
+            self._free_at = self._counted_to = now
+        else:
+            self.lags += 1
+            self.lag_seconds += now - self._free_at
+        self._busy = True
+        self._sent = chunk.stop - chunk.start
+        self._free_at += self._sent / self._speed.bytes_per_second
         if chunk.start == 0:
             self._free_at += self._speed.latency
         source = self._store.block(chunk.place)
         self._slots.block(chunk.slot)[chunk.start : chunk.stop].copy_(
             source[chunk.start : chunk.stop]
         )
+
+    def finish(self) -> None:
         wait = self._free_at - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
-        self._busy = True
-        self.copied_bytes += nbytes
+        self.copied_bytes += self._sent
         now = time.perf_counter()
         self.copying_seconds += now - self._counted_to
         self._counted_to = now
-
-    def finish(self) -> None:
-        pass
 
     def idle(self) -> None:
         self._busy = False

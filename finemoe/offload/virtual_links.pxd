@@ -19,7 +19,7 @@ cdef class VirtualLinks:
     cdef Residency _residency
     cdef list _queues, _lanes, _speeds
     cdef object _timeline
-    cdef double _wake, _latency, _speed
+    cdef double _wake, _latency, _lag, _speed
     cdef int _chunks_in_flight
     cdef long long _chunk_bytes
 
@@ -33,6 +33,7 @@ cdef class VirtualLinks:
         queue=TransferQueue,
         span=Chunk,
         moved=double,
+        settled=double,
         begun=cython.longlong,
         kept=cython.longlong,
     )

@@ -26,6 +26,8 @@ class LinkRate:
     """Host memory bandwidth, which all links that copy at one time share."""
     chunks_in_flight: int = 1
     """A demand waits for as many chunks of a prefetch."""
+    lag: float = 0.0
+    """Seconds after a chunk's end in which what follows it is not settled yet (`EmulatedLink`)."""
     wake: float = 0.0
     """Seconds until an idle link that is given something begins with it."""
 
@@ -66,6 +68,7 @@ class VirtualLinks:
         self._wake = rate.wake
         self._latency = rate.latency
         self._chunks_in_flight = rate.chunks_in_flight
+        self._lag = rate.lag
         self._timeline = timeline
         self._lanes = [_Lane() for _ in residency.queues]
         self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
@@ -95,7 +98,7 @@ class VirtualLinks:
                 self._timeline.span(f"link {device}", name, lane.began, lane.end)
             if self._residency.chunk_done(device, span) and self._residency.is_pinned(span.place):
                 arrived = [*arrived, span.place]
-            self._start(device, lane, now, 0.0)
+            self._start(device, lane, lane.end, 0.0)
         self._settle(now)
         return arrived
 
@@ -117,10 +120,12 @@ class VirtualLinks:
         if not queue.gives_way(span):
             return
         moved = lane.moved(now, self._speed)
-        begun = int(moved // self._chunk_bytes) + self._chunks_in_flight
+        settled = lane.moved(now - self._lag, self._speed)
+        begun = int(settled // self._chunk_bytes) + self._chunks_in_flight
         kept = begun * self._chunk_bytes
         if kept < span.stop - span.start:
             queue.cut(span, span.start + kept)
+            # With a lag this may be in the past: what follows begins before it was asked for.
             lane.end = max(now, lane.moves_from) + (kept - moved) / self._speed
 
     def _settle(self, now: float) -> None:
@@ -132,7 +137,7 @@ class VirtualLinks:
                 if speed != self._speed:
                     self._change_speed(lane, lane.span, now, speed)
                 if lane.end < self.next_event:
-                    self.next_event = lane.end
+                    self.next_event = max(lane.end, now)
         self._speed = speed
 
     def _change_speed(self, lane: _Lane, span: Chunk, now: float, speed: float) -> None:

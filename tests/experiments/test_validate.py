@@ -22,7 +22,13 @@ TESTBED = {
     "name": "by hand",
     "model": "mixtral",
     "devices": 1,
-    "link": {"gb_s": 32.0, "time_scale": 0.001, "latency_us": 50.0, "wake_us": 50.0},
+    "link": {
+        "gb_s": 32.0,
+        "time_scale": 0.001,
+        "latency_us": 50.0,
+        "wake_us": 50.0,
+        "lag_us": 20.0,
+    },
     "chunk_mb": 32.0,
     "resume_us": 100.0,
     "compute_us": {

@@ -168,6 +168,17 @@ def test_two_chunks_in_flight_are_waited_for() -> None:
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(31.5 + 8 + 1)
 
 
+@pytest.mark.parametrize(("in_flight", "turns"), [(1, 27.5), (2, 29.5)])
+def test_what_follows_a_chunk_is_settled_late(in_flight: int, turns: float) -> None:
+    wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
+    rate = LinkRate(1.0, chunks_in_flight=in_flight, lag=2.0)
+    replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=15.5, rate=rate)
+    # At 29 it is not settled yet what follows the chunk that ended at 27.5, or the next one.
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(turns + 8 + 1)
+    assert outcomes[1].misses == (1,)
+    assert replay.residency.traffic().wasted == turns - 25.5
+
+
 def test_every_transfer_adds_its_latency() -> None:
     replay, _ = runtime(Scripted({}, prediction="none"), rate=LinkRate(1.0, latency=0.5))
     assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(10 + 17 + 1 + 10 + 8.5 + 1)
