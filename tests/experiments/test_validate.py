@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.calibrate import write_testbed
 from experiments.console import Console
@@ -91,6 +91,18 @@ def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
     assert {"git_commit", "machine", "testbed", "config"} <= record.keys()
     assert "on_demand" in done.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["validate.json"]
+
+
+def test_without_a_calibration_every_round_makes_one(tmp_path: Path) -> None:
+    small = ("calibrate.prompts=3", "calibrate.output_tokens=3", "calibrate.memory_budgets=[6]")
+    done = command("repeats=2", *small, f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "validate.json").read_text())
+    assert all(row["replay"]["tpot_s"] > 0 for row in record["comparisons"])
+    testbed = record["testbed"]
+    assert testbed["compute_us"]["dense"].keys() == {"resident", "finemoe", "on_demand"}
+    assert min(testbed["link"]["wake_us"], testbed["link"]["lag_us"]) > 0
+    assert OmegaConf.load(tmp_path / "testbed.yaml") == OmegaConf.create(testbed)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
