@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench reproduce gpu compiled clean
+.PHONY: help run test fuzz lint bench reproduce gpu compiled clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -21,6 +21,9 @@ run: $(READY)  ## FineMoE on the scale Mixtral with 25 % of the experts' memory
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest
+
+fuzz: $(READY)  ## the fuzz tests at a hundred times their size (FUZZ=100, SEED=n)
+	FUZZ=$${FUZZ:-100} $(BIN)/python -m pytest tests/fuzz -s --hypothesis-seed=$${SEED:-$$(date +%s)}
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,21 @@
+"""Fuzzing: a few cases of each test in every run of the tests, thousands with `make fuzz`.
+
+A failing case is shrunk and printed, and tried first in the next run; `make fuzz SEED=n` repeats a
+whole run.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+
+def fuzzed(examples: int) -> settings:
+    """Return settings for `examples` cases, FUZZ times as many if that is in the environment."""
+    return settings(
+        max_examples=examples * int(os.environ.get("FUZZ", "1")),
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
