@@ -39,7 +39,8 @@ from experiments.simulation import simulate
 from experiments.traced_serving import traced_setup
 from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
-from finemoe.offload.live import LiveRuntime, PhaseSeconds
+from finemoe.offload.live import LiveRuntime
+from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import TraceEvents
 from finemoe.testbed import SimulatedTestbed, Testbed
 

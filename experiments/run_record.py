@@ -15,7 +15,7 @@ from experiments.serving import Served
 from experiments.setup import Engine
 from experiments.weights import fingerprint
 from finemoe.offload.bounds import Roofline
-from finemoe.offload.live import PhaseSeconds
+from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.transfer import Traffic
 
 

@@ -27,11 +27,11 @@ from experiments.setup import budget_slots, build, learns, load_store, workload_
 from experiments.testbeds import full_size
 from experiments.workloads import OfflineSettings, OfflineWorkload, Request, split
 from finemoe.offload.bounds import Roofline, minimal_loads
-from finemoe.offload.live import PhaseSeconds
 from finemoe.offload.policy import Gate, Policy
 from finemoe.offload.replay import CostModel, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
+from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import Timeline, TraceEvents
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TraceError

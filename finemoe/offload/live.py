@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -29,30 +28,10 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
+from finemoe.offload.runtime import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
 from finemoe.offload.timeline import Timeline
 from finemoe.offload.transfer import Chunk
 from finemoe.offload.worker import Worker
-
-OutcomeListener = Callable[[LayerOutcome], None]
-
-SEARCH_QUEUE_ITERATIONS = 2
-"""How many iterations' contexts may wait for the searcher before inference waits for it."""
-
-
-@dataclass
-class PhaseSeconds:
-    """Where time goes, in seconds; the first three are always on the critical path (figure 17)."""
-
-    context_collection: float = 0.0
-    on_demand_wait: float = 0.0
-    prefetch_wait: float = 0.0
-    search: float = 0.0
-    prefetch_issue: float = 0.0
-    update: float = 0.0
-
-    def __add__(self, other: PhaseSeconds) -> PhaseSeconds:
-        mine, theirs = astuple(self), astuple(other)
-        return PhaseSeconds(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 class BackgroundError(RuntimeError):

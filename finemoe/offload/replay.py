@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from finemoe.offload.live import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
 from finemoe.offload.model_thread import ModelThread, ThreadCosts
 from finemoe.offload.policy import (
     Gate,
@@ -25,6 +24,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
+from finemoe.offload.runtime import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
 from finemoe.offload.timeline import Timeline
 from finemoe.offload.virtual_links import LinkRate, VirtualLinks
 
