@@ -43,6 +43,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from experiments.config import check
     from experiments.console import Console
     from experiments.errors import UserError
     from experiments.harness import run
@@ -52,6 +53,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     outcome.tell(STARTED)
     console = Console()
     try:
+        check(cfg)
         held = existing_record(cfg)
         if held is not None:
             console.skipped(held)

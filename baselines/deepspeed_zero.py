@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from pydantic.dataclasses import dataclass as checked
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from transformers import PreTrainedModel
 
+from finemoe.options import CHECKED, Whole
+
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=CHECKED)
 class ZeroOptions:
     """What conf/system/deepspeed_zero.yaml sets; sizes are counts of a full-size model's elements.
 
@@ -29,17 +32,10 @@ class ZeroOptions:
     """
 
     experts: Literal["eager", "grouped_mm"] = "eager"
-    prefetch_bucket_size: int = 50_000_000
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    param_persistence_threshold: int = 100_000
-
-    def __post_init__(self) -> None:
-        if self.experts not in ("eager", "grouped_mm"):
-            raise ValueError(f"experts={self.experts}; choose eager or grouped_mm")
-        for name in SIZES:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; give a whole number from 0")
+    prefetch_bucket_size: Whole = 50_000_000
+    max_live_parameters: Whole = 1_000_000_000
+    max_reuse_distance: Whole = 1_000_000_000
+    param_persistence_threshold: Whole = 100_000
 
 
 SIZES = (

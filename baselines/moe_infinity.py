@@ -21,12 +21,12 @@ description and its code differ:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 
 from baselines.activation_matrices import MatrixCollection, RunningRequest, Variant
 from finemoe.offload.eviction import UsageTable
@@ -43,6 +43,7 @@ from finemoe.offload.policy import (
     PrefetchTable,
     Wishes,
 )
+from finemoe.options import CHECKED, Count, Flag
 
 UNSEEN_RATIO = 1e-8
 """What the code adds to every ratio before the decay (expert_predictor.py)."""
@@ -54,31 +55,21 @@ PROTECTED = 1e9
 FloatTable = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class MoEInfinityOptions:
     """What the originals fix, and where they differ. Raises ValueError for a wrong value."""
 
-    early_layers: int
+    early_layers: Count
     """Layers whose popular experts are prefetched before layer 0; as many as FineMoE's d."""
-    capacity: int = 1000
+    capacity: Count = 1000
     """Matrices in the collection (`trace_capacity` in moe_infinity/utils/config.py)."""
     variant: Variant = "paper"
     eviction: Literal["activation", "lfu", "lru"] = "activation"
     """Activation ratio x layer decay (expert_priority_score.py), or plain counts or recency."""
-    horizon: int | None = None
+    horizon: Count | None = None
     """Layers ahead that are asked for; None: all that are left, as the originals do."""
-    online_growth: bool = True
+    online_growth: Flag = True
     """Whether requests enter the collection while serving (`finish_entry`, expert_tracer.py)."""
-
-    def __post_init__(self) -> None:
-        if self.early_layers < 1 or self.capacity < 1:
-            raise ValueError("early_layers and capacity start at 1")
-        if self.horizon is not None and self.horizon < 1:
-            raise ValueError("horizon starts at 1, or is null for all layers")
-        if self.variant not in ("paper", "code"):
-            raise ValueError(f"variant={self.variant} is none of paper, code")
-        if self.eviction not in ("activation", "lfu", "lru"):
-            raise ValueError(f"eviction={self.eviction} is none of activation, lfu, lru")
 
 
 class _Answer(NamedTuple):

@@ -18,6 +18,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from pydantic import validate_call
+
 from baselines.belady import BeladyPolicy
 from finemoe.offload.policy import (
     ExpertId,
@@ -29,19 +31,16 @@ from finemoe.offload.policy import (
     Prefetch,
     Routing,
 )
+from finemoe.options import CHECKED, Count
 
 
 class OraclePolicy(BeladyPolicy):
-    """Wishes for the next `lookahead` experts of the iteration that are absent, at every event.
-
-    Raises ValueError for a lookahead below 1.
-    """
+    """Wishes for the next `lookahead` experts of the iteration that are absent, at every event."""
 
     placement = Placement("critical_path", foresight=True, learns=False)
 
-    def __init__(self, shape: ModelShape, lookahead: int = 64) -> None:
-        if lookahead < 1:
-            raise ValueError(f"lookahead={lookahead}: it starts at 1")
+    @validate_call(config=CHECKED)
+    def __init__(self, shape: ModelShape, lookahead: Count = 64) -> None:
         super().__init__(shape)
         self._lookahead = lookahead
 

@@ -17,30 +17,28 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic.dataclasses import dataclass as checked
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from baselines.speculation import Ranking, SpeculatingPolicy
 from finemoe.offload.policy import FloatArray, ModelShape, Placement, Prefetch
+from finemoe.options import CHECKED, Count, Text, Whole
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=CHECKED)
 class ProMoEOptions:
     """What the paper fixes and its ablations vary. Raises ValueError for a wrong value."""
 
-    prefetch_distance: int
+    prefetch_distance: Count
     """Stride d: layers from the hidden state to the predicted layer."""
     predictor: Literal["gate", "learned"] = "gate"
-    predictor_path: str | None = None
+    predictor_path: Text | None = None
     """File of the learned predictor."""
-    extra: int = 0
+    extra: Whole = 0
     """Experts prefetched per token beyond the K that a layer activates."""
 
     def __post_init__(self) -> None:
-        if self.prefetch_distance < 1 or self.extra < 0:
-            raise ValueError("prefetch_distance starts at 1, extra at 0")
-        if self.predictor not in ("gate", "learned"):
-            raise ValueError(f"predictor={self.predictor} is none of gate, learned")
         if self.predictor == "learned" and self.predictor_path is None:
             raise ValueError("predictor=learned needs predictor_path")
 

@@ -9,23 +9,25 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.errors import UserError
-from experiments.testbeds import emulated
+from experiments.testbeds import MB, Few, Megabytes
 from finemoe.linear_costs import Line, LinearCosts
 from finemoe.offload.model_thread import Extra, ThreadCosts
 from finemoe.offload.replay import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
+from finemoe.options import Micros, Number
 from finemoe.testbed import SimulatedTestbed
 
-Numbers = Mapping[str, float]
+Numbers = Mapping[str, Micros]
+"""Microseconds, or of a link its rate beside them."""
 
 
 def calibrated(
     name: str,
     model: str,
-    devices: int,
-    link: Numbers,
-    chunk_mb: float,
-    resume_us: float,
+    devices: Few,
+    link: Mapping[str, Number],
+    chunk_mb: Megabytes,
+    resume_us: Micros,
     compute_us: Mapping[str, Any],
     collect_us: Numbers,
     prediction_us: Mapping[str, Numbers],
@@ -38,7 +40,6 @@ def calibrated(
     one a call, for each system. Raises UserError for another model than the calibrated one, and
     for a system that was not measured.
     """
-    as_emulated = emulated(devices, link["gb_s"], 0.0, link["time_scale"], chunk_mb, None)
     try:
         start, finish = (Line(**_seconds(compute_us[part])) for part in ("start", "finish"))
         dense, expert = (
@@ -54,7 +55,7 @@ def calibrated(
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"testbed {name}: {error}; run python -m experiments.calibrate") from error
 
-    def costs(asked: DictConfig, system: str) -> LinearCosts:
+    def costs(asked: DictConfig, system: str, predicts: bool) -> LinearCosts:
         again = "calibrate again: python -m experiments.calibrate"
         if asked.name != model:
             raise UserError(
@@ -71,11 +72,12 @@ def calibrated(
             expert_line,
             collect=collect_us[system] * 1e-6,
             prediction=PredictionCosts(**calls),
+            prediction_source=f"{system} on {model}, on this machine",
             thread=ThreadCosts(resume_us * 1e-6, dense_extra, expert_extra),
         )
 
     scale = link["time_scale"]
-    return SimulatedTestbed(name, devices, as_emulated.chunk_bytes, rate, costs, time_scale=scale)
+    return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, time_scale=scale)
 
 
 def _disturbed(micros: Numbers) -> tuple[Line, Extra]:

@@ -19,6 +19,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from scipy.optimize import nnls
 
+from experiments.config import build
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.first_pass import first_pass
@@ -34,7 +35,7 @@ from experiments.probe import (
 )
 from experiments.recording import record_setup
 from experiments.serving import Server, in_batches
-from experiments.setup import Setup, build, prepare, under_budget
+from experiments.setup import Setup, prepare, under_budget
 from finemoe.offload.links import EmulatedLink
 from finemoe.testbed import Testbed
 from finemoe.trace import TracedRequest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,26 @@ class Console:
             self._print(_memory(summary))
         if summary["bound"] is not None:
             self._print(_bound(summary["bound"]))
+        for line in _cautions(record):
+            self._print(line)
         self._print(f"lossless: {_lossless(summary['lossless'])}")
         self._print(f"run record: {escape(str(path))}")
 
     def _print(self, line: str) -> None:
         self._rich.print(line, soft_wrap=True)
+
+
+def _cautions(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a reader of the numbers must know and would not guess."""
+    positions, costs = record.get("positions"), record.get("prediction_costs")
+    if positions and positions["beyond"]:
+        yield (
+            f"{positions['beyond']} of {positions['of']} requests run past the model's "
+            f"{positions['model']:,} positions (the longest has {positions['longest']:,}): "
+            "beyond them it was never trained"
+        )
+    if costs and costs.startswith("assumed"):
+        yield f"prediction costs {escape(costs)}"
 
 
 def _lossless(same: bool | None) -> str:

@@ -16,25 +16,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from experiments.config import build, learns
 from experiments.console import Advance, Console
 from experiments.first_pass import FirstPass, first_pass
 from experiments.metrics import request_table
-from experiments.online import check_system, is_online
+from experiments.online import is_online
 from experiments.online_serving import prepare_online, run_live_online
 from experiments.online_simulation import simulate_online
 from experiments.recording import record_setup
 from experiments.records import write_record
 from experiments.run_record import Measurement, live_facts, run_record
 from experiments.serving import in_batches
-from experiments.setup import (
-    Setup,
-    build,
-    everything_fits,
-    learns,
-    plain_runtime,
-    prepare,
-    under_budget,
-)
+from experiments.setup import Setup, everything_fits, plain_runtime, prepare, under_budget
 from experiments.simulation import simulate
 from experiments.traced_serving import traced_setup
 from experiments.zero_serving import run_zero
@@ -63,7 +56,6 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
 def _run_online(
     cfg: DictConfig, testbed: Testbed | SimulatedTestbed, console: Console
 ) -> dict[str, Any]:
-    check_system(cfg)
     if isinstance(testbed, SimulatedTestbed):
         return simulate_online(cfg, testbed, console)
     return run_live_online(prepare_online(cfg, testbed), console)

@@ -26,6 +26,12 @@ class LoadedModel:
     full_expert_bytes: int
 
     @property
+    def positions(self) -> int | None:
+        """For how many tokens the model was made; None if it does not say."""
+        config = self.offloaded.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
     def identity(self) -> str:
         """What a store of expert maps is marked with."""
         return f"{self.name} with weights {self.weights}"

@@ -7,34 +7,39 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from experiments.arrivals import Arrival, Process, generated, read_azure_trace, sampled
 from experiments.datasets import Dataset, PromptSet, template
 from experiments.errors import UserError
 from experiments.workloads import Request
-from finemoe.offload.policy import Placement
+from finemoe.options import CHECKED, Count, Number, Text
 
 PASSAGE_END = "\n\n"
 GENERATED = "generated: Poisson arrivals, log-normal lengths"
 
 
-@dataclass
+@checked(frozen=True, config=CHECKED)
 class OnlineSettings:
     """What conf/workload/online.yaml sets."""
 
-    requests: int
-    rate: float
+    requests: Count
+    rate: Annotated[Number, Field(ge=1e-6, le=1e6)]
     """Mean requests a second."""
-    trace: str | None
+    trace: Text | None
     """An Azure trace file; None for generated lengths."""
-    arrival: str
-    max_batch_size: int
-    max_input_tokens: int | None
-    max_output_tokens: int | None
+    arrival: Process
+    max_batch_size: Count
+    max_input_tokens: Count | None
+    max_output_tokens: Count | None
+
+    def __post_init__(self) -> None:
+        if self.arrival == "trace" and self.trace is None:
+            raise ValueError("arrival=trace needs trace=, a file; or set arrival=poisson")
 
 
 @dataclass(frozen=True)
@@ -83,19 +88,6 @@ def is_online(cfg: DictConfig) -> bool:
     return "rate" in cfg.workload
 
 
-def check_system(cfg: DictConfig) -> None:
-    """Raise UserError for a system that cannot serve requests as they arrive."""
-    label, remedy = cfg.system.label, "use workload=offline"
-    if cfg.system.get("runtime") == "deepspeed":
-        raise UserError(f"system={label} serves fixed batches; use system=deepspeed, or {remedy}")
-    placement = getattr(get_object(cfg.system._target_), "placement", Placement())
-    if placement.foresight:
-        raise UserError(
-            f"system={label} must know all iterations beforehand, and who is in which depends on "
-            f"how fast it serves; {remedy}"
-        )
-
-
 def online(dataset: Dataset, tokenizer: Any, settings: OnlineSettings, seed: int) -> OnlineWorkload:
     """Draw requests by seed: arrivals and lengths as set, prompts of exactly those lengths.
 
@@ -112,26 +104,11 @@ def online(dataset: Dataset, tokenizer: Any, settings: OnlineSettings, seed: int
 
 
 def planned(settings: OnlineSettings, seed: int) -> ArrivalPlan:
-    """Draw arrivals and lengths by seed; UserError for settings out of range or a bad trace."""
-    check(settings)
+    """Draw arrivals and lengths by seed; UserError for a bad trace."""
     arrivals, source = _arrivals(settings, seed)
     capped = tuple(_capped(arrival, settings) for arrival in arrivals)
     shortened = sum(a != b for a, b in zip(arrivals, capped, strict=True))
     return ArrivalPlan(capped, source, shortened)
-
-
-def check(settings: OnlineSettings) -> None:
-    """Raise UserError for a setting out of range."""
-    for name in ("requests", "max_batch_size", "max_input_tokens", "max_output_tokens"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UserError(f"workload.{name}={value}: it starts at 1")
-    if not 0 < settings.rate < float("inf"):
-        raise UserError(f"workload.rate={settings.rate}: give requests a second, above 0")
-    if settings.arrival not in get_args(Process):
-        raise UserError(f"workload.arrival={settings.arrival} is neither poisson nor trace")
-    if settings.arrival == "trace" and settings.trace is None:
-        raise UserError("workload.arrival=trace needs workload.trace, a file; or set it to poisson")
 
 
 def prompts_of(
@@ -192,10 +169,9 @@ def _arrivals(settings: OnlineSettings, seed: int) -> tuple[tuple[Arrival, ...],
     count, rate = settings.requests, settings.rate
     if settings.trace is None:
         return generated(count, rate, seed), GENERATED
-    process: Process = "trace" if settings.arrival == "trace" else "poisson"
     path = Path(settings.trace)
-    arrivals = sampled(read_azure_trace(path), count, rate, process, seed)
-    return arrivals, f"{path.name}: sampled lengths, {process} arrivals"
+    arrivals = sampled(read_azure_trace(path), count, rate, settings.arrival, seed)
+    return arrivals, f"{path.name}: sampled lengths, {settings.arrival} arrivals"
 
 
 def _capped(arrival: Arrival, settings: OnlineSettings) -> Arrival:

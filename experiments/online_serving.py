@@ -16,25 +16,17 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from experiments.config import build, load_store, online_settings
 from experiments.console import Console
 from experiments.continuous import ContinuousServer, ServedOnline, Step
 from experiments.datasets import Dataset, PromptSet
 from experiments.errors import UserError
 from experiments.metrics import request_table
 from experiments.online import OnlineSettings, OnlineWorkload, online
-from experiments.recording import Recording, positions, trace_header
+from experiments.recording import Recording, trace_header
 from experiments.records import write_record
 from experiments.run_record import Measurement, live_facts, run_record
-from experiments.setup import (
-    Engine,
-    build,
-    everything_fits,
-    load_store,
-    online_settings,
-    plain_runtime,
-    prepare_engine,
-    under_budget,
-)
+from experiments.setup import Engine, everything_fits, plain_runtime, prepare_engine, under_budget
 from finemoe.offload.timeline import TraceEvents
 from finemoe.testbed import Testbed
 
@@ -81,7 +73,7 @@ def run_live_online(setup: OnlineSetup, console: Console) -> dict[str, Any]:
         setup,
         setup.prompts,
         "loaded" if cfg.store.load else "none",
-        online=online_facts(setup.settings, setup.workload, served, positions(setup.model)),
+        online=online_facts(setup.settings, setup.workload, served, setup.model.positions),
     )
     record = run_record(cfg, facts, measurement)
     requests = request_table(served, measurement.accesses)

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.arrivals import Arrival
+from experiments.config import online_settings
 from experiments.console import Console
 from experiments.continuous import Schedule, ServedOnline, ServiceTimes, Step, run_schedule
 from experiments.errors import UserError
@@ -25,7 +26,6 @@ from experiments.records import write_record
 from experiments.replay_serving import Fetch
 from experiments.routing_source import open_routing
 from experiments.run_record import Measurement, run_record
-from experiments.setup import check_seed, online_settings
 from experiments.simulation import ReplayEngine, prepare_engine, replay_facts, replay_runtime
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.routed import joined
@@ -44,7 +44,6 @@ class OnlineSimulation(ReplayEngine):
 
 def simulate_online(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> dict[str, Any]:
     """Carry out one simulated online run and write its record; return it. Raises UserError."""
-    check_seed(cfg)
     settings = online_settings(cfg.workload)
     check_store(cfg)
     try:

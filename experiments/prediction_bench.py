@@ -20,11 +20,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from experiments.config import build
 from experiments.errors import BAD_INPUT, UserError
 from experiments.overheads import write_json
 from experiments.records import provenance
 from experiments.replay_bench import configs, split_choices
-from experiments.setup import build
 from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
 

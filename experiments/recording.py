@@ -112,14 +112,8 @@ def trace_header(
         "seed": seed,
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": passes,
-        "positions": positions(model),
+        "positions": model.positions,
         **provenance(),
     }
     gates = gate_weights(model.offloaded)
     return TraceHeader(model.offloaded.shape, "bfloat16", EVERYTHING, origin, gates)
-
-
-def positions(model: LoadedModel) -> int | None:
-    """Return for how many positions a model was made; None if it does not say."""
-    config = model.offloaded.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)

@@ -23,12 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console as RichConsole
 from rich.table import Table
 
+from experiments.config import build
 from experiments.console import Console
 from experiments.errors import BAD_INPUT, UserError
 from experiments.overheads import write_json
 from experiments.records import provenance
 from experiments.routing_source import open_routing
-from experiments.setup import build
 from experiments.simulation import bound, measure, prepare, teach
 from finemoe.offload import replay
 from finemoe.offload.compiled import is_compiled

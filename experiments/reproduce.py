@@ -254,7 +254,7 @@ def named(cfg: DictConfig) -> str:
 
 def in_virtual_time(cfg: DictConfig) -> bool:
     """Tell whether a run is simulated, so that others beside it do not disturb its times."""
-    from experiments.setup import build
+    from experiments.config import build
     from finemoe.testbed import SimulatedTestbed
 
     if cfg.system.get("runtime") == "deepspeed":

@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.config import build, online_settings, workload_settings
 from experiments.console import Console
 from experiments.datasets import Dataset, draw_prompts
 from experiments.errors import UserError
@@ -21,7 +22,6 @@ from experiments.models import LoadedModel, load_model
 from experiments.online import is_online, online, planned
 from experiments.recording import Recording, trace_header
 from experiments.serving import in_batches
-from experiments.setup import build, online_settings, workload_settings
 from experiments.weights import fingerprint
 from experiments.workloads import offline
 from finemoe.assemble import resident_runtime

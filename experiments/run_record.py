@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +55,10 @@ class RunFacts:
     bound: Roofline | None
     online: Mapping[str, Any] | None = None
     """What is said of requests that arrive over time."""
+    positions: int | None = None
+    """For how many tokens of prompt and answer the model was made."""
+    prediction_costs: str | None = None
+    """Of which system and model a simulation's prediction costs were measured."""
 
 
 def live_facts(
@@ -81,6 +85,7 @@ def live_facts(
         time_scale=engine.testbed.time_scale,
         history=history,
         history_bytes=engine.policy.memory_bytes(),
+        positions=model.positions,
         bound=bound,
         online=online,
     )
@@ -107,11 +112,22 @@ def run_record(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> di
         "time_scale": facts.time_scale,
         "seed": cfg.seed,
         "history": facts.history,
+        "positions": _positions(facts.positions, measurement.served),
+        "prediction_costs": facts.prediction_costs,
         "online": None if facts.online is None else dict(facts.online),
         "summary": _summary(cfg, facts, measurement),
         **provenance(),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
+
+
+def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int] | None:
+    """Say how long requests were, prompt and answer; beyond its positions no model was trained."""
+    if made_for is None:
+        return None
+    lengths = [len(one.request.prompt) + len(one.tokens) for one in served]
+    beyond = sum(length > made_for for length in lengths)
+    return {"model": made_for, "longest": max(lengths), "beyond": beyond, "of": len(lengths)}
 
 
 def _summary(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> dict[str, Any]:

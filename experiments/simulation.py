@@ -15,6 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from experiments.config import (
+    budget_slots,
+    build,
+    check_room,
+    full_size,
+    identity,
+    learns,
+    load_store,
+    workload_settings,
+)
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.metrics import request_table
@@ -23,8 +33,6 @@ from experiments.replay_serving import Fetch, ReplayServer, fetch_all, routed_st
 from experiments.routing_source import open_routing
 from experiments.run_record import Measurement, RunFacts, run_record
 from experiments.serving import in_batches
-from experiments.setup import budget_slots, build, learns, load_store, workload_settings
-from experiments.testbeds import full_size
 from experiments.workloads import OfflineSettings, OfflineWorkload, Request, split
 from finemoe.offload.bounds import Roofline, minimal_loads
 from finemoe.offload.policy import Gate, Policy
@@ -97,28 +105,12 @@ def prepare_engine(cfg: DictConfig, testbed: SimulatedTestbed, trace: Trace) -> 
         policy.set_gates(trace.header.gates)
     full = full_size(cfg.model).expert_bytes
     budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
-    _check_room(cfg, testbed, slots)
+    check_room(cfg, testbed, slots)
     load_store(cfg, policy, identity(cfg))
-    costs = testbed.costs(cfg.model, cfg.system.label)
+    predicts = placement.prediction != "none" and not placement.foresight
+    costs = testbed.costs(cfg.model, cfg.system.label, predicts)
     plan = MemoryPlan(slots, full, testbed.chunk_bytes)
     return ReplayEngine(cfg, testbed, trace, policy, costs, plan, budget)
-
-
-def _check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...]) -> None:
-    """Raise UserError if a device cannot hold its slots; the first one also holds what is dense."""
-    model = full_size(cfg.model)
-    for device, count in enumerate(slots):
-        needed = count * model.expert_bytes + (0 if device else model.dense_bytes)
-        if needed > testbed.device_bytes:
-            raise UserError(
-                f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of "
-                f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}; lower memory_budget"
-            )
-
-
-def identity(cfg: DictConfig) -> str:
-    """Return what a store of expert maps is marked with."""
-    return f"{cfg.model.name} with weights {cfg.weights}"
 
 
 def _workload(trace: Trace, settings: OfflineSettings, seed: int) -> OfflineWorkload:
@@ -291,6 +283,8 @@ def replay_facts(
         time_scale=engine.testbed.time_scale,
         history=history,
         history_bytes=engine.policy.memory_bytes(),
+        positions=origin.get("positions"),
+        prediction_costs=engine.costs.prediction_source,
         bound=bound,
         online=online,
     )

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from experiments.config import workload_settings
 from experiments.console import Console
 from experiments.datasets import PromptSet
 from experiments.errors import UserError
@@ -17,7 +18,7 @@ from experiments.online import is_online
 from experiments.replay_serving import fetch_all
 from experiments.routing_source import open_routing
 from experiments.serving import Runtime, Server
-from experiments.setup import Setup, prepare_engine, workload_settings
+from experiments.setup import Setup, prepare_engine
 from experiments.workloads import OfflineSettings, Request, split
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration

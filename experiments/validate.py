@@ -27,6 +27,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from experiments import simulation
 from experiments.calibrate import write_testbed
 from experiments.calibration import Calibration, as_run
+from experiments.config import build
 from experiments.console import Console
 from experiments.errors import BAD_INPUT, UserError
 from experiments.first_pass import first_pass
@@ -35,7 +36,7 @@ from experiments.overheads import write_json
 from experiments.recording import record_setup
 from experiments.records import provenance
 from experiments.run_record import Measurement
-from experiments.setup import build, prepare
+from experiments.setup import prepare
 from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 from finemoe.trace_file import TraceReader

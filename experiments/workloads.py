@@ -5,9 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from experiments.datasets import PromptSet
 from experiments.errors import UserError
+from finemoe.options import CHECKED, Count, Number, Whole
 
 
 @dataclass(frozen=True)
@@ -19,18 +24,18 @@ class Request:
     output_tokens: int
 
 
-@dataclass
+@checked(frozen=True, config=CHECKED)
 class OfflineSettings:
     """What conf/workload/offline.yaml sets."""
 
-    prompts: int
-    history_share: float
-    input_tokens: int
-    output_tokens: int
-    batch_size: int
-    history_batch_size: int
-    warmup: int
-    repeats: int
+    prompts: Count
+    history_share: Annotated[Number, Field(ge=0, lt=1)]
+    input_tokens: Count
+    output_tokens: Count
+    batch_size: Count
+    history_batch_size: Count
+    warmup: Whole
+    repeats: Count
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def split(requests: Sequence[Request], settings: OfflineSettings) -> OfflineWork
     """
     share = settings.history_share
     cut = round(share * len(requests))
-    if not 0 <= share < 1 or cut == len(requests):
+    if cut == len(requests):
         raise UserError(
             f"workload.history_share={share} of {len(requests)} prompts leaves none to measure"
         )

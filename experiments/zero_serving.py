@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from baselines.deepspeed_zero import Gathered, Shrinkage, ZeroModel, ZeroOptions, choose_accelerator
+from experiments.config import build, workload_settings
 from experiments.console import Advance, Console
 from experiments.datasets import PromptSet
 from experiments.errors import UserError
@@ -24,7 +25,7 @@ from experiments.models import full_expert_bytes, load_plain
 from experiments.records import write_record
 from experiments.run_record import Measurement, RunFacts, run_record
 from experiments.serving import PlainRuntime, Server, in_batches
-from experiments.setup import build, check_seed, draw_workload, free_bytes, workload_settings
+from experiments.setup import draw_workload, free_bytes
 from experiments.workloads import OfflineSettings, OfflineWorkload
 from finemoe.offload.model import find_moe_layers
 from finemoe.testbed import SimulatedTestbed, Testbed
@@ -120,7 +121,6 @@ def _prepare(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> ZeroSetup:
         raise UserError("system=deepspeed_zero serves with a real model; use testbed=auto")
     if cfg.store.load or cfg.store.save:
         raise UserError(f"system={cfg.system.label} keeps no store to load or save")
-    check_seed(cfg)
     settings = workload_settings(cfg.workload)
     if testbed.threads is not None:
         torch.set_num_threads(testbed.threads)

@@ -8,11 +8,13 @@ has the formulae and where the numbers come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
+
+from pydantic.dataclasses import dataclass
 
 from finemoe.offload.model_thread import ThreadCosts
 from finemoe.offload.replay import IterationCosts, PredictionCosts
+from finemoe.options import CHECKED, Count, Micros, Rate, Share, Whole
 
 START_KERNELS = 14
 """Kernels before the first layer, counted in a decode step of transformers 5.23: embedding, rotary
@@ -28,33 +30,22 @@ FINISH_KERNELS = 9
 ITERATIONS_REMEMBERED = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Accelerator:
     """One device: what its datasheet promises, and the share of it that programs get."""
 
-    memory_gb_s: float
+    memory_gb_s: Rate
     """Nominal bandwidth of its memory, 10^9 bytes per second."""
-    matrix_tflops: float
+    matrix_tflops: Rate
     """Nominal rate of dense bf16 products that accumulate in fp32, 10^12 operations per second."""
-    memory_gb: float
+    memory_gb: Rate
     """Size of its memory, 10^9 bytes."""
-    memory_efficiency: float
-    matrix_efficiency: float
-    kernel_us: float
+    memory_efficiency: Share
+    matrix_efficiency: Share
+    kernel_us: Micros
     """What every kernel launch adds, in microseconds."""
-    sync_us: float
+    sync_us: Micros
     """What the host waits to read a small result, in microseconds."""
-
-    def __post_init__(self) -> None:
-        for name in ("memory_gb_s", "matrix_tflops", "memory_gb"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: give a number above 0")
-        for name in ("memory_efficiency", "matrix_efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a share above 0, at most 1")
-        for name in ("kernel_us", "sync_us"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: give a number from 0")
 
     def seconds(self, nbytes: float, flops: float, kernels: int) -> float:
         """Return how long `kernels` take that move `nbytes` and do `flops` operations."""
@@ -63,28 +54,22 @@ class Accelerator:
         return max(moving, computing) + kernels * self.kernel_us * 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class FullSizeModel:
     """Shapes of the real model, whichever weights stand in for it (conf/model)."""
 
-    layers: int
-    experts: int
-    top_k: int
-    hidden_size: int
-    expert_intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    shared_expert_intermediate_size: int
+    layers: Count
+    experts: Count
+    top_k: Count
+    hidden_size: Count
+    expert_intermediate_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    shared_expert_intermediate_size: Whole
     """Width of the experts that every token goes to; 0 if there are none."""
-    vocab_size: int
-    bytes_per_parameter: int = 2
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, least = getattr(self, field.name), int(not field.name.startswith("shared"))
-            if value < least:
-                raise ValueError(f"{field.name}={value}: give a whole number from {least}")
+    vocab_size: Count
+    bytes_per_parameter: Count = 2
 
     @property
     def attention_parameters(self) -> int:
@@ -138,10 +123,12 @@ class RooflineCosts:
         devices: int = 1,
         collect: float = 0.0,
         hop: float = 0.0,
+        prediction_source: str = "",
     ) -> None:
         self.accelerator = accelerator
         self.model = model
         self.prediction = prediction
+        self.prediction_source = prediction_source
         self.parallel = devices > 1
         self.collect = collect + accelerator.sync_us * 1e-6
         self.hop = hop if self.parallel else 0.0

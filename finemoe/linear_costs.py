@@ -33,6 +33,7 @@ class LinearCosts:
     hop: float = 0.0
     prediction: PredictionCosts = field(default_factory=PredictionCosts)
     parallel: bool = False
+    prediction_source: str = ""
     thread: ThreadCosts = field(default_factory=ThreadCosts)
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic.dataclasses import dataclass
 
 from finemoe.expected_use import ExpectedUse
 from finemoe.expert_map import ExpertMapStore
@@ -26,17 +26,18 @@ from finemoe.offload.policy import (
     Policy,
     Prefetch,
 )
+from finemoe.options import CHECKED, Count, Flag
 from finemoe.search import Match, TrajectorySearch, nearest
 from finemoe.selection import Selector, Variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class FineMoEOptions:
     """What the paper fixes and its ablations vary."""
 
-    prefetch_distance: int
+    prefetch_distance: Count
     """d; 3 for Mixtral, 6 for Qwen, 4 for Phi (section 6.1)."""
-    store_capacity: int = 1000
+    store_capacity: Count = 1000
     """C (section 6.1)."""
     variant: Variant = "paper"
     """Whose selection and priorities, where paper and demo differ: see finemoe/selection.py."""
@@ -50,9 +51,9 @@ class FineMoEOptions:
     """After the gate of layer l, predict layer l + d (paper) or all layers from there (demo)."""
     aggregation: Literal["mean", "token"] = "mean"
     """A request's iteration is one query, the mean over its tokens, or one query a token (demo)."""
-    online_growth: bool = True
+    online_growth: Flag = True
     """Whether iterations enter the store while serving, beyond the prompts that prepared it."""
-    asynchronous: bool = True
+    asynchronous: Flag = True
     """Search in the background (section 4.3) or on the critical path."""
 
 
@@ -238,13 +239,4 @@ def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:
 
     Raises ValueError for an option that has no such value.
     """
-    hints = get_type_hints(FineMoEOptions)
-    for name, value in options.items():
-        allowed = get_args(hints[name])
-        if allowed and value not in allowed:
-            raise ValueError(f"{name}={value} is none of {', '.join(allowed)}")
-        if not allowed and type(value) is not hints[name]:
-            raise ValueError(f"{name}={value} is no {hints[name].__name__}")
-        if hints[name] is int and value < 1:
-            raise ValueError(f"{name}={value}: it starts at 1")
     return FineMoEPolicy(shape, FineMoEOptions(**options))

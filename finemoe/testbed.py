@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from finemoe.offload.cores import Cores
 from finemoe.offload.replay import CostModel
 from finemoe.offload.virtual_links import LinkRate
+
+if TYPE_CHECKING:
+    import torch
 
 Mode = Literal["measured", "emulated", "simulated"]
 
@@ -51,8 +52,8 @@ class SimulatedTestbed:
     chunk_bytes: int
     """Bytes of an expert that are copied at once."""
     rate: LinkRate
-    costs: Callable[[Any, str], CostModel]
-    """Returns the costs of a model (its config) under a system (its label)."""
+    costs: Callable[[Any, str, bool], CostModel]
+    """Returns the costs of a model (its config) under a system (its label), which may predict."""
     device_bytes: float = float("inf")
     """Memory of each device."""
     time_scale: float = 1.0

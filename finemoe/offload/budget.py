@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from finemoe.offload.policy import ModelShape
 
 GB = 1_000_000_000
+UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class BudgetError(ValueError):
@@ -12,19 +15,19 @@ class BudgetError(ValueError):
 
 
 def parse_budget(budget: float | str, full_expert_bytes: int, shape: ModelShape) -> int:
-    """Return bytes from GB (decimal) or from a fraction of all experts such as ``25%``.
+    """Return bytes from GB (decimal), a number with a unit, or a share of all experts (``25%``).
 
-    Raises BudgetError if the text is neither.
+    Raises BudgetError if the text is none of these, or not above 0.
     """
-    everything = full_expert_bytes * shape.layers * shape.experts
-    text = str(budget).strip()
+    units = {"": GB, **UNITS, "%": full_expert_bytes * shape.layers * shape.experts / 100}
+    found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?) ?(%|[kmg]i?b|)", str(budget).strip().lower())
     try:
-        if text.endswith("%"):
-            return round(float(text[:-1]) / 100 * everything)
-        return round(float(text) * GB)
+        if found is None:
+            raise ValueError
+        return round(float(found[1]) * units[found[2]])
     except (ValueError, OverflowError):
         raise BudgetError(
-            f"memory_budget={budget} is neither GB nor a fraction: write 6 or 25%"
+            f"memory_budget={budget} is neither a size nor a share: write 6, 6GB or 25%"
         ) from None
 
 

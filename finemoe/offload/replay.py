@@ -70,6 +70,10 @@ class CostModel(Protocol):
         """What calls of the policy cost."""
 
     @property
+    def prediction_source(self) -> str:
+        """Of which system and model that was measured, in words."""
+
+    @property
     def thread(self) -> ThreadCosts:
         """What waits and copies cost the thread that runs the model."""
 

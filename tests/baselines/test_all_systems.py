@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from baselines.promoe import LearnedPredictor
 from baselines.resident import ResidentPolicy
+from experiments.config import build
 from experiments.serving import Server
-from experiments.setup import build
 from experiments.small_models import small_model
 from experiments.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from experiments import setup, testbeds
+from experiments.config import build, check
 from experiments.errors import UserError
 from experiments.records import existing_record
 from finemoe.expert_map import ExpertMapStore
+from finemoe.offload.budget import parse_budget
 from finemoe.offload.policy import ModelShape
-from tests.command import SMALL, composed, run_command
+from tests.command import ROOT, SMALL, composed, run_command
 
 
 def prepared(*overrides: str) -> setup.Setup:
     cfg = composed(*overrides)
-    return setup.prepare(cfg, setup.build(cfg.testbed))
+    return setup.prepare(cfg, build(cfg.testbed))
 
 
 def complaint(*overrides: str) -> str:
@@ -37,18 +40,6 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_budget_below_k_experts_names_the_minimum() -> None:
-    assert "at least 0.705 GB (2 experts)" in complaint("memory_budget=0.5")
-
-
-def test_a_budget_below_one_slot_a_device_names_the_minimum() -> None:
-    assert "(3 experts)" in complaint("memory_budget=0.8", "testbed.devices=3")
-
-
-def test_a_budget_that_is_no_number() -> None:
-    assert "neither GB nor a fraction" in complaint("memory_budget=lots")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_local_without_cuda() -> None:
     with pytest.raises(UserError, match="testbed=emulated"):
@@ -58,10 +49,6 @@ def test_local_without_cuda() -> None:
 def test_pinning_without_a_core_to_spare() -> None:
     with pytest.raises(UserError, match=r"testbed.pinned=true: .* cores?"):
         testbeds.emulated(1, 32.0, 10.0, 1.0, 32.0, threads=4096, pinned=True)
-
-
-def test_missing_weights() -> None:
-    assert "neither scale, dummy, hub nor a folder" in complaint("weights=/nowhere/model")
 
 
 def test_a_scale_model_that_is_not_shipped() -> None:
@@ -74,10 +61,6 @@ def test_weights_that_need_a_network() -> None:
 
 def test_a_dataset_that_needs_a_network() -> None:
     assert "dataset=docs" in complaint("dataset=lmsys")
-
-
-def test_a_missing_file() -> None:
-    assert "there is no file" in complaint("dataset=lmsys", "dataset.path=/nowhere/a.jsonl")
 
 
 def test_a_file_in_neither_schema(tmp_path: Path) -> None:
@@ -103,10 +86,6 @@ def test_prompts_shorter_than_asked_for() -> None:
     assert "lower workload.input_tokens" in message
 
 
-def test_a_split_that_leaves_nothing_to_measure() -> None:
-    assert "none to measure" in complaint("workload.history_share=1.0")
-
-
 def test_a_store_of_another_model(tmp_path: Path) -> None:
     shape = ModelShape(32, 8, 2, 64)
     store = ExpertMapStore(shape, capacity=2, prefetch_distance=3)
@@ -115,38 +94,84 @@ def test_a_store_of_another_model(tmp_path: Path) -> None:
     assert "another model" in message
 
 
-def test_a_system_without_a_store() -> None:
-    assert "keeps no store" in complaint("system=on_demand", "store.load=/nowhere")
+MISTAKES = {
+    "seed=-1": "greater than or equal to 0",
+    "seed=1.5": "valid integer",
+    "seed=null": "valid integer",
+    "seed=18446744073709551616": "seed=18446744073709551616",
+    "memory_budget=lots": "write 6, 6GB or 25%",
+    "memory_budget=6TB": "write 6, 6GB or 25%",
+    "memory_budget=-6": "write 6, 6GB or 25%",
+    "memory_budget=nan": "finite number",
+    "memory_budget=inf%": "write 6, 6GB or 25%",
+    "memory_budget=0.5": "at least 0.705 GB (2 experts)",
+    "memory_budget=0.8 testbed.devices=3": "(3 experts)",
+    "memory_budget=100% testbed=rtx4090": "lower memory_budget",
+    "verify=maybe": "verify=maybe",
+    "timeline=1": "timeline=1",
+    "weights=/nowhere/model": "neither scale, dummy, hub nor a folder",
+    "routing=3": "routing=3",
+    "store.load=/nowhere/maps.safetensors": "/nowhere/maps.safetensors",
+    "store.save=/proc/nothing/here": "choose another file",
+    "store.load=/nowhere system=on_demand": "keeps no store",
+    "store.save=/tmp/x system=promoe": "keeps no store",
+    "system.variant=best": "'paper' or 'demo'",
+    "system.prefetch_distance=abc": "system.prefetch_distance=abc",
+    "system.store_capacity=0": "system.store_capacity=0",
+    "system.store_capacity=1000000000000": "system.store_capacity",
+    "system.online_growth=maybe": "system.online_growth=maybe",
+    "+system.no_such=1": "system.no_such=1",
+    "system._target_=baselines.none.Policy": "baselines.none",
+    "system=oracle system.lookahead=0": "system.lookahead=0",
+    "system=moe_infinity system.horizon=0": "system.horizon=0",
+    "system=promoe system.predictor=learned system.predictor_path=/nowhere": "is no predictor",
+    "system=oracle workload=online": "use workload=offline",
+    "system=deepspeed_zero testbed=a100": "real model",
+    "model.layers=0": "model.layers=0",
+    "model.top_k=9": "only 8 experts",
+    "model.name=a/b": "model.name=a/b",
+    "model.full_size.head_dim=nan": "head_dim=nan",
+    "~model.full_size.vocab_size": "model.vocab_size: field required",
+    "workload.prompts=abc": "workload.prompts=abc",
+    "workload.repeats=1.5": "workload.repeats=1.5",
+    "workload.output_tokens=0": "workload.output_tokens=0",
+    "workload.history_share=1.0": "less than 1",
+    "workload.history_share=0.9": "none to measure",
+    "workload.history_share=0": "workload.warmup=0",
+    "workload=online workload.rate=nan": "workload.rate=nan",
+    "workload=online workload.arrival=trace": "needs trace=",
+    "workload=online workload.trace=/nowhere.csv": "/nowhere.csv",
+    "dataset.kind=songs": "'docs' or 'code'",
+    "dataset=sharegpt dataset.path=/nowhere/a.jsonl": "there is no file",
+    "testbed.threads=0": "testbed.threads=0",
+    "testbed.devices=1.5": "testbed.devices=1.5",
+    "testbed.chunk_mb=1e-7": "testbed.chunk_mb=1e-07",
+    "testbed.time_scale=-1": "testbed.time_scale=-1",
+    "testbed=a100 testbed.link.gb_s=inf": "testbed.link.gb_s=inf",
+    "testbed=a100 testbed.accelerator.memory_gb_s=0": "testbed.accelerator.memory_gb_s=0",
+    "testbed=a100 testbed.prediction_us.finemoe.mixtral.gate=-5": "finemoe.mixtral.gate=-5",
+}
 
 
-def test_an_option_with_no_such_value() -> None:
-    assert "paper, demo" in complaint("system.variant=best")
+@pytest.mark.parametrize("overrides", MISTAKES)
+def test_a_mistake_is_refused_before_anything_is_loaded(overrides: str) -> None:
+    asked = overrides.split()
+    small = [one for one in SMALL if "online" not in overrides or not one.startswith("workload.")]
+    small = [one for one in small if "testbed=" not in overrides or not one.startswith("testbed")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [*small, "output=unused", *asked])
+    with pytest.raises(UserError) as caught:
+        check(cfg)
+    message = str(caught.value)
+    assert MISTAKES[overrides] in message
+    assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "workload.prompts=abc",
-        "workload.prompts=-1",
-        "workload.repeats=1.5",
-        "workload.output_tokens=0",
-        "workload.history_share=abc",
-        "system.prefetch_distance=abc",
-        "system.store_capacity=0",
-        "system.online_growth=maybe",
-        "+system.no_such=1",
-        "testbed.threads=0",
-        "testbed.devices=1.5",
-        "testbed.chunk_mb=1e-7",
-        "testbed.time_scale=-1",
-        "dataset.kind=songs",
-        "seed=-1",
-    ],
-)
-def test_a_value_of_the_wrong_kind_is_named(override: str) -> None:
-    key, value = override.removeprefix("+").split("=")
-    message = complaint(override)
-    assert key.split(".")[-1] in message or value in message
+def test_a_budget_may_have_a_unit() -> None:
+    shape = ModelShape(32, 8, 2, 64)
+    sizes = [parse_budget(one, 352_321_536, shape) for one in (6, "6", "6GB", "6 gb", "6000MB")]
+    assert set(sizes) == {6_000_000_000}
+    assert parse_budget("1GiB", 352_321_536, shape) == 2**30
 
 
 @pytest.mark.parametrize(
@@ -167,14 +192,6 @@ def test_malformed_conversations(rows: str, tmp_path: Path) -> None:
 def test_a_budget_beyond_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "free_bytes", lambda device: 1_000_000)
     assert "lower memory_budget" in complaint("memory_budget=100%")
-
-
-def test_a_warm_up_without_history() -> None:
-    assert "workload.warmup=0" in complaint("workload.history_share=0")
-
-
-def test_a_store_that_cannot_be_saved() -> None:
-    assert "choose another file" in complaint("store.save=/proc/nothing/here")
 
 
 def test_a_record_that_is_none(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import calibrate
 from experiments.calibration import fitted
+from experiments.config import build
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.probe import Sample
-from experiments.setup import build
 from finemoe.testbed import SimulatedTestbed
 from tests.command import ROOT
 
@@ -78,20 +78,20 @@ def test_a_calibration_becomes_a_testbed(tmp_path: Path) -> None:
     assert testbed.time_scale == 0.001
     assert testbed.rate.latency == pytest.approx(10e-6 * 0.001)
     assert testbed.rate.wake > 0
-    costs = testbed.costs(cfg.model, "finemoe")
+    costs = testbed.costs(cfg.model, "finemoe", True)
     decode, prefill = costs.iteration([1], [40]), costs.iteration([40], [40])
     assert 0 < decode.dense <= prefill.dense
     assert 0 < costs.expert(1) <= costs.expert(40)
     assert costs.thread.resume > 0
     assert costs.thread.dense.after_wait + costs.thread.dense.while_copying > 0
-    assert testbed.costs(cfg.model, "on_demand").thread.dense != costs.thread.dense
+    assert testbed.costs(cfg.model, "on_demand", True).thread.dense != costs.thread.dense
     assert costs.collect > 0
     assert min(costs.prediction.embeddings, costs.prediction.gate, costs.prediction.update) > 0
-    assert testbed.costs(cfg.model, "on_demand").collect == 0
+    assert testbed.costs(cfg.model, "on_demand", True).collect == 0
     with pytest.raises(UserError, match="system=oracle; calibrate again"):
-        testbed.costs(cfg.model, "oracle")
+        testbed.costs(cfg.model, "oracle", True)
     with pytest.raises(UserError, match="with mixtral, not qwen"):
-        testbed.costs(OmegaConf.create({"name": "qwen"}), "finemoe")
+        testbed.costs(OmegaConf.create({"name": "qwen"}), "finemoe", True)
 
 
 def test_only_one_emulated_device_is_calibrated() -> None:

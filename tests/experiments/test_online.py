@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from experiments import online_serving
+from experiments.config import build, online_settings
 from experiments.console import Console
 from experiments.continuous import Schedule
 from experiments.errors import UserError
 from experiments.harness import run
 from experiments.online import planned
-from experiments.setup import build, online_settings
 from finemoe.trace_file import TraceReader
 from tests.command import ROOT, run_command
 

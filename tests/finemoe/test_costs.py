@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.testbeds import full_size as shapes
+from experiments.config import full_size as shapes
 from finemoe.costs import (
     DENSE_KERNELS,
     EXPERT_KERNELS,
@@ -249,7 +249,7 @@ def test_every_testbed_builds_and_prices_every_model(cfg: DictConfig) -> None:
     assert (testbed.mode, testbed.devices) == ("simulated", cfg.testbed.devices)
     for name in MODELS:
         model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
-        costs: CostModel = testbed.costs(model, "finemoe")
+        costs: CostModel = testbed.costs(model, "finemoe", True)
         decode, prefill = costs.iteration((1,), (1000,)), costs.iteration((1000,), (1000,))
         assert isinstance(decode, IterationCosts)
         assert 0 < decode.dense < 2e-3
@@ -264,8 +264,8 @@ def test_every_system_that_predicts_has_its_price_on_every_testbed(cfg: DictConf
     for name in MODELS:
         model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
         for system in PREDICTING:
-            assert 0 < testbed.costs(model, system).prediction.gate < 1e-3
-        assert testbed.costs(model, "resident").prediction == PredictionCosts()
+            assert 0 < testbed.costs(model, system, True).prediction.gate < 1e-3
+        assert testbed.costs(model, "resident", False).prediction == PredictionCosts()
 
 
 def test_every_testbed_moves_an_expert_more_slowly_than_it_computes_it(cfg: DictConfig) -> None:

@@ -18,9 +18,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from experiments.config import build
 from experiments.replay_serving import ReplayServer
 from experiments.serving import Server
-from experiments.setup import build
 from experiments.small_models import small_model
 from experiments.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime

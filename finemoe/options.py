@@ -1,0 +1,23 @@
+"""How options are declared: pydantic checks types, ranges and finiteness where they are taken.
+
+`CHECKED` goes with pydantic's `dataclass` and `validate_call`; what they refuse is a ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, StrictBool, StrictStr
+
+CHECKED = ConfigDict(allow_inf_nan=False, extra="forbid")
+
+Flag = StrictBool
+Text = StrictStr
+Count = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Whole = Annotated[int, Field(strict=True, ge=0, le=2**31)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[Number, Field(gt=0, le=1)]
+Rate = Annotated[Number, Field(ge=1e-3, le=1e9)]
+"""GB/s, TFLOP/s, GB: far below the least and above the most that any hardware has."""
+Micros = Annotated[Number, Field(ge=0, le=1e9)]
+"""Microseconds, at most a quarter of an hour."""
