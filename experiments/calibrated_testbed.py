@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig
+from pydantic import TypeAdapter
 
 from experiments.errors import UserError
 from experiments.testbeds import MB, Few, Megabytes
@@ -14,21 +15,20 @@ from finemoe.linear_costs import Line, LinearCosts
 from finemoe.offload.model_thread import Extra, ThreadCosts
 from finemoe.offload.replay import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
-from finemoe.options import Micros, Number
+from finemoe.options import Micros
 from finemoe.testbed import SimulatedTestbed
 
 Numbers = Mapping[str, Micros]
-"""Microseconds, or of a link its rate beside them."""
 
 
 def calibrated(
     name: str,
     model: str,
     devices: Few,
-    link: Mapping[str, Number],
+    link: Numbers,
     chunk_mb: Megabytes,
     resume_us: Micros,
-    compute_us: Mapping[str, Any],
+    compute_us: Mapping[str, Mapping[str, Any]],
     collect_us: Numbers,
     prediction_us: Mapping[str, Numbers],
 ) -> SimulatedTestbed:
@@ -52,8 +52,9 @@ def calibrated(
             lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"testbed {name}: {error}; run python -m experiments.calibrate") from error
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        cause = " ".join(str(error).split())
+        raise UserError(f"testbed {name}: {cause}; run python -m experiments.calibrate") from error
 
     def costs(asked: DictConfig, system: str, predicts: bool) -> LinearCosts:
         again = "calibrate again: python -m experiments.calibrate"
@@ -89,4 +90,5 @@ def _disturbed(micros: Numbers) -> tuple[Line, Extra]:
 
 
 def _seconds(micros: Numbers) -> dict[str, float]:
-    return {name: value * 1e-6 for name, value in micros.items()}
+    numbers = TypeAdapter(Numbers).validate_python(micros)
+    return {name: value * 1e-6 for name, value in numbers.items()}
