@@ -285,11 +285,6 @@ def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
     assert residents == [0, 1]
 
 
-def test_a_lookahead_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="lookahead=0: it starts at 1"):
-        OraclePolicy(SHAPE, lookahead=0)
-
-
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
 
 

@@ -104,8 +104,6 @@ def test_a_foreign_table_of_activations_will_do_for_on_demand(live: Path, tmp_pa
         ("workload.output_tokens=9", "lower workload.output_tokens"),
         ("workload.prompts=9", "lower workload.prompts"),
         ("routing=no/such.parquet", "no such file"),
-        ("testbed.link.efficiency=1.5", "at most 1"),
-        ("testbed.accelerator.memory_gb=4", "lower memory_budget"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
