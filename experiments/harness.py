@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from experiments.config import build, learns
+from experiments.config import build, check, learns
 from experiments.console import Advance, Console
 from experiments.first_pass import FirstPass, first_pass
 from experiments.metrics import request_table
@@ -40,6 +40,7 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Carry out one run, live or simulated, and write its record; return it. Raises UserError."""
+    check(cfg)
     testbed = build(cfg.testbed)
     if cfg.routing and not isinstance(testbed, SimulatedTestbed):
         with traced_setup(cfg, testbed, console) as setup:

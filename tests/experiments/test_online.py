@@ -203,7 +203,7 @@ def test_a_trace_of_other_lengths_is_refused(
     [
         ("workload.requests=5", "lower workload.requests"),
         ("workload.rate=fast", "fast"),
-        ("workload.rate=0", "above 0"),
+        ("workload.rate=0", "greater than"),
         ("seed=-1", "seed=-1"),
         ("store.save=maps.safetensors", "workload=offline"),
         ("+workload.prompts=4", "prompts"),
