@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -20,21 +20,17 @@ from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 
 
-class Facts(NamedTuple):
-    """What tells models apart; the last two are another for scale models."""
+FACTS = (
+    "scale.config.model_type",
+    "layers",
+    "experts",
+    "top_k",
+    "hidden_size",
+    "expert_intermediate_size",
+)
+"""What tells models apart; scale models have the first four in common with the full ones."""
 
-    family: str
-    layers: int
-    experts: int
-    top_k: int
-    hidden_size: int
-    expert_intermediate_size: int
-
-    def __str__(self) -> str:
-        return (
-            f"a {self.family} of {self.layers} x {self.experts} experts, top-{self.top_k}, with "
-            f"hidden size {self.hidden_size} and expert size {self.expert_intermediate_size}"
-        )
+DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,11 @@ def check_weights(cfg: DictConfig) -> None:
     model, weights = cfg.model, str(cfg.weights)
     if weights == "hub":
         cached = try_to_load_from_cache(model.hub_id, "config.json")
-        if isinstance(cached, str):
-            _outline(model, weights, str(Path(cached).parent))
-    elif weights != "dummy":
-        source = _source(model, weights)
-        if weights != "scale":
-            _outline(model, weights, source)
+        source = str(Path(cached).parent) if isinstance(cached, str) else None
+    else:
+        source = None if weights == "dummy" else _source(model, weights)
+    if source and weights != "scale":
+        _outline(model, weights, source)
 
 
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
@@ -75,15 +70,13 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
     Raises UserError if they are missing, damaged, gated, or another model.
     """
-    if weights == "dummy":
-        offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
-        tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / cfg.dummy_tokenizer)
-    else:
-        model, tokenizer = load_plain(cfg, weights)
-        try:
-            offloaded = OffloadedModel.from_model(model, device)
-        except ValueError as error:
-            raise UserError(f"weights={weights}: {error}; choose another model") from error
+    whole = None if weights == "dummy" else load_plain(cfg, weights)
+    with loading(f"weights={weights}", "choose another model"):
+        if whole is None:
+            offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
+            tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / cfg.dummy_tokenizer)
+        else:
+            offloaded, tokenizer = OffloadedModel.from_model(whole[0], device), whole[1]
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
 
@@ -128,37 +121,34 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> PreTrainedMod
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
         if source is None:
-            config = AutoConfig.for_model(wanted.family)
+            config = AutoConfig.for_model(wanted[0])
         else:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
         size = experts.down_proj[0].numel() // shape.hidden_size
-    routing = shape.layers, shape.experts, shape.top_k
-    found = Facts(config.model_type, *routing, shape.hidden_size, size)
-    # Scale models have the routing shape alone.
+    found = (config.model_type, *astuple(shape), size)
     compared = zip(wanted[: 4 if weights == "scale" else None], found, strict=False)
     if any(want not in (None, has) for want, has in compared):
-        hold = f"weights={weights} hold {found}, model={cfg.name} is {wanted}"
-        raise UserError(f"{hold}; {_better(found, Path(source or ''))}")
+        raise UserError(
+            f"weights={weights} hold {DESCRIPTION.format(*found)}, model={cfg.name} is "
+            f"{DESCRIPTION.format(*wanted)}; {_better(found, Path(source or ''))}"
+        )
     return model
 
 
-def _facts(cfg: Any) -> Facts:
-    """Return what a model's YAML says, None where it says nothing."""
-    keys = ("scale.config.model_type", *Facts._fields[1:])
-    return Facts(*(OmegaConf.select(cfg, key) for key in keys))
+def _facts(cfg: Any) -> tuple[Any, ...]:
+    """Return what a model's YAML says of FACTS, None where it says nothing."""
+    return tuple(OmegaConf.select(cfg, key) for key in FACTS)
 
 
-def _better(found: Facts, folder: Path) -> str:
+def _better(found: tuple[Any, ...], folder: Path) -> str:
     """Return what to do about weights that are not the model's."""
     if folder.resolve().parent == SCALE_MODELS:
         return f"use model={folder.name} weights=scale, trained with experiments.scale_models"
-    for path in sorted(MODELS.glob("*.yaml")):
-        if _facts(OmegaConf.load(path)) == found:
-            return f"use model={path.stem}"
-    return "write a YAML for them in conf/model"
+    fitting = [path.stem for path in MODELS.glob("*.yaml") if _facts(OmegaConf.load(path)) == found]
+    return f"use model={fitting[0]}" if fitting else "write a YAML for them in conf/model"
 
 
 def _tokenizer(source: str, outline: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def fingerprint(model: Any, weights: str, seed: int) -> str:
 
 def folder_of(model: Any, weights: str) -> Path:
     """Return where scale models and local checkpoints lie."""
-    return SCALE_MODELS / model["name"] if weights == "scale" else Path(weights).expanduser()
+    return SCALE_MODELS / model["name"] if weights == "scale" else Path(os.path.expanduser(weights))
 
 
 @contextmanager
@@ -53,25 +54,20 @@ def hub_access() -> Iterator[None]:
     """
     # The library's own handler prints already; Hydra's would print everything again.
     logging.disable_propagation()
-    before = constants.HF_HUB_OFFLINE
-    unreachable = None if before else _unreachable()
-    constants.HF_HUB_OFFLINE = before or unreachable is not None
+    before, unreachable = constants.HF_HUB_OFFLINE, None
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        # What a failed connection raises changes with the client's HTTP library.
+        unreachable = error
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-    if unreachable is not None:
-        print(f"{unreachable}: what the cache holds is used", file=sys.stderr)
-
-
-def _unreachable() -> str | None:
-    """Return in words that the hub does not answer; None if it does."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        # What a failed connection raises changes with the client's HTTP library.
-        return f"{constants.ENDPOINT} cannot be reached ({error})"
-    return None
+    if unreachable:
+        print(f"{constants.ENDPOINT}: {unreachable}; what the cache holds is used", file=sys.stderr)
 
 
 @contextmanager
@@ -86,7 +82,9 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         cause = "".join(filter(str.isprintable, shorten(str(error), 160, placeholder=" ...")))
         if not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
             cause = f"{type(error).__name__} {cause}"
-        causes = tuple(_chain(error))
+        causes: list[BaseException] = [error]
+        while deeper := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(deeper)
         if isinstance(error, ImportError):
             remedy = "install what it needs, or use weights without it"
         elif any(isinstance(one, LocalEntryNotFoundError | ConnectionError) for one in causes):
@@ -95,12 +93,6 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         elif any(isinstance(one, RepositoryNotFoundError) for one in causes):
             remedy = "check its name, ask for access on its page and run `hf auth login`"
         raise UserError(f"cannot load {what}: {cause.rstrip(' .')}; {remedy}") from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _revision(hub_id: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from experiments.datasets import template
 from experiments.errors import UserError
 from experiments.models import check_weights, load_model
 from experiments.small_models import random_model
-from experiments.weights import SCALE_MODELS
+from experiments.weights import SCALE_MODELS, hub_access
 from tests.command import SMALL, composed, run_command
 
 FACTS = {"layers": 2, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
@@ -136,7 +139,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], dict[str, int], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_checkpoint_is_refused_with_its_cause(damage: str, folder: Path) -> None:
+def test_a_bad_checkpoint_is_refused_with_its_cause(
+    damage: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     inflict, facts, cause = DAMAGES[damage]
     inflict(folder)
     ran = folder / "ran"
@@ -211,10 +217,18 @@ def test_without_a_network_the_cache_is_used_and_said(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
     assert loaded("hub").offloaded.shape.layers == 2
-    assert capfd.readouterr().err.count("cannot be reached") == 1
-    assert not constants.HF_HUB_OFFLINE
+    assert capfd.readouterr().err.count("what the cache holds is used") == 1
     with pytest.raises(UserError, match=r"2 x 4 experts.*2 x 5 experts"):
         check_weights(config_of("hub", experts=5))
+
+
+def test_without_a_network_nothing_is_tried_again(unreachable: Path) -> None:
+    with hub_access():
+        assert constants.is_offline_mode()
+    assert not constants.is_offline_mode()
+    library = logging.getLogger("huggingface_hub")
+    assert library.handlers
+    assert not library.propagate, "each line would appear twice"
 
 
 def test_without_a_network_or_a_cache_one_line_says_so(
