@@ -12,9 +12,10 @@ from typing import Any
 
 from experiments.corpus import Kind, documents
 from experiments.errors import UserError
+from experiments.weights import hub_access, loading
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SENTINEL = "PROMPTGOESHERE"
+SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,21 @@ def draw_prompts(
 
 
 def template(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the token ids that the chat template, or the tokenizer, puts around a prompt."""
+    """Return the token ids that the chat template, or the tokenizer, puts around a prompt.
+
+    Raises UserError if the template fails or does not pass a prompt on as it is.
+    """
     if not getattr(tokenizer, "chat_template", None):
         bos = tokenizer.bos_token_id
         return ([] if bos is None else [bos]), []
     turn = [{"role": "user", "content": SENTINEL}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    before, after = text.split(SENTINEL)
-    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    remedy = "remove or replace its chat template"
+    with loading("the tokenizer's chat template", remedy):
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    around = text.split(SENTINEL)
+    if len(around) != 2:
+        raise UserError(f"the tokenizer's chat template alters, drops or repeats text; {remedy}")
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in around]
     return ids[0], ids[1]
 
 
@@ -133,14 +141,9 @@ def _local_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[dict[str, Any]]:
     import datasets
 
-    try:
-        yield from datasets.load_dataset(path, data_files=data_files, split=split)
-    except Exception as error:
-        # The hub's client raises a dozen unrelated types for what is gated, missing or offline.
-        raise UserError(
-            f"cannot load the dataset {path}: {_first_line(error)} (is the network up, and if it "
-            "is gated, has `hf auth login` been run? dataset=docs needs neither)"
-        ) from error
+    with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
+        rows = datasets.load_dataset(path, data_files=data_files, split=split)
+    yield from rows
 
 
 def _first_turn(row: dict[str, Any], path: str) -> str | None:

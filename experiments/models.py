@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from huggingface_hub import try_to_load_from_cache
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.errors import UserError
-from experiments.weights import SCALE_MODELS
-from finemoe.offload.model import OffloadedModel
+from experiments.weights import SCALE_MODELS, folder_of, hub_access, loading
+from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
+
+MODELS = Path(__file__).parent.parent / "conf" / "model"
+
+
+FACTS = (
+    "scale.config.model_type",
+    "layers",
+    "experts",
+    "top_k",
+    "hidden_size",
+    "expert_intermediate_size",
+)
+"""What tells models apart; scale models have the first four in common with the full ones."""
+
+DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
 
 
 @dataclass(frozen=True)
@@ -37,36 +55,50 @@ class LoadedModel:
         return f"{self.name} with weights {self.weights}"
 
 
+def check_weights(cfg: DictConfig) -> None:
+    """Compare weights with the model that a config names, from their config.json alone.
+
+    Scale and dummy weights, and those of the hub that are not in the cache, are compared when they
+    are loaded. Raises UserError if they are another model, or missing.
+    """
+    model, weights = cfg.model, str(cfg.weights)
+    if weights == "hub":
+        cached = try_to_load_from_cache(model.hub_id, "config.json")
+        source = str(Path(cached).parent) if isinstance(cached, str) else None
+    else:
+        source = None if weights == "dummy" else _source(model, weights)
+    if source and weights != "scale":
+        _outline(model, weights, source)
+
+
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
     """Load `weights` (scale, dummy, hub, or a local path) of the model that `cfg` describes.
 
-    Raises UserError if they are missing, gated, or no mixture-of-experts model.
+    Raises UserError if they are missing, damaged, gated, or another model.
     """
-    dtype = getattr(torch, cfg.dtype)
-    if weights == "dummy":
-        offloaded = _dummy(cfg, dtype, device, seed)
-        tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / cfg.dummy_tokenizer)
-    else:
-        source = _source(cfg, weights)
-        model, tokenizer = _pretrained(source, dtype)
-        try:
-            offloaded = OffloadedModel.from_model(model, device)
-        except ValueError as error:
-            raise UserError(f"{source}: {error}; choose a mixture-of-experts model") from error
+    whole = None if weights == "dummy" else load_plain(cfg, weights)
+    with loading(f"weights={weights}", "choose another model"):
+        if whole is None:
+            offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
+            tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / cfg.dummy_tokenizer)
+        else:
+            offloaded, tokenizer = OffloadedModel.from_model(whole[0], device), whole[1]
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
-    if weights == "scale":
-        _check_shape(cfg, offloaded)
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[PreTrainedModel, Any]:
     """Return the model whole, as transformers has it, on the CPU, and its tokenizer.
 
-    Raises UserError if its weights are missing, gated, or would be random.
+    Raises UserError if the weights are missing, damaged, gated, another model, or would be random.
     """
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
-    return _pretrained(_source(cfg, weights), getattr(torch, cfg.dtype))
+    source = _source(cfg, weights)
+    with hub_access() if weights == "hub" else nullcontext():
+        outline = _outline(cfg, weights, source)
+        tokenizer = _tokenizer(source, outline)
+        return _whole(source, outline.dtype), tokenizer
 
 
 def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
@@ -77,7 +109,7 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
 def _source(cfg: DictConfig, weights: str) -> str:
     if weights == "hub":
         return str(cfg.hub_id)
-    path = SCALE_MODELS / cfg.name if weights == "scale" else Path(weights)
+    path = folder_of(cfg, weights)
     if (path / "config.json").exists():
         return str(path)
     if weights == "scale":
@@ -89,29 +121,74 @@ def _source(cfg: DictConfig, weights: str) -> str:
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
 
 
-def _pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map="cpu")
-        return model, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
+def _outline(cfg: DictConfig, weights: str, source: str | None) -> PreTrainedModel:
+    """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
+    wanted, dtype = _facts(cfg), getattr(torch, cfg.dtype)
+    remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
+    with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
+        if source is None:
+            config = AutoConfig.for_model(wanted[0])
+        else:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        experts: Any = find_moe_layers(model)[1][0]
+        shape = shape_of(model)
+        size = experts.down_proj[0].numel() // shape.hidden_size
+    found = (config.model_type, *astuple(shape), size)
+    compared = zip(wanted[: 4 if weights == "scale" else None], found, strict=False)
+    if any(want not in (None, has) for want, has in compared):
         raise UserError(
-            f"cannot load {source}: {cause} (is it there, is the network up, and if it is gated, "
-            "has `hf auth login` been run?)"
-        ) from error
-
-
-def _dummy(cfg: DictConfig, dtype: torch.dtype, device: torch.device, seed: int) -> OffloadedModel:
-    with torch.device("meta"):
-        config = AutoConfig.for_model(cfg.scale.config.model_type)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return OffloadedModel.from_meta(model, device, seed)
-
-
-def _check_shape(cfg: DictConfig, model: OffloadedModel) -> None:
-    shape = model.shape
-    if (shape.layers, shape.experts, shape.top_k) != (cfg.layers, cfg.experts, cfg.top_k):
-        raise UserError(
-            f"the scale model of {cfg.name} has the shape {shape.layers} x {shape.experts} "
-            f"top-{shape.top_k}, not the paper's; train it again"
+            f"weights={weights} hold {DESCRIPTION.format(*found)}, model={cfg.name} is "
+            f"{DESCRIPTION.format(*wanted)}; {_better(found, Path(source or ''))}"
         )
+    return model
+
+
+def _facts(cfg: Any) -> tuple[Any, ...]:
+    """Return what a model's YAML says of FACTS, None where it says nothing."""
+    return tuple(OmegaConf.select(cfg, key) for key in FACTS)
+
+
+def _better(found: tuple[Any, ...], folder: Path) -> str:
+    """Return what to do about weights that are not the model's."""
+    if folder.resolve().parent == SCALE_MODELS:
+        return f"use model={folder.name} weights=scale, trained with experiments.scale_models"
+    fitting = [path.stem for path in MODELS.glob("*.yaml") if _facts(OmegaConf.load(path)) == found]
+    return f"use model={fitting[0]}" if fitting else "write a YAML for them in conf/model"
+
+
+def _tokenizer(source: str, outline: Any) -> Any:
+    remedy = "put the tokenizer there that the model was trained with"
+    with loading(f"the tokenizer of {source}", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        ids, rows = max(tokenizer.get_vocab().values()) + 1, outline.get_input_embeddings().weight
+    if ids > len(rows):
+        raise UserError(
+            f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}; {remedy}"
+        )
+    return tokenizer
+
+
+def _whole(source: str, dtype: torch.dtype) -> Any:
+    """Return a model with every weight from its files, and none left over."""
+    again = "copy or download the checkpoint again"
+    for path in sorted(Path(source).glob("model*.safetensors")):
+        with loading(str(path), again), safe_open(path, "pt"):
+            pass
+    with loading(f"the weights of {source}", again):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map="cpu",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        model, report = loaded
+    for kind in ("missing", "mismatched", "unexpected"):
+        if keys := report[f"{kind}_keys"]:
+            raise UserError(
+                f"the weights of {source} do not fit its config.json: {len(keys)} tensors are "
+                f"{kind}, such as {min(map(str, keys))}; {again}"
+            )
+    return model

@@ -1,13 +1,22 @@
-"""Which weights a config names: what a kept trace and a run record are of, read without torch."""
+"""Which weights a config names and how files are fetched or refused, without torch."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import logging
+
+from experiments.errors import UserError
 
 SCALE_MODELS = Path(__file__).parent / "scale"
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
@@ -26,14 +35,68 @@ def fingerprint(model: Any, weights: str, seed: int) -> str:
     elif weights == "hub":
         told = [(model["hub_id"], _revision(model["hub_id"]))]
     else:
-        folder = SCALE_MODELS / model["name"] if weights == "scale" else Path(weights)
+        folder = folder_of(model, weights)
         found = sorted(path for pattern in OF_A_MODEL for path in folder.glob(pattern))
         told = [(path.name, _content(path)) for path in found]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
+def folder_of(model: Any, weights: str) -> Path:
+    """Return where scale models and local checkpoints lie."""
+    return SCALE_MODELS / model["name"] if weights == "scale" else Path(os.path.expanduser(weights))
+
+
+@contextmanager
+def hub_access() -> Iterator[None]:
+    """Let the block ask the hub or, if that cannot be reached, the cache alone, which is said.
+
+    The libraries would try for half a minute for every file.
+    """
+    # The library's own handler prints already; Hydra's would print everything again.
+    logging.disable_propagation()
+    before, unreachable = constants.HF_HUB_OFFLINE, None
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        # What a failed connection raises changes with the client's HTTP library.
+        unreachable = error
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+    if unreachable:
+        print(f"{constants.ENDPOINT}: {unreachable}; what the cache holds is used", file=sys.stderr)
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads `what` into a UserError with the cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # transformers, datasets and their readers raise dozens of unrelated types.
+        cause = "".join(filter(str.isprintable, shorten(str(error), 160, placeholder=" ...")))
+        if not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
+            cause = f"{type(error).__name__} {cause}"
+        causes: list[BaseException] = [error]
+        while deeper := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(deeper)
+        if isinstance(error, ImportError):
+            remedy = "install what it needs, or use weights without it"
+        elif any(isinstance(one, LocalEntryNotFoundError | ConnectionError) for one in causes):
+            cause = f"it is not in the cache, and {constants.ENDPOINT} cannot be reached"
+            remedy = "connect, or use what needs no network: weights=scale, dataset=docs"
+        elif any(isinstance(one, RepositoryNotFoundError) for one in causes):
+            remedy = "check its name, ask for access on its page and run `hf auth login`"
+        raise UserError(f"cannot load {what}: {cause.rstrip(' .')}; {remedy}") from error
+
+
 def _revision(hub_id: str) -> str:
-    reference = Path(HF_HUB_CACHE, "models--" + hub_id.replace("/", "--"), "refs", "main")
+    reference = Path(constants.HF_HUB_CACHE, "models--" + hub_id.replace("/", "--"), "refs", "main")
     return reference.read_text().strip() if reference.exists() else "unknown"
 
 

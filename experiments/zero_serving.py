@@ -127,7 +127,6 @@ def _prepare(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> ZeroSetup:
     options: ZeroOptions = build(cfg.system)
     model, tokenizer = load_plain(cfg.model, str(cfg.weights))
     try:
-        find_moe_layers(model)
         choose_accelerator(testbed.devices[0])
     except ValueError as error:
         raise UserError(f"system={cfg.system.label}: {error}") from error

@@ -57,7 +57,7 @@ class OffloadedModel:
     def from_model(cls, model: PreTrainedModel, device: torch.device) -> OffloadedModel:
         """Take the experts out of a model on the CPU and move the rest to `device`."""
         gates, experts, logits_index = find_moe_layers(model)
-        shape = _shape(model, experts[0])
+        shape = shape_of(model)
         store = HostStore.take_from(experts, pin=device.type == "cuda")
         dense: Any = model
         return cls._assemble(dense.to(device), store, shape, gates, experts, logits_index)
@@ -66,7 +66,7 @@ class OffloadedModel:
     def from_meta(cls, model: PreTrainedModel, device: torch.device, seed: int) -> OffloadedModel:
         """Give a meta-device model random weights; all its experts share one host block."""
         gates, experts, logits_index = find_moe_layers(model)
-        shape = _shape(model, experts[0])
+        shape = shape_of(model)
         std = float(getattr(model.config, "initializer_range", 0.02))
         pin = device.type == "cuda"
         store = HostStore.shared(experts, shape.experts, pin, std, seed)
@@ -116,8 +116,14 @@ def _router_recorder(model: PreTrainedModel) -> Any:
     return None
 
 
-def _shape(model: PreTrainedModel, experts: Any) -> ModelShape:
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """Return the routing shape of a model that has its experts.
+
+    Raises ValueError if it has none, or fewer than a token shall have.
+    """
     config = model.config.get_text_config()
-    layers = len(find_moe_layers(model)[1])
-    count = next(experts.parameters(recurse=False)).shape[0]
-    return ModelShape(layers, count, config.num_experts_per_tok, config.hidden_size)
+    experts = find_moe_layers(model)[1]
+    count = next(experts[0].parameters(recurse=False)).shape[0]
+    if not 1 <= config.num_experts_per_tok <= count:
+        raise ValueError(f"num_experts_per_tok={config.num_experts_per_tok} of {count} experts")
+    return ModelShape(len(experts), count, config.num_experts_per_tok, config.hidden_size)

@@ -62,8 +62,10 @@ def composed(*overrides: str) -> DictConfig:
 
 def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path) -> None:
     places = (f"weights={checkpoint}", f"output={tmp_path / 'out'}", f"traces={tmp_path}")
+    sizes = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
+    facts = [f"model.mixtral.{name}={size}" for name, size in sizes.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.routing_report", *TINY, *places],
+        [sys.executable, "-m", "experiments.routing_report", *TINY, *places, *facts],
         cwd=ROOT,
         capture_output=True,
         text=True,

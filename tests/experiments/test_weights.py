@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from experiments import weights
 from experiments.weights import fingerprint
@@ -81,7 +82,7 @@ def test_dummies_are_their_seed() -> None:
 def test_hub_weights_are_the_revision_that_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     reference = tmp_path / "models--someone--toy" / "refs" / "main"
     found = {fingerprint(MODEL, "hub", 0), fingerprint({**MODEL, "hub_id": "other/toy"}, "hub", 0)}
     reference.parent.mkdir(parents=True)
