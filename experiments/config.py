@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from experiments.errors import UserError
 from experiments.online import OnlineSettings, is_online, planned
+from experiments.weights import source_of
 from experiments.workloads import OfflineSettings, Request, split
 from finemoe.costs import FullSizeModel
 from finemoe.expert_map import StoreMismatch
@@ -103,6 +104,8 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
         settings = workload_settings(cfg.workload)
         numbers = range(settings.prompts)
         split([Request(number, (), settings.output_tokens) for number in numbers], settings)
+    if cfg.weights != "dummy":
+        source_of(cfg.model, cfg.weights)
     testbed = build(cfg.testbed)
     check_fit(cfg, testbed)
     arguments(cfg.dataset)
@@ -117,6 +120,10 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
     if simulated:
         check_room(cfg, testbed, slots)
     load_store(cfg, policy, identity(cfg))
+    if cfg.weights not in ("scale", "dummy"):
+        from experiments.models import check_weights
+
+        check_weights(cfg)
 
 
 def check_fit(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:

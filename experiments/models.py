@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.errors import UserError
-from experiments.weights import SCALE_MODELS, folder_of, hub_access, loading
+from experiments.weights import SCALE_MODELS, hub_access, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
@@ -66,7 +66,7 @@ def check_weights(cfg: DictConfig) -> None:
         cached = try_to_load_from_cache(model.hub_id, "config.json")
         source = str(Path(cached).parent) if isinstance(cached, str) else None
     else:
-        source = None if weights == "dummy" else _source(model, weights)
+        source = None if weights == "dummy" else source_of(model, weights)
     if source and weights != "scale":
         _outline(model, weights, source)
 
@@ -94,7 +94,7 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple[PreTrainedModel, Any]:
     """
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
-    source = _source(cfg, weights)
+    source = source_of(cfg, weights)
     with hub_access() if weights == "hub" else nullcontext():
         outline = _outline(cfg, weights, source)
         tokenizer = _tokenizer(source, outline)
@@ -104,21 +104,6 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple[PreTrainedModel, Any]:
 def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     """Return the bytes of one full-size expert of a model whose own take `stored`."""
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
-
-
-def _source(cfg: DictConfig, weights: str) -> str:
-    if weights == "hub":
-        return str(cfg.hub_id)
-    path = folder_of(cfg, weights)
-    if (path / "config.json").exists():
-        return str(path)
-    if weights == "scale":
-        raise UserError(
-            f"no scale model of {cfg.name} is there; train one with python -m "
-            f"experiments.scale_models model={cfg.name}, or use weights=dummy, weights=hub or a "
-            "local folder"
-        )
-    raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
 
 
 def _outline(cfg: DictConfig, weights: str, source: str | None) -> PreTrainedModel:

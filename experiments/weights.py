@@ -46,6 +46,22 @@ def folder_of(model: Any, weights: str) -> Path:
     return SCALE_MODELS / model["name"] if weights == "scale" else Path(os.path.expanduser(weights))
 
 
+def source_of(model: Any, weights: str) -> str:
+    """Return the folder or hub id of weights; raise UserError for a folder that is no checkpoint."""
+    if weights == "hub":
+        return str(model.hub_id)
+    path = folder_of(model, weights)
+    if (path / "config.json").exists():
+        return str(path)
+    if weights == "scale":
+        raise UserError(
+            f"no scale model of {model.name} is there; train one with python -m "
+            f"experiments.scale_models model={model.name}, or use weights=dummy, weights=hub or a "
+            "local folder"
+        )
+    raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
+
+
 @contextmanager
 def hub_access() -> Iterator[None]:
     """Let the block ask the hub or, if that cannot be reached, the cache alone, which is said.
