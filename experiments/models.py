@@ -56,19 +56,18 @@ class LoadedModel:
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """Compare weights with the model that a config names, from their config.json alone.
+    """Compare a folder's or the hub's weights with the model of `cfg`, from config.json alone.
 
-    Scale and dummy weights, and those of the hub that are not in the cache, are compared when they
-    are loaded. Raises UserError if they are another model, or missing.
+    Those of the hub that are not in the cache are compared when they are loaded. Raises UserError
+    if they are another model, or missing.
     """
     model, weights = cfg.model, str(cfg.weights)
+    source: Any = source_of(model, weights)
     if weights == "hub":
         cached = try_to_load_from_cache(model.hub_id, "config.json")
-        source = str(Path(cached).parent) if isinstance(cached, str) else None
-    else:
-        source = None if weights == "dummy" else source_of(model, weights)
-    if source and weights != "scale":
-        _outline(model, weights, source)
+        source = Path(cached).parent if isinstance(cached, str) else None
+    if source:
+        _outline(model, weights, str(source))
 
 
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
