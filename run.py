@@ -7,18 +7,18 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import hydra
 from omegaconf import DictConfig
 
-from experiments.errors import BAD_INPUT
+from experiments.errors import BAD_INPUT, INTERRUPTED, UserError, say_starting
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-INTERRUPTED = 130
 STARTED, REFUSED = "started", "refused"
 
 
@@ -43,15 +43,18 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from experiments.console import Console
-    from experiments.errors import UserError
-    from experiments.harness import run
-    from experiments.records import REQUESTS, existing_record, read_record
-    from experiments.tracking import log_record
-
     outcome.tell(STARTED)
-    console = Console()
+    hydra_job, single = HydraConfig.get().job, HydraConfig.get().mode == RunMode.RUN
+    job = None if parent_process() is None else f"#{hydra_job.num} {cfg.system.label}"
     try:
+        check_experiment(cfg.get("experiment"), single)
+        # What follows takes seconds to import.
+        from experiments.console import Console
+        from experiments.harness import run
+        from experiments.records import REQUESTS, existing_record, read_record
+        from experiments.tracking import log_record
+
+        console = Console(job=job)
         held = existing_record(cfg)
         if held is not None:
             console.skipped(held)
@@ -60,14 +63,24 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
         if not (folder / "wandb").exists():
             log_record(cfg.logger, folder, record, folder / REQUESTS)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{job}: error: {error}" if job else f"error: {error}", file=sys.stderr)
         outcome.tell(REFUSED)
-        if HydraConfig.get().mode == RunMode.RUN:
+        if single:
             raise SystemExit(BAD_INPUT) from None
+
+
+def check_experiment(own: DictConfig | None, single: bool) -> None:
+    """Raise UserError if the experiment that the config names is more than jobs of a multirun."""
+    if own is not None and (single or own.get("analysis") or own.get("cells")):
+        remedy = f"call python -m experiments.reproduce {own.id}"
+        if not (own.get("analysis") or own.get("cells")):
+            remedy = f"add -m, or {remedy}"
+        raise UserError(f"experiment {own.id} is no single run; {remedy}")
 
 
 def main() -> None:
     """Run Hydra; exit 2 for bad input, 130 when interrupted."""
+    say_starting()
     with TemporaryDirectory(prefix="finemoe-") as folder:
         conduct(Outcome(Path(folder)))
 

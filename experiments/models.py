@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.errors import UserError
 from experiments.weights import SCALE_MODELS
 from finemoe.offload.model import OffloadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
     Raises UserError if they are missing, gated, or no mixture-of-experts model.
     """
+    from transformers import AutoTokenizer
+
     dtype = getattr(torch, cfg.dtype)
     if weights == "dummy":
         offloaded = _dummy(cfg, dtype, device, seed)
@@ -84,6 +88,8 @@ def _source(cfg: DictConfig, weights: str) -> str:
 
 
 def _pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map="cpu")
         return model, AutoTokenizer.from_pretrained(source)
@@ -96,6 +102,8 @@ def _pretrained(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
 
 
 def _dummy(cfg: DictConfig, dtype: torch.dtype, device: torch.device, seed: int) -> OffloadedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     with torch.device("meta"):
         config = AutoConfig.for_model(cfg.scale.config.model_type)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

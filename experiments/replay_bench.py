@@ -8,7 +8,6 @@ leaves a record.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from experiments.console import Console
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command, words_given
 from experiments.overheads import write_json
 from experiments.records import provenance
 from experiments.routing_source import open_routing
@@ -32,7 +31,6 @@ from experiments.setup import build
 from experiments.simulation import bound, measure, prepare, teach
 from finemoe.offload import replay
 from finemoe.offload.compiled import is_compiled
-from finemoe.trace import TraceError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
@@ -122,15 +120,12 @@ def split_choices(
     return choices, overrides
 
 
+@command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
     torch.set_num_threads(1)
-    choices, overrides = split_choices(sys.argv[1:] if arguments is None else arguments, CHOICES)
-    try:
-        speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
-    except (UserError, TraceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    choices, overrides = split_choices(words_given(__doc__, CHOICES, arguments), CHOICES)
+    speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
     RichConsole().print(speed_table(speeds))
     if choices["output"]:
         rows = [{**asdict(one), "layer_steps_per_s": one.layer_steps_per_s} for one in speeds]

@@ -8,7 +8,6 @@ that the observations make.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from experiments import simulation
 from experiments.calibrate import write_testbed
 from experiments.calibration import Calibration, as_run
 from experiments.console import Console
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command
 from experiments.first_pass import first_pass
 from experiments.harness import build_history, measure
 from experiments.overheads import write_json
@@ -235,14 +234,11 @@ def _times(live: float, again: float) -> tuple[str, str, str]:
 
 
 @hydra.main(config_path="../conf", config_name="validate", version_base="1.3")
+@command()
 def main(cfg: DictConfig) -> None:
     """Validate as the config says; exit 2 for bad input. Nothing fails because of a time."""
     transformers.logging.disable_progress_bar()
-    try:
-        comparisons, calibrated = validate(cfg, Console())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    comparisons, calibrated = validate(cfg, Console())
     RichConsole(width=140).print(table(comparisons))
     met = sum(one.met for one in comparisons)
     print(f"TTFT and TPOT within 5 %: {met} of {len(comparisons)}")

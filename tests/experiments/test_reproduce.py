@@ -170,7 +170,7 @@ def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
     overrides = [*TINY, "system=finemoe", "memory_budget=12", "system.store_capacity=7"]
     (ours,) = [c for c in sweeps.run_configs(known, overrides, conf) if c.memory_budget == 12][:1]
     with initialize_config_dir(str(conf), version_base="1.3"):
-        hydras = compose("config", ["+experiment=first", *overrides])
+        hydras = compose("config", ["experiment=first", *overrides])
     assert sweeps.digest(ours) == sweeps.digest(_placed(hydras))
 
 
