@@ -106,7 +106,7 @@ class Console:
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
         """Print generated text, if there is any, the table of results and where the record lies."""
         if self._job is not None:
-            self._print(f"{_brief(record['summary'])}; run record: {escape(str(path))}")
+            self._print(_brief(record["summary"]))
             return
         if sample is not None:
             text = Text.assemble((sample[0], "dim"), (sample[1].rstrip(), "bold"))
@@ -201,8 +201,8 @@ def _bound(bound: dict[str, float]) -> str:
     if bound["times"] < 1:
         return "no bound: compute alone was timed on a busy machine"
     return (
-        f"{bound['times']:.2f} x the bound: {bound['compute_s']:.1f} s of compute alone, "
-        f"{bound['link_s']:.1f} s for the bytes that must cross the links"
+        f"{bound['times']:.2f} x the bound: compute alone {bound['compute_s']:.1f} s, "
+        f"loads that none can avoid {bound['link_s']:.1f} s"
     )
 
 
