@@ -47,7 +47,10 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     hydra_job, single = HydraConfig.get().job, HydraConfig.get().mode == RunMode.RUN
     job = None if parent_process() is None else f"#{hydra_job.num} {cfg.system.label}"
     try:
-        check_experiment(cfg.get("experiment"), single)
+        own = cfg.get("experiment") or {}
+        if own and (single or own.get("analysis") or own.get("cells")):
+            told = f"experiment {own.id} is no single run"
+            raise UserError(f"{told}; call python -m experiments.reproduce {own.id}")
         # What follows takes seconds to import.
         from experiments.console import Console
         from experiments.harness import run
@@ -67,15 +70,6 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
         outcome.tell(REFUSED)
         if single:
             raise SystemExit(BAD_INPUT) from None
-
-
-def check_experiment(own: DictConfig | None, single: bool) -> None:
-    """Raise UserError if the experiment that the config names is more than jobs of a multirun."""
-    if own is not None and (single or own.get("analysis") or own.get("cells")):
-        remedy = f"call python -m experiments.reproduce {own.id}"
-        if not (own.get("analysis") or own.get("cells")):
-            remedy = f"add -m, or {remedy}"
-        raise UserError(f"experiment {own.id} is no single run; {remedy}")
 
 
 def main() -> None:

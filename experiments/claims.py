@@ -385,12 +385,9 @@ def write_text(path: Path, text: str) -> None:
 
 def arguments(doc: str | None) -> tuple[Path, bool]:
     """Return the results folder and mixed_modes from `key=value` words; UserError for others."""
-    options = {"results": "results", "mixed_modes": "false"}
-    for word in words_given(doc, options):
-        name, equals, value = word.partition("=")
-        if name not in options or not equals:
-            raise UserError(f"{word}: give results=<folder>, and mixed_modes=true if you mean it")
-        options[name] = value
+    options, others = words_given(doc, {"results": "results", "mixed_modes": "false"})
+    if others:
+        raise UserError(f"{others[0]}: give results=<folder>, and mixed_modes=true if you mean it")
     if options["mixed_modes"] not in ("true", "false"):
         raise UserError(f"mixed_modes={options['mixed_modes']}: choose true or false")
     return Path(options["results"]), options["mixed_modes"] == "true"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -45,28 +45,26 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     ranked = sorted(runs.index, key=lambda one: [_order(value) for value in runs.loc[one]])
     runs = runs.loc[ranked].reset_index(drop=True).map(_shown)
     records = [records[one] for one in ranked]
-    commits = pd.Series(map(_commit, records))
-    several = commits.nunique() > 1
-    facts = runs if several else runs.assign(commit=commits)
+    commits = pd.Series(map(_commit, records), name="commit")
+    numbers = pd.Series(range(1, len(records) + 1), name="#").map(str)
+    parts = [numbers] if commits.nunique() > 1 else []
+    facts = pd.concat([runs, commits], axis=1)
     shared = [name for name in facts if facts[name].nunique() == 1]
     said = [f"{name} {facts[name][0]}" for name in shared if facts[name][0] != ABSENT]
     console.print(f"runs: {len(records)}; {', '.join(said)}")
     own = runs.drop(columns=shared, errors="ignore")
-    measured = measurements([record["summary"] for record in records])
-    table = _table(own, measured, several)
+    measured = _measured([record["summary"] for record in records])
+    table = _table(pd.concat([*parts, own, measured], axis=1))
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, table).maximum > console.width:
-        # A value is a word of its own, with its name; none is broken that a line can hold.
-        words = [
-            " ".join(f"{name}={value}" for name, value in row.items() if value != ABSENT)
-            for _, row in own.iterrows()
-        ]
-        table = _table(pd.DataFrame({"run": words}), measured, several)
+        # Then a setting is a word with its name, and broken only if it is longer than a line.
+        words = pd.Series(map(_words, own.to_dict("records")), name="run")
+        table = _table(pd.concat([*parts, words, measured], axis=1))
     console.print(table)
-    if (measured["x bound"] < 1).any():
+    if any((record["summary"].get("bound") or {}).get("times", 1) < 1 for record in records):
         console.print("x bound: below 1 is none; compute alone was timed on a busy machine")
-    for commit, rows in commits.groupby(commits, sort=False) if several else ():
-        console.print(f"commit {commit}: rows {', '.join(str(one + 1) for one in rows.index)}")
+    for commit, rows in numbers.groupby(commits, sort=False) if parts else ():
+        console.print(f"commit {commit}: rows {', '.join(rows)}")
 
 
 def told_apart(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -88,16 +86,23 @@ def told_apart(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> p
     return runs
 
 
-def measurements(summaries: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row a run of the columns MEASURED; NaN is what a record does not have."""
+def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row a run of the columns MEASURED, as text."""
     names = ["ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "hits", "late", "misses"]
     names += ["bytes_on_demand", "bytes_prefetched", "bound.times"]
     found = pd.json_normalize(summaries).reindex(columns=names).astype(float)
-    late = found["late"] / (found["hits"] + found["late"] + found["misses"])
-    moved = (found["bytes_on_demand"] + found["bytes_prefetched"]) / 1e9
-    milliseconds = (found[name] * 1e3 for name in names[:2])
-    columns = (*milliseconds, found["expert_hit_rate"], late, moved, found["bound.times"])
-    return pd.DataFrame(dict(zip(MEASURED, columns, strict=True)))
+    columns = (
+        found["ttft_s.mean"] * 1e3,
+        found["tpot_s.mean"] * 1e3,
+        found["expert_hit_rate"],
+        found["late"] / found[["hits", "late", "misses"]].sum(axis=1),
+        (found["bytes_on_demand"] + found["bytes_prefetched"]) / 1e9,
+        found["bound.times"].where(found["bound.times"] >= 1),
+    )
+    shown = zip(MEASURED.items(), columns, strict=True)
+    return pd.DataFrame(
+        {name: one.map(form.format, "ignore").fillna(ABSENT) for (name, form), one in shown}
+    )
 
 
 def _told(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +127,7 @@ def _commit(record: Mapping[str, Any]) -> str:
 
 def _order(value: Any) -> tuple[bool, Any]:
     """Rank numbers by value, before all else by its text."""
-    number = isinstance(value, int | float) and value == value
+    number = pd.api.types.is_number(value) and value == value
     return not number, value if number else str(value)
 
 
@@ -133,28 +138,25 @@ def _shown(value: Any) -> str:
     return "".join(one for one in str(value) if one.isprintable())
 
 
-def _table(runs: pd.DataFrame, measured: pd.DataFrame, numbered: bool) -> Table:
+def _words(row: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.items() if value != ABSENT)
+
+
+def _table(cells: pd.DataFrame) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    if numbered:
-        table.add_column("#", justify="right")
-    for name in runs:
-        # Of words that do not fit on one line, none is broken.
-        table.add_column(str(name), overflow="fold")
-    for name in MEASURED:
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in runs.index:
-        numbers = [
-            ABSENT if pd.isna(v) or (name == "x bound" and v < 1) else MEASURED[name].format(v)
-            for name, v in measured.loc[one].items()
-        ]
-        table.add_row(*[str(one + 1)][:numbered], *runs.loc[one], *numbers)
+    for name in cells:
+        right = name in ("#", *MEASURED)
+        justify: JustifyMethod = "right" if right else "left"
+        table.add_column(str(name), justify=justify, no_wrap=right, overflow="fold")
+    for row in cells.itertuples(index=False):
+        table.add_row(*row)
     return table
 
 
 @command()
 def main() -> None:
     """Print the table of all records under the folders given."""
-    folders = [Path(one) for one in words_given(__doc__, {})]
+    folders = [Path(one) for one in words_given(__doc__, {})[1]]
     if not folders:
         raise UserError("name folders of runs; see python -m experiments.compare --help")
     compare(find_records(folders), Console(markup=False, highlight=False, emoji=False))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from experiments.datasets import PromptSet
     from experiments.models import LoadedModel
+    from finemoe.offload.policy import ModelShape
     from finemoe.testbed import SimulatedTestbed, Testbed
     from finemoe.trace import Trace
 
@@ -43,8 +44,6 @@ class Console:
         self, testbed: Testbed, model: LoadedModel, prompts: PromptSet, slots: Sequence[int]
     ) -> None:
         """Say what runs where, before anything takes time."""
-        shape = model.offloaded.shape
-        experts = shape.layers * shape.experts
         place = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
             load = testbed.load_seconds(model.full_expert_bytes)
@@ -52,8 +51,7 @@ class Console:
         self._print(
             f"[bold]{model.name}[/] ({escape(model.weights)} weights, {testbed.mode})",
             place,
-            f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
-            f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})",
+            _slots(model.offloaded.shape, slots),
             f"prompts from {prompts.dataset}: {escape(prompts.source)}",
         )
 
@@ -71,13 +69,11 @@ class Console:
         self, testbed: SimulatedTestbed, cfg: DictConfig, trace: Trace, slots: Sequence[int]
     ) -> None:
         """Say what is simulated, and from which trace."""
-        shape, origin = trace.header.shape, trace.header.provenance
-        experts = shape.layers * shape.experts
+        origin = trace.header.provenance
         self._print(
             f"[bold]{cfg.model.name}[/] (routing of {escape(str(origin.get('weights')))} weights, "
             f"simulated) on {testbed.name}, {testbed.devices} device(s)",
-            f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
-            f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})",
+            _slots(trace.header.shape, slots),
             f"routing from {escape(str(trace.path))}: {escape(str(origin.get('dataset')))}",
         )
 
@@ -88,14 +84,7 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
         """Show a bar over `total` requests while the block runs."""
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        hidden = self._rich.quiet or not self._rich.is_terminal or self._job is not None
-        with Progress(*columns, console=self._rich, transient=True, disable=hidden) as bar:
+        with bar_on(self._rich, hidden=self._rich.quiet or self._job is not None) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
 
@@ -133,6 +122,21 @@ class Console:
         """Print lines; of a job among others, the first with its name."""
         shown = lines if self._job is None else [f"{escape(self._job)}: {lines[0]}"]
         self._rich.print("\n".join(shown), soft_wrap=True)
+
+
+def bar_on(rich: RichConsole, hidden: bool = False) -> Progress:
+    """Return a bar that vanishes when done; there is none where there is no terminal."""
+    columns = TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn()
+    hidden = hidden or not rich.is_terminal
+    return Progress(*columns, TimeRemainingColumn(), console=rich, transient=True, disable=hidden)
+
+
+def _slots(shape: ModelShape, slots: Sequence[int]) -> str:
+    experts = shape.layers * shape.experts
+    return (
+        f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
+        f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
+    )
 
 
 def _brief(summary: dict[str, Any]) -> str:

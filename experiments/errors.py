@@ -38,12 +38,13 @@ def command() -> Iterator[None]:
 
 def words_given(
     doc: str | None, defaults: Mapping[str, str], words: Sequence[str] | None = None
-) -> list[str]:
-    """Return the command line's words; for --help, show what a module says of itself, and exit."""
-    given = sys.argv[1:] if words is None else list(words)
-    if {"-h", "--help"}.isdisjoint(given):
-        return given
-    print((doc or "").replace("``", "").strip())
-    if defaults:
-        print("\nDefaults:", *(f"{name}={value}" for name, value in defaults.items()), sep="\n  ")
-    raise SystemExit(0)
+) -> tuple[dict[str, str], list[str]]:
+    """Return a command's own ``key=value`` choices, and its other words; show `doc` for --help."""
+    given = sys.argv[1:] if words is None else words
+    if not {"-h", "--help"}.isdisjoint(given):
+        print((doc or "").replace("``", ""))
+        print(*(f"default: {name}={value}" for name, value in defaults.items()), sep="\n")
+        raise SystemExit(0)
+    own = [word for word in given if word.partition("=")[0] in defaults and "=" in word]
+    chosen = {name: value for name, _, value in (word.partition("=") for word in own)}
+    return {**defaults, **chosen}, [word for word in given if word not in own]

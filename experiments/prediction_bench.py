@@ -23,7 +23,7 @@ from rich.table import Table
 from experiments.errors import command, words_given
 from experiments.overheads import write_json
 from experiments.records import provenance
-from experiments.replay_bench import configs, split_choices
+from experiments.replay_bench import configs
 from experiments.setup import build
 from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
@@ -145,7 +145,7 @@ def times_table(times: Sequence[PredictionTimes]) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
     torch.set_num_threads(1)
-    choices, overrides = split_choices(words_given(__doc__, CHOICES, arguments), CHOICES)
+    choices, overrides = words_given(__doc__, CHOICES, arguments)
     times = [prediction_times(cfg) for cfg in configs(choices, overrides)]
     Console().print(times_table(times))
     if choices["output"]:

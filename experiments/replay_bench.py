@@ -9,7 +9,7 @@ leaves a record.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,25 +106,11 @@ def configs(choices: dict[str, str], overrides: Sequence[str]) -> list[DictConfi
         raise UserError(f"{str(error).splitlines()[0]}; see python run.py --help") from None
 
 
-def split_choices(
-    arguments: Sequence[str], defaults: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
-    """Return a benchmark's own choices, and the arguments that are run.py's."""
-    choices, overrides = dict(defaults), []
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in choices:
-            choices[name] = value
-        else:
-            overrides.append(argument)
-    return choices, overrides
-
-
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
     torch.set_num_threads(1)
-    choices, overrides = split_choices(words_given(__doc__, CHOICES, arguments), CHOICES)
+    choices, overrides = words_given(__doc__, CHOICES, arguments)
     speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
     RichConsole().print(speed_table(speeds))
     if choices["output"]:

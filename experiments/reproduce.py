@@ -28,16 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import sweeps
-from experiments.errors import BAD_INPUT, UserError
+from experiments.console import bar_on
+from experiments.errors import BAD_INPUT, INTERRUPTED, UserError
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
 from experiments.reproduce_tasks import function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
 from experiments.tracking import log_reproduction
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 WANDB_PROJECT = "finemoe"
 
 
@@ -219,15 +219,9 @@ class Reproduction:
 
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
-        columns = (
-            TextColumn("{task.description:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
         done: list[Ended] = []
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
+        with bar_on(self.console) as bar:
             shown = bar.add_task(what, total=total)
             for ended in self._ends(tasks, alone):
                 done.append(ended)

@@ -175,7 +175,7 @@ def test_help_lists_what_exists() -> None:
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        (["experiment=figure12"], "add -m, or call python -m experiments.reproduce 12"),
+        (["experiment=figure12"], "call python -m experiments.reproduce 12"),
         (["-m", "experiment=figure3a"], "call python -m experiments.reproduce 3a"),
     ],
 )
