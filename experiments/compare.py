@@ -101,7 +101,10 @@ def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     )
     shown = zip(MEASURED.items(), columns, strict=True)
     return pd.DataFrame(
-        {name: one.map(form.format, "ignore").fillna(ABSENT) for (name, form), one in shown}
+        {
+            name: [ABSENT if pd.isna(value) else form.format(value) for value in column]
+            for (name, form), column in shown
+        }
     )
 
 

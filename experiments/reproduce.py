@@ -79,7 +79,7 @@ class Reproduction:
         self.log_to_wandb = "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
         self.failures: list[Ended] = []
-        self.began, self.ran, self.drawn = time.monotonic(), 0, 0
+        self.began, self.done = time.monotonic(), Counter[str]()
         self.chosen = sweeps.chosen(ids, conf)
         self.store.check_writable()
         self.plans = self._unmade(overrides, conf)
@@ -105,8 +105,8 @@ class Reproduction:
         took = round(time.monotonic() - self.began)
         self._say(
             f"{'[red]not done[/]' if self.failures else 'done'} in {took // 60} min {took % 60} s; "
-            f"runs made: {self.ran}, failures: {len(self.failures)}, experiments drawn: "
-            f"{self.drawn} of {len(self.plans)}\nresults: {escape(str(self.store.root))}"
+            f"runs made: {self.done['runs']}, failures: {len(self.failures)}, experiments drawn: "
+            f"{self.done['figures']} of {len(self.plans)}\nresults: {escape(str(self.store.root))}"
         )
         if not self.failures:
             return 0
@@ -174,7 +174,6 @@ class Reproduction:
             cfg = self.pending_runs[one]
             (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, plain([cfg])))
         for ended in self._stage("runs", simulated, timed):
-            self.ran += not ended.error
             if ended.trace:
                 folder = self.store.run(digests[ended.name])
                 folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +194,6 @@ class Reproduction:
             tasks.append(Task(f"experiment {plan.experiment.id}", make, parts))
         for ended in self._stage("figures", tasks):
             if not ended.error:
-                self.drawn += 1
                 picture = self.store.figures / f"{ended.name.split()[-1]}.png"
                 self._say(f"{ended.name}: {escape(str(picture))}")
             if ended.trace:
@@ -225,6 +223,7 @@ class Reproduction:
             shown = bar.add_task(what, total=total)
             for ended in self._ends(tasks, alone):
                 done.append(ended)
+                self.done[what] += not ended.error
                 bar.advance(shown)
                 if ended.error:
                     self.failures.append(ended)

@@ -211,7 +211,7 @@ def _calibrate_config(cfg: DictConfig) -> DictConfig:
 
 def table(comparisons: Sequence[Comparison]) -> Table:
     """Return one row a comparison."""
-    rows = Table(title="replay against live (emulated)", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = Table(title="replay against live (emulated)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in (
         "system",
         "GB",

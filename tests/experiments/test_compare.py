@@ -82,6 +82,7 @@ def test_what_is_below_one_is_no_bound(tmp_path: Path) -> None:
     done = compare(tmp_path)
     assert "0.54" not in done.stdout
     assert "busy machine" in done.stdout
+    assert not done.stderr
 
 
 def test_names_in_records_cannot_steer_the_terminal(tmp_path: Path) -> None:
