@@ -47,7 +47,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     hydra_job, single = HydraConfig.get().job, HydraConfig.get().mode == RunMode.RUN
     job = None if parent_process() is None else f"#{hydra_job.num} {cfg.system.label}"
     try:
-        own = cfg.get("experiment") or {}
+        own = cfg.get("experiment")
         if own and (single or own.get("analysis") or own.get("cells")):
             told = f"experiment {own.id} is no single run"
             raise UserError(f"{told}; call python -m experiments.reproduce {own.id}")

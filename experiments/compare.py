@@ -58,7 +58,7 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, table).maximum > console.width:
         # Then a setting is a word with its name, and broken only if it is longer than a line.
-        words = pd.Series(map(_words, own.to_dict("records")), name="run")
+        words = pd.Series([_words(row) for _, row in own.iterrows()], name="run")
         table = _table(pd.concat([*parts, words, measured], axis=1))
     console.print(table)
     if any((record["summary"].get("bound") or {}).get("times", 1) < 1 for record in records):
@@ -141,7 +141,7 @@ def _shown(value: Any) -> str:
     return "".join(one for one in str(value) if one.isprintable())
 
 
-def _words(row: dict[str, str]) -> str:
+def _words(row: pd.Series) -> str:
     return " ".join(f"{name}={value}" for name, value in row.items() if value != ABSENT)
 
 
