@@ -7,18 +7,18 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import hydra
 from omegaconf import DictConfig
 
-from experiments.errors import BAD_INPUT
+from experiments.errors import BAD_INPUT, INTERRUPTED, UserError, say_starting
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-INTERRUPTED = 130
 STARTED, REFUSED = "started", "refused"
 
 
@@ -44,16 +44,23 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     from hydra.types import RunMode
 
     from experiments.config import check
-    from experiments.console import Console
-    from experiments.errors import UserError
-    from experiments.harness import run
-    from experiments.records import REQUESTS, existing_record, read_record
-    from experiments.tracking import log_record
 
     outcome.tell(STARTED)
-    console = Console()
+    hydra_job, single = HydraConfig.get().job, HydraConfig.get().mode == RunMode.RUN
+    job = None if parent_process() is None else f"#{hydra_job.num} {cfg.system.label}"
     try:
+        own = cfg.get("experiment")
+        if own and (single or own.get("analysis") or own.get("cells")):
+            told = f"experiment {own.id} is no single run"
+            raise UserError(f"{told}; call python -m experiments.reproduce {own.id}")
         check(cfg)
+        # What follows takes seconds to import.
+        from experiments.console import Console
+        from experiments.harness import run
+        from experiments.records import REQUESTS, existing_record, read_record
+        from experiments.tracking import log_record
+
+        console = Console(job=job)
         held = existing_record(cfg)
         if held is not None:
             console.skipped(held)
@@ -62,14 +69,15 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
         if not (folder / "wandb").exists():
             log_record(cfg.logger, folder, record, folder / REQUESTS)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{job}: error: {error}" if job else f"error: {error}", file=sys.stderr)
         outcome.tell(REFUSED)
-        if HydraConfig.get().mode == RunMode.RUN:
+        if single:
             raise SystemExit(BAD_INPUT) from None
 
 
 def main() -> None:
     """Run Hydra; exit 2 for bad input, 130 when interrupted."""
+    say_starting()
     with TemporaryDirectory(prefix="finemoe-") as folder:
         conduct(Outcome(Path(folder)))
 

@@ -11,13 +11,15 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass as checked
 from torch import nn
 from torch._C._distributed_c10d import HashStore
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 from finemoe.options import CHECKED, Whole
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.errors import command
 from experiments.overheads import (
     PREFETCH_DISTANCE,
     SCALE_MODEL,
@@ -118,11 +119,17 @@ def measure(folder: Path, resident: Load, offloaded: Load, time_scale: float) ->
     ]
 
 
+@command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", type=Path, default=SCALE_MODEL, help="folder of the model")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench.json"))
+    output = Path("outputs/bench.json")
+    parser.add_argument("--output", type=Path, default=output, help="where the record goes")
     parser.add_argument("--rounds", type=int, default=Load.rounds, help="repeats of each system")
     parser.add_argument("--tokens", type=int, default=Load.new_tokens, help="generated per prompt")
     parser.add_argument("--time-scale", type=float, default=1.0, help="factor on the link's time")

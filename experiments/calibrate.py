@@ -7,7 +7,6 @@ hardware runs in virtual time.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.calibration import Calibration
 from experiments.console import Console
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import command
 from experiments.records import provenance
 
 
@@ -45,16 +44,13 @@ def write_testbed(path: Path, testbed: dict[str, Any]) -> None:
 
 
 @hydra.main(config_path="../conf", config_name="calibrate", version_base="1.3")
+@command()
 def main(cfg: DictConfig) -> None:
     """Calibrate as the config says; exit 2 for bad input."""
     transformers.logging.disable_progress_bar()
-    try:
-        path = Path(cfg.output)
-        write_testbed(path, calibrate(cfg, Console()))
-        print(f"written to {path}; testbed={path.stem} if it lies in conf/testbed")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    path = Path(cfg.output)
+    write_testbed(path, calibrate(cfg, Console()))
+    print(f"written to {path}; testbed={path.stem} if it lies in conf/testbed")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command, words_given
 from experiments.evidence import Evidence, Run
 from experiments.explanations import explain
 from experiments.figures.style import model_name
@@ -324,7 +323,9 @@ def _bound(claim: Claim, finding: Finding, evidence: Evidence) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
     said = []
     times = [
-        bound["times"] for run in _subjects(claim, finding) if (bound := run.summary.get("bound"))
+        bound["times"]
+        for run in _subjects(claim, finding)
+        if (bound := run.summary.get("bound")) and bound["times"] >= 1
     ]
     if times and not claim.ranking:
         said.append(f"FineMoE takes {np.mean(times):.2f} times the least possible time")
@@ -382,27 +383,20 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{cause}; choose another results=") from error
 
 
-def arguments(given: Sequence[str]) -> tuple[Path, bool]:
+def arguments(doc: str | None) -> tuple[Path, bool]:
     """Return the results folder and mixed_modes from `key=value` words; UserError for others."""
-    options = {"results": "results", "mixed_modes": "false"}
-    for word in given:
-        name, equals, value = word.partition("=")
-        if name not in options or not equals:
-            raise UserError(f"{word}: give results=<folder>, and mixed_modes=true if you mean it")
-        options[name] = value
+    options, others = words_given(doc, {"results": "results", "mixed_modes": "false"})
+    if others:
+        raise UserError(f"{others[0]}: give results=<folder>, and mixed_modes=true if you mean it")
     if options["mixed_modes"] not in ("true", "false"):
         raise UserError(f"mixed_modes={options['mixed_modes']}: choose true or false")
     return Path(options["results"]), options["mixed_modes"] == "true"
 
 
+@command()
 def main() -> None:
     """Judge and print one line a claim; exit 2 for bad input."""
-    try:
-        verdicts = judge(*arguments(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
-    for one in verdicts:
+    for one in judge(*arguments(__doc__)):
         print(
             f"{one.verdict:>17}  {one.id}: paper {one.paper_says}, here {one.ours_says or one.why}"
         )

@@ -13,12 +13,15 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
+from experiments.errors import words_given
+
 ENGINE = Path("finemoe/offload")
 BUILD = Path("build/cython")
 
 
 def main() -> None:
     """Build beside the sources; run it from the project's folder."""
+    words_given(__doc__, {})
     workers = os.cpu_count() or 1
     modules = sorted(path.stem for path in ENGINE.glob("*.pxd"))
     extensions = [

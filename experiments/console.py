@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console as RichConsole
@@ -17,10 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from experiments.datasets import PromptSet
-from experiments.models import LoadedModel
-from finemoe.testbed import SimulatedTestbed, Testbed
-from finemoe.trace import Trace
+if TYPE_CHECKING:
+    import torch
+
+    from experiments.datasets import PromptSet
+    from experiments.models import LoadedModel
+    from finemoe.offload.policy import ModelShape
+    from finemoe.testbed import SimulatedTestbed, Testbed
+    from finemoe.trace import Trace
 
 Advance = Callable[[int], None]
 LONG_SECONDS = 100
@@ -28,52 +31,51 @@ LONG_SECONDS = 100
 
 
 class Console:
-    """Prints to the terminal; progress bars vanish when done, so that results stay readable."""
+    """Prints to the terminal; progress bars vanish when done, so that results stay readable.
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._rich = RichConsole(highlight=False, quiet=quiet)
+    Jobs side by side share a terminal: with the name of its `job`, a run shows one line when it
+    starts and one when it ends, and no bar.
+    """
+
+    def __init__(self, quiet: bool = False, job: str | None = None) -> None:
+        self._rich, self._job = RichConsole(highlight=False, quiet=quiet), job
 
     def announce(
         self, testbed: Testbed, model: LoadedModel, prompts: PromptSet, slots: Sequence[int]
     ) -> None:
         """Say what runs where, before anything takes time."""
-        shape = model.offloaded.shape
-        experts = shape.layers * shape.experts
-        self._print(f"[bold]{model.name}[/] ({escape(model.weights)} weights, {testbed.mode})")
         place = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
             load = testbed.load_seconds(model.full_expert_bytes)
             place += f", {load * 1e3:.2f} ms to load an expert"
-        self._print(place)
         self._print(
-            f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
-            f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
+            f"[bold]{model.name}[/] ({escape(model.weights)} weights, {testbed.mode})",
+            place,
+            _slots(model.offloaded.shape, slots),
+            f"prompts from {prompts.dataset}: {escape(prompts.source)}",
         )
-        self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
 
     def announce_plain(
         self, cfg: DictConfig, device: torch.device, links: str, prompts: PromptSet
     ) -> None:
         """Say what runs where, without our engine."""
-        self._print(f"[bold]{cfg.model.name}[/] ({escape(str(cfg.weights))} weights) on {device}")
-        self._print(f"system {cfg.system.label}: memory_budget is not applicable; links: {links}")
-        self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
+        self._print(
+            f"[bold]{cfg.model.name}[/] ({escape(str(cfg.weights))} weights) on {device}",
+            f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
+            f"prompts from {prompts.dataset}: {escape(prompts.source)}",
+        )
 
     def announce_replay(
         self, testbed: SimulatedTestbed, cfg: DictConfig, trace: Trace, slots: Sequence[int]
     ) -> None:
         """Say what is simulated, and from which trace."""
-        shape, origin = trace.header.shape, trace.header.provenance
-        experts = shape.layers * shape.experts
+        origin = trace.header.provenance
         self._print(
             f"[bold]{cfg.model.name}[/] (routing of {escape(str(origin.get('weights')))} weights, "
-            f"simulated) on {testbed.name}, {testbed.devices} device(s)"
+            f"simulated) on {testbed.name}, {testbed.devices} device(s)",
+            _slots(trace.header.shape, slots),
+            f"routing from {escape(str(trace.path))}: {escape(str(origin.get('dataset')))}",
         )
-        self._print(
-            f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
-            f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
-        )
-        self._print(f"routing from {escape(str(trace.path))}: {escape(str(origin.get('dataset')))}")
 
     def recording(self, path: Path) -> None:
         """Say that a trace is recorded first, once."""
@@ -82,14 +84,7 @@ class Console:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
         """Show a bar over `total` requests while the block runs."""
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        hidden = self._rich.quiet or not self._rich.is_terminal
-        with Progress(*columns, console=self._rich, transient=True, disable=hidden) as bar:
+        with bar_on(self._rich, hidden=self._rich.quiet or self._job is not None) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
 
@@ -99,6 +94,9 @@ class Console:
 
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
         """Print generated text, if there is any, the table of results and where the record lies."""
+        if self._job is not None:
+            self._print(_brief(record["summary"]))
+            return
         if sample is not None:
             text = Text.assemble((sample[0], "dim"), (sample[1].rstrip(), "bold"))
             title = "first request: prompt, continuation"
@@ -122,8 +120,33 @@ class Console:
         self._print(f"lossless: {_lossless(summary['lossless'])}")
         self._print(f"run record: {escape(str(path))}")
 
-    def _print(self, line: str) -> None:
-        self._rich.print(line, soft_wrap=True)
+    def _print(self, *lines: str) -> None:
+        """Print lines; of a job among others, the first with its name."""
+        shown = lines if self._job is None else [f"{escape(self._job)}: {lines[0]}"]
+        self._rich.print("\n".join(shown), soft_wrap=True)
+
+
+def bar_on(rich: RichConsole, hidden: bool = False) -> Progress:
+    """Return a bar that vanishes when done; there is none where there is no terminal."""
+    columns = TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn()
+    hidden = hidden or not rich.is_terminal
+    return Progress(*columns, TimeRemainingColumn(), console=rich, transient=True, disable=hidden)
+
+
+def _slots(shape: ModelShape, slots: Sequence[int]) -> str:
+    experts = shape.layers * shape.experts
+    return (
+        f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
+        f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
+    )
+
+
+def _brief(summary: dict[str, Any]) -> str:
+    """Return the results in one line."""
+    times = {name: summary[key] for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))}
+    told = [f"{name} {time['mean'] * 1e3:.1f} ms" for name, time in times.items() if time]
+    told += [f"hit rate {_share(summary.get('expert_hit_rate'))}"]
+    return ", ".join([*told, f"lossless: {_lossless(summary['lossless'])}"])
 
 
 def _cautions(record: Mapping[str, Any]) -> Iterator[str]:
@@ -194,9 +217,11 @@ def _memory(summary: dict[str, Any]) -> str:
 
 
 def _bound(bound: dict[str, float]) -> str:
+    if bound["times"] < 1:
+        return "no bound: compute alone was timed on a busy machine"
     return (
-        f"{bound['times']:.2f} x the bound: {bound['compute_s']:.1f} s of compute alone, "
-        f"{bound['link_s']:.1f} s for the bytes that must cross the links"
+        f"{bound['times']:.2f} x the bound: compute alone {bound['compute_s']:.1f} s, "
+        f"loads that none can avoid {bound['link_s']:.1f} s"
     )
 
 

@@ -11,17 +11,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from experiments.online import TimedRequest
 from experiments.serving import Served
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import Iteration, Phase
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,8 @@ def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCach
 
     Raises ValueError if a layer keeps anything else than keys and values of its tokens.
     """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
     cache = DynamicCache(config=config)
     longest = max(context.tokens for context in contexts)
     for index, layer in enumerate(cache.layers):
@@ -336,6 +340,8 @@ def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCach
 
 def _own(context: Context, index: int) -> tuple[Tensor, Tensor]:
     """Return a context's keys and values in one layer, each (1, heads, tokens kept, width)."""
+    from transformers.cache_utils import DynamicLayer
+
     layer = context.cache.layers[index]
     if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
         raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be batched")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from experiments.errors import UserError
-from experiments.metrics import BOOTSTRAP_RESAMPLES
 from experiments.records import RECORD, REQUESTS, read_record
 
+BOOTSTRAP_RESAMPLES = 2000
 LATENCIES = ("ttft_s", "tpot_s", "e2el_s")
 PHASES = (
     "context_collection",
@@ -122,7 +122,7 @@ def _identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "digest": path.parent.name,
         "system": record["system"],
-        "label": _label(record["system"], config),
+        "label": system_label(record["system"], config),
         **{option: system.get(option) for option in OPTIONS},
         "model": record["model"],
         "dataset": record["dataset"],
@@ -141,7 +141,7 @@ def _identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _label(system: str, config: Mapping[str, Any]) -> str:
+def system_label(system: str, config: Mapping[str, Any]) -> str:
     """Return the system's name and each option that is not at its default."""
     defaults = _defaults(system, json.dumps(config["model"]))
     options = config["system"].items()

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.errors import command
 from experiments.metrics import AccessCounter
 from experiments.overheads import (
     SCALE_MODEL,
@@ -449,9 +450,14 @@ def _driver() -> str | None:
     return done.stdout.strip()
 
 
+@command()
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts on the first CUDA device; return 0 if all passed, 1 if not, 2 without one."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -12,13 +12,11 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
 from experiments.continuous import ServedOnline
+from experiments.frames import BOOTSTRAP_RESAMPLES
 from experiments.serving import Served
 from finemoe.offload.policy import LayerOutcome, Phase
-
-BOOTSTRAP_RESAMPLES = 2000
 
 
 @dataclass
@@ -100,6 +98,8 @@ def _interval(sample: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> list[
         return None
     if np.ptp(sample) == 0:
         return [float(sample[0])] * 2
+    from scipy.stats import bootstrap
+
     result = bootstrap(
         (sample,),
         np.mean,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # itself lazy: a simulated run pays for none of its models
 from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.errors import UserError
 from experiments.weights import SCALE_MODELS, hub_access, loading, source_of
@@ -79,14 +79,16 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     with loading(f"weights={weights}", "choose another model"):
         if whole is None:
             offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
-            tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / cfg.dummy_tokenizer)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                SCALE_MODELS / cfg.dummy_tokenizer
+            )
         else:
             offloaded, tokenizer = OffloadedModel.from_model(whole[0], device), whole[1]
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
 
 
-def load_plain(cfg: DictConfig, weights: str) -> tuple[PreTrainedModel, Any]:
+def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
     """Return the model whole, as transformers has it, on the CPU, and its tokenizer.
 
     Raises UserError if the weights are missing, damaged, gated, another model, or would be random.
@@ -105,16 +107,18 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
-def _outline(cfg: DictConfig, weights: str, source: str | None) -> PreTrainedModel:
+def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     wanted, dtype = _facts(cfg), getattr(torch, cfg.dtype)
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
         if source is None:
-            config = AutoConfig.for_model(wanted[0])
+            config = transformers.AutoConfig.for_model(wanted[0])
         else:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
         size = experts.down_proj[0].numel() // shape.hidden_size
@@ -144,7 +148,7 @@ def _better(found: tuple[Any, ...], folder: Path) -> str:
 def _tokenizer(source: str, outline: Any) -> Any:
     remedy = "put the tokenizer there that the model was trained with"
     with loading(f"the tokenizer of {source}", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids, rows = max(tokenizer.get_vocab().values()) + 1, outline.get_input_embeddings().weight
     if ids > len(rows):
         raise UserError(
@@ -160,7 +164,7 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         with loading(str(path), again), safe_open(path, "pt"):
             pass
     with loading(f"the weights of {source}", again):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             device_map="cpu",

@@ -1,13 +1,13 @@
 """Measure what policies' calls take: python -m experiments.prediction_bench output=FILE.json
 
 Microseconds of one thread for each call of a decode step of one request, at the full size of the
-models' shapes: what `prediction_us` of conf/testbed/base_simulated.yaml holds. Routing and hidden
-states are random, as times do not depend on them. `models=` and `systems=` choose what is measured.
+models' shapes: what `prediction_us` of conf/simulated.yaml holds. Routing and hidden states are
+random, as times do not depend on them. `models=` and `systems=` choose what is measured,
+`output=FILE.json` leaves a record.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.config import build
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import command, words_given
 from experiments.overheads import write_json
 from experiments.records import provenance
-from experiments.replay_bench import configs, split_choices
+from experiments.replay_bench import configs
 from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
 
@@ -141,15 +141,12 @@ def times_table(times: Sequence[PredictionTimes]) -> Table:
     return table
 
 
+@command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
     torch.set_num_threads(1)
-    choices, overrides = split_choices(sys.argv[1:] if arguments is None else arguments, CHOICES)
-    try:
-        times = [prediction_times(cfg) for cfg in configs(choices, overrides)]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    choices, overrides = words_given(__doc__, CHOICES, arguments)
+    times = [prediction_times(cfg) for cfg in configs(choices, overrides)]
     Console().print(times_table(times))
     if choices["output"]:
         rows: list[dict[str, Any]] = [vars(one) for one in times]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
@@ -99,6 +98,8 @@ def provenance() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory and accelerators of this machine."""
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {

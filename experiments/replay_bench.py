@@ -8,9 +8,8 @@ leaves a record.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ from rich.table import Table
 
 from experiments.config import build
 from experiments.console import Console
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command, words_given
 from experiments.overheads import write_json
 from experiments.records import provenance
 from experiments.routing_source import open_routing
 from experiments.simulation import bound, measure, prepare, teach
 from finemoe.offload import replay
 from finemoe.offload.compiled import is_compiled
-from finemoe.trace import TraceError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
@@ -108,29 +106,12 @@ def configs(choices: dict[str, str], overrides: Sequence[str]) -> list[DictConfi
         raise UserError(f"{str(error).splitlines()[0]}; see python run.py --help") from None
 
 
-def split_choices(
-    arguments: Sequence[str], defaults: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
-    """Return a benchmark's own choices, and the arguments that are run.py's."""
-    choices, overrides = dict(defaults), []
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in choices:
-            choices[name] = value
-        else:
-            overrides.append(argument)
-    return choices, overrides
-
-
+@command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
     torch.set_num_threads(1)
-    choices, overrides = split_choices(sys.argv[1:] if arguments is None else arguments, CHOICES)
-    try:
-        speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
-    except (UserError, TraceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    choices, overrides = words_given(__doc__, CHOICES, arguments)
+    speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
     RichConsole().print(speed_table(speeds))
     if choices["output"]:
         rows = [{**asdict(one), "layer_steps_per_s": one.layer_steps_per_s} for one in speeds]

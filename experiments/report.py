@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from experiments.claims import RULES, VERDICTS, Verdict, arguments, judge, write_text
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command
 from experiments.evidence import Evidence, Run
 from experiments.figures.style import dataset_name, model_name, system_name
 from experiments.system_table import NOTE, system_table
@@ -284,14 +283,11 @@ def _run_row(run: Run) -> tuple[str, ...]:
     )
 
 
+@command()
 def main() -> None:
     """Write the report; exit 2 for bad input."""
-    try:
-        results, mixed_modes = arguments(sys.argv[1:])
-        write(results, mixed_modes)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    results, mixed_modes = arguments(__doc__)
+    write(results, mixed_modes)
     print(f"report: {results / MARKDOWN}, {results / PAGE}")
 
 

@@ -11,10 +11,13 @@ What is complete is never done again, so that an interrupted call goes on where 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -25,16 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import sweeps
-from experiments.errors import BAD_INPUT, UserError
+from experiments.console import bar_on
+from experiments.errors import BAD_INPUT, INTERRUPTED, UserError
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
 from experiments.reproduce_tasks import function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
 from experiments.tracking import log_reproduction
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 WANDB_PROJECT = "finemoe"
 
 
@@ -76,6 +79,7 @@ class Reproduction:
         self.log_to_wandb = "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
         self.failures: list[Ended] = []
+        self.began, self.done = time.monotonic(), Counter[str]()
         self.chosen = sweeps.chosen(ids, conf)
         self.store.check_writable()
         self.plans = self._unmade(overrides, conf)
@@ -98,7 +102,12 @@ class Reproduction:
             self._draw()
         if self.everything and not self.failures:
             self._report()
-        self._say(f"results: {escape(str(self.store.root))}")
+        took = round(time.monotonic() - self.began)
+        self._say(
+            f"{'[red]not done[/]' if self.failures else 'done'} in {took // 60} min {took % 60} s; "
+            f"runs made: {self.done['runs']}, failures: {len(self.failures)}, experiments drawn: "
+            f"{self.done['figures']} of {len(self.plans)}\nresults: {escape(str(self.store.root))}"
+        )
         if not self.failures:
             return 0
         return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
@@ -184,6 +193,9 @@ class Reproduction:
             parts = plan.experiment, plan.content, plain(configs), traced, self.store
             tasks.append(Task(f"experiment {plan.experiment.id}", make, parts))
         for ended in self._stage("figures", tasks):
+            if not ended.error:
+                picture = self.store.figures / f"{ended.name.split()[-1]}.png"
+                self._say(f"{ended.name}: {escape(str(picture))}")
             if ended.trace:
                 self.console.print(ended.trace, style="dim", markup=False)
 
@@ -193,28 +205,25 @@ class Reproduction:
         made = [self.store.experiment(one.id) for one in self.chosen]
         made += Path(__file__).parent.glob("*.*")  # claims, their rules and the report's template
         newest = max(path.stat().st_mtime_ns for path in made)
-        if report.exists() and report.stat().st_mtime_ns > newest:
-            return
-        for name in ("experiments.claims.judge", "experiments.report.write"):
-            function(name)(self.store.root)
-        if self.log_to_wandb:
-            log_reproduction(WANDB_PROJECT, self.store.root)
+        if not report.exists() or report.stat().st_mtime_ns <= newest:
+            for name in ("experiments.claims.judge", "experiments.report.write"):
+                function(name)(self.store.root)
+            if self.log_to_wandb:
+                log_reproduction(WANDB_PROJECT, self.store.root)
+        claims = json.loads((self.store.root / "claims.json").read_text())["claims"]
+        verdicts = Counter(one["verdict"] for one in claims).most_common()
+        self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")
         self._say(f"report: {escape(str(report))}")
 
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
-        columns = (
-            TextColumn("{task.description:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
         done: list[Ended] = []
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bar:
+        with bar_on(self.console) as bar:
             shown = bar.add_task(what, total=total)
             for ended in self._ends(tasks, alone):
                 done.append(ended)
+                self.done[what] += not ended.error
                 bar.advance(shown)
                 if ended.error:
                     self.failures.append(ended)

@@ -9,7 +9,6 @@ data and a JSON record in the output folder. What the paper draws of routing is 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,13 @@ from rich.table import Table
 from experiments import routing_analysis as analysis
 from experiments import routing_predictors as prediction
 from experiments.console import Console
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command
 from experiments.figures import routing
 from experiments.overheads import write_json
 from experiments.records import provenance
 from experiments.routing_source import kept_trace
 from experiments.weights import SCALE_MODELS
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TraceError
 from finemoe.trace_file import TraceReader
 
 FAIR_SHARE_FLOOR = 0.2
@@ -286,15 +284,12 @@ def report(cfg: DictConfig) -> None:
 
 
 @hydra.main(config_path="../conf", config_name="routing_report", version_base="1.3")
+@command()
 def main(cfg: DictConfig) -> None:
     """Report; exit 2 for bad input."""
     for chatty in ("transformers", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    try:
-        report(cfg)
-    except (UserError, TraceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    report(cfg)
 
 
 if __name__ == "__main__":

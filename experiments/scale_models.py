@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from experiments.corpus import Document, documents
+from experiments.errors import command
 from experiments.scale_training import Recipe, Training, held_out_windows, least_used_share
 
 END_OF_TEXT = "<|endoftext|>"
@@ -171,6 +172,7 @@ Train it again: `python -m experiments.scale_models model={name} tokens={summary
 
 
 @hydra.main(config_path="../conf", config_name="scale_models", version_base="1.3")
+@command()
 def main(cfg: DictConfig) -> None:
     """Train, resuming from a checkpoint if there is one, and export when done."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

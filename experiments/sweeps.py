@@ -252,7 +252,7 @@ class _Composer:
         return cfg
 
     def _compose(self, choices: Overrides) -> DictConfig:
-        entry = f"+experiment={self._experiment.name}"
+        entry = f"experiment={self._experiment.name}"
         return compose("config", [entry, "output=unset", *choices])
 
     def _is_value(self, override: str) -> bool:

@@ -92,9 +92,9 @@ def _phases(runs: Sequence[Run], *names: str) -> float:
 
 
 def _bounds(runs: Sequence[Run], name: str) -> float | None:
-    """Return the sum of a bound; None if not every run has it."""
-    bounds = [run.summary.get("bound") for run in runs]
-    return sum(bound[name] for bound in bounds if bound) if all(bounds) else None
+    """Return the sum of a bound; None if not every run has it. A run below it has none."""
+    bounds = [bound for run in runs if (bound := run.summary.get("bound")) and bound["times"] >= 1]
+    return sum(bound[name] for bound in bounds) if len(bounds) == len(runs) else None
 
 
 def _share(part: float | None, whole: float) -> str:

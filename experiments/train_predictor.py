@@ -9,11 +9,9 @@ taken on held-out ones.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
 import numpy as np
@@ -26,7 +24,7 @@ from baselines.promoe import LearnedPredictor
 from baselines.resident import ResidentPolicy
 from experiments.corpus import documents
 from experiments.datasets import Dataset, corpus_dataset, draw_prompts
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import UserError, command
 from experiments.models import LoadedModel, load_model
 from experiments.serving import Server, in_batches
 from experiments.workloads import Request
@@ -197,13 +195,10 @@ def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -
 
 
 @hydra.main(config_path="../conf", config_name="train_predictor", version_base="1.3")
-def main(cfg: DictConfig) -> Any:
+@command()
+def main(cfg: DictConfig) -> None:
     """Train as the config says; exit 2 for bad input."""
-    try:
-        run(cfg)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+    run(cfg)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def folder_of(model: Any, weights: str) -> Path:
 
 
 def source_of(model: Any, weights: str) -> str:
-    """Return the folder or hub id of weights; raise UserError for a folder that is no checkpoint."""
+    """Return the folder or hub id of weights; UserError for a folder that is no checkpoint."""
     if weights == "hub":
         return str(model.hub_id)
     path = folder_of(model, weights)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from transformers import PreTrainedModel
 
 from baselines.deepspeed_zero import Gathered, Shrinkage, ZeroModel, ZeroOptions, choose_accelerator
 from experiments.config import build, workload_settings
@@ -29,6 +28,9 @@ from experiments.setup import draw_workload, free_bytes
 from experiments.workloads import OfflineSettings, OfflineWorkload
 from finemoe.offload.model import find_moe_layers
 from finemoe.testbed import SimulatedTestbed, Testbed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UNPACED = "none: parameters are gathered in host memory at memory speed"
 COPIES = "DeepSpeed's own copies from page-locked memory"

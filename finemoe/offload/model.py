@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finemoe.offload.experts import ExpertKernel, HostStore
 from finemoe.offload.policy import ModelShape
+
+if TYPE_CHECKING:
+    # Importing it takes seconds, which a replay does not need.
+    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "finemoe"
 
@@ -26,9 +28,6 @@ LayerForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 def _dispatch(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     forward: LayerForward = module.offload_forward
     return forward(hidden, index, weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,9 @@ class OffloadedModel:
         experts: list[nn.Module],
         logits_index: int,
     ) -> OffloadedModel:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
         model.eval()
         model.set_experts_implementation(IMPLEMENTATION)
         kernels = tuple(ExpertKernel(module) for module in experts)

@@ -40,3 +40,25 @@ def test_long_latencies_are_shown_whole(
     assert unit in rows
     assert tpot in rows["TPOT"]
     assert rows["E2EL"] == ["E2EL", shown, shown, "to", shown, shown, shown, shown]
+
+
+def test_jobs_side_by_side_show_lines_that_name_them(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(job="#2 finemoe")
+    with console.progress("serving", 2) as advance:
+        advance(2)
+    console.results(record(1.5), Path("run.json"), ("prompt", "continuation"))
+    assert capsys.readouterr().out == (
+        "#2 finemoe: TTFT 12.3 ms, TPOT 12.3 ms, hit rate 50.0%, lossless: not verified here\n"
+    )
+
+
+@pytest.mark.parametrize(("times", "shown"), [(0.54, "busy machine"), (1.66, "1.66 x the bound")])
+def test_what_is_below_one_is_no_bound(
+    capsys: pytest.CaptureFixture[str], times: float, shown: str
+) -> None:
+    told = record(1.5)
+    told["summary"]["bound"] = {"compute_s": 1.0, "link_s": 1.0, "times": times}
+    Console().results(told, Path("run.json"), None)
+    printed = capsys.readouterr().out
+    assert shown in printed
+    assert "0.54" not in printed

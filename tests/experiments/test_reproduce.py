@@ -170,7 +170,7 @@ def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
     overrides = [*TINY, "system=finemoe", "memory_budget=12", "system.store_capacity=7"]
     (ours,) = [c for c in sweeps.run_configs(known, overrides, conf) if c.memory_budget == 12][:1]
     with initialize_config_dir(str(conf), version_base="1.3"):
-        hydras = compose("config", ["+experiment=first", *overrides])
+        hydras = compose("config", ["experiment=first", *overrides])
     assert sweeps.digest(ours) == sweeps.digest(_placed(hydras))
 
 
@@ -233,7 +233,11 @@ def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_no
     assert not (results / "experiments").exists()
 
     assert reproduce.main(command(conf, results, traces, "n_jobs=1"), conf) == 0
-    assert f"{5 - len(kept)} runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"to do: 1 of 1 experiments, {5 - len(kept)} runs" in said
+    assert f"experiment 98: {results / 'figures' / '98.png'}\ndone in 0 min " in said
+    counts = f"runs made: {5 - len(kept)}, failures: 0, experiments drawn: 1 of 1"
+    assert said.endswith(f"; {counts}\nresults: {results}\n")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     straight = tmp_path / "straight"
     assert reproduce.main(command(conf, straight, traces, "n_jobs=1"), conf) == 0
@@ -291,6 +295,8 @@ def test_one_bad_run_stops_neither_the_others_nor_is_its_figure_drawn(
     failed = r"failed on_demand on mixtral, docs, memory_budget=0.1 \([0-9a-f]{16}\): a memory bud"
     assert re.search(failed, said)
     assert "experiment 98: not drawn, 1 of its runs are missing" in said
+    assert "not done in 0 min " in said
+    assert "runs made: 1, failures: 1, experiments drawn: 0 of 1" in said
     assert len(list(tmp_path.glob("runs/*/run.json"))) == 1
     assert not (tmp_path / "experiments").exists()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
 
 from tests.command import ROOT, SMALL, run_command
 
@@ -168,6 +169,37 @@ def test_help_lists_what_exists() -> None:
         "finemoe promoe on_demand resident mixtral qwen phi lmsys docs online quick h100 wandb"
     )
     assert not [option for option in options.split() if option not in done.stdout]
+    assert "base_simulated" not in done.stdout, "what cannot be chosen is not offered"
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["experiment=figure12"], "call python -m experiments.reproduce 12"),
+        (["-m", "experiment=figure3a"], "call python -m experiments.reproduce 3a"),
+    ],
+)
+def test_an_experiment_that_is_no_multirun_is_refused_at_once(
+    words: list[str], remedy: str
+) -> None:
+    done = run_command(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: experiment ")
+    assert done.stderr.endswith(f" is no single run; {remedy}\n")
+
+
+def test_hydra_repeats_no_line_that_a_library_prints() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        hydras = compose("config", return_hydra_config=True).hydra.hydra_logging
+    assert not hydras.root.handlers
+    assert hydras.loggers.hydra.handlers == ["console"]
+
+
+def test_a_replay_does_not_import_what_only_a_live_run_needs() -> None:
+    heavy = {"transformers", "datasets", "wandb", "deepspeed"}
+    call = f"import sys, experiments.harness; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("typo", ["no_such_key=1", "system=no_such_system"])

@@ -55,7 +55,7 @@ def subject(toy: Path) -> traces.Subject:
 
 def composed(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [f"+experiment={name}", *overrides])
+        return compose("config", [f"experiment={name}", *overrides])
 
 
 def analysed(name: str, recorded: traces.Traces, folder: Path, *overrides: str) -> DictConfig:

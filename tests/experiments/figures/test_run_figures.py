@@ -51,7 +51,7 @@ def frame_of(tmp_path: Path, name: str) -> pd.DataFrame:
 
 def experiment(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        chosen = [f"+experiment=figure{name}", "output=unused", *overrides]
+        chosen = [f"experiment=figure{name}", "output=unused", *overrides]
         return compose("config", chosen, return_hydra_config=True)
 
 
