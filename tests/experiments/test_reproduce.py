@@ -326,7 +326,8 @@ def test_weights_trained_again_in_place_are_noticed(
     again = json.loads(record.read_text())
     assert again["config"] == first["config"]
     assert again["weights_fingerprint"] != first["weights_fingerprint"]
-    assert again["summary"]["tpot_s"]["mean"] != first["summary"]["tpot_s"]["mean"]
+    # On-demand loading takes the same time whichever experts it loads, so its times may agree.
+    assert len(list(kept.glob("*.parquet"))) == 2
     # Nothing was recorded over: the weights of before would find their routing again.
     assert len(list(kept.iterdir())) == 2
 
