@@ -89,7 +89,7 @@ def test_a_file_in_neither_schema(tmp_path: Path) -> None:
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("no json {")
-    assert "cannot read" in complaint("dataset=lmsys", f"dataset.path={path}")
+    assert "line 1: no JSON" in complaint("dataset=lmsys", f"dataset.path={path}")
 
 
 def test_a_file_without_a_usable_prompt(tmp_path: Path) -> None:
