@@ -69,19 +69,21 @@ def conversations(name: str, path: str, split: str, data_files: str | None = Non
     """
     file = Path(path)
     rows = _local_rows(file) if file.suffix in READERS else _hub_rows(path, split, data_files)
-    texts, skipped, count = dict[str, None](), list[str](), 0
-    for count, (place, row) in enumerate(rows, 1):
+    texts, read, skipped, first = dict[str, None](), 0, 0, "no rows"
+    for place, row in rows:
+        read += 1
         try:
             texts[_first_turn(row)] = None
         except ValueError as error:
-            skipped.append(f"{place}: {error}")
+            skipped += 1
+            first = f"{place}: {error}" if skipped == 1 else first
     if not texts:
-        raise UserError(f"{path} holds no usable prompt: {skipped[0] if skipped else 'no rows'}")
+        raise UserError(f"{path} holds no usable prompt: {first}")
     if not skipped:
         return Dataset(name, path, tuple(texts))
-    told = f"skipped {len(skipped)} row{'s' * (len(skipped) > 1)}"
-    print(f"{told} of {path}: {skipped[0]}", file=sys.stderr)
-    return Dataset(name, f"{path} ({told} of {count})", tuple(texts))
+    told = f"skipped {skipped} row{'s' * (skipped > 1)}"
+    print(f"{told} of {path}: {first}", file=sys.stderr)
+    return Dataset(name, f"{path} ({told} of {read})", tuple(texts))
 
 
 def draw_prompts(
