@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +23,15 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import Trace
 
 Advance = Callable[[int], None]
+CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but tab and line feed, marks of direction, halves of surrogate pairs."""
+LOSSLESS: dict[bool | None, str | tuple[str, str]] = {
+    None: "not verified here",
+    True: "yes",
+    False: ("NO", "bold red"),
+}
 LONG_SECONDS = 100
 """From an end-to-end latency of this p99 on, latencies are shown in seconds."""
 
@@ -31,7 +40,7 @@ class Console:
     """Prints to the terminal; progress bars vanish when done, so that results stay readable."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._rich = RichConsole(highlight=False, quiet=quiet)
+        self._rich = RichConsole(highlight=False, markup=False, quiet=quiet)
 
     def announce(
         self, testbed: Testbed, model: LoadedModel, prompts: PromptSet, slots: Sequence[int]
@@ -39,7 +48,7 @@ class Console:
         """Say what runs where, before anything takes time."""
         shape = model.offloaded.shape
         experts = shape.layers * shape.experts
-        self._print(f"[bold]{model.name}[/] ({escape(model.weights)} weights, {testbed.mode})")
+        self._print((model.name, "bold"), f" ({model.weights} weights, {testbed.mode})")
         place = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
             load = testbed.load_seconds(model.full_expert_bytes)
@@ -49,15 +58,15 @@ class Console:
             f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
             f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
         )
-        self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
+        self._print(f"prompts from {prompts.dataset}: {prompts.source}")
 
     def announce_plain(
         self, cfg: DictConfig, device: torch.device, links: str, prompts: PromptSet
     ) -> None:
         """Say what runs where, without our engine."""
-        self._print(f"[bold]{cfg.model.name}[/] ({escape(str(cfg.weights))} weights) on {device}")
+        self._print((cfg.model.name, "bold"), f" ({cfg.weights} weights) on {device}")
         self._print(f"system {cfg.system.label}: memory_budget is not applicable; links: {links}")
-        self._print(f"prompts from {prompts.dataset}: {escape(prompts.source)}")
+        self._print(f"prompts from {prompts.dataset}: {prompts.source}")
 
     def announce_replay(
         self, testbed: SimulatedTestbed, cfg: DictConfig, trace: Trace, slots: Sequence[int]
@@ -66,18 +75,19 @@ class Console:
         shape, origin = trace.header.shape, trace.header.provenance
         experts = shape.layers * shape.experts
         self._print(
-            f"[bold]{cfg.model.name}[/] (routing of {escape(str(origin.get('weights')))} weights, "
-            f"simulated) on {testbed.name}, {testbed.devices} device(s)"
+            (cfg.model.name, "bold"),
+            f" (routing of {origin.get('weights')} weights, simulated) on {testbed.name}, "
+            f"{testbed.devices} device(s)",
         )
         self._print(
             f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
             f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
         )
-        self._print(f"routing from {escape(str(trace.path))}: {escape(str(origin.get('dataset')))}")
+        self._print(f"routing from {trace.path}: {origin.get('dataset')}")
 
     def recording(self, path: Path) -> None:
         """Say that a trace is recorded first, once."""
-        self._print(f"recording the routing once, to {escape(str(path))}")
+        self._print(f"recording the routing once, to {path}")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
@@ -95,12 +105,12 @@ class Console:
 
     def skipped(self, record: Path) -> None:
         """Say that a complete record of this config is already there."""
-        self._print(f"already complete: {escape(str(record))}")
+        self._print(f"already complete: {record}")
 
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
         """Print generated text, if there is any, the table of results and where the record lies."""
         if sample is not None:
-            text = Text.assemble((sample[0], "dim"), (sample[1].rstrip(), "bold"))
+            text = shown((sample[0], "dim"), (sample[1].rstrip(), "bold"))
             title = "first request: prompt, continuation"
             self._rich.print(Panel(text, title=title, box=box.ROUNDED))
         title = (
@@ -108,7 +118,7 @@ class Console:
             f"({record['mode']})"
         )
         summary = record["summary"]
-        self._print(f"[bold]{title}[/]")
+        self._print((title, "bold"))
         self._rich.print(_latencies(summary))
         if record["memory_budget_gb"] is None:
             self._print(_gathered(summary, record["links"]))
@@ -117,17 +127,18 @@ class Console:
             self._print(_memory(summary))
         if summary["bound"] is not None:
             self._print(_bound(summary["bound"]))
-        self._print(f"lossless: {_lossless(summary['lossless'])}")
-        self._print(f"run record: {escape(str(path))}")
+        self._print("lossless: ", LOSSLESS[summary["lossless"]])
+        self._print(f"run record: {path}")
 
-    def _print(self, line: str) -> None:
-        self._rich.print(line, soft_wrap=True)
+    def _print(self, *parts: str | tuple[str, str]) -> None:
+        self._rich.print(shown(*parts), soft_wrap=True)
 
 
-def _lossless(same: bool | None) -> str:
-    if same is None:
-        return "not verified here"
-    return "yes" if same else "[bold red]NO[/]"
+def shown(*parts: str | tuple[str, str]) -> Text:
+    """Return texts, some with a style, as they are, but for what a terminal would obey."""
+    text = Text.assemble(*parts)
+    text.plain = CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.plain)
+    return text
 
 
 def _latencies(summary: dict[str, Any]) -> Table:
