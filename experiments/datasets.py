@@ -213,13 +213,13 @@ def _first_turn(row: Any) -> str:
     turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"no list of turns as {' or '.join(TURNS)}; only {short([*row])}")
-    speakers = [turn.get("role", turn.get("from")) for turn in turns]
+    speakers = [turn.get("role") or turn.get("from") for turn in turns]
     first = next((i for i, speaker in enumerate(speakers) if speaker in HUMANS), None)
     if first is None:
         raise ValueError(f"no turn by {' or '.join(HUMANS)}, only by {short(speakers)}")
-    text = turns[first].get("content", turns[first].get("value"))
+    text = turns[first].get("content") or turns[first].get("value")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"no text in turn {first + 1}, but {type(text).__name__}")
+        raise ValueError(f"no text in turn {first + 1}, but {short(text)}")
     # A half of a surrogate pair, which JSON can hold, is no text for a tokenizer.
     return text.strip().encode("utf-8").decode()
 

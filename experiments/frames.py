@@ -143,8 +143,8 @@ def _label(system: str, config: Mapping[str, Any]) -> str:
 
 @lru_cache
 def _defaults(system: str, model: str) -> dict[str, Any]:
-    path = SYSTEM_CONFIGS / f"{system}.yaml"
-    if not path.is_file():
+    path = {one.stem: one for one in SYSTEM_CONFIGS.glob("*.yaml")}.get(system)
+    if path is None:
         return {}
     composed = OmegaConf.create({"system": OmegaConf.load(path), "model": json.loads(model)})
     plain: Any = OmegaConf.to_container(composed.system, resolve=True)

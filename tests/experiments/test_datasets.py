@@ -76,8 +76,8 @@ ODD = [
     (None, "NoneType where an object is due"),
     ({"conversation": None}, "no list of turns as conversation or conversations"),
     ({"conversations": [{"from": "gpt", "value": "x"}]}, "no turn by user or human, only by .'gpt"),
-    ({"conversations": [{"from": "human", "value": ["x"]}]}, "no text in turn 1, but list"),
-    ({"conversations": [{"from": "human", "value": 5}]}, "no text in turn 1, but int"),
+    ({"conversations": [{"from": "human", "value": ["x"]}]}, "no text in turn 1, but .'x'"),
+    ({"conversations": [{"from": "human", "value": 5}]}, "no text in turn 1, but 5"),
     ({"conversations": [{"from": "human", "value": "\ud800"}]}, "surrogates not allowed"),
     ({"conversations": ["hello"]}, "no list of turns"),
 ]
