@@ -202,17 +202,19 @@ def read_requests(record: Path) -> pd.DataFrame:
 
 
 def _is_amount(table: pd.DataFrame, name: str, least: float) -> bool:
-    """Tell whether a column holds finite numbers from 0 up, in at least this share of its rows."""
+    """Tell whether a column has numbers from 0 up in at least this share of its rows, only."""
     if name not in table:
         return least == 0
     held = table[name].dropna()
-    enough = len(held) >= least * len(table)
-    kind = getattr(held.dtype, "kind", "O")
-    return enough and (held.empty or (kind in "iuf" and bool(held.between(0, LARGEST).all())))
+    numbers = held.dtype.kind in "iuf" and bool(held.between(0, LARGEST).all())
+    return len(held) >= least * len(table) and (held.empty or numbers)
 
 
 def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def of_these_weights(record: Mapping[str, Any]) -> bool:
