@@ -12,10 +12,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from finemoe.expert_map import StoreMismatch, unit
+from finemoe.expert_map import StoreMismatch, read_arrays, unit
 from finemoe.offload.policy import FloatArray, ModelShape
 
 Variant = Literal["paper", "code"]
@@ -110,14 +109,10 @@ class MatrixCollection:
 
         Raises StoreMismatch if the file was saved for another model or is no such file.
         """
-        try:
-            with safe_open(path, "numpy") as file:
-                saved_for = (file.metadata() or {}).get("model_id")
-                matrices = file.get_tensor("matrices")
-        except (SafetensorError, OSError) as error:
-            raise StoreMismatch(f"{path} is no collection of matrices ({error})") from error
-        if saved_for != model_id or matrices.shape[1:] != self._matrices.shape[1:]:
-            raise StoreMismatch(f"{path} holds matrices of {saved_for}, not of {model_id}")
+        shape = ("entries", self.shape.layers, self.shape.experts)
+        (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
+        if (matrices != abs(matrices.round())).any():
+            raise StoreMismatch(f"{path} holds matrices that do not count tokens")
         for matrix in matrices:
             self.add(matrix, replace)
 

@@ -18,10 +18,10 @@ from typing import Literal
 
 import numpy as np
 from pydantic.dataclasses import dataclass as checked
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from baselines.speculation import Ranking, SpeculatingPolicy
+from finemoe.expert_map import StoreMismatch, read_arrays
 from finemoe.offload.policy import FloatArray, ModelShape, Placement, Prefetch
 from finemoe.options import CHECKED, Count, Text, Whole
 
@@ -77,22 +77,23 @@ class LearnedPredictor:
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:
-        """Read a predictor; ValueError if it is missing, corrupt, or for another model or d."""
+        """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
         again = (
             f"train it: python -m experiments.train_predictor model=<its name> distance={distance}"
         )
-        try:
-            with safe_open(path, "numpy") as file:
-                trained_for = (file.metadata() or {}).get("distance")
-                weights = {name: file.get_tensor(name) for name in cls.__dataclass_fields__}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no predictor ({error}); {again}") from error
         sources = max(shape.layers - distance, 0)
-        found = (weights["up"].shape[::2], weights["down"].shape[:2])
-        expected = ((sources, shape.hidden_size), (sources, shape.experts))
-        if trained_for != str(distance) or found != expected:
-            raise ValueError(f"{path} is for d={trained_for} or another model; {again}")
-        return cls(**weights)
+        try:
+            arrays = read_arrays(
+                path,
+                {"distance": str(distance)},
+                up=(sources, "units", shape.hidden_size),
+                up_bias=(sources, "units"),
+                down=(sources, shape.experts, "units"),
+                down_bias=(sources, shape.experts),
+            )
+        except StoreMismatch as error:
+            raise StoreMismatch(f"{error}; {again}") from error
+        return cls(*arrays)
 
 
 class ProMoEPolicy(SpeculatingPolicy):

@@ -37,12 +37,6 @@ Process = Literal["poisson", "trace"]
 TIME, INPUT, OUTPUT = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
 HEADER_LINES = 1
 LONGEST = 2**31
-UNREADABLE = (
-    pd.errors.EmptyDataError,
-    pd.errors.ParserError,
-    pd.errors.ParserWarning,
-    UnicodeDecodeError,
-)
 
 
 @dataclass(frozen=True)
@@ -144,10 +138,12 @@ def _table(path: Path) -> pd.DataFrame:
     """Return the rows as text, indexed as in the file, without blank lines."""
     try:
         with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
-            rows = pd.read_csv(path, dtype=str, skip_blank_lines=False, index_col=False)
+            rows = pd.read_csv(
+                path, dtype=str, skip_blank_lines=False, index_col=False, compression=None
+            )
     except OSError as error:
         raise UserError(f"cannot read the trace {path}: {error.strerror}") from error
-    except UNREADABLE as error:
+    except (ValueError, pd.errors.ParserWarning) as error:
         cause = str(error).strip().splitlines()[0]
         raise UserError(f"the trace {path} is no CSV table: {cause}") from error
     missing = [column for column in (TIME, INPUT, OUTPUT) if column not in rows]

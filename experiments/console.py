@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console as RichConsole
-from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from finemoe.trace import Trace
 
 Advance = Callable[[int], None]
+CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters but tab and line feed, marks of direction, halves of surrogate pairs."""
+LOSSLESS: dict[bool | None, str | tuple[str, str]] = {
+    None: "not verified here",
+    True: "yes",
+    False: ("NO", "bold red"),
+}
 LONG_SECONDS = 100
 """From an end-to-end latency of this p99 on, latencies are shown in seconds."""
 
@@ -38,7 +47,7 @@ class Console:
     """
 
     def __init__(self, quiet: bool = False, job: str | None = None) -> None:
-        self._rich, self._job = RichConsole(highlight=False, quiet=quiet), job
+        self._rich, self._job = RichConsole(highlight=False, markup=False, quiet=quiet), job
 
     def announce(
         self, testbed: Testbed, model: LoadedModel, prompts: PromptSet, slots: Sequence[int]
@@ -49,10 +58,10 @@ class Console:
             load = testbed.load_seconds(model.full_expert_bytes)
             place += f", {load * 1e3:.2f} ms to load an expert"
         self._print(
-            f"[bold]{model.name}[/] ({escape(model.weights)} weights, {testbed.mode})",
+            (model.name, f" ({model.weights} weights, {testbed.mode})"),
             place,
             _slots(model.offloaded.shape, slots),
-            f"prompts from {prompts.dataset}: {escape(prompts.source)}",
+            f"prompts from {prompts.dataset}: {prompts.source}",
         )
 
     def announce_plain(
@@ -60,9 +69,9 @@ class Console:
     ) -> None:
         """Say what runs where, without our engine."""
         self._print(
-            f"[bold]{cfg.model.name}[/] ({escape(str(cfg.weights))} weights) on {device}",
+            (cfg.model.name, f" ({cfg.weights} weights) on {device}"),
             f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
-            f"prompts from {prompts.dataset}: {escape(prompts.source)}",
+            f"prompts from {prompts.dataset}: {prompts.source}",
         )
 
     def announce_replay(
@@ -71,15 +80,18 @@ class Console:
         """Say what is simulated, and from which trace."""
         origin = trace.header.provenance
         self._print(
-            f"[bold]{cfg.model.name}[/] (routing of {escape(str(origin.get('weights')))} weights, "
-            f"simulated) on {testbed.name}, {testbed.devices} device(s)",
+            (
+                cfg.model.name,
+                f" (routing of {origin.get('weights')} weights, simulated) on {testbed.name}, "
+                f"{testbed.devices} device(s)",
+            ),
             _slots(trace.header.shape, slots),
-            f"routing from {escape(str(trace.path))}: {escape(str(origin.get('dataset')))}",
+            f"routing from {trace.path}: {origin.get('dataset')}",
         )
 
     def recording(self, path: Path) -> None:
         """Say that a trace is recorded first, once."""
-        self._print(f"recording the routing once, to {escape(str(path))}")
+        self._print(f"recording the routing once, to {path}")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
@@ -90,7 +102,7 @@ class Console:
 
     def skipped(self, record: Path) -> None:
         """Say that a complete record of this config is already there."""
-        self._print(f"already complete: {escape(str(record))}")
+        self._print(f"already complete: {record}")
 
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
         """Print generated text, if there is any, the table of results and where the record lies."""
@@ -98,7 +110,7 @@ class Console:
             self._print(_brief(record["summary"]))
             return
         if sample is not None:
-            text = Text.assemble((sample[0], "dim"), (sample[1].rstrip(), "bold"))
+            text = shown((sample[0], "dim"), (sample[1].rstrip(), "bold"))
             title = "first request: prompt, continuation"
             self._rich.print(Panel(text, title=title, box=box.ROUNDED))
         title = (
@@ -106,7 +118,7 @@ class Console:
             f"({record['mode']})"
         )
         summary = record["summary"]
-        self._print(f"[bold]{title}[/]")
+        self._print((title, ""))
         self._rich.print(_latencies(summary))
         if record["memory_budget_gb"] is None:
             self._print(_gathered(summary, record["links"]))
@@ -117,13 +129,23 @@ class Console:
             self._print(_bound(summary["bound"]))
         for line in _cautions(record):
             self._print(line)
-        self._print(f"lossless: {_lossless(summary['lossless'])}")
-        self._print(f"run record: {escape(str(path))}")
+        self._rich.print(shown("lossless: ", LOSSLESS[summary["lossless"]]))
+        self._print(f"run record: {path}")
 
-    def _print(self, *lines: str) -> None:
-        """Print lines; of a job among others, the first with its name."""
-        shown = lines if self._job is None else [f"{escape(self._job)}: {lines[0]}"]
-        self._rich.print("\n".join(shown), soft_wrap=True)
+    def _print(self, *lines: str | tuple[str, str]) -> None:
+        """Print lines, of a pair the first part bold; of a job among others, one with its name."""
+        parts = [("", line) if isinstance(line, str) else line for line in lines]
+        if self._job is not None:
+            parts = [(f"{self._job}: ", "".join(parts[0]))]
+        text = Text("\n").join(shown((bold, "bold"), plain) for bold, plain in parts)
+        self._rich.print(text, soft_wrap=True)
+
+
+def shown(*parts: str | tuple[str, str]) -> Text:
+    """Return texts, some with a style, as they are, but for what a terminal would obey."""
+    text = Text.assemble(*parts)
+    text.plain = CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.plain)
+    return text
 
 
 def bar_on(rich: RichConsole, hidden: bool = False) -> Progress:
@@ -146,7 +168,7 @@ def _brief(summary: dict[str, Any]) -> str:
     times = {name: summary[key] for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))}
     told = [f"{name} {time['mean'] * 1e3:.1f} ms" for name, time in times.items() if time]
     told += [f"hit rate {_share(summary.get('expert_hit_rate'))}"]
-    return ", ".join([*told, f"lossless: {_lossless(summary['lossless'])}"])
+    return ", ".join([*told, f"lossless: {shown(LOSSLESS[summary['lossless']]).plain}"])
 
 
 def _cautions(record: Mapping[str, Any]) -> Iterator[str]:
@@ -159,13 +181,7 @@ def _cautions(record: Mapping[str, Any]) -> Iterator[str]:
             "beyond them it was never trained"
         )
     if costs and costs.startswith("assumed"):
-        yield f"prediction costs {escape(costs)}"
-
-
-def _lossless(same: bool | None) -> str:
-    if same is None:
-        return "not verified here"
-    return "yes" if same else "[bold red]NO[/]"
+        yield f"prediction costs {costs}"
 
 
 def _latencies(summary: dict[str, Any]) -> Table:

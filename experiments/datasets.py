@@ -1,20 +1,30 @@
-"""Prompts: the paper's two datasets through `datasets`, and two built-in ones from the corpus."""
+"""Prompts: from conversations, on the hub or in a local file, and from the built-in corpus."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AfterValidator
 
 from experiments.corpus import Kind, documents
 from experiments.errors import UserError
 from experiments.weights import hub_access, loading
 
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+TURNS = ("conversation", "conversations")
+HUMANS = ("user", "human")
+PARQUET_ROWS = 100
+"""Read at a time."""
 SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
 
 
@@ -49,19 +59,42 @@ def corpus_dataset(name: str, kind: Kind) -> Dataset:
     return Dataset(name, source, tuple(dict.fromkeys(texts)))
 
 
-def conversations(name: str, path: str, split: str, data_files: str | None = None) -> Dataset:
+def _there(path: str) -> str:
+    if Path(path).suffix in READERS and not Path(path).is_file():
+        raise ValueError("there is no file; give dataset.path a json, jsonl or parquet file")
+    return path
+
+
+def conversations(
+    name: str,
+    path: Annotated[str, AfterValidator(_there)],
+    split: str,
+    data_files: str | None = None,
+) -> Dataset:
     """Return the first human turn of each conversation of a hub dataset or a local file.
 
-    Reads LMSYS-Chat-1M's schema (`conversation`: role, content) and ShareGPT's (`conversations`:
-    from, value). Raises UserError if the data is missing, gated, or in neither schema.
+    A row is an object with `conversation` or `conversations`, a list of turns: role and content
+    (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is skipped; standard error and the
+    source say how many, and what the first was. Raises UserError if the data is missing, gated or
+    unreadable, or no row is left.
     """
-    rows = _local_rows(Path(path)) if Path(path).suffix in READERS else None
-    if rows is None:
-        rows = _hub_rows(path, split, data_files)
-    texts = tuple(dict.fromkeys(text for row in rows if (text := _first_turn(row, path))))
+    file = Path(path)
+    rows = _local_rows(file) if file.suffix in READERS else _hub_rows(path, split, data_files)
+    texts, read, skipped, first = dict[str, None](), 0, 0, "no rows"
+    for place, row in rows:
+        read += 1
+        try:
+            texts[_first_turn(row)] = None
+        except ValueError as error:
+            skipped += 1
+            first = f"{place}: {error}" if skipped == 1 else first
     if not texts:
-        raise UserError(f"{path} holds no usable prompt: every first human turn is empty")
-    return Dataset(name, path, texts)
+        raise UserError(f"{path} holds no usable prompt: {first}")
+    if not skipped:
+        return Dataset(name, path, tuple(texts))
+    told = f"skipped {skipped} row{'s' * (skipped > 1)}"
+    print(f"{told} of {path}: {first}", file=sys.stderr)
+    return Dataset(name, f"{path} ({told} of {read})", tuple(texts))
 
 
 def draw_prompts(
@@ -119,46 +152,84 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[0], ids[1]
 
 
-def _local_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    if not path.exists():
-        raise UserError(f"there is no file {path}; give dataset.path a json, jsonl or parquet file")
-    if not path.stat().st_size:
-        raise UserError(f"{path} is empty; give dataset.path a file with conversations")
-    reader = READERS[path.suffix]
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file, each with its place; a row that cannot be parsed as its error."""
     try:
-        yield from datasets.load_dataset(
-            reader, data_files=str(path), split="train", streaming=True
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        yield from READERS[path.suffix](path)
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise UserError(
-            f"cannot read {path} as {reader}: {_first_line(error)}; mend or replace the file"
+            f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}; mend or replace it"
         ) from error
 
 
-def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a list of rows, or one row, or else one row a line."""
+    content = path.read_bytes()
+    try:
+        document = json.loads(content)
+    except ValueError:
+        if content.lstrip().startswith(b"["):
+            raise
+        yield from _json_lines(path)
+        return
+    rows = document if isinstance(document, list) else [document]
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        held = [name for name in TURNS if name in names]
+        if not held:
+            raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
+        batches = file.iter_batches(PARQUET_ROWS, columns=held)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}
+
+
+def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:
     import datasets
 
     with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
         rows = datasets.load_dataset(path, data_files=data_files, split=split)
-    yield from rows
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _first_turn(row: dict[str, Any], path: str) -> str | None:
-    for turns, speaker, human, content in (
-        ("conversation", "role", "user", "content"),
-        ("conversations", "from", "human", "value"),
-    ):
-        said = row.get(turns)
-        if isinstance(said, list) and all(isinstance(turn, dict) for turn in said):
-            texts = [turn.get(content) for turn in said if turn.get(speaker) == human]
-            return texts[0].strip() if texts and isinstance(texts[0], str) else None
-    raise UserError(
-        f"{path} has the columns {', '.join(row)}: neither LMSYS's `conversation` (role, content) "
-        "nor ShareGPT's `conversations` (from, value)"
-    )
+def _first_turn(row: Any) -> str:
+    """Return what a human said first; ValueError with the cause if the row does not tell."""
+    if isinstance(row, Exception):
+        raise ValueError(f"no JSON ({_first_line(row)})")
+    if not isinstance(row, dict):
+        raise ValueError(f"{type(row).__name__} where an object is due")
+    turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"no list of turns as {' or '.join(TURNS)}; only {short([*row])}")
+    speakers = [turn.get("role") or turn.get("from") for turn in turns]
+    first = next((i for i, speaker in enumerate(speakers) if speaker in HUMANS), None)
+    if first is None:
+        raise ValueError(f"no turn by {' or '.join(HUMANS)}, only by {short(speakers)}")
+    text = turns[first].get("content") or turns[first].get("value")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"no text in turn {first + 1}, but {short(text)}")
+    # A half of a surrogate pair, which JSON can hold, is no text for a tokenizer.
+    return text.strip().encode("utf-8").decode()
 
 
 def _first_line(error: Exception) -> str:

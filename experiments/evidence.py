@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,15 @@ from typing import Any
 import pandas as pd
 
 from experiments.errors import UserError
-from experiments.records import RECORD, REQUESTS, read_record
+from experiments.records import (
+    ANALYSIS,
+    INDEX,
+    RECORD,
+    read_checked,
+    read_record,
+    read_requests,
+    read_table,
+)
 
 SETTINGS = {
     "memory_budget": "memory_budget",
@@ -44,13 +51,7 @@ class Run:
     @cached_property
     def requests(self) -> pd.DataFrame:
         """One row a served request; UserError if the table is missing or unreadable."""
-        path = self.folder / REQUESTS
-        try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read; remove {self.folder} and run it again"
-            ) from error
+        return read_requests(self.folder / RECORD)
 
     def setting(self, name: str) -> Any:
         """Return a setting by short name or dotted path; None where the config has none.
@@ -98,14 +99,14 @@ class Evidence:
 
     def runs(self, experiment: str) -> list[Run]:
         """Return an experiment's complete runs, without those that are missing."""
-        index = self.results / "experiments" / f"{experiment}.json"
-        if not index.exists():
-            return []
-        try:
-            digests = list(dict.fromkeys(json.loads(index.read_text()).get("runs", ())))
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{index} is no experiment record; remove it and draw again") from error
+        digests = dict.fromkeys(self.index(experiment).get("runs", ()))
         return [run for digest in digests if (run := self._run(digest)) is not None]
+
+    def index(self, experiment: str) -> dict[str, Any]:
+        """Return what an experiment consists of, empty where it was not made."""
+        path = self.results / "experiments" / f"{experiment}.json"
+        due = "experiment record; remove it and draw again"
+        return read_checked(path, INDEX, due) if path.exists() else {}
 
     def _run(self, digest: str) -> Run | None:
         if digest not in self._runs:
@@ -126,14 +127,10 @@ class Evidence:
         if not record or not path.exists():
             return None
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Table(digest, pd.read_csv(path), str(record.get("mode", "analysis")))
+        return Table(digest, read_table(path), record["mode"])
 
     def analysis_record(self, experiment: str) -> dict[str, Any]:
         """Return an analysis's record, empty where there is none."""
         path = self.results / "analysis" / experiment / "record.json"
-        if not path.exists():
-            return {}
-        try:
-            return dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is no analysis record; remove it and analyse again") from error
+        due = "analysis record; remove it and analyse again"
+        return read_checked(path, ANALYSIS, due) if path.exists() else {}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from experiments.errors import UserError
-from experiments.records import RECORD, REQUESTS, read_record
+from experiments.records import RECORD, read_record, read_requests
 
 BOOTSTRAP_RESAMPLES = 2000
 LATENCIES = ("ttft_s", "tpot_s", "e2el_s")
@@ -61,7 +61,7 @@ def request_frame(records: Sequence[Path]) -> pd.DataFrame:
     """
     tables = []
     for path in map(_record_path, records):
-        table = _requests(path)
+        table = read_requests(path)
         names = _identity(path, read_record(path))
         # A table's own column wins; none has the name of a key today.
         tables.append(table.assign(**{k: v for k, v in names.items() if k not in table}))
@@ -84,17 +84,9 @@ def _record_path(path: Path) -> Path:
     return record
 
 
-def _requests(record: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(record.parent / REQUESTS)
-    except (OSError, ValueError) as error:
-        cause = f"{record.parent} holds no readable {REQUESTS}"
-        raise UserError(f"{cause}; remove the folder and run it again") from error
-
-
 def _row(path: Path) -> dict[str, Any]:
     record = read_record(path)
-    summary, requests = record["summary"], _requests(path)
+    summary, requests = record["summary"], read_requests(path)
     bound = summary.get("bound") or {}
     names = _identity(path, record)
     return {
@@ -151,8 +143,8 @@ def system_label(system: str, config: Mapping[str, Any]) -> str:
 
 @lru_cache
 def _defaults(system: str, model: str) -> dict[str, Any]:
-    path = SYSTEM_CONFIGS / f"{system}.yaml"
-    if not path.is_file():
+    path = {one.stem: one for one in SYSTEM_CONFIGS.glob("*.yaml")}.get(system)
+    if path is None:
         return {}
     composed = OmegaConf.create({"system": OmegaConf.load(path), "model": json.loads(model)})
     plain: Any = OmegaConf.to_container(composed.system, resolve=True)

@@ -34,7 +34,7 @@ from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.runtime import PhaseSeconds
-from finemoe.offload.timeline import TraceEvents
+from finemoe.offload.timeline import trace_events
 from finemoe.testbed import SimulatedTestbed, Testbed
 
 
@@ -115,14 +115,14 @@ def measure(setup: Setup, reference: FirstPass | None, console: Console) -> Meas
     verified = reference is not None and reference.logits is not None
     measurement = Measurement(same_as_reference=True if verified else None)
     total = (len(load.warmup) + len(load.measured)) * repeats
-    timeline = TraceEvents() if setup.cfg.timeline else None
-    with console.progress("serving", total) as advance:
+    with (
+        trace_events(Path(setup.cfg.output), setup.cfg.timeline) as timeline,
+        console.progress("serving", total) as advance,
+    ):
         for _ in range(repeats):
             policy = copy.deepcopy(setup.policy)
             with under_budget(setup, policy, timeline) as runtime:
                 _serve(setup, runtime, reference, measurement, advance)
-    if isinstance(timeline, TraceEvents):
-        timeline.write(Path(setup.cfg.output) / "timeline.json")
     return measurement
 
 

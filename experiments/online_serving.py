@@ -27,7 +27,7 @@ from experiments.recording import Recording, trace_header
 from experiments.records import write_record
 from experiments.run_record import Measurement, live_facts, run_record
 from experiments.setup import Engine, everything_fits, plain_runtime, prepare_engine, under_budget
-from finemoe.offload.timeline import TraceEvents
+from finemoe.offload.timeline import trace_events
 from finemoe.testbed import Testbed
 
 
@@ -86,10 +86,10 @@ def measure(setup: OnlineSetup, console: Console) -> tuple[Sequence[ServedOnline
     """Serve the requests as they arrive, then compare every logit if that is asked for."""
     setup.policy.begin_serving()
     verify = bool(setup.cfg.verify) and everything_fits(setup)
-    timeline = TraceEvents() if setup.cfg.timeline else None
     measurement, logits = Measurement(), list[Tensor]()
     total = len(setup.workload.requests)
     with (
+        trace_events(Path(setup.cfg.output), setup.cfg.timeline) as timeline,
         under_budget(setup, setup.policy, timeline) as runtime,
         console.progress("serving", total) as advance,
     ):
@@ -106,8 +106,6 @@ def measure(setup: OnlineSetup, console: Console) -> tuple[Sequence[ServedOnline
         measurement.traffic = runtime.residency.traffic() - before
         measurement.phases = runtime.phases
         measurement.peak_occupied = runtime.residency.cache.peak_occupied
-    if isinstance(timeline, TraceEvents):
-        timeline.write(Path(setup.cfg.output) / "timeline.json")
     if verify:
         measurement.same_as_reference = same_logits(setup, server.steps, logits, console)
     return served, measurement

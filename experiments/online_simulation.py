@@ -29,7 +29,7 @@ from experiments.run_record import Measurement, run_record
 from experiments.simulation import ReplayEngine, prepare_engine, replay_facts, replay_runtime
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.routed import joined
-from finemoe.offload.timeline import TraceEvents
+from finemoe.offload.timeline import trace_events
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import TracedRequest, TraceError
 
@@ -79,22 +79,22 @@ def measure(
     """Replay the requests as they arrive, from an empty store and cache."""
     policy = simulation.policy
     policy.begin_serving()
-    timeline = TraceEvents() if simulation.cfg.timeline else None
-    runtime, measurement = replay_runtime(simulation, policy, timeline), Measurement()
-    runtime.listeners.append(measurement.accesses)
-    before = runtime.residency.traffic()
     arrivals = simulation.plan_of_arrivals.arrivals
-    with console.progress("replaying", len(arrivals)) as advance:
+    with (
+        trace_events(Path(simulation.cfg.output), simulation.cfg.timeline) as timeline,
+        console.progress("replaying", len(arrivals)) as advance,
+    ):
+        runtime, measurement = replay_runtime(simulation, policy, timeline), Measurement()
+        runtime.listeners.append(measurement.accesses)
+        before = runtime.residency.traffic()
         server = OnlineReplay(runtime, fetch_by_length(arrivals, simulation.trace.request), advance)
         served = server.serve(arrivals, simulation.settings.max_batch_size)
-    runtime.drain()
+        runtime.drain()
     measurement.served += served
     measurement.busy_seconds = server.busy_seconds
     measurement.traffic = runtime.residency.traffic() - before
     measurement.phases = runtime.phases
     measurement.peak_occupied = runtime.residency.cache.peak_occupied
-    if isinstance(timeline, TraceEvents):
-        timeline.write(Path(simulation.cfg.output) / "timeline.json")
     return served, measurement
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,19 +11,115 @@ import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
+import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from experiments.errors import UserError
 from experiments.weights import fingerprint
+from finemoe.trace_file import UNREADABLE, check_size
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
 PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
+AGAIN = "remove the folder and run it again"
+COLUMNS = {
+    "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0, "late": 0,
+    "misses": 0,
+}  # fmt: skip
+"""Columns of a request table that readers compute with, and the share of rows that have a value."""
+ROW_BYTES = 100
+LARGEST = 1e15
+
+# What readers rely on; what else a record holds is not looked at ---------------------------------
+
+
+def _inside(name: str) -> str:
+    """Refuse a name that leads out of the folder that it is joined to."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("a path that leads elsewhere")
+    return name
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what OmegaConf would fill in: a record says what was, not what would be here."""
+    text = json.dumps(config)
+    if "${" in text or '"???"' in text:
+        raise ValueError("an interpolation or a missing value in the config")
+    CONFIG.model_validate(config)
+    return config
+
+
+def part(**fields: Any) -> Any:
+    """Return a schema: a type for each field, or a pair of type and default."""
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    return create_model("Part", __config__=config, **fields)
+
+
+def optional(kind: Any, *names: str) -> dict[str, Any]:
+    """Return fields of a type, or None, that may be left out."""
+    return dict.fromkeys(names, (kind | None, None))
+
+
+AMOUNT: Any = Annotated[float, Field(ge=0, le=LARGEST)]
+COUNT: Any = Annotated[int, Field(ge=0, le=10**18)]
+TEXT: Any = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+NAME: Any = Annotated[TEXT, Field(min_length=1, max_length=200), AfterValidator(_inside)]
+PAIR: Any = Annotated[list[AMOUNT], Field(min_length=2, max_length=2)]
+LATENCY = part(mean=AMOUNT, ci95=PAIR | None)
+SUMMARY = part(
+    lossless=bool | None,
+    dense_bytes=COUNT,
+    **optional(LATENCY, "ttft_s", "tpot_s", "e2el_s"),
+    **optional(AMOUNT, "expert_hit_rate"),
+    **optional(COUNT, "hits", "late", "misses", "slot_budget_bytes"),
+    **optional(COUNT, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
+    **optional(dict[TEXT, AMOUNT], "phase_seconds"),
+    **optional(part(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT), "bound"),
+    busy_seconds=(AMOUNT, 0.0),
+)
+MACHINE = part(cpu=TEXT, cores=COUNT | None, memory_gb=AMOUNT, gpus=list[TEXT], system=TEXT)
+PROVENANCE = {
+    **{"date": TEXT, "python": TEXT, "versions": dict[TEXT, TEXT], "machine": MACHINE},
+    **optional(TEXT, "git_commit"),
+    **optional(bool, "git_dirty"),
+}
+CONFIG = part(
+    **dict.fromkeys(("system", "workload", "testbed"), dict[TEXT, Any]),
+    model=part(name=NAME, hub_id=TEXT, prefetch_distance=COUNT),
+    memory_budget=AMOUNT | TEXT,
+    weights=TEXT,
+    seed=COUNT,
+)
+TOLD = (
+    "system", "model", "dataset", "dataset_source", "dataset_sha256", "testbed", "weights",
+    "routing",
+)  # fmt: skip
+RUN_RECORD = part(
+    status=Literal["complete"],
+    mode=Literal["measured", "emulated", "simulated"],
+    **dict.fromkeys(TOLD, TEXT),
+    **optional(TEXT, "weights_fingerprint", "requests_sha256"),
+    memory_budget_gb=AMOUNT | None,
+    seed=COUNT,
+    summary=SUMMARY,
+    config=Annotated[dict[str, Any], AfterValidator(_resolved)],
+    **PROVENANCE,
+)
+INDEX = part(title=(TEXT, ""), source=(TEXT, ""), runs=(list[NAME], []), files=(list[TEXT], []))
+SUBJECT = part(model=TEXT, dataset=TEXT, weights=TEXT, requests=COUNT, measured_requests=COUNT)
+ANALYSIS = part(
+    id=NAME,
+    **dict.fromkeys(("label", "title", "mode"), TEXT),
+    subjects=list[SUBJECT],  # type: ignore[valid-type]
+    tables=list[NAME],
+    provenance=part(**PROVENANCE),
+)
 
 
 def comparable(cfg: DictConfig) -> dict[str, Any]:
@@ -57,20 +154,75 @@ def existing_record(cfg: DictConfig) -> Path | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return a run record; raise UserError if the file is none."""
+    """Return a run record; UserError if the file is none, or its request table another one."""
+    record = read_checked(path, RUN_RECORD, "run record; choose another output= or remove it")
+    if "requests_sha256" in record and record["requests_sha256"] != _sha256(path.parent / REQUESTS):
+        raise UserError(f"{path.parent / REQUESTS} is not what the run wrote; {AGAIN}")
+    return record
+
+
+def read_checked(path: Path, schema: type[BaseModel], due: str) -> dict[str, Any]:
+    """Return a JSON object as it is; UserError if it is unreadable or does not fit the schema."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        if record["status"] == "complete" and "config" in record:
-            return record
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} is no run record; choose another output= or remove it")
+        plain: dict[str, Any] = json.loads(path.read_text())
+        schema.model_validate(plain)
+        return plain
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = f"{'.'.join(map(str, first['loc']))!a}: {first['msg']}"
+    except (OSError, ValueError, RecursionError) as error:
+        cause = str(error).splitlines()[0]
+    raise UserError(f"{path} ({cause}) is no {due}")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a CSV that an analysis or a figure left; UserError if it is unreadable."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is no table ({cause}); remove it and make it again") from error
+
+
+def read_requests(record: Path) -> pd.DataFrame:
+    """Return the request table beside a run record; UserError if it is missing or damaged."""
+    path = record.parent / REQUESTS
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
+            table: pd.DataFrame = file.read().to_pandas()
+        wrong = [name for name, least in COLUMNS.items() if not _is_amount(table, name, least)]
+        if wrong or table.empty:
+            raise ValueError(f"no numbers as {', '.join(wrong)}" if wrong else "no requests")
+    except (*UNREADABLE, LookupError, TypeError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({cause}); {AGAIN}") from error
+    return table
+
+
+def _is_amount(table: pd.DataFrame, name: str, least: float) -> bool:
+    """Tell whether a column has numbers from 0 up in at least this share of its rows, only."""
+    if name not in table:
+        return least == 0
+    held = table[name].dropna()
+    numbers = held.dtype.kind in "iuf" and bool(held.between(0, LARGEST).all())
+    return len(held) >= least * len(table) and (held.empty or numbers)
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def of_these_weights(record: Mapping[str, Any]) -> bool:
     """Tell whether a run record is of the weights that its config names today."""
     config = record["config"]
-    now = fingerprint(config["model"], str(config["weights"]), config["seed"])
+    try:
+        now = fingerprint(config["model"], str(config["weights"]), config["seed"])
+    except OSError:
+        return False
     return bool(record.get("weights_fingerprint") == now)
 
 
@@ -78,6 +230,7 @@ def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -
     """Write the request table, then the record; the record's rename makes the run complete."""
     partial_table = folder / f"{REQUESTS}.partial"
     requests.to_parquet(partial_table, index=False)
+    record = {**record, "requests_sha256": _sha256(partial_table)}
     os.replace(partial_table, folder / REQUESTS)
     partial = folder / f"{RECORD}.partial"
     partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from experiments.claims import RULES, VERDICTS, Verdict, arguments, judge, write
 from experiments.errors import UserError, command
 from experiments.evidence import Evidence, Run
 from experiments.figures.style import dataset_name, model_name, system_name
+from experiments.records import read_table
 from experiments.system_table import NOTE, system_table
 
 TEMPLATES = Path(__file__).parent
@@ -137,6 +137,7 @@ def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=None if escape else _without_tags,
     )
     environment.filters |= {"slug": _slug, "cell": _markdown_cell, "sentences": _sentences}
     suffix = Path(name).suffix
@@ -145,6 +146,11 @@ def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
 
 def _slug(verdict: str) -> str:
     return verdict.replace(" ", "-")
+
+
+def _without_tags(value: Any) -> Any:
+    """Keep Markdown from taking what a record says for a tag."""
+    return value.replace("<", "&lt;") if isinstance(value, str) else value
 
 
 def _markdown_cell(text: str) -> str:
@@ -169,7 +175,7 @@ def _section(evidence: Evidence, name: str, verdicts: Sequence[Verdict]) -> Sect
         name,
         f"Table {name.removeprefix('table')}" if name.startswith("table") else f"Figure {name}",
         _title(evidence, name),
-        caption.read_text().strip() if caption.exists() else "",
+        caption.read_text(errors="replace").strip() if caption.exists() else "",
         _picture(picture) if picture.exists() else None,
         rows,
         left_out,
@@ -191,15 +197,14 @@ def _picture(path: Path) -> Picture:
 
 
 def _title(evidence: Evidence, name: str) -> str:
-    index = evidence.results / "experiments" / f"{name}.json"
-    held = json.loads(index.read_text()) if index.exists() else evidence.analysis_record(name)
+    held = evidence.index(name) or evidence.analysis_record(name)
     return str(held.get("title", ""))
 
 
 def _data(path: Path) -> tuple[tuple[tuple[str, ...], ...], int]:
     if not path.exists():
         return (), 0
-    frame = pd.read_csv(path)
+    frame = read_table(path)
     shown = frame.head(DATA_ROWS)
     rows = [tuple(_shown(value) for value in row) for row in shown.itertuples(index=False)]
     return (tuple(map(str, frame.columns)), *rows), len(frame) - len(shown)
@@ -221,8 +226,8 @@ def _provenance(evidence: Evidence) -> dict[str, str]:
     runs = evidence.every_run()
     analyses = [record for name in IDS if (record := evidence.analysis_record(name))]
     origins = [run.record for run in runs]
-    origins += [one["provenance"] for one in analyses if "provenance" in one]
-    subjects = [subject for one in analyses for subject in one.get("subjects", ())]
+    origins += [one["provenance"] for one in analyses]
+    subjects = [subject for one in analyses for subject in one["subjects"]]
     traces = [run.record["routing"] for run in runs]
     traces += [_trace(one) for one in subjects]
     packages = [f"{name} {number}" for one in origins for name, number in one["versions"].items()]
@@ -233,7 +238,7 @@ def _provenance(evidence: Evidence) -> dict[str, str]:
         "mode": _listed([run.record["mode"] for run in runs] + [one["mode"] for one in analyses]),
         "testbed": _listed(run.record["testbed"] for run in runs),
         "weights": _listed([run.record["weights"] for run in runs]
-                           + [str(one.get("weights")) for one in subjects]),
+                           + [one["weights"] for one in subjects]),
         "routing": _listed(traces),
         "data": _listed(f"{run.record['dataset']}: {run.record['dataset_source']} "
                         f"(sha256 {run.record['dataset_sha256'][:DIGEST]})" for run in runs),
@@ -265,7 +270,7 @@ def _machine(origin: Mapping[str, Any]) -> str:
 
 
 def _trace(subject: Mapping[str, Any]) -> str:
-    return f"a trace of {subject['model']} with weights {subject.get('weights', 'unknown')}"
+    return f"a trace of {subject['model']} with weights {subject['weights']}"
 
 
 def _run_row(run: Run) -> tuple[str, ...]:

@@ -19,7 +19,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from experiments.records import RECORD, REQUESTS, of_these_weights, provenance, read_record
+from experiments.records import (
+    INDEX,
+    RECORD,
+    REQUESTS,
+    of_these_weights,
+    provenance,
+    read_checked,
+    read_record,
+)
 from experiments.sweeps import digest
 
 ERROR = "error.txt"
@@ -114,12 +122,12 @@ class RunStore:
         Raises UserError if a record of its runs is malformed.
         """
         try:
-            held = json.loads(self.experiment(name).read_text())
-            same, files = held["source"] == source, [self.root / one for one in held["files"]]
-            records = [self.record(one) for one in held.get("runs", ())]
-        except (OSError, ValueError, KeyError, TypeError):
+            held = read_checked(self.experiment(name), INDEX, "experiment record")
+        except UserError:
             return False
-        if not same or not all(path.exists() for path in (*files, *records)):
+        files = [self.root / one for one in held.get("files", ())]
+        records = [self.record(one) for one in held.get("runs", ())]
+        if held.get("source") != source or not all(one.exists() for one in (*files, *records)):
             return False
         for path in records:
             read_record(path)

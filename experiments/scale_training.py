@@ -10,8 +10,9 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from transformers import PreTrainedModel
@@ -159,9 +160,9 @@ class Training:
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")
         state = {
-            "recipe": self.recipe,
+            "recipe": asdict(self.recipe),
             "step": self.step,
-            "history": self.history,
+            "history": [asdict(one) for one in self.history],
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -169,14 +170,19 @@ class Training:
         os.replace(partial, self.checkpoint)
 
     def _restore(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=False)
-        if state["recipe"] != self.recipe:
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+            known = state["recipe"]
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, UnpicklingError) as error:
+            raise ValueError(f"{self.checkpoint} is no checkpoint; remove it") from error
+        if known != asdict(self.recipe):
             raise ValueError(
                 f"{self.checkpoint} belongs to another recipe; remove it to train from the start"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.history = state["step"], state["history"]
+        self.step = state["step"]
+        self.history = [Progress(**one) for one in state["history"]]
 
 
 def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> torch.Tensor:

@@ -40,7 +40,7 @@ from finemoe.offload.replay import CostModel, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.runtime import PhaseSeconds
-from finemoe.offload.timeline import Timeline, TraceEvents
+from finemoe.offload.timeline import Timeline, trace_events
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TraceError
 
@@ -181,11 +181,13 @@ def measure(simulation: Simulation, console: Console) -> Measurement:
     policy = copy.deepcopy(simulation.policy)
     if policy.placement.foresight:
         policy.foretell([one.activated for one in iterations(simulation)])
-    timeline = TraceEvents() if simulation.cfg.timeline else None
-    runtime = replay_runtime(simulation, policy, timeline)
-    server, measurement = ReplayServer(runtime, simulation.fetch), Measurement()
     total = len(load.warmup) + len(load.measured)
-    with console.progress("replaying", total) as advance:
+    with (
+        trace_events(Path(simulation.cfg.output), simulation.cfg.timeline) as timeline,
+        console.progress("replaying", total) as advance,
+    ):
+        runtime = replay_runtime(simulation, policy, timeline)
+        server, measurement = ReplayServer(runtime, simulation.fetch), Measurement()
         for batch in in_batches(load.warmup, size):
             server.serve(batch)
             advance(len(batch))
@@ -201,8 +203,6 @@ def measure(simulation: Simulation, console: Console) -> Measurement:
     measurement.traffic = runtime.residency.traffic() - before
     measurement.phases = runtime.phases
     measurement.peak_occupied = runtime.residency.cache.peak_occupied
-    if isinstance(timeline, TraceEvents):
-        timeline.write(Path(simulation.cfg.output) / "timeline.json")
     return measurement
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from safetensors.numpy import save_file
 from finemoe.offload.policy import FloatArray, ModelShape
 
 EVERYTHING = slice(None)
+TOLERANCE = 1e-2
+"""How far what adds up to 1 may be from it, rounded as it is."""
+LARGEST = 2.0**24
+"""Up to here float32 counts by ones; nothing that a policy keeps comes near it."""
 SMALLEST_NORM = np.finfo(np.float32).tiny
 
 
@@ -168,18 +173,49 @@ class ExpertMapStore:
 
         Raises StoreMismatch if the file was saved for another model or is no store file.
         """
-        try:
-            with safe_open(path, "numpy") as file:
-                saved_for = (file.metadata() or {}).get("model_id")
-                maps, embeddings = file.get_tensor("maps"), file.get_tensor("embeddings")
-        except (SafetensorError, OSError) as error:
-            raise StoreMismatch(f"{path} is no expert map store ({error})") from error
-        expected = ((self.shape.layers, self.shape.experts), (self.shape.hidden_size,))
-        found = (maps.shape[1:], embeddings.shape[1:])
-        if saved_for != model_id or found != expected or len(maps) != len(embeddings):
-            raise StoreMismatch(f"{path} holds expert maps of {saved_for}, not of {model_id}")
+        maps, embeddings = read_arrays(
+            path,
+            {"model_id": model_id},
+            maps=("entries", self.shape.layers, self.shape.experts),
+            embeddings=("entries", self.shape.hidden_size),
+        )
+        if (maps < 0).any() or (abs(maps.sum(axis=2) - 1) > TOLERANCE).any():
+            raise StoreMismatch(f"{path} holds maps whose rows are no probabilities")
+        if (np.vecdot(embeddings, embeddings) > 1 + TOLERANCE).any():
+            raise StoreMismatch(f"{path} holds embeddings that are longer than 1")
         for expert_map, embedding in zip(maps, embeddings, strict=True):
             self.add(expert_map, embedding)
+
+
+def read_arrays(
+    path: Path, facts: Mapping[str, str], **shapes: tuple[int | str, ...]
+) -> list[FloatArray]:
+    """Return the arrays of a safetensors file that have these names, in their order.
+
+    A dimension is a size, or a name for one that is the same wherever the name stands. Raises
+    StoreMismatch unless the file says all of `facts` of itself, and its arrays are float32, of
+    these shapes, and without NaN, infinity or anything beyond `LARGEST`.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            told = file.metadata() or {}
+            arrays = [file.get_tensor(name) for name in shapes]
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise StoreMismatch(f"{path} cannot be read as {', '.join(shapes)} ({cause})") from error
+    for name, value in facts.items():
+        if told.get(name) != value:
+            raise StoreMismatch(f"{path} is for {name} {told.get(name)!r}, not {value!r}")
+    sizes: dict[str, int] = {}
+    for array, (name, shape) in zip(arrays, shapes.items(), strict=True):
+        pairs = zip(shape, array.shape, strict=False)
+        due = tuple(n if isinstance(n, int) else sizes.setdefault(n, m) for n, m in pairs)
+        if array.dtype != np.float32 or len(shape) != array.ndim or array.shape != due:
+            found = f"{array.dtype} of shape {array.shape}"
+            raise StoreMismatch(f"{path} holds {name} as {found}, not float32 of {shape}")
+        if not (abs(array) <= LARGEST).all():
+            raise StoreMismatch(f"{path} holds {name} that are not all numbers up to {LARGEST:g}")
+    return arrays
 
 
 def unit(vector: FloatArray) -> FloatArray:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from finemoe.offload.policy import ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import Content, TracedRequest, TraceError, TraceHeader, require
+from finemoe.trace_file import UNREADABLE, check_size
 
 COLUMNS = pa.schema(
     {
@@ -32,6 +33,11 @@ COLUMNS = pa.schema(
     }
 )
 
+ROW_BYTES = 50
+"""Of a row in memory."""
+LARGEST_SIZE = 4096
+"""Layers, experts and K that a trace alone may claim."""
+
 Numbers = NDArray[np.integer]
 
 
@@ -41,7 +47,7 @@ def is_foreign(path: Path) -> bool:
         return True
     try:
         return "rank" in pq.read_schema(path).names
-    except (OSError, pa.ArrowException):
+    except UNREADABLE:
         return False
 
 
@@ -51,7 +57,7 @@ class ForeignTrace:
     A request's prefill rows are its step 0, whatever their `step`; its decode steps follow in the
     order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up.
     Layers count MoE layers from 0. Unless `shape` is given, L, J and K are the largest layer,
-    expert and rank plus one, and the hidden size is 0, which is to say unknown.
+    expert and rank plus one, up to `LARGEST_SIZE`, and the hidden size is 0: unknown.
 
     Raises TraceError if the file is no such table, a number is out of range, or steps are missing.
     """
@@ -65,6 +71,8 @@ class ForeignTrace:
         decode = self._decodes(table)
         request, step = (table[name].to_numpy() for name in ("request", "step"))
         step = np.where(decode, step, 0)
+        if (step < 0).any():
+            raise self._error(f"has decode step {step.min()}; count from 0")
         order = np.lexsort((step, decode, request))
         self._step, self._decode = step[order], decode[order]
         self._layer, self._expert = (table[name].to_numpy()[order] for name in ("layer", "expert"))
@@ -125,7 +133,8 @@ class ForeignTrace:
 
     def _routed(self, number: int, step: int, layer: Numbers, expert: Numbers) -> RoutedStep:
         shape = self.header.shape
-        flat = np.bincount(layer * shape.experts + expert, minlength=shape.layers * shape.experts)
+        place = layer.astype(np.int64) * shape.experts + expert
+        flat = np.bincount(place, minlength=shape.layers * shape.experts)
         counts = flat.reshape(shape.layers, shape.experts)
         rows = counts.sum(axis=1)
         if not rows.all():
@@ -142,9 +151,12 @@ class ForeignTrace:
             if missing:
                 raise self._error(f"lacks the columns {', '.join(missing)}; name them so")
             table = table.select(COLUMNS.names).cast(COLUMNS)
+            table.validate(full=True)
+        except TraceError:
+            raise
         except FileNotFoundError:
             raise self._error("no such file; check the path") from None
-        except (pa.ArrowException, OSError) as error:
+        except (*UNREADABLE, LookupError) as error:
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise self._error(f"is no table of routing rows: {cause}; write it again") from error
         if not len(table):
@@ -152,6 +164,8 @@ class ForeignTrace:
         for name in COLUMNS.names:
             if table[name].null_count:
                 raise self._error(f"has rows without a {name}; fill them in")
+        if not pc.all(pc.is_finite(table["weight"])).as_py():
+            raise self._error("has weights that are NaN or infinite; write it again")
         return table
 
     def _is_parquet(self) -> bool:
@@ -159,7 +173,9 @@ class ForeignTrace:
             return file.read(4) == b"PAR1"
 
     def _read_parquet(self) -> pa.Table:
-        return pq.ParquetFile(self.path, page_checksum_verification=True).read()
+        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+            check_size(file.metadata.num_rows * ROW_BYTES, self.path.stat().st_size)
+            return file.read(COLUMNS.names)
 
     def _read_csv(self) -> pa.Table:
         types = pa.csv.ConvertOptions(column_types=COLUMNS)
@@ -167,7 +183,8 @@ class ForeignTrace:
 
     def _inferred(self, table: pa.Table) -> ModelShape:
         layers, experts, ranks = (
-            max(1, int(table[name].to_numpy().max()) + 1) for name in ("layer", "expert", "rank")
+            min(max(1, int(table[name].to_numpy().max()) + 1), LARGEST_SIZE)
+            for name in ("layer", "expert", "rank")
         )
         return ModelShape(layers, experts, ranks, 0)
 

@@ -34,6 +34,10 @@ from finemoe.trace import (
 
 HEADER_KEY = FORMAT.encode()
 CHECKSUM_KEY = b"sha256"
+ALWAYS_READ = 2**26
+"""Up to this many unpacked bytes nobody asks how small they are stored."""
+LARGEST_RATIO = 1000
+"""Of unpacked to stored bytes. Routing packs into a third to a fiftieth, zeros into a 60,000th."""
 LARGEST_COUNT = np.iinfo(np.uint16).max
 CONTENTS: tuple[Content, ...] = get_args(Content)
 STORED: dict[str, np.dtype[Any]] = {
@@ -41,6 +45,11 @@ STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
+
+UNREADABLE = (
+    pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError,
+)  # fmt: skip
+"""What pyarrow, numpy and json raise for a bad file."""
 
 Bytes = NDArray[np.uint8]
 
@@ -65,6 +74,19 @@ class IndexEntry:
 
 
 # Values -----------------------------------------------------------------------------------------
+
+
+def finite(name: str, values: FloatArray) -> FloatArray:
+    """Return the values; ValueError if one of them is NaN or infinite."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} hold values that are NaN or infinite")
+    return values
+
+
+def check_size(rows_bytes: int, stored_bytes: int) -> None:
+    """Raise ValueError for a few bytes that would fill memory, which no routing packs into."""
+    if rows_bytes > max(ALWAYS_READ, LARGEST_RATIO * stored_bytes):
+        raise ValueError(f"{stored_bytes:,} bytes that unpack to {rows_bytes:,}")
 
 
 def encode(values: FloatArray, dtype: DType) -> bytes:
@@ -158,16 +180,25 @@ def _unpack_header(metadata: Mapping[bytes, bytes]) -> tuple[TraceHeader, tuple[
     if fields["dtype"] not in STORED or not set(contents) <= set(CONTENTS):
         raise ValueError(f"unknown dtype or contents: {fields['dtype']}, {contents}")
     header = TraceHeader(shape, fields["dtype"], contents, dict(fields["provenance"]), gates)
-    return header, tuple(IndexEntry(*entry) for entry in fields["requests"])
+    return header, tuple(map(_unpack_entry, fields["requests"]))
 
 
 def _unpack_shape(fields: Mapping[str, Any]) -> ModelShape:
     layers, experts, top_k = (_at_least(1, fields[name]) for name in ("layers", "experts", "top_k"))
+    if top_k > experts:
+        raise ValueError(f"top {top_k} of {experts} experts")
     return ModelShape(layers, experts, top_k, _at_least(0, fields["hidden_size"]))
 
 
+def _unpack_entry(fields: Sequence[Any]) -> IndexEntry:
+    number, steps, crc32 = fields
+    if type(number) is not int or type(crc32) is not int:
+        raise ValueError("requests that are not numbers")
+    return IndexEntry(number, _at_least(1, steps), crc32)
+
+
 def _at_least(least: int, value: Any) -> int:
-    if type(value) is not int or value < least:
+    if type(value) is not int or not least <= value < 2**31:
         raise ValueError(f"{value!r} where an integer from {least} up is due")
     return value
 
@@ -195,7 +226,8 @@ def _to_text(values: FloatArray) -> list[str]:
 
 def _from_text(text: Sequence[Any]) -> FloatArray:
     dtype, data = text
-    return decode(np.frombuffer(base64.b64decode(data, validate=True), np.uint8), dtype)
+    packed = np.frombuffer(base64.b64decode(data, validate=True), np.uint8)
+    return finite("gates", decode(packed, dtype))
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -284,6 +316,7 @@ class TraceWriter:
             raise ValueError(f"counts have the shape {step.counts.shape}, not {shape}")
         if step.counts.min() < 0 or step.counts.max() > LARGEST_COUNT:
             raise ValueError(f"counts are not all in 0..{LARGEST_COUNT}; split the prefill")
+        _check_counts(step.counts[None], np.array([step.tokens]), self.header)
         return step.counts.astype("<u2").tobytes()
 
     def _array(self, name: Content, step: RoutedStep) -> bytes:
@@ -292,10 +325,23 @@ class TraceWriter:
         if values is None or values.shape != shape:
             found = "missing" if values is None else f"of shape {values.shape}"
             raise ValueError(f"{name} are {found}, not of shape {shape}")
+        finite(name, values)
         try:
             return encode(values, self.header.dtype)
         except ValueError as error:
             raise ValueError(f"{name} hold {error}") from error
+
+
+def _check_counts(
+    counts: NDArray[np.integer], tokens: NDArray[np.integer], header: TraceHeader
+) -> None:
+    """Raise ValueError if counts (steps, L, J) are not those of K experts for each token."""
+    due = tokens.astype(np.int64)[:, None] * header.shape.top_k
+    found = counts.sum(axis=2, dtype=np.int64)
+    # Foreign traces say no tokens: theirs are the fullest layer's rows over K, rounded up.
+    least = 1 if "foreign" in header.provenance else due
+    if (found < least).any() or (found > due).any():
+        raise ValueError("counts do not add up to K experts for each of the tokens")
 
 
 def array_shape(name: Content, tokens: int, shape: ModelShape) -> tuple[int, ...]:
@@ -372,8 +418,11 @@ class TraceReader:
     def _read(self, group: int) -> TracedRequest:
         entry = self._index[group]
         # Checked before anything of that size is allocated.
-        if self._file.metadata.row_group(group).num_rows != entry.steps:
+        stored = self._file.metadata.row_group(group)
+        if stored.num_rows != entry.steps:
             raise ValueError("another number of steps than the header says")
+        columns = map(stored.column, range(stored.num_columns))
+        check_size(stored.total_byte_size, sum(one.total_compressed_size for one in columns))
         table = self._file.read_row_group(group, use_threads=False)
         if len(table) != entry.steps or fingerprint(table) != entry.crc32:
             raise ValueError("content that its checksum does not match")
@@ -388,7 +437,10 @@ class TraceReader:
         lengths, data = _column(table, name)
         if lengths[1:].any():
             raise ValueError(f"a {name} in a later step than the first")
-        return tuple(data.view("<i4").tolist())
+        ids = data.view("<i4")
+        if (ids < 0).any():
+            raise ValueError(f"a {name} with a token id below 0")
+        return tuple(ids.tolist())
 
     def _steps(self, table: pa.Table) -> tuple[RoutedStep, ...]:
         tokens = table["tokens"].to_numpy()
@@ -397,6 +449,7 @@ class TraceReader:
         if (tokens < 1).any() or (lengths != layers * experts * 2).any():
             raise ValueError("counts of a size that does not fit its tokens and shape")
         counts = data.view("<u2").reshape(-1, layers, experts)
+        _check_counts(counts, tokens, self.header)
         counted = tokens.tolist()
         held = [self._arrays(table, name, counted) for name in CONTENTS]
         return tuple(
@@ -415,7 +468,7 @@ class TraceReader:
         sizes = np.array([math.prod(shape) for shape in shapes], dtype=np.int64)
         if (lengths != sizes * STORED[dtype].itemsize).any():
             raise ValueError(f"{name} of a size that does not fit its tokens and shape")
-        values = decode(data, dtype)
+        values = finite(name, decode(data, dtype))
         stops = np.cumsum(sizes).tolist()
         return [
             values[stop - size : stop].reshape(shape)
@@ -431,14 +484,7 @@ class TraceReader:
             raise TraceError(f"{self.path}: {part}{error}") from None
         except FileNotFoundError:
             raise TraceError(f"{self.path}: no such file; check the path") from None
-        except (
-            pa.ArrowException,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            MemoryError,
-        ) as error:
+        except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TraceError(
                 f"{self.path}: {part}is damaged or no trace: {cause}; copy or record it again"

@@ -29,7 +29,7 @@ from experiments import routing_predictors as prediction
 from experiments.errors import UserError
 from experiments.figures import charts, style
 from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
-from experiments.records import provenance
+from experiments.records import ANALYSIS, provenance, read_checked, read_table
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
 
@@ -264,12 +264,8 @@ def write_analysis(
 
 def read_analysis(folder: Path) -> Analysed:
     """Return what an analysis left; raise UserError if it is not there or not whole."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        tables = {stem: pd.read_csv(folder / f"{stem}.csv") for stem in record["tables"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no complete analysis ({error}); run it again") from error
-    return Analysed(record, tables)
+    record = read_checked(folder / RECORD, ANALYSIS, "complete analysis; run it again")
+    return Analysed(record, {stem: read_table(folder / f"{stem}.csv") for stem in record["tables"]})
 
 
 def over_subjects(found: Sequence[Subject], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
+
+PROCESS = {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "finemoe"}}
 
 
 class Timeline(Protocol):
@@ -14,33 +19,44 @@ class Timeline(Protocol):
     def span(self, track: str, name: str, start: float, end: float) -> None: ...
 
 
-@dataclass
 class TraceEvents:
-    """Spans in the trace event format (JSON array of complete events, times in microseconds)."""
+    """Writes spans as they come, from any thread, in the trace event format (microseconds)."""
 
-    events: list[dict[str, Any]] = field(default_factory=list)
-    tracks: dict[str, int] = field(default_factory=dict)
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._tracks: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def span(self, track: str, name: str, start: float, end: float) -> None:
         if end <= start:
             return
-        thread = self.tracks.setdefault(track, len(self.tracks))
-        self.events.append(
-            {
-                "name": name,
-                "cat": track,
-                "ph": "X",
-                "pid": 0,
-                "tid": thread,
-                "ts": start * 1e6,
-                "dur": (end - start) * 1e6,
-            }
-        )
+        times = {"ts": start * 1e6, "dur": (end - start) * 1e6}
+        with self._lock:
+            if track not in self._tracks:
+                self._tracks[track] = len(self._tracks)
+                self._write(track, name="thread_name", ph="M", args={"name": track})
+            self._write(track, name=name, cat=track, ph="X", **times)
 
-    def write(self, path: Path) -> None:
-        """Write a file for https://ui.perfetto.dev."""
-        names = [
-            {"name": "thread_name", "ph": "M", "pid": 0, "tid": thread, "args": {"name": track}}
-            for track, thread in self.tracks.items()
-        ]
-        path.write_text(json.dumps({"traceEvents": names + self.events, "displayTimeUnit": "ms"}))
+    def _write(self, track: str, **event: Any) -> None:
+        self._file.write(",\n" + json.dumps({**event, "pid": 0, "tid": self._tracks[track]}))
+
+
+@contextmanager
+def trace_events(folder: Path, wanted: bool) -> Iterator[TraceEvents | None]:
+    """Write what happens in the block to `timeline.json` in a folder, for ui.perfetto.dev.
+
+    The file gets its name when the block ends without an exception; otherwise nothing is left.
+    """
+    if not wanted:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"timeline.json.{os.getpid()}.partial"
+    try:
+        with partial.open("w") as file:
+            file.write(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{json.dumps(PROCESS)}')
+            yield TraceEvents(file)
+            file.write("\n]}\n")
+        os.replace(partial, folder / "timeline.json")
+    finally:
+        partial.unlink(missing_ok=True)

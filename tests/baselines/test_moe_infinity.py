@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from baselines.activation_matrices import MatrixCollection, RunningRequest
 from baselines.moe_infinity import PROTECTED, MoEInfinityPolicy, moe_infinity
@@ -329,11 +330,15 @@ def test_a_saved_collection_comes_back(tmp_path: Path) -> None:
     loaded.load(path, "this model")
     assert loaded.collection.matrices.tolist() == [FIRST.tolist(), SECOND.tolist()]
     assert loaded.collection.popularity.tolist() == (FIRST + SECOND).tolist()
-    with pytest.raises(StoreMismatch, match="matrices of this model, not of another"):
+    with pytest.raises(StoreMismatch, match="for model_id 'this model', not 'another'"):
         policy().load(path, "another")
     path.write_text("nothing")
-    with pytest.raises(StoreMismatch, match="is no collection"):
+    with pytest.raises(StoreMismatch, match="cannot be read as matrices"):
         policy().load(path, "this model")
+    for wrong in (FIRST * np.nan, FIRST * -1, FIRST / 3, FIRST[1:], FIRST.astype(int)):
+        save_file({"matrices": wrong[None]}, path, metadata={"model_id": "this model"})
+        with pytest.raises(StoreMismatch, match="holds matrices"):
+            policy().load(path, "this model")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy, promoe
 from experiments.small_models import small_model
@@ -89,13 +90,20 @@ def test_a_saved_predictor_is_used_for_its_source_layer(tmp_path: Path) -> None:
 
 def test_a_predictor_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "predictor.safetensors"
-    with pytest.raises(ValueError, match="is no predictor"):
+    with pytest.raises(ValueError, match="cannot be read as up"):
         promoe(SHAPE, prefetch_distance=2, predictor="learned", predictor_path=str(path))
     predictor().save(path, 2, {})
-    with pytest.raises(ValueError, match="is for d=2 or another model; train it"):
+    with pytest.raises(ValueError, match="is for distance '2', not '1'; train it"):
         promoe(SHAPE, prefetch_distance=1, predictor="learned", predictor_path=str(path))
-    path.write_text("nothing")
-    with pytest.raises(ValueError, match="is no predictor"):
+    for weights in (path.read_bytes()[:-4] + b"\xff" * 4, b"nothing"):
+        path.write_bytes(weights)
+        with pytest.raises(
+            ValueError, match=r"(not all numbers up to|cannot be read as).*; train it"
+        ):
+            promoe(SHAPE, prefetch_distance=2, predictor="learned", predictor_path=str(path))
+    wrong = {**vars(predictor()), "up_bias": np.zeros((2, 1), np.float32)}
+    save_file(wrong, path, metadata={"distance": "2"})
+    with pytest.raises(ValueError, match=r"up_bias as float32 of shape \(2, 1\), not .*; train"):
         promoe(SHAPE, prefetch_distance=2, predictor="learned", predictor_path=str(path))
 
 

@@ -72,7 +72,7 @@ def test_a_file_in_neither_schema(tmp_path: Path) -> None:
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("no json {")
-    assert "cannot read" in complaint("dataset=lmsys", f"dataset.path={path}")
+    assert "line 1: no JSON" in complaint("dataset=lmsys", f"dataset.path={path}")
 
 
 def test_a_file_without_a_usable_prompt(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ MISTAKES = {
     "system._target_=baselines.none.Policy": "baselines.none",
     "system=oracle system.lookahead=0": "system.lookahead=0",
     "system=moe_infinity system.horizon=0": "system.horizon=0",
-    "system=promoe system.predictor=learned system.predictor_path=/nowhere": "is no predictor",
+    "system=promoe system.predictor=learned system.predictor_path=/nowhere": "train it",
     "system=oracle workload=online": "use workload=offline",
     "system=deepspeed_zero testbed=a100": "real model",
     "model.layers=0": "model.layers=0",

@@ -61,9 +61,12 @@ class Results:
         """Write one run whose requests ask for ten experts each; return its digest."""
         config = {
             "system": {"label": system, **(options or {})},
-            "model": {"name": model},
+            "model": {"name": model, "hub_id": "a/model", "prefetch_distance": 3},
             "workload": {"batch_size": batch_size},
+            "testbed": {},
             "memory_budget": budget,
+            "weights": "scale",
+            "seed": 0,
         }
         numbers = np.arange(len(tpot))
         requests = pd.DataFrame(
@@ -91,6 +94,7 @@ class Results:
             "bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25},
             "peak_slot_bytes": int(budget * 1e9),
             "dense_bytes": 0,
+            "lossless": None,
             **(summary or {}),
         }
         record = {
@@ -128,7 +132,15 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         for stem, rows in tables.items():
             rows.to_csv(folder / f"{stem}.csv", index=False)
-        record = {"title": "a title", "mode": "analysis", "subjects": [], "provenance": PROVENANCE}
+        record = {
+            "id": name,
+            "label": "a label",
+            "title": "a title",
+            "mode": "analysis",
+            "subjects": [],
+            "tables": list(tables),
+            "provenance": PROVENANCE,
+        }
         (folder / "record.json").write_text(json.dumps(record))
 
     def verdict(self, claim: Claim | str, **options: Any) -> Any:

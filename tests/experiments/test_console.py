@@ -27,6 +27,18 @@ def record(e2el: float) -> dict[str, Any]:
             "summary": summary}  # fmt: skip
 
 
+def test_names_and_texts_are_shown_as_they_are_but_no_terminal_obeys_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    odd = {**record(1.5), "model": "[bold]a[/b]\x1b[2J", "system": "\\[red]"}
+    Console().results(odd, Path("[/]\r.json"), ("\x1b]0;title\x07 \x9b1m [/x]", "\u202eb\ud800"))
+    printed = capsys.readouterr().out
+    assert "\\[red] on [bold]a[/b]\N{REPLACEMENT CHARACTER}[2J, 6.0 GB" in printed
+    assert "[/x]" in printed
+    assert "run record: [/]" in printed
+    assert not set("\x1b\x07\x9b\r\u202e\ud800") & set(printed)
+
+
 @pytest.mark.parametrize(
     ("e2el", "unit", "tpot", "shown"),
     [(1.5, "milliseconds", "12.3", "1500.0"), (3952.9, "seconds", "0.01", "3952.90")],

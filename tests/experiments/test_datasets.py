@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from experiments.corpus import documents
 from experiments.datasets import Dataset, conversations, corpus_dataset, draw_prompts
+from experiments.errors import UserError
 from experiments.weights import SCALE_MODELS
 
 TEXTS = ("What is the capital of France, and how many live there?", "Tell me about whales.")
@@ -68,3 +70,51 @@ def test_built_in_prompts_come_from_held_out_documents_only(kind: Any) -> None:
     long = [text for text in texts if len(text) > 400]
     assert long
     assert not [text for text in long if text in training]
+
+
+ODD = [
+    (None, "NoneType where an object is due"),
+    ({"conversation": None}, "no list of turns as conversation or conversations"),
+    ({"conversations": [{"from": "gpt", "value": "x"}]}, "no turn by user or human, only by .'gpt"),
+    ({"conversations": [{"from": "human", "value": ["x"]}]}, "no text in turn 1, but .'x'"),
+    ({"conversations": [{"from": "human", "value": 5}]}, "no text in turn 1, but 5"),
+    ({"conversations": [{"from": "human", "value": "\ud800"}]}, "surrogates not allowed"),
+    ({"conversations": ["hello"]}, "no list of turns"),
+]
+
+
+@pytest.mark.parametrize(("row", "cause"), ODD)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_row_that_is_no_conversation_is_skipped_and_counted(
+    row: Any, cause: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = tmp_path / f"rows.{suffix}", [SHAREGPT[0], row, LMSYS[1]]
+    lines = [json.dumps(one) for one in rows]
+    path.write_text("\n".join(lines) if suffix == "jsonl" else json.dumps(rows))
+    read = conversations("test", str(path), "train")
+    assert read.texts == TEXTS
+    assert read.source == f"{path} (skipped 1 row of 3)"
+    place = "line" if suffix == "jsonl" else "row"
+    found = capsys.readouterr().err
+    assert re.search(f"^skipped 1 row of {path}: {place} 2: .*{cause}.*\n$", found)
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
+        conversations("test", str(path), "train")
+
+
+def test_turns_by_user_and_assistant_are_read_under_either_key(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    turns = [{"from": "assistant", "value": "x"}, {"from": "user", "value": TEXTS[0]}]
+    path.write_text(json.dumps([{"conversations": turns}]))
+    assert conversations("test", str(path), "train").texts == TEXTS[:1]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize("content", [b"", b"null", b"[" * 10**5, b"\xff\xfe", b'[{"a": 1}'])
+def test_files_that_hold_no_conversation_are_refused(
+    suffix: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / f"rows.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=r"no usable prompt|cannot read") as caught:
+        conversations("test", str(tmp_path / f"rows.{suffix}"), "train")
+    assert "\n" not in str(caught.value)

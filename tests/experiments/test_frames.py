@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from experiments.errors import UserError
+from experiments.evidence import Evidence
 from experiments.frames import one_mode, ratio_interval, request_frame, run_frame
-from experiments.records import write_record
+from experiments.records import provenance, read_record, write_record
 from tests.command import ROOT
 
 PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
@@ -64,6 +67,7 @@ def leave_run(
         "bytes_prefetched": 7,
         "slot_budget_bytes": 25_000_000_000,
         "dense_bytes": 3_000_000_000,
+        "lossless": None,
         "phase_seconds": PHASES,
         "busy_seconds": 12.0,
         "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
@@ -77,10 +81,13 @@ def leave_run(
         "weights": "scale",
         "routing": "a trace",
         "dataset": plain["dataset"]["name"],
+        "dataset_source": "somewhere",
+        "dataset_sha256": "ab" * 32,
         "memory_budget_gb": 22.5,
         "seed": 0,
         "summary": summary,
         "config": plain,
+        **provenance(),
     }
     folder.mkdir(parents=True)
     return write_record(folder, record, table)
@@ -171,8 +178,76 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         run_frame([tmp_path])
     leave_run(tmp_path / "a")
     (tmp_path / "a" / "requests.parquet").write_text("torn")
-    with pytest.raises(UserError, match=r"no readable requests\.parquet; remove the folder"):
+    with pytest.raises(UserError, match=r"is not what the run wrote; remove the folder"):
         run_frame([tmp_path / "a"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "cause"),
+    [
+        (["config"], None, "'config': Input should be a valid dict"),
+        (["config", "seed"], "${oc.env:HOME}", "'config': Value error, an interpolation"),
+        (["config", "model", "name"], "../../else", "'config.model.name': Value error, a path"),
+        (["config", "model", "name"], "/else", "'config.model.name': Value error, a path"),
+        (["model"], "\x1b[2J", "'model': String should match"),
+        (["mode"], "guessed", "'mode': Input should be"),
+        (["seed"], 0.5, "'seed': Input should be a valid int"),
+        (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
+        (["summary", "tpot_s", "ci95"], [1.0], "'summary.tpot_s.ci95': List should have at least"),
+        (["summary", "hits"], -1, "'summary.hits': Input should be greater"),
+        (["summary", "bound"], [], "'summary.bound'"),
+        (["versions"], {"torch": 2}, "'versions.torch'"),
+    ],
+)
+def test_records_that_no_run_leaves_are_refused(
+    tmp_path: Path, path: list[str], value: Any, cause: str
+) -> None:
+    record = leave_run(tmp_path / "a")
+    plain = json.loads(record.read_text())
+    part = plain
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    record.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=rf"\({cause}.*\) is no run record") as caught:
+        read_record(record)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda table: table.drop(columns="batch"), "no numbers as batch"),
+        (lambda table: table.assign(tpot_s=math.inf), "no numbers as tpot_s"),
+        (lambda table: table.assign(e2el_s=-1.0), "no numbers as e2el_s"),
+        (lambda table: table.assign(ttft_s=[None, 1.0, 2.0]), "no numbers as ttft_s"),
+        (lambda table: table.assign(hits="many"), "no numbers as hits"),
+        (lambda table: table.head(0), "no requests"),
+        (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),
+    ],
+)
+def test_request_tables_that_no_run_leaves_are_refused(
+    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], cause: str
+) -> None:
+    record = leave_run(tmp_path / "a")
+    table = pd.read_parquet(record.parent / "requests.parquet")
+    change(table).to_parquet(record.parent / "requests.parquet", compression="zstd")
+    with pytest.raises(UserError, match="is not what the run wrote; remove the folder"):
+        read_record(record)
+    plain = {k: v for k, v in json.loads(record.read_text()).items() if k != "requests_sha256"}
+    record.write_text(json.dumps(plain))
+    assert read_record(record) == plain
+    with pytest.raises(UserError, match=f"cannot be read .*{cause}.*; remove the folder"):
+        request_frame([record])
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    index = tmp_path / "experiments" / "10.json"
+    for content in ('{"runs": ["../../else"]}', '{"runs": {"a": 1}}', "[]", "null", "[" * 10**5):
+        index.write_text(content)
+        with pytest.raises(UserError, match="is no experiment record; remove it and draw again"):
+            Evidence(tmp_path).runs("10")
 
 
 def test_mixed_modes_are_refused_unless_asked_for() -> None:

@@ -184,7 +184,8 @@ def test_figures_captions_and_data_are_there(results: Results) -> None:
     page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
     assert page.count("data:image/png;base64,") == 1
     assert CAPTION.replace("<", "&lt;").replace(">", "&gt;") in page
-    assert f"{CAPTION} Data: [CSV](figures/10.csv)." in markdown
+    kept = CAPTION.replace("<", "&lt;")
+    assert f"{kept} Data: [CSV](figures/10.csv)." in markdown
     assert "![Figure 10](figures/10.png)" in markdown
     assert page.count("<td>1.235</td>") == 60
     assert "the first 60 rows; 1 more in figures/10.csv" in page

@@ -260,7 +260,8 @@ def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_no
     broken.write_text("{")
     assert reproduce.main(command(conf, results, traces), conf) == 2
     assert (
-        capsys.readouterr().err == f"error: {broken} is no run record; choose another output= "
+        capsys.readouterr().err == f"error: {broken} (Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)) is no run record; choose another output= "
         "or remove it\n"
     )
     assert broken.read_text() == "{"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from experiments.scale_training import Recipe, Training
@@ -39,6 +41,23 @@ def test_stopped_and_resumed_equals_run_through(tmp_path: Path) -> None:
     assert resumed.history == history
     ours, theirs = through.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Harmful:
+    """Runs code when it is unpickled by whom nothing keeps from it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.place,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    torch.save(Harmful(tmp_path / "was here"), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="is no checkpoint; remove it"):
+        training(tmp_path / "a.pt")
+    assert not (tmp_path / "was here").exists()
 
 
 def test_the_balance_loss_is_computed_layer_by_layer(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from finemoe.expert_map import ExpertMapStore, StoreMismatch, unit
 from finemoe.offload.policy import FloatArray, ModelShape
@@ -37,6 +39,7 @@ def numbered_store(capacity: int, entries: int) -> ExpertMapStore:
     rng = np.random.default_rng(0)
     for _ in range(entries):
         expert_map = rng.random((SHAPE.layers, SHAPE.experts), dtype=np.float32)
+        expert_map /= expert_map.sum(axis=1, keepdims=True)
         store.add(expert_map, rng.random(SHAPE.hidden_size, dtype=np.float32))
     return store
 
@@ -234,6 +237,33 @@ def test_tensors_of_something_else_are_refused(tmp_path: Path) -> None:
     save_file({"weights": np.zeros(3)}, path, metadata={"model_id": MODEL})
     with pytest.raises(StoreMismatch):
         ExpertMapStore(SHAPE, 2, 1).load(path, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("maps", lambda good: good * np.nan, "maps that are not all numbers"),
+        ("maps", lambda good: good + np.inf, "maps that are not all numbers"),
+        ("maps", lambda good: good - 1, "maps whose rows are no probabilities"),
+        ("maps", lambda good: good * 0, "maps whose rows are no probabilities"),
+        ("maps", lambda good: good.astype(np.int64), "maps as int64 of shape"),
+        ("maps", lambda good: good[:1], "embeddings as float32 of shape"),
+        ("maps", lambda good: good[0], r"maps as float32 of shape \(4, 2\), not"),
+        ("embeddings", lambda good: good * np.float32(9), "embeddings that are longer than 1"),
+        ("embeddings", lambda good: good * np.nan, "embeddings that are not all numbers"),
+        ("embeddings", lambda good: good.astype(np.float16), "embeddings as float16"),
+    ],
+)
+def test_arrays_that_no_store_holds_are_refused(
+    name: str, change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    path = saved(disagreeing_store(1), tmp_path)
+    arrays = load_file(path)
+    save_file({**arrays, name: change(arrays[name])}, path, metadata={"model_id": MODEL})
+    store = ExpertMapStore(SHAPE, 2, 1)
+    with pytest.raises(StoreMismatch, match=message):
+        store.load(path, MODEL)
+    assert store.size == 0
 
 
 def test_bytes_are_counted_by_capacity_not_by_size() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finemoe.foreign_trace import COLUMNS, ForeignTrace
@@ -121,12 +123,15 @@ def test_prefill_steps_are_one_iteration(tmp_path: Path) -> None:
         ("expert", "x", "is no table of routing rows"),
         ("expert", 1.5, "is no table of routing rows"),
         ("expert", None, "has rows without a expert"),
+        ("expert", 2**31 - 1, r"has expert 2147483647, not in 0..4095"),
+        ("step", -(2**63), "has decode step -9223372036854775808; count from 0"),
+        ("weight", "inf", "has weights that are NaN or infinite"),
         ("layer", 7, "request 4 routes nothing in layer 0 of its step 0"),
     ],
 )
 def test_bad_values_are_refused(tmp_path: Path, column: str, value: Any, message: str) -> None:
     frame = table().astype({column: object})
-    frame.loc[8, column] = value
+    frame.loc[6, column] = value
     if value == 7:
         frame.loc[frame["layer"] == 0, "layer"] = 2
     with pytest.raises(TraceError, match=message) as caught:
@@ -167,6 +172,25 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TraceError) as caught:
             ForeignTrace(tmp_path / "bad")
         assert "\n" not in str(caught.value)
+
+
+def test_texts_that_are_not_utf8_and_rows_that_fill_memory_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(ROWS.encode().replace(b"weight", b"weight,\xff", 1))
+    with pytest.raises(TraceError, match="is no table"):
+        ForeignTrace(path)
+    columns = {name: pa.array(table()[name]) for name in COLUMNS.names}
+    text = pa.array(["prefill"] * len(table())).buffers()
+    text[2] = pa.py_buffer(text[2].to_pybytes().replace(b"p", b"\xff"))
+    phase = pa.Array.from_buffers(pa.string(), len(table()), text)
+    pq.write_table(pa.table({**columns, "phase": phase}), path)
+    with pytest.raises(TraceError, match=r"is no table .*UTF8"):
+        ForeignTrace(path)
+    zeros = {name: pa.nulls(2**21, kind).fill_null(0) for name, kind in
+             zip(COLUMNS.names, COLUMNS.types, strict=True) if name != "phase"}  # fmt: skip
+    pq.write_table(pa.table({**zeros, "phase": ["prefill"] * 2**21}), path)
+    with pytest.raises(TraceError, match=r"bytes that unpack to 104,857,600"):
+        ForeignTrace(path)
 
 
 def test_the_columns_are_those_documented() -> None:

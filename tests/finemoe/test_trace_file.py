@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from finemoe.trace_file import (
     array_shape,
     decode,
     encode,
+    fingerprint,
 )
 from tests.command import ROOT
 
@@ -46,7 +48,9 @@ def a_step(tokens: int, header: TraceHeader, rng: np.random.Generator) -> Routed
     for name in header.contents:
         values = rng.normal(size=array_shape(name, tokens, header.shape)).astype(np.float32)
         arrays[name] = rounded(values, header.dtype)
-    counts = rng.integers(0, 65536, (header.shape.layers, header.shape.experts))
+    shape = header.shape
+    even = np.full(shape.experts, 1 / shape.experts)
+    counts = rng.multinomial(tokens * shape.top_k, even, shape.layers)
     return RoutedStep(tokens, counts, **arrays)
 
 
@@ -84,7 +88,7 @@ def assert_same(found: TracedRequest, due: TracedRequest) -> None:
 
 headers = st.builds(
     TraceHeader,
-    st.builds(ModelShape, *[st.integers(1, 4)] * 4),
+    st.builds(ModelShape, *[st.integers(1, 4)] * 4).filter(lambda one: one.top_k <= one.experts),
     st.sampled_from(["bfloat16", "float16", "float32"]),
     st.lists(st.sampled_from(EVERYTHING), unique=True).map(tuple),
     st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
@@ -193,6 +197,8 @@ GOOD = a_request(3, [2, 1], HEADER)
         ({"counts": np.zeros((3, 2), int)}, "counts have the shape"),
         ({"counts": np.full((2, 3), 65536)}, "not all in 0..65535"),
         ({"counts": np.full((2, 3), -1)}, "not all in 0..65535"),
+        ({"counts": np.ones((2, 3), int)}, "counts do not add up to K experts for each"),
+        ({"logits": np.full((2, 2, 3), np.nan, np.float32)}, "logits hold values that are NaN"),
         ({"tokens": 0}, "0 where an integer from 1 up is due"),
         ({"prompt": (2**31,)}, ""),
     ],
@@ -324,7 +330,12 @@ def test_sound_row_groups_in_the_wrong_order_are_noticed(tmp_path: Path) -> None
         ({"shape": {"layers": 2}}, "damaged or no trace"),
         ({"shape": None}, "damaged or no trace"),
         ({"shape": {"layers": 0, "experts": 3, "top_k": 1, "hidden_size": 4}}, "integer from 1 up"),
+        ({"shape": {"layers": 2, "experts": 3, "top_k": 4, "hidden_size": 4}}, "top 4 of 3"),
+        ({"shape": {"layers": 2**70, "experts": 3, "top_k": 1, "hidden_size": 4}}, "from 1 up"),
         ({"gates": {"weight": ["float32", "AAAA"], "bias": None}}, "damaged or no trace"),
+        ({"gates": {"weight": ["float32", "AADAfwAA" * 16], "bias": None}}, "gates hold .* NaN"),
+        ({"requests": [[0, 3, 0], [1, 0, 0]]}, "integer from 1 up"),
+        ({"requests": [["a", 3, 0], [1, 3, 0]]}, "requests that are not numbers"),
         ({"requests": [[0, 3, 0]]}, "2 row groups for 1 requests"),
         ({"requests": [[0, 3, 0], [0, 3, 0]]}, "2 row groups"),
         ({"requests": [[0, 2, 0], [1, 3, 0]]}, "request 0 .*another number of steps"),
@@ -348,6 +359,37 @@ def test_arrays_of_another_size_are_refused(tmp_path: Path) -> None:
     rewrite(tmp_path / "t", shape=fewer)
     with pytest.raises(TraceError, match=r"request 1 .*counts of a size"):
         TraceReader(tmp_path / "t").request(due[1].number)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("counts", 0, b"\2\0" * 6, "counts do not add up"),
+        ("logits", 1, b"\xc0\x7f" * 6, "logits hold values that are NaN or infinite"),
+        ("hidden_states", 1, b"\x80\x7f" * 8, "hidden_states hold values that are NaN or inf"),
+        ("prompt", 0, b"\xff" * 12, "a prompt with a token id below 0"),
+        ("output", 0, bytes(2**27), "bytes that unpack to 134,2"),
+    ],
+)
+def test_values_that_no_model_routes_are_refused(
+    tmp_path: Path, name: str, index: int, value: bytes, message: str
+) -> None:
+    a_trace(tmp_path / "t", requests=1)
+    with pq.ParquetFile(tmp_path / "t") as file:
+        table, metadata = file.read_row_group(0), file.metadata.metadata
+    values = table[name].to_pylist()
+    values[index] = value
+    place = table.column_names.index(name)
+    table = table.set_column(place, table.schema.field(name), [pa.array(values, pa.binary())])
+    header = json.loads(metadata[HEADER_KEY]) | {"requests": [[0, 3, fingerprint(table)]]}
+    packed = json.dumps(header).encode()
+    schema = table.schema.remove_metadata()
+    with pq.ParquetWriter(tmp_path / "t", schema, compression="zstd", store_schema=False) as writer:
+        sha256 = hashlib.sha256(packed).hexdigest().encode()
+        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: sha256})
+        writer.write_table(table.replace_schema_metadata(None))
+    with pytest.raises(TraceError, match=message):
+        read_all(tmp_path / "t")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

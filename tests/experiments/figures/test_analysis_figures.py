@@ -175,7 +175,7 @@ def test_bad_input_is_named(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose some of mixtral"):
         analysed("table1", {}, tmp_path / "a", "experiment.models=[mixtrel]")
     assert not (tmp_path / "a").exists()
-    with pytest.raises(UserError, match="holds no complete analysis"):
+    with pytest.raises(UserError, match="is no complete analysis"):
         figure3a.draw(tmp_path / "a", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):

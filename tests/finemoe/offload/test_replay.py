@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,7 +28,7 @@ from finemoe.offload.policy import (
 from finemoe.offload.replay import PredictionCosts, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
-from finemoe.offload.timeline import TraceEvents
+from finemoe.offload.timeline import trace_events
 from finemoe.offload.virtual_links import LinkRate
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=1, hidden_size=3)
@@ -256,16 +260,47 @@ def test_a_link_that_stops_leaves_its_share_to_the_others() -> None:
     assert replay.forward(routed(0, (0, 1, 2), (0,))) == pytest.approx(26 + 8 + 1 + 19)
 
 
-def test_a_timeline_holds_what_happened(tmp_path: object) -> None:
-    timeline = TraceEvents()
+def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
     policy = Scripted({}, prediction="none")
     costs = LinearCosts(Line(0.0), Line(10.0), Line(0.0), Line(1.0))
     residency = Residency(SHAPE, MemoryPlan((8,), BYTES, CHUNK), policy)
-    ReplayRuntime(policy, residency, costs, LinkRate(1.0), timeline).forward(routed(0, (0,), (1,)))
-    seconds = {(e["cat"], e["name"]): (e["ts"] / 1e6, e["dur"] / 1e6) for e in timeline.events}
+    with trace_events(tmp_path, wanted=True) as timeline:
+        replay = ReplayRuntime(policy, residency, costs, LinkRate(1.0), timeline)
+        replay.forward(routed(0, (0,), (1,)))
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    seconds = {(e["cat"], e["name"]): (e["ts"] / 1e6, e["dur"] / 1e6) for e in spans}
+    named = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert all(named[event["tid"]] == event["cat"] for event in spans)
     assert seconds[("link 0", "on demand 0.0")] == (10, 8)
     assert seconds[("waits", "on demand")] == (29, 8)
     assert seconds[("iterations", "decode")] == (0, 38)
+
+
+def write_and_break_off(folder: Path) -> None:
+    with trace_events(folder, wanted=True) as timeline:
+        assert timeline is not None
+        (file,) = folder.glob("*.partial")
+        for second in range(1000):
+            timeline.span("a track", "a span", second, second + 1)
+        assert file.stat().st_size > 50_000
+        raise KeyboardInterrupt
+
+
+def test_a_timeline_is_written_as_it_comes_and_gone_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_and_break_off(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_timeline_takes_spans_from_many_threads(tmp_path: Path) -> None:
+    with trace_events(tmp_path, wanted=True) as timeline, ThreadPoolExecutor(8) as pool:
+        assert timeline is not None
+        for number in range(800):
+            pool.submit(timeline.span, f"track {number % 5}", "a span", number, number + 1)
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" for event in events) == 800
+    assert sum(event["name"] == "thread_name" for event in events) == 5
 
 
 layers = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True).map(tuple)
