@@ -11,11 +11,14 @@ What is complete is never done again, so that an interrupted call goes on where 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +31,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import sweeps
-from experiments.errors import BAD_INPUT, UserError
+from experiments.errors import BAD_INPUT, UserError, exit_code, file_errors, stop
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
+from experiments.records import check_writable, other_code, read_record
 from experiments.reproduce_tasks import function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
-from experiments.tracking import log_reproduction
+from experiments.tracking import is_logged, log_reproduction
+from finemoe.files import atomic_write
 
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 WANDB_PROJECT = "finemoe"
 
 
@@ -77,7 +82,7 @@ class Reproduction:
         self.console = RichConsole(highlight=False)
         self.failures: list[Ended] = []
         self.chosen = sweeps.chosen(ids, conf)
-        self.store.check_writable()
+        check_writable(self.store.root, "results")
         self.plans = self._unmade(overrides, conf)
         if options.records:
             wanted = {digest for plan in self.plans for digest in plan.runs}
@@ -86,6 +91,7 @@ class Reproduction:
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
+        self._say_whose_code()
         if not self.plans:
             self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
         else:
@@ -109,8 +115,24 @@ class Reproduction:
     def pending_runs(self) -> dict[str, DictConfig]:
         """The runs that are missing, long ones first."""
         wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
-        missing = {one: cfg for one, cfg in wanted.items() if not self.store.complete(cfg, one)}
+        missing = {one: cfg for one, cfg in wanted.items() if not self._finished(cfg, one)}
         return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
+
+    def _finished(self, cfg: DictConfig, digest: str) -> bool:
+        """Tell whether a run is complete, and logged if its config asks for it."""
+        logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
+        return logged and self.store.complete(digest)
+
+    def _say_whose_code(self) -> None:
+        """Say how much of what is kept other code may have made."""
+        done = {one for plan in self.plans for one in plan.runs} - self.pending_runs.keys()
+        kept = [read_record(self.store.record(one)) for one in done]
+        for name in {one.id for one in self.chosen} - {plan.experiment.id for plan in self.plans}:
+            kept.append(json.loads(self.store.experiment(name).read_text())["provenance"])
+        old = sum(other_code(one) is not None for one in kept)
+        if old:
+            what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
+            self._say(f"{what}; give another results= to make them again")
 
     def _unmade(self, overrides: Sequence[str], conf: Path) -> list[Plan]:
         """Plan the experiments that were not made of these very configs."""
@@ -166,15 +188,16 @@ class Reproduction:
             (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, plain([cfg])))
         for ended in self._stage("runs", simulated, timed):
             if ended.trace:
-                folder = self.store.run(digests[ended.name])
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ERROR).write_text(ended.trace)
+                path = self.store.run(digests[ended.name]) / ERROR
+                # A run may fail because nothing can be written.
+                with suppress(OSError), atomic_write(path) as partial:
+                    partial.write_text(ended.trace)
 
     def _draw(self) -> None:
         """Analyse and draw; an experiment with a run missing is left out and said."""
         tasks = []
         for plan in self.plans:
-            missing = sum(not self.store.complete(cfg, one) for one, cfg in plan.runs.items())
+            missing = sum(not self.store.complete(one) for one in plan.runs)
             if missing:
                 name = plan.experiment.id
                 self._say(f"experiment {name}: not drawn, {missing} of its runs are missing")
@@ -193,13 +216,12 @@ class Reproduction:
         made = [self.store.experiment(one.id) for one in self.chosen]
         made += Path(__file__).parent.glob("*.*")  # claims, their rules and the report's template
         newest = max(path.stat().st_mtime_ns for path in made)
-        if report.exists() and report.stat().st_mtime_ns > newest:
-            return
-        for name in ("experiments.claims.judge", "experiments.report.write"):
-            function(name)(self.store.root)
+        if not report.exists() or report.stat().st_mtime_ns <= newest:
+            for name in ("experiments.claims.judge", "experiments.report.write"):
+                function(name)(self.store.root)
+            self._say(f"report: {escape(str(report))}")
         if self.log_to_wandb:
-            log_reproduction(WANDB_PROJECT, self.store.root)
-        self._say(f"report: {escape(str(report))}")
+            log_reproduction(WANDB_PROJECT, report)
 
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
@@ -322,15 +344,17 @@ def main(words: Sequence[str] | None = None, conf: Path = sweeps.CONF) -> int:
     """Carry the command out; return 0, 1 if something failed, 2 for bad input, 130 interrupted."""
     given = arguments(words).words
     try:
-        ids, options, overrides = split_words(given)
-        return Reproduction(ids, overrides, options, conf).carry_out()
+        with file_errors():
+            ids, options, overrides = split_words(given)
+            return Reproduction(ids, overrides, options, conf).carry_out()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; complete runs are kept: call again to go on", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(interrupt)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -130,6 +130,9 @@ def build(cfg: DictConfig, **arguments: Any) -> Any:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         if isinstance(cause, ValueError | KeyError | TypeError):
             raise UserError(f"{plain['_target_']}: {cause}") from error
+        if isinstance(cause, ImportError):
+            told = f"{plain['_target_']} cannot be imported ({cause.__cause__ or cause})"
+            raise UserError(f"{told}; set PYTHONPATH to the folder of its module") from error
         raise
 
 
