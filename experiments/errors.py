@@ -20,6 +20,7 @@ REMEDIES = {
     errno.EDQUOT: "free some space",
     errno.EROFS: PLACE,
     errno.EACCES: PLACE,
+    errno.EEXIST: PLACE,
     errno.ENOTDIR: PLACE,
     errno.ENAMETOOLONG: "choose a shorter name",
 }

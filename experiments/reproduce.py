@@ -91,7 +91,6 @@ class Reproduction:
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
-        self._say_whose_code()
         if not self.plans:
             self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
         else:
@@ -99,9 +98,10 @@ class Reproduction:
                 f"to do: {len(self.plans)} of {len(self.chosen)} experiments, "
                 f"{len(self.pending_runs)} runs"
             )
-            self._record_traces()
-            self._run()
-            self._draw()
+        self._say_whose_code()
+        self._record_traces()
+        self._run()
+        self._draw()
         if self.everything and not self.failures:
             self._report()
         self._say(f"results: {escape(str(self.store.root))}")

@@ -13,9 +13,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from experiments.errors import UserError, file_errors
 from experiments.records import alone_in, git_state, new_folder, other_code, sweep_folder
+from experiments.setup import build
 from tests.command import ROOT, SMALL, run_command
 
 
@@ -182,9 +184,8 @@ def test_help_lists_what_exists() -> None:
         ("output=a=1,b=2", """is quoted: 'output="a=1,b=2"'"""),
         ("hydra/launcher=submitit_nowhere", "pip install -e '.[slurm]'"),
         ("output=/proc/nowhere", "choose another output="),
-        ("-m hydra.sweep.dir=/proc/nowhere/x", "/proc/nowhere"),
+        ("-m hydra.sweep.dir=run.py/x", "run.py/x: not a directory; choose another folder"),
         ("-m hydra.sweep.dir={} hydra.sweep.subdir=${{nowhere}}", "'nowhere' not found"),
-        ("testbed=rtx3090x6 output={} system._target_=nowhere.Policy", "PYTHONPATH"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(words: str, message: str, tmp_path: Path) -> None:
@@ -193,6 +194,11 @@ def test_what_cannot_be_is_refused_in_one_line(words: str, message: str, tmp_pat
     (told,) = (line for line in done.stderr.splitlines() if not line.startswith("Error executing"))
     assert told.startswith("error: ")
     assert message in told
+
+
+def test_a_target_that_cannot_be_imported_is_told_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"No module named 'nowhere'\); set PYTHONPATH"):
+        build(OmegaConf.create({"_target_": "nowhere.Policy"}))
 
 
 def test_jobs_get_folders_of_their_own(tmp_path: Path) -> None:
