@@ -6,15 +6,15 @@ File names below are those of the original code, TorchMoE/MoE-Infinity.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from finemoe.expert_map import StoreMismatch, read_arrays, unit
+from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, ModelShape
 
 Variant = Literal["paper", "code"]
@@ -100,9 +100,9 @@ class MatrixCollection:
 
     def save(self, path: Path, model_id: str) -> None:
         """Write the matrices as safetensors, marked with the model they belong to."""
-        partial = path.with_name(f"{path.name}.partial")
-        save_file({"matrices": self.matrices.copy()}, partial, metadata={"model_id": model_id})
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            arrays = {"matrices": self.matrices.copy()}
+            partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
 
     def load(self, path: Path, model_id: str, replace: Literal["similar", "unmatched"]) -> None:
         """Add the matrices of a file, in its order.

@@ -10,7 +10,6 @@ per layer; layers have equal shares.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Literal
 
 import numpy as np
 from pydantic.dataclasses import dataclass as checked
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from baselines.speculation import Ranking, SpeculatingPolicy
 from finemoe.expert_map import StoreMismatch, read_arrays
+from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, ModelShape, Placement, Prefetch
 from finemoe.options import CHECKED, Count, Text, Whole
 
@@ -71,9 +71,8 @@ class LearnedPredictor:
 
     def save(self, path: Path, distance: int, facts: Mapping[str, str]) -> None:
         """Write the weights with their stride and what else is to be known of them."""
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(vars(self), partial, metadata={**facts, "distance": str(distance)})
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            partial.write_bytes(save(vars(self), metadata={**facts, "distance": str(distance)}))
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:

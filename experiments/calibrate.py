@@ -6,7 +6,6 @@ hardware runs in virtual time.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from experiments.calibration import Calibration
 from experiments.console import Console
 from experiments.errors import command
 from experiments.records import provenance
+from finemoe.files import atomic_write
 
 
 def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:
@@ -37,10 +37,8 @@ def write_testbed(path: Path, testbed: dict[str, Any]) -> None:
         f"commit {origin['git_commit']},\n# on {origin['machine']['cpu']}, "
         f"{origin['machine']['cores']} cores. Times in microseconds.\n"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(head + OmegaConf.to_yaml(OmegaConf.create(testbed)))
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        partial.write_text(head + OmegaConf.to_yaml(OmegaConf.create(testbed)))
 
 
 @hydra.main(config_path="../conf", config_name="calibrate", version_base="1.3")

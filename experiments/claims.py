@@ -8,7 +8,6 @@ paper claims, `RULES` says when a claim holds. Intervals are bootstrap intervals
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from experiments.measuring import (
     run_draws,
 )
 from experiments.resampling import interval
+from finemoe.files import atomic_write
 
 CLAIMS = Path(__file__).parent / "claims.yaml"
 HOLDS, WEAKER, FAILS = "holds", "holds weaker", "does not hold"
@@ -374,10 +374,9 @@ def _write(results: Path, verdicts: Sequence[Verdict]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; raise UserError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            partial.write_text(text)
     except OSError as error:
         cause = f"cannot write to {path.parent}: {error.strerror}"
         raise UserError(f"{cause}; choose another results=") from error

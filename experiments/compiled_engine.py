@@ -8,12 +8,13 @@ take a fraction of the time. Policies are not compiled.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-from experiments.errors import words_given
+from experiments.errors import BAD_INPUT, words_given
 
 ENGINE = Path("finemoe/offload")
 BUILD = Path("build/cython")
@@ -57,4 +58,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as stop:
+        print(f"{stop}; a C compiler such as gcc is needed, or go on interpreted", file=sys.stderr)
+        sys.exit(BAD_INPUT)

@@ -55,7 +55,7 @@ class Options(BaseModel):
     traces: Text
     timeline: Flag
     store: dict[Literal["load", "save"], Text | None]
-    output: Text
+    output: Text | None
     logger: dict[Literal["name", "project"], Annotated[str, NAME]]
 
 
@@ -175,7 +175,9 @@ def arguments(
     try:
         target = instantiate({"_target_": values["_target_"]}, _partial_=True).func
     except (InstantiationException, KeyError) as error:
-        raise UserError(f"{_key(cfg)}: {str(error).splitlines()[0]}") from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        told = f"{_key(cfg)}._target_={values.get('_target_')} cannot be used ({cause})"
+        raise UserError(f"{told}; set PYTHONPATH to the folder of its module") from error
     signature = inspect.signature(target).parameters
     hints = _hints(target)
     fields: Any = {

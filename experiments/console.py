@@ -100,9 +100,10 @@ class Console:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
 
-    def skipped(self, record: Path) -> None:
-        """Say that a complete record of this config is already there."""
-        self._print(f"already complete: {record}")
+    def skipped(self, record: Path, other_code: str | None) -> None:
+        """Say that a complete record of this config is already there, and if other code made it."""
+        note = f" ({other_code})" if other_code else ""
+        self._print(f"already complete: {record}{note}")
 
     def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
         """Print generated text, if there is any, the table of results and where the record lies."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ from experiments.small_models import random_model
 from experiments.weights import SCALE_MODELS
 from experiments.workloads import Request
 from finemoe.assemble import resident_runtime
+from finemoe.files import atomic_write
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
@@ -196,7 +196,5 @@ def print_checks(title: str, checks: Sequence[Check], console: Console) -> None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n")

@@ -11,13 +11,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed, parallel_config, register_parallel_backend
 from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.parallel import BACKENDS
 
-from experiments.errors import UserError
+from experiments.errors import UserError, file_errors
 from finemoe.trace import TraceError
 
 LAUNCHERS = ("joblib", "ray")
@@ -64,12 +65,18 @@ def _over_cores(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
     left = {task.name for task in tasks}
     with (
         warnings.catch_warnings(),
-        parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1),
+        parallel_config(
+            "loky",
+            n_jobs=n_jobs,
+            inner_max_num_threads=1,
+            initializer=settle,
+            initargs=(os.getcwd(), os.getpid()),
+        ),
     ):
         # joblib replaces a worker whose memory grew, and warns of it; nothing is lost.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-        jobs = (delayed(in_worker)(task, os.getcwd(), os.getpid()) for task in tasks)
+        jobs = (delayed(attempt)(task) for task in tasks)
         try:
             for ended in parallel(jobs):
                 left.discard(ended.name)
@@ -90,7 +97,7 @@ def _over_ray(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
     remote = ray.remote(in_worker)
-    names = {remote.remote(task, os.getcwd(), None): task.name for task in tasks}
+    names = {remote.remote(task, os.getcwd()): task.name for task in tasks}
     while names:
         (ready,), _ = ray.wait(list(names), num_returns=1)
         name = names.pop(ready)
@@ -106,16 +113,17 @@ def one_by_one(tasks: Sequence[Task]) -> Iterator[Ended]:
         yield attempt(task)
 
 
-def in_worker(task: Task, folder: str, owner: int | None) -> Ended:
-    """Carry out a task in a worker process of `owner`, in the folder where the user stands."""
-    settle(folder, owner)
+def in_worker(task: Task, folder: str) -> Ended:
+    """Carry out a task in a worker process of Ray, in the folder where the user stands."""
+    settle(folder, None)
     return attempt(task)
 
 
 def attempt(task: Task) -> Ended:
     """Carry out a task; return how it ended."""
     try:
-        task.function(*task.arguments)
+        with file_errors():
+            task.function(*task.arguments)
     except (UserError, TraceError) as error:
         return Ended(task.name, str(error), bad_input=True)
     except Exception as error:
@@ -128,15 +136,10 @@ def attempt(task: Task) -> Ended:
 @cache
 def settle(folder: str, owner: int | None) -> None:
     """Make a fresh worker quiet, single-threaded, and end with its owner; once a process."""
-    if owner == os.getpid():
-        # With n_jobs=1 there are no workers.
-        return
+    if owner is not None:
+        end_with(owner)
     os.environ.update(QUIET)
     os.chdir(folder)
-    if owner is not None:
-        # Interrupting the terminal interrupts the owner, which ends its workers.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
     import torch
     import transformers
 
@@ -145,8 +148,22 @@ def settle(folder: str, owner: int | None) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _end_with(owner: int) -> None:
-    """End this process when its owner was killed, so that two never work on the same run."""
-    while os.getppid() == owner:
-        time.sleep(CHECK_SECONDS)
-    os._exit(1)
+def end_with(owner: int) -> None:
+    """Make this worker end when its owner does, so that two never work on the same run.
+
+    Interrupting the terminal interrupts the owner, which ends its workers.
+    """
+
+    def watch() -> None:
+        while os.getppid() == owner:
+            time.sleep(CHECK_SECONDS)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_workers_with_this_process() -> None:
+    """Make the workers of whoever uses joblib here, such as Hydra's launcher, end with us."""
+    backend = partial(BACKENDS["loky"], initializer=end_with, initargs=(os.getpid(),))
+    register_parallel_backend("loky", backend)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,11 +25,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from experiments.errors import UserError
 from experiments.weights import fingerprint
+from finemoe.files import atomic_write, partial_name
 from finemoe.trace_file import UNREADABLE, check_size
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
+LONGEST_NAME = 255
+"""In bytes, of a file or a folder."""
 PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
 AGAIN = "remove the folder and run it again"
@@ -142,15 +150,58 @@ def existing_record(cfg: DictConfig) -> Path | None:
         if {key: value for key, value in held["config"].items() if key not in PLACES} == wanted:
             return record if of_these_weights(held) else None
         raise UserError(f"{folder} holds the record of another config; choose another output=")
+    check_writable(folder, "output")
+    return None
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise UserError if nothing can be written to the folder of an option; make it if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{RECORD}.partial"
-        partial.touch()
-        partial.unlink()
+        probe = partial_name(folder / "probe")
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         cause = f"cannot write to {folder}: {error.strerror}"
-        raise UserError(f"{cause}; choose another output=") from error
-    return None
+        raise UserError(f"{cause}; choose another {option}=") from error
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the date and the second, which no other process gets."""
+    named = parent / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    named.parent.mkdir(parents=True, exist_ok=True)
+    for count in itertools.count():
+        folder = named.with_name(f"{named.name}-{count}") if count else named
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def sweep_folder(parent: Path, overrides: str) -> Path:
+    """Return the folder of a sweep's job, named by its overrides as far as a name can be long."""
+    name = overrides.encode()
+    if len(name) > LONGEST_NAME:
+        mark = hashlib.sha256(name).hexdigest()[:16]
+        overrides = f"{name[: LONGEST_NAME - 17].decode(errors='ignore')}-{mark}"
+    return parent / overrides
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within this block for the folder; the kernel keeps count."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        # A file system may have no such locks.
+        with suppress(OSError):
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that writes to {folder}", file=sys.stderr)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -228,13 +279,11 @@ def of_these_weights(record: Mapping[str, Any]) -> bool:
 
 def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -> Path:
     """Write the request table, then the record; the record's rename makes the run complete."""
-    partial_table = folder / f"{REQUESTS}.partial"
-    requests.to_parquet(partial_table, index=False)
-    record = {**record, "requests_sha256": _sha256(partial_table)}
-    os.replace(partial_table, folder / REQUESTS)
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, folder / RECORD)
+    with atomic_write(folder / REQUESTS) as partial:
+        requests.to_parquet(partial, index=False)
+        record = {**record, "requests_sha256": _sha256(partial)}
+    with atomic_write(folder / RECORD) as partial:
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return folder / RECORD
 
 
@@ -247,6 +296,16 @@ def provenance() -> dict[str, Any]:
         "machine": machine(),
         **git_state(),
     }
+
+
+def other_code(record: Mapping[str, Any]) -> str | None:
+    """Say which code made a record if it may be other than today's; None if it is the same."""
+    names = "git_commit", "git_dirty"
+    made, now = ([facts.get(name) for name in names] for facts in (record, git_state()))
+    if made == now and not now[1]:
+        return None
+    told = (f"{str(commit)[:9]}{' with changes' * bool(dirty)}" for commit, dirty in (made, now))
+    return "made by commit {}, now {}; delete it to run again".format(*told)
 
 
 def machine() -> dict[str, Any]:
@@ -264,6 +323,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def git_state() -> dict[str, Any]:
     """Return the commit of the project and whether its files, but for results, differ from it."""
     root = Path(__file__).parent.parent

@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +33,13 @@ from rich.markup import escape
 
 from experiments import sweeps
 from experiments.console import bar_on
-from experiments.errors import BAD_INPUT, INTERRUPTED, UserError
+from experiments.errors import BAD_INPUT, UserError, exit_code, file_errors, stop
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
+from experiments.records import check_writable, other_code, read_record
 from experiments.reproduce_tasks import function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
-from experiments.tracking import log_reproduction
+from experiments.tracking import is_logged, log_reproduction
+from finemoe.files import atomic_write
 
 FAILED = 1
 WANDB_PROJECT = "finemoe"
@@ -81,7 +85,7 @@ class Reproduction:
         self.failures: list[Ended] = []
         self.began, self.done = time.monotonic(), Counter[str]()
         self.chosen = sweeps.chosen(ids, conf)
-        self.store.check_writable()
+        check_writable(self.store.root, "results")
         self.plans = self._unmade(overrides, conf)
         if options.records:
             wanted = {digest for plan in self.plans for digest in plan.runs}
@@ -97,9 +101,10 @@ class Reproduction:
                 f"to do: {len(self.plans)} of {len(self.chosen)} experiments, "
                 f"{len(self.pending_runs)} runs"
             )
-            self._record_traces()
-            self._run()
-            self._draw()
+        self._say_whose_code()
+        self._record_traces()
+        self._run()
+        self._draw()
         if self.everything and not self.failures:
             self._report()
         took = round(time.monotonic() - self.began)
@@ -118,8 +123,24 @@ class Reproduction:
     def pending_runs(self) -> dict[str, DictConfig]:
         """The runs that are missing, long ones first."""
         wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
-        missing = {one: cfg for one, cfg in wanted.items() if not self.store.complete(cfg, one)}
+        missing = {one: cfg for one, cfg in wanted.items() if not self._finished(cfg, one)}
         return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
+
+    def _finished(self, cfg: DictConfig, digest: str) -> bool:
+        """Tell whether a run is complete, and logged if its config asks for it."""
+        logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
+        return logged and self.store.complete(digest)
+
+    def _say_whose_code(self) -> None:
+        """Say how much of what is kept other code may have made."""
+        done = {one for plan in self.plans for one in plan.runs} - self.pending_runs.keys()
+        kept = [read_record(self.store.record(one)) for one in done]
+        for name in {one.id for one in self.chosen} - {plan.experiment.id for plan in self.plans}:
+            kept.append(json.loads(self.store.experiment(name).read_text())["provenance"])
+        old = sum(other_code(one) is not None for one in kept)
+        if old:
+            what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
+            self._say(f"{what}; give another results= to make them again")
 
     def _unmade(self, overrides: Sequence[str], conf: Path) -> list[Plan]:
         """Plan the experiments that were not made of these very configs."""
@@ -175,15 +196,16 @@ class Reproduction:
             (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, plain([cfg])))
         for ended in self._stage("runs", simulated, timed):
             if ended.trace:
-                folder = self.store.run(digests[ended.name])
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / ERROR).write_text(ended.trace)
+                path = self.store.run(digests[ended.name]) / ERROR
+                # A run may fail because nothing can be written.
+                with suppress(OSError), atomic_write(path) as partial:
+                    partial.write_text(ended.trace)
 
     def _draw(self) -> None:
         """Analyse and draw; an experiment with a run missing is left out and said."""
         tasks = []
         for plan in self.plans:
-            missing = sum(not self.store.complete(cfg, one) for one, cfg in plan.runs.items())
+            missing = sum(not self.store.complete(one) for one in plan.runs)
             if missing:
                 name = plan.experiment.id
                 self._say(f"experiment {name}: not drawn, {missing} of its runs are missing")
@@ -208,12 +230,12 @@ class Reproduction:
         if not report.exists() or report.stat().st_mtime_ns <= newest:
             for name in ("experiments.claims.judge", "experiments.report.write"):
                 function(name)(self.store.root)
-            if self.log_to_wandb:
-                log_reproduction(WANDB_PROJECT, self.store.root)
         claims = json.loads((self.store.root / "claims.json").read_text())["claims"]
         verdicts = Counter(one["verdict"] for one in claims).most_common()
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")
         self._say(f"report: {escape(str(report))}")
+        if self.log_to_wandb:
+            log_reproduction(WANDB_PROJECT, report)
 
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
@@ -331,15 +353,17 @@ def main(words: Sequence[str] | None = None, conf: Path = sweeps.CONF) -> int:
     """Carry the command out; return 0, 1 if something failed, 2 for bad input, 130 interrupted."""
     given = arguments(words).words
     try:
-        ids, options, overrides = split_words(given)
-        return Reproduction(ids, overrides, options, conf).carry_out()
+        with file_errors():
+            ids, options, overrides = split_words(given)
+            return Reproduction(ids, overrides, options, conf).carry_out()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; complete runs are kept: call again to go on", file=sys.stderr)
-        return INTERRUPTED
+        return exit_code(interrupt)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.console import Console
 from experiments.errors import UserError
-from experiments.records import REQUESTS, existing_record, read_record
+from experiments.records import alone_in, existing_record, other_code, read_record
 from experiments.run_store import ERROR, RunStore
 from experiments.sweeps import Experiment
 
@@ -26,15 +26,33 @@ def record_traces(configs: Sequence[dict[str, Any]]) -> None:
 
 def run_one(config: dict[str, Any]) -> None:
     """Carry out one run, and log it where its config says. Raises UserError."""
+    cfg = OmegaConf.create(config)
+    log(cfg, recorded(cfg, Console(quiet=True)))
+    (Path(cfg.output) / ERROR).unlink(missing_ok=True)
+
+
+def recorded(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """Return the complete record of this config, made now unless it is there. Raises UserError."""
     from experiments.harness import run
+
+    held = existing_record(cfg)
+    if held is None:
+        with alone_in(Path(cfg.output)):
+            # Another process may have made it meanwhile.
+            held = existing_record(cfg)
+            if held is None:
+                return run(cfg, console)
+    record = read_record(held)
+    console.skipped(held, other_code(record))
+    return record
+
+
+def log(cfg: DictConfig, record: dict[str, Any]) -> None:
+    """Log a complete record where its config says."""
     from experiments.tracking import log_record
 
-    cfg = OmegaConf.create(config)
-    held, folder = existing_record(cfg), Path(cfg.output)
-    record = run(cfg, Console(quiet=True)) if held is None else read_record(held)
-    if not (folder / "wandb").exists():
-        log_record(cfg.logger, folder, record, folder / REQUESTS)
-    (folder / ERROR).unlink(missing_ok=True)
+    if cfg.logger.name == "wandb":
+        log_record(cfg.logger.project, Path(cfg.output), record)
 
 
 def make(

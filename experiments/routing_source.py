@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,10 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.config import build, online_settings, workload_settings
 from experiments.console import Console
 from experiments.datasets import Dataset, draw_prompts
-from experiments.errors import UserError
 from experiments.models import LoadedModel, load_model
 from experiments.online import is_online, online, planned
 from experiments.recording import Recording, trace_header
+from experiments.records import check_writable
 from experiments.serving import in_batches
 from experiments.weights import fingerprint
 from experiments.workloads import offline
@@ -88,6 +87,7 @@ def _online_lengths(cfg: DictConfig) -> dict[str, Any]:
 
 def _record(cfg: DictConfig, console: Console) -> Path:
     """Serve a workload's prompts with everything resident; return where their routing is kept."""
+    check_writable(Path(cfg.traces), "traces")
     # A sum's last bits depend on the threads, and so would tokens that nearly tie.
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,17 +98,9 @@ def _record(cfg: DictConfig, console: Console) -> Path:
     # Loading may have downloaded weights whose revision was not known before.
     path = _place(cfg)
     console.recording(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path.parent}: {error.strerror}; choose another traces="
-        ) from error
-    # Runs of one sweep may record the same trace at the same time; each writes its own file.
-    own = path.with_name(f"{path.stem}.{os.getpid()}.parquet")
+    # Runs of one sweep may record the same trace at the same time; the last one keeps its name.
     with resident_runtime(model.offloaded, OnDemandPolicy(model.offloaded.shape)) as runtime:
-        record(runtime, own, console)
-    os.replace(own, path)
+        record(runtime, path, console)
     return path
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from experiments.records import (
     read_record,
 )
 from experiments.sweeps import digest
+from finemoe.files import atomic_write
 
 ERROR = "error.txt"
 AUTO, SIMULATED = "experiments.testbeds.auto", "experiments.testbeds.simulated"
@@ -62,17 +62,10 @@ class RunStore:
         cfg.output = str(self.run(identity))
         return identity
 
-    def complete(self, cfg: DictConfig, identity: str) -> bool:
-        """Tell whether the run is there, of today's weights, and logged if its config asks for it.
-
-        Raises UserError if its record is malformed.
-        """
+    def complete(self, identity: str) -> bool:
+        """Tell whether the run is there, of today's weights; UserError for a malformed record."""
         path = self.record(identity)
-        if not path.exists():
-            return False
-        if not of_these_weights(read_record(path)):
-            return False
-        return cfg.logger.name != "wandb" or (path.parent / "wandb").exists()
+        return path.exists() and of_these_weights(read_record(path))
 
     def adopt(self, folder: Path, wanted: Collection[str]) -> int:
         """Copy the runs of these digests, as far as they are not here, from records below a folder.
@@ -93,22 +86,9 @@ class RunStore:
 
     def _copy(self, source: Path, identity: str) -> None:
         """Copy a run, its record last."""
-        self.run(identity).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / REQUESTS, self.run(identity) / REQUESTS)
-        partial = self.record(identity).with_suffix(".partial")
-        shutil.copyfile(source / RECORD, partial)
-        os.replace(partial, self.record(identity))
-
-    def check_writable(self) -> None:
-        """Raise UserError if nothing can be written here."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f"writable.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            cause = f"cannot write to {self.root}: {error.strerror}"
-            raise UserError(f"{cause}; choose another results=") from error
+        for name in (REQUESTS, RECORD):
+            with atomic_write(self.run(identity) / name) as partial:
+                shutil.copyfile(source / name, partial)
 
     # Experiments ------------------------------------------------------------------------------
 
@@ -137,12 +117,9 @@ class RunStore:
         """Mark an experiment complete, with the files that it left."""
         left = (*self.figures.glob(f"{name}.*"), *self.analysis(name).glob("*"))
         files = sorted(str(path.relative_to(self.root)) for path in left)
-        path = self.experiment(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         whole = {**content, "files": files, "provenance": provenance()}
-        partial.write_text(json.dumps(whole, indent=1) + "\n")
-        os.replace(partial, path)
+        with atomic_write(self.experiment(name)) as partial:
+            partial.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def _as_simulated(record: Mapping[str, Any]) -> DictConfig:

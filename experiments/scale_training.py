@@ -7,7 +7,6 @@ ends with the weights of one that ran through.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,8 @@ from pickle import UnpicklingError
 
 import torch
 from transformers import PreTrainedModel
+
+from finemoe.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,6 @@ class Training:
         return torch.arange(self.recipe.sequence_length, device=self.train_ids.device)
 
     def _save(self) -> None:
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(".partial")
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
@@ -166,8 +165,8 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        with atomic_write(self.checkpoint) as partial:
+            torch.save(state, partial)
 
     def _restore(self) -> None:
         try:

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import UserError
+from experiments.errors import UserError, config_error
 from experiments.records import comparable
 from experiments.weights import fingerprint
 
@@ -148,7 +148,7 @@ def parse(overrides: Iterable[str]) -> Sweep:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         return {one.key_or_group: _values(one) for one in parsed}
     except HydraException as error:
-        raise UserError(f"{_first_line(error)}; write key=value, or key=a,b") from error
+        raise UserError(config_error(error)) from error
 
 
 def parse_params(params: Mapping[str, str]) -> Sweep:
@@ -247,7 +247,7 @@ class _Composer:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             OmegaConf.resolve(cfg)
         except (HydraException, OmegaConfBaseException) as error:
-            told = f"experiment {self._experiment.id}, {' '.join(overrides)}: {_first_line(error)}"
+            told = f"experiment {self._experiment.id}, {' '.join(overrides)}: {config_error(error)}"
             raise UserError(told) from error
         return cfg
 
@@ -293,7 +293,3 @@ def _order(identity: str) -> tuple[bool, int, str]:
     """Sort tables before figures, figures by number and letter."""
     number = re.match(r"\d+", identity)
     return number is not None, int(number.group()) if number else 0, identity
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, ModelShape
 
 EVERYTHING = slice(None)
@@ -164,9 +164,8 @@ class ExpertMapStore:
             "maps": np.ascontiguousarray(self.maps.transpose(2, 0, 1)),
             "embeddings": np.ascontiguousarray(self.embeddings.T),
         }
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(arrays, partial, metadata={"model_id": model_id})
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
 
     def load(self, path: Path, model_id: str) -> None:
         """Add the iterations of a file, in the order of its entries.

@@ -6,10 +6,9 @@ import base64
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import (
@@ -236,15 +236,13 @@ def _from_text(text: Sequence[Any]) -> FloatArray:
 class TraceWriter:
     """Writes a trace request by request; use as a context manager.
 
-    The file appears under its name when the block ends without an exception; until then it is
-    `<path>.partial`, and after an exception nothing is left.
+    The file appears under its name when the block ends without an exception, else nothing is left.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
         """Raises TraceError if the header cannot be stored."""
         self.path = Path(path)
         self.header = header
-        self._partial = self.path.with_name(self.path.name + ".partial")
         self._schema = schema(header.contents)
         self._index: list[IndexEntry] = []
         self._writer: pq.ParquetWriter | None = None
@@ -254,16 +252,18 @@ class TraceWriter:
             raise TraceError(f"{path}: the header is no JSON: {error}; use plain values") from error
 
     def __enter__(self) -> TraceWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(
-            self._partial,
-            self._schema,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-            store_schema=False,
-        )
+        with ExitStack() as stack:
+            writer = pq.ParquetWriter(
+                stack.enter_context(atomic_write(self.path)),
+                self._schema,
+                compression="zstd",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+                store_schema=False,
+            )
+            self._writer = stack.enter_context(writer)
+            self._open = stack.pop_all()
         return self
 
     def write(self, request: TracedRequest) -> None:
@@ -282,16 +282,13 @@ class TraceWriter:
         self._writer.write_table(table, row_group_size=len(request.steps))
         self._index.append(IndexEntry(request.number, len(request.steps), fingerprint(table)))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         assert self._writer is not None
-        try:
-            if kind is None:
-                self._writer.add_key_value_metadata(_pack_header(self.header, self._index))
-            self._writer.close()
-            if kind is None:
-                os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        if kind is None:
+            self._open.callback(
+                self._writer.add_key_value_metadata, _pack_header(self.header, self._index)
+            )
+        self._open.__exit__(kind, *error)
 
     def _columns(self, request: TracedRequest) -> dict[str, Any]:
         steps = request.steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from experiments.errors import UserError
+from finemoe.files import atomic_write
 
 COLUMN_INCHES, PAGE_INCHES = 3.33, 7.0
 """Widths of a column and of a page of the paper's format."""
@@ -148,17 +148,15 @@ def save(figure: Figure, data: pd.DataFrame, place: Path, name: str, caption: st
     """
     paths = {kind: place / f"{name}.{kind}" for kind in ("png", "pdf", "csv", "txt")}
     try:
-        place.mkdir(parents=True, exist_ok=True)
         for kind, path in paths.items():
-            partial = path.with_name(f".{path.name}.partial")
-            if kind == "csv":
-                data.to_csv(partial, index=False)
-            elif kind == "txt":
-                partial.write_text(caption + "\n")
-            else:
-                dated = {"CreationDate": None} if kind == "pdf" else None
-                figure.savefig(partial, format=kind, dpi=DPI, metadata=dated)
-            os.replace(partial, path)
+            with atomic_write(path) as partial:
+                if kind == "csv":
+                    data.to_csv(partial, index=False)
+                elif kind == "txt":
+                    partial.write_text(caption + "\n")
+                else:
+                    dated = {"CreationDate": None} if kind == "pdf" else None
+                    figure.savefig(partial, format=kind, dpi=DPI, metadata=dated)
     except OSError as error:
         cause = f"cannot write figures to {place}: {error.strerror}"
         raise UserError(f"{cause}; choose another folder") from error

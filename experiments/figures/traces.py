@@ -8,7 +8,6 @@ of figures of runs has nothing to say here.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,6 +29,7 @@ from experiments.errors import UserError
 from experiments.figures import charts, style
 from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
 from experiments.records import ANALYSIS, provenance, read_checked, read_table
+from finemoe.files import atomic_write
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
 
@@ -253,9 +253,8 @@ def write_analysis(
         folder.mkdir(parents=True, exist_ok=True)
         for stem, table in tables.items():
             table.to_csv(folder / f"{stem}.csv", index=False)
-        partial = folder / f"{RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, folder / RECORD)
+        with atomic_write(folder / RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}; choose another folder for the results"

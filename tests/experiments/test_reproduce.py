@@ -98,7 +98,7 @@ def test_hydras_own_syntax_is_expanded() -> None:
         "d": ["d=25%"],
         "e": ["e='p,q'"],
     }
-    with pytest.raises(UserError, match="write key=value"):
+    with pytest.raises(UserError, match="not key=value"):
         sweeps.parse(["system"])
 
 
@@ -342,7 +342,10 @@ def test_a_record_of_other_weights_is_not_drawn(
     stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
     path.write_text(json.dumps(stale))
     # Bad input that the run alone meets.
-    (path.parent / "requests.parquet.partial").mkdir()
+    (path.parent / "requests.parquet").unlink()
+    (path.parent / "requests.parquet").mkdir()
+    # Where the traceback would go.
+    (path.parent / "error.txt").mkdir()
     assert reproduce.main([*words, "redraw=true"], conf) != 0
     assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
     assert json.loads(path.read_text()) == stale

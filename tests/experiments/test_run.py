@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from experiments.errors import UserError, file_errors
+from experiments.records import alone_in, git_state, new_folder, other_code, sweep_folder
+from experiments.config import build
 from tests.command import ROOT, SMALL, run_command
 
 
@@ -202,8 +208,83 @@ def test_a_replay_does_not_import_what_only_a_live_run_needs() -> None:
     assert done.stdout == "set()\n"
 
 
-@pytest.mark.parametrize("typo", ["no_such_key=1", "system=no_such_system"])
-def test_an_unknown_option_is_refused_by_hydra_with_exit_code_2(typo: str) -> None:
-    done = run_command(typo)
-    assert done.returncode == 2
-    assert typo.split("=")[-1 if "system" in typo else 0] in done.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("no_such_key=1", "no_such_key"),
+        ("system=no_such_system", "Available options in 'system': belady"),
+        ("output=a=1,b=2", """is quoted: 'output="a=1,b=2"'"""),
+        ("hydra/launcher=submitit_nowhere", "pip install -e '.[slurm]'"),
+        ("output=/proc/nowhere", "choose another output="),
+        ("-m hydra.sweep.dir=run.py/x", "run.py/x: not a directory; choose another folder"),
+        ("-m hydra.sweep.dir={} hydra.sweep.subdir=${{nowhere}}", "'nowhere' not found"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(words: str, message: str, tmp_path: Path) -> None:
+    done = run_command(*words.format(tmp_path).split())
+    assert done.returncode == 2, done.stderr
+    (told,) = (line for line in done.stderr.splitlines() if not line.startswith("Error executing"))
+    assert told.startswith("error: ")
+    assert message in told
+
+
+def test_a_target_that_cannot_be_imported_is_told_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"No module named 'nowhere'\); set PYTHONPATH"):
+        build(OmegaConf.create({"_target_": "nowhere.Policy"}))
+
+
+def test_jobs_get_folders_of_their_own(tmp_path: Path) -> None:
+    assert len({new_folder(tmp_path) for _ in range(20)}) == 20
+    long = ["a=" + "ä" * 200 + end for end in "xy"]
+    folders = [sweep_folder(tmp_path, one) for one in ("a=1,b=2", *long)]
+    for folder in folders:
+        folder.mkdir()
+    assert folders[0].name == "a=1,b=2"
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with alone_in(tmp_path):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with alone_in(tmp_path):
+        other.start()
+        other.join(timeout=0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+
+
+def test_a_record_of_other_code_is_said() -> None:
+    now = git_state()
+    assert other_code({**now, "git_commit": "0123456789"}) is not None
+    assert (other_code(now) is None) == (not now["git_dirty"])
+
+
+def test_a_full_disk_is_bad_input() -> None:
+    with pytest.raises(UserError, match="no space left on device; free"), file_errors():
+        Path("/dev/full").write_text("much")
+
+
+def test_workers_of_a_killed_sweep_end(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}"]
+    words = ["-m", *launcher, "testbed=rtx3090x6", f"traces={tmp_path}", "memory_budget=6,12"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "run.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("recording the routing"):
+                break
+        process.kill()
+        # Ends when the workers, which hold the pipe too, have ended; recording takes minutes.
+        process.communicate(timeout=30)
+    assert not list(tmp_path.glob("*/run.json"))

@@ -1,0 +1,55 @@
+"""Files that appear whole or not at all, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a name to write to; the file becomes `path` if the block ends well, else it is removed.
+
+    Two processes may write the same path at once. Raises OSError with the path as its file name.
+    """
+    partial = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_name(path)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename in (None, partial, str(partial)):
+            error.filename = str(path)
+        raise
+
+
+def partial_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that is this process's own.
+
+    What processes of this machine that no longer live left in the folder is removed.
+    """
+    host = socket.gethostname()
+    for left in path.parent.glob(f".*.{host}.*.partial"):
+        process = left.name.split(".")[-2]
+        if process.isdecimal() and not _lives(int(process)):
+            # Another process may do the same, or it may be another user's.
+            with suppress(OSError):
+                left.unlink()
+    return path.with_name(f".{path.name}.{host}.{os.getpid()}.partial")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,138 @@
+"""Commands stopped at random times: nothing corrupt or left behind, the same numbers later."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pandas as pd
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finemoe.trace_file import TraceReader
+from tests.command import ROOT
+from tests.fuzz import fuzzed
+
+TINY = (
+    "testbed=rtx3090x6",
+    "workload.prompts=4",
+    "workload.input_tokens=12",
+    "workload.output_tokens=4",
+)
+KINDS = {
+    "run": ["run.py", *TINY, "output={folder}/run", "traces={kept}"],
+    "recording": ["run.py", *TINY, "output={folder}/run", "traces={folder}/traces"],
+    "sweep": [
+        "run.py",
+        "-m",
+        *TINY,
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "hydra.sweep.dir={folder}/sweep",
+        "memory_budget=6,12",
+        "traces={kept}",
+    ],
+    "reproduce": [
+        *("-m", "experiments.reproduce", "12", *TINY, "model=mixtral", "system=on_demand"),
+        *("memory_budget=6,12", "n_jobs=2", "results={folder}/results", "traces={kept}"),
+    ],
+}
+END_SECONDS = 60
+Numbers = dict[str, Any]
+
+
+@cache
+def kept() -> Path:
+    """A folder for traces that all commands but one share."""
+    return Path(mkdtemp(prefix="kept-"))
+
+
+def begin(kind: str, folder: Path) -> subprocess.Popen[str]:
+    """Start a command; it and all its descendants hold the pipe that it prints to."""
+    words = [word.format(folder=folder, kept=kept()) for word in KINDS[kind]]
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A test run in the background may ignore interrupts, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def numbers(folder: Path) -> Numbers:
+    """Read all that a command left, which must be sound; return what runs came to by config."""
+    found = {}
+    for path in folder.rglob("run.json"):
+        record = json.loads(path.read_text())
+        assert record["status"] == "complete"
+        table = pd.read_parquet(path.parent / "requests.parquet")
+        summary = {key: value for key, value in record["summary"].items() if key != "bound"}
+        found[f"{record['system']} {record['memory_budget_gb']}"] = summary, table.to_json()
+    for path in folder.rglob("[!.]*.parquet"):
+        if path.parent.name == "traces":
+            assert list(TraceReader(path).requests())
+    for path in folder.rglob("experiments/*.json"):
+        assert json.loads(path.read_text())["files"]
+    return found
+
+
+@cache
+def undisturbed(kind: str) -> tuple[Numbers, float]:
+    """Return what a command comes to if nothing stops it, and how many seconds it takes."""
+    folder = Path(mkdtemp(prefix="whole-"))
+    if not list(kept().iterdir()):
+        begin("run", Path(mkdtemp(prefix="first-"))).communicate()
+    began = time.monotonic()
+    with begin(kind, folder) as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return numbers(folder), time.monotonic() - began
+
+
+KILLS = st.tuples(
+    st.sampled_from((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)),
+    st.integers(0, 99).map(lambda percent: (percent + 50) % 100),
+)
+"""A signal, and after how much of the time that the command would take."""
+
+
+@fuzzed(1)
+@given(st.sampled_from(list(KINDS)), st.lists(KILLS, min_size=1, max_size=5))
+def test_what_is_stopped_leaves_nothing_broken_and_goes_on(
+    kind: str, kills: list[tuple[signal.Signals, int]]
+) -> None:
+    expected, seconds = undisturbed(kind)
+    folder = Path(mkdtemp(prefix=f"{kind}-"))
+    for number, percent in kills:
+        with begin(kind, folder) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(percent / 100 * seconds)
+            process.send_signal(number)
+            # Ends when all descendants have ended.
+            said, _ = process.communicate(timeout=END_SECONDS)
+        # Before the command takes over, the interpreter ends as the signal says.
+        assert process.returncode in (0, 128 + number, -number), said
+        if process.returncode == 128 + number:
+            assert "interrupted; " in said
+            assert "Traceback" not in said, said
+        done = numbers(folder)
+        assert done.items() <= expected.items()
+        print(f"{kind}, {number.name} at {percent} %: {len(done)} of {len(expected)} runs done")
+    with begin(kind, folder) as process:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert numbers(folder) == expected
+    assert not list(folder.rglob("*.partial"))
