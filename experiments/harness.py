@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from experiments.console import Advance, Console
+from experiments.errors import UserError
 from experiments.first_pass import FirstPass, first_pass
 from experiments.metrics import request_table
 from experiments.online import check_system, is_online
@@ -39,6 +40,7 @@ from experiments.simulation import simulate
 from experiments.traced_serving import traced_setup
 from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
+from finemoe.offload.hooks import PolicyError
 from finemoe.offload.live import LiveRuntime, PhaseSeconds
 from finemoe.offload.timeline import TraceEvents
 from finemoe.testbed import SimulatedTestbed, Testbed
@@ -46,6 +48,13 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Carry out one run, live or simulated, and write its record; return it. Raises UserError."""
+    try:
+        return _run(cfg, console)
+    except PolicyError as error:
+        raise UserError(str(error)) from error
+
+
+def _run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     testbed = build(cfg.testbed)
     if cfg.routing and not isinstance(testbed, SimulatedTestbed):
         with traced_setup(cfg, testbed, console) as setup:

@@ -99,7 +99,7 @@ class PrefetchTable:
     """Wishes for many experts at once: the same as `Prefetch` for each of them, but quicker."""
 
     priorities: NDArray[np.float64]
-    """Shape (L, J); 0 for experts that are not wished for, and more for the others."""
+    """Shape (L, J), float64; 0 for experts that are not wished for, and more for the others."""
 
     def __iter__(self) -> Iterator[Prefetch]:
         for layer, index in np.argwhere(self.priorities > 0).tolist():

@@ -149,7 +149,7 @@ class Engine:
                 self.residency.chunk_done(device, chunk)
 
     def _wish(self, number: int, wishes: Wishes) -> None:
-        self.residency.prefetch(number, wishes)
+        self.residency.prefetch(number, wishes, self.residency.policy.on_gate)
 
 
 def rows(width: int) -> FloatArray:
@@ -278,7 +278,7 @@ def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
     engine = Engine(policy, (2,), chunks=100)
     cache = engine.residency.cache
     wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
-    engine.residency.prefetch(0, wishes)
+    engine._wish(0, wishes)
     engine._prefetch()
     assert len(list(wishes)) == 3
     residents = [place for place in range(8) if cache.state(place) is State.RESIDENT]
