@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from enum import Enum, auto
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +15,6 @@ from numpy.typing import NDArray
 from finemoe.offload.hooks import raised, refused, table_fault, told
 from finemoe.offload.policy import ExpertId, ModelShape
 from finemoe.offload.scans import largest_of
-
-
-class State(Enum):
-    """Whether an expert is on its device, on its way, or neither."""
-
-    ABSENT = auto()
-    LOADING = auto()
-    RESIDENT = auto()
 
 
 class Slot(NamedTuple):
@@ -93,11 +84,6 @@ class ExpertCache:
 
     def is_resident(self, place: int) -> bool:
         return bool(self._resident[place])
-
-    def state(self, place: int) -> State:
-        if self._resident[place]:
-            return State.RESIDENT
-        return State.ABSENT if self.absent[place] else State.LOADING
 
     def slot(self, place: int) -> Slot:
         """Return the slot of a loading or resident expert; ValueError if it is absent."""

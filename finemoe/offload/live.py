@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
     Policy,
-    Wishes,
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
@@ -35,7 +34,8 @@ from finemoe.offload.transfer import Chunk
 from finemoe.offload.worker import Worker
 
 OutcomeListener = Callable[[LayerOutcome], None]
-Met = TypeVar("Met")
+Shown = tuple[Any, ...]
+"""What a hook is called with."""
 
 SEARCH_QUEUE_ITERATIONS = 2
 """How many iterations' contexts may wait for the searcher before inference waits for it."""
@@ -177,16 +177,13 @@ class LiveRuntime:
         self._span("iterations", iteration.phase, began)
         if self._observed:
             hook = self.policy.end_iteration
-            self._publish(
-                "update", iteration.number + 1, partial(told, hook, -1, (iteration,)), hook
-            )
+            self._publish("update", iteration.number + 1, hook, lambda: (iteration,))
         return output
 
     def end_request(self, request: int) -> None:
         """Tell the policy that a request is served."""
         if self._observed:
-            hook = self.policy.end_request
-            self._publish("update", 0, partial(self._end_request, request), hook)
+            self._publish("update", 0, self.policy.end_request, lambda: (request,))
 
     def drain(self) -> None:
         """Wait until the searcher has consumed all that was published."""
@@ -194,10 +191,6 @@ class LiveRuntime:
             self._worker.drain()
         with self._lock:
             self._raise_failure()
-
-    def _end_request(self, request: int) -> Wishes:
-        told(self.policy.end_request, -1, (request,))
-        return ()
 
     # Hooks into the model -------------------------------------------------------------------
 
@@ -217,9 +210,7 @@ class LiveRuntime:
         with self._timed("context_collection"):
             embeddings = _to_numpy(output.reshape(-1, output.shape[-1]))
         iteration, hook = self._iteration, self.policy.on_embeddings
-        self._publish(
-            "search", iteration.number, partial(told, hook, -1, (iteration, embeddings)), hook
-        )
+        self._publish("search", iteration.number, hook, lambda: (iteration, embeddings))
         self._await_prefetches()
 
     def _on_logits(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
@@ -250,19 +241,11 @@ class LiveRuntime:
             assert logits is not None
             rows = _to_numpy(logits.reshape(-1, logits.shape[-1]))
             states = _to_numpy(hidden) if self.policy.placement.hidden_states else None
-        call = partial(self._on_gate, iteration, outcome, rows, states)
-        self._publish("search", iteration.number, call, self.policy.on_gate, layer)
 
-    def _on_gate(
-        self,
-        iteration: Iteration,
-        outcome: LayerOutcome,
-        logits: FloatArray,
-        hidden: FloatArray | None,
-    ) -> Wishes:
-        gate = Gate(outcome.layer, softmax(logits), outcome.activated, hidden)
-        wishes: Wishes = told(self.policy.on_gate, gate.layer, (iteration, gate))
-        return wishes
+        def shown() -> tuple[Iteration, Gate]:
+            return iteration, Gate(layer, softmax(rows), outcome.activated, states)
+
+        self._publish("search", iteration.number, self.policy.on_gate, shown, layer)
 
     def _compute(self, outcome: LayerOutcome, routing: Dispatch) -> Tensor:
         """Run experts in order of arrival; their outputs are added in a fixed order (rule 1)."""
@@ -309,10 +292,10 @@ class LiveRuntime:
     # Policy, queue and threads ---------------------------------------------------------------
 
     def _publish(
-        self, phase: str, number: int, call: Callable[[], Wishes], hook: Hook, layer: int = -1
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int = -1
     ) -> None:
         """Have a hook called, here or by the worker, and its prefetches queued."""
-        task = partial(self._ask, phase, number, call, hook, layer)
+        task = partial(self._ask, phase, number, hook, shown, layer)
         if self._worker is None:
             task()
             return
@@ -324,11 +307,11 @@ class LiveRuntime:
                 self._worker.publish(partial(_call_all, tasks))
 
     def _ask(
-        self, phase: str, number: int, call: Callable[[], Wishes], hook: Hook, layer: int
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int
     ) -> None:
         with self._timed(phase):
-            wishes = call()
-        if isinstance(wishes, list | tuple) and not wishes:
+            wishes = told(hook, layer, shown())
+        if wishes is None:
             return
         with self._timed("prefetch_issue"), self._lock:
             self.residency.prefetch(number, wishes, hook, layer)
@@ -381,7 +364,7 @@ class LiveRuntime:
                 self._arrived.append(chunk.place)
             self._changed.notify_all()
 
-    def _await(self, phase: str, condition: Callable[[], Met]) -> Met:
+    def _await(self, phase: str, condition: Callable[[], Any]) -> Any:
         """Wait until a condition holds and return it; RuntimeError if no link can bring that."""
         with self._timed(phase), self._lock:
             while not (met := condition()):

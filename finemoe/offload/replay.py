@@ -149,16 +149,12 @@ class ReplayRuntime:
         """Tell the policy that a request is served."""
         if self._observed:
             hook = self.policy.end_request
-            self._ask("update", 0, partial(self._end_request, request), 0.0, hook)
+            self._ask("update", 0, partial(told, hook, -1, (request,)), 0.0, hook)
 
     def drain(self) -> None:
         """Let time pass until the searcher has consumed all that was published."""
         while self._searches:
             self._advance(self._searches[-1])
-
-    def _end_request(self, request: int) -> Wishes:
-        told(self.policy.end_request, -1, (request,))
-        return ()
 
     # One MoE layer ----------------------------------------------------------------------------
 

@@ -114,7 +114,9 @@ class Residency:
             self.wake()
         return outcome
 
-    def prefetch(self, iteration_number: int, wishes: Wishes, hook: Hook, layer: int = -1) -> None:
+    def prefetch(
+        self, iteration_number: int, wishes: Wishes | None, hook: Hook, layer: int = -1
+    ) -> None:
         """Queue wishes made for an iteration, dropping those whose layer's gate already spoke.
 
         An error names the hook that gave them, and the layer it was asked about.
@@ -126,7 +128,7 @@ class Residency:
             self._prefetch_table(wishes, first, hook, layer)
         elif isinstance(wishes, (list, tuple)):
             self._prefetch_each(wishes, first, hook, layer)
-        else:
+        elif wishes is not None:
             found = type(wishes).__name__
             what = f"answered {found}; give a list or tuple of Prefetch, or a PrefetchTable"
             raise refused(hook, layer, what)

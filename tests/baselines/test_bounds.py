@@ -15,7 +15,6 @@ from baselines.belady import BeladyPolicy
 from baselines.on_demand import OnDemandPolicy
 from baselines.oracle import OraclePolicy
 from finemoe.offload.bounds import minimal_loads
-from finemoe.offload.cache import State
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
@@ -31,6 +30,7 @@ from finemoe.offload.policy import (
     Wishes,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
+from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
@@ -281,7 +281,7 @@ def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
     engine._wish(0, wishes)
     engine._prefetch()
     assert len(list(wishes)) == 3
-    residents = [place for place in range(8) if cache.state(place) is State.RESIDENT]
+    residents = [place for place in range(8) if state(cache, place) is State.RESIDENT]
     assert residents == [0, 1]
 
 
