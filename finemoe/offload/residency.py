@@ -199,9 +199,9 @@ class Residency:
         if self._recency is not None:
             # Hundreds of loads an iteration, with no call of Python for any.
             self._recency.note_load(chunk.place // self._per_layer, chunk.place % self._per_layer)
-            return True
-        expert = self.experts[chunk.place]
-        told(self._on_load, expert.layer, (expert,))
+        else:
+            expert = self.experts[chunk.place]
+            told(self._on_load, expert.layer, (expert,))
         return True
 
     def traffic(self) -> Traffic:

@@ -207,10 +207,11 @@ def undisturbed(case: Case) -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(interval)
-    # One whose start was interrupted may only begin, and end, now.
     left = set(threading.enumerate()) - threads
     for thread in left:
-        thread.join(PATIENCE_S)
+        # One whose start was interrupted may only begin, and end, now.
+        if thread._started.wait(1):  # type: ignore[attr-defined]
+            thread.join(PATIENCE_S)
     assert not any(thread.is_alive() for thread in left)
     model = offloaded(case.family)
     assert not any(module._forward_hooks for module in model.model.modules())
