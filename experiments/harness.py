@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from experiments.config import build, check, learns
 from experiments.console import Advance, Console
+from experiments.errors import UserError
 from experiments.first_pass import FirstPass, first_pass
 from experiments.metrics import request_table
 from experiments.online import is_online
@@ -32,6 +33,7 @@ from experiments.simulation import simulate
 from experiments.traced_serving import traced_setup
 from experiments.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
+from finemoe.offload.hooks import PolicyError
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import trace_events
@@ -41,6 +43,13 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Carry out one run, live or simulated, and write its record; return it. Raises UserError."""
     check(cfg)
+    try:
+        return _run(cfg, console)
+    except PolicyError as error:
+        raise UserError(str(error)) from error
+
+
+def _run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     testbed = build(cfg.testbed)
     if cfg.routing and not isinstance(testbed, SimulatedTestbed):
         with traced_setup(cfg, testbed, console) as setup:

@@ -45,12 +45,16 @@ class Recorder:
         return "float32"
 
     def __enter__(self) -> Recorder:
-        embedding = self.model.model.get_input_embeddings()
-        self._hooks = [embedding.register_forward_hook(self._on_embeddings)]
-        for gate, experts in zip(self.model.gates, self.model.experts, strict=True):
-            self._hooks.append(gate.register_forward_hook(self._on_logits))
-            self._hooks.append(experts.register_forward_pre_hook(self._on_experts))
-        return self
+        try:
+            embedding = self.model.model.get_input_embeddings()
+            self._hooks.append(embedding.register_forward_hook(self._on_embeddings))
+            for gate, experts in zip(self.model.gates, self.model.experts, strict=True):
+                self._hooks.append(gate.register_forward_hook(self._on_logits))
+                self._hooks.append(experts.register_forward_pre_hook(self._on_experts))
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:

@@ -1,5 +1,6 @@
 cimport cython
 
+from finemoe.offload.hooks cimport table_fault, told
 from finemoe.offload.scans cimport largest_of
 
 
@@ -31,8 +32,10 @@ cdef class ExpertCache:
     cpdef bint is_pinned(self, int place)
     cpdef unpin(self, int place)
     cdef _check_loading(self, int place)
-    @cython.locals(victim=int, device=int, start=int, stop=int, floor=double)
+    @cython.locals(victim=int, device=int, start=int, stop=int, floor=double, key=double)
     cdef int _victim(self, int place, bint urgent) except? -1
+    cdef _take_keys(self, keys, incoming)
+    cdef double _lowest(self, hook, incoming) except? -1
     @cython.locals(free=list)
     cdef _remove(self, int place)
     @cython.locals(turn=int, device=int)

@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from enum import Enum, auto
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finemoe.offload.hooks import raised, refused, table_fault, told
 from finemoe.offload.policy import ExpertId, ModelShape
 from finemoe.offload.scans import largest_of
-
-
-class State(Enum):
-    """Whether an expert is on its device, on its way, or neither."""
-
-    ABSENT = auto()
-    LOADING = auto()
-    RESIDENT = auto()
 
 
 class Slot(NamedTuple):
@@ -56,7 +48,10 @@ class ExpertCache:
         evicted: EvictionListener | None = None,
         floor: EvictionFloor | None = None,
     ) -> None:
-        """See `Policy` for what is called: `eviction_keys`, `on_evict` and `eviction_floor`."""
+        """See `Policy` for what is called: `eviction_keys`, `on_evict` and `eviction_floor`.
+
+        A hook that raises, keys of another type and NaN where a key decides are a PolicyError.
+        """
         self.shape = shape
         self.slots = tuple(slots)
         self.occupied = 0
@@ -81,7 +76,7 @@ class ExpertCache:
         self._stops = self._starts.copy()
         self._turn = np.full(shape.size, -1, dtype=np.int32)
         """Where each expert stands among them; -1 if it does not."""
-        self._seen_keys: NDArray[np.float64] | None = None
+        self._seen_keys: object = object()
         self._flat_keys: NDArray[np.float64] = np.empty(0)
 
     def device_of(self, place: int) -> int:
@@ -89,11 +84,6 @@ class ExpertCache:
 
     def is_resident(self, place: int) -> bool:
         return bool(self._resident[place])
-
-    def state(self, place: int) -> State:
-        if self._resident[place]:
-            return State.RESIDENT
-        return State.ABSENT if self.absent[place] else State.LOADING
 
     def slot(self, place: int) -> Slot:
         """Return the slot of a loading or resident expert; ValueError if it is absent."""
@@ -122,7 +112,8 @@ class ExpertCache:
                 return NO_SLOT
             self._remove(victim)
             if self._evicted is not None:
-                self._evicted(self._experts[victim])
+                gone = self._experts[victim]
+                told(self._evicted, gone.layer, (gone,))
         slot = free.pop()
         self._slot[place] = slot
         self.absent[place] = False
@@ -183,16 +174,42 @@ class ExpertCache:
     def _victim(self, place: int, urgent: bool) -> int:
         """Return whom the load of an expert may evict, or NOBODY."""
         incoming = self._experts[place]
-        keys = self._keys(incoming)
+        try:
+            keys = self._keys(incoming)
+        except Exception as error:
+            raise raised(self._keys, incoming.layer, error) from error
         if keys is not self._seen_keys:
-            self._seen_keys, self._flat_keys = keys, keys.reshape(-1)
+            self._take_keys(keys, incoming)
         device = place % self._devices
         start, stop = self._starts[device], self._stops[device]
         victim = largest_of(self._flat_keys, self._leavers, start, stop)
-        if victim < 0 or urgent:
+        if victim < 0:
             return victim
-        floor = NO_FLOOR if self._floor is None else self._floor(incoming)
-        return victim if self._flat_keys[victim] > floor else NOBODY
+        key = self._flat_keys[victim]
+        if key != key:
+            raise refused(self._keys, incoming.layer, "answered keys that hold NaN for a resident")
+        if urgent:
+            return victim
+        floor = NO_FLOOR if self._floor is None else self._lowest(self._floor, incoming)
+        return victim if key > floor else NOBODY
+
+    def _take_keys(self, keys: NDArray[np.float64], incoming: ExpertId) -> None:
+        fault = table_fault(keys, (self.shape.layers, self.shape.experts))
+        if not fault and not keys.flags.c_contiguous:
+            fault = "an array that is not in C order"
+        if fault:
+            raise refused(self._keys, incoming.layer, f"answered {fault}")
+        self._seen_keys, self._flat_keys = keys, keys.reshape(-1)
+
+    def _lowest(self, hook: EvictionFloor, incoming: ExpertId) -> float:
+        floor: float = told(hook, incoming.layer, (incoming,))
+        try:
+            unknown = math.isnan(floor)
+        except TypeError:
+            unknown = True
+        if unknown:
+            raise refused(hook, incoming.layer, f"answered {floor!r:.80}; give a number")
+        return floor
 
     def _remove(self, place: int) -> None:
         free, slot = self._free[place % self._devices], self._slot[place]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from finemoe.offload.cores import Cores
 from finemoe.offload.dispatch import Dispatch, dispatch
 from finemoe.offload.experts import ExpertMemory, Weights
+from finemoe.offload.hooks import Hook, PolicyError, told
 from finemoe.offload.links import Link
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
@@ -24,7 +25,6 @@ from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
     Policy,
-    Wishes,
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
@@ -33,16 +33,20 @@ from finemoe.offload.timeline import Timeline
 from finemoe.offload.transfer import Chunk
 from finemoe.offload.worker import Worker
 
+Shown = tuple[Any, ...]
+"""What a hook is called with."""
+
 
 class BackgroundError(RuntimeError):
-    """A copy or the searcher failed; the cause is chained."""
+    """A copy failed; the cause is chained."""
 
 
 class LiveRuntime:
     """Serves forward passes of an offloaded model under one policy.
 
-    Use as a context manager: threads run between enter and exit. `forward` is to be called from
-    one thread. Without `links` every expert must already be resident in `memory`.
+    Use as a context manager: threads run between enter and exit, which leave nothing behind, also
+    when they are interrupted. `forward` is to be called from one thread, the model's. Without
+    `links` every expert must already be resident in `memory`.
     """
 
     def __init__(
@@ -56,96 +60,117 @@ class LiveRuntime:
         timeline: Timeline | None = None,
         cores: Cores | None = None,
     ) -> None:
+        # Never written again; each link's `guard` is the model thread's, the rest its own thread's.
         self.model = model
         self.policy = policy
-        self.residency = residency
-        self.phases = PhaseSeconds()
-        self.listeners: list[OutcomeListener] = []
         self.links = tuple(links)
         self._memory = memory
         self._devices = tuple(devices)
         self._timeline = timeline
         self._cores = cores
-        self._occupied = ExitStack()
-        self._changed = threading.Condition()
+        self._observed = policy.placement.prediction != "none"
+        # Every field has one writer: the thread that predicts, or the model's. Replace it drained.
+        self.phases = PhaseSeconds()
+        # Guarded by the lock, residency with all that it calls of the policy included. The lock is
+        # entered as such: an interrupt cannot come between taking it and the block that frees it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Tells the model's thread of arrivals, of links that fall asleep, and of failures."""
+        self._roused = threading.Condition(self._lock)
+        """Tells links that they are not among the sleepers any more."""
+        self._asleep: set[int] = set()
+        """Links that found nothing to copy; only `wake` takes them out."""
+        self.residency = residency
+        self._wake = residency.wake = partial(_rouse, self._asleep, self._roused)
         self._arrived: deque[int] = deque()
         self._error: BaseException | None = None
         self._stopping = False
+        # The model thread's.
+        self.listeners: list[OutcomeListener] = []
+        self._occupied = ExitStack()
         self._threads: list[threading.Thread] = []
         self._worker: Worker | None = None
         self._unpublished: list[Callable[[], None]] = []
-        self._observed = policy.placement.prediction != "none"
         self._hooks: list[Any] = []
         self._iteration: Iteration | None = None
         self._logits: list[Tensor | None] = [None] * model.shape.layers
 
     def __enter__(self) -> LiveRuntime:
-        self._attach()
-        with self._cores.threads_beside() if self._cores else nullcontext():
-            self._start_threads()
-        if self._cores:
-            self._occupied.enter_context(self._cores.model_thread())
-        return self
+        try:
+            self._attach()
+            with self._cores.threads_beside() if self._cores else nullcontext():
+                self._start_threads()
+            if self._cores:
+                self._occupied.enter_context(self._cores.model_thread())
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _start_threads(self) -> None:
         for device, link in enumerate(self.links):
-            name = f"link-{device}"
-            thread = threading.Thread(
-                target=self._drive, args=(device, link), name=name, daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+            drive = partial(self._drive, device, link)
+            self._threads.append(threading.Thread(target=drive, name=f"link-{device}", daemon=True))
         if self.policy.placement.prediction == "background":
             capacity = SEARCH_QUEUE_ITERATIONS * (self.model.shape.layers + 2)
             self._worker = Worker(capacity, self._fail)
+            self._threads.append(self._worker)
+        for thread in self._threads:
+            thread.start()
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        if self._worker is not None:
-            self._worker.close()
-            # It refers back to this runtime, whose slots must be freed with the last user.
-            self._worker = None
-        self._occupied.close()
+        try:
+            self._close()
+        except KeyboardInterrupt:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        """Undo what entering did, or what is left of it."""
         for hook in self._hooks:
             hook.remove()
         for module in self.model.experts:
-            del module.offload_forward
+            vars(module).pop("offload_forward", None)
+        self._occupied.close()
+        with self._lock:
+            self._stopping = True
+            self._wake()
+        for thread in self._threads:
+            if isinstance(thread, Worker):
+                thread.close()
+            elif thread.is_alive():
+                thread.join()
+        # They refer back to this runtime, whose slots must be freed with the last user.
+        self._threads, self._worker = [], None
 
     def forward(self, iteration: Iteration, **inputs: Any) -> Any:
         """Run one forward pass over the iteration's tokens and return the model's output.
 
-        Raises BackgroundError if a copy or the searcher failed.
+        Raises BackgroundError if a copy failed, PolicyError if the policy did.
         """
         self._iteration = iteration
-        with self._changed:
+        with self._lock:
             self._raise_failure()
             self.residency.begin_iteration(iteration)
         began = time.perf_counter()
         output = self.model.model(**inputs)
         self._span("iterations", iteration.phase, began)
         if self._observed:
-            self._publish("update", iteration.number + 1, self.policy.end_iteration, iteration)
+            hook = self.policy.end_iteration
+            self._publish("update", iteration.number + 1, hook, lambda: (iteration,))
         return output
 
     def end_request(self, request: int) -> None:
         """Tell the policy that a request is served."""
         if self._observed:
-            self._publish("update", 0, self._end_request, request)
+            self._publish("update", 0, self.policy.end_request, lambda: (request,))
 
     def drain(self) -> None:
         """Wait until the searcher has consumed all that was published."""
         if self._worker is not None:
             self._worker.drain()
-        with self._changed:
+        with self._lock:
             self._raise_failure()
-
-    def _end_request(self, request: int) -> Wishes:
-        self.policy.end_request(request)
-        return ()
 
     # Hooks into the model -------------------------------------------------------------------
 
@@ -164,8 +189,8 @@ class LiveRuntime:
             return
         with self._timed("context_collection"):
             embeddings = _to_numpy(output.reshape(-1, output.shape[-1]))
-        iteration = self._iteration
-        self._publish("search", iteration.number, self.policy.on_embeddings, iteration, embeddings)
+        iteration, hook = self._iteration, self.policy.on_embeddings
+        self._publish("search", iteration.number, hook, lambda: (iteration, embeddings))
         self._await_prefetches()
 
     def _on_logits(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
@@ -176,12 +201,10 @@ class LiveRuntime:
     def _run_layer(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self._iteration is not None
         routing = dispatch(hidden, index.cpu().numpy(), weights)
-        with self._changed:
+        with self._lock:
             self._raise_failure()
             self._arrived.clear()
             outcome = self.residency.gate(self._iteration, layer, routing.activated)
-            if outcome.late or outcome.misses:
-                self._changed.notify_all()
         for listener in self.listeners:
             listener(outcome)
         if self._observed:
@@ -198,17 +221,11 @@ class LiveRuntime:
             assert logits is not None
             rows = _to_numpy(logits.reshape(-1, logits.shape[-1]))
             states = _to_numpy(hidden) if self.policy.placement.hidden_states else None
-        self._publish("search", iteration.number, self._on_gate, iteration, outcome, rows, states)
 
-    def _on_gate(
-        self,
-        iteration: Iteration,
-        outcome: LayerOutcome,
-        logits: FloatArray,
-        hidden: FloatArray | None,
-    ) -> Wishes:
-        gate = Gate(outcome.layer, softmax(logits), outcome.activated, hidden)
-        return self.policy.on_gate(iteration, gate)
+        def shown() -> tuple[Iteration, Gate]:
+            return iteration, Gate(layer, softmax(rows), outcome.activated, states)
+
+        self._publish("search", iteration.number, self.policy.on_gate, shown, layer)
 
     def _compute(self, outcome: LayerOutcome, routing: Dispatch) -> Tensor:
         """Run experts in order of arrival; their outputs are added in a fixed order (rule 1)."""
@@ -217,15 +234,14 @@ class LiveRuntime:
         waiting = len(outcome.late) + len(outcome.misses)
         while ready or waiting:
             if not ready:
-                arrivals = self._next_arrivals()
+                arrivals = self._await("on_demand_wait", self._take_arrivals)
                 waiting -= len(arrivals)
                 ready.extend(arrivals)
             index = ready.popleft()
             place = outcome.layer * self.model.shape.experts + index
             outputs[index] = self._run_expert(place, routing)
-            with self._changed:
-                if self.residency.release(place):
-                    self._changed.notify_all()
+            with self._lock:
+                self.residency.release(place)
         return routing.combine(outputs)
 
     def _run_expert(self, place: int, routing: Dispatch) -> Tensor:
@@ -247,9 +263,8 @@ class LiveRuntime:
         if self.policy.placement.awaited:
             self._await("prefetch_wait", self.residency.settled)
 
-    def _next_arrivals(self) -> list[int]:
-        """Wait for on-demand loads of the current layer; return those that arrived."""
-        self._await("on_demand_wait", lambda: bool(self._arrived))
+    def _take_arrivals(self) -> list[int]:
+        """Return which on-demand loads of the current layer arrived since the last call."""
         arrivals = [place % self.model.shape.experts for place in self._arrived]
         self._arrived.clear()
         return arrivals
@@ -257,14 +272,10 @@ class LiveRuntime:
     # Policy, queue and threads ---------------------------------------------------------------
 
     def _publish(
-        self,
-        phase: str,
-        iteration_number: int,
-        call: Callable[..., Wishes],
-        *arguments: Any,
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int = -1
     ) -> None:
-        """Have the policy called, here or by the worker, and its prefetches queued."""
-        task = partial(self._ask, phase, iteration_number, call, *arguments)
+        """Have a hook called, here or by the worker, and its prefetches queued."""
+        task = partial(self._ask, phase, number, hook, shown, layer)
         if self._worker is None:
             task()
             return
@@ -276,19 +287,14 @@ class LiveRuntime:
                 self._worker.publish(partial(_call_all, tasks))
 
     def _ask(
-        self,
-        phase: str,
-        iteration_number: int,
-        call: Callable[..., Wishes],
-        *arguments: Any,
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int
     ) -> None:
         with self._timed(phase):
-            wishes = call(*arguments)
-        if not wishes:
+            wishes = told(hook, layer, shown())
+        if wishes is None:
             return
-        with self._timed("prefetch_issue"), self._changed:
-            if self.residency.prefetch(iteration_number, wishes):
-                self._changed.notify_all()
+        with self._timed("prefetch_issue"), self._lock:
+            self.residency.prefetch(number, wishes, hook, layer)
 
     def _drive(self, device: int, link: Link) -> None:
         """Copy what the queue of a link says, until the runtime stops or a copy fails."""
@@ -313,41 +319,50 @@ class LiveRuntime:
             self._fail(error)
         finally:
             # Slots must not be freed under a copy.
-            for _ in in_flight:
-                link.finish()
+            with suppress(Exception):
+                for _ in in_flight:
+                    link.finish()
 
     def _take_chunk(self, device: int, link: Link, block: bool) -> Chunk | None:
-        with self._changed:
+        with self._lock:
             while not self._stopping and self._error is None:
                 chunk = self.residency.next_chunk(device)
                 if chunk is not None or not block:
                     return chunk
                 link.idle()
-                if self.policy.placement.awaited:
-                    self._changed.notify_all()
-                self._changed.wait()
+                self._asleep.add(device)
+                self._changed.notify_all()
+                while device in self._asleep:
+                    self._roused.wait()
         return None
 
     def _arrive(self, device: int, chunk: Chunk) -> None:
-        with self._changed:
+        with self._lock:
             if not self.residency.chunk_done(device, chunk):
                 return
             if self.residency.is_pinned(chunk.place):
                 self._arrived.append(chunk.place)
             self._changed.notify_all()
 
-    def _await(self, phase: str, condition: Callable[[], bool]) -> None:
-        with self._timed(phase), self._changed:
-            while not condition():
+    def _await(self, phase: str, condition: Callable[[], Any]) -> Any:
+        """Wait until a condition holds and return it; RuntimeError if no link can bring that."""
+        with self._timed(phase), self._lock:
+            while not (met := condition()):
                 self._raise_failure()
+                if len(self._asleep) == len(self.links):
+                    raise RuntimeError("the model waits for an expert that no link can bring")
                 self._changed.wait()
+            return met
 
     def _fail(self, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._error = self._error or error
+            self._wake()
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:
+        if isinstance(self._error, PolicyError):
+            raise self._error
         if self._error is not None:
             name = type(self._error).__name__
             raise BackgroundError(
@@ -367,6 +382,12 @@ class LiveRuntime:
             spent = time.perf_counter() - start
             setattr(self.phases, phase, getattr(self.phases, phase) + spent)
             self._span(phase, phase, start)
+
+
+def _rouse(asleep: set[int], roused: threading.Condition) -> None:
+    # Not of the runtime, to which its residency would refer back else.
+    asleep.clear()
+    roused.notify_all()
 
 
 def _call_all(tasks: Sequence[Callable[[], None]]) -> None:

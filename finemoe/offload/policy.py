@@ -99,7 +99,7 @@ class PrefetchTable:
     """Wishes for many experts at once: the same as `Prefetch` for each of them, but quicker."""
 
     priorities: NDArray[np.float64]
-    """Shape (L, J); 0 for experts that are not wished for, and more for the others."""
+    """Shape (L, J), float64; 0 for experts that are not wished for, and more for the others."""
 
     def __iter__(self) -> Iterator[Prefetch]:
         for layer, index in np.argwhere(self.priorities > 0).tolist():
@@ -168,8 +168,9 @@ class Policy:
     Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
     `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
     background worker's, if the placement says so). `on_outcome`, `on_load`, `on_evict`,
-    `eviction_keys` and `eviction_floor` are called from the engine, possibly while a prediction
-    runs, and may see it half taken over.
+    `eviction_keys` and `eviction_floor` are called from the engine, one at a time, possibly while
+    a prediction runs, and may see it half taken over. What they share with predictions has to bear
+    that; what is theirs alone needs no lock.
     """
 
     placement = Placement()

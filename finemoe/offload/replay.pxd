@@ -1,5 +1,6 @@
 cimport cython
 
+from finemoe.offload.hooks cimport told
 from finemoe.offload.model_thread cimport ModelThread
 from finemoe.offload.residency cimport Residency
 from finemoe.offload.virtual_links cimport VirtualLinks
@@ -27,15 +28,13 @@ cdef class ReplayRuntime:
     cdef double _run_expert(self, int place, tokens)
     @cython.locals(began=double)
     cdef double _expert_seconds(self, tokens)
-    cdef _release(self, int place)
     cdef _await_arrival(self)
     @cython.locals(began=double)
     cdef _await_prefetches(self)
     cdef _resume(self)
     cdef _collect(self)
     @cython.locals(began=double)
-    cdef _ask(self, phase, number, call, double seconds)
-    cdef _issue(self, number, call)
+    cdef _ask(self, phase, number, call, double seconds, hook, int layer=*)
     cdef _at(self, double time, action)
     @cython.locals(events=list, links=VirtualLinks)
     cdef _advance(self, double to)

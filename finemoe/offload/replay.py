@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from finemoe.offload.hooks import Hook, told
 from finemoe.offload.model_thread import ModelThread, ThreadCosts
 from finemoe.offload.policy import (
     Gate,
@@ -103,6 +104,7 @@ class ReplayRuntime:
         self._costs = costs
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
+        residency.wake = self._kick
         self._model_thread = ModelThread(costs.thread)
         self._events: list[tuple[float, int, int | Callable[[], None]]] = []
         """When, in which order, and what: the expert at a place is computed, or a call is due."""
@@ -126,7 +128,8 @@ class ReplayRuntime:
         if self._observed:
             self._collect()
             call = partial(self._on_embeddings, routed)
-            self._ask("search", iteration.number, call, self._costs.prediction.embeddings)
+            seconds = self._costs.prediction.embeddings
+            self._ask("search", iteration.number, call, seconds, self.policy.on_embeddings)
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
@@ -136,8 +139,9 @@ class ReplayRuntime:
             self._layer(routed, layer)
         self._advance(self.now + costs.finish)
         if self._observed:
-            update = partial(self.policy.end_iteration, iteration)
-            self._ask("update", iteration.number + 1, update, self._costs.prediction.update)
+            hook = self.policy.end_iteration
+            update = partial(told, hook, -1, (iteration,))
+            self._ask("update", iteration.number + 1, update, self._costs.prediction.update, hook)
         self._span("iterations", iteration.phase, began, self.now)
         return self.now
 
@@ -148,16 +152,13 @@ class ReplayRuntime:
     def end_request(self, request: int) -> None:
         """Tell the policy that a request is served."""
         if self._observed:
-            self._ask("update", 0, partial(self._end_request, request), 0.0)
+            hook = self.policy.end_request
+            self._ask("update", 0, partial(told, hook, -1, (request,)), 0.0, hook)
 
     def drain(self) -> None:
         """Let time pass until the searcher has consumed all that was published."""
         while self._searches:
             self._advance(self._searches[-1])
-
-    def _end_request(self, request: int) -> Wishes:
-        self.policy.end_request(request)
-        return ()
 
     # One MoE layer ----------------------------------------------------------------------------
 
@@ -165,28 +166,29 @@ class ReplayRuntime:
         self._arrived.clear()
         activated = routed.activated[layer]
         outcome = self.residency.gate(routed.iteration, layer, activated)
-        if outcome.late or outcome.misses:
-            self._links.kick(self.now)
         for listener in self.listeners:
             listener(outcome)
         if self._observed:
             self._collect()
             call = partial(self._on_gate, routed, layer, activated)
-            self._ask("search", routed.iteration.number, call, self._costs.prediction.gate)
+            seconds, hook = self._costs.prediction.gate, self.policy.on_gate
+            self._ask("search", routed.iteration.number, call, seconds, hook, layer)
         self._compute(outcome, routed.counts[layer].tolist())
         self._await_prefetches()
 
     def _on_embeddings(self, routed: RoutedIteration) -> Wishes:
-        wishes = self.policy.on_embeddings(routed.iteration, routed.embeddings)
+        shown = (routed.iteration, routed.embeddings)
+        wishes: Wishes = told(self.policy.on_embeddings, -1, shown)
         hidden = routed.hidden_states if self._hidden else None
         gates = Gates(routed.probabilities, routed.activated, hidden)
-        self.policy.compute_ahead(routed.iteration, gates)
+        told(self.policy.compute_ahead, -1, (routed.iteration, gates))
         return wishes
 
     def _on_gate(self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]) -> Wishes:
         hidden = routed.hidden_states[layer] if self._hidden else None
         gate = Gate(layer, routed.probabilities[layer], activated, hidden)
-        return self.policy.on_gate(routed.iteration, gate)
+        wishes: Wishes = told(self.policy.on_gate, layer, (routed.iteration, gate))
+        return wishes
 
     def _compute(self, outcome: LayerOutcome, counts: list[int]) -> None:
         """Run experts in order of arrival; the layer ends with the last of them."""
@@ -219,7 +221,7 @@ class ReplayRuntime:
             self._at(end, place)
         else:
             self._advance(end)
-            self._release(place)
+            self.residency.release(place)
         return end
 
     def _expert_seconds(self, tokens: int) -> float:
@@ -227,10 +229,6 @@ class ReplayRuntime:
         if seconds is None:
             seconds = self._known_seconds[tokens] = self._costs.expert(tokens)
         return seconds
-
-    def _release(self, place: int) -> None:
-        if self.residency.release(place):
-            self._links.kick(self.now)
 
     def _await_arrival(self) -> None:
         began = self.now
@@ -263,12 +261,20 @@ class ReplayRuntime:
         self.phases.context_collection += self._costs.collect
         self._advance(self.now + self._costs.collect)
 
-    def _ask(self, phase: str, number: int, call: Callable[[], Wishes], seconds: float) -> None:
-        """Have the policy called for an iteration, now or when the searcher gets to it."""
+    def _ask(
+        self,
+        phase: str,
+        number: int,
+        call: Callable[[], Wishes],
+        seconds: float,
+        hook: Hook,
+        layer: int = -1,
+    ) -> None:
+        """Have a hook called for an iteration, now or when the searcher gets to it."""
         setattr(self.phases, phase, getattr(self.phases, phase) + seconds)
         if not self._background:
             self._advance(self.now + seconds)
-            self._issue(number, call)
+            self.residency.prefetch(number, call(), hook, layer)
             return
         capacity = SEARCH_QUEUE_ITERATIONS * (self.residency.shape.layers + 2)
         if len(self._searches) >= capacity:
@@ -276,16 +282,14 @@ class ReplayRuntime:
         began = max(self.now, self._searches[-1]) if self._searches else self.now
         self._searches.append(began + seconds)
         self._span("searcher", phase, began, began + seconds)
-        self._at(began + seconds, partial(self._search_done, number, call))
+        self._at(began + seconds, partial(self._search_done, number, call, hook, layer))
 
-    def _search_done(self, number: int, call: Callable[[], Wishes]) -> None:
+    def _search_done(self, number: int, call: Callable[[], Wishes], hook: Hook, layer: int) -> None:
         self._searches.popleft()
-        self._issue(number, call)
+        self.residency.prefetch(number, call(), hook, layer)
 
-    def _issue(self, number: int, call: Callable[[], Wishes]) -> None:
-        wishes = call()
-        if wishes and self.residency.prefetch(number, wishes):
-            self._links.kick(self.now)
+    def _kick(self) -> None:
+        self._links.kick(self.now)
 
     # The clock --------------------------------------------------------------------------------
 
@@ -314,7 +318,7 @@ class ReplayRuntime:
         if self._events and self._events[0][0] < self._links.next_event:
             self.now, _, action = heapq.heappop(self._events)
             if isinstance(action, int):
-                self._release(action)
+                self.residency.release(action)
             else:
                 action()
             return

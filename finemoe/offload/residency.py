@@ -5,11 +5,14 @@ Both runtimes drive this object and nothing below it; the caller holds the lock,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finemoe.offload.cache import ExpertCache
 from finemoe.offload.eviction import Recency
+from finemoe.offload.hooks import Hook, refused, table_fault, told
 from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
@@ -19,6 +22,8 @@ from finemoe.offload.policy import (
     Wishes,
 )
 from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
+
+INFINITE = math.inf
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,13 @@ class MemoryPlan:
 class Residency:
     """Turns gates and prefetch wishes into cache and queue operations; classifies accesses.
 
-    Where a method takes a place, it is that of an expert among all, l * J + j.
+    Where a method takes a place, it is that of an expert among all, l * J + j. Whatever may give a
+    link that sleeps something to do calls `wake` itself, so that no caller can forget it. Raises
+    PolicyError for a hook that raises and for an answer that cannot be used.
     """
 
     def __init__(self, shape: ModelShape, plan: MemoryPlan, policy: Policy) -> None:
+        self.wake: Callable[[], object] = _nobody_sleeps
         self.shape = shape
         self.plan = plan
         self.policy = policy
@@ -57,6 +65,8 @@ class Residency:
             TransferQueue(self.cache, device, plan.expert_bytes, plan.chunk_bytes)
             for device in range(len(plan.slots))
         ]
+        self._places = {expert: place for place, expert in enumerate(self.experts)}
+        self._table_shape = (shape.layers, shape.experts)
         self._per_layer = shape.experts
         self._devices = len(plan.slots)
         self._iteration = self._layer = -1
@@ -99,34 +109,63 @@ class Residency:
         for index in late + misses:
             self._queue(first + index).demand(first + index)
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
-        self._on_outcome(outcome)
+        told(self._on_outcome, layer, (outcome,))
+        if late or misses:
+            self.wake()
         return outcome
 
-    def prefetch(self, iteration_number: int, wishes: Wishes) -> int:
+    def prefetch(
+        self, iteration_number: int, wishes: Wishes | None, hook: Hook, layer: int = -1
+    ) -> None:
         """Queue wishes made for an iteration, dropping those whose layer's gate already spoke.
 
-        Returns how many were still in time; of a table, for how many layers it was.
+        An error names the hook that gave them, and the layer it was asked about.
         """
-        if iteration_number < self._iteration:
-            return 0
-        first = self._layer + 1 if iteration_number == self._iteration else 0
+        first = 0
+        if iteration_number <= self._iteration:
+            first = self._layer + 1 if iteration_number == self._iteration else self.shape.layers
         if isinstance(wishes, PrefetchTable):
-            return self._prefetch_table(wishes, first)
-        in_time = 0
-        for (layer, index), priority in wishes:
-            if layer >= first:
-                in_time += 1
-                place = layer * self._per_layer + index
+            self._prefetch_table(wishes, first, hook, layer)
+        elif isinstance(wishes, (list, tuple)):
+            self._prefetch_each(wishes, first, hook, layer)
+        elif wishes is not None:
+            found = type(wishes).__name__
+            what = f"answered {found}; give a list or tuple of Prefetch, or a PrefetchTable"
+            raise refused(hook, layer, what)
+
+    def _prefetch_each(self, wishes: Sequence[Any], first: int, hook: Hook, layer: int) -> None:
+        in_time = False
+        start = first * self._per_layer
+        for wish in wishes:
+            try:
+                expert, priority = wish
+                place = self._places[expert]
+                known = -INFINITE < priority < INFINITE
+            except (TypeError, ValueError, KeyError, OverflowError):
+                known = False
+            if not known:
+                due = f"(layer < {self.shape.layers}, index < {self._per_layer})"
+                what = f"answered {wish!r:.80}, no expert {due} with a finite priority"
+                raise refused(hook, layer, what)
+            if place >= start:
+                in_time = True
                 if not self.cache.is_resident(place):
                     self._queue(place).prefetch(place, priority)
-        return in_time
+        if in_time:
+            self.wake()
 
-    def _prefetch_table(self, wishes: PrefetchTable, first: int) -> int:
-        """Queue the wishes for layers from `first` on; return of how many layers they may be."""
+    def _prefetch_table(self, wishes: PrefetchTable, first: int, hook: Hook, layer: int) -> None:
+        fault = table_fault(wishes.priorities, self._table_shape)
+        if fault:
+            raise refused(hook, layer, f"answered a PrefetchTable of {fault}")
         table = wishes.priorities.reshape(-1)
+        if first == self.shape.layers:
+            return
         for queue in self.queues:
-            queue.prefetch_all(table, first)
-        return self.shape.layers - first
+            if not queue.prefetch_all(table, first):
+                what = "answered a PrefetchTable with an infinite or NaN priority"
+                raise refused(hook, layer, what)
+        self.wake()
 
     def settled(self) -> bool:
         """Tell whether no link has anything left that it could copy now."""
@@ -143,10 +182,11 @@ class Residency:
     def is_pinned(self, place: int) -> bool:
         return self.cache.is_pinned(place)
 
-    def release(self, place: int) -> bool:
-        """Unpin an expert whose layer is done with it; tell whether its link waits for a slot."""
+    def release(self, place: int) -> None:
+        """Unpin an expert whose layer is done with it."""
         self.cache.unpin(place)
-        return self._queue(place).retry()
+        if self._queue(place).retry():
+            self.wake()
 
     def next_chunk(self, device: int) -> Chunk | None:
         return self._queue(device).next_chunk()
@@ -160,7 +200,8 @@ class Residency:
             # Hundreds of loads an iteration, with no call of Python for any.
             self._recency.note_load(chunk.place // self._per_layer, chunk.place % self._per_layer)
         else:
-            self._on_load(self.experts[chunk.place])
+            expert = self.experts[chunk.place]
+            told(self._on_load, expert.layer, (expert,))
         return True
 
     def traffic(self) -> Traffic:
@@ -169,6 +210,10 @@ class Residency:
 
     def _queue(self, place: int) -> TransferQueue:
         return self.queues[place % self._devices]
+
+
+def _nobody_sleeps() -> None:
+    pass
 
 
 def _overrides(policy: Policy, method: str, base: type = Policy) -> bool:

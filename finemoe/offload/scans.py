@@ -37,13 +37,15 @@ def largest_of(
 ) -> int:
     """Return which of places[start:stop] has the largest value, the lowest of equals.
 
-    -1 if there is none; -inf is a value like any other.
+    -1 if there is none; -inf is a value like any other, and NaN the largest.
     """
     best, highest = -1, LOWEST
     if cython.compiled:
         for at in range(start, stop):
             place = places[at]
             value = values[place]
+            if value != value:
+                return place
             if value >= highest and (value > highest or place < best or best < 0):
                 best = place
                 highest = value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from finemoe.files import atomic_write
 
 PROCESS = {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "finemoe"}}
 
@@ -50,13 +51,7 @@ def trace_events(folder: Path, wanted: bool) -> Iterator[TraceEvents | None]:
     if not wanted:
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"timeline.json.{os.getpid()}.partial"
-    try:
-        with partial.open("w") as file:
-            file.write(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{json.dumps(PROCESS)}')
-            yield TraceEvents(file)
-            file.write("\n]}\n")
-        os.replace(partial, folder / "timeline.json")
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(folder / "timeline.json") as partial, partial.open("w") as file:
+        file.write(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{json.dumps(PROCESS)}')
+        yield TraceEvents(file)
+        file.write("\n]}\n")

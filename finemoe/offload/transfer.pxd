@@ -52,7 +52,7 @@ cdef class TransferQueue:
     @cython.locals(transfer=_Transfer)
     cpdef prefetch(self, int place, double priority)
     @cython.locals(transfer=_Transfer, priority=double)
-    cpdef prefetch_all(self, const double[::1] table, int layer)
+    cpdef bint prefetch_all(self, const double[::1] table, int layer)
     cdef _prefetch_again(self, _Transfer transfer, double priority)
     @cython.locals(transfer=_Transfer)
     cpdef demand(self, int place)

@@ -159,13 +159,14 @@ class TransferQueue:
             self.starved = False
             self._wishes.put(place, priority)
 
-    def prefetch_all(self, table: NDArray[np.float64], layer: int) -> None:
+    def prefetch_all(self, table: NDArray[np.float64], layer: int) -> bool:
         """Queue prefetches of this link's experts from `layer` on by priority; 0 leaves one alone.
 
-        `table` is flat, (L * J,), and holds the experts of all links.
+        `table` is flat, (L * J,), and holds the experts of all links. Tells whether it is finite.
         """
         self.starved = False
-        self._wishes.put_all(table, self._cache.absent, layer)
+        if not self._wishes.put_all(table, self._cache.absent, layer):
+            return False
         for transfer in self._under_way:
             if transfer.place < layer * self._per_layer:
                 continue
@@ -174,6 +175,7 @@ class TransferQueue:
                 self._wishes.drop(transfer.place)
             elif priority > 0:
                 self._prefetch_again(transfer, priority)
+        return True
 
     def _prefetch_again(self, transfer: _Transfer, priority: float) -> None:
         if transfer.urgent:

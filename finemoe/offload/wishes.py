@@ -60,10 +60,11 @@ class WishList:
         elif position == best and priority < self.highest:
             self._lose_best(position)
 
-    def put_all(self, table: NDArray[np.float64], marks: bytearray, layer: int) -> None:
+    def put_all(self, table: NDArray[np.float64], marks: bytearray, layer: int) -> bool:
         """Wish for every expert from `layer` on that is marked and has a priority above 0.
 
-        Table and marks are flat, (L * J,).
+        Table and marks are flat, (L * J,). False if a priority is NaN or infinite; then this list
+        is of no use any more.
         """
         self._lose_best(0)
         self.highest = -NONE
@@ -71,13 +72,19 @@ class WishList:
         if cython.compiled:
             place = self._device + start * self._devices
             for position in range(start, len(self._priorities)):
-                if table[place] > 0 and marks[place]:
-                    self._priorities[position] = table[place]
+                priority = table[place]
+                if not priority <= 0:
+                    if not priority < -NONE:
+                        return False
+                    if marks[place]:
+                        self._priorities[position] = priority
                 place += self._devices
-            return
+            return True
         mine = slice(self._device + start * self._devices, None, self._devices)
-        wished = (table[mine] > 0) & np.frombuffer(marks, dtype=bool)[mine]
-        np.copyto(self._priorities[start:], table[mine], where=wished)
+        priorities = table[mine]
+        wished = (priorities > 0) & np.frombuffer(marks, dtype=bool)[mine]
+        np.copyto(self._priorities[start:], priorities, where=wished)
+        return bool((priorities < -NONE).all())
 
     def drop(self, place: int) -> None:
         """Forget the wish for an expert, if there is one."""

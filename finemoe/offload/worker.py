@@ -9,20 +9,20 @@ from queue import SimpleQueue
 Task = Callable[[], None]
 
 
-class Worker:
-    """One thread that runs tasks in order from a bounded queue.
+class Worker(threading.Thread):
+    """A thread that, once started, runs tasks in order from a bounded queue.
 
     A full queue makes the publisher wait. The first error stops the work: `on_error` is told, and
     later tasks are dropped, so a publisher never waits for a dead worker.
     """
 
     def __init__(self, capacity: int, on_error: Callable[[BaseException], None]) -> None:
+        super().__init__(name="searcher", daemon=True)
         self._tasks: SimpleQueue[Task | threading.Event | None] = SimpleQueue()
         self._room = threading.Semaphore(capacity)
         self._on_error = on_error
         self._failed = False
-        self._thread = threading.Thread(target=self._run, name="searcher", daemon=True)
-        self._thread.start()
+        """Its own thread's."""
 
     def publish(self, task: Task) -> None:
         self._room.acquire()
@@ -35,11 +35,12 @@ class Worker:
         reached.wait()
 
     def close(self) -> None:
-        """Run what is left and end the thread."""
+        """Run what is left and end the thread, if it was started."""
         self._tasks.put(None)
-        self._thread.join()
+        if self.is_alive():
+            self.join()
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while (task := self._tasks.get()) is not None:
             if isinstance(task, threading.Event):
                 task.set()

@@ -15,7 +15,6 @@ from baselines.belady import BeladyPolicy
 from baselines.on_demand import OnDemandPolicy
 from baselines.oracle import OraclePolicy
 from finemoe.offload.bounds import minimal_loads
-from finemoe.offload.cache import State
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
@@ -31,6 +30,7 @@ from finemoe.offload.policy import (
     Wishes,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
+from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
@@ -149,7 +149,7 @@ class Engine:
                 self.residency.chunk_done(device, chunk)
 
     def _wish(self, number: int, wishes: Wishes) -> None:
-        self.residency.prefetch(number, wishes)
+        self.residency.prefetch(number, wishes, self.residency.policy.on_gate)
 
 
 def rows(width: int) -> FloatArray:
@@ -278,10 +278,10 @@ def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
     engine = Engine(policy, (2,), chunks=100)
     cache = engine.residency.cache
     wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
-    engine.residency.prefetch(0, wishes)
+    engine._wish(0, wishes)
     engine._prefetch()
     assert len(list(wishes)) == 3
-    residents = [place for place in range(8) if cache.state(place) is State.RESIDENT]
+    residents = [place for place in range(8) if state(cache, place) is State.RESIDENT]
     assert residents == [0, 1]
 
 

@@ -16,9 +16,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments.config import build
 from experiments.errors import UserError, file_errors
 from experiments.records import alone_in, git_state, new_folder, other_code, sweep_folder
-from experiments.config import build
 from tests.command import ROOT, SMALL, run_command
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache, Slot, State
+from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache, Slot
 from finemoe.offload.policy import ExpertId, ModelShape
+from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
 EXPERTS = list(range(SHAPE.size))
@@ -128,7 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.peak_occupied == self.peak <= sum(self.slots)
         for expert in EXPERTS:
             assert self.cache.device_of(expert) == self.device(expert)
-            assert self.cache.state(expert) is self.expected_state(expert)
+            assert state(self.cache, expert) is self.expected_state(expert)
             assert self.cache.is_pinned(expert) == (self.pins[expert] > 0)
         assert {expert: self.cache.slot(expert) for expert in self.placed} == self.placed
         assert len(set(self.placed.values())) == len(self.placed)

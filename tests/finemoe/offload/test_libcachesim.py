@@ -29,10 +29,11 @@ from experiments.weights import SCALE_MODELS
 from experiments.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.bounds import minimal_loads
-from finemoe.offload.cache import NO_SLOT, ExpertCache, State
+from finemoe.offload.cache import NO_SLOT, ExpertCache
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape, Policy
+from tests.finemoe.offload.states import State, state
 
 libcachesim = pytest.importorskip("libcachesim", reason="pip install libcachesim")
 
@@ -73,7 +74,7 @@ def our_hits(stream: Stream, shape: ModelShape, slots: int, policy: Policy) -> l
     hits = []
     for number, expert in enumerate(stream):
         place = shape.place(expert)
-        hit = cache.state(place) is State.RESIDENT
+        hit = state(cache, place) is State.RESIDENT
         iteration = Iteration(number, "decode", (0,), (1,))
         found = (expert.index,)
         kinds = (found, (), ()) if hit else ((), (), found)

@@ -6,16 +6,20 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import small_model
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.cores import Cores
+from finemoe.offload.hooks import PolicyError
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import BackgroundError, LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -29,6 +33,8 @@ from finemoe.offload.policy import (
     Placement,
     Policy,
     Prefetch,
+    PrefetchTable,
+    Wishes,
 )
 from finemoe.offload.transfer import Chunk
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
@@ -44,12 +50,16 @@ def model() -> OffloadedModel:
 
 
 def runtime(
-    model: OffloadedModel, policy: Policy, slots: int = 6, cores: Cores | None = None
+    model: OffloadedModel,
+    policy: Policy,
+    slots: int = 6,
+    cores: Cores | None = None,
+    devices: int = 1,
 ) -> LiveRuntime:
-    cpu = (torch.device("cpu"),)
+    cpu = (torch.device("cpu"),) * devices
     testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=0.5, cores=cores)
     stored = model.store.layout.nbytes
-    return offloading_runtime(model, policy, testbed, (slots,), stored)
+    return offloading_runtime(model, policy, testbed, (slots,) * devices, stored)
 
 
 def serve_and_drain(live: LiveRuntime) -> None:
@@ -216,7 +226,7 @@ def test_a_failing_searcher_fails_the_run_and_leaves_no_thread(model: OffloadedM
     spy = Spy(model.shape, Placement("background"))
     spy.act = fail
     with (
-        pytest.raises(BackgroundError, match="RuntimeError: no such map"),
+        pytest.raises(PolicyError, match=r"Spy.on_gate, layer 0: raised RuntimeError: no such map"),
         runtime(model, spy) as live,
     ):
         serve_and_drain(live)
@@ -243,3 +253,181 @@ def test_the_model_can_be_served_by_one_runtime_after_another(model: OffloadedMo
         with runtime(model, OnDemandPolicy(model.shape), slots) as live:
             logits.append(live.forward(PREFILL, input_ids=PROMPT).logits)
     assert torch.equal(logits[0], logits[1])
+
+
+class Guarded(deque[int]):
+    """Arrivals that nobody may touch without the runtime's lock."""
+
+    def __init__(self, runtime: LiveRuntime) -> None:
+        super().__init__()
+        self._lock = runtime._lock
+
+    def _check(self) -> None:
+        assert self._lock._is_owned()  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[int]:
+        self._check()
+        return super().__iter__()
+
+    def append(self, place: int) -> None:
+        self._check()
+        super().append(place)
+
+    def clear(self) -> None:
+        self._check()
+        super().clear()
+
+
+GUARDED = ("begin_iteration", "gate", "prefetch", "settled", "release", "next_chunk", "chunk_done")
+
+
+@pytest.mark.parametrize("prediction", ["background", "critical_path"])
+def test_what_two_threads_touch_is_touched_under_the_lock(
+    model: OffloadedModel, prediction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Spy(model.shape, Placement(prediction, awaited=True))  # type: ignore[arg-type]
+    policy.act = lambda: [Prefetch(ExpertId(2, 0), 1.0)]
+    live = runtime(model, policy, slots=1, devices=2)
+    live._arrived = Guarded(live)
+    calls: set[str] = set()
+
+    class Watched:
+        """The residency, whose every change needs the lock."""
+
+        def __getattr__(self, name: str) -> object:
+            real = getattr(residency, name)
+            return partial(self._call, name, real) if name in GUARDED else real
+
+        def _call(self, name: str, real: Callable[..., object], *given: object) -> object:
+            calls.add(name)
+            assert live._lock._is_owned(), name  # type: ignore[attr-defined]
+            return real(*given)
+
+    residency, live.residency = live.residency, Watched()  # type: ignore[assignment]
+    with live:
+        for number in range(2):
+            live.forward(Iteration(number, "prefill", (0,), (5,)), input_ids=PROMPT)
+        live.drain()
+    assert calls >= set(GUARDED)
+
+
+def ended(serve: Callable[[], None]) -> Exception | None:
+    """Return the error with which serving ends, if it has one; it must not hang."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            serve()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    return errors[0] if errors else None
+
+
+class TableAtTheEnd(OnDemandPolicy):
+    """Answers the last gate, when no layer is in time any more, with a table."""
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
+        return PrefetchTable(np.ones((self.shape.layers, self.shape.experts)))
+
+
+@pytest.mark.parametrize("prediction", ["background", "critical_path"])
+@pytest.mark.parametrize("awaited", [False, True])
+def test_a_table_that_comes_too_late_leaves_no_link_asleep(
+    model: OffloadedModel, prediction: str, awaited: bool
+) -> None:
+    policy = TableAtTheEnd(model.shape)
+    policy.placement = Placement(prediction, awaited=awaited)  # type: ignore[arg-type]
+
+    def serve() -> None:
+        with runtime(model, policy, slots=1, devices=2) as live:
+            for number in range(5):
+                live.forward(Iteration(number, "prefill", (0,), (5,)), input_ids=PROMPT)
+            live.drain()
+
+    assert ended(serve) is None
+
+
+def test_links_with_nothing_to_copy_do_not_wake_one_another(
+    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idled: list[EmulatedLink] = []
+    woken: list[None] = []
+    monkeypatch.setattr(EmulatedLink, "idle", lambda link: idled.append(link))
+    policy = DeepSpeedPolicy(model.shape)
+    live = runtime(model, policy, slots=2, devices=3)
+    wake = live.residency.wake
+
+    def count() -> None:
+        woken.append(None)
+        wake()
+
+    live.residency.wake = count
+    with live:
+        serve_and_drain(live)
+    # A link falls asleep once at first, and at most once for each time it is woken.
+    assert len(idled) <= 3 * (len(woken) + 1)
+
+
+def test_an_expert_that_no_link_can_bring_is_an_error_at_once(model: OffloadedModel) -> None:
+    def serve() -> None:
+        with runtime(model, OnDemandPolicy(model.shape), slots=4) as live:
+            serve_and_drain(live)
+            with live._lock:
+                for place in range(model.shape.size):
+                    live.residency.cache.pin(place)
+            live.forward(Iteration(1, "prefill", (0,), (5,)), input_ids=PROMPT)
+
+    assert "waits for an expert that no link can bring" in str(ended(serve))
+
+
+def leaves_nothing(model: OffloadedModel, threads: set[threading.Thread]) -> None:
+    assert set(threading.enumerate()) == threads
+    assert not any(module._forward_hooks for module in model.model.modules())
+    with runtime(model, OnDemandPolicy(model.shape)) as live:
+        serve_and_drain(live)
+    assert set(threading.enumerate()) == threads
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_thread_that_fails_to_start_leaves_nothing_behind(
+    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch, nth: int, error: type[BaseException]
+) -> None:
+    started: list[threading.Thread] = []
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if len(started) == nth - 1:
+            raise error("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    policy = Spy(model.shape, Placement("background"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(error), runtime(model, policy, devices=2):
+            pytest.fail("entered")
+    leaves_nothing(model, before)
+
+
+def test_an_interrupt_of_the_exit_comes_when_everything_is_undone(
+    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts = iter([KeyboardInterrupt])
+    before, join = set(threading.enumerate()), threading.Thread.join
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        for interrupt in interrupts:
+            raise interrupt
+        join(thread, timeout)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(threading.Thread, "join", interrupted)
+        with runtime(model, Spy(model.shape, Placement("background")), devices=2) as live:
+            serve_and_drain(live)
+    leaves_nothing(model, before)

@@ -76,8 +76,7 @@ class Lockstep:
         with changed:
             while not self.runtime.residency.settled():
                 self.runtime._raise_failure()
-                # A link that starves does not say so unless prefetches are awaited.
-                changed.wait(1e-4)
+                changed.wait()
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import State
+from finemoe.offload.hooks import PolicyError
 from finemoe.offload.policy import (
     ExpertId,
     Iteration,
@@ -16,9 +19,11 @@ from finemoe.offload.policy import (
     ModelShape,
     Policy,
     Prefetch,
+    PrefetchTable,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.transfer import Traffic
+from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 10, 5
@@ -57,6 +62,14 @@ def iteration(number: int) -> Iteration:
 def wish(*experts: tuple[int, int]) -> list[Prefetch]:
     """Ask for experts, the first one most."""
     return [Prefetch(ExpertId(*expert), 1 / (rank + 1)) for rank, expert in enumerate(experts)]
+
+
+def ask(engine: Residency, number: int, *experts: tuple[int, int]) -> bool:
+    """Have the policy wish for experts; return whether a link is to look at that."""
+    woken: list[None] = []
+    engine.wake = lambda: woken.append(None)
+    engine.prefetch(number, wish(*experts), engine.policy.on_gate)
+    return bool(woken)
 
 
 def copy(engine: Residency, chunks: int, device: int = 0) -> None:
@@ -100,7 +113,7 @@ def test_an_access_is_a_hit_late_or_a_miss() -> None:
     engine = residency(4)
     now = iteration(0)
     engine.begin_iteration(now)
-    engine.prefetch(0, wish((0, 2), (0, 0), (0, 3)))
+    ask(engine, 0, (0, 2), (0, 0), (0, 3))
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied, expert 3 queued
     outcome = engine.gate(now, 0, (0, 1, 2, 3))
     assert kinds(outcome) == ((2,), (0, 3), (1,))
@@ -128,7 +141,7 @@ def test_what_was_evicted_is_a_miss_again() -> None:
 def test_a_cancelled_prefetch_in_flight_is_a_miss_and_goes_on_where_it_stood() -> None:
     engine = residency(2)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((0, 1)))
+    ask(engine, 0, (0, 1))
     chunk = engine.next_chunk(0)
     assert chunk is not None
     engine.gate(iteration(0), 0, (0,))
@@ -142,7 +155,7 @@ def test_a_cancelled_prefetch_in_flight_is_a_miss_and_goes_on_where_it_stood() -
 def test_late_and_missed_experts_are_demanded_before_other_prefetches() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((1, 0), (0, 3)))
+    ask(engine, 0, (1, 0), (0, 3))
     engine.gate(iteration(0), 0, (1, 3))
     assert copy_all(engine) == [ExpertId(0, 3), ExpertId(0, 1), ExpertId(1, 0)]
     assert engine.traffic() == Traffic(prefetched=10, on_demand=20, wasted=0)
@@ -151,18 +164,18 @@ def test_late_and_missed_experts_are_demanded_before_other_prefetches() -> None:
 def test_a_gate_cancels_the_prefetches_of_its_layer_that_it_did_not_choose() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((0, 0), (0, 1), (1, 0), (0, 2)))
+    ask(engine, 0, (0, 0), (0, 1), (1, 0), (0, 2))
     copy(engine, 1)
     engine.gate(iteration(0), 0, (1,))
     assert requested(engine) == [ExpertId(0, 1), ExpertId(1, 0)]
-    assert engine.cache.state(at(0, 0)) is State.ABSENT
+    assert state(engine.cache, at(0, 0)) is State.ABSENT
     assert engine.traffic().wasted == 5
 
 
 def test_a_gate_cancels_on_every_device() -> None:
     engine = residency(2, 2, 2)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((0, 0), (0, 1), (0, 2), (0, 3)))
+    ask(engine, 0, (0, 0), (0, 1), (0, 2), (0, 3))
     engine.gate(iteration(0), 0, (3,))
     assert requested(engine) == [ExpertId(0, 3)]
 
@@ -172,21 +185,21 @@ def test_wishes_for_layers_that_already_ran_are_dropped() -> None:
     engine.begin_iteration(iteration(0))
     engine.gate(iteration(0), 0, ())
     engine.gate(iteration(0), 1, ())
-    assert engine.prefetch(0, wish((0, 0), (1, 1), (2, 2))) == 1
+    assert ask(engine, 0, (0, 0), (1, 1), (2, 2))
     assert requested(engine) == [ExpertId(2, 2)]
 
 
 def test_before_the_first_gate_every_wish_is_in_time() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(5))
-    assert engine.prefetch(5, wish((0, 0), (1, 1), (2, 2))) == 3
+    assert ask(engine, 5, (0, 0), (1, 1), (2, 2))
 
 
 def test_wishes_of_an_earlier_iteration_are_dropped() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
     engine.begin_iteration(iteration(1))
-    assert engine.prefetch(0, wish((2, 0))) == 0
+    assert not ask(engine, 0, (2, 0))
     assert requested(engine) == []
 
 
@@ -195,22 +208,22 @@ def test_wishes_for_the_next_iteration_are_kept_until_it_runs() -> None:
     engine.begin_iteration(iteration(0))
     for layer in range(3):
         engine.gate(iteration(0), layer, ())
-    assert engine.prefetch(1, wish((0, 0), (1, 1))) == 2
+    assert ask(engine, 1, (0, 0), (1, 1))
     engine.begin_iteration(iteration(1))
-    assert engine.prefetch(1, wish((0, 2))) == 1
+    assert ask(engine, 1, (0, 2))
     assert requested(engine) == [ExpertId(0, 0), ExpertId(0, 2), ExpertId(1, 1)]
     assert kinds(engine.gate(iteration(1), 0, (0,))) == ((), (0,), ())
     assert requested(engine) == [ExpertId(0, 0), ExpertId(1, 1)]
 
 
 def test_wishes_before_any_iteration_are_in_time() -> None:
-    assert residency(4).prefetch(0, wish((0, 0))) == 1
+    assert ask(residency(4), 0, (0, 0))
 
 
 def test_everything_activated_is_pinned_until_its_release() -> None:
     engine = residency(2)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((0, 0), (0, 1)))
+    ask(engine, 0, (0, 0), (0, 1))
     copy(engine, 3)  # expert 0 is resident, expert 1 half copied, expert 2 neither
     engine.gate(iteration(0), 0, (0, 1, 2))
     activated = [at(0, index) for index in range(3)]
@@ -219,8 +232,8 @@ def test_everything_activated_is_pinned_until_its_release() -> None:
     engine.release(at(0, 0))
     assert [engine.is_pinned(place) for place in activated] == [False, True, True]
     assert copy_all(engine) == [(0, 2)]
-    assert engine.cache.state(at(0, 0)) is State.ABSENT
-    assert engine.cache.state(at(0, 1)) is State.RESIDENT
+    assert state(engine.cache, at(0, 0)) is State.ABSENT
+    assert state(engine.cache, at(0, 1)) is State.RESIDENT
 
 
 def test_a_layer_wider_than_the_budget_is_served_as_experts_are_released() -> None:
@@ -235,7 +248,7 @@ def test_a_layer_wider_than_the_budget_is_served_as_experts_are_released() -> No
 def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:
     engine = residency(2)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((0, 0), (0, 1)))
+    ask(engine, 0, (0, 0), (0, 1))
     copy_all(engine)
     assert kinds(engine.gate(iteration(0), 0, (0,))) == ((0,), (), ())
     release(engine, 0, (0,))
@@ -248,7 +261,7 @@ def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:
 def test_the_policy_is_told_of_every_outcome_and_load() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((1, 1)))
+    ask(engine, 0, (1, 1))
     outcomes = [engine.gate(iteration(0), 0, (2, 3))]
     copy_all(engine)
     outcomes.append(engine.gate(iteration(0), 1, (1,)))
@@ -259,7 +272,7 @@ def test_the_policy_is_told_of_every_outcome_and_load() -> None:
 def test_traffic_is_the_sum_over_links() -> None:
     engine = residency(1, 1, 1)
     engine.begin_iteration(iteration(0))
-    engine.prefetch(0, wish((1, 1), (1, 2)))  # devices 2 and 0
+    ask(engine, 0, (1, 1), (1, 2))  # devices 2 and 0
     engine.gate(iteration(0), 0, (1,))  # device 1
     copy_all(engine)
     assert engine.traffic() == Traffic(prefetched=20, on_demand=10, wasted=0)
@@ -280,9 +293,129 @@ def test_a_preload_fills_every_device_with_its_first_experts(
     assert [engine.experts[place] for place in engine.preload()] == expected
     engine.cache.check_integrity()
     assert engine.cache.occupied == sum(slots)
-    assert all(engine.cache.state(at(*expert)) is State.RESIDENT for expert in expected)
+    assert all(state(engine.cache, at(*expert)) is State.RESIDENT for expert in expected)
     assert kinds(engine.gate(iteration(0), 0, (0,))) == ((0,), (), ())
 
 
 def test_the_budget_is_the_bytes_of_all_slots() -> None:
     assert MemoryPlan((2, 3), EXPERT_BYTES, CHUNK_BYTES).budget_bytes == 50
+
+
+TABLE = PrefetchTable(np.ones((3, 4)))
+
+
+@given(
+    slots=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    steps=st.lists(st.tuples(st.sampled_from("tlgrc"), st.integers(0, 2), st.integers(0, 3))),
+)
+def test_no_link_sleeps_while_it_has_something_to_do(
+    slots: list[int], steps: list[tuple[str, int, int]]
+) -> None:
+    engine = residency(*slots)
+    asleep: set[int] = set()
+    engine.wake = asleep.clear
+    pinned: list[int] = []
+    now, layer = 0, -1
+    engine.begin_iteration(iteration(now))
+    for what, device, index in steps:
+        if what == "t":
+            engine.prefetch(now, TABLE, engine.policy.on_gate)
+        elif what == "l":
+            engine.prefetch(now, wish((device, index)), engine.policy.on_gate)
+        elif what == "g" and not pinned:
+            now, layer = (now + 1, 0) if layer == 2 else (now, layer + 1)
+            engine.gate(iteration(now), layer, (index,))
+            pinned.append(at(layer, index))
+        elif what == "r" and pinned and engine.cache.is_resident(pinned[0]):
+            engine.release(pinned.pop())
+        elif what == "c" and device < len(slots) and device not in asleep:
+            chunk = engine.next_chunk(device)
+            if chunk is None:
+                asleep.add(device)
+            else:
+                engine.chunk_done(device, chunk)
+        assert all(engine.queues[device].settled() for device in asleep)
+
+
+BAD_TABLES = {
+    "too large": np.ones((4, 4)),
+    "flat": np.ones(12),
+    "float32": np.ones((3, 4), dtype=np.float32),
+    "a list": [[1.0]],
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(PrefetchTable(table) for table in BAD_TABLES.values()),  # type: ignore[arg-type]
+        PrefetchTable(np.full((3, 4), np.nan)),
+        PrefetchTable(np.full((3, 4), np.inf)),
+        [Prefetch(ExpertId(3, 0), 1.0)],
+        [Prefetch(ExpertId(0, 4), 1.0)],
+        [Prefetch(ExpertId(-1, 0), 1.0)],
+        [Prefetch(ExpertId(0, 0), np.nan)],
+        [Prefetch(ExpertId(0, 0), np.inf)],
+        [Prefetch(ExpertId(0, 0), "high")],  # type: ignore[arg-type]
+        [(0, 0, 1.0)],
+        [None],
+        np.ones((3, 4)),
+    ],
+)
+def test_an_answer_that_is_none_names_system_hook_and_layer(answer: Any) -> None:
+    engine = residency(4)
+    with pytest.raises(PolicyError, match=r"^ListeningPolicy.on_gate, layer 1: answered "):
+        engine.prefetch(0, answer, engine.policy.on_gate, 1)
+
+
+class Answering(ListeningPolicy):
+    """Answers, or raises, what the test says."""
+
+    def __init__(self, keys: Any, floor: Any = -np.inf) -> None:
+        super().__init__()
+        self.keys = keys
+        self.floor = floor
+
+    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        if isinstance(self.keys, Exception):
+            raise self.keys
+        return self.keys
+
+    def eviction_floor(self, incoming: ExpertId) -> float:
+        return self.floor
+
+
+def evict(policy: Policy) -> None:
+    """Have a prefetch of expert (1, 2) ask for the slot of expert (0, 0)."""
+    engine = Residency(SHAPE, MemoryPlan((1,), EXPERT_BYTES, CHUNK_BYTES), policy)
+    engine.preload()
+    engine.prefetch(0, wish((1, 2)), policy.on_gate)
+    engine.next_chunk(0)
+
+
+@pytest.mark.parametrize("keys", [*BAD_TABLES.values(), np.asfortranarray(np.ones((3, 4)))])
+def test_keys_of_another_type_are_refused(keys: Any) -> None:
+    with pytest.raises(PolicyError, match=r"^Answering.eviction_keys, layer 1: answered "):
+        evict(Answering(keys))
+
+
+def test_a_key_that_is_nan_is_refused_where_it_decides() -> None:
+    keys = np.zeros((3, 4))
+    keys[2, 3] = np.nan
+    evict(Answering(keys))
+    keys[0, 0] = np.nan
+    with pytest.raises(PolicyError, match=r"eviction_keys, layer 1: answered keys that hold NaN"):
+        evict(Answering(keys))
+
+
+@pytest.mark.parametrize("floor", [np.nan, None, "low"])
+def test_a_floor_that_is_no_number_is_refused(floor: Any) -> None:
+    with pytest.raises(PolicyError, match=r"eviction_floor, layer 1: answered .*; give a number"):
+        evict(Answering(np.zeros((3, 4)), floor))
+
+
+def test_what_a_hook_raises_is_told_with_its_line() -> None:
+    says = r"^Answering.eviction_keys, layer 1: raised KeyError: 'x' \(test_residency.py:\d+\)$"
+    with pytest.raises(PolicyError, match=says):
+        evict(Answering(KeyError("x")))

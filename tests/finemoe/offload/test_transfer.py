@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import ExpertCache, State
+from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import ExpertId, ModelShape
 from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
+from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=2, experts=3, top_k=1, hidden_size=1)
 EXPERTS = list(range(SHAPE.size))
@@ -220,7 +221,7 @@ class TransferMachine(RuleBasedStateMachine):
             return
         self.cache.pin(expert)
         self.queue(expert).used(expert)
-        if self.cache.state(expert) is not State.RESIDENT:
+        if state(self.cache, expert) is not State.RESIDENT:
             self.queue(expert).demand(expert)
         self.model.activate(expert)
 
@@ -272,7 +273,7 @@ class TransferMachine(RuleBasedStateMachine):
         assert (chunk.place, chunk.start, chunk.stop, chunk.urgent) == expected
         assert chunk.urgent or not prompt
         assert self.cache.slot(chunk.place) == chunk.slot
-        assert self.cache.state(chunk.place) is State.LOADING
+        assert state(self.cache, chunk.place) is State.LOADING
         self.handed_out += chunk.stop - chunk.start
         self.in_flight[device].append(chunk)
         return True
@@ -286,7 +287,7 @@ class TransferMachine(RuleBasedStateMachine):
         assert loaded == self.model.chunk_done(chunk.place, chunk.stop)
         if loaded:
             assert self.arrived[chunk.place] == EXPERT_BYTES
-        if self.cache.state(chunk.place) is not State.LOADING:
+        if state(self.cache, chunk.place) is not State.LOADING:
             del self.arrived[chunk.place]
 
     def slot_can_be_had(self, device: int) -> bool:
@@ -313,7 +314,7 @@ class TransferMachine(RuleBasedStateMachine):
                 self.arrived.pop(expert, None)
             wanted = load is not None and not load.cancelled
             assert self.queue(expert).requested(expert) == wanted
-            assert self.cache.state(expert) is self.expected_state(expert)
+            assert state(self.cache, expert) is self.expected_state(expert)
 
     def expected_state(self, expert: int) -> State:
         if expert in self.model.unused_bytes:
@@ -475,7 +476,7 @@ def test_a_prefetch_whose_last_chunk_is_in_flight_is_not_copied_again_on_demand(
     assert queue.next_chunk() is None
     assert queue.chunk_done(last)
     assert queue.next_chunk() is None
-    assert cache.state(A) is State.RESIDENT
+    assert state(cache, A) is State.RESIDENT
     assert queue.traffic == Traffic(prefetched=10, on_demand=0, wasted=0)
 
 
@@ -502,10 +503,10 @@ def test_a_slot_is_taken_when_the_first_chunk_is_due() -> None:
     queue.demand(A)
     copy_all(queue)
     queue.prefetch(B, 1.0)
-    assert cache.state(A) is State.RESIDENT
+    assert state(cache, A) is State.RESIDENT
     copy(queue)
-    assert cache.state(A) is State.ABSENT
-    assert cache.state(B) is State.LOADING
+    assert state(cache, A) is State.ABSENT
+    assert state(cache, B) is State.LOADING
 
 
 def test_a_cancelled_prefetch_frees_its_slot_and_wastes_its_bytes() -> None:
@@ -513,7 +514,7 @@ def test_a_cancelled_prefetch_frees_its_slot_and_wastes_its_bytes() -> None:
     queue.prefetch(A, 1.0)
     copy(queue, 2)
     queue.cancel(A)
-    assert cache.state(A) is State.ABSENT
+    assert state(cache, A) is State.ABSENT
     assert cache.has_room(A)
     assert queue.next_chunk() is None
     assert queue.traffic == Traffic(prefetched=8, on_demand=0, wasted=8)
@@ -526,10 +527,10 @@ def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> Non
     queue.cancel(A)
     assert not queue.requested(A)
     queue.chunk_done(first)
-    assert cache.state(A) is State.LOADING
+    assert state(cache, A) is State.LOADING
     assert queue.next_chunk() is None
     queue.chunk_done(second)
-    assert cache.state(A) is State.ABSENT
+    assert state(cache, A) is State.ABSENT
     assert queue.traffic.wasted == 8
 
 
@@ -540,7 +541,7 @@ def test_a_prefetch_cancelled_after_its_last_chunk_left_becomes_resident() -> No
     last = begin(queue)
     queue.cancel(A)
     assert queue.chunk_done(last)
-    assert cache.state(A) is State.RESIDENT
+    assert state(cache, A) is State.RESIDENT
     assert queue.traffic.wasted == 0
 
 
@@ -595,8 +596,8 @@ def test_a_demand_takes_the_slot_of_the_weakest_half_copied_prefetch() -> None:
         copy(queue)
     queue.demand(C)
     assert copy(queue) == [(C, 0, 4)]
-    assert cache.state(A) is State.ABSENT
-    assert cache.state(B) is State.LOADING
+    assert state(cache, A) is State.ABSENT
+    assert state(cache, B) is State.LOADING
     assert queue.traffic.wasted == 4
 
 

@@ -21,6 +21,12 @@ def failing() -> None:
     raise RuntimeError("broken search")
 
 
+def started(capacity: int, on_error: Callable[[BaseException], None]) -> Worker:
+    worker = Worker(capacity, on_error)
+    worker.start()
+    return worker
+
+
 def in_thread(call: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
@@ -33,7 +39,7 @@ def searchers() -> list[threading.Thread]:
 
 def test_tasks_run_in_the_order_they_were_published() -> None:
     done: list[int] = []
-    worker = Worker(3, never)
+    worker = started(3, never)
     for number in range(50):
         worker.publish(partial(done.append, number))
     worker.drain()
@@ -44,7 +50,7 @@ def test_tasks_run_in_the_order_they_were_published() -> None:
 def test_close_finishes_what_was_published_and_joins_the_thread() -> None:
     before = searchers()
     done: list[int] = []
-    worker = Worker(8, never)
+    worker = started(8, never)
     for number in range(5):
         worker.publish(partial(done.append, number))
     worker.close()
@@ -54,23 +60,23 @@ def test_close_finishes_what_was_published_and_joins_the_thread() -> None:
 
 def test_tasks_run_beside_the_publisher() -> None:
     runners: list[threading.Thread] = []
-    worker = Worker(1, never)
+    worker = started(1, never)
     worker.publish(lambda: runners.append(threading.current_thread()))
     worker.close()
     assert runners[0] is not threading.current_thread()
 
 
 def test_a_full_queue_makes_the_publisher_wait() -> None:
-    started, release = threading.Event(), threading.Event()
+    begun, release = threading.Event(), threading.Event()
     done: list[int] = []
 
     def first() -> None:
-        started.set()
+        begun.set()
         release.wait(PATIENCE)
 
-    worker = Worker(2, never)
+    worker = started(2, never)
     worker.publish(first)
-    assert started.wait(PATIENCE)
+    assert begun.wait(PATIENCE)
     for number in range(2):
         worker.publish(partial(done.append, number))
     publisher = in_thread(lambda: worker.publish(lambda: done.append(2)))
@@ -90,7 +96,7 @@ def test_drain_waits_for_the_task_under_way() -> None:
         release.wait(PATIENCE)
         done.append("slow")
 
-    worker = Worker(1, never)
+    worker = started(1, never)
     worker.publish(slow)
     drainer = in_thread(worker.drain)
     drainer.join(0.1)
@@ -105,7 +111,7 @@ def test_drain_waits_for_the_task_under_way() -> None:
 def test_only_the_first_error_is_reported_and_later_tasks_are_dropped() -> None:
     errors: list[BaseException] = []
     done: list[str] = []
-    worker = Worker(4, errors.append)
+    worker = started(4, errors.append)
     worker.publish(lambda: done.append("before"))
     worker.publish(failing)
     worker.publish(lambda: done.append("after"))
@@ -116,7 +122,7 @@ def test_only_the_first_error_is_reported_and_later_tasks_are_dropped() -> None:
 
 
 def test_after_an_error_neither_publish_nor_drain_nor_close_blocks() -> None:
-    worker = Worker(1, lambda error: None)
+    worker = started(1, lambda error: None)
     done: list[int] = []
 
     def publish_many() -> None:
@@ -134,7 +140,7 @@ def test_after_an_error_neither_publish_nor_drain_nor_close_blocks() -> None:
 
 def test_even_a_system_exit_reaches_the_listener() -> None:
     errors: list[BaseException] = []
-    worker = Worker(1, errors.append)
+    worker = started(1, errors.append)
 
     def leave() -> None:
         raise SystemExit(3)

@@ -1,0 +1,361 @@
+"""Live serving, fuzzed: lossless within the budget, and every fault ends soon in its own error."""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import math
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from baselines.on_demand import OnDemandPolicy
+from experiments.config import build
+from experiments.serving import PlainRuntime, Server
+from experiments.small_models import FAMILIES, small_model
+from experiments.workloads import Request
+from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.hooks import PolicyError
+from finemoe.offload.links import EmulatedLink
+from finemoe.offload.live import BackgroundError
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import ExpertId, Policy, Prefetch, PrefetchTable, Routing
+from finemoe.recorder import gate_weights
+from finemoe.testbed import Testbed
+from tests.command import ROOT
+from tests.fuzz import fuzzed
+
+PATIENCE_S = 60.0
+OUTPUT = 3
+SYSTEMS: dict[str, dict[str, list[Any]]] = {
+    "finemoe": {
+        "prefetch_distance": [1, 2, 3],
+        "store_capacity": [1, 4],
+        "variant": ["paper", "demo"],
+        "search": ["both", "semantic", "trajectory"],
+        "selection": ["delta", "top_k"],
+        "eviction": ["finemoe", "lru", "lfu"],
+        "horizon": ["single", "all"],
+        "aggregation": ["mean", "token"],
+        "online_growth": [True, False],
+        "asynchronous": [True, False],
+    },
+    "moe_infinity": {
+        "early_layers": [1, 3],
+        "capacity": [1, 4],
+        "variant": ["paper", "code"],
+        "eviction": ["activation", "lfu", "lru"],
+        "horizon": [None, 1],
+        "online_growth": [True, False],
+    },
+    "promoe": {"prefetch_distance": [1, 2, 3], "extra": [0, 1]},
+    "mixtral_offload": {},
+    "deepspeed": {},
+    "on_demand": {},
+    "belady": {},
+    "oracle": {"lookahead": [1, 64]},
+}
+
+
+class Hang(BaseException):
+    """A case took longer than it ever should."""
+
+
+@contextmanager
+def watched(interrupt_s: float | None = None) -> Iterator[None]:
+    """Interrupt the block after some seconds, as Ctrl-C does, and fail it if it hangs."""
+
+    def ring(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal interrupt_s
+        if interrupt_s is not None:
+            interrupt_s = None
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_S, 1.0)
+            raise KeyboardInterrupt
+        faulthandler.dump_traceback(2)
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, interrupt_s or PATIENCE_S, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of one architecture under one system."""
+
+    family: str
+    system: str
+    options: dict[str, Any]
+    slots: tuple[int, ...]
+    batch: int
+    length: int
+    link_gb_s: float
+    chunk_bytes: int
+    history: bool
+    switch_s: float
+
+
+@cache
+def offloaded(family: str) -> OffloadedModel:
+    return OffloadedModel.from_model(small_model(family), torch.device("cpu"))
+
+
+def requests(batch: int, length: int, first: int = 0) -> list[Request]:
+    drawn = np.random.default_rng(first).integers(1, 128, (batch, length))
+    return [Request(first + n, tuple(row), OUTPUT) for n, row in enumerate(drawn.tolist())]
+
+
+@cache
+def plain(family: str) -> PlainRuntime:
+    return PlainRuntime(small_model(family))
+
+
+@cache
+def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], Routing]:
+    """Return the plain model's logits, and what its gates choose."""
+    reference = Server(plain(family))
+    reference.serve(requests(batch, length))
+    routing: list[list[tuple[int, ...]]] = []
+    model = offloaded(family)
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        runtime.listeners.append(lambda outcome: routing[-1].append(outcome.activated))
+        Server(runtime, listeners=[lambda _: routing.append([])]).serve(requests(batch, length))
+    return reference.logits, routing
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    family = draw(st.sampled_from(list(FAMILIES)))
+    system = draw(st.sampled_from(list(SYSTEMS)))
+    devices = draw(st.integers(1, 4))
+    size = offloaded(family).shape.size
+    homes = [len(range(device, size, devices)) for device in range(devices)]
+    return Case(
+        family,
+        system,
+        {name: draw(st.sampled_from(values)) for name, values in SYSTEMS[system].items()},
+        tuple(draw(st.integers(1, home)) for home in homes),
+        batch=draw(st.integers(1, 3)),
+        length=draw(st.integers(1, 6)),
+        link_gb_s=draw(st.sampled_from([0.5, 5.0, 100.0])),
+        chunk_bytes=draw(st.sampled_from([512, 2048, 10**6])),
+        history=draw(st.booleans()),
+        switch_s=draw(st.sampled_from([1e-6, 1e-5, 5e-3])),
+    )
+
+
+def policy_of(case: Case) -> Policy:
+    """Return the case's policy as its YAML describes it, prepared as a run prepares it."""
+    model = offloaded(case.family)
+    facts = {"name": "small", "prefetch_distance": 1}
+    option = OmegaConf.load(ROOT / "conf" / "system" / f"{case.system}.yaml")
+    cfg = OmegaConf.create({"model": facts, "system": option})
+    cfg.system.update(case.options)
+    policy: Policy = build(cfg.system, shape=model.shape)
+    if policy.placement.hidden_states:
+        policy.set_gates(gate_weights(model))
+    if case.history and policy.placement.prediction != "none":
+        with resident_runtime(model, policy) as runtime:
+            Server(runtime).serve(requests(2, 4, first=10))
+            runtime.drain()
+    policy.begin_serving()
+    if policy.placement.foresight:
+        policy.foretell(expected(case.family, case.batch, case.length)[1])
+    return policy
+
+
+def serve(case: Case, policy: Policy) -> None:
+    """Serve the case; its logits are the plain model's, its slots are never too many."""
+    model = offloaded(case.family)
+    cpu = (torch.device("cpu"),) * len(case.slots)
+    testbed = Testbed("fuzz", "emulated", cpu, case.chunk_bytes, case.link_gb_s)
+    stored = model.store.layout.nbytes
+    logits, _ = expected(case.family, case.batch, case.length)
+    with offloading_runtime(model, policy, testbed, case.slots, stored) as runtime:
+        server = Server(runtime)
+        server.serve(requests(case.batch, case.length))
+        runtime.drain()
+    assert all(torch.equal(a, b) for a, b in zip(server.logits, logits, strict=True))
+    runtime.residency.cache.check_integrity()
+    assert runtime.residency.cache.peak_occupied <= sum(case.slots)
+
+
+@contextmanager
+def undisturbed(case: Case) -> Iterator[None]:
+    """Have nothing of a runtime left after the block: no thread, no hook, no experts' forward."""
+    threads, interval = set(threading.enumerate()), sys.getswitchinterval()
+    sys.setswitchinterval(case.switch_s)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+    left = set(threading.enumerate()) - threads
+    for thread in left:
+        # One whose start was interrupted may only begin, and end, now.
+        if thread._started.wait(1):  # type: ignore[attr-defined]
+            thread.join(PATIENCE_S)
+    assert not any(thread.is_alive() for thread in left)
+    model = offloaded(case.family)
+    assert not any(module._forward_hooks for module in model.model.modules())
+    assert not any("offload_forward" in vars(module) for module in model.experts)
+
+
+@given(case=cases())
+@fuzzed(30)
+def test_whatever_is_served_is_lossless_within_its_budget(case: Case) -> None:
+    policy = policy_of(case)
+    with watched(), undisturbed(case):
+        serve(case, policy)
+
+
+# Faults -------------------------------------------------------------------------------------
+
+ASKED = ("on_embeddings", "on_gate", "end_iteration")
+TOLD = ("end_request", "on_outcome", "on_load", "on_evict")
+KEYS = ("eviction_keys", "eviction_floor")
+ERRORS = (ValueError, KeyError, RuntimeError, StopIteration, MemoryError, AssertionError)
+
+
+@dataclass
+class Fault:
+    """What goes wrong, at which call of which hook, or of a link."""
+
+    where: str
+    nth: int
+    act: Callable[[], Any]
+    fired: list[str] = field(default_factory=list)
+    """The thread in which it went wrong."""
+    calls: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def call(self, real: Callable[..., Any], *arguments: Any) -> Any:
+        if next(self.calls) != self.nth:
+            return real(*arguments)
+        self.fired.append(threading.current_thread().name)
+        return self.act()
+
+    def infect(self, policy: Policy) -> None:
+        """Have a policy's hook go wrong; its class keeps its name."""
+        real, kind = getattr(policy, self.where), type(policy)
+
+        def hook(_policy: Policy, *arguments: Any) -> Any:
+            return self.call(real, *arguments)
+
+        hook.__name__ = self.where
+        policy.__class__ = type(kind.__name__, (kind,), {self.where: hook})
+
+
+def fail(error: type[BaseException]) -> None:
+    raise error("out of order")
+
+
+def number() -> st.SearchStrategy[Any]:
+    return st.sampled_from([math.nan, math.inf, -math.inf, None, "1", [], 1j])
+
+
+def tables(layers: int, experts: int) -> st.SearchStrategy[Any]:
+    """Return arrays that are neither keys nor priorities of (layers, experts)."""
+    shapes = [(layers + 1, experts), (layers, experts + 1), (layers * experts,), (experts,), ()]
+    good = np.ones((layers, experts))
+    wrong = [np.ones(shape) for shape in shapes if shape != good.shape]
+    wrong += [good.astype(kind) for kind in (np.float32, np.int64, bool, object, ">f8")]
+    return st.sampled_from([*wrong, None, 3.0, "keys", good.tolist()])
+
+
+def answers(hook: str, layers: int, experts: int) -> st.SearchStrategy[Any]:
+    """Return answers that no hook of this name may give."""
+    if hook == "eviction_floor":
+        return st.sampled_from([math.nan, None, "1", [], 1j])
+    if hook == "eviction_keys":
+        return tables(layers, experts)
+    outside = st.integers(-3, 3 * max(layers, experts)).map(lambda n: n + (n >= 0) * experts)
+    strange = st.one_of(outside, st.sampled_from([None, "0", 0.5, math.nan, (0,), 2**80]))
+    expert = st.tuples(st.integers(0, layers - 1), strange) | st.tuples(
+        st.integers(-3, -1) | st.integers(layers, 99), st.integers(0, experts - 1)
+    )
+    sound = Prefetch(ExpertId(layers - 1, 0), 1.0)
+    wish: st.SearchStrategy[Any] = st.one_of(
+        expert.map(lambda e: Prefetch(ExpertId(*e), 1.0)),
+        number().map(lambda n: Prefetch(ExpertId(0, 0), n)),
+        st.sampled_from([None, 1, (), (1, 2, 3), ExpertId(0, 0), "ab", {}]),
+    )
+    return st.one_of(
+        wish.map(lambda w: [sound, w]),
+        tables(layers, experts).map(PrefetchTable),
+        st.sampled_from([3, "wishes", {}, np.zeros((layers, experts)), iter(())]),
+    )
+
+
+@st.composite
+def faults(draw: st.DrawFn, case: Case) -> Fault:
+    """Draw a hook that raises or answers nonsense, or a copy that fails."""
+    nth = draw(st.integers(1, 8))
+    shape = offloaded(case.family).shape
+    where = draw(st.sampled_from(["start", "finish", *ASKED, *TOLD, *KEYS]))
+    if where in ("start", "finish"):
+        return Fault(where, nth, partial(fail, draw(st.sampled_from([OSError, SystemExit]))))
+    if where in TOLD or draw(st.booleans()):
+        return Fault(where, nth, partial(fail, draw(st.sampled_from(ERRORS))))
+    answer = draw(answers(where, shape.layers, shape.experts))
+    return Fault(where, nth, lambda: answer)
+
+
+@given(data=st.data(), case=cases())
+@fuzzed(10)
+def test_a_fault_ends_in_its_own_error_and_the_model_serves_again(
+    data: st.DataObject, case: Case
+) -> None:
+    policy, fault = policy_of(case), data.draw(faults(case))
+    with pytest.MonkeyPatch.context() as patch:
+        if fault.where in ("start", "finish"):
+            real = getattr(EmulatedLink, fault.where)
+            patch.setattr(EmulatedLink, fault.where, lambda *given: fault.call(real, *given))
+            due: type[Exception] = BackgroundError
+            says = "out of order"
+        else:
+            says = rf"^{type(policy).__name__}\.{fault.where}(, layer \d+)?: (raised|answered) "
+            fault.infect(policy)
+            due = PolicyError
+        with watched(), undisturbed(case):
+            try:
+                serve(case, policy)
+                error = None
+            except due as raised:
+                error = str(raised)
+        if error is None:
+            # What goes wrong beside the last tokens is nobody's loss.
+            assert all(name.startswith("link") for name in fault.fired)
+        else:
+            assert fault.fired
+            assert re.search(says, error), error
+    again = OnDemandPolicy(offloaded(case.family).shape)
+    with watched(), undisturbed(case):
+        serve(case, again)
+
+
+@given(case=cases(), interrupt_s=st.floats(1e-5, 0.06))
+@fuzzed(5)
+def test_an_interrupted_model_serves_again(case: Case, interrupt_s: float) -> None:
+    policy = policy_of(case)
+    expected(case.family, case.batch, case.length)
+    with undisturbed(case), suppress(KeyboardInterrupt), watched(interrupt_s):
+        serve(case, policy)
+    with watched(), undisturbed(case):
+        serve(case, OnDemandPolicy(offloaded(case.family).shape))
