@@ -285,13 +285,14 @@ def named(cfg: DictConfig) -> str:
 
 def in_virtual_time(cfg: DictConfig) -> bool:
     """Tell whether a run is simulated, so that others beside it do not disturb its times."""
-    from experiments.config import build
+    from experiments.config import build, check
     from finemoe.testbed import SimulatedTestbed
 
     if cfg.system.get("runtime") == "deepspeed":
         return False
-    # What is amiss with the testbed is said by the run itself.
+    # What is amiss is said by the run itself; nothing is recorded for it.
     try:
+        check(cfg)
         return isinstance(build(cfg.testbed), SimulatedTestbed)
     except UserError:
         return False
