@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -92,57 +92,54 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check(values: dict[str, Any], cfg: DictConfig) -> None:
-    checked(Options, values, "")
-    checked(ModelFacts, values["model"], "model")
-    for group in ("system", "dataset", "model"):
+    for group in ("system", "model", "dataset", "workload", "testbed"):
         if not isinstance(values[group], dict):
             raise UserError(f"{group}={values[group]}: choose one of conf/{group}")
+    checked(Options, values, "")
+    checked(ModelFacts, values["model"], "model")
     full_size(cfg.model)
     if is_online(cfg):
         planned(online_settings(cfg.workload), cfg.seed)
     else:
         settings = workload_settings(cfg.workload)
-        numbers = range(settings.prompts)
-        split([Request(number, (), settings.output_tokens) for number in numbers], settings)
-    if cfg.weights != "dummy":
-        source_of(cfg.model, cfg.weights)
-    testbed = build(cfg.testbed)
-    check_fit(cfg, testbed)
+        split([Request(n, (), settings.output_tokens) for n in range(settings.prompts)], settings)
     arguments(cfg.dataset)
-    if cfg.system.get("runtime") == "deepspeed":
-        build(cfg.system)
+    testbed = build(cfg.testbed)
+    check_system = _check_zero if cfg.system.get("runtime") == "deepspeed" else _check_policy
+    check_system(cfg, testbed)
+    if cfg.weights == "dummy":
         return
-    shape = routing_shape(cfg)
-    policy: Policy = build(cfg.system, shape=shape)
-    simulated = isinstance(testbed, SimulatedTestbed)
-    devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
-    _, slots = budget_slots(cfg, policy, full_size(cfg.model).expert_bytes, shape, devices)
-    if simulated:
-        check_room(cfg, testbed, slots)
-    load_store(cfg, policy, identity(cfg))
-    if cfg.weights not in ("scale", "dummy"):
+    source_of(cfg.model, cfg.weights)
+    if cfg.weights != "scale":
         from experiments.models import check_weights
 
         check_weights(cfg)
 
 
-def check_fit(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
-    """Raise UserError for a system that cannot serve this workload on this testbed."""
+def _check_zero(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
     label = cfg.system.label
-    zero = cfg.system.get("runtime") == "deepspeed"
-    if zero and isinstance(testbed, SimulatedTestbed):
-        raise UserError(f"system={label} serves with a real model; use testbed=emulated or local")
-    if not is_online(cfg):
-        return
-    if zero:
+    if is_online(cfg):
+        raise UserError(f"system={label} serves fixed batches; use workload=offline")
+    if isinstance(testbed, SimulatedTestbed):
+        raise UserError(f"system={label} serves with a real model; use testbed=emulated")
+    build(cfg.system)
+
+
+def _check_policy(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
+    shape = routing_shape(cfg)
+    policy: Policy = build(cfg.system, shape=shape)
+    if is_online(cfg) and policy.placement.foresight:
         raise UserError(
-            f"system={label} serves fixed batches; use system=deepspeed, or workload=offline"
+            f"system={cfg.system.label} must know all iterations beforehand, and who is in which "
+            "depends on how fast it serves; use workload=offline"
         )
-    if getattr(get_object(cfg.system._target_), "placement", Policy.placement).foresight:
-        raise UserError(
-            f"system={label} must know all iterations beforehand, and who is in which depends on "
-            "how fast it serves; use workload=offline"
-        )
+    expert_bytes = full_size(cfg.model).expert_bytes
+    if isinstance(testbed, SimulatedTestbed):
+        _, slots = budget_slots(cfg, policy, expert_bytes, shape, testbed.devices)
+        check_room(cfg, testbed, slots)
+    else:
+        budget_slots(cfg, policy, expert_bytes, shape, len(testbed.devices))
+    load_store(cfg, policy, identity(cfg))
 
 
 # Objects from options -----------------------------------------------------------------------------
@@ -175,8 +172,10 @@ def arguments(
     try:
         target = instantiate({"_target_": values["_target_"]}, _partial_=True).func
     except (InstantiationException, KeyError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        told = f"{_key(cfg)}._target_={values.get('_target_')} cannot be used ({cause})"
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        told = f"_target_={values.get('_target_')} cannot be imported ({cause})"
         raise UserError(f"{told}; set PYTHONPATH to the folder of its module") from error
     signature = inspect.signature(target).parameters
     hints = _hints(target)

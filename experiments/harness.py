@@ -125,7 +125,7 @@ def measure(setup: Setup, reference: FirstPass | None, console: Console) -> Meas
     measurement = Measurement(same_as_reference=True if verified else None)
     total = (len(load.warmup) + len(load.measured)) * repeats
     with (
-        trace_events(Path(setup.cfg.output), setup.cfg.timeline) as timeline,
+        trace_events(setup.cfg.output, setup.cfg.timeline) as timeline,
         console.progress("serving", total) as advance,
     ):
         for _ in range(repeats):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers  # itself lazy: a simulated run pays for none of its models
 from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
@@ -16,6 +15,9 @@ from safetensors import safe_open
 from experiments.errors import UserError
 from experiments.weights import SCALE_MODELS, hub_access, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
+
+if TYPE_CHECKING:
+    import transformers
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 
@@ -75,6 +77,8 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
     Raises UserError if they are missing, damaged, gated, or another model.
     """
+    import transformers
+
     whole = None if weights == "dummy" else load_plain(cfg, weights)
     with loading(f"weights={weights}", "choose another model"):
         if whole is None:
@@ -109,6 +113,8 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
 
 def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
+    import transformers
+
     wanted, dtype = _facts(cfg), getattr(torch, cfg.dtype)
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
@@ -146,6 +152,8 @@ def _better(found: tuple[Any, ...], folder: Path) -> str:
 
 
 def _tokenizer(source: str, outline: Any) -> Any:
+    import transformers
+
     remedy = "put the tokenizer there that the model was trained with"
     with loading(f"the tokenizer of {source}", remedy):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -159,6 +167,8 @@ def _tokenizer(source: str, outline: Any) -> Any:
 
 def _whole(source: str, dtype: torch.dtype) -> Any:
     """Return a model with every weight from its files, and none left over."""
+    import transformers
+
     again = "copy or download the checkpoint again"
     for path in sorted(Path(source).glob("model*.safetensors")):
         with loading(str(path), again), safe_open(path, "pt"):

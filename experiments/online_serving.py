@@ -89,7 +89,7 @@ def measure(setup: OnlineSetup, console: Console) -> tuple[Sequence[ServedOnline
     measurement, logits = Measurement(), list[Tensor]()
     total = len(setup.workload.requests)
     with (
-        trace_events(Path(setup.cfg.output), setup.cfg.timeline) as timeline,
+        trace_events(setup.cfg.output, setup.cfg.timeline) as timeline,
         under_budget(setup, setup.policy, timeline) as runtime,
         console.progress("serving", total) as advance,
     ):

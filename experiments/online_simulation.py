@@ -81,7 +81,7 @@ def measure(
     policy.begin_serving()
     arrivals = simulation.plan_of_arrivals.arrivals
     with (
-        trace_events(Path(simulation.cfg.output), simulation.cfg.timeline) as timeline,
+        trace_events(simulation.cfg.output, simulation.cfg.timeline) as timeline,
         console.progress("replaying", len(arrivals)) as advance,
     ):
         runtime, measurement = replay_runtime(simulation, policy, timeline), Measurement()

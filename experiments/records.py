@@ -282,8 +282,6 @@ def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -
     with atomic_write(folder / REQUESTS) as partial:
         requests.to_parquet(partial, index=False)
         record = {**record, "requests_sha256": _sha256(partial)}
-        # One of former weights may be there, and must not seem to be of this table.
-        (folder / RECORD).unlink(missing_ok=True)
     with atomic_write(folder / RECORD) as partial:
         partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return folder / RECORD

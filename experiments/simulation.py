@@ -183,7 +183,7 @@ def measure(simulation: Simulation, console: Console) -> Measurement:
         policy.foretell([one.activated for one in iterations(simulation)])
     total = len(load.warmup) + len(load.measured)
     with (
-        trace_events(Path(simulation.cfg.output), simulation.cfg.timeline) as timeline,
+        trace_events(simulation.cfg.output, simulation.cfg.timeline) as timeline,
         console.progress("replaying", total) as advance,
     ):
         runtime = replay_runtime(simulation, policy, timeline)

@@ -1,4 +1,4 @@
-"""Imports go one way: experiments -> baselines, finemoe -> finemoe.offload."""
+"""Imports go one way: experiments -> baselines, finemoe -> finemoe.offload -> finemoe.files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.command import ROOT
 
 ALLOWED = {
-    "finemoe/offload": ("finemoe.offload",),
+    "finemoe/offload": ("finemoe.offload", "finemoe.files"),
     "finemoe": ("finemoe",),
     "baselines": ("baselines", "finemoe"),
     "experiments": ("experiments", "baselines", "finemoe"),

@@ -43,7 +43,7 @@ class TraceEvents:
 
 
 @contextmanager
-def trace_events(folder: Path, wanted: bool) -> Iterator[TraceEvents | None]:
+def trace_events(folder: str, wanted: bool) -> Iterator[TraceEvents | None]:
     """Write what happens in the block to `timeline.json` in a folder, for ui.perfetto.dev.
 
     The file gets its name when the block ends without an exception; otherwise nothing is left.
@@ -51,7 +51,7 @@ def trace_events(folder: Path, wanted: bool) -> Iterator[TraceEvents | None]:
     if not wanted:
         yield None
         return
-    with atomic_write(folder / "timeline.json") as partial, partial.open("w") as file:
+    with atomic_write(Path(folder, "timeline.json")) as partial, partial.open("w") as file:
         file.write(f'{{"displayTimeUnit": "ms", "traceEvents": [\n{json.dumps(PROCESS)}')
         yield TraceEvents(file)
         file.write("\n]}\n")

@@ -245,25 +245,6 @@ def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
     assert plain == load(max_input_tokens=40)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"requests": 0}, "requests=0"),
-        ({"rate": 0.0}, "rate=0.0"),
-        ({"rate": float("nan")}, "rate=nan"),
-        ({"max_batch_size": 0}, "max_batch_size=0"),
-        ({"max_output_tokens": 0}, "max_output_tokens=0"),
-        ({"arrival": "burst"}, "arrival=burst"),
-        ({"arrival": "trace"}, "needs workload.trace"),
-    ],
-)
-def test_settings_out_of_range_are_refused(
-    changed: dict[str, Any], message: str, tokenizer: Any
-) -> None:
-    with pytest.raises(UserError, match=message):
-        online(DATASET, tokenizer, settings(**changed), seed=0)
-
-
 def test_trace_lengths_are_whole_numbers_of_python(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     pd.DataFrame(

@@ -86,10 +86,10 @@ def test_what_is_below_one_is_no_bound(tmp_path: Path) -> None:
 
 
 def test_names_in_records_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    leave(tmp_path / "a", model="\x1b[2J[/b]:smile:")
-    done = compare(tmp_path)
-    assert "[2J[/b]:smile:" in done.stdout
-    assert "\x1b" not in done.stdout
+    leave(tmp_path / "a", model="[/b]:smile:")
+    assert "[/b]:smile:" in compare(tmp_path).stdout
+    leave(tmp_path / "b", model="\x1b[2J")
+    assert "is no run record" in compare(tmp_path).stderr
 
 
 def test_a_folder_without_records_is_one_line_and_exit_code_2() -> None:

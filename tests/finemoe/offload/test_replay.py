@@ -264,7 +264,7 @@ def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
     policy = Scripted({}, prediction="none")
     costs = LinearCosts(Line(0.0), Line(10.0), Line(0.0), Line(1.0))
     residency = Residency(SHAPE, MemoryPlan((8,), BYTES, CHUNK), policy)
-    with trace_events(tmp_path, wanted=True) as timeline:
+    with trace_events(str(tmp_path), wanted=True) as timeline:
         replay = ReplayRuntime(policy, residency, costs, LinkRate(1.0), timeline)
         replay.forward(routed(0, (0,), (1,)))
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
@@ -278,7 +278,7 @@ def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
 
 
 def write_and_break_off(folder: Path) -> None:
-    with trace_events(folder, wanted=True) as timeline:
+    with trace_events(str(folder), wanted=True) as timeline:
         assert timeline is not None
         (file,) = folder.glob("*.partial")
         for second in range(1000):
@@ -294,7 +294,7 @@ def test_a_timeline_is_written_as_it_comes_and_gone_after_an_exception(tmp_path:
 
 
 def test_a_timeline_takes_spans_from_many_threads(tmp_path: Path) -> None:
-    with trace_events(tmp_path, wanted=True) as timeline, ThreadPoolExecutor(8) as pool:
+    with trace_events(str(tmp_path), wanted=True) as timeline, ThreadPoolExecutor(8) as pool:
         assert timeline is not None
         for number in range(800):
             pool.submit(timeline.span, f"track {number % 5}", "a span", number, number + 1)
