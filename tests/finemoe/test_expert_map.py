@@ -78,14 +78,6 @@ def test_the_distance_weighs_meaning_against_path(
     assert store.add(expert_map, embedding) == replaced
 
 
-def test_redundancy_ignores_the_length_of_embeddings() -> None:
-    store = disagreeing_store(1)
-    embedding, expert_map = NEW
-    rows = expert_map[:, None]
-    expected = store.redundancy(rows, embedding[None])
-    assert store.redundancy(rows, 7 * embedding[None]) == pytest.approx(expected)
-
-
 def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
     store = disagreeing_store(3)
     kept = store.expert_map(1).copy()
@@ -145,14 +137,6 @@ def test_running_dots_add_layer_after_layer() -> None:
     assert dots.tolist() == [[[1, 1]], [[1, 2]], [[1, 3]], [[1, 4]]]
 
 
-def test_views_show_stored_iterations_only() -> None:
-    store = disagreeing_store(1)
-    roomy = ExpertMapStore(SHAPE, 10, 1)
-    for embedding, expert_map in (SAME_MEANING, SAME_PATH):
-        roomy.add(expert_map, embedding)
-    assert_same(roomy, store)
-
-
 def test_embeddings_are_kept_at_unit_length_and_zero_stays_zero() -> None:
     assert unit(array((3, 4), (0, 0))) == pytest.approx(array((0.6, 0.8), (0, 0)))
 
@@ -165,12 +149,6 @@ def test_a_saved_store_comes_back_the_same(tmp_path: Path) -> None:
     assert again.embeddings == pytest.approx(store.embeddings)
     assert np.array_equal(again.maps, store.maps)
     assert np.array_equal(again.prefix_norms, store.prefix_norms)
-
-
-def test_an_empty_store_comes_back_empty(tmp_path: Path) -> None:
-    again = ExpertMapStore(SHAPE, 5, 1)
-    again.load(saved(ExpertMapStore(SHAPE, 5, 1), tmp_path), MODEL)
-    assert again.size == 0
 
 
 def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:
@@ -212,33 +190,6 @@ def test_a_store_of_another_shape_is_refused(shape: ModelShape, tmp_path: Path) 
     assert store.size == 0
 
 
-def test_an_embedding_of_size_one_is_not_spread_over_the_hidden_size(tmp_path: Path) -> None:
-    narrow = ExpertMapStore(ModelShape(4, 2, 1, 1), 2, 1)
-    narrow.add(NEW[1], array(1))
-    with pytest.raises(StoreMismatch):
-        ExpertMapStore(SHAPE, 2, 1).load(saved(narrow, tmp_path), MODEL)
-
-
-@pytest.mark.parametrize("content", [b"", b"no store", b"\xff" * 100])
-def test_garbage_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "garbage"
-    path.write_bytes(content)
-    with pytest.raises(StoreMismatch, match="garbage"):
-        ExpertMapStore(SHAPE, 2, 1).load(path, MODEL)
-
-
-def test_an_absent_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreMismatch):
-        ExpertMapStore(SHAPE, 2, 1).load(tmp_path / "absent", MODEL)
-
-
-def test_tensors_of_something_else_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    save_file({"weights": np.zeros(3)}, path, metadata={"model_id": MODEL})
-    with pytest.raises(StoreMismatch):
-        ExpertMapStore(SHAPE, 2, 1).load(path, MODEL)
-
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -264,10 +215,3 @@ def test_arrays_that_no_store_holds_are_refused(
     with pytest.raises(StoreMismatch, match=message):
         store.load(path, MODEL)
     assert store.size == 0
-
-
-def test_bytes_are_counted_by_capacity_not_by_size() -> None:
-    store = ExpertMapStore(ModelShape(32, 8, 2, 16), 1000, 3)
-    assert store.map_bytes == 1000 * 32 * 8 * 4
-    # Embeddings take C * h * 4 bytes, the prefix norms L * C * 4.
-    assert store.total_bytes == store.map_bytes + 1000 * 16 * 4 + 32 * 1000 * 4

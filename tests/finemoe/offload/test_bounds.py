@@ -63,22 +63,6 @@ def cheapest(routing: Routing, slots: int, contents: frozenset[int] | None = Non
     return after(0, frozenset(routing[0][0]), contents or frozenset())
 
 
-@pytest.mark.parametrize(
-    ("experts", "slots", "loads"),
-    [
-        ((A, B, A, B), 1, 4),  # nothing stays
-        ((A, B, A, B), 2, 2),  # each once
-        ((A, B, C, A, B, C), 2, 4),  # c takes b's slot and b that of a; a and c are still there
-        ((A, B, C, D, A, B, C, D), 3, 5),  # only one of the second round is missing
-        ((A, B, C, D, A, B, C, D), 1, 8),
-    ],
-)
-def test_one_expert_a_layer_is_beladys_min(
-    experts: tuple[int, ...], slots: int, loads: int
-) -> None:
-    assert minimal_loads(stream(*experts), ONE_LAYER, (slots,)) == (loads,)
-
-
 def test_experts_of_one_layer_may_take_turns_in_one_slot() -> None:
     # c keeps one slot until it is used again; a leaves the other before b comes.
     assert minimal_loads(sets((A, C), (A, B), (C,)), ONE_LAYER, (2,)) == (3,)
@@ -102,11 +86,6 @@ def test_what_a_slot_held_before_the_measured_part_is_free() -> None:
     assert minimal_loads(experts, ONE_LAYER, (1,), measured_from=2) == (3,)
     assert minimal_loads(experts, ONE_LAYER, (2,), measured_from=2) == (0,)
     assert minimal_loads(experts, ONE_LAYER, (2,)) == (3,)
-
-
-def test_nothing_measured_needs_nothing() -> None:
-    assert minimal_loads([], ONE_LAYER, (2,)) == (0,)
-    assert minimal_loads(stream(A, B), ONE_LAYER, (1,), measured_from=2) == (0,)
 
 
 @pytest.mark.parametrize(

@@ -121,23 +121,6 @@ def test_an_access_is_a_hit_late_or_a_miss() -> None:
     assert (outcome.iteration, outcome.layer) == (now, 0)
 
 
-def test_what_was_loaded_on_demand_is_a_hit_afterwards() -> None:
-    engine = residency(4)
-    assert kinds(engine.gate(iteration(0), 0, (1, 3))) == ((), (), (1, 3))
-    copy_all(engine)
-    release(engine, 0, (1, 3))
-    assert kinds(engine.gate(iteration(1), 0, (1, 3))) == ((1, 3), (), ())
-
-
-def test_what_was_evicted_is_a_miss_again() -> None:
-    engine = residency(1)
-    for number, index in enumerate((0, 1, 0)):
-        outcome = engine.gate(iteration(number), 0, (index,))
-        assert kinds(outcome) == ((), (), (index,))
-        copy_all(engine)
-        release(engine, 0, (index,))
-
-
 def test_a_cancelled_prefetch_in_flight_is_a_miss_and_goes_on_where_it_stood() -> None:
     engine = residency(2)
     engine.begin_iteration(iteration(0))
@@ -189,12 +172,6 @@ def test_wishes_for_layers_that_already_ran_are_dropped() -> None:
     assert requested(engine) == [ExpertId(2, 2)]
 
 
-def test_before_the_first_gate_every_wish_is_in_time() -> None:
-    engine = residency(4)
-    engine.begin_iteration(iteration(5))
-    assert ask(engine, 5, (0, 0), (1, 1), (2, 2))
-
-
 def test_wishes_of_an_earlier_iteration_are_dropped() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
@@ -214,10 +191,6 @@ def test_wishes_for_the_next_iteration_are_kept_until_it_runs() -> None:
     assert requested(engine) == [ExpertId(0, 0), ExpertId(0, 2), ExpertId(1, 1)]
     assert kinds(engine.gate(iteration(1), 0, (0,))) == ((), (0,), ())
     assert requested(engine) == [ExpertId(0, 0), ExpertId(1, 1)]
-
-
-def test_wishes_before_any_iteration_are_in_time() -> None:
-    assert ask(residency(4), 0, (0, 0))
 
 
 def test_everything_activated_is_pinned_until_its_release() -> None:
@@ -295,10 +268,6 @@ def test_a_preload_fills_every_device_with_its_first_experts(
     assert engine.cache.occupied == sum(slots)
     assert all(state(engine.cache, at(*expert)) is State.RESIDENT for expert in expected)
     assert kinds(engine.gate(iteration(0), 0, (0,))) == ((0,), (), ())
-
-
-def test_the_budget_is_the_bytes_of_all_slots() -> None:
-    assert MemoryPlan((2, 3), EXPERT_BYTES, CHUNK_BYTES).budget_bytes == 50
 
 
 TABLE = PrefetchTable(np.ones((3, 4)))
@@ -392,12 +361,6 @@ def evict(policy: Policy) -> None:
     engine.preload()
     engine.prefetch(0, wish((1, 2)), policy.on_gate)
     engine.next_chunk(0)
-
-
-@pytest.mark.parametrize("keys", [*BAD_TABLES.values(), np.asfortranarray(np.ones((3, 4)))])
-def test_keys_of_another_type_are_refused(keys: Any) -> None:
-    with pytest.raises(PolicyError, match=r"^Answering.eviction_keys, layer 1: answered "):
-        evict(Answering(keys))
 
 
 def test_a_key_that_is_nan_is_refused_where_it_decides() -> None:
