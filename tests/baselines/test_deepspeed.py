@@ -77,10 +77,3 @@ def test_the_order_is_that_of_last_uses_but_for_the_incoming_layer(
         others = np.arange(3) != layer
         expected = (-last_used[others]).ravel().argsort(kind="stable")
         assert (keys[others].ravel().argsort(kind="stable") == expected).all()
-
-
-def test_serving_begins_with_an_empty_cache() -> None:
-    policy = DeepSpeedPolicy(SHAPE)
-    policy.on_load(ExpertId(1, 1))
-    policy.begin_serving()
-    assert (policy.eviction_keys(ExpertId(0, 0))[1:] == 0).all()

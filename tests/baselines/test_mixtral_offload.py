@@ -67,14 +67,6 @@ def test_layers_get_equal_shares_and_the_oldest_of_the_fullest_leaves() -> None:
     cache.check_integrity()
 
 
-def test_serving_begins_with_an_empty_cache() -> None:
-    policy = MixtralOffloadPolicy(SHAPE)
-    policy.on_load(ExpertId(0, 0))
-    used(policy, 0, 0)
-    policy.begin_serving()
-    assert (policy.eviction_keys(ExpertId(1, 0)) == [[0] * 4, [1] * 4, [0] * 4]).all()
-
-
 def test_a_prefetched_expert_stays_until_its_layers_gate() -> None:
     policy = MixtralOffloadPolicy(SHAPE)
     policy.on_load(ExpertId(1, 0))

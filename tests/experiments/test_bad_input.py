@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from experiments import setup, testbeds
 from experiments.config import build, check
 from experiments.errors import UserError
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
-from tests.command import ROOT, SMALL, composed, run_command
+from tests.command import SMALL, composed, config, run_command
 
 
 def prepared(*overrides: str) -> setup.Setup:
@@ -137,8 +136,7 @@ def test_a_mistake_is_refused_before_anything_is_loaded(overrides: str) -> None:
     asked = overrides.split()
     small = [one for one in SMALL if "online" not in overrides or not one.startswith("workload.")]
     small = [one for one in small if "testbed=" not in overrides or not one.startswith("testbed")]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*small, "output=unused", *asked])
+    cfg = config("config", *small, "output=unused", *asked)
     with pytest.raises(UserError) as caught:
         check(cfg)
     message = str(caught.value)

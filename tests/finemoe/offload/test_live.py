@@ -16,7 +16,6 @@ import torch
 
 from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
-from experiments.small_models import small_model
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.cores import Cores
 from finemoe.offload.links import EmulatedLink
@@ -37,6 +36,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
+from tests.engine import offloaded
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 PREFILL = Iteration(0, "prefill", (0,), (5,))
@@ -44,7 +44,7 @@ PREFILL = Iteration(0, "prefill", (0,), (5,))
 
 @pytest.fixture
 def model() -> OffloadedModel:
-    return OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
+    return offloaded()
 
 
 def runtime(

@@ -398,13 +398,6 @@ def copy_all(queue: TransferQueue) -> list[int]:
     return loaded
 
 
-def test_prefetches_go_by_priority_and_then_from_the_first_layer_on() -> None:
-    _, queue = link(slots=4)
-    for expert, priority in ((C, 0.1), (B, 0.5), (A, 0.1), (D, 0.9)):
-        queue.prefetch(expert, priority)
-    assert copy_all(queue) == [D, B, A, C]
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_demand_waits_for_the_chunks_in_flight_only(depth: int) -> None:
     _, queue = link(slots=2)
@@ -453,37 +446,3 @@ def test_bytes_that_were_used_are_never_wasted() -> None:
     queue.demand(C)
     copy_all(queue)
     assert queue.traffic == Traffic(prefetched=10, on_demand=20, wasted=0)
-
-
-def test_a_demand_takes_the_slot_of_the_weakest_half_copied_prefetch() -> None:
-    cache, queue = link(slots=2)
-    for expert, priority in ((A, 0.2), (B, 0.8)):
-        queue.prefetch(expert, priority)
-        copy(queue)
-    queue.demand(C)
-    assert copy(queue) == [(C, 0, 4)]
-    assert state(cache, A) is State.ABSENT
-    assert state(cache, B) is State.LOADING
-    assert queue.traffic.wasted == 4
-
-
-def test_a_demand_that_holds_a_slot_does_not_wait_for_one_that_gets_none() -> None:
-    cache, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    copy(queue)
-    for expert in (B, A):
-        cache.pin(expert)
-        queue.demand(expert)
-    assert copy_all(queue) == [A]
-    cache.unpin(A)
-    assert copy_all(queue) == [B]
-
-
-def test_a_protected_resident_stops_a_prefetch_but_not_a_demand() -> None:
-    _, queue = link(slots=1, keys=-np.inf)
-    queue.demand(A)
-    copy_all(queue)
-    queue.prefetch(B, 1.0)
-    assert queue.next_chunk() is None
-    queue.demand(C)
-    assert copy_all(queue) == [C]
