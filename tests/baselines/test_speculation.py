@@ -7,17 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines.mixtral_offload import MixtralOffloadPolicy
 from baselines.speculation import likeliest
 from finemoe.offload.eviction import LayeredLruPolicy
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
+    Gate,
+    GateWeights,
     Iteration,
     LayerOutcome,
     ModelShape,
 )
 
-SMALL = ModelShape(layers=3, experts=4, top_k=2, hidden_size=1)
+SMALL = ModelShape(layers=3, experts=4, top_k=2, hidden_size=2)
 DECODE = Iteration(0, "decode", (0,), (1,))
 LOGITS: FloatArray = np.log(np.array([[0.5, 0.1, 0.1, 0.3], [0.2, 0.1, 0.6, 0.1]], np.float32))
 
@@ -39,6 +42,22 @@ def test_layers_are_ranked_one_by_one_and_equal_scores_by_index() -> None:
     scores[1, :, 3] = 200
     # The second layer's other experts have probability 0, and one of them is chosen all the same.
     assert likeliest(scores, 2) == [[(0, 0.25), (1, 0.25)], [(3, 1.0), (0, 0.0)]]
+
+
+def test_the_next_layers_gate_is_applied_to_this_layers_input() -> None:
+    weight = np.zeros((3, 4, 2), np.float32)
+    weight[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
+    policy = MixtralOffloadPolicy(SMALL)
+    policy.set_gates(GateWeights(weight))
+    inputs = np.array([[2, 1]], np.float32)
+    gate = Gate(0, np.full((1, 4), 0.25, np.float32), (2, 3), inputs)
+    # Logits 2, 1, -2, -1 at layer 1.
+    assert [wish.expert for wish in policy.on_gate(DECODE, gate)] == [(1, 0), (1, 1)]
+    biased = GateWeights(weight, np.array([[0] * 4, [0, 0, 9, 0], [0] * 4], np.float32))
+    policy.set_gates(biased)
+    assert [wish.expert for wish in policy.on_gate(DECODE, gate)] == [(1, 2), (1, 0)]
+    last = Gate(2, gate.probabilities, (0, 1), inputs)
+    assert list(policy.on_gate(DECODE, last)) == []
 
 
 events = st.lists(

@@ -56,16 +56,6 @@ def test_points_of_a_sweep_are_told_apart_by_whatever_differs(tmp_path: Path) ->
     assert ["1", "2", "0.2", "a_store"] in rows
 
 
-def test_records_of_several_commits_are_told_apart(tmp_path: Path) -> None:
-    leave(tmp_path / "a")
-    leave(tmp_path / "b", seed=1, git_commit="f" * 40, git_dirty=True, **{"config.seed": 1})
-    lines = compare(tmp_path).stdout.splitlines()
-    assert lines[-2:] == [
-        "commit 42a2a85: rows 1",
-        "commit fffffff with uncommitted changes: rows 2",
-    ]
-
-
 def test_a_folder_without_records_is_one_line_and_exit_code_2() -> None:
     done = compare("docs")
     assert done.returncode == 2

@@ -108,13 +108,8 @@ def test_the_record_says_what_was_served(
 ) -> None:
     record, table = replayed
     said = record["online"]
-    assert said["source"] == "azure.csv: sampled lengths, poisson arrivals"
     assert said["requests"] == 4
     assert said["shortened"] == 2
-    assert said["passes"] == 1
-    assert [said[f"max_{what}_tokens"] for what in ("input", "output")] == [12, 4]
-    assert (said["max_positions"], said["positions_beyond"]) == (1024, 0)
-    assert said["rate"] == 2.91
     assert said["realised_rate"] == pytest.approx(3 / table["arrival_s"].max())
     assert said["served_rate"] == pytest.approx(4 / (table["arrival_s"] + table["e2el_s"]).max())
     assert record["history"] == "none"

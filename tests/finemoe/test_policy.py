@@ -345,15 +345,6 @@ def test_requests_of_a_batch_follow_their_own_trajectories() -> None:
 # Eviction -------------------------------------------------------------------------------------
 
 
-def test_without_a_search_every_expert_is_as_likely_as_any() -> None:
-    policy = policy_with(OPTIONS)
-    for visits in range(4):
-        # 1 / (1/4 * freq); an expert that was never visited counts as visited once.
-        assert policy.eviction_keys(INCOMING)[1, 2] == pytest.approx(4 / max(visits, 1))
-        policy.on_outcome(outcome(1, 2))
-    assert policy.eviction_keys(INCOMING)[1, 1] == pytest.approx(4)
-
-
 def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:
     policy = policy_with(OPTIONS, ONE)
     policy.on_embeddings(DECODE, QUERY)

@@ -16,7 +16,7 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.trace import TracedRequest, TraceHeader
-from finemoe.trace_file import TraceReader, TraceWriter
+from finemoe.trace_file import TraceWriter
 from tests.engine import offloaded
 
 PAPER = ("mixtral", "qwen2_moe", "phimoe")
@@ -153,23 +153,11 @@ def test_only_the_contents_asked_for_are_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_recording_goes_to_disk_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_what_is_recorded_fits_the_type_that_it_names(tmp_path: Path, dtype: torch.dtype) -> None:
     model = offloaded("qwen2_moe", dtype)
     with Recorder(model) as recorder:
         outputs = serve(model, PROMPTS, recorder, (0, 1))
     assert f"torch.{recorder.dtype}" == str(dtype)
-    header = TraceHeader(
-        model.shape, recorder.dtype, recorder.contents, {"model": "qwen"}, gate_weights(model)
-    )
-    request = recorder.finish(1, tuple(PROMPTS[1].tolist()), outputs[1])
+    header = TraceHeader(model.shape, recorder.dtype, recorder.contents)
     with TraceWriter(tmp_path / "trace", header) as writer:
-        writer.write(request)
-    with TraceReader(tmp_path / "trace") as reader:
-        reader.require(("logits", "hidden_states"), gates=True, shape=model.shape, model="qwen")
-        (found,) = reader.requests()
-        assert reader.header.gates is not None
-        np.testing.assert_array_equal(reader.header.gates.weight, gate_weights(model).weight)
-    assert (found.prompt, found.output) == (request.prompt, request.output)
-    for step, due in zip(found.steps, request.steps, strict=True):
-        for name in ("counts", "logits", "embeddings", "hidden_states"):
-            np.testing.assert_array_equal(getattr(step, name), getattr(due, name))
+        writer.write(recorder.finish(1, tuple(PROMPTS[1].tolist()), outputs[1]))
