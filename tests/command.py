@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -20,14 +23,35 @@ SMALL = (
 )
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Call run.py with overrides; return its exit code and what it printed."""
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Call Python in the project's folder; return its exit code and what it printed."""
+    env = {**os.environ, **environment}
     return subprocess.run(
-        [sys.executable, "run.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=env
     )
+
+
+def run_module(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Call `python -m name`."""
+    return python("-m", name, *arguments, **environment)
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Call run.py with overrides."""
+    return python("run.py", *arguments, **environment)
+
+
+def config(name: str, *overrides: str) -> DictConfig:
+    """Return a config of conf/ by its name."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def composed(*overrides: str) -> DictConfig:
     """Return the config that run.py would get, small enough for a test."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [*SMALL, "output=unused", *overrides])
+    return config("config", *SMALL, "output=unused", *overrides)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return record

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.command import ROOT
+from tests.command import ROOT, run_module
 
 RESULTS = ROOT / "results"
 
 
 def test_small_figures_made_again_equal_the_committed_ones(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.reproduce", "table1", "18"]
-    done = subprocess.run(
-        [*command, f"results={tmp_path}"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_module("experiments.reproduce", "table1", "18", f"results={tmp_path}")
     assert done.returncode == 0, done.stderr
     for name in ("table1", "18"):
         made, committed = (folder / "figures" / f"{name}.csv" for folder in (tmp_path, RESULTS))

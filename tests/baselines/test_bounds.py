@@ -30,7 +30,6 @@ from finemoe.offload.policy import (
     Wishes,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
-from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
@@ -198,12 +197,6 @@ def test_belady_evicts_the_farthest_next_use() -> None:
     assert engine.loads == 5
 
 
-def test_belady_evicts_first_what_is_never_used_again() -> None:
-    routing: Routing = [[(0, 1), (2,)], [(1,), (2,)]]
-    outcomes = Engine(foretold(BeladyPolicy(SHAPE), routing), (2,)).serve(routing)
-    assert [o.hits for o in outcomes] == [(), (), (1,), (2,)]
-
-
 def test_a_repeat_goes_on_where_the_numbers_do() -> None:
     policy = foretold(BeladyPolicy(SHAPE), [*ROUTING, *ROUTING])
     engine = Engine(policy, (2,))
@@ -218,12 +211,6 @@ def test_routing_that_was_not_foretold_is_refused() -> None:
         Engine(policy, (2,)).serve([[(2,), (2,)]])
     with pytest.raises(ValueError, match="None was foretold"):
         Engine(policy, (2,)).serve(ROUTING[:1], first=3)
-
-
-def test_nothing_is_expected_before_anything_is_foretold() -> None:
-    policy = BeladyPolicy(SHAPE)
-    Engine(policy, (2,)).serve(ROUTING)
-    assert np.isinf(policy.eviction_keys(ExpertId(0, 0))).all()
 
 
 def test_the_oracle_wishes_for_what_is_needed_soonest_and_not_there() -> None:
@@ -271,18 +258,6 @@ def test_the_oracle_gives_a_demanded_expert_the_slot_that_is_needed_last() -> No
 def test_a_fast_link_leaves_the_oracle_no_miss_but_none_it_cannot_hold() -> None:
     engine = Engine(foretold(OraclePolicy(SHAPE), ROUTING), (2,), chunks=100)
     assert all(outcome.hits == outcome.activated for outcome in engine.serve(ROUTING))
-
-
-def test_a_prefetch_does_not_displace_what_is_needed_sooner() -> None:
-    policy = foretold(OraclePolicy(SHAPE), ROUTING)
-    engine = Engine(policy, (2,), chunks=100)
-    cache = engine.residency.cache
-    wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
-    engine._wish(0, wishes)
-    engine._prefetch()
-    assert len(list(wishes)) == 3
-    residents = [place for place in range(8) if state(cache, place) is State.RESIDENT]
-    assert residents == [0, 1]
 
 
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.deepspeed import DeepSpeedPolicy
-from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache
 from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
 
 SHAPE = ModelShape(layers=3, experts=3, top_k=1, hidden_size=2)
@@ -26,31 +25,6 @@ def test_every_expert_of_the_next_layer_is_fetched_and_awaited() -> None:
     second = policy.on_gate(DECODE, gate(0))
     assert [wish.expert for wish in second] == [(1, 0), (1, 1), (1, 2)]
     assert list(policy.on_gate(DECODE, gate(2))) == []
-
-
-def test_least_recently_used_leaves_but_not_for_its_own_layer() -> None:
-    policy = DeepSpeedPolicy(SHAPE)
-    cache = ExpertCache(SHAPE, (3,), policy.eviction_keys, policy.on_evict)
-
-    def bring(layer: int, index: int, urgent: bool = False) -> int:
-        expert = ExpertId(layer, index)
-        evicted = cache.reserve(SHAPE.place(expert), urgent)
-        if evicted != NO_SLOT:
-            cache.loaded(SHAPE.place(expert))
-            policy.on_load(expert)
-        return evicted
-
-    assert [bring(0, 0), bring(0, 1), bring(1, 0)] == [NOBODY] * 3
-    policy.on_outcome(LayerOutcome(DECODE, 0, (0,), (), ()))
-    assert bring(1, 1) == SHAPE.place(ExpertId(0, 1))
-    # Layer 1's own residents are older than layer 0's, and stay.
-    assert bring(1, 2) == SHAPE.place(ExpertId(0, 0))
-    # A layer larger than the slots: the rest is only loaded on demand.
-    cache.pin(SHAPE.place(ExpertId(1, 0)))
-    assert bring(2, 0) == SHAPE.place(ExpertId(1, 1))
-    assert bring(2, 1) == SHAPE.place(ExpertId(1, 2))
-    assert bring(2, 2) == NO_SLOT
-    assert bring(2, 2, urgent=True) == SHAPE.place(ExpertId(2, 0))
 
 
 events = st.lists(
@@ -77,10 +51,3 @@ def test_the_order_is_that_of_last_uses_but_for_the_incoming_layer(
         others = np.arange(3) != layer
         expected = (-last_used[others]).ravel().argsort(kind="stable")
         assert (keys[others].ravel().argsort(kind="stable") == expected).all()
-
-
-def test_serving_begins_with_an_empty_cache() -> None:
-    policy = DeepSpeedPolicy(SHAPE)
-    policy.on_load(ExpertId(1, 1))
-    policy.begin_serving()
-    assert (policy.eviction_keys(ExpertId(0, 0))[1:] == 0).all()

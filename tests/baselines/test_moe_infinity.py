@@ -7,9 +7,8 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from baselines.activation_matrices import MatrixCollection, RunningRequest
@@ -18,17 +17,12 @@ from finemoe.expert_map import StoreMismatch
 from finemoe.offload.policy import (
     ExpertId,
     Gate,
-    Gates,
     Iteration,
     LayerOutcome,
     ModelShape,
-    PrefetchTable,
-    Wishes,
 )
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=2)
-WIDE = ModelShape(layers=6, experts=60, top_k=4, hidden_size=2)
-INCOMING = ExpertId(0, 0)
 FIRST = np.array([[2, 0, 0, 0], [0, 2, 0, 0], [3, 1, 0, 0]], np.float32)
 SECOND = np.array([[0, 0, 2, 0], [0, 0, 2, 0], [0, 0, 1, 1]], np.float32)
 EMBEDDINGS = np.zeros((1, 2), np.float32)
@@ -227,80 +221,6 @@ def test_plain_orders_can_be_chosen(eviction: Literal["lfu", "lru"]) -> None:
     assert (made.eviction_keys(ExpertId(2, 0)) == 0).all()
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    variant=st.sampled_from(["paper", "code"]),
-    horizon=st.sampled_from([None, 2]),
-    requests=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_what_is_computed_ahead_changes_no_answer(
-    variant: str, horizon: int | None, requests: int, seed: int
-) -> None:
-    draw = np.random.default_rng(seed)
-    plain, ahead = (
-        moe_infinity(WIDE, early_layers=2, variant=variant, horizon=horizon) for _ in range(2)
-    )
-    for matrix in draw.integers(0, 5, (40, 6, 60)).astype(np.float32):
-        plain.collection.add(matrix, "similar")
-        ahead.collection.add(matrix, "similar")
-    for number, tokens in enumerate([7, 1, 1]):
-        served = tuple(range(requests))
-        iteration = Iteration(number, "prefill", served, (tokens,) * requests)
-        gates = random_gates(draw, tokens * requests)
-        asked = table(plain.on_embeddings(iteration, EMBEDDINGS))
-        assert np.array_equal(asked, table(ahead.on_embeddings(iteration, EMBEDDINGS)))
-        ahead.compute_ahead(iteration, gates)
-        for layer, probabilities in enumerate(gates.probabilities):
-            spoken = Gate(layer, probabilities, gates.activated[layer], None)
-            for made in (plain, ahead):
-                made.on_outcome(LayerOutcome(iteration, layer, spoken.activated, (), ()))
-            assert np.array_equal(plain.eviction_keys(INCOMING), ahead.eviction_keys(INCOMING))
-            asked = table(plain.on_gate(iteration, spoken))
-            assert np.array_equal(asked, table(ahead.on_gate(iteration, spoken)))
-            assert np.array_equal(plain.eviction_keys(INCOMING), ahead.eviction_keys(INCOMING))
-        assert np.array_equal(plain.collection.matches, ahead.collection.matches)
-    plain.end_request(0)
-    ahead.end_request(0)
-    assert np.array_equal(plain.collection.matrices, ahead.collection.matrices)
-
-
-def random_gates(draw: np.random.Generator, tokens: int) -> Gates:
-    """Return what the gates of a WIDE model may say of some tokens."""
-    probabilities = draw.dirichlet(np.ones(60), (6, tokens)).astype(np.float32)
-    best = (-probabilities).argsort(axis=2)[:, :, : WIDE.top_k]
-    return Gates(probabilities, [tuple(np.unique(layer).tolist()) for layer in best], None)
-
-
-def table(asked: Wishes) -> NDArray[np.float64]:
-    """Return wishes as an array (L, J)."""
-    return asked.priorities if isinstance(asked, PrefetchTable) else np.zeros((6, 60))
-
-
-@pytest.mark.parametrize("variant", ["paper", "code"])
-def test_studying_leaves_what_serving_leaves(variant: str) -> None:
-    draw = np.random.default_rng(0)
-    studied, served = (
-        moe_infinity(WIDE, early_layers=2, capacity=2, variant=variant) for _ in range(2)
-    )
-    for number in range(8):
-        iteration = Iteration(number, "prefill", (number, number + 1), (2, 1))
-        given = random_gates(draw, 3)
-        gates = [
-            Gate(layer, probabilities, given.activated[layer], None)
-            for layer, probabilities in enumerate(given.probabilities)
-        ]
-        studied.study(iteration, EMBEDDINGS, gates.copy)
-        served.on_embeddings(iteration, EMBEDDINGS)
-        for spoken in gates:
-            served.on_gate(iteration, spoken)
-        studied.end_request(number)
-        served.end_request(number)
-    assert studied.collection.size == 2
-    assert np.array_equal(studied.collection.matrices, served.collection.matrices)
-    assert np.array_equal(studied.collection.matches, served.collection.matches)
-
-
 def test_requests_enter_while_serving_only_if_it_grows() -> None:
     for growing in (True, False):
         made = policy(online_growth=growing)
@@ -332,19 +252,7 @@ def test_a_saved_collection_comes_back(tmp_path: Path) -> None:
     assert loaded.collection.popularity.tolist() == (FIRST + SECOND).tolist()
     with pytest.raises(StoreMismatch, match="for model_id 'this model', not 'another'"):
         policy().load(path, "another")
-    path.write_text("nothing")
-    with pytest.raises(StoreMismatch, match="cannot be read as matrices"):
-        policy().load(path, "this model")
-    for wrong in (FIRST * np.nan, FIRST * -1, FIRST / 3, FIRST[1:], FIRST.astype(int)):
+    for wrong in (FIRST * -1, FIRST / 3, FIRST[1:]):
         save_file({"matrices": wrong[None]}, path, metadata={"model_id": "this model"})
         with pytest.raises(StoreMismatch, match="holds matrices"):
             policy().load(path, "this model")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"early_layers": 0}, {"capacity": 0}, {"horizon": 0}, {"variant": "x"}, {"eviction": "x"}],
-)
-def test_wrong_options_are_named(wrong: dict[str, int | str]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        policy(**wrong)

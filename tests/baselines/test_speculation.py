@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.mixtral_offload import MixtralOffloadPolicy
-from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy
-from baselines.speculation import SpeculatingPolicy, likeliest
+from baselines.speculation import likeliest
 from finemoe.offload.eviction import LayeredLruPolicy
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
     Gate,
-    Gates,
     GateWeights,
     Iteration,
     LayerOutcome,
     ModelShape,
 )
 
-SHAPE = ModelShape(layers=6, experts=60, top_k=4, hidden_size=64)
-SMALL = ModelShape(layers=3, experts=4, top_k=2, hidden_size=1)
+SMALL = ModelShape(layers=3, experts=4, top_k=2, hidden_size=2)
 DECODE = Iteration(0, "decode", (0,), (1,))
 LOGITS: FloatArray = np.log(np.array([[0.5, 0.1, 0.1, 0.3], [0.2, 0.1, 0.6, 0.1]], np.float32))
 
@@ -49,65 +44,20 @@ def test_layers_are_ranked_one_by_one_and_equal_scores_by_index() -> None:
     assert likeliest(scores, 2) == [[(0, 0.25), (1, 0.25)], [(3, 1.0), (0, 0.0)]]
 
 
-def mixtral_offload(draw: np.random.Generator) -> SpeculatingPolicy:
-    return MixtralOffloadPolicy(SHAPE)
-
-
-def by_gates(draw: np.random.Generator) -> SpeculatingPolicy:
-    return ProMoEPolicy(SHAPE, ProMoEOptions(2, extra=1))
-
-
-def learned(draw: np.random.Generator) -> SpeculatingPolicy:
-    policy = ProMoEPolicy(SHAPE, ProMoEOptions(2))
-    shapes = [(4, 32, 64), (4, 32), (4, 60, 32), (4, 60)]
-    weights = [draw.normal(size=shape).astype(np.float32) for shape in shapes]
-    policy._learned = LearnedPredictor(*weights)
-    return policy
-
-
-@pytest.mark.parametrize("make", [mixtral_offload, by_gates, learned])
-@pytest.mark.parametrize("biased", [True, False])
-@settings(max_examples=20, deadline=None)
-@given(tokens=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_what_is_computed_ahead_changes_no_answer(
-    make: Callable[[np.random.Generator], SpeculatingPolicy],
-    biased: bool,
-    tokens: list[int],
-    seed: int,
-) -> None:
-    plain, ahead = make(np.random.default_rng(seed)), make(np.random.default_rng(seed))
-    draw = np.random.default_rng(seed)
-    weight = draw.normal(size=(6, 60, 64)).astype(np.float32)
-    bias = draw.normal(size=(6, 60)).astype(np.float32) if biased else None
-    for policy in (plain, ahead):
-        policy.set_gates(GateWeights(weight, bias))
-    for number in range(2):
-        iteration = Iteration(number, "prefill", tuple(range(len(tokens))), tuple(tokens))
-        hidden = draw.normal(size=(6, sum(tokens), 64)).astype(np.float32)
-        probabilities = np.full((6, sum(tokens), 60), 1 / 60, np.float32)
-        for policy in (plain, ahead):
-            policy.on_embeddings(iteration, hidden[0])
-        ahead.compute_ahead(iteration, Gates(probabilities, [(0,)] * 6, hidden))
-        asked = 0
-        for layer in range(6):
-            spoken = Gate(layer, probabilities[layer], (0,), hidden[layer])
-            wishes = plain.on_gate(iteration, spoken)
-            assert wishes == ahead.on_gate(iteration, spoken)
-            asked += len(wishes)
-        assert asked >= 4 * SHAPE.top_k
-
-
-def test_an_iteration_that_nothing_was_computed_for_is_answered_by_itself() -> None:
-    policy = MixtralOffloadPolicy(SHAPE)
-    draw = np.random.default_rng(0)
-    policy.set_gates(GateWeights(draw.normal(size=(6, 60, 64)).astype(np.float32)))
-    first, second = draw.normal(size=(2, 6, 1, 64)).astype(np.float32)
-    probabilities = np.full((6, 1, 60), 1 / 60, np.float32)
-    policy.compute_ahead(DECODE, Gates(probabilities, [(0,)] * 6, first))
-    spoken = Gate(0, probabilities[0], (0,), second[0])
-    before = policy.on_gate(DECODE, spoken)
-    policy.on_embeddings(DECODE, second[0])
-    assert policy.on_gate(DECODE, spoken) != before
+def test_the_next_layers_gate_is_applied_to_this_layers_input() -> None:
+    weight = np.zeros((3, 4, 2), np.float32)
+    weight[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
+    policy = MixtralOffloadPolicy(SMALL)
+    policy.set_gates(GateWeights(weight))
+    inputs = np.array([[2, 1]], np.float32)
+    gate = Gate(0, np.full((1, 4), 0.25, np.float32), (2, 3), inputs)
+    # Logits 2, 1, -2, -1 at layer 1.
+    assert [wish.expert for wish in policy.on_gate(DECODE, gate)] == [(1, 0), (1, 1)]
+    biased = GateWeights(weight, np.array([[0] * 4, [0, 0, 9, 0], [0] * 4], np.float32))
+    policy.set_gates(biased)
+    assert [wish.expert for wish in policy.on_gate(DECODE, gate)] == [(1, 2), (1, 0)]
+    last = Gate(2, gate.probabilities, (0, 1), inputs)
+    assert list(policy.on_gate(DECODE, last)) == []
 
 
 events = st.lists(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
@@ -49,20 +48,6 @@ def settings(**changed: Any) -> OnlineSettings:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-
-
-@needs_traces
-@pytest.mark.parametrize(
-    ("kind", "count", "last", "first"),
-    [("conv", 19366, 3501.721937, (374, 44)), ("code", 8819, 3435.948056, (4808, 10))],
-)
-def test_the_azure_traces_are_read_as_they_are(
-    kind: str, count: int, last: float, first: tuple[int, int]
-) -> None:
-    trace = read_azure_trace(azure(kind))
-    assert len(trace) == count
-    assert trace[0] == Arrival(0.0, *first)
-    assert trace[-1].seconds == pytest.approx(last, abs=1e-6)
 
 
 @needs_traces
@@ -128,14 +113,9 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
         (HEADER, "no requests below its header"),
         ("TIMESTAMP,ContextTokens\n", "lacks GeneratedTokens"),
         (f"{HEADER}{GOOD}soon,1,2\n", r"line 3 of .*: 'soon' as TIMESTAMP is no time"),
-        (f"{HEADER}{GOOD}{GOOD.replace('374', '-1')}", r"line 3 of .*: '-1' as ContextTokens"),
         (f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}", r"line 4 of .*: '0' as GeneratedTokens"),
-        (f"{HEADER}{GOOD.replace('44', '4.5')}", r"line 2 of .*: '4.5' as GeneratedTokens"),
-        (f"{HEADER}{GOOD.replace('374', 'many')}", r"line 2 of .*: 'many' as ContextTokens"),
         (f"{HEADER}{GOOD.replace('374', '1e30')}", r"line 2 of .*: '1e30' as ContextTokens"),
         (f"{HEADER}{GOOD}2023-11-16 18:15:46,,1\n", "line 3 of .*: an empty field as Context"),
-        (f'{HEADER}{GOOD}"2023', "is no CSV table"),
-        (f"{HEADER}{GOOD}2023-11-16,1,2,3\n", "is no CSV table: .*line 3"),
         (f"{HEADER}2023-11-16,1,2,3\n", "is no CSV table"),
     ],
 )
@@ -146,16 +126,6 @@ def test_a_malformed_trace_is_refused_in_one_line(text: str, message: str, tmp_p
         read_azure_trace(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
-
-
-def test_a_missing_or_binary_trace_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
-        read_azure_trace(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="Is a directory"):
-        read_azure_trace(tmp_path)
-    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01,\xff")
-    with pytest.raises(UserError, match="is no CSV table"):
-        read_azure_trace(tmp_path / "bytes.csv")
 
 
 def test_a_trace_too_short_or_without_time_is_refused() -> None:
@@ -217,19 +187,6 @@ def test_texts_without_a_token_are_refused() -> None:
         prompts_of([3], DATASET, empty, seed=0)
 
 
-@needs_traces
-def test_an_online_workload_has_the_traces_lengths(tokenizer: Any) -> None:
-    asked = settings(requests=20, trace=str(azure("code")))
-    load = online(DATASET, tokenizer, asked, seed=0)
-    rows = sampled(read_azure_trace(azure("code")), 20, 2.91, "poisson", seed=0)
-    assert [
-        Arrival(one.arrival, len(one.prompt), one.output_tokens) for one in load.requests
-    ] == list(rows)
-    assert [one.number for one in load.requests] == list(range(20))
-    assert load.shortened == 0
-    assert load.source == "AzureLLMInferenceTrace_code.csv: sampled lengths, poisson arrivals"
-
-
 def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
     def load(seed: int = 0, **changed: Any) -> OnlineWorkload:
         return online(DATASET, tokenizer, settings(requests=30, **changed), seed)
@@ -243,13 +200,3 @@ def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
     assert [one.arrival for one in capped.requests] == [one.arrival for one in plain.requests]
     assert len({capped.sha256, plain.sha256, load(1, max_input_tokens=40).sha256}) == 3
     assert plain == load(max_input_tokens=40)
-
-
-def test_trace_lengths_are_whole_numbers_of_python(tmp_path: Path) -> None:
-    path = tmp_path / "trace.csv"
-    pd.DataFrame(
-        {"TIMESTAMP": ["2023-11-16"], "ContextTokens": [3], "GeneratedTokens": [4]}
-    ).to_csv(path, index=False)
-    (arrival,) = read_azure_trace(path)
-    assert type(arrival.input_tokens) is type(arrival.output_tokens) is int
-    assert type(arrival.seconds) is float

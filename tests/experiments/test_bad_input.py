@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from experiments import setup, testbeds
 from experiments.config import build, check
 from experiments.errors import UserError
-from experiments.records import existing_record
 from finemoe.expert_map import ExpertMapStore
-from finemoe.offload.budget import parse_budget
 from finemoe.offload.policy import ModelShape
-from tests.command import ROOT, SMALL, composed, run_command
+from tests.command import SMALL, composed, config, run_command
 
 
 def prepared(*overrides: str) -> setup.Setup:
@@ -61,24 +57,6 @@ def test_weights_that_need_a_network() -> None:
 
 def test_a_dataset_that_needs_a_network() -> None:
     assert "dataset=docs" in complaint("dataset=lmsys")
-
-
-def test_a_file_in_neither_schema(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"text": "hello"}) + "\n")
-    assert "conversations" in complaint("dataset=sharegpt", f"dataset.path={path}")
-
-
-def test_a_file_that_is_no_json(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("no json {")
-    assert "line 1: no JSON" in complaint("dataset=lmsys", f"dataset.path={path}")
-
-
-def test_a_file_without_a_usable_prompt(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"conversation": [{"role": "assistant", "content": "x"}]}) + "\n")
-    assert "no usable prompt" in complaint("dataset=lmsys", f"dataset.path={path}")
 
 
 def test_prompts_shorter_than_asked_for() -> None:
@@ -162,8 +140,7 @@ def test_a_mistake_is_refused_before_anything_is_loaded(overrides: str) -> None:
     asked = overrides.split()
     small = [one for one in SMALL if "online" not in overrides or not one.startswith("workload.")]
     small = [one for one in small if "testbed=" not in overrides or not one.startswith("testbed")]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", [*small, "output=unused", *asked])
+    cfg = config("config", *small, "output=unused", *asked)
     with pytest.raises(UserError) as caught:
         check(cfg)
     message = str(caught.value)
@@ -171,41 +148,6 @@ def test_a_mistake_is_refused_before_anything_is_loaded(overrides: str) -> None:
     assert "\n" not in message
 
 
-def test_a_budget_may_have_a_unit() -> None:
-    shape = ModelShape(32, 8, 2, 64)
-    sizes = [parse_budget(one, 352_321_536, shape) for one in (6, "6", "6GB", "6 gb", "6000MB")]
-    assert set(sizes) == {6_000_000_000}
-    assert parse_budget("1GiB", 352_321_536, shape) == 2**30
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        '{"conversation": [{"role": "user"}]}',
-        '{"conversations": [{"from": "human", "value": null}]}',
-        '{"conversations": ["hello"]}',
-        "",
-    ],
-)
-def test_malformed_conversations(rows: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(rows)
-    assert str(path) in complaint("dataset=lmsys", f"dataset.path={path}")
-
-
 def test_a_budget_beyond_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "free_bytes", lambda device: 1_000_000)
     assert "lower memory_budget" in complaint("memory_budget=100%")
-
-
-def test_a_record_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
-    cfg = composed()
-    cfg.output = str(tmp_path)
-    with pytest.raises(UserError, match="no run record"):
-        existing_record(cfg)
-
-
-def test_an_unwritable_output() -> None:
-    with pytest.raises(UserError, match="choose another output"):
-        existing_record(composed("output=/proc/nothing/here"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +16,7 @@ from experiments.console import Console
 from experiments.errors import UserError
 from experiments.probe import Sample
 from finemoe.testbed import SimulatedTestbed
-from tests.command import ROOT
+from tests.command import config
 
 OTHERS = ("moe_infinity", "promoe", "mixtral_offload", "deepspeed", "belady", "oracle")
 
@@ -60,15 +59,14 @@ def test_a_thread_that_lost_its_core_is_left_out() -> None:
     assert line["base"] + line["per_token"] == pytest.approx(400 / 3)
 
 
-def config(*overrides: str) -> DictConfig:
+def calibrating(*overrides: str) -> DictConfig:
     small = ("workload.prompts=4", "workload.output_tokens=3", "testbed.time_scale=0.001")
     dropped = [f"~system@systems.{name}" for name in OTHERS]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("calibrate", [*small, *dropped, *overrides])
+    return config("calibrate", *small, *dropped, *overrides)
 
 
 def test_a_calibration_becomes_a_testbed(tmp_path: Path) -> None:
-    cfg = config("dataset=docs")
+    cfg = calibrating("dataset=docs")
     path = tmp_path / "mine.yaml"
     calibrate.write_testbed(path, calibrate.calibrate(cfg, Console()))
     assert not list(tmp_path.glob("*.partial"))
@@ -96,8 +94,8 @@ def test_a_calibration_becomes_a_testbed(tmp_path: Path) -> None:
 
 def test_only_one_emulated_device_is_calibrated() -> None:
     with pytest.raises(UserError, match="one device"):
-        calibrate.calibrate(config("testbed.devices=2"), Console())
+        calibrate.calibrate(calibrating("testbed.devices=2"), Console())
     with pytest.raises(UserError, match="an emulated one"):
         calibrate.calibrate(
-            config("testbed=h100", "~testbed.time_scale", "~testbed.pinned"), Console()
+            calibrating("testbed=h100", "~testbed.time_scale", "~testbed.pinned"), Console()
         )

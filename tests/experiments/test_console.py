@@ -39,31 +39,6 @@ def test_names_and_texts_are_shown_as_they_are_but_no_terminal_obeys_them(
     assert not set("\x1b\x07\x9b\r\u202e\ud800") & set(printed)
 
 
-@pytest.mark.parametrize(
-    ("e2el", "unit", "tpot", "shown"),
-    [(1.5, "milliseconds", "12.3", "1500.0"), (3952.9, "seconds", "0.01", "3952.90")],
-)
-def test_long_latencies_are_shown_whole(
-    capsys: pytest.CaptureFixture[str], e2el: float, unit: str, tpot: str, shown: str
-) -> None:
-    Console().results(record(e2el), Path("run.json"), None)
-    printed = capsys.readouterr().out
-    rows = {words[0]: words for line in printed.splitlines() if (words := line.split())}
-    assert unit in rows
-    assert tpot in rows["TPOT"]
-    assert rows["E2EL"] == ["E2EL", shown, shown, "to", shown, shown, shown, shown]
-
-
-def test_jobs_side_by_side_show_lines_that_name_them(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(job="#2 finemoe")
-    with console.progress("serving", 2) as advance:
-        advance(2)
-    console.results(record(1.5), Path("run.json"), ("prompt", "continuation"))
-    assert capsys.readouterr().out == (
-        "#2 finemoe: TTFT 12.3 ms, TPOT 12.3 ms, hit rate 50.0%, lossless: not verified here\n"
-    )
-
-
 @pytest.mark.parametrize(("times", "shown"), [(0.54, "busy machine"), (1.66, "1.66 x the bound")])
 def test_what_is_below_one_is_no_bound(
     capsys: pytest.CaptureFixture[str], times: float, shown: str

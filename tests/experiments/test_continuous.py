@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
@@ -25,11 +24,9 @@ from experiments.online import TimedRequest
 from experiments.serving import Server
 from experiments.small_models import COMMON, FAMILIES, random_model, small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
-from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Iteration, LayerOutcome, Placement, Policy
-from finemoe.policy import FineMoEOptions, FineMoEPolicy
-from finemoe.testbed import Testbed
+from finemoe.offload.policy import Iteration, Placement
+from tests.engine import emulated
 
 CPU = torch.device("cpu")
 
@@ -65,48 +62,6 @@ def test_a_schedule_worked_out_by_hand() -> None:
     assert [one.queueing for one in times] == [0.0, 1.5, 2.5, 0.0]
     assert [one.token_times for one in times] == [(2.0, 7.0, 8.0), (3.5,), (4.5, 5.5), (2.0,)]
     assert [one.iterations for one in times] == [(5, 8, 9), (6,), (7, 8), (10,)]
-
-
-def test_a_full_batch_keeps_others_waiting() -> None:
-    seen: list[tuple[str, int]] = []
-
-    def carry_out(step: Step, now: float) -> float:
-        seen.extend((step.phase, one.number) for one in step.requests)
-        return now + 1
-
-    run_schedule(Schedule([request(0, 0.0, 2), request(1, 0.0, 2)], 1), carry_out)
-    assert seen == [("prefill", 0), ("decode", 0), ("prefill", 1), ("decode", 1)]
-
-
-def test_a_schedule_says_until_when_it_is_idle() -> None:
-    schedule = Schedule([request(0, 3.0, 1), request(1, 9.0, 1)], 4)
-    assert schedule.next(2.9) is None
-    assert schedule.idle_until == 3.0
-    assert schedule.next(3.0) is not None
-    assert schedule.idle_until is None
-    schedule.done()
-    assert schedule.idle_until == 9.0
-    assert not schedule.finished
-    assert schedule.next(9.5) is not None
-    schedule.done()
-    assert schedule.finished
-    assert schedule.idle_until is None
-    assert schedule.next(100.0) is None
-
-
-def test_misuse_of_a_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_batch_size=0"):
-        Schedule([], 0)
-    with pytest.raises(ValueError, match="same number"):
-        Schedule([request(0, 0.0, 1), request(0, 1.0, 1)], 1)
-    schedule = Schedule([request(0, 0.0, 2)], 1)
-    with pytest.raises(ValueError, match="no step"):
-        schedule.done()
-    schedule.next(0.0)
-    with pytest.raises(ValueError, match="not done"):
-        schedule.next(1.0)
-    with pytest.raises(ValueError, match="before it began"):
-        run_schedule(Schedule([request(0, 1.0, 1)], 1), lambda step, now: now - 0.5)
 
 
 arrivals = st.floats(0, 20) | st.integers(0, 5).map(float)
@@ -222,11 +177,6 @@ def offloaded(family: str, **config: Any) -> OffloadedModel:
     return OffloadedModel.from_model(model, CPU)
 
 
-def under_budget(model: OffloadedModel, policy: Policy, slots: int = 6) -> LiveRuntime:
-    testbed = Testbed("test", "emulated", (CPU,), chunk_bytes=1 << 20, link_gb_s=10)
-    return offloading_runtime(model, policy, testbed, (slots,), model.store.layout.nbytes)
-
-
 def served(server: ContinuousServer) -> dict[int, ServedOnline]:
     return {one.request.number: one for one in server.serve(LOAD)}
 
@@ -257,27 +207,11 @@ def test_requests_get_the_same_tokens_as_alone(family: str, config: dict[str, An
     assert sizes == {1, 2, 3}
 
 
-def test_times_count_from_arrival_and_every_token_has_its_iteration() -> None:
-    model, clock = offloaded("mixtral"), Clock()
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        server = ContinuousServer(runtime, 2, 40, clock, clock.sleep)
-        by_number = served(server)
-    assert [one.batch for one in by_number.values()] == list(range(len(LOAD)))
-    assert [step.number for step in server.steps] == list(range(40, 40 + len(server.steps)))
-    for one in by_number.values():
-        assert len(one.tokens) == len(one.token_times) == one.request.output_tokens
-        assert one.ttft > one.queueing >= 0
-        mine = [s.number for s in server.steps if one.request.number in s.iteration.requests]
-        assert list(one.iterations) == mine
-    assert clock.slept[-1] == pytest.approx(9.0, abs=1.0)
-    assert by_number[5].queueing < 0.05
-    assert by_number[4].queueing > 0.05
-
-
 def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
     model, clock = offloaded("mixtral"), Clock()
     watch = Watch(model)
-    with under_budget(model, watch) as runtime:
+    stored = model.store.layout.nbytes
+    with offloading_runtime(model, watch, emulated(), (6,), stored) as runtime:
         server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
         server.serve(LOAD)
         runtime.drain()
@@ -288,29 +222,6 @@ def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
     assert sorted(watch.ended) == list(range(len(LOAD)))
     leaving = [one.number for step in server.steps for one in step.leaving]
     assert watch.ended == leaving
-
-
-def test_a_repeated_schedule_gives_the_same_logits_with_everything_resident() -> None:
-    model, clock = offloaded("mixtral"), Clock()
-    policy = FineMoEPolicy(model.shape, FineMoEOptions(prefetch_distance=1, store_capacity=4))
-    logits: dict[int, Tensor] = {}
-    outcomes: list[LayerOutcome] = []
-    with under_budget(model, policy) as runtime:
-        runtime.listeners.append(outcomes.append)
-        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
-        server.listeners.append(lambda step, rows: logits.__setitem__(step.number, rows))
-        server.serve(LOAD)
-    assert any(outcome.misses for outcome in outcomes)
-    checked = []
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        again = ContinuousServer(runtime, 3)
-        again.listeners.append(
-            lambda step, rows: checked.append(torch.equal(rows, logits[step.number]))
-        )
-        for step in server.steps:
-            again.carry_out(step)
-    assert len(checked) == len(logits)
-    assert all(checked)
 
 
 def test_caches_are_merged_only_when_members_change() -> None:

@@ -102,12 +102,6 @@ def test_nothing_lingers() -> None:
     assert sum(p.nbytes + p.ds_tensor.nbytes for p in list[Any](model.parameters())) == 0
 
 
-@pytest.mark.parametrize("bad", [{"experts": "deepspeed"}, {"max_live_parameters": -1}])
-def test_options_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        ZeroOptions(**bad)
-
-
 @pytest.mark.parametrize("bad", ["weights=dummy", "store.save=maps", "system.experts=triton"])
 def test_what_it_cannot_serve_is_refused_in_one_line(bad: str) -> None:
     with pytest.raises(UserError) as caught:

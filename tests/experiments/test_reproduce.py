@@ -20,7 +20,7 @@ from experiments import parallel, reproduce, sweeps
 from experiments.errors import UserError
 from experiments.run_store import RunStore
 from experiments.weights import SCALE_MODELS
-from tests.command import ROOT, run_command
+from tests.command import ROOT, config, run_command
 
 HERE = "tests.experiments.test_reproduce"
 TINY = ("workload.prompts=4", "workload.output_tokens=6", "workload.input_tokens=12")
@@ -191,9 +191,12 @@ def test_an_analysis_takes_the_models_it_is_given(conf: Path) -> None:
         sweeps.analysis_config(known, ["seed=0,1"], conf)
 
 
-def test_every_experiment_of_the_paper_is_there_in_order() -> None:
-    paper = "table1 1b 3a 3b 3c 4 8 9 10 11 12 13 14a 14b 15 16a 16b 17 18"
-    assert list(sweeps.available()) == paper.split()
+def test_the_last_run_of_every_sweep_and_every_cell_composes() -> None:
+    for experiment in sweeps.available().values():
+        swept = [values[-1] for values in sweeps.parse_params(experiment.params).values()]
+        for cell in (swept, *experiment.cells):
+            cfg = config("config", f"experiment={experiment.name}", "output=unused", *cell)
+            assert str(cfg.experiment.id) == experiment.id
 
 
 # The command ----------------------------------------------------------------------------------
@@ -334,18 +337,18 @@ def test_weights_trained_again_in_place_are_noticed(
 
 
 def test_a_record_of_other_weights_is_not_drawn(
-    conf: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = command(conf, tmp_path, traces, "system=on_demand", "memory_budget=12", "n_jobs=1")
+    kept = tmp_path / "traces"
+    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
     assert reproduce.main(words, conf) == 0
     (path,) = tmp_path.glob("runs/*/run.json")
     stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
     path.write_text(json.dumps(stale))
-    # Bad input that the run alone meets.
-    (path.parent / "requests.parquet").unlink()
-    (path.parent / "requests.parquet").mkdir()
-    # Where the traceback would go.
-    (path.parent / "error.txt").mkdir()
+    # So that the run is due, and fails.
+    for trace in kept.glob("*.parquet"):
+        trace.write_bytes(trace.read_bytes()[:-99])
+    capsys.readouterr()
     assert reproduce.main([*words, "redraw=true"], conf) != 0
     assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
     assert json.loads(path.read_text()) == stale

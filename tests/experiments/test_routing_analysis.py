@@ -123,10 +123,6 @@ def test_entropy_is_between_none_and_uniform(weights: NDArray[np.int64]) -> None
     np.testing.assert_allclose(entropy(weights * 3), found, atol=1e-12)
 
 
-def test_entropy_of_uniform_weights_is_the_most() -> None:
-    np.testing.assert_allclose(entropy(np.ones((1, 8))), [math.log(8)])
-
-
 def test_hit_rates() -> None:
     predicted = np.array([[True, True, False], [False, False, True]])
     activated = np.array([[True, False, True], [False, False, True]])

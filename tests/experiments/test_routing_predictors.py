@@ -116,13 +116,6 @@ def test_hit_rates_by_distance() -> None:
     }
 
 
-def test_a_perfect_predictor_hits_always() -> None:
-    _, measured = split()
-    truth = measured.counts[measured.decode] > 0
-    rates = hit_rates_by_distance({"truth": lambda d: truth[:, d:]}, measured, range(1, 2))
-    assert rates[["hit_rate", "low", "high"]].to_numpy().tolist() == [[1, 1, 1]]
-
-
 def test_what_has_been_seen_before_is_found_again() -> None:
     _, measured = split()
     found = searched(measured, measured)

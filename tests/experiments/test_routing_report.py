@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.figures import routing, traces
-from experiments.figures.figure4 import rate_panels
+from experiments.figures import traces
 from experiments.routing_report import Subject, lacks_weights, report, shortcomings, subject_configs
 from experiments.small_models import random_model
 from experiments.weights import SCALE_MODELS
 from finemoe.offload.policy import ModelShape
-from tests.command import ROOT
+from tests.command import config, run_module
 
 TINY = (
     "models=[mixtral]",
@@ -56,20 +51,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("routing_report", [*TINY, *overrides])
+    return config("routing_report", *TINY, *overrides)
 
 
 def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path) -> None:
     places = (f"weights={checkpoint}", f"output={tmp_path / 'out'}", f"traces={tmp_path}")
     sizes = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
     facts = [f"model.mixtral.{name}={size}" for name, size in sizes.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.routing_report", *TINY, *places, *facts],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_module("experiments.routing_report", *TINY, *places, *facts)
     assert done.returncode == 0, done.stderr
     assert "mixtral on docs" in done.stdout
     assert "predictors not above chance" in done.stdout
@@ -88,48 +77,6 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
     for kind in ("csv", "png", "pdf", "txt"):
         left = {path.stem for path in (tmp_path / "out").glob(f"*.{kind}")}
         assert left == {"load_balance", "entropy", "overlap", "hit_rates"}
-    told = (tmp_path / "out" / "hit_rates.txt").read_text()
-    assert "6 requests (2 measured, the others history)" in told
-
-
-def toy_table(name: str) -> pd.DataFrame:
-    """Return what the report would say of one model of three layers on two datasets."""
-    columns = dict.fromkeys(routing.BY_LAYER[name].lines, 0.5)
-    rows = [("mixtral", dataset, layer) for dataset in ("docs", "code") for layer in range(3)]
-    return pd.DataFrame(rows, columns=["model", "dataset", "layer"]).assign(**columns, uniform=2.0)
-
-
-@pytest.mark.parametrize("name", routing.BY_LAYER)
-def test_a_picture_by_layer_draws_each_column_and_what_is_uniform(
-    name: str, tmp_path: Path, saved: list[Figure]
-) -> None:
-    routing.draw_by_layer(name, toy_table(name), [], tmp_path)
-    (figure,) = saved
-    assert len(figure.axes) == 2
-    for axes in figure.axes:
-        heights = [set(np.asarray(line.get_ydata())) for line in axes.lines]
-        assert heights == [{0.5}] * len(routing.BY_LAYER[name].lines) + [{2.0}]
-        assert axes.get_ylim()[1] > 2
-    (legend,) = figure.legends
-    inside = legend.get_window_extent()
-    assert inside.x0 >= 0
-    assert inside.x1 <= figure.bbox.width
-
-
-def test_every_predictor_has_a_look_and_fits_the_legend(tmp_path: Path) -> None:
-    looks = [(look["color"], look["marker"]) for look in traces.PREDICTORS.values()]
-    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 6
-    rows = [("mixtral", "docs", one, d) for one in traces.PREDICTORS for d in (1, 2)]
-    table = pd.DataFrame(rows, columns=["model", "dataset", "predictor", "distance"])
-    table = table.assign(hit_rate=0.5, low=0.4, high=0.6, chance=0.25)
-    with rate_panels(table, traces.PREDICTORS) as figure:
-        figure.draw_without_rendering()
-        (axes,), (legend,) = figure.axes, figure.legends
-        assert len(axes.lines) == 7
-        assert set(np.asarray(axes.lines[-1].get_ydata())) == {25}
-        inside = legend.get_window_extent()
-        assert inside.x0 >= 0
-        assert inside.x1 <= figure.bbox.width
 
 
 def test_every_model_meets_every_dataset() -> None:

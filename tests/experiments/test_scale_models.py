@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.weights import SCALE_MODELS
-from tests.command import ROOT
+from tests.command import run_module
 
 TOY = (
     "tokens=512",
@@ -28,12 +26,7 @@ TOY = (
 
 def train(folder: Path, *arguments: str) -> str:
     places = (f"checkpoints={folder / 'checkpoints'}", f"export={folder / 'model'}")
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.scale_models", *TOY, *places, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_module("experiments.scale_models", *TOY, *places, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -11,15 +11,10 @@ import pytest
 
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
-from tests.command import SMALL, run_command
+from tests.command import SMALL, record_of, run_command
 
 LIVE = tuple(SMALL)
 REPLAY = tuple(one for one in SMALL if not one.startswith("testbed"))
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return record
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from experiments.calibrate import write_testbed
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.validate import Comparison, Result, validate
-from tests.command import ROOT
+from tests.command import config, run_module
 
 TESTBED = {
     "_target_": "experiments.calibrated_testbed.calibrated",
@@ -53,26 +50,13 @@ OVERRIDES = (
     "workload.output_tokens=3",
     "testbed.time_scale=0.001",
 )
-
-
-def command(*overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.validate", *OVERRIDES, *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
-def config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("validate", [*OVERRIDES, *overrides])
+COMMAND = ("experiments.validate", *OVERRIDES)
 
 
 def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
     write_testbed(tmp_path / "mine.yaml", TESTBED)
     mine = f"calibration={tmp_path / 'mine.yaml'}"
-    done = command(f"output={tmp_path / 'out'}", mine, "repeats=3")
+    done = run_module(*COMMAND, f"output={tmp_path / 'out'}", mine, "repeats=3")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "validate.json").read_text())
     rows = record["comparisons"]
@@ -95,7 +79,7 @@ def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
 
 def test_without_a_calibration_every_round_makes_one(tmp_path: Path) -> None:
     small = ("calibrate.prompts=3", "calibrate.output_tokens=3", "calibrate.memory_budgets=[6]")
-    done = command("repeats=2", *small, f"output={tmp_path}")
+    done = run_module(*COMMAND, "repeats=2", *small, f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "validate.json").read_text())
     assert all(row["replay"]["tpot_s"] > 0 for row in record["comparisons"])
@@ -117,8 +101,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ((mine, "repeats=0"), "repeats=0: serve live at least once"),
         ((mine, "testbed=h100", "~testbed.time_scale", "~testbed.pinned"), "use testbed=emulated"),
     ):
+        cfg = config("validate", *OVERRIDES, *overrides, f"output={tmp_path / 'out'}")
         with pytest.raises(UserError, match=cause):
-            validate(config(*overrides, f"output={tmp_path / 'out'}"), Console())
+            validate(cfg, Console())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ from huggingface_hub import constants
 
 from experiments import weights
 from experiments.weights import fingerprint
-from tests.command import ROOT
+from tests.command import python
 
 MODEL = {"name": "toy", "hub_id": "someone/toy"}
 
@@ -94,4 +92,4 @@ def test_hub_weights_are_the_revision_that_is_here(
 
 def test_it_takes_no_torch() -> None:
     code = "import sys, experiments.weights; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert python("-c", code).returncode == 0

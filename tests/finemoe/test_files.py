@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from finemoe.files import atomic_write
-from tests.command import ROOT
+from tests.command import python
 
 WRITE = """
 import os, signal, sys
@@ -24,7 +22,7 @@ with atomic_write(Path(sys.argv[1])) as partial:
 
 def elsewhere(path: Path, number: int) -> int:
     """Write the file in another process that sends itself a signal, or none if 0."""
-    return subprocess.run([sys.executable, "-c", WRITE, path, str(number)], cwd=ROOT).returncode
+    return python("-c", WRITE, str(path), str(number)).returncode
 
 
 def test_two_processes_may_write_the_same_file_at_once(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from finemoe.offload.policy import (
     ModelShape,
     Prefetch,
 )
-from finemoe.policy import FineMoEOptions, FineMoEPolicy, finemoe
+from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
@@ -127,11 +125,6 @@ def test_of_equally_likely_experts_the_first_are_selected() -> None:
     assert chosen.tolist() == [[True, True, False, False]]
 
 
-def test_every_row_is_selected_by_its_own_score() -> None:
-    chosen = select_experts(array(LIKELY, LIKELY, LIKELY), np.array([0.625, 0.1875, 0.375]), 1)
-    assert chosen.sum(axis=1).tolist() == [1, 3, 2]
-
-
 # Priorities -----------------------------------------------------------------------------------
 
 # The stored embedding is (1, 0). A query (7, 24) / 25 scores 0.28, so delta is 0.72: the paper
@@ -167,46 +160,40 @@ def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Wishes:
 SURPRISE = (0, 0, 0, 1)
 
 
-def test_a_gate_asks_for_the_layer_at_the_distance() -> None:
-    asked = after_gate(policy_with(OPTIONS, ONE), 0, SURPRISE)
-    assert asked == pytest.approx({(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2})
+# The demo's band starts at the target and ends at layer 3: 1 - 0/4 and 1 - 1/4 of two layers.
+DEMO_BAND: Wishes = {
+    **{(layer, index): TAIL for layer in (2, 3) for index in range(4)},
+    **{(2, 2): TAIL + 0.5, (2, 3): TAIL + 0.25},
+    **{(3, 3): TAIL + 0.5 * 0.75, (3, 0): TAIL + 0.25 * 0.75},
+}
+ALL_LAYERS: Wishes = {
+    **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
+    **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
+}
+AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Wishes]] = {
+    "the layer at the distance": (
+        *({}, 0, SURPRISE),
+        {(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
+    ),
+    "K experts of a sure gate": ({}, 1, np.roll(LIKELY, 1), {(3, 3): 0.5 / 2}),
+    "no layer that does not exist": ({}, 2, SURPRISE, {}),
+    "no layer that does not exist, horizon all": ({"horizon": "all"}, 3, SURPRISE, {}),
+    "every layer from the distance on": ({"horizon": "all"}, 0, SURPRISE, ALL_LAYERS),
+    "the demo, decaying": ({"variant": "demo", "horizon": "all"}, 0, SURPRISE, DEMO_BAND),
+    "the demo, a single target": (
+        *({"variant": "demo"}, 1, np.roll(LIKELY, 1)),
+        {**{(3, index): TAIL for index in range(4)}, (3, 3): TAIL + 0.5},
+    ),
+    # The gate fits perfectly, and still the embedding's score of 0.28 selects two experts.
+    "semantic search alone": ({"search": "semantic"}, 0, LIKELY, {(2, 2): 0.25, (2, 3): 0.125}),
+}
 
 
-def test_a_sure_gate_asks_for_k_experts() -> None:
-    asked = after_gate(policy_with(OPTIONS, ONE), 1, np.roll(LIKELY, 1))
-    assert asked == pytest.approx({(3, 3): 0.5 / 2})
-
-
-def test_no_gate_asks_for_layers_that_do_not_exist() -> None:
-    assert after_gate(policy_with(OPTIONS, ONE), 2, SURPRISE) == {}
-    everything = replace(OPTIONS, horizon="all")
-    assert after_gate(policy_with(everything, ONE), 3, SURPRISE) == {}
-
-
-def test_the_horizon_all_asks_for_every_layer_from_the_distance_on() -> None:
-    policy = policy_with(replace(OPTIONS, horizon="all"), ONE)
-    expected = {
-        **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
-        **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
-    }
-    assert after_gate(policy, 0, SURPRISE) == pytest.approx(expected)
-
-
-def test_demo_priorities_after_a_gate_decay_from_its_target_on() -> None:
-    policy = policy_with(replace(DEMO, horizon="all"), ONE)
-    expected: Wishes = {(layer, index): TAIL for layer in (2, 3) for index in range(4)}
-    # The band starts at layer 2 and ends at layer 3: 1 - 0/4 and 1 - 1/4.
-    expected[2, 2] += 0.5
-    expected[2, 3] += 0.25
-    expected[3, 3] += 0.5 * 0.75
-    expected[3, 0] += 0.25 * 0.75
-    assert after_gate(policy, 0, SURPRISE) == pytest.approx(expected)
-
-
-def test_the_demo_with_a_single_target_does_not_decay() -> None:
-    expected: Wishes = {(3, index): TAIL for index in range(4)}
-    expected[3, 3] += 0.5
-    assert after_gate(policy_with(DEMO, ONE), 1, np.roll(LIKELY, 1)) == pytest.approx(expected)
+@pytest.mark.parametrize("case", AFTER_GATES)
+def test_a_gate_asks_for(case: str) -> None:
+    options, layer, row, expected = AFTER_GATES[case]
+    policy = policy_with(replace(OPTIONS, **options), ONE)  # type: ignore[arg-type]
+    assert after_gate(policy, layer, row) == pytest.approx(expected)
 
 
 def test_a_distance_beyond_the_model_predicts_every_layer_at_once() -> None:
@@ -238,13 +225,6 @@ def test_the_search_decides_who_predicts_which_layers(
     assert wishes(policy.on_gate(DECODE, gate(0, LIKELY))) == pytest.approx(third_layer)
 
 
-def test_semantic_search_alone_keeps_its_score_for_later_layers() -> None:
-    policy = policy_with(replace(OPTIONS, search="semantic"), ONE)
-    # The gate fits perfectly, and still the embedding's score of 0.28 selects two experts.
-    asked = after_gate(policy, 0, LIKELY)
-    assert asked == pytest.approx({(2, 2): 0.5 / 2, (2, 3): 0.25 / 2})
-
-
 @pytest.mark.parametrize("query", [(1, 0), (7, 24), (0, 1)])
 def test_top_k_selection_ignores_the_score(query: tuple[float, float]) -> None:
     shape = replace(SHAPE, top_k=2)
@@ -253,15 +233,10 @@ def test_top_k_selection_ignores_the_score(query: tuple[float, float]) -> None:
     assert asked == pytest.approx({(0, 0): 0.5, (0, 1): 0.25, (1, 1): 0.25, (1, 2): 0.125})
 
 
-@pytest.mark.parametrize(
-    ("asynchronous", "prediction"), [(True, "background"), (False, "critical_path")]
-)
-def test_asynchronous_moves_the_search_off_the_critical_path(
-    asynchronous: bool, prediction: str
-) -> None:
-    placement = FineMoEPolicy(SHAPE, replace(OPTIONS, asynchronous=asynchronous)).placement
-    assert placement.prediction == prediction
-    assert not placement.hidden_states
+@pytest.mark.parametrize(("apart", "where"), [(True, "background"), (False, "critical_path")])
+def test_asynchronous_moves_the_search_off_the_critical_path(apart: bool, where: str) -> None:
+    policy = FineMoEPolicy(SHAPE, replace(OPTIONS, asynchronous=apart))
+    assert policy.placement.prediction == where
 
 
 PREFILL = Iteration(0, "prefill", (7, 8), (2, 1))
@@ -333,135 +308,9 @@ def test_serving_begins_without_the_visits_of_the_preparation() -> None:
     assert np.array_equal(policy.eviction_keys(INCOMING), fresh)
 
 
-def test_a_saved_policy_predicts_the_same(tmp_path: Path) -> None:
-    policy, again = policy_with(OPTIONS, *TWO), policy_with(OPTIONS)
-    policy.save(tmp_path / "store", "a/model")
-    again.load(tmp_path / "store", "a/model")
-    assert again.on_embeddings(DECODE, QUERY) == policy.on_embeddings(DECODE, QUERY)
-
-
-# Ahead ----------------------------------------------------------------------------------------
-
-
-class Case(NamedTuple):
-    """Options for a model of this shape, and the tokens of each request, iteration by iteration."""
-
-    shape: ModelShape
-    options: FineMoEOptions
-    tokens: list[tuple[int, ...]]
-    seed: int
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Draw iterations of one request or several that overflow a small store."""
-    shape = ModelShape(draw(st.integers(1, 7)), draw(st.integers(2, 6)), draw(st.integers(1, 2)), 3)
-    hints = get_type_hints(FineMoEOptions)
-    chosen = {
-        name: draw(st.sampled_from(get_args(hints[name])))
-        for name in ("variant", "search", "selection", "eviction", "horizon", "aggregation")
-    }
-    options = FineMoEOptions(draw(st.integers(1, 4)), draw(st.integers(1, 4)), **chosen)
-    requests = draw(st.integers(1, 3))
-    prompt = draw(st.tuples(*[st.integers(1, 3)] * requests))
-    return Case(shape, options, [prompt, *[(1,) * requests] * 4], draw(st.integers(0, 2**32 - 1)))
-
-
-def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, FloatArray]]:
-    """Yield iterations with their embeddings (T, h) and gate probabilities (L, T, J)."""
-    rng = np.random.default_rng(case.seed)
-    layers, experts = case.shape.layers, case.shape.experts
-    for number, tokens in enumerate(case.tokens):
-        iteration = Iteration(number, "decode", tuple(range(len(tokens))), tokens)
-        embeddings = rng.random((sum(tokens), case.shape.hidden_size), dtype=np.float32)
-        gates = rng.dirichlet(np.full(experts, 0.5), (layers, sum(tokens))).astype(np.float32)
-        yield iteration, embeddings, gates
-
-
-def spoken(gates: FloatArray) -> Iterator[Gate]:
-    for layer, probabilities in enumerate(gates):
-        activated = sorted(set(probabilities.argmax(axis=1).tolist()))
-        yield Gate(layer, probabilities, tuple(activated), None)
-
-
-def answers(case: Case, ahead: bool) -> tuple[FineMoEPolicy, list[object]]:
-    """Serve a case, told of the gates to come or not; return all that the policy answered."""
-    policy = FineMoEPolicy(case.shape, case.options)
-    told: list[object] = []
-    for iteration, embeddings, gates in routed(case):
-        told.append(policy.on_embeddings(iteration, embeddings))
-        if ahead:
-            policy.compute_ahead(iteration, Gates(gates, [()] * len(gates), None))
-        for gate in spoken(gates):
-            policy.on_outcome(LayerOutcome(iteration, gate.layer, gate.activated, (), ()))
-            told.append(policy.eviction_keys(INCOMING).tolist())
-            told.append(list(policy.on_gate(iteration, gate)))
-            told.append(policy.eviction_keys(INCOMING).tolist())
-        policy.end_iteration(iteration)
-    return policy, told
-
-
-def assert_same_store(one: FineMoEPolicy, other: FineMoEPolicy) -> None:
-    assert np.array_equal(one.store.maps, other.store.maps)
-    assert np.array_equal(one.store.embeddings, other.store.embeddings)
-    assert np.array_equal(one.store.prefix_norms, other.store.prefix_norms)
-
-
-@settings(max_examples=150, deadline=None)
-@given(cases())
-def test_what_is_computed_ahead_changes_no_answer(case: Case) -> None:
-    (plain, slowly), (quick, at_once) = answers(case, ahead=False), answers(case, ahead=True)
-    assert slowly == at_once
-    assert_same_store(plain, quick)
-
-
-@settings(max_examples=100, deadline=None)
-@given(cases())
-def test_what_is_studied_is_remembered_as_if_it_were_served(case: Case) -> None:
-    studious = FineMoEPolicy(case.shape, case.options)
-    for iteration, embeddings, gates in routed(case):
-        studious.study(iteration, embeddings, partial(spoken, gates))
-    assert_same_store(studious, answers(case, ahead=False)[0])
-
-
 def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
     # C = 1000: maps 1000 * 4 * 4 * 4; embeddings 1000 * 2 * 4 and norms 4 * 1000 * 4 on top.
     assert policy_with(OPTIONS).memory_bytes() == {"maps": 64_000, "store": 88_000}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"search": "neither"},
-        {"eviction": "fifo"},
-        {"variant": "talk"},
-        {"prefetch_distance": 0},
-        {"store_capacity": 0},
-    ],
-)
-def test_options_that_do_not_exist_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        finemoe(SHAPE, **{"prefetch_distance": 2, **wrong})
-
-
-def test_the_options_of_a_config_reach_the_policy() -> None:
-    assert finemoe(SHAPE, prefetch_distance=2, variant="demo").options == DEMO
-
-
-def test_what_was_served_is_found_again() -> None:
-    policy = policy_with(OPTIONS)
-    serve(policy, DECODE, TOKENS[:1], ROWS[:1])
-    following = replace(DECODE, number=1)
-    assert wishes(policy.on_embeddings(following, TOKENS[:1])) == pytest.approx(
-        {(0, 0): 1.0, (1, 1): 0.5}
-    )
-
-
-def test_the_capacity_of_the_options_bounds_the_store() -> None:
-    policy = policy_with(replace(OPTIONS, store_capacity=2))
-    for number in range(4):
-        serve(policy, replace(DECODE, number=number), TOKENS[:1], ROWS[:1])
-    assert policy.store.size == 2
 
 
 @pytest.mark.parametrize("options", [OPTIONS, replace(DEMO, horizon="all")])
@@ -496,15 +345,6 @@ def test_requests_of_a_batch_follow_their_own_trajectories() -> None:
 # Eviction -------------------------------------------------------------------------------------
 
 
-def test_without_a_search_every_expert_is_as_likely_as_any() -> None:
-    policy = policy_with(OPTIONS)
-    for visits in range(4):
-        # 1 / (1/4 * freq); an expert that was never visited counts as visited once.
-        assert policy.eviction_keys(INCOMING)[1, 2] == pytest.approx(4 / max(visits, 1))
-        policy.on_outcome(outcome(1, 2))
-    assert policy.eviction_keys(INCOMING)[1, 1] == pytest.approx(4)
-
-
 def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:
     policy = policy_with(OPTIONS, ONE)
     policy.on_embeddings(DECODE, QUERY)
@@ -516,14 +356,6 @@ def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:
     assert keys[0] == pytest.approx([2 / 3, 4, 8, 8 / 3])
     # Layer 3 expects (1/4, 1/8, 1/8, 1/2) and saw (0, 1, 0, 0) visits.
     assert keys[3] == pytest.approx([4, 8, 8, 2])
-
-
-def test_recency_does_not_matter_to_finemoe() -> None:
-    policy = policy_with(OPTIONS, ONE)
-    policy.on_outcome(outcome(1, 1))
-    before = policy.eviction_keys(INCOMING).copy()
-    policy.on_load(ExpertId(1, 0))
-    assert np.array_equal(policy.eviction_keys(INCOMING), before)
 
 
 def test_a_gate_revises_the_map_of_the_layers_from_its_target_on() -> None:
@@ -560,15 +392,6 @@ def test_a_batch_keeps_what_any_request_expects() -> None:
     policy.on_embeddings(batch, array((1, 0), (0, 1)))
     # Layer 0 of the two maps: (1/8, 1/2, 1/4, 1/8) and (1/2, 1/4, 1/8, 1/8).
     assert policy.eviction_keys(INCOMING)[0] == pytest.approx([2, 2, 4, 8])
-
-
-def test_an_impossible_expert_has_a_finite_key_above_all_others() -> None:
-    impossible = np.tile(array(1, 0, 0, 0), (4, 1))
-    policy = policy_with(OPTIONS, (array(1, 0), impossible))
-    policy.on_embeddings(DECODE, array((1, 0)))
-    keys = policy.eviction_keys(INCOMING)
-    assert np.isfinite(keys).all()
-    assert keys[0, 1] > 1000 * keys[0, 0]
 
 
 def eviction_order(policy: FineMoEPolicy) -> list[tuple[int, int]]:

@@ -39,30 +39,6 @@ def test_semantic_search_finds_the_largest_cosine_of_every_query() -> None:
     assert_matches(semantic_search(store, queries), expected)
 
 
-def test_a_negative_score_is_reported_as_it_is() -> None:
-    store = store_of(array((1, 0)), np.ones((1, 1, 1), dtype=np.float32))
-    assert_matches(semantic_search(store, array((-3, 4))), [(0, -0.6)])
-
-
-def test_the_best_trajectory_changes_as_layers_are_observed() -> None:
-    early = array((1, 0), (1, 0), (1, 0))
-    later = array((0.6, 0.8), (0, 1), (0, 1))
-    search = TrajectorySearch(store_of(array((1,), (1,)), np.stack([early, later])), batch=1)
-    # Every row has unit length, so the cosine over l rows is the sum of row products over l.
-    assert_matches(search.observe(array((1, 0))), [(0, 1.0)])  # 1/1 against 0.6/1
-    assert_matches(search.observe(array((0, 1))), [(1, 0.8)])  # 1/2 against 1.6/2
-    assert_matches(search.observe(array((0, 1))), [(1, 2.6 / 3)])  # 1/3 against 2.6/3
-
-
-def test_queries_of_a_batch_do_not_mix() -> None:
-    maps = np.stack([array((1, 0), (1, 0)), array((0, 1), (0, 1))])
-    search = TrajectorySearch(store_of(array((1,), (1,)), maps), batch=2)
-    assert_matches(search.observe(array((1, 0), (0, 1))), [(0, 1.0), (1, 1.0)])
-    # First query: 1 / (sqrt 1.36 * sqrt 2) and 0.6 / (...) ; its rows are (1, 0) and (0, 0.6).
-    norm = 1.36**0.5 * 2**0.5
-    assert_matches(search.observe(array((0, 0.6), (0, 1))), [(0, 1 / norm), (1, 1.0)])
-
-
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[FloatArray, FloatArray, int]:
     """Draw gate probabilities of stored iterations (N, L, J), of queries (B, L, J), a capacity."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,6 @@ def test_every_bfloat16_survives(bits: np.ndarray[Any, np.dtype[np.uint16]]) -> 
     np.testing.assert_array_equal(back.view(np.uint32), values.view(np.uint32))
 
 
-def test_bfloat16_by_hand() -> None:
-    assert encode(np.array([1.0, -2.5], np.float32), "bfloat16") == bytes.fromhex("803f20c0")
-    assert decode(np.frombuffer(bytes.fromhex("803f20c0"), np.uint8), "bfloat16").tolist() == [
-        1.0,
-        -2.5,
-    ]
-
-
 @pytest.mark.parametrize(("dtype", "value"), [("bfloat16", 1 + 2**-8), ("float16", 70000.0)])
 def test_what_the_dtype_cannot_hold_is_refused(tmp_path: Path, dtype: DType, value: float) -> None:
     header = TraceHeader(ModelShape(1, 1, 1, 1), dtype, ("logits",))
@@ -171,17 +162,12 @@ def write_and_break_off(path: Path) -> None:
         raise KeyboardInterrupt
 
 
-def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        write_and_break_off(tmp_path / "t")
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_exception_leaves_the_trace_that_was_there(tmp_path: Path) -> None:
     requests = a_trace(tmp_path / "t")
     with pytest.raises(KeyboardInterrupt):
         write_and_break_off(tmp_path / "t")
     assert_same(TraceReader(tmp_path / "t").request(1), requests[1])
+    assert list(tmp_path.iterdir()) == [tmp_path / "t"]
 
 
 HEADER = TraceHeader(SHAPE, "float32", ("logits",))
@@ -230,76 +216,27 @@ def read_all(path: Path) -> tuple[TraceHeader, list[TracedRequest]]:
         return reader.header, list(reader.requests())
 
 
-def complaint(path: Path, data: bytes, due: list[TracedRequest]) -> str | None:
-    """Read damaged bytes; return what the reader says, or None if all is as it was."""
-    path.write_bytes(data)
-    try:
-        header, found = read_all(path)
-    except TraceError as error:
-        return str(error)
-    assert header.provenance == {"model": "tiny", "seed": 5}
-    assert header.contents == EVERYTHING
-    assert len(found) == len(due)
-    for request, expected in zip(found, due, strict=True):
-        assert_same(request, expected)
-    return None
-
-
-def damaged(good: bytes, rng: random.Random) -> bytes:
-    """Flip a bit, or overwrite, cut out or repeat up to 16 bytes."""
-    start = rng.randrange(len(good))
-    stop = min(start + rng.randrange(1, 16), len(good))
-    flipped = bytes([good[start] ^ 1 << rng.randrange(8)]) + good[start + 1 : stop]
-    middle = rng.choice([flipped, flipped, rng.randbytes(stop - start), b"", good[start:stop] * 2])
-    return good[:start] + middle + good[stop:]
-
-
-def test_damage_is_noticed_or_harmless(tmp_path: Path) -> None:
-    due = a_trace(tmp_path / "good")
-    good = (tmp_path / "good").read_bytes()
-    rng = random.Random(1)
-    complaints = [complaint(tmp_path / "bad", damaged(good, rng), due) for _ in range(600)]
-    noticed = [message for message in complaints if message]
-    assert len(noticed) > 400
-    for message in noticed:
-        assert message.startswith(f"{tmp_path / 'bad'}: ")
-        assert "\n" not in message
-
-
-def test_a_changed_header_is_noticed(tmp_path: Path) -> None:
-    a_trace(tmp_path / "t")
-    data = (tmp_path / "t").read_bytes()
-    (tmp_path / "t").write_bytes(data.replace(b'"seed": 5', b'"seed": 6'))
-    with pytest.raises(TraceError, match="is damaged in its header; copy or record it again"):
-        TraceReader(tmp_path / "t")
-
-
-def test_truncated_files_are_noticed(tmp_path: Path) -> None:
-    due = a_trace(tmp_path / "good")
-    good = (tmp_path / "good").read_bytes()
-    for length in [*range(0, len(good), 17), *range(len(good) - 20, len(good))]:
-        assert complaint(tmp_path / "bad", good[:length], due)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_are_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, framed: bool
+def rewrite(
+    path: Path,
+    groups: tuple[int, ...] = (0, 1),
+    cell: tuple[str, int, bytes] | None = None,
+    **fields: Any,
 ) -> None:
-    path = tmp_path_factory.mktemp("any") / "t"
-    path.write_bytes(b"PAR1" + data + b"PAR1" if framed else data)
-    with pytest.raises(TraceError):
-        TraceReader(path)
-
-
-def rewrite(path: Path, groups: tuple[int, ...] = (0, 1), **fields: Any) -> None:
-    """Write a sound file of these row groups, with these fields of the header changed."""
+    """Write a sound file of these row groups, with a cell or fields of the header changed."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(group) for group in groups]
+    if cell is not None:
+        name, index, value = cell
+        values = tables[0][name].to_pylist()
+        values[index] = value
+        place = tables[0].column_names.index(name)
+        changed = pa.array(values, pa.binary())
+        tables[0] = tables[0].set_column(place, tables[0].schema.field(name), [changed])
+        fields["requests"] = [[n, 3, fingerprint(table)] for n, table in enumerate(tables)]
     metadata = tables[0].schema.metadata or pq.read_metadata(path).metadata
     header = json.dumps({**json.loads(metadata[HEADER_KEY]), **fields}).encode()
     plain = tables[0].schema.remove_metadata()
-    with pq.ParquetWriter(path, plain, store_schema=False) as writer:
+    with pq.ParquetWriter(path, plain, compression="zstd", store_schema=False) as writer:
         checksum = hashlib.sha256(header).hexdigest().encode()
         writer.add_key_value_metadata({HEADER_KEY: header, CHECKSUM_KEY: checksum})
         for table in tables:
@@ -324,20 +261,14 @@ def test_sound_row_groups_in_the_wrong_order_are_noticed(tmp_path: Path) -> None
     [
         ({"version": 2}, "has version 2 of the format, this release reads version 1; record it"),
         ({"format": "other"}, "has the format 'other'"),
-        ({"dtype": "int8"}, "damaged or no trace: unknown dtype"),
         ({"contents": ["logits", "noise"]}, "damaged or no trace: unknown dtype or contents"),
         ({"contents": ["logits"]}, "has the columns"),
-        ({"shape": {"layers": 2}}, "damaged or no trace"),
-        ({"shape": None}, "damaged or no trace"),
         ({"shape": {"layers": 0, "experts": 3, "top_k": 1, "hidden_size": 4}}, "integer from 1 up"),
         ({"shape": {"layers": 2, "experts": 3, "top_k": 4, "hidden_size": 4}}, "top 4 of 3"),
         ({"shape": {"layers": 2**70, "experts": 3, "top_k": 1, "hidden_size": 4}}, "from 1 up"),
         ({"gates": {"weight": ["float32", "AAAA"], "bias": None}}, "damaged or no trace"),
         ({"gates": {"weight": ["float32", "AADAfwAA" * 16], "bias": None}}, "gates hold .* NaN"),
-        ({"requests": [[0, 3, 0], [1, 0, 0]]}, "integer from 1 up"),
-        ({"requests": [["a", 3, 0], [1, 3, 0]]}, "requests that are not numbers"),
         ({"requests": [[0, 3, 0]]}, "2 row groups for 1 requests"),
-        ({"requests": [[0, 3, 0], [0, 3, 0]]}, "2 row groups"),
         ({"requests": [[0, 2, 0], [1, 3, 0]]}, "request 0 .*another number of steps"),
         ({"requests": [[0, 3, 0], [1, 3, 0]]}, "request 0 .*checksum"),
     ],
@@ -349,24 +280,11 @@ def test_unfit_headers_are_refused(tmp_path: Path, fields: dict[str, Any], messa
         read_all(tmp_path / "t")
 
 
-def test_arrays_of_another_size_are_refused(tmp_path: Path) -> None:
-    due = a_trace(tmp_path / "t")
-    wider = {"layers": 2, "experts": 3, "top_k": 1, "hidden_size": 5}
-    rewrite(tmp_path / "t", shape=wider, gates=None)
-    with pytest.raises(TraceError, match=r"request 0 .*embeddings of a size"):
-        read_all(tmp_path / "t")
-    fewer = {"layers": 1, "experts": 3, "top_k": 1, "hidden_size": 4}
-    rewrite(tmp_path / "t", shape=fewer)
-    with pytest.raises(TraceError, match=r"request 1 .*counts of a size"):
-        TraceReader(tmp_path / "t").request(due[1].number)
-
-
 @pytest.mark.parametrize(
     ("name", "index", "value", "message"),
     [
         ("counts", 0, b"\2\0" * 6, "counts do not add up"),
         ("logits", 1, b"\xc0\x7f" * 6, "logits hold values that are NaN or infinite"),
-        ("hidden_states", 1, b"\x80\x7f" * 8, "hidden_states hold values that are NaN or inf"),
         ("prompt", 0, b"\xff" * 12, "a prompt with a token id below 0"),
         ("output", 0, bytes(2**27), "bytes that unpack to 134,2"),
     ],
@@ -374,20 +292,8 @@ def test_arrays_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_values_that_no_model_routes_are_refused(
     tmp_path: Path, name: str, index: int, value: bytes, message: str
 ) -> None:
-    a_trace(tmp_path / "t", requests=1)
-    with pq.ParquetFile(tmp_path / "t") as file:
-        table, metadata = file.read_row_group(0), file.metadata.metadata
-    values = table[name].to_pylist()
-    values[index] = value
-    place = table.column_names.index(name)
-    table = table.set_column(place, table.schema.field(name), [pa.array(values, pa.binary())])
-    header = json.loads(metadata[HEADER_KEY]) | {"requests": [[0, 3, fingerprint(table)]]}
-    packed = json.dumps(header).encode()
-    schema = table.schema.remove_metadata()
-    with pq.ParquetWriter(tmp_path / "t", schema, compression="zstd", store_schema=False) as writer:
-        sha256 = hashlib.sha256(packed).hexdigest().encode()
-        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: sha256})
-        writer.write_table(table.replace_schema_metadata(None))
+    a_trace(tmp_path / "t")
+    rewrite(tmp_path / "t", cell=(name, index, value))
     with pytest.raises(TraceError, match=message):
         read_all(tmp_path / "t")
 
@@ -397,13 +303,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         TraceReader(tmp_path / "nowhere")
     with pytest.raises(TraceError, match="damaged or no trace"):
         TraceReader(tmp_path)
-
-
-def test_a_parquet_file_without_a_header_is_no_trace(tmp_path: Path) -> None:
-    a_trace(tmp_path / "t")
-    pq.write_table(pq.read_table(tmp_path / "t").replace_schema_metadata(None), tmp_path / "u")
-    with pytest.raises(TraceError, match="u: has no trace header; give a trace"):
-        TraceReader(tmp_path / "u")
 
 
 # What a system needs ------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.serving import Server
-from experiments.small_models import small_model
 from experiments.traced_serving import Prompter, Script, traced_setup
 from experiments.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -26,18 +25,13 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import FloatArray, Iteration, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.recorder import Recorder
-from finemoe.testbed import Testbed
 from finemoe.trace import TracedRequest, TraceHeader
 from finemoe.trace_file import TraceWriter
 from finemoe.traced_gates import GateStep, TracedGates, chosen
+from tests.engine import emulated, offloaded
 
-CPU = torch.device("cpu")
 PROMPTS = ((1, 2, 3, 4, 5), (60, 50, 40, 30, 20))
 STEPS = 4
-
-
-def offloaded(family: str, seed: int) -> OffloadedModel:
-    return OffloadedModel.from_model(small_model(family, seed=seed), CPU)
 
 
 def requests() -> list[Request]:
@@ -73,7 +67,7 @@ def prompted(
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "phimoe", "gpt_oss"])
 def test_another_model_routes_what_the_trace_says(family: str) -> None:
-    traced, other = trace_of(offloaded(family, 0)), offloaded(family, 1)
+    traced, other = trace_of(offloaded(family, seed=0)), offloaded(family, seed=1)
     own = trace_of(other)
     assert any(
         (a.counts != b.counts).any()
@@ -97,8 +91,8 @@ def test_another_model_routes_what_the_trace_says(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_offloading_changes_no_bit_and_loads_what_the_trace_activates(family: str) -> None:
-    traced, other = trace_of(offloaded(family, 0)), offloaded(family, 1)
-    testbed = Testbed("test", "emulated", (CPU,), 4096, 100.0)
+    traced, other = trace_of(offloaded(family, seed=0)), offloaded(family, seed=1)
+    testbed = emulated(link_gb_s=100.0)
     layout, shape = other.store.layout, other.shape
     activated: list[tuple[int, ...]] = []
     with TracedGates(other) as gates:
@@ -122,7 +116,7 @@ def test_offloading_changes_no_bit_and_loads_what_the_trace_activates(family: st
 
 
 def test_a_model_is_its_own_again_afterwards() -> None:
-    model = offloaded("mixtral", 0)
+    model = offloaded("mixtral", seed=0)
     before = trace_of(model)
     with TracedGates(model):
         pass
@@ -131,18 +125,13 @@ def test_a_model_is_its_own_again_afterwards() -> None:
 
 
 def test_steps_of_another_length_are_refused() -> None:
-    model = offloaded("mixtral", 0)
+    model = offloaded("mixtral", seed=0)
     step = GateStep.of(trace_of(model)[0].steps[0], model.shape.top_k)
     with pytest.raises(ValueError, match=r"routes \(5,\) tokens where \(1,\)"):
         TracedGates(model).begin(Iteration(0, "decode", (0,), (1,)), [step])
 
 
 # Choices ----------------------------------------------------------------------------------------
-
-
-def test_choices_go_by_descending_logit() -> None:
-    logits = np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]], np.float32)
-    assert chosen(logits, np.array([1, 1, 2]), 2).tolist() == [[1, 2], [0, 2]]
 
 
 def test_counts_decide_ties() -> None:
@@ -173,7 +162,7 @@ def refusal(path: Path, *overrides: str) -> str:
     conf = Path(__file__).parents[2] / "conf"
     with initialize_config_dir(str(conf), version_base="1.3"):
         cfg = compose("config", [f"routing={path}", "weights=dummy", "output=x", *overrides])
-    testbed = Testbed("test", "emulated", (CPU,), 4096, 1.0)
+    testbed = emulated()
     with pytest.raises(UserError) as caught, traced_setup(cfg, testbed, Console(quiet=True)):
         pass
     message = str(caught.value)

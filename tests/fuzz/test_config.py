@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +15,7 @@ from experiments.config import check
 from experiments.console import Console
 from experiments.errors import UserError
 from experiments.harness import run
-from tests.command import ROOT
+from tests.command import config
 from tests.fuzz import fuzzed
 
 TESTBEDS = ("rtx3090x6", "a100", "emulated")
@@ -85,8 +84,7 @@ def drawn(data: st.DataObject) -> DictConfig:
 
 
 def quick(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", ["output=unused", *overrides])
+    return config("config", "output=unused", *overrides)
 
 
 def spoil(data: st.DataObject, cfg: DictConfig, where: tuple[str, ...]) -> None:

@@ -21,54 +21,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.config import build
 from experiments.serving import PlainRuntime, Server
 from experiments.small_models import FAMILIES, small_model
-from experiments.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.hooks import PolicyError
 from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import BackgroundError
-from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Policy, Prefetch, PrefetchTable, Routing
-from finemoe.recorder import gate_weights
-from finemoe.testbed import Testbed
-from tests.command import ROOT
+from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests
 from tests.fuzz import fuzzed
 
 PATIENCE_S = 60.0
-OUTPUT = 3
-SYSTEMS: dict[str, dict[str, list[Any]]] = {
-    "finemoe": {
-        "prefetch_distance": [1, 2, 3],
-        "store_capacity": [1, 4],
-        "variant": ["paper", "demo"],
-        "search": ["both", "semantic", "trajectory"],
-        "selection": ["delta", "top_k"],
-        "eviction": ["finemoe", "lru", "lfu"],
-        "horizon": ["single", "all"],
-        "aggregation": ["mean", "token"],
-        "online_growth": [True, False],
-        "asynchronous": [True, False],
-    },
-    "moe_infinity": {
-        "early_layers": [1, 3],
-        "capacity": [1, 4],
-        "variant": ["paper", "code"],
-        "eviction": ["activation", "lfu", "lru"],
-        "horizon": [None, 1],
-        "online_growth": [True, False],
-    },
-    "promoe": {"prefetch_distance": [1, 2, 3], "extra": [0, 1]},
-    "mixtral_offload": {},
-    "deepspeed": {},
-    "on_demand": {},
-    "belady": {},
-    "oracle": {"lookahead": [1, 64]},
-}
 
 
 class Hang(BaseException):
@@ -113,14 +78,7 @@ class Case:
     switch_s: float
 
 
-@cache
-def offloaded(family: str) -> OffloadedModel:
-    return OffloadedModel.from_model(small_model(family), torch.device("cpu"))
-
-
-def requests(batch: int, length: int, first: int = 0) -> list[Request]:
-    drawn = np.random.default_rng(first).integers(1, 128, (batch, length))
-    return [Request(first + n, tuple(row), OUTPUT) for n, row in enumerate(drawn.tolist())]
+shared = cache(offloaded)
 
 
 @cache
@@ -134,7 +92,7 @@ def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], 
     reference = Server(plain(family))
     reference.serve(requests(batch, length))
     routing: list[list[tuple[int, ...]]] = []
-    model = offloaded(family)
+    model = shared(family)
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
         runtime.listeners.append(lambda outcome: routing[-1].append(outcome.activated))
         Server(runtime, listeners=[lambda _: routing.append([])]).serve(requests(batch, length))
@@ -144,14 +102,14 @@ def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     family = draw(st.sampled_from(list(FAMILIES)))
-    system = draw(st.sampled_from(list(SYSTEMS)))
+    system = draw(st.sampled_from(list(OPTIONS)))
     devices = draw(st.integers(1, 4))
-    size = offloaded(family).shape.size
+    size = shared(family).shape.size
     homes = [len(range(device, size, devices)) for device in range(devices)]
     return Case(
         family,
         system,
-        {name: draw(st.sampled_from(values)) for name, values in SYSTEMS[system].items()},
+        {name: draw(st.sampled_from(values)) for name, values in OPTIONS[system].items()},
         tuple(draw(st.integers(1, home)) for home in homes),
         batch=draw(st.integers(1, 3)),
         length=draw(st.integers(1, 6)),
@@ -164,19 +122,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 def policy_of(case: Case) -> Policy:
     """Return the case's policy as its YAML describes it, prepared as a run prepares it."""
-    model = offloaded(case.family)
-    facts = {"name": "small", "prefetch_distance": 1}
-    option = OmegaConf.load(ROOT / "conf" / "system" / f"{case.system}.yaml")
-    cfg = OmegaConf.create({"model": facts, "system": option})
-    cfg.system.update(case.options)
-    policy: Policy = build(cfg.system, shape=model.shape)
-    if policy.placement.hidden_states:
-        policy.set_gates(gate_weights(model))
-    if case.history and policy.placement.prediction != "none":
-        with resident_runtime(model, policy) as runtime:
-            Server(runtime).serve(requests(2, 4, first=10))
-            runtime.drain()
-    policy.begin_serving()
+    model = shared(case.family)
+    policy = configured(case.system, model.shape, **case.options)
+    prepared(policy, model, case.history)
     if policy.placement.foresight:
         policy.foretell(expected(case.family, case.batch, case.length)[1])
     return policy
@@ -184,9 +132,8 @@ def policy_of(case: Case) -> Policy:
 
 def serve(case: Case, policy: Policy) -> None:
     """Serve the case; its logits are the plain model's, its slots are never too many."""
-    model = offloaded(case.family)
-    cpu = (torch.device("cpu"),) * len(case.slots)
-    testbed = Testbed("fuzz", "emulated", cpu, case.chunk_bytes, case.link_gb_s)
+    model = shared(case.family)
+    testbed = emulated(len(case.slots), case.link_gb_s, case.chunk_bytes)
     stored = model.store.layout.nbytes
     logits, _ = expected(case.family, case.batch, case.length)
     with offloading_runtime(model, policy, testbed, case.slots, stored) as runtime:
@@ -213,7 +160,7 @@ def undisturbed(case: Case) -> Iterator[None]:
         if thread._started.wait(1):  # type: ignore[attr-defined]
             thread.join(PATIENCE_S)
     assert not any(thread.is_alive() for thread in left)
-    model = offloaded(case.family)
+    model = shared(case.family)
     assert not any(module._forward_hooks for module in model.model.modules())
     assert not any("offload_forward" in vars(module) for module in model.experts)
 
@@ -307,7 +254,7 @@ def answers(hook: str, layers: int, experts: int) -> st.SearchStrategy[Any]:
 def faults(draw: st.DrawFn, case: Case) -> Fault:
     """Draw a hook that raises or answers nonsense, or a copy that fails."""
     nth = draw(st.integers(1, 8))
-    shape = offloaded(case.family).shape
+    shape = shared(case.family).shape
     where = draw(st.sampled_from(["start", "finish", *ASKED, *TOLD, *KEYS]))
     if where in ("start", "finish"):
         return Fault(where, nth, partial(fail, draw(st.sampled_from([OSError, SystemExit]))))
@@ -345,7 +292,7 @@ def test_a_fault_ends_in_its_own_error_and_the_model_serves_again(
         else:
             assert fault.fired
             assert re.search(says, error), error
-    again = OnDemandPolicy(offloaded(case.family).shape)
+    again = OnDemandPolicy(shared(case.family).shape)
     with watched(), undisturbed(case):
         serve(case, again)
 
@@ -358,4 +305,4 @@ def test_an_interrupted_model_serves_again(case: Case, interrupt_s: float) -> No
     with undisturbed(case), suppress(KeyboardInterrupt), watched(interrupt_s):
         serve(case, policy)
     with watched(), undisturbed(case):
-        serve(case, OnDemandPolicy(offloaded(case.family).shape))
+        serve(case, OnDemandPolicy(shared(case.family).shape))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import get_method
 from omegaconf import DictConfig
 from PIL import Image
@@ -29,7 +28,7 @@ from experiments.figures import (
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceHeader
 from finemoe.trace_file import CONTENTS, TraceWriter
-from tests.command import ROOT
+from tests.command import config
 from tests.experiments.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
 
 OF_TRACES = ("figure3a", "figure3b", "figure3c", "figure4", "figure8", "figure9", "figure16a")
@@ -54,8 +53,7 @@ def subject(toy: Path) -> traces.Subject:
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [f"experiment={name}", *overrides])
+    return config("config", f"experiment={name}", *overrides)
 
 
 def analysed(name: str, recorded: traces.Traces, folder: Path, *overrides: str) -> DictConfig:
@@ -109,13 +107,6 @@ def test_entropy_grows_by_hand(subject: traces.Subject) -> None:
     assert figure3c.growth(subject.routing.iterations, longest=1)["iterations"].tolist() == [1]
 
 
-def test_the_fine_heatmap_shows_the_same_iteration_twice(subject: traces.Subject) -> None:
-    table = figure3a.shares(subject.routing.iterations)
-    assert table["fine_counts"].tolist() == [0, 1, 0, 0, 0, 1]
-    assert table["fine"].tolist() == pytest.approx([0.25, 0.5, 0.25, 0.25, 0.25, 0.5])
-    assert table["coarse"].tolist() == [0.75, 0.25, 0, 0, 0.25, 0.75]
-
-
 def test_hit_rates_stop_at_the_last_layer(subject: traces.Subject) -> None:
     table = figure4.hit_rates(subject, composed("figure4").experiment)
     # The history's request and its second token both say 2 in layer 1, where the measured say 0.
@@ -131,12 +122,6 @@ def test_scores_by_capacity_by_hand(subject: traces.Subject) -> None:
     assert table["stored"].tolist() == [1, 1, 3, 3]
     # What the measured decode in layer 0, where they are searched for, the history did last.
     assert table["score"].tolist() == pytest.approx([1, 1, 1, 1])
-
-
-def test_a_trace_is_split_into_history_and_measured(subject: traces.Subject) -> None:
-    assert subject.history.request.tolist() == [0, 0, 0]
-    assert subject.measured.request.tolist() == [1, 1, 1]
-    assert subject.searched(capacity=10).store.size == 3
 
 
 def test_store_memory_by_hand() -> None:

@@ -1,27 +1,21 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.utils import get_method
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from experiments.errors import UserError
 from experiments.figures import charts, style
 from experiments.frames import run_frame
-from tests.command import ROOT
+from tests.command import config
 from tests.experiments.test_frames import leave_run
 
 FIGURES = ("1b", "10", "11", "12", "13", "14a", "14b", "15", "16b", "17")
-PRODUCTS = dict(zip(FIGURES, (18, 36, 15, 75, 30, 6, 18, 24, 16, 3), strict=True))
 # Overrides of a few runs that each figure can be drawn from, without every cell of its sweep.
 RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "1b": (("system=finemoe",), ("system=resident",)),
@@ -49,29 +43,15 @@ def frame_of(tmp_path: Path, name: str) -> pd.DataFrame:
     return run_frame(folders)
 
 
-def experiment(name: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        chosen = [f"experiment=figure{name}", "output=unused", *overrides]
-        return compose("config", chosen, return_hydra_config=True)
-
-
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_drawn_from_records(tmp_path: Path, name: str) -> None:
     frame = frame_of(tmp_path, name)
     found = drawn(name, frame, tmp_path / "figures")
     assert found.png == tmp_path / "figures" / f"{name}.png"
     assert found.pdf.read_bytes().startswith(b"%PDF")
-    inches = struct.unpack(">I", found.png.read_bytes()[16:20])[0] / style.DPI
-    assert inches == pytest.approx(style.PAGE_INCHES) or inches == pytest.approx(
-        style.COLUMN_INCHES, abs=0.01
-    )
+    assert np.asarray(Image.open(found.png).convert("L")).std() > 1
     data = pd.read_csv(found.csv)
     assert set(data["digest"]) == set(frame["digest"])
-    assert (tmp_path / "figures" / f"{name}.txt").read_text() == found.caption + "\n"
-    for words in (f"Figure {name}: ", "Mode: simulated", "6 x RTX 3090", "weights: scale", "docs"):
-        assert words in found.caption
-    assert "n = 3 requests a run" in found.caption
-    assert "95 %" in found.caption
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -116,43 +96,20 @@ def test_two_records_of_one_cell_are_refused(tmp_path: Path) -> None:
         drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
 
 
-def test_the_caption_names_what_is_missing(tmp_path: Path) -> None:
-    found = drawn("12", frame_of(tmp_path, "12"), tmp_path)
-    missing = found.caption.partition("gaps: ")[2]
-    assert missing.startswith("Qwen1.5-MoE; Phi-3.5-MoE; DeepSpeed; Mixtral-Offloading; ")
-    assert "Mixtral-8x7B / docs / ProMoE / 12 GB" in missing
-    assert "FineMoE / 6 GB" not in missing
-
-
-def test_gaps_are_the_cells_without_a_row() -> None:
-    frame = pd.DataFrame({"model": ["mixtral", "qwen", "qwen"], "series": ["A", "A", "B"]})
-    expected: dict[str, Any] = {"model": ["mixtral", "qwen", "phi"], "series": ["A", "B"]}
-    assert charts.gaps(frame, expected) == "Phi-3.5-MoE; Mixtral-8x7B / B"
-    assert charts.gaps(frame, {"model": ["qwen"], "series": ["A", "B"]}) == ""
-
-
 def test_the_oracle_of_figure_10_is_a_line_and_no_system(
     tmp_path: Path, saved: list[Figure]
 ) -> None:
     leave_run(tmp_path / "a")
     leave_run(tmp_path / "b", "system=oracle", tpots=(0.02, 0.05, 0.08))
     found = drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
-    assert "Dashed: the oracle" in found.caption
-    assert "no proven bound" in found.caption
     assert set(pd.read_csv(found.csv)["system"]) == {"finemoe", "oracle"}
     ttft, tpot, hits = saved[0].axes
     assert [len(axes.patches) for axes in (ttft, tpot, hits)] == [1, 1, 1]
     # The oracle's 50 ms, across the bar.
     line = np.asarray(tpot.collections[-1].get_paths()[0].vertices, dtype=float)
     np.testing.assert_allclose(line, [[-0.46, 50], [0.46, 50]])
-    (legend,) = saved[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["FineMoE", "Oracle"]
     drawn("10", run_frame([tmp_path / "b"]), tmp_path / "alone")
     assert len(saved[1].axes[0].patches) == 1
-
-
-def test_without_the_oracle_figure_10_does_not_speak_of_it(tmp_path: Path) -> None:
-    assert "oracle" not in drawn("10", frame_of(tmp_path, "10"), tmp_path).caption.lower()
 
 
 def test_another_ablation_is_no_approach_of_figure_14a(tmp_path: Path) -> None:
@@ -191,33 +148,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_systems_have_a_colour_a_marker_and_a_name() -> None:
-    assert set(style.COLOURS) == set(style.MARKERS) == set(style.SYSTEMS)
-    assert len(set(style.COLOURS.values())) == len(style.COLOURS)
-    assert tuple(style.SYSTEMS)[:5] == style.PAPER_SYSTEMS
-    configs = {path.stem for path in (ROOT / "conf" / "system").glob("*.yaml")}
-    assert configs <= set(style.SYSTEMS)
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_an_experiment_is_the_product_of_its_lists(name: str) -> None:
-    cfg = experiment(name)
-    module = importlib.import_module(f"experiments.figures.figure{name}")
-    assert get_method(cfg.experiment.draws) is module.draw
-    assert str(cfg.experiment.id) == module.ID == name
-    plain: Any = OmegaConf.to_container(cfg.hydra.sweeper.params)
-    lists = {key: str(values).split(",") for key, values in plain.items()}
-    cells = [list(cell) for cell in itertools.product(*lists.values())]
-    assert len(cells) == PRODUCTS[name]
-    testbed = "A100 80 GB" if name == "13" else "6 x RTX 3090"
-    overrides = [f"{key}={value}" for key, value in zip(lists, cells[-1], strict=True)]
-    assert experiment(name, *overrides).testbed.name == testbed
-    for cell in cfg.experiment.cells:
-        experiment(name, *cell)
-
-
 def test_figure_14a_has_a_cell_for_each_approach(tmp_path: Path) -> None:
-    cells = [list(cell) for cell in experiment("14a").experiment.cells]
+    cells = [list(cell) for cell in config("config", "experiment=figure14a").experiment.cells]
     for number, cell in enumerate(cells):
         leave_run(tmp_path / str(number), *cell)
     frame = run_frame([tmp_path / str(number) for number in range(len(cells))])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from functools import cache
 
 import pytest
@@ -63,22 +62,6 @@ def cheapest(routing: Routing, slots: int, contents: frozenset[int] | None = Non
     return after(0, frozenset(routing[0][0]), contents or frozenset())
 
 
-@pytest.mark.parametrize(
-    ("experts", "slots", "loads"),
-    [
-        ((A, B, A, B), 1, 4),  # nothing stays
-        ((A, B, A, B), 2, 2),  # each once
-        ((A, B, C, A, B, C), 2, 4),  # c takes b's slot and b that of a; a and c are still there
-        ((A, B, C, D, A, B, C, D), 3, 5),  # only one of the second round is missing
-        ((A, B, C, D, A, B, C, D), 1, 8),
-    ],
-)
-def test_one_expert_a_layer_is_beladys_min(
-    experts: tuple[int, ...], slots: int, loads: int
-) -> None:
-    assert minimal_loads(stream(*experts), ONE_LAYER, (slots,)) == (loads,)
-
-
 def test_experts_of_one_layer_may_take_turns_in_one_slot() -> None:
     # c keeps one slot until it is used again; a leaves the other before b comes.
     assert minimal_loads(sets((A, C), (A, B), (C,)), ONE_LAYER, (2,)) == (3,)
@@ -102,11 +85,6 @@ def test_what_a_slot_held_before_the_measured_part_is_free() -> None:
     assert minimal_loads(experts, ONE_LAYER, (1,), measured_from=2) == (3,)
     assert minimal_loads(experts, ONE_LAYER, (2,), measured_from=2) == (0,)
     assert minimal_loads(experts, ONE_LAYER, (2,)) == (3,)
-
-
-def test_nothing_measured_needs_nothing() -> None:
-    assert minimal_loads([], ONE_LAYER, (2,)) == (0,)
-    assert minimal_loads(stream(A, B), ONE_LAYER, (1,), measured_from=2) == (0,)
 
 
 @pytest.mark.parametrize(
@@ -145,36 +123,6 @@ def test_no_contents_at_the_start_of_the_measured_part_beat_it(
     contents = itertools.combinations(range(4), slots)
     best = min(cheapest(measured, slots, frozenset(one)) for one in contents) if measured else 0
     assert minimal_loads(routing, ONE_LAYER, (slots,), measured_from=start)[0] <= best
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    routings(TWO_LAYERS, widest=3, longest=12), st.integers(1, 6), st.integers(1, 3), st.randoms()
-)
-def test_no_random_schedule_with_prefetches_beats_the_bound(
-    routing: Routing, slots: int, devices: int, rng: random.Random
-) -> None:
-    plan = (slots,) * devices
-    resident: list[set[int]] = [set() for _ in plan]
-    loads = [0] * devices
-
-    def load(expert: int) -> None:
-        device = expert % devices
-        if expert in resident[device]:
-            return
-        if len(resident[device]) == slots:
-            resident[device].remove(rng.choice(sorted(resident[device])))
-        resident[device].add(expert)
-        loads[device] += 1
-
-    for layers in routing:
-        for layer, activated in enumerate(layers):
-            for _ in range(rng.randrange(3)):
-                load(rng.randrange(6))
-            for index in rng.sample(activated, len(activated)):
-                load(layer * 3 + index)
-    least = minimal_loads(routing, TWO_LAYERS, plan)
-    assert all(low <= had for low, had in zip(least, loads, strict=True))
 
 
 def test_the_roofline_is_the_larger_of_compute_and_links() -> None:

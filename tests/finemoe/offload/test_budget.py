@@ -22,13 +22,10 @@ def slots(budget: float | str, devices: int = 1) -> tuple[int, ...]:
     return plan_slots(parsed, MIXTRAL_EXPERT, MIXTRAL, devices)
 
 
-def test_an_expert_of_mixtral_takes_what_the_paper_says() -> None:
-    assert MIXTRAL_EXPERT == 352_321_536
-
-
-@pytest.mark.parametrize("budget", [6, 6.0, "6", " 6.0 "])
+@pytest.mark.parametrize("budget", [6, 6.0, "6", " 6.0 ", "6GB", "6 gb", "6000MB"])
 def test_a_number_means_decimal_gigabytes(budget: float | str) -> None:
     assert parse_budget(budget, MIXTRAL_EXPERT, MIXTRAL) == 6_000_000_000
+    assert parse_budget("1GiB", MIXTRAL_EXPERT, MIXTRAL) == 2**30
 
 
 @pytest.mark.parametrize(
@@ -56,18 +53,6 @@ def test_the_least_budget_is_named() -> None:
     with pytest.raises(BudgetError, match=r"at least 0\.705 GB \(2 experts\)"):
         slots(0.704)
     assert slots(0.705) == (2,)
-
-
-def test_exactly_k_experts_are_enough() -> None:
-    assert plan_slots(2 * MIXTRAL_EXPERT, MIXTRAL_EXPERT, MIXTRAL, 1) == (2,)
-    with pytest.raises(BudgetError):
-        plan_slots(2 * MIXTRAL_EXPERT - 1, MIXTRAL_EXPERT, MIXTRAL, 1)
-
-
-def test_every_device_needs_a_slot() -> None:
-    with pytest.raises(BudgetError, match=r"at least 1\.762 GB \(5 experts\)"):
-        slots(1.5, devices=5)
-    assert slots(1.762, devices=5) == (1, 1, 1, 1, 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -153,19 +153,6 @@ def full_cache(keys: NDArray[np.float64], count: int) -> ExpertCache:
     return cache
 
 
-def test_the_largest_key_leaves_first() -> None:
-    keys = np.array([[3.0, 9.0, 5.0, 99.0]] * 3)
-    cache = full_cache(keys, 3)
-    assert cache.reserve(at(2, 0), urgent=False) == at(0, 1)
-    assert cache.reserve(at(2, 1), urgent=False) == at(0, 2)
-
-
-def test_a_protected_expert_leaves_for_an_on_demand_load_only() -> None:
-    cache = full_cache(np.full((3, 4), -np.inf), 2)
-    assert cache.reserve(at(2, 0), urgent=False) == NO_SLOT
-    assert cache.reserve(at(2, 0), urgent=True) in EXPERTS[:2]
-
-
 def test_a_prefetch_evicts_only_above_its_floor() -> None:
     keys = np.array([[1.0, 2.0, 0.0, 0.0]] * 3)
     floors = {ExpertId(2, 0): 2.0, ExpertId(2, 3): 1.5}
@@ -187,52 +174,6 @@ def test_keys_that_are_updated_in_place_count_at_once() -> None:
     cache.loaded(at(2, 0))
     keys[0, 0], keys[2, 0] = 0.0, 2.0
     assert cache.reserve(at(2, 1), urgent=False) == at(2, 0)
-
-
-def test_an_on_demand_load_takes_a_protected_expert_last() -> None:
-    keys = np.zeros((3, 4))
-    keys[0, 0] = -np.inf
-    cache = full_cache(keys, 2)
-    assert cache.reserve(at(2, 0), urgent=True) == at(0, 1)
-    assert cache.reserve(at(2, 1), urgent=True) == at(0, 0)
-
-
-def test_a_pinned_expert_stays_whatever_its_key() -> None:
-    cache = full_cache(np.zeros((3, 4)), 2)
-    cache.pin(at(0, 0))
-    cache.pin(at(0, 1))
-    cache.pin(at(0, 1))
-    cache.unpin(at(0, 1))
-    assert cache.reserve(at(2, 0), urgent=True) == NO_SLOT
-    cache.unpin(at(0, 1))
-    assert cache.reserve(at(2, 0), urgent=True) == at(0, 1)
-
-
-def test_a_pin_that_came_before_the_expert_holds() -> None:
-    cache = ExpertCache(SHAPE, [1], lambda incoming: np.zeros((3, 4)))
-    cache.pin(at(0, 0))
-    cache.reserve(at(0, 0), urgent=True)
-    cache.loaded(at(0, 0))
-    assert cache.reserve(at(1, 0), urgent=True) == NO_SLOT
-
-
-def test_a_loading_expert_is_never_evicted() -> None:
-    cache = ExpertCache(SHAPE, [1], lambda incoming: np.zeros((3, 4)))
-    cache.reserve(at(0, 0), urgent=False)
-    assert cache.reserve(at(1, 0), urgent=True) == NO_SLOT
-
-
-def test_experts_go_round_robin_over_devices() -> None:
-    cache = ExpertCache(SHAPE, [1, 1, 1], lambda incoming: np.zeros((3, 4)))
-    assert [cache.device_of(expert) for expert in EXPERTS] == [0, 1, 2] * 4
-
-
-def test_a_full_device_does_not_borrow_from_another() -> None:
-    cache = ExpertCache(SHAPE, [1, 2], lambda incoming: np.zeros((3, 4)))
-    cache.reserve(at(0, 0), urgent=True)
-    assert cache.has_room(1)
-    assert not cache.has_room(0)
-    assert cache.reserve(at(0, 2), urgent=True) == NO_SLOT
 
 
 def test_integrity_notices_a_lost_slot() -> None:

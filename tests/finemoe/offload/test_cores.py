@@ -23,14 +23,6 @@ def mine() -> Iterator[set[int]]:
     os.sched_setaffinity(0, cores)
 
 
-def test_the_model_gets_as_many_cores_as_threads_and_others_the_rest(mine: set[int]) -> None:
-    if len(mine) < 2:
-        pytest.skip("one core")
-    cores = Cores.apart(1)
-    assert cores.model == {min(mine)}
-    assert cores.beside == mine - cores.model
-
-
 def test_no_cores_are_apart_where_the_model_takes_all(mine: set[int]) -> None:
     with pytest.raises(ValueError, match=f"{len(mine)} cores leave none beside"):
         Cores.apart(len(mine))

@@ -10,28 +10,17 @@ set to zero on eviction, and a stream worked out by hand shows where remembering
 
 from __future__ import annotations
 
-import functools
-import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.belady import BeladyPolicy
-from baselines.resident import ResidentPolicy
-from experiments.serving import Server
-from experiments.weights import SCALE_MODELS
-from experiments.workloads import Request
-from finemoe.assemble import resident_runtime
-from finemoe.offload.bounds import minimal_loads
 from finemoe.offload.cache import NO_SLOT, ExpertCache
 from finemoe.offload.eviction import UsageTable
-from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape, Policy
 from tests.finemoe.offload.states import State, state
 
@@ -149,16 +138,6 @@ def test_random_streams_hit_alike(
     assert our_hits(stream, SHAPE, slots, make(SHAPE, stream)) == theirs
 
 
-@pytest.mark.parametrize(("make", "algorithm"), PAIRS)
-@pytest.mark.parametrize("slots", [2, 5, 9])
-def test_skewed_streams_hit_alike(make: Make, algorithm: str, slots: int) -> None:
-    rng = random.Random(slots)
-    experts = [ExpertId(layer, index) for layer in range(3) for index in range(5)]
-    stream = rng.choices(experts, weights=[1 / rank for rank in range(1, 16)], k=1500)
-    theirs = their_hits(stream, SHAPE, slots, algorithm)
-    assert our_hits(stream, SHAPE, slots, make(SHAPE, stream)) == theirs
-
-
 def test_lfu_differs_by_what_it_remembers_of_evicted_experts() -> None:
     a, b, c = (ExpertId(0, index) for index in range(3))
     # Two slots. After five requests a was visited twice and b three times, so c takes a's slot.
@@ -169,41 +148,3 @@ def test_lfu_differs_by_what_it_remembers_of_evicted_experts() -> None:
     # visits too but is less recent, and a is still there.
     ours = our_hits(stream, SHAPE, 2, lfu(SHAPE, stream))
     assert ours == [False, True, False, True, True, False, False, False, True]
-
-
-@functools.cache
-def real_routing() -> tuple[ModelShape, list[list[tuple[int, ...]]]]:
-    """Return what the scale Mixtral activates on a few prompts of its own kind."""
-    folder = SCALE_MODELS / "mixtral"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = OffloadedModel.from_model(plain, torch.device("cpu"))
-    outcomes: list[LayerOutcome] = []
-    prompts = ["Return a new list", "Raise ValueError if the argument", "Open a file and read"]
-    with resident_runtime(model, ResidentPolicy(model.shape)) as runtime:
-        runtime.listeners.append(outcomes.append)
-        server = Server(runtime)
-        for number, text in enumerate(prompts):
-            tokens = tuple(tokenizer(text).input_ids)
-            server.serve([Request(number, tokens, 12)])
-    layers = model.shape.layers
-    activated = [outcome.activated for outcome in outcomes]
-    return model.shape, [activated[i : i + layers] for i in range(0, len(activated), layers)]
-
-
-@pytest.mark.parametrize(("make", "algorithm"), PAIRS)
-@pytest.mark.parametrize("slots", [17, 68, 136])
-def test_real_routing_hits_alike(make: Make, algorithm: str, slots: int) -> None:
-    shape, routing = real_routing()
-    stream = [
-        ExpertId(layer, index)
-        for layers in routing
-        for layer, activated in enumerate(layers)
-        for index in activated
-    ]
-    theirs = their_hits(stream, shape, slots, algorithm)
-    assert our_hits(stream, shape, slots, make(shape, stream)) == theirs
-    assert len(stream) > 2000
-    if algorithm == "Belady":
-        least = minimal_loads(routing_of(stream, shape), shape, (slots,))
-        assert least == (len(stream) - sum(theirs),)

@@ -16,12 +16,10 @@ import torch
 
 from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
-from experiments.small_models import small_model
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.cores import Cores
-from finemoe.offload.hooks import PolicyError
 from finemoe.offload.links import EmulatedLink
-from finemoe.offload.live import BackgroundError, LiveRuntime
+from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
     ExpertId,
@@ -36,9 +34,9 @@ from finemoe.offload.policy import (
     PrefetchTable,
     Wishes,
 )
-from finemoe.offload.transfer import Chunk
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
+from tests.engine import offloaded
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 PREFILL = Iteration(0, "prefill", (0,), (5,))
@@ -46,7 +44,7 @@ PREFILL = Iteration(0, "prefill", (0,), (5,))
 
 @pytest.fixture
 def model() -> OffloadedModel:
-    return OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
+    return offloaded()
 
 
 def runtime(
@@ -197,14 +195,6 @@ def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
     assert arrived == [True, True]
 
 
-def test_a_budget_for_everything_is_filled_before_serving(model: OffloadedModel) -> None:
-    outcomes: list[LayerOutcome] = []
-    with runtime(model, OnDemandPolicy(model.shape), slots=12) as live:
-        live.listeners.append(outcomes.append)
-        live.forward(PREFILL, input_ids=PROMPT)
-    assert all(outcome.hits == outcome.activated for outcome in outcomes)
-
-
 def test_a_finished_runtime_frees_its_slots_at_once(model: OffloadedModel) -> None:
     live = runtime(model, FineMoEPolicy(model.shape, FineMoEOptions(prefetch_distance=1)))
     freed = weakref.ref(live)
@@ -216,43 +206,6 @@ def test_a_finished_runtime_frees_its_slots_at_once(model: OffloadedModel) -> No
         assert freed() is None
     finally:
         gc.enable()
-
-
-def test_a_failing_searcher_fails_the_run_and_leaves_no_thread(model: OffloadedModel) -> None:
-    def fail() -> Sequence[Prefetch]:
-        raise RuntimeError("no such map")
-
-    before = set(threading.enumerate())
-    spy = Spy(model.shape, Placement("background"))
-    spy.act = fail
-    with (
-        pytest.raises(PolicyError, match=r"Spy.on_gate, layer 0: raised RuntimeError: no such map"),
-        runtime(model, spy) as live,
-    ):
-        serve_and_drain(live)
-    assert set(threading.enumerate()) == before
-
-
-def test_a_failing_copy_fails_the_run_and_leaves_no_thread(
-    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: EmulatedLink, chunk: Chunk) -> None:
-        raise OSError("the bus is gone")
-
-    before = set(threading.enumerate())
-    monkeypatch.setattr(EmulatedLink, "start", fail)
-    policy = OnDemandPolicy(model.shape)
-    with pytest.raises(BackgroundError, match="the bus is gone"), runtime(model, policy) as live:
-        live.forward(PREFILL, input_ids=PROMPT)
-    assert set(threading.enumerate()) == before
-
-
-def test_the_model_can_be_served_by_one_runtime_after_another(model: OffloadedModel) -> None:
-    logits = []
-    for slots in (2, 12):
-        with runtime(model, OnDemandPolicy(model.shape), slots) as live:
-            logits.append(live.forward(PREFILL, input_ids=PROMPT).logits)
-    assert torch.equal(logits[0], logits[1])
 
 
 class Guarded(deque[int]):

@@ -15,13 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import torch
-from omegaconf import OmegaConf
 
-from experiments.config import build
+from baselines.on_demand import OnDemandPolicy
 from experiments.replay_serving import ReplayServer
 from experiments.serving import Server
-from experiments.small_models import small_model
 from experiments.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.linear_costs import Line, LinearCosts
@@ -31,21 +28,10 @@ from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
 from finemoe.offload.replay import PredictionCosts, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.virtual_links import LinkRate
-from finemoe.recorder import Recorder, gate_weights
-from finemoe.testbed import Testbed
+from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest
-from tests.command import ROOT
+from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests
 
-SYSTEMS = (
-    "finemoe",
-    "moe_infinity",
-    "promoe",
-    "mixtral_offload",
-    "deepspeed",
-    "on_demand",
-    "belady",
-    "oracle",
-)
 DEVICES: dict[int, list[tuple[int, ...]]] = {
     1: [(2,), (5,), (9,), (12,)],
     3: [(1, 1, 1), (3, 2, 2), (4, 4, 4)],
@@ -81,38 +67,17 @@ class Lockstep:
 
 @pytest.fixture(scope="module")
 def model() -> OffloadedModel:
-    return OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
-
-
-def configured(system: str, model: OffloadedModel) -> Policy:
-    """Return the system's policy as its YAML describes it, with a history of two requests."""
-    option = OmegaConf.load(ROOT / "conf" / "system" / f"{system}.yaml")
-    facts = {"name": "small", "prefetch_distance": 1}
-    cfg = OmegaConf.create({"model": facts, "system": option})
-    policy: Policy = build(cfg.system, shape=model.shape)
-    if policy.placement.hidden_states:
-        policy.set_gates(gate_weights(model))
-    if policy.placement.learns and policy.placement.prediction != "none":
-        with resident_runtime(model, policy) as runtime:
-            Server(runtime).serve(requests(2, first=50))
-            runtime.drain()
-    policy.begin_serving()
-    return policy
-
-
-def requests(batch: int, first: int) -> list[Request]:
-    drawn = np.random.default_rng(first).integers(1, 128, (batch, 4))
-    return [Request(first + n, tuple(row), OUTPUT) for n, row in enumerate(drawn.tolist())]
+    return offloaded()
 
 
 def batches(size: int) -> list[list[Request]]:
-    return [requests(size, first) for first in (0, 10, 20)]
+    return [requests(size, 4, first, OUTPUT) for first in (0, 10, 20)]
 
 
 def recorded(model: OffloadedModel, size: int) -> dict[int, TracedRequest]:
     """Return what every request routes, by its number."""
     with (
-        resident_runtime(model, configured("on_demand", model)) as runtime,
+        resident_runtime(model, OnDemandPolicy(model.shape)) as runtime,
         Recorder(model) as recorder,
     ):
         server = Server(runtime, listeners=[recorder.begin])
@@ -137,8 +102,7 @@ def live(
     model: OffloadedModel, policy: Policy, slots: tuple[int, ...], size: int
 ) -> tuple[list[LayerOutcome], MemoryPlan]:
     """Serve for real, in lockstep; return how experts were found, and the plan."""
-    cpu = (torch.device("cpu"),) * len(slots)
-    testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=100.0)
+    testbed = emulated(len(slots), link_gb_s=100.0)
     lockstep, found = Lockstep(), list[LayerOutcome]()
     stored = model.store.layout.nbytes
     runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep)
@@ -187,23 +151,23 @@ def kinds(outcomes: Sequence[LayerOutcome]) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", OPTIONS)
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("size", [1, 3])
 def test_live_and_replay_find_every_expert_alike(
     model: OffloadedModel, system: str, devices: int, size: int
 ) -> None:
     trace = recorded(model, size)
-    prepared = configured(system, model)
-    if prepared.placement.foresight:
-        prepared.foretell(foretold(trace, size))
+    policy = prepared(configured(system, model.shape), model)
+    if policy.placement.foresight:
+        policy.foretell(foretold(trace, size))
     seen = []
     budgets = DEVICES[devices]
     if devices > 1 and system in COUPLED:
         budgets = [budgets[0], budgets[-1]]
     for slots in budgets:
-        found, plan = live(model, copy.deepcopy(prepared), slots, size)
-        again = replayed(trace, model.shape, copy.deepcopy(prepared), plan, size)
+        found, plan = live(model, copy.deepcopy(policy), slots, size)
+        again = replayed(trace, model.shape, copy.deepcopy(policy), plan, size)
         assert found == again, (slots, kinds(found), kinds(again))
         assert len(found) == len(batches(size)) * OUTPUT * model.shape.layers
         seen.append(kinds(found))

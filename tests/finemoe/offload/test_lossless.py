@@ -9,22 +9,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from baselines.on_demand import OnDemandPolicy
 from experiments.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.live import LiveRuntime
-from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Iteration, Phase, Policy
-from finemoe.policy import FineMoEOptions, FineMoEPolicy
-from finemoe.testbed import Testbed
+from finemoe.offload.policy import Iteration, Phase
+from tests.engine import OPTIONS, configured, emulated, offloaded, prepared
 
 STEPS = 5
-FAST_LINK_GB_S = 0.5
-
-
-def emulated(devices: int) -> Testbed:
-    cpu = (torch.device("cpu"),) * devices
-    return Testbed("test", "emulated", cpu, chunk_bytes=1024, link_gb_s=FAST_LINK_GB_S)
+FEW: dict[str, dict[str, Any]] = {
+    "finemoe": {"store_capacity": 3},
+    "moe_infinity": {"variant": "code"},
+}
 
 
 def plain_logits(model: PreTrainedModel, prompts: torch.Tensor) -> list[torch.Tensor]:
@@ -54,9 +49,11 @@ def _serve(step: Callable[..., Any], prompts: torch.Tensor) -> list[torch.Tensor
     return logits
 
 
-def policies(model: OffloadedModel) -> list[Policy]:
-    options = FineMoEOptions(prefetch_distance=1, store_capacity=3)
-    return [OnDemandPolicy(model.shape), FineMoEPolicy(model.shape, options)]
+def systems(family: str) -> list[str]:
+    """Return every system that may serve anything, or two for all families but one."""
+    if family != "mixtral":
+        return ["on_demand", "finemoe"]
+    return [system for system in OPTIONS if system not in ("belady", "oracle")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,14 +66,16 @@ def test_every_budget_serves_the_same_logits(
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(128, (batch, 7), generator=generator)
     expected = plain_logits(small_model(family, dtype), prompts)
-    model = OffloadedModel.from_model(small_model(family, dtype), torch.device("cpu"))
+    model = offloaded(family, dtype)
     shape = model.shape
     everything = shape.layers * shape.experts
     for total in {max(shape.top_k, devices), everything // 2, everything}:
         slots = tuple(len(range(device, total, devices)) for device in range(devices))
-        for policy in policies(model):
+        for system in systems(family):
+            policy = prepared(configured(system, shape, **FEW.get(system, {})), model)
             stored = model.store.layout.nbytes
-            runtime = offloading_runtime(model, policy, emulated(devices), slots, stored)
+            testbed = emulated(devices, chunk_bytes=1024)
+            runtime = offloading_runtime(model, policy, testbed, slots, stored)
             served = offloaded_logits(runtime, prompts)
             assert all(torch.equal(a, b) for a, b in zip(expected, served, strict=True))
             runtime.residency.cache.check_integrity()

@@ -156,28 +156,21 @@ def test_awaiting_ends_when_no_slot_can_be_had() -> None:
     assert replay.forward(routed(0, (0,), (0,))) == pytest.approx(10 + 8 + 8 + 11)
 
 
-def test_a_demand_waits_for_one_chunk_of_a_prefetch() -> None:
+@pytest.mark.parametrize(
+    ("in_flight", "lag", "turns"),
+    [
+        # The prefetch of 3 starts at 25.5; at 29 it is in its second chunk, which ends at 29.5.
+        (1, 0.0, 29.5),
+        (2, 0.0, 31.5),
+        # At 29 it is not settled yet what follows the chunk that ended at 27.5, or the next one.
+        (1, 2.0, 27.5),
+        (2, 2.0, 29.5),
+    ],
+)
+def test_a_demand_waits_for_the_chunks_in_flight(in_flight: int, lag: float, turns: float) -> None:
     wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
-    replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=15.5)
-    # The prefetch of 3 starts at 25.5; at 29 it is in its second chunk, which ends at 29.5.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(29.5 + 8 + 1)
-    assert outcomes[1].misses == (1,)
-    assert replay.residency.traffic().wasted == 4
-
-
-def test_two_chunks_in_flight_are_waited_for() -> None:
-    wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
-    rate = LinkRate(1.0, chunks_in_flight=2)
-    replay, _ = runtime(Scripted(wish, prediction="background"), gate_s=15.5, rate=rate)
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(31.5 + 8 + 1)
-
-
-@pytest.mark.parametrize(("in_flight", "turns"), [(1, 27.5), (2, 29.5)])
-def test_what_follows_a_chunk_is_settled_late(in_flight: int, turns: float) -> None:
-    wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
-    rate = LinkRate(1.0, chunks_in_flight=in_flight, lag=2.0)
+    rate = LinkRate(1.0, chunks_in_flight=in_flight, lag=lag)
     replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=15.5, rate=rate)
-    # At 29 it is not settled yet what follows the chunk that ended at 27.5, or the next one.
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(turns + 8 + 1)
     assert outcomes[1].misses == (1,)
     assert replay.residency.traffic().wasted == turns - 25.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter, deque
 from dataclasses import dataclass
 
@@ -399,49 +398,6 @@ def copy_all(queue: TransferQueue) -> list[int]:
     return loaded
 
 
-def test_an_expert_is_copied_in_chunks_from_its_first_byte_to_its_last() -> None:
-    _, queue = link(slots=1)
-    queue.demand(A)
-    assert copy(queue, 3) == [(A, 0, 4), (A, 4, 8), (A, 8, 10)]
-    assert queue.next_chunk() is None
-
-
-def test_prefetches_go_by_priority_and_then_from_the_first_layer_on() -> None:
-    _, queue = link(slots=4)
-    for expert, priority in ((C, 0.1), (B, 0.5), (A, 0.1), (D, 0.9)):
-        queue.prefetch(expert, priority)
-    assert copy_all(queue) == [D, B, A, C]
-
-
-def test_a_new_priority_replaces_the_old_one() -> None:
-    _, queue = link(slots=4)
-    for expert, priority in ((A, 0.9), (B, 0.5), (C, 0.1)):
-        queue.prefetch(expert, priority)
-    queue.prefetch(A, 0.2)
-    queue.prefetch(C, 0.7)
-    assert copy_all(queue) == [C, B, A]
-
-
-@pytest.mark.parametrize("changes", [10, *range(80, 100), 500])
-def test_order_survives_any_number_of_changes_of_priority(changes: int) -> None:
-    _, queue = link(slots=len(EXPERTS))
-    rng = random.Random(changes)
-    latest: dict[int, float] = {}
-    for _ in range(changes):
-        expert = rng.choice(EXPERTS)
-        latest[expert] = rng.random()
-        queue.prefetch(expert, latest[expert])
-    assert copy_all(queue) == sorted(latest, key=lambda expert: -latest[expert])
-
-
-def test_demands_go_in_the_order_they_were_made() -> None:
-    _, queue = link(slots=4)
-    queue.prefetch(D, 9.0)
-    for expert in (C, A, B):
-        queue.demand(expert)
-    assert copy_all(queue) == [C, A, B, D]
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_demand_waits_for_the_chunks_in_flight_only(depth: int) -> None:
     _, queue = link(slots=2)
@@ -467,59 +423,6 @@ def test_a_promoted_prefetch_goes_on_where_it_stood() -> None:
     assert queue.traffic == Traffic(prefetched=4, on_demand=16, wasted=0)
 
 
-def test_a_prefetch_whose_last_chunk_is_in_flight_is_not_copied_again_on_demand() -> None:
-    cache, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    copy(queue, 2)
-    last = begin(queue)
-    queue.demand(A)
-    assert queue.next_chunk() is None
-    assert queue.chunk_done(last)
-    assert queue.next_chunk() is None
-    assert state(cache, A) is State.RESIDENT
-    assert queue.traffic == Traffic(prefetched=10, on_demand=0, wasted=0)
-
-
-def test_what_is_resident_is_not_prefetched() -> None:
-    _, queue = link(slots=1)
-    queue.demand(A)
-    assert copy_all(queue) == [A]
-    queue.prefetch(A, 1.0)
-    assert not queue.requested(A)
-    assert queue.next_chunk() is None
-
-
-def test_a_wish_does_not_hold_back_a_demand_for_the_same_expert() -> None:
-    _, queue = link(slots=2)
-    queue.demand(A)
-    queue.prefetch(A, 0.1)
-    queue.prefetch(B, 0.9)
-    assert copy_all(queue) == [A, B]
-    assert queue.traffic == Traffic(prefetched=10, on_demand=10, wasted=0)
-
-
-def test_a_slot_is_taken_when_the_first_chunk_is_due() -> None:
-    cache, queue = link(slots=1)
-    queue.demand(A)
-    copy_all(queue)
-    queue.prefetch(B, 1.0)
-    assert state(cache, A) is State.RESIDENT
-    copy(queue)
-    assert state(cache, A) is State.ABSENT
-    assert state(cache, B) is State.LOADING
-
-
-def test_a_cancelled_prefetch_frees_its_slot_and_wastes_its_bytes() -> None:
-    cache, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    copy(queue, 2)
-    queue.cancel(A)
-    assert state(cache, A) is State.ABSENT
-    assert cache.has_room(A)
-    assert queue.next_chunk() is None
-    assert queue.traffic == Traffic(prefetched=8, on_demand=0, wasted=8)
-
-
 def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> None:
     cache, queue = link(slots=1)
     queue.prefetch(A, 1.0)
@@ -534,50 +437,6 @@ def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> Non
     assert queue.traffic.wasted == 8
 
 
-def test_a_prefetch_cancelled_after_its_last_chunk_left_becomes_resident() -> None:
-    cache, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    copy(queue, 2)
-    last = begin(queue)
-    queue.cancel(A)
-    assert queue.chunk_done(last)
-    assert state(cache, A) is State.RESIDENT
-    assert queue.traffic.wasted == 0
-
-
-@pytest.mark.parametrize("urgent", [True, False])
-def test_a_cancelled_prefetch_can_be_wanted_again_in_flight(urgent: bool) -> None:
-    _, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    chunk = begin(queue)
-    queue.cancel(A)
-    if urgent:
-        queue.demand(A)
-    else:
-        queue.prefetch(A, 0.1)
-    queue.chunk_done(chunk)
-    assert queue.requested(A)
-    assert copy(queue, 2) == [(A, 4, 8), (A, 8, 10)]
-    assert queue.traffic.wasted == 0
-
-
-def test_a_demand_cannot_be_cancelled() -> None:
-    _, queue = link(slots=1)
-    queue.demand(A)
-    queue.cancel(A)
-    assert copy_all(queue) == [A]
-
-
-def test_bytes_are_wasted_when_they_leave_unused() -> None:
-    _, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    copy_all(queue)
-    assert queue.traffic.wasted == 0
-    queue.demand(B)
-    copy_all(queue)
-    assert queue.traffic == Traffic(prefetched=10, on_demand=10, wasted=10)
-
-
 def test_bytes_that_were_used_are_never_wasted() -> None:
     _, queue = link(slots=1)
     queue.prefetch(A, 1.0)
@@ -587,120 +446,3 @@ def test_bytes_that_were_used_are_never_wasted() -> None:
     queue.demand(C)
     copy_all(queue)
     assert queue.traffic == Traffic(prefetched=10, on_demand=20, wasted=0)
-
-
-def test_a_demand_takes_the_slot_of_the_weakest_half_copied_prefetch() -> None:
-    cache, queue = link(slots=2)
-    for expert, priority in ((A, 0.2), (B, 0.8)):
-        queue.prefetch(expert, priority)
-        copy(queue)
-    queue.demand(C)
-    assert copy(queue) == [(C, 0, 4)]
-    assert state(cache, A) is State.ABSENT
-    assert state(cache, B) is State.LOADING
-    assert queue.traffic.wasted == 4
-
-
-def test_a_demand_does_not_take_the_slot_under_a_chunk_in_flight() -> None:
-    _, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    chunk = begin(queue)
-    queue.demand(B)
-    assert queue.next_chunk() is None
-    queue.chunk_done(chunk)
-    assert copy_all(queue) == [B]
-
-
-def test_a_demand_that_holds_a_slot_does_not_wait_for_one_that_gets_none() -> None:
-    cache, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
-    copy(queue)
-    for expert in (B, A):
-        cache.pin(expert)
-        queue.demand(expert)
-    assert copy_all(queue) == [A]
-    cache.unpin(A)
-    assert copy_all(queue) == [B]
-
-
-def test_prefetches_pause_while_a_demand_finds_no_slot() -> None:
-    cache, queue = link(slots=1)
-    cache.pin(A)
-    queue.demand(A)
-    copy_all(queue)
-    queue.prefetch(C, 1.0)
-    queue.demand(B)
-    assert queue.next_chunk() is None
-    cache.unpin(A)
-    assert copy_all(queue) == [B, C]
-
-
-def test_a_half_copied_prefetch_goes_on_while_a_stronger_one_finds_no_slot() -> None:
-    _, queue = link(slots=1)
-    queue.prefetch(A, 0.1)
-    copy(queue)
-    queue.prefetch(B, 0.9)
-    assert copy(queue, 2) == [(A, 4, 8), (A, 8, 10)]
-    assert copy(queue) == [(B, 0, 4)]
-
-
-def test_a_cancelled_prefetch_does_not_go_on_while_another_finds_no_slot() -> None:
-    _, queue = link(slots=1)
-    queue.prefetch(A, 0.1)
-    in_flight = begin(queue)
-    queue.cancel(A)
-    queue.prefetch(B, 0.9)
-    assert queue.next_chunk() is None
-    queue.chunk_done(in_flight)
-    assert copy_all(queue) == [B]
-
-
-def test_of_half_copied_prefetches_the_strongest_goes_on() -> None:
-    _, queue = link(slots=2)
-    for expert, priority in ((A, 0.1), (B, 0.5)):
-        queue.prefetch(expert, priority)
-        copy(queue)
-    queue.prefetch(C, 0.9)
-    assert copy(queue) == [(B, 4, 8)]
-
-
-def test_a_protected_resident_stops_a_prefetch_but_not_a_demand() -> None:
-    _, queue = link(slots=1, keys=-np.inf)
-    queue.demand(A)
-    copy_all(queue)
-    queue.prefetch(B, 1.0)
-    assert queue.next_chunk() is None
-    queue.demand(C)
-    assert copy_all(queue) == [C]
-
-
-def test_a_layer_that_ran_leaves_no_wish_and_keeps_what_its_gate_chose() -> None:
-    _, queue = link(slots=4)
-    below = SHAPE.place(ExpertId(1, 0))
-    for expert, priority in ((A, 0.9), (B, 0.8), (C, 0.7), (below, 0.1)):
-        queue.prefetch(expert, priority)
-    copy(queue)
-    queue.prefetch(B, 1.0)
-    copy(queue)
-    queue.cancel_layer(0, but=[A])
-    assert [queue.requested(expert) for expert in (A, B, C, below)] == [True, False, False, True]
-    assert queue.traffic.wasted == CHUNK_BYTES
-
-
-def test_a_table_of_wishes_leaves_residents_demands_and_zeros_alone() -> None:
-    _, queue = link(slots=6)
-    queue.prefetch(A, 1.0)
-    copy_all(queue)
-    queue.demand(B)
-    queue.prefetch(C, 0.3)
-    queue.prefetch_all(np.array([0.9, 0.9, 0.0, 0.1, 0.0, 0.2]), 0)
-    assert copy_all(queue) == [B, C, EXPERTS[5], D]
-    assert queue.traffic.on_demand == EXPERT_BYTES
-
-
-def test_a_table_gives_a_half_copied_prefetch_its_new_priority() -> None:
-    _, queue = link(slots=6)
-    queue.prefetch(A, 1.0)
-    copy(queue)
-    queue.prefetch_all(np.array([0.1, 0.0, 0.5, 0.0, 0.0, 0.0]), 0)
-    assert copy_all(queue) == [C, A]

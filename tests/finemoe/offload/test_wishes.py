@@ -60,21 +60,3 @@ def test_the_best_wish_is_that_of_a_dictionary(devices: int, data: st.DataObject
             assert wishes.best() == (ranked[0][0] if ranked else -1)
             assert not ranked or wishes.highest == ranked[0][1]
         assert [wishes.wished(e) for e in mine] == [e in expected for e in mine]
-
-
-def test_the_first_of_equal_wishes_is_found_though_the_best_was_lost() -> None:
-    wishes = WishList(SHAPE, 1, 0)
-    for place in (5, 7, 12):
-        wishes.put(place, 0.3)
-    wishes.drop(5)
-    wishes.put(3, 0.3)
-    assert wishes.best() == 3
-    wishes.drop_layer(0)
-    assert wishes.best() == 7
-    wishes.drop_layer(1)
-    wishes.put(2, 0.2)
-    wishes.drop(12)
-    wishes.put(14, 0.2)
-    assert wishes.best() == 2
-    wishes.put(2, 0.1)
-    assert (wishes.best(), wishes.highest) == (14, 0.2)

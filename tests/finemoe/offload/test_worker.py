@@ -33,10 +33,6 @@ def in_thread(call: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def searchers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "searcher"]
-
-
 def test_tasks_run_in_the_order_they_were_published() -> None:
     done: list[int] = []
     worker = started(3, never)
@@ -45,25 +41,6 @@ def test_tasks_run_in_the_order_they_were_published() -> None:
     worker.drain()
     assert done == list(range(50))
     worker.close()
-
-
-def test_close_finishes_what_was_published_and_joins_the_thread() -> None:
-    before = searchers()
-    done: list[int] = []
-    worker = started(8, never)
-    for number in range(5):
-        worker.publish(partial(done.append, number))
-    worker.close()
-    assert done == list(range(5))
-    assert searchers() == before
-
-
-def test_tasks_run_beside_the_publisher() -> None:
-    runners: list[threading.Thread] = []
-    worker = started(1, never)
-    worker.publish(lambda: runners.append(threading.current_thread()))
-    worker.close()
-    assert runners[0] is not threading.current_thread()
 
 
 def test_a_full_queue_makes_the_publisher_wait() -> None:

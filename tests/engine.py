@@ -1,0 +1,89 @@
+"""Engines of a test's size: small models, testbeds, requests, and policies as runs build them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from experiments.config import build
+from experiments.serving import Server
+from experiments.small_models import small_model
+from experiments.workloads import Request
+from finemoe.assemble import resident_runtime
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import ModelShape, Policy
+from finemoe.recorder import gate_weights
+from finemoe.testbed import Testbed
+from tests.command import ROOT
+
+CPU = torch.device("cpu")
+DISTANCE = 1
+OPTIONS: dict[str, dict[str, list[Any]]] = {
+    "finemoe": {
+        "prefetch_distance": [1, 2, 3],
+        "store_capacity": [1, 4],
+        "variant": ["paper", "demo"],
+        "search": ["both", "semantic", "trajectory"],
+        "selection": ["delta", "top_k"],
+        "eviction": ["finemoe", "lru", "lfu"],
+        "horizon": ["single", "all"],
+        "aggregation": ["mean", "token"],
+        "online_growth": [True, False],
+        "asynchronous": [True, False],
+    },
+    "moe_infinity": {
+        "early_layers": [1, 3],
+        "capacity": [1, 4],
+        "variant": ["paper", "code"],
+        "eviction": ["activation", "lfu", "lru"],
+        "horizon": [None, 1],
+        "online_growth": [True, False],
+    },
+    "promoe": {"prefetch_distance": [1, 2, 3], "extra": [0, 1]},
+    "mixtral_offload": {},
+    "deepspeed": {},
+    "on_demand": {},
+    "belady": {},
+    "oracle": {"lookahead": [1, 64]},
+}
+"""Every system that the engine serves, and options of each that are worth trying."""
+
+
+def offloaded(
+    family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> OffloadedModel:
+    return OffloadedModel.from_model(small_model(family, dtype, seed), CPU)
+
+
+def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:
+    return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
+
+
+def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:
+    drawn = np.random.default_rng(first).integers(1, 128, (batch, length))
+    return [Request(first + n, tuple(row), output) for n, row in enumerate(drawn.tolist())]
+
+
+def configured(system: str, shape: ModelShape, **options: Any) -> Policy:
+    """Return the policy that a system's YAML describes, with options changed."""
+    facts = {"name": "small", "prefetch_distance": DISTANCE}
+    option = OmegaConf.load(ROOT / "conf" / "system" / f"{system}.yaml")
+    cfg = OmegaConf.create({"model": facts, "system": option})
+    cfg.system.update(options)
+    policy: Policy = build(cfg.system, shape=shape)
+    return policy
+
+
+def prepared(policy: Policy, model: OffloadedModel, history: bool = True) -> Policy:
+    """Give a policy the gates and the history of two requests, as a run does before it serves."""
+    if policy.placement.hidden_states:
+        policy.set_gates(gate_weights(model))
+    if history and policy.placement.prediction != "none":
+        with resident_runtime(model, policy) as runtime:
+            Server(runtime).serve(requests(2, 4, first=50))
+            runtime.drain()
+    policy.begin_serving()
+    return policy
