@@ -15,7 +15,6 @@ from PIL import Image, ImageChops
 
 from experiments.claims import VERDICTS, judge
 from experiments.errors import UserError
-from experiments.evidence import Evidence
 from experiments.report import IDS, main, write
 from experiments.system_table import NOTE, system_table
 from tests.experiments.test_claims import Results
@@ -75,7 +74,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_whole_and_needs_nothing_else(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     text = (results.root / "report.html").read_text()
     page = Page(text)
     assert len(set(page.ids)) == len(page.ids)
@@ -85,9 +84,9 @@ def test_page_is_whole_and_needs_nothing_else(results: Results) -> None:
 
 
 def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
-    for verdict in judge(results.root):
+    for verdict in judge(results.folder):
         row = page.split(f'<tr id="{verdict.id}">')[1].split("</tr>")[0]
         assert f">{verdict.verdict}</span>" in row
         assert verdict.paper_says in row
@@ -95,15 +94,15 @@ def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
         assert f"| {verdict.text} | **{verdict.verdict}** |" in markdown
         if verdict.why:
             assert verdict.why in markdown
-    (failed,) = [one for one in judge(results.root) if one.id == "fig10-tpot-deepspeed"]
+    (failed,) = [one for one in judge(results.folder) if one.id == "fig10-tpot-deepspeed"]
     assert failed.verdict == "does not hold"
     assert failed.ours_says in markdown
 
 
 def test_both_say_what_the_systems_did(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
-    table = system_table(Evidence(results.root).runs("10"))
+    table = system_table(results.folder.runs_of("10"))
     assert [row[0] for row in table] == ["system", "DeepSpeed", "FineMoE"]
     for row in table:
         assert f"| {' | '.join(row)} |\n" in markdown
@@ -114,22 +113,22 @@ def test_both_say_what_the_systems_did(results: Results) -> None:
 
 
 def test_contents_lead_to_each_section_and_count_its_verdicts(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     page = (results.root / "report.html").read_text()
     contents = page.split('<nav id="contents"')[1].split("</nav>")[0]
     assert [f"s{name}" for name in IDS] == re.findall(r'href="#(s[^"]+)"', contents)
     (entry,) = [one for one in contents.split("</li>") if 'href="#s10"' in one]
     counted = set(re.findall(r'>(\d+)<span class="unseen">: ([a-z ]+)<', entry))
-    mine = [one for one in judge(results.root) if one.experiment == "10"]
+    mine = [one for one in judge(results.folder) if one.experiment == "10"]
     shown = [one.verdict for one in mine if one.section not in ("Abstract", "Talk")]
     assert counted == {(str(shown.count(name)), name) for name in VERDICTS if name in shown}
     assert len(counted) > 1
 
 
 def test_each_claim_is_listed_under_its_verdict(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     page = (results.root / "report.html").read_text()
-    verdicts = judge(results.root)
+    verdicts = judge(results.folder)
     for name in VERDICTS:
         listed = page.split(f'<ul id="{name.replace(" ", "-")}">')[1].split("</ul>")[0]
         found = re.findall(r'href="#([^"]+)"', listed)
@@ -144,9 +143,9 @@ def test_a_long_why_is_folded_after_its_first_sentence_and_whole(results: Result
         for dataset in ("docs", "code")
     ]
     results.experiment("10", *made)
-    write(results.root)
+    write(results.folder)
     page = (results.root / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
-    (failed,) = [one for one in judge(results.root) if one.id == "headline-latency"]
+    (failed,) = [one for one in judge(results.folder) if one.id == "headline-latency"]
     cell = page.split(f'<tr id="{failed.id}">')[1].split('<tr class="why">')[1].split("</tr>")[0]
     opened, folded = cell.split("<details>")
     assert failed.why.startswith(re.sub(r"<[^>]+>", "", opened).strip())
@@ -164,7 +163,7 @@ def test_figures_keep_their_looks_and_say_their_size(
     drawn.paste("#0072b2", (0, 0, 100, 100))
     drawn.paste("#d55e00", (100, 100, 200, 240))
     drawn.save(results.root / "figures" / "10.png")
-    write(results.root)
+    write(results.folder)
     (image,) = re.findall(r"<img [^>]+>", (results.root / "report.html").read_text())
     assert f'width="{shown}" height="100" alt="Figure 10: a title;' in image
     assert ('class="broad"' in image) == broad
@@ -176,11 +175,11 @@ def test_figures_keep_their_looks_and_say_their_size(
 def test_a_broken_figure_is_one_line(results: Results) -> None:
     (results.root / "figures" / "10.png").write_bytes(dot()[:40])
     with pytest.raises(UserError, match=r"10\.png: not an image; delete it"):
-        write(results.root)
+        write(results.folder)
 
 
 def test_figures_captions_and_data_are_there(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
     assert page.count("data:image/png;base64,") == 1
     assert CAPTION.replace("<", "&lt;").replace(">", "&gt;") in page
@@ -195,7 +194,7 @@ def test_figures_captions_and_data_are_there(results: Results) -> None:
 
 
 def test_provenance_is_that_of_the_records(results: Results) -> None:
-    write(results.root)
+    write(results.folder)
     markdown = (results.root / "REPORT.md").read_text()
     for row in (
         "| records | 2 runs, 0 analyses |",
@@ -212,7 +211,7 @@ def test_provenance_is_that_of_the_records(results: Results) -> None:
 
 def test_the_same_records_give_the_same_report_but_for_the_time(results: Results) -> None:
     def contents() -> list[str]:
-        write(results.root)
+        write(results.folder)
         texts = [(results.root / name).read_text() for name in ("report.html", "REPORT.md")]
         return [re.sub(r"Written [-0-9T:+]+", "Written", text) for text in texts]
 
@@ -231,4 +230,4 @@ def test_bad_input_is_one_line(
     assert capsys.readouterr().err.startswith("error: /nowhere/at/all: no such folder; run ")
     (results.root / "claims.csv").mkdir()
     with pytest.raises(UserError, match="cannot write to"):
-        write(results.root)
+        write(results.folder)
