@@ -151,8 +151,8 @@ def measure(claim: Claim, results: ResultsFolder) -> Finding:
         experiments = filter(None, (claim.experiment, claim.versus))
         cells = [_cells(claim, results.runs_of(one)) for one in experiments]
         parts = tuple(_RUN_PARTS[claim.kind](claim, *cells))
-        every = pd.concat(run for some in cells for run in some.values())
-        chosen = [select(every, one) for one in claim.selectors]
+        every = [pd.concat(some.values()) for some in cells]
+        chosen = [select(runs, one) for runs in every for one in claim.selectors]
         runs = pd.concat(chosen).drop_duplicates("digest")
     if not parts:
         raise lacking(claim, "nothing to compare")
@@ -165,7 +165,7 @@ def select(rows: pd.DataFrame, wanted: Selector) -> pd.DataFrame:
         if name not in rows:
             return rows.iloc[:0]
         sought = rows[name].max() if value == LAST else value
-        rows = rows[[_same(one, sought) for one in rows[name]]]
+        rows = rows.loc[[_same(one, sought) for one in rows[name]]]
     return rows
 
 

@@ -581,14 +581,6 @@ def test_two_records_of_one_system_are_ambiguous(results: Results) -> None:
     assert "2 records of FineMoE" in results.verdict("fig10-tpot-deepspeed").why
 
 
-def test_judging_twice_writes_the_same(results: Results) -> None:
-    results.experiment("10", results.run("deepspeed"), results.run("finemoe", [0.1, 0.2, 0.1]))
-    judge(results.folder)
-    first = (results.root / "claims.json").read_bytes()
-    judge(results.folder)
-    assert (results.root / "claims.json").read_bytes() == first
-
-
 def test_bad_folders(tmp_path: Path, results: Results) -> None:
     with pytest.raises(UserError, match="no such folder"):
         ResultsFolder(tmp_path / "nowhere")
