@@ -130,7 +130,7 @@ def judge(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
     """Judge every claim, write claims.json and claims.csv into the folder, return the verdicts.
 
     A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
-    UserError if the folder is missing, unreadable or cannot be written to.
+    UserError if the folder is unreadable or cannot be written to.
     """
     verdicts = [judge_one(claim, results, mixed_modes) for claim in load_claims()]
     rows = [asdict(one) for one in verdicts]

@@ -27,7 +27,6 @@ from experiments.records import (
     read_table,
 )
 
-LATENCIES = ("ttft_s", "tpot_s", "e2el_s")
 PHASES = (
     "context_collection",
     "on_demand_wait",
@@ -135,7 +134,8 @@ def _estimates(
     summary: Mapping[str, Any], requests: pd.DataFrame, names: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return means with their intervals; iterations are known where a batch stays together."""
-    means = {name: (summary.get(name) or {}).get("mean") for name in LATENCIES}
+    latencies = ("ttft_s", "tpot_s", "e2el_s")
+    means = {name: (summary.get(name) or {}).get("mean") for name in latencies}
     means["hit_rate"] = summary.get("expert_hit_rate")
     batches = requests.groupby("batch")[["output_tokens", "e2el_s"]].max().sum()
     iterations = float(batches["output_tokens"]) if names["workload"] == "offline" else math.nan
