@@ -2,14 +2,14 @@
 
 Every number comes from run records and analysis tables; `experiments/claims.yaml` says what the
 paper claims, `RULES` says when a claim holds. Intervals are bootstrap intervals
-(`experiments/resampling.py`). Writes `<results>/claims.json` and `<results>/claims.csv`.
+(`experiments/bootstrap.py`). Writes `<results>/claims.json` and `<results>/claims.csv`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,21 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from experiments.errors import UserError, command, words_given
-from experiments.evidence import Evidence, Run
-from experiments.explanations import explain
-from experiments.figures.style import model_name
-from experiments.measuring import (
-    Cell,
+from experiments.bootstrap import interval, limits
+from experiments.claim_findings import (
     Claim,
     Finding,
     Untestable,
     cell_name,
+    comparisons,
     measure,
     run_draws,
+    select,
 )
-from experiments.resampling import interval
+from experiments.claim_reasons import explain
+from experiments.errors import UserError, command, words_given
+from experiments.figures.style import model_name
+from experiments.frame import ResultsFolder
 from finemoe.files import atomic_write
 
 CLAIMS = Path(__file__).parent / "claims.yaml"
@@ -70,25 +71,25 @@ class Verdict:
     kind: str
     text: str
     verdict: str
-    paper: float | None
-    ours: float | None
-    low: float | None
-    high: float | None
-    unit: str
-    paper_says: str
-    ours_says: str
-    measured: str
+    paper: float | None = None
+    ours: float | None = None
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    paper_says: str = ""
+    ours_says: str = ""
+    measured: str = ""
     """What `ours` is: a mean over cells, the least margin, the worst cell."""
-    bound: str
+    bound: str = ""
     """What the bound or an oracle would reach, where records say so."""
-    mode: str
-    testbed: str
-    weights: str
-    requests: int
-    cells: tuple[str, ...]
-    paired: bool
-    digests: tuple[str, ...]
-    why: str
+    mode: str = ""
+    testbed: str = ""
+    weights: str = ""
+    requests: int = 0
+    cells: tuple[str, ...] = ()
+    paired: bool = True
+    digests: tuple[str, ...] = ()
+    why: str = ""
     """Why it does not hold, or holds weaker, from measurements; or what is missing."""
 
 
@@ -115,34 +116,38 @@ def _expanded(entry: Mapping[str, Any]) -> list[Claim]:
         return [Claim(**plain)]
     claims = []
     for model, paper in entry["paper"].items():
-        where = {**entry.get("where", {}), "model": model}
-        shown = _number(paper, str(entry.get("unit", "")), digits=6)
-        text = entry["text"].format(model=model_name(model), paper=shown)
-        own = {"id": f"{entry['id']}-{model}", "paper": paper, "where": where, "text": text}
-        claims.append(Claim(**{**plain, **own}))
+        own = {"id": f"{entry['id']}-{model}", "paper": paper}
+        claim = Claim(**{**plain, **own, "where": {**entry.get("where", {}), "model": model}})
+        text = claim.text.format(model=model_name(model), paper=_number(claim, paper, digits=6))
+        claims.append(replace(claim, text=text))
     return claims
 
 
 # Judging ------------------------------------------------------------------------------------------
 
 
-def judge(results: Path, mixed_modes: bool = False) -> list[Verdict]:
-    """Judge every claim, write claims.json and claims.csv into `results`, return the verdicts.
+def judge(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
+    """Judge every claim, write claims.json and claims.csv into the folder, return the verdicts.
 
     A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
-    UserError if the folder is missing, unreadable or cannot be written to.
+    UserError if the folder is unreadable or cannot be written to.
     """
-    evidence = Evidence(results)
-    verdicts = [judge_one(claim, evidence, mixed_modes) for claim in load_claims()]
-    _write(results, verdicts)
+    verdicts = [judge_one(claim, results, mixed_modes) for claim in load_claims()]
+    rows = [asdict(one) for one in verdicts]
+    text = json.dumps({"rules": RULES, "claims": rows}, indent=1, allow_nan=False) + "\n"
+    write_text(results.root / "claims.json", text)
+    frame = pd.DataFrame(rows)
+    for name in ("cells", "digests"):
+        frame[name] = frame[name].map("; ".join)
+    write_text(results.root / "claims.csv", frame.to_csv(index=False))
     return verdicts
 
 
-def judge_one(claim: Claim, evidence: Evidence, mixed_modes: bool = False) -> Verdict:
+def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -> Verdict:
     """Return the verdict on one claim."""
     try:
-        finding = measure(claim, evidence)
-        modes = sorted({run.record["mode"] for run in finding.runs})
+        finding = measure(claim, results)
+        modes = _distinct(finding, "mode")
         if len(modes) > 1 and not mixed_modes:
             raise Untestable(
                 f"its records mix the modes {', '.join(modes)}: judge one mode, or ask for "
@@ -151,23 +156,23 @@ def judge_one(claim: Claim, evidence: Evidence, mixed_modes: bool = False) -> Ve
         if not np.isfinite(finding.draws[0]):
             raise Untestable(f"{finding.label}: not a finite number, as a baseline's value is 0")
     except Untestable as reason:
-        return _untestable(claim, str(reason))
-    return _verdict(claim, finding, evidence)
+        return Verdict(**_said(claim), verdict=UNTESTABLE, why=str(reason))
+    return _verdict(claim, finding, results)
 
 
 def decide(claim: Claim, finding: Finding) -> str:
     """Return holds, holds weaker or does not hold, by `RULES`."""
-    ours, (low, high) = float(finding.draws[0]), _limits(finding.draws)
+    ours, (low, high) = float(finding.draws[0]), limits(finding.draws)
     if claim.kind in ("reduction", "increase"):
         assert claim.paper is not None
         return FAILS if low <= 0 else HOLDS if high >= claim.paper else WEAKER
     if claim.kind == "order":
-        clear = all(_limits(draws)[0] > 0 for draws in finding.comparisons().values())
+        clear = all(limits(draws)[0] > 0 for draws in comparisons(finding.parts).values())
         everywhere = all(part.draws[0] > 0 for part in finding.parts)
         return FAILS if not clear else HOLDS if everywhere else WEAKER
     if claim.kind == "trend" and claim.flat_after is not None:
-        rise = next(iter(finding.comparisons().values()))
-        if _limits(rise)[0] <= 0 or high >= 1:
+        rise = next(iter(comparisons(finding.parts).values()))
+        if limits(rise)[0] <= 0 or high >= 1:
             return FAILS
         return HOLDS if low <= FLAT else WEAKER
     if claim.kind == "trend":
@@ -198,93 +203,56 @@ def _decide_value(claim: Claim, ours: float, low: float, high: float) -> str:
     return WEAKER if abs(ours - claim.paper) <= wide + rounding else FAILS
 
 
-def _limits(draws: Any) -> tuple[float, float]:
-    """Return the 95 % interval; where nothing varied, the estimate itself."""
-    found = interval(draws)
-    return found if found is not None else (float(draws[0]), float(draws[0]))
-
-
 # What a verdict says ------------------------------------------------------------------------------
 
 
-def _verdict(claim: Claim, finding: Finding, evidence: Evidence) -> Verdict:
+def _verdict(claim: Claim, finding: Finding, results: ResultsFolder) -> Verdict:
     decided = decide(claim, finding)
-    limits, unit = interval(finding.draws), _unit(claim)
-    scale = _SCALES.get(unit, 1.0)
-    ours = float(finding.draws[0])
-    says = _number(ours, unit)
-    says += f" ({_range(*limits, unit)})" if limits else " (no interval)"
-    why = "" if decided == HOLDS else explain(claim, finding)
+    ours, scale, ends = float(finding.draws[0]), claim.scale, interval(finding.draws)
+    between = " to ".join(_plain(end * scale) for end in ends or ()) or "no interval"
+    runs, table = finding.runs, finding.table
+    digests = [table.digest] if table else runs["digest"]
     return Verdict(
         **_said(claim),
         verdict=decided,
         ours=ours * scale,
-        low=limits[0] * scale if limits else None,
-        high=limits[1] * scale if limits else None,
-        ours_says=says,
+        low=ends[0] * scale if ends else None,
+        high=ends[1] * scale if ends else None,
+        ours_says=f"{_number(claim, ours)} ({between})",
         measured=finding.label,
-        bound=_bound(claim, finding, evidence),
-        mode=" + ".join(sorted({run.record["mode"] for run in finding.runs} or
-                               {table.mode for table in finding.tables})),
-        testbed=_joined(finding.runs, "testbed"),
-        weights=_weights(claim, finding, evidence),
-        requests=sum(len(run.requests) for run in _subjects(claim, finding)),
+        bound=_bound(claim, finding, results),
+        mode=table.mode if table else " + ".join(_distinct(finding, "mode")),
+        testbed=", ".join(_distinct(finding, "testbed")),
+        weights=", ".join(_weights(claim, finding, results)),
+        requests=0 if table else int(_subjects(claim, finding)["requests"].sum()),
         cells=tuple(cell_name(cell) for cell in finding.cells),
         paired=finding.paired,
-        digests=_digests(finding),
-        why=why,
-    )  # fmt: skip
-
-
-def _untestable(claim: Claim, reason: str) -> Verdict:
-    nothing: dict[str, Any] = dict.fromkeys(("ours", "low", "high"))
-    empty: dict[str, Any] = dict.fromkeys(
-        ("ours_says", "measured", "bound", "mode", "testbed", "weights"), ""
+        digests=tuple(sorted(digests)),
+        why="" if decided == HOLDS else explain(claim, finding),
     )
-    return Verdict(
-        **_said(claim), verdict=UNTESTABLE, **nothing, **empty, requests=0, cells=(), paired=True,
-        digests=(), why=reason,
-    )  # fmt: skip
 
 
 def _said(claim: Claim) -> dict[str, Any]:
-    unit = _unit(claim)
     names = ("id", "section", "experiment", "kind", "text")
     limit = claim.at_most if claim.at_most is not None else claim.at_least
     paper = claim.paper if claim.paper is not None else limit
     return {
         **{name: getattr(claim, name) for name in names},
-        "paper": None if paper is None else paper * _SCALES.get(unit, 1.0),
-        "unit": unit,
-        "paper_says": _paper(claim, unit),
+        "paper": None if paper is None else paper * claim.scale,
+        "unit": claim.shown_unit,
+        "paper_says": _paper(claim, paper),
     }
 
 
-def _paper(claim: Claim, unit: str) -> str:
+def _paper(claim: Claim, value: float | None) -> str:
     if claim.kind in ("order", "trend"):
         return claim.direction or "flat" if claim.kind == "trend" else "every margin above 0"
-    if claim.at_most is not None:
-        return f"at most {_number(claim.at_most, unit, digits=6)}"
-    if claim.at_least is not None:
-        return f"at least {_number(claim.at_least, unit, digits=6)}"
-    return _number(claim.paper or 0.0, unit, digits=6)
+    bound = "at most " if claim.at_most is not None else "at least "
+    return (bound if claim.kind == "bound" else "") + _number(claim, value or 0.0, digits=6)
 
 
-_SCALES = {"%": 100.0, "ms": 1000.0}
-"""What values, in fractions and seconds, are multiplied by for a unit."""
-
-
-def _unit(claim: Claim) -> str:
-    return claim.unit or ("%" if claim.kind in ("reduction", "increase", "order") else "")
-
-
-def _number(value: float, unit: str, digits: int = 3) -> str:
-    return f"{_plain(value * _SCALES.get(unit, 1.0), digits)} {unit}".strip()
-
-
-def _range(low: float, high: float, unit: str) -> str:
-    scale = _SCALES.get(unit, 1.0)
-    return f"{_plain(low * scale)} to {_plain(high * scale)}"
+def _number(claim: Claim, value: float, digits: int = 3) -> str:
+    return f"{_plain(value * claim.scale, digits)} {claim.shown_unit}".strip()
 
 
 def _plain(value: float, digits: int = 3) -> str:
@@ -296,80 +264,53 @@ def _plain(value: float, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if digits > 3 and "." in text else text
 
 
-def _subjects(claim: Claim, finding: Finding) -> list[Run]:
+def _subjects(claim: Claim, finding: Finding) -> pd.DataFrame:
     """Return the runs of the claim's subject, or all if it ranks without one."""
-    chosen = claim.subject if isinstance(claim.subject, Mapping) else {"system": claim.subject}
-    mine = [run for run in finding.runs if run.matches(chosen)]
-    return list(finding.runs) if claim.ranking else mine
+    return finding.runs if claim.ranking else select(finding.runs, claim.subject)
 
 
-def _digests(finding: Finding) -> tuple[str, ...]:
-    found = [run.digest for run in finding.runs] + [table.digest for table in finding.tables]
-    return tuple(sorted(found))
+def _distinct(finding: Finding, name: str) -> list[str]:
+    return [] if finding.table else sorted(set(finding.runs[name]))
 
 
-def _joined(runs: Sequence[Run], name: str) -> str:
-    return ", ".join(sorted({str(run.record[name]) for run in runs}))
+def _weights(claim: Claim, finding: Finding, results: ResultsFolder) -> list[str]:
+    if finding.table is None:
+        return _distinct(finding, "weights")
+    subjects = results.analysis_record(claim.experiment).get("subjects", ())
+    return sorted({one["weights"] for one in subjects})
 
 
-def _weights(claim: Claim, finding: Finding, evidence: Evidence) -> str:
-    if finding.runs:
-        return _joined(finding.runs, "weights")
-    subjects = evidence.analysis_record(claim.experiment).get("subjects", ())
-    return ", ".join(sorted({str(one.get("weights", "")) for one in subjects}))
-
-
-def _bound(claim: Claim, finding: Finding, evidence: Evidence) -> str:
+def _bound(claim: Claim, finding: Finding, results: ResultsFolder) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
+    if finding.table:
+        return ""
     said = []
-    times = [
-        bound["times"]
-        for run in _subjects(claim, finding)
-        if (bound := run.summary.get("bound")) and bound["times"] >= 1
-    ]
-    if times and not claim.ranking:
-        said.append(f"FineMoE takes {np.mean(times):.2f} times the least possible time")
+    times = _subjects(claim, finding)["bound_times"]
+    times = times[times >= 1]
+    if len(times) and not claim.ranking:
+        said.append(f"FineMoE takes {times.mean():.2f} times the least possible time")
     if claim.kind in ("reduction", "increase"):
-        others = {cell: _oracles(cell, claim, evidence) for cell in finding.cells}
-        if all(others.values()):
-            said.append(_with_oracle(claim, finding, others))
+        runs = results.runs_of(claim.experiment)
+        oracles = select(select(runs, claim.where), "oracle").drop_duplicates(["model", "dataset"])
+        others = pd.concat(select(finding.runs, one) for one in claim.against)
+        pairs = oracles.merge(others, on=["model", "dataset"], suffixes=("", "_other"))
+        if len(oracles) >= len(finding.cells):
+            said.append(f"an oracle reaches {_number(claim, _with_oracle(claim, pairs))}")
     return "; ".join(said)
 
 
-def _oracles(cell: Cell, claim: Claim, evidence: Evidence) -> list[Run]:
-    runs = [run for run in evidence.runs(claim.experiment) if run.matches(claim.where)]
-    return [run for run in runs if run.cell == cell[:2] and run.matches({"system": "oracle"})]
-
-
-def _with_oracle(claim: Claim, finding: Finding, oracles: Mapping[Cell, Sequence[Run]]) -> str:
+def _with_oracle(claim: Claim, pairs: pd.DataFrame) -> float:
+    """Return what the mean change would be with an oracle; a row has its run and another's."""
     sign = 1.0 if claim.kind == "increase" else -1.0
-    changes = []
-    for cell, (oracle, *_) in oracles.items():
-        for metric in claim.metric:
-            best = run_draws(oracle, metric)[0]
-            for run in finding.runs:
-                if run.cell == cell[:2] and any(
-                    run.matches({"system": one}) for one in claim.against
-                ):
-                    changes.append(sign * (best / run_draws(run, metric)[0] - 1))
-    return f"an oracle reaches {_number(float(np.mean(changes)), '%')}"
+    changes = [
+        run_draws(pair, metric)[0] / run_draws(pair | {"table": pair["table_other"]}, metric)[0] - 1
+        for pair in pairs.to_dict("records")
+        for metric in claim.metric
+    ]
+    return sign * float(np.mean(changes))
 
 
 # Files and command --------------------------------------------------------------------------------
-
-
-def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Return one row a claim."""
-    frame = pd.DataFrame([asdict(one) for one in verdicts])
-    for name in ("cells", "digests"):
-        frame[name] = frame[name].map("; ".join)
-    return frame
-
-
-def _write(results: Path, verdicts: Sequence[Verdict]) -> None:
-    content = {"rules": RULES, "claims": [asdict(one) for one in verdicts]}
-    write_text(results / "claims.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-    write_text(results / "claims.csv", table(verdicts).to_csv(index=False))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -382,14 +323,14 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{cause}; choose another results=") from error
 
 
-def arguments(doc: str | None) -> tuple[Path, bool]:
+def arguments(doc: str | None) -> tuple[ResultsFolder, bool]:
     """Return the results folder and mixed_modes from `key=value` words; UserError for others."""
     options, others = words_given(doc, {"results": "results", "mixed_modes": "false"})
     if others:
         raise UserError(f"{others[0]}: give results=<folder>, and mixed_modes=true if you mean it")
     if options["mixed_modes"] not in ("true", "false"):
         raise UserError(f"mixed_modes={options['mixed_modes']}: choose true or false")
-    return Path(options["results"]), options["mixed_modes"] == "true"
+    return ResultsFolder(Path(options["results"])), options["mixed_modes"] == "true"
 
 
 @command()

@@ -18,7 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from experiments.errors import UserError, command, words_given
-from experiments.frames import system_label
+from experiments.frame import identity
 from experiments.records import PLACES, RECORD, read_record
 
 ABSENT = "-"
@@ -69,7 +69,7 @@ def compare(paths: Sequence[Path], console: Console) -> None:
 
 def told_apart(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row a run: what it is of, and every other setting in which the runs differ."""
-    runs = pd.DataFrame([_told(record) for record in records], dtype=object)
+    runs = pd.DataFrame(map(_told, paths, records), dtype=object)
     flat = [pd.json_normalize(record["config"]).iloc[0].to_dict() for record in records]
     null = [{key: "null" for key, value in one.items() if value is None} for one in flat]
     settings = pd.DataFrame([a | b for a, b in zip(flat, null, strict=True)], dtype=object)
@@ -108,17 +108,14 @@ def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def _told(record: Mapping[str, Any]) -> dict[str, Any]:
-    budget = record["memory_budget_gb"]
+def _told(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    names = identity(path, record)
+    budget = names["memory_budget_gb"]
     return {
-        "model": record["model"],
+        "model": names["model"],
         "budget_GB": budget and round(budget, 2),
-        "system": system_label(record["system"], record["config"]),
-        "dataset": record["dataset"],
-        "workload": "online" if "rate" in record["config"]["workload"] else "offline",
-        "weights": record["weights"],
-        "testbed": record["testbed"],
-        "mode": record["mode"],
+        "system": names["label"],
+        **{name: names[name] for name in ("dataset", "workload", "weights", "testbed", "mode")},
         "lossless": {True: "yes", False: "NO"}.get(record["summary"]["lossless"], ABSENT),
     }
 

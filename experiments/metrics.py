@@ -13,8 +13,8 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 
+from experiments.bootstrap import interval, request_draws
 from experiments.continuous import ServedOnline
-from experiments.frames import BOOTSTRAP_RESAMPLES
 from experiments.serving import Served
 from finemoe.offload.policy import LayerOutcome, Phase
 
@@ -83,47 +83,27 @@ class AccessCounter:
         }
 
 
-def distribution(values: Sequence[float], seed: int) -> dict[str, Any] | None:
-    """Return mean, percentiles and a bootstrap 95 % interval of the mean; None without values."""
-    if not values:
+def distribution(requests: pd.DataFrame, name: str, dataset: str) -> dict[str, Any] | None:
+    """Return mean, percentiles and bootstrap 95 % interval of the mean; None without values."""
+    values = requests[name].dropna().to_numpy(float) if name in requests else np.empty(0)
+    if not len(values):
         return None
-    sample = np.asarray(values, dtype=float)
-    p50, p95, p99 = np.percentile(sample, [50, 95, 99]).tolist()
-    mean = float(sample.mean())
-    return {"mean": mean, "p50": p50, "p95": p95, "p99": p99, "ci95": _interval(sample, seed)}
+    p50, p95, p99 = np.percentile(values, [50, 95, 99]).tolist()
+    found = interval(request_draws(requests, name, dataset))
+    ci95 = None if found is None else list(found)
+    return {"mean": float(values.mean()), "p50": p50, "p95": p95, "p99": p99, "ci95": ci95}
 
 
-def _interval(sample: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> list[float] | None:
-    if len(sample) < 2:
-        return None
-    if np.ptp(sample) == 0:
-        return [float(sample[0])] * 2
-    from scipy.stats import bootstrap
-
-    result = bootstrap(
-        (sample,),
-        np.mean,
-        n_resamples=BOOTSTRAP_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
-
-
-def latency_summary(served: Sequence[Served], seed: int) -> dict[str, Any]:
+def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
     """Return the distributions of TTFT, TPOT, ITL, E2EL and queueing, in seconds.
 
-    All but TPOT and ITL count from the arrival, so that the queueing of online requests is part
-    of them; offline, a request arrives when its prefill starts.
+    `requests` is a `request_table`. All but TPOT and ITL count from the arrival, so that the
+    queueing of online requests is part of them; offline, a request arrives when its prefill starts.
     """
-    tpots = [one.tpot for one in served if one.tpot is not None]
-    queueing = [one.queueing for one in served if isinstance(one, ServedOnline)]
+    gaps = requests.explode("itl_s", ignore_index=True)
     return {
-        "ttft_s": distribution([one.ttft for one in served], seed),
-        "tpot_s": distribution(tpots, seed),
-        "itl_s": distribution([gap for one in served for gap in one.itl], seed),
-        "e2el_s": distribution([one.e2el for one in served], seed),
-        "queueing_s": distribution(queueing, seed),
+        name: distribution(gaps if name == "itl_s" else requests, name, dataset)
+        for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s", "queueing_s")
     }
 
 

@@ -37,8 +37,8 @@ PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
 AGAIN = "remove the folder and run it again"
 COLUMNS = {
-    "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0, "late": 0,
-    "misses": 0,
+    "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
+    "late": 0, "misses": 0,
 }  # fmt: skip
 """Columns of a request table that readers compute with, and the share of rows that have a value."""
 ROW_BYTES = 100

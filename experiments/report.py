@@ -22,8 +22,8 @@ from PIL import Image, UnidentifiedImageError
 
 from experiments.claims import RULES, VERDICTS, Verdict, arguments, judge, write_text
 from experiments.errors import UserError, command
-from experiments.evidence import Evidence, Run
 from experiments.figures.style import dataset_name, model_name, system_name
+from experiments.frame import ResultsFolder
 from experiments.records import read_table
 from experiments.system_table import NOTE, system_table
 
@@ -100,16 +100,16 @@ class Section:
         return bool(self.picture or self.data)
 
 
-def write(results: Path, mixed_modes: bool = False) -> None:
-    """Judge the claims, then write REPORT.md and report.html into `results`.
+def write(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
+    """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
-    Raises UserError if the folder is missing, unreadable or cannot be written to, or if a figure
-    in it is no image.
+    Raises UserError if the folder is unreadable or cannot be written to, or if a figure in it is no
+    image.
     """
     verdicts = judge(results, mixed_modes)
-    evidence = Evidence(results)
+    runs = dict(results.runs.get("record", {}))
     headlines = [one for one in verdicts if one.section in HEADLINES]
-    sections = [_section(evidence, name, verdicts) for name in IDS]
+    sections = [_section(results, name, verdicts) for name in IDS]
     in_order = headlines + [one for section in sections for one in section.verdicts]
     content = {
         "headlines": headlines,
@@ -122,12 +122,13 @@ def write(results: Path, mixed_modes: bool = False) -> None:
         "terms": TERMS,
         "systems_note": NOTE,
         "short": SHORT,
-        "provenance": _provenance(evidence),
-        "runs": [_run_row(run) for run in evidence.every_run()],
+        "provenance": _provenance(results, list(runs.values())),
+        "runs": [_run_row(*run) for run in runs.items()],
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for name, escape in ((MARKDOWN, False), (PAGE, True)):
-        write_text(results / name, _render(name, content, escape))
+        write_text(results.root / name, _render(name, content, escape))
+    return verdicts
 
 
 def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
@@ -166,20 +167,20 @@ def _sentences(text: str) -> list[str]:
 # Figures and tables -------------------------------------------------------------------------------
 
 
-def _section(evidence: Evidence, name: str, verdicts: Sequence[Verdict]) -> Section:
-    figures = evidence.results / "figures"
+def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> Section:
+    figures = results.root / "figures"
     picture, caption = figures / f"{name}.png", figures / f"{name}.txt"
     rows, left_out = _data(figures / f"{name}.csv")
     mine = [v for v in verdicts if v.experiment == name and v.section not in HEADLINES]
     return Section(
         name,
         f"Table {name.removeprefix('table')}" if name.startswith("table") else f"Figure {name}",
-        _title(evidence, name),
+        _title(results, name),
         caption.read_text(errors="replace").strip() if caption.exists() else "",
         _picture(picture) if picture.exists() else None,
         rows,
         left_out,
-        system_table(evidence.runs(name)),
+        system_table(results.runs_of(name)),
         tuple(mine),
     )
 
@@ -196,8 +197,8 @@ def _picture(path: Path) -> Picture:
     return Picture(base64.b64encode(packed.getvalue()).decode(), width, height)
 
 
-def _title(evidence: Evidence, name: str) -> str:
-    held = evidence.index(name) or evidence.analysis_record(name)
+def _title(results: ResultsFolder, name: str) -> str:
+    held = results.index(name) or results.analysis_record(name)
     return str(held.get("title", ""))
 
 
@@ -221,28 +222,23 @@ def _shown(value: Any) -> str:
 # Where it came from -------------------------------------------------------------------------------
 
 
-def _provenance(evidence: Evidence) -> dict[str, str]:
+def _provenance(results: ResultsFolder, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return what the records say of commits, versions, machines, traces and seeds."""
-    runs = evidence.every_run()
-    analyses = [record for name in IDS if (record := evidence.analysis_record(name))]
-    origins = [run.record for run in runs]
-    origins += [one["provenance"] for one in analyses]
+    analyses = [record for name in IDS if (record := results.analysis_record(name))]
+    origins = [*runs, *(one["provenance"] for one in analyses)]
     subjects = [subject for one in analyses for subject in one["subjects"]]
-    traces = [run.record["routing"] for run in runs]
-    traces += [_trace(one) for one in subjects]
     packages = [f"{name} {number}" for one in origins for name, number in one["versions"].items()]
     found = {
         "records": f"{len(runs)} runs, {len(analyses)} analyses",
         "commit": _listed(map(_commit, origins)),
         "recorded": _span(one["date"] for one in origins),
-        "mode": _listed([run.record["mode"] for run in runs] + [one["mode"] for one in analyses]),
-        "testbed": _listed(run.record["testbed"] for run in runs),
-        "weights": _listed([run.record["weights"] for run in runs]
-                           + [one["weights"] for one in subjects]),
-        "routing": _listed(traces),
-        "data": _listed(f"{run.record['dataset']}: {run.record['dataset_source']} "
-                        f"(sha256 {run.record['dataset_sha256'][:DIGEST]})" for run in runs),
-        "seeds": _listed(str(run.record["seed"]) for run in runs),
+        "mode": _listed(one["mode"] for one in [*runs, *analyses]),
+        "testbed": _listed(run["testbed"] for run in runs),
+        "weights": _listed(one["weights"] for one in [*runs, *subjects]),
+        "routing": _listed([*(run["routing"] for run in runs), *map(_trace, subjects)]),
+        "data": _listed(f"{run['dataset']}: {run['dataset_source']} "
+                        f"(sha256 {run['dataset_sha256'][:DIGEST]})" for run in runs),
+        "seeds": _listed(str(run["seed"]) for run in runs),
         "machine": _listed(map(_machine, origins)),
         "versions": _listed([f"Python {one['python']}" for one in origins] + packages),
     }  # fmt: skip
@@ -273,10 +269,9 @@ def _trace(subject: Mapping[str, Any]) -> str:
     return f"a trace of {subject['model']} with weights {subject['weights']}"
 
 
-def _run_row(run: Run) -> tuple[str, ...]:
-    record = run.record
+def _run_row(digest: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        run.digest[:DIGEST],
+        digest[:DIGEST],
         system_name(record["system"]),
         model_name(record["model"]),
         dataset_name(record["dataset"]),
@@ -293,7 +288,7 @@ def main() -> None:
     """Write the report; exit 2 for bad input."""
     results, mixed_modes = arguments(__doc__)
     write(results, mixed_modes)
-    print(f"report: {results / MARKDOWN}, {results / PAGE}")
+    print(f"report: {results.root / MARKDOWN}, {results.root / PAGE}")
 
 
 if __name__ == "__main__":

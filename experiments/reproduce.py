@@ -34,6 +34,7 @@ from rich.markup import escape
 from experiments import sweeps
 from experiments.console import bar_on
 from experiments.errors import BAD_INPUT, UserError, exit_code, file_errors, stop
+from experiments.frame import ResultsFolder
 from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
 from experiments.records import check_writable, other_code, read_record
 from experiments.reproduce_tasks import function, make, record_traces, run_one
@@ -228,8 +229,7 @@ class Reproduction:
         made += Path(__file__).parent.glob("*.*")  # claims, their rules and the report's template
         newest = max(path.stat().st_mtime_ns for path in made)
         if not report.exists() or report.stat().st_mtime_ns <= newest:
-            for name in ("experiments.claims.judge", "experiments.report.write"):
-                function(name)(self.store.root)
+            function("experiments.report.write")(ResultsFolder(self.store.root))
         claims = json.loads((self.store.root / "claims.json").read_text())["claims"]
         verdicts = Counter(one["verdict"] for one in claims).most_common()
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")

@@ -72,7 +72,7 @@ def make(
         paths = {key: kept_trace(OmegaConf.create(one), console) for key, one in traced.items()}
         function(experiment.analysis)(cfg, paths, source)
     else:
-        from experiments.frames import run_frame
+        from experiments.frame import run_frame
 
         source = run_frame([store.record(one) for one in content["runs"]])
     if experiment.draws:

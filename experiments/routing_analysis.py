@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from experiments.bootstrap import limits, weights
 from finemoe.offload.policy import FloatArray
 from finemoe.offload.routed import RoutedIteration, joined
 from finemoe.trace import TracedRequest
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -196,18 +195,13 @@ def _bootstrapped(
     request: NDArray[np.int64],
     statistic: Callable[[NDArray[np.floating]], NDArray[np.floating]],
 ) -> tuple[float, float, float]:
-    """Return a statistic of sums over terms (M, N), and its percentiles over drawn requests."""
+    """Return a statistic of sums over terms (M, N), and its 95 % interval over drawn requests."""
     _, position = np.unique(request, return_inverse=True)
     sums = np.stack([np.bincount(position, weights=term) for term in terms])
-    count = sums.shape[1]
-    draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = statistic(sums[:, draws].sum(axis=-1))
         value = float(statistic(sums.sum(axis=-1)))
-    drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn):
-        return value, float("nan"), float("nan")
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
+        drawn = statistic(sums @ weights(sums.shape[1], "requests")[1:].T)
+    low, high = limits(np.concatenate([[value], drawn[np.isfinite(drawn)]]))
     return value, low, high
 
 

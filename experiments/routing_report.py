@@ -170,13 +170,12 @@ def shortcomings(subject: Subject) -> list[str]:
     neglecting = loads.loc[loads["smallest"] < FAIR_SHARE_FLOOR, "layer"].tolist()
     rates = subject.tables["hit_rates"].query("distance == @subject.distance")
     weak = rates.loc[rates["low"] <= subject.chance, "predictor"].tolist()
-    lines = [
+    return [
         f"layers with an expert below a fifth of its fair share of prompt tokens: "
         f"{', '.join(map(str, neglecting)) or 'none'}",
         f"predictors not above chance at d = {subject.distance} (95 % interval): "
         f"{', '.join(weak) or 'none'}",
     ]
-    return lines
 
 
 def _spread(table: pd.DataFrame, column: str) -> Iterator[str]:
@@ -207,13 +206,12 @@ def write_report(subjects: Sequence[Subject], cfg: DictConfig, folder: Path) -> 
 
 def joined_tables(subjects: Sequence[Subject]) -> Tables:
     """Return each table over all subjects, with columns model and dataset in front."""
-    names = subjects[0].tables
     keys = [(subject.model, subject.dataset) for subject in subjects]
     return {
         name: pd.concat([s.tables[name] for s in subjects], keys=keys, names=["model", "dataset"])
         .reset_index(["model", "dataset"])
         .reset_index(drop=True)
-        for name in names
+        for name in subjects[0].tables
     }
 
 

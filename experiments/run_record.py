@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.datasets import PromptSet
-from experiments.metrics import AccessCounter, latency_summary
+from experiments.metrics import AccessCounter, latency_summary, request_table
 from experiments.records import provenance
 from experiments.serving import Served
 from experiments.setup import Engine
@@ -115,7 +115,7 @@ def run_record(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> di
         "positions": _positions(facts.positions, measurement.served),
         "prediction_costs": facts.prediction_costs,
         "online": None if facts.online is None else dict(facts.online),
-        "summary": _summary(cfg, facts, measurement),
+        "summary": _summary(facts, measurement),
         **provenance(),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
@@ -130,13 +130,13 @@ def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int]
     return {"model": made_for, "longest": max(lengths), "beyond": beyond, "of": len(lengths)}
 
 
-def _summary(cfg: DictConfig, facts: RunFacts, measurement: Measurement) -> dict[str, Any]:
+def _summary(facts: RunFacts, measurement: Measurement) -> dict[str, Any]:
     traffic = {
         f"bytes_{kind}": round(count * facts.expert_bytes / facts.stored_expert_bytes)
         for kind, count in asdict(measurement.traffic).items()
     }
     return {
-        **latency_summary(measurement.served, cfg.seed),
+        **latency_summary(request_table(measurement.served, measurement.accesses), facts.dataset),
         **measurement.accesses.summary(),
         "lossless": measurement.same_as_reference,
         **traffic,

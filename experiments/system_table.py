@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import numpy as np
+import pandas as pd
 
-from experiments.evidence import Run
 from experiments.figures.style import system_name
 
 HEADER = (
@@ -34,67 +34,43 @@ PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 Row = tuple[str, ...]
 
 
-def system_table(runs: Sequence[Run]) -> tuple[Row, ...]:
+def system_table(runs: pd.DataFrame) -> tuple[Row, ...]:
     """Return the header and a row a system; empty without runs. See NOTE for what is in it."""
-    if not runs:
+    if runs.empty:
         return ()
     return (HEADER, *(_row(name, mine) for name, mine in by_system(runs).items()))
 
 
-def by_system(runs: Sequence[Run]) -> Mapping[str, list[Run]]:
+def by_system(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the runs by system and, where they differ, by the option that tells them apart."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        alike = [one for one in runs if one.record["system"] == run.record["system"]]
-        settings = {name: f"system.{name}" for name in OPTIONS}
-        options = [
-            f"{name}={run.setting(setting)}"
-            for name, setting in settings.items()
-            if len({str(one.setting(setting)) for one in alike}) > 1
-        ]
-        name = system_name(run.record["system"]) + (f" ({', '.join(options)})" if options else "")
-        if len({one.record["testbed"] for one in runs}) > 1:
-            name += f" on {run.record['testbed']}"
-        groups.setdefault(name, []).append(run)
-    return groups
+    distinct = {system: mine[[*OPTIONS]].nunique(dropna=False) for system, mine in
+                runs.groupby("system")}  # fmt: skip
+    testbeds = runs["testbed"].nunique()
+    names = []
+    for run in runs.to_dict("records"):
+        told = [f"{one}={run[one]}" for one in OPTIONS if distinct[run["system"]][one] > 1]
+        name = system_name(run["system"]) + (f" ({', '.join(told)})" if told else "")
+        names.append(name + (f" on {run['testbed']}" if testbeds > 1 else ""))
+    return {str(name): mine for name, mine in runs.groupby(np.array(names), sort=False)}
 
 
-def total(runs: Sequence[Run], name: str) -> float:
-    """Return the sum of an entry of the records' summaries."""
-    return float(sum(run.summary.get(name) or 0 for run in runs))
-
-
-def _row(name: str, runs: Sequence[Run]) -> Row:
-    found = [total(runs, one) for one in ("hits", "late", "misses")]
-    asked = sum(found)
-    ahead, demand, vain = (
-        total(runs, f"bytes_{one}") for one in ("prefetched", "on_demand", "wasted")
-    )
-    served = 1e9 * sum(len(run.requests) for run in runs)
-    busy = total(runs, "busy_seconds")
+def _row(name: str, runs: pd.DataFrame) -> Row:
+    sums = runs.sum(numeric_only=True)
+    asked = sums[["hits", "late", "misses"]].sum()
+    served, busy = 1e9 * sums["requests"], sums["busy_s"]
+    waits = [sums[f"phase_{one}_wait_s"] for one in ("on_demand", "prefetch")]
+    predicts = sum(sums[f"phase_{one}_s"] for one in PREDICTION)
+    # A run below its bound has none.
+    bounded = runs["bound_times"].ge(1).all()
+    bounds = [sums[f"bound_{one}_s"] if bounded else None for one in ("link", "compute")]
     return (
         name,
-        *(_share(part, asked) for part in found),
-        _plain(ahead / served),
-        _share(vain, ahead),
-        _plain(demand / served),
-        _share(_phases(runs, "on_demand_wait"), busy),
-        _share(_phases(runs, "prefetch_wait"), busy),
-        _share(_phases(runs, *PREDICTION), busy),
-        _share(_bounds(runs, "link_s"), busy),
-        _share(_bounds(runs, "compute_s"), busy),
+        *(_share(sums[one], asked) for one in ("hits", "late", "misses")),
+        _plain(sums.get("bytes_prefetched", 0) / served),
+        _share(sums.get("bytes_wasted", 0), sums.get("bytes_prefetched", 0)),
+        _plain(sums.get("bytes_on_demand", 0) / served),
+        *(_share(one, busy) for one in (*waits, predicts, *bounds)),
     )
-
-
-def _phases(runs: Sequence[Run], *names: str) -> float:
-    phases = [run.summary.get("phase_seconds") or {} for run in runs]
-    return float(sum(one.get(name, 0.0) for one in phases for name in names))
-
-
-def _bounds(runs: Sequence[Run], name: str) -> float | None:
-    """Return the sum of a bound; None if not every run has it. A run below it has none."""
-    bounds = [bound for run in runs if (bound := run.summary.get("bound")) and bound["times"] >= 1]
-    return sum(bound[name] for bound in bounds) if len(bounds) == len(runs) else None
 
 
 def _share(part: float | None, whole: float) -> str:

@@ -26,7 +26,7 @@ from experiments.figures.style import (
     ordered,
     system_name,
 )
-from experiments.frames import one_mode
+from experiments.frame import one_mode
 
 INTERVALS = "95 % bootstrap intervals of the mean"
 SHOWN_GAPS = 6

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures import charts, style
-from experiments.frames import request_frame
 
 ID = "11"
 TITLE = "Distribution of the end-to-end request latency, queueing included, online serving"
@@ -22,8 +21,8 @@ LEVEL = 0.05
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
     """Draw the figure into the folder `place`; `frame` is a `run_frame` of online runs.
 
-    The request tables beside the records are read. Raises UserError without online records, for
-    mixed modes unless asked for, and for two of one cell.
+    Raises UserError without online records, for mixed modes unless asked for, and for two of one
+    cell.
     """
     online = frame[frame["workload"] == "online"] if len(frame) else frame
     frame = charts.checked(online, ID, mixed_modes)
@@ -52,7 +51,7 @@ def _curves(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the steps of each run's empirical distribution: latency, share, band."""
     tables = []
     for row in charts.rows_of(frame):
-        latency = np.sort(request_frame([Path(row["path"])])["e2el_s"].to_numpy(dtype=float))
+        latency = np.sort(row["table"]["e2el_s"].to_numpy(dtype=float))
         share = np.arange(1, len(latency) + 1) / len(latency)
         # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
         reach = math.sqrt(math.log(2 / LEVEL) / (2 * len(latency)))

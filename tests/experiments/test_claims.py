@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.bootstrap import cell_mean, constant, interval, request_draws, spearman
+from experiments.claim_findings import Claim
 from experiments.claims import (
     FAILS,
     HOLDS,
@@ -22,10 +24,8 @@ from experiments.claims import (
     main,
 )
 from experiments.errors import UserError
-from experiments.evidence import Evidence
-from experiments.measuring import Claim
+from experiments.frame import ResultsFolder
 from experiments.records import write_record
-from experiments.resampling import cell_mean, constant, interval, request_draws, spearman
 
 PROVENANCE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -43,6 +43,10 @@ class Results:
     def __init__(self, root: Path) -> None:
         self.root = root
         root.mkdir(exist_ok=True)
+
+    @property
+    def folder(self) -> ResultsFolder:
+        return ResultsFolder(self.root)
 
     def run(
         self,
@@ -146,7 +150,7 @@ class Results:
     def verdict(self, claim: Claim | str, **options: Any) -> Any:
         if isinstance(claim, str):
             (claim,) = [one for one in load_claims() if one.id == claim]
-        return judge_one(claim, Evidence(self.root), **options)
+        return judge_one(claim, self.folder, **options)
 
 
 @pytest.fixture
@@ -537,7 +541,7 @@ def test_why_says_what_could_be_gained_at_all(results: Results) -> None:
 
 
 def test_nothing_there_is_not_testable(results: Results) -> None:
-    verdicts = judge(results.root)
+    verdicts = judge(results.folder)
     assert {one.verdict for one in verdicts} == {UNTESTABLE}
     by_id = {one.id: one for one in verdicts}
     assert by_id["fig14b-caching"].why == "run python -m experiments.reproduce 14b"
@@ -577,21 +581,13 @@ def test_two_records_of_one_system_are_ambiguous(results: Results) -> None:
     assert "2 records of FineMoE" in results.verdict("fig10-tpot-deepspeed").why
 
 
-def test_judging_twice_writes_the_same(results: Results) -> None:
-    results.experiment("10", results.run("deepspeed"), results.run("finemoe", [0.1, 0.2, 0.1]))
-    judge(results.root)
-    first = (results.root / "claims.json").read_bytes()
-    judge(results.root)
-    assert (results.root / "claims.json").read_bytes() == first
-
-
 def test_bad_folders(tmp_path: Path, results: Results) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        judge(tmp_path / "nowhere")
+        ResultsFolder(tmp_path / "nowhere")
     (results.root / "experiments").mkdir()
     (results.root / "experiments" / "10.json").write_text("[not json")
     with pytest.raises(UserError, match="no experiment record"):
-        judge(results.root)
+        judge(results.folder)
 
 
 def test_claims_cover_the_paper_and_are_well_formed() -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.metrics import AccessCounter, distribution, latency_summary, request_table
+from experiments.bootstrap import interval, request_draws
+from experiments.metrics import AccessCounter, Accesses, latency_summary, request_table
 from experiments.serving import Served
 from experiments.workloads import Request
 from finemoe.offload.policy import Iteration, LayerOutcome
 
 
-def served(times: tuple[float, ...], iterations: range) -> Served:
+def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Served:
     tokens = tuple(range(len(times)))
-    return Served(Request(7, (1, 2, 3), len(times)), 0, tokens, times, iterations)
+    return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, iterations)
+
+
+def counter(iterations: int) -> AccessCounter:
+    return AccessCounter({number: Accesses() for number in range(iterations)})
 
 
 def test_latencies_of_one_request() -> None:
@@ -24,18 +29,23 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_a_single_token_has_no_tpot() -> None:
-    assert served((0.5,), range(1)).tpot is None
-    assert latency_summary([served((0.5,), range(1))], seed=0)["tpot_s"] is None
+    requests = request_table([served((0.5,), range(1))], counter(1))
+    found = latency_summary(requests, "docs")
+    assert found["tpot_s"] is found["itl_s"] is found["queueing_s"] is None
+    assert found["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5, "ci95": None}
 
 
-def test_distribution() -> None:
-    values = distribution([1.0, 2.0, 3.0, 10.0], seed=0)
-    assert values is not None
-    assert values["mean"] == 4.0
-    assert values["p50"] == 2.5
-    low, high = values["ci95"]
-    assert 1.0 <= low < 4.0 < high <= 10.0
-    assert distribution([1.0, 2.0, 3.0, 10.0], seed=0) == values
+def test_a_record_has_the_intervals_of_figures_and_claims() -> None:
+    several = [served((t, 2 * t, 4 * t), range(3), number) for number, t in enumerate((1, 2, 3, 9))]
+    requests = request_table(several, counter(3))
+    found = latency_summary(requests, "docs")
+    assert found["tpot_s"]["mean"] == 1.5 * 15 / 4
+    for name in ("ttft_s", "tpot_s", "e2el_s"):
+        ends = interval(request_draws(requests, name, "docs"))
+        assert found[name]["ci95"] == list(ends or ())
+    # Gaps of one request are drawn together.
+    low, high = found["itl_s"]["ci95"]
+    assert (low, high) == tuple(found["tpot_s"]["ci95"])
 
 
 def test_accesses_are_counted_by_phase_and_request() -> None:

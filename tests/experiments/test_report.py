@@ -4,18 +4,15 @@ import base64
 import html
 import io
 import re
-import struct
 import sys
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
 
-from experiments.claims import VERDICTS, judge
+from experiments.claims import VERDICTS, Verdict
 from experiments.errors import UserError
-from experiments.evidence import Evidence
 from experiments.report import IDS, main, write
 from experiments.system_table import NOTE, system_table
 from tests.experiments.test_claims import Results
@@ -39,15 +36,16 @@ def results(tmp_path: Path) -> Results:
 
 def dot() -> bytes:
     """Return a PNG of one black pixel."""
+    drawn = io.BytesIO()
+    Image.new("L", (1, 1)).save(drawn, "PNG")
+    return drawn.getvalue()
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
 
-    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0\0")), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+def written(results: Results) -> tuple[list[Verdict], str, str]:
+    """Write the report; return its verdicts, the page and the Markdown."""
+    verdicts = write(results.folder)
+    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
+    return verdicts, page, markdown
 
 
 class Page(HTMLParser):
@@ -75,8 +73,7 @@ class Page(HTMLParser):
 
 
 def test_page_is_whole_and_needs_nothing_else(results: Results) -> None:
-    write(results.root)
-    text = (results.root / "report.html").read_text()
+    _, text, _ = written(results)
     page = Page(text)
     assert len(set(page.ids)) == len(page.ids)
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
@@ -85,9 +82,8 @@ def test_page_is_whole_and_needs_nothing_else(results: Results) -> None:
 
 
 def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
-    write(results.root)
-    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
-    for verdict in judge(results.root):
+    verdicts, page, markdown = written(results)
+    for verdict in verdicts:
         row = page.split(f'<tr id="{verdict.id}">')[1].split("</tr>")[0]
         assert f">{verdict.verdict}</span>" in row
         assert verdict.paper_says in row
@@ -95,15 +91,12 @@ def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
         assert f"| {verdict.text} | **{verdict.verdict}** |" in markdown
         if verdict.why:
             assert verdict.why in markdown
-    (failed,) = [one for one in judge(results.root) if one.id == "fig10-tpot-deepspeed"]
-    assert failed.verdict == "does not hold"
-    assert failed.ours_says in markdown
+    assert {one.verdict for one in verdicts} >= {"does not hold", "not testable here"}
 
 
 def test_both_say_what_the_systems_did(results: Results) -> None:
-    write(results.root)
-    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
-    table = system_table(Evidence(results.root).runs("10"))
+    _, page, markdown = written(results)
+    table = system_table(results.folder.runs_of("10"))
     assert [row[0] for row in table] == ["system", "DeepSpeed", "FineMoE"]
     for row in table:
         assert f"| {' | '.join(row)} |\n" in markdown
@@ -114,22 +107,19 @@ def test_both_say_what_the_systems_did(results: Results) -> None:
 
 
 def test_contents_lead_to_each_section_and_count_its_verdicts(results: Results) -> None:
-    write(results.root)
-    page = (results.root / "report.html").read_text()
+    verdicts, page, _ = written(results)
     contents = page.split('<nav id="contents"')[1].split("</nav>")[0]
     assert [f"s{name}" for name in IDS] == re.findall(r'href="#(s[^"]+)"', contents)
     (entry,) = [one for one in contents.split("</li>") if 'href="#s10"' in one]
     counted = set(re.findall(r'>(\d+)<span class="unseen">: ([a-z ]+)<', entry))
-    mine = [one for one in judge(results.root) if one.experiment == "10"]
+    mine = [one for one in verdicts if one.experiment == "10"]
     shown = [one.verdict for one in mine if one.section not in ("Abstract", "Talk")]
     assert counted == {(str(shown.count(name)), name) for name in VERDICTS if name in shown}
     assert len(counted) > 1
 
 
 def test_each_claim_is_listed_under_its_verdict(results: Results) -> None:
-    write(results.root)
-    page = (results.root / "report.html").read_text()
-    verdicts = judge(results.root)
+    verdicts, page, _ = written(results)
     for name in VERDICTS:
         listed = page.split(f'<ul id="{name.replace(" ", "-")}">')[1].split("</ul>")[0]
         found = re.findall(r'href="#([^"]+)"', listed)
@@ -144,9 +134,9 @@ def test_a_long_why_is_folded_after_its_first_sentence_and_whole(results: Result
         for dataset in ("docs", "code")
     ]
     results.experiment("10", *made)
-    write(results.root)
-    page = (results.root / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
-    (failed,) = [one for one in judge(results.root) if one.id == "headline-latency"]
+    verdicts, page, _ = written(results)
+    page = page.replace("\N{NO-BREAK SPACE}", " ")
+    (failed,) = [one for one in verdicts if one.id == "headline-latency"]
     cell = page.split(f'<tr id="{failed.id}">')[1].split('<tr class="why">')[1].split("</tr>")[0]
     opened, folded = cell.split("<details>")
     assert failed.why.startswith(re.sub(r"<[^>]+>", "", opened).strip())
@@ -164,8 +154,7 @@ def test_figures_keep_their_looks_and_say_their_size(
     drawn.paste("#0072b2", (0, 0, 100, 100))
     drawn.paste("#d55e00", (100, 100, 200, 240))
     drawn.save(results.root / "figures" / "10.png")
-    write(results.root)
-    (image,) = re.findall(r"<img [^>]+>", (results.root / "report.html").read_text())
+    (image,) = re.findall(r"<img [^>]+>", written(results)[1])
     assert f'width="{shown}" height="100" alt="Figure 10: a title;' in image
     assert ('class="broad"' in image) == broad
     packed = Image.open(io.BytesIO(base64.b64decode(image.split("base64,")[1].split('"')[0])))
@@ -176,12 +165,11 @@ def test_figures_keep_their_looks_and_say_their_size(
 def test_a_broken_figure_is_one_line(results: Results) -> None:
     (results.root / "figures" / "10.png").write_bytes(dot()[:40])
     with pytest.raises(UserError, match=r"10\.png: not an image; delete it"):
-        write(results.root)
+        write(results.folder)
 
 
 def test_figures_captions_and_data_are_there(results: Results) -> None:
-    write(results.root)
-    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
+    _, page, markdown = written(results)
     assert page.count("data:image/png;base64,") == 1
     assert CAPTION.replace("<", "&lt;").replace(">", "&gt;") in page
     kept = CAPTION.replace("<", "&lt;")
@@ -195,8 +183,7 @@ def test_figures_captions_and_data_are_there(results: Results) -> None:
 
 
 def test_provenance_is_that_of_the_records(results: Results) -> None:
-    write(results.root)
-    markdown = (results.root / "REPORT.md").read_text()
+    _, _, markdown = written(results)
     for row in (
         "| records | 2 runs, 0 analyses |",
         "| commit | 0123456789abcdef |",
@@ -212,9 +199,7 @@ def test_provenance_is_that_of_the_records(results: Results) -> None:
 
 def test_the_same_records_give_the_same_report_but_for_the_time(results: Results) -> None:
     def contents() -> list[str]:
-        write(results.root)
-        texts = [(results.root / name).read_text() for name in ("report.html", "REPORT.md")]
-        return [re.sub(r"Written [-0-9T:+]+", "Written", text) for text in texts]
+        return [re.sub(r"Written [-0-9T:+]+", "Written", text) for text in written(results)[1:]]
 
     first = contents()
     assert "Written." in first[0]
@@ -231,4 +216,4 @@ def test_bad_input_is_one_line(
     assert capsys.readouterr().err.startswith("error: /nowhere/at/all: no such folder; run ")
     (results.root / "claims.csv").mkdir()
     with pytest.raises(UserError, match="cannot write to"):
-        write(results.root)
+        write(results.folder)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments.evidence import Evidence
 from experiments.system_table import HEADER, system_table
 from tests.experiments.test_claims import Results
 
@@ -24,7 +23,7 @@ def test_a_row_sums_a_system_over_its_runs(results: Results) -> None:
         results.run("promoe", hits=[2, 2, 2], dataset="code", summary={"phase_seconds": phases}),
         results.run("finemoe", summary={"bytes_prefetched": 9_390_000_000_000, "bound": None}),
     )
-    header, promoe, finemoe = system_table(Evidence(results.root).runs("10"))
+    header, promoe, finemoe = system_table(results.folder.runs_of("10"))
     assert header == HEADER
     # Two runs of 30 experts asked for and 10 s each; 3 requests each; bounds 8 and 2 s.
     assert promoe == (
@@ -41,9 +40,9 @@ def test_a_system_is_told_apart_by_the_option_that_differs(results: Results) -> 
         results.run("finemoe", options={"search": "both", "eviction": "lru"}),
         results.run("finemoe", options={"search": "semantic", "eviction": "lru"}),
     )
-    _, *rows = system_table(Evidence(results.root).runs("14a"))
+    _, *rows = system_table(results.folder.runs_of("14a"))
     assert [row[0] for row in rows] == ["FineMoE (search=both)", "FineMoE (search=semantic)"]
 
 
 def test_no_runs_no_table(results: Results) -> None:
-    assert system_table(Evidence(results.root).runs("10")) == ()
+    assert system_table(results.folder.runs_of("10")) == ()

@@ -29,8 +29,7 @@ from baselines.promoe import LearnedPredictor
 from experiments.arrivals import read_azure_trace
 from experiments.datasets import conversations
 from experiments.errors import UserError
-from experiments.evidence import Evidence
-from experiments.frames import request_frame, run_frame
+from experiments.frame import run_frame
 from experiments.records import of_these_weights, read_record
 from experiments.report import write
 from experiments.run_store import RunStore
@@ -40,7 +39,7 @@ from finemoe.offload.policy import ModelShape
 from finemoe.trace import TracedRequest, TraceError
 from finemoe.trace_file import CHECKSUM_KEY, HEADER_KEY, TraceReader, fingerprint
 from tests.experiments.test_claims import Results
-from tests.experiments.test_frames import leave_run
+from tests.experiments.test_frame import leave_run
 from tests.finemoe.test_foreign_trace import ROWS
 from tests.finemoe.test_trace_file import a_trace, assert_same
 from tests.fuzz import fuzzed
@@ -452,7 +451,6 @@ def good_record(folder: Path) -> tuple[dict[str, Any], bytes]:
 def read_run(folder: Path) -> pd.DataFrame:
     of_these_weights(read_record(folder / "run.json"))
     RunStore(folder / "results").adopt(folder, ())
-    request_frame([folder])
     return run_frame([folder])
 
 
@@ -508,8 +506,7 @@ def test_results_folders(tmp_path_factory: pytest.TempPathFactory, data: st.Data
         path.write_bytes(dumped(data.draw(mutated(json.loads(path.read_text())))))
     else:
         path.write_bytes(data.draw(damaged(path.read_bytes())))
-    Evidence(results.root)
-    read_or_refused(lambda: write(results.root), UserError)
+    read_or_refused(lambda: write(results.folder), UserError)
 
 
 def test_the_fuzzed_columns_are_those_of_foreign_traces() -> None:

@@ -10,14 +10,12 @@ from typing import Any
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
-from hypothesis import given
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
-from experiments.evidence import Evidence
-from experiments.frames import one_mode, ratio_interval, request_frame, run_frame
-from experiments.records import provenance, read_record, write_record
+from experiments.frame import ResultsFolder, one_mode, run_frame
+from experiments.records import provenance, read_record, read_requests, write_record
 from tests.command import ROOT
 
 PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
@@ -106,13 +104,20 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     assert (row["memory_budget"], row["memory_budget_gb"]) == ("25%", 22.5)
     assert (row["batch_size"], row["prefetch_distance"], row["store_capacity"]) == (1, 3, 1000)
     assert row["tpot_s"] == pytest.approx(0.2)
-    # Each request was its own batch: the record's interval stands.
-    assert (row["tpot_s_low"], row["tpot_s_high"]) == (0.0, 99.0)
     assert row["hit_rate"] == pytest.approx(0.2)
     assert (row["hits"], row["late"], row["misses"], row["bytes_prefetched"]) == (6, 12, 12, 7)
     assert (row["bound_times"], row["busy_s"], row["phase_on_demand_wait_s"]) == (3.0, 12.0, 6.0)
     assert math.isnan(row["phase_search_s"])
     assert row["path"] == str(path)
+
+
+def test_figures_have_the_intervals_of_claims_not_those_of_records(tmp_path: Path) -> None:
+    tpots, hits = (0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.1, 3.4), (1, 2, 3, 4, 5, 6, 0, 1)
+    path = leave_run(tmp_path / "a", batches=tuple(range(8)), tpots=tpots, hits=hits)
+    row, requests = only(run_frame([path])), read_requests(path)
+    for metric in ("ttft_s", "tpot_s", "e2el_s", "hit_rate"):
+        ends = interval(request_draws(requests, metric, "docs"))
+        assert (row[f"{metric}_low"], row[f"{metric}_high"]) == ends
 
 
 def test_iterations_are_counted_once_a_batch(tmp_path: Path) -> None:
@@ -157,17 +162,8 @@ def test_the_label_names_what_is_not_default(
     assert only(run_frame([tmp_path / "a"]))["label"] == label
 
 
-def test_requests_carry_the_names_of_their_run(tmp_path: Path) -> None:
-    leave_run(tmp_path / "a", "system=promoe")
-    leave_run(tmp_path / "b")
-    table = request_frame([tmp_path / "a", tmp_path / "b"])
-    assert table["system"].tolist() == ["promoe"] * 3 + ["finemoe"] * 3
-    assert table["e2el_s"].tolist() == pytest.approx([2.0, 4.0, 6.0] * 2)
-
-
 def test_no_records_are_an_empty_table() -> None:
     assert run_frame([]).empty
-    assert request_frame([]).empty
 
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
@@ -238,7 +234,7 @@ def test_request_tables_that_no_run_leaves_are_refused(
     record.write_text(json.dumps(plain))
     assert read_record(record) == plain
     with pytest.raises(UserError, match=f"cannot be read .*{cause}.*; remove the folder"):
-        request_frame([record])
+        run_frame([record])
 
 
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
@@ -247,7 +243,7 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     for content in ('{"runs": ["../../else"]}', '{"runs": {"a": 1}}', "[]", "null", "[" * 10**5):
         index.write_text(content)
         with pytest.raises(UserError, match="is no experiment record; remove it and draw again"):
-            Evidence(tmp_path).runs("10")
+            ResultsFolder(tmp_path).runs_of("10")
 
 
 def test_mixed_modes_are_refused_unless_asked_for() -> None:
@@ -256,21 +252,3 @@ def test_mixed_modes_are_refused_unless_asked_for() -> None:
         one_mode(frame, "figure 10", mixed_modes=False)
     one_mode(frame, "figure 10", mixed_modes=True)
     one_mode(frame.head(1), "figure 10", mixed_modes=False)
-
-
-pairs = st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 50)), min_size=2, max_size=12)
-
-
-@given(pairs)
-def test_an_interval_of_a_ratio_holds_the_ratio_and_stays_within_its_parts(
-    values: list[tuple[float, int]],
-) -> None:
-    totals, weights = zip(*values, strict=True)
-    low, high = ratio_interval(totals, weights, seed=0)
-    ratios = [total / weight for total, weight in values]
-    assert min(ratios) - 1e-9 <= low <= high <= max(ratios) + 1e-9
-    assert (low, high) == ratio_interval(totals, weights, seed=0)
-
-
-def test_a_single_pair_has_no_interval() -> None:
-    assert all(map(math.isnan, ratio_interval([1.0], [2.0], seed=0)))

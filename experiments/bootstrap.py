@@ -1,4 +1,4 @@
-"""Bootstrap draws: every quantity is an array whose first entry is the estimate.
+"""The bootstrap: every quantity is an array whose first entry is the estimate.
 
 The other entries are the quantity in resamples, so that differences, ratios and averages of
 quantities are plain array arithmetic and their 95 % interval is two percentiles. Two runs that
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,44 +21,57 @@ RESAMPLES = 2000
 Draws = NDArray[np.float64]
 """Shape (1 + RESAMPLES,): the estimate, then its resamples."""
 
-LATENCIES = ("ttft_s", "tpot_s", "e2el_s")
+LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "itl_s", "queueing_s")
+RATIOS = {
+    "hit_rate": (["hits"], ["hits", "late", "misses"]),
+    "iteration_s": (["e2el_s"], ["output_tokens"]),
+}
+"""Metrics that are ratios of sums over batches: the requests of a batch share their iterations."""
+Z95 = 1.959963984540054
 
 
+@lru_cache(maxsize=16)
 def weights(units: int, *key: object) -> NDArray[np.float64]:
     """Return how often each unit counts, shape (1 + RESAMPLES, units); one key, one drawing."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
     drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), RESAMPLES)
-    return np.vstack([np.ones(units), drawn])
+    counts = np.vstack([np.ones(units), drawn])
+    counts.flags.writeable = False
+    return counts
 
 
 def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
-    """Return a metric over a run's requests: `hit_rate`, a mean latency, or `e2el_s@0.9`.
+    """Return a metric over a run's requests: a mean latency, `e2el_s@0.9`, or one of RATIOS.
 
     Requests that shared a batch, and repeats of a request, are drawn together, as they depend on
     each other. Raises ValueError for an unknown metric and for a run without any value.
     """
     clusters = requests.groupby("batch")["request"].transform("min").to_numpy()
     names, units = np.unique(clusters, return_inverse=True)
-    counts = weights(len(names), dataset, *names.tolist())[:, units]
+    counts = weights(len(names), dataset, *names.tolist())
     column, _, quantile = metric.partition("@")
-    if column == "hit_rate":
-        hits = requests["hits"].to_numpy(float)
-        asked = hits + requests["late"].to_numpy() + requests["misses"].to_numpy()
-        return _ratio(counts, hits, asked)
-    if column not in LATENCIES:
-        raise ValueError(f"metric {metric}: choose hit_rate or one of {', '.join(LATENCIES)}")
-    values = requests[column].to_numpy(float)
-    there = ~np.isnan(values)
-    if not there.any():
+    if column in RATIOS:
+        above, below = RATIOS[column]
+        rows = requests.reindex(columns=sorted({*above, *below}))
+        rows = rows.assign(unit=units).groupby(requests["batch"]).max()
+        values, parts = (rows[one].sum(axis=1).to_numpy(float) for one in (above, below))
+    elif column in LATENCIES:
+        rows = requests.assign(unit=units).dropna(subset=[column])
+        values, parts = rows[column].to_numpy(float), np.ones(len(rows))
+    else:
+        raise ValueError(f"metric {metric}: choose one of {', '.join([*RATIOS, *LATENCIES])}")
+    if not parts.any():
         raise ValueError(f"no request has a {column}")
+    counts = counts[:, rows["unit"].to_numpy()]
     if quantile:
-        return _quantile(counts[:, there], values[there], float(quantile))
-    return _ratio(counts, np.where(there, values, 0.0), there.astype(float))
+        return _quantile(counts, values, float(quantile))
+    return ratio(counts @ values, counts @ parts)
 
 
-def _ratio(counts: NDArray[Any], above: NDArray[Any], below: NDArray[Any]) -> Draws:
+def ratio(above: Draws, below: Draws) -> Draws:
+    """Return a ratio, draw by draw; where `below` is 0 it is not finite."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (counts @ above) / (counts @ below)
+        return above / below
 
 
 def _quantile(counts: NDArray[Any], values: NDArray[Any], level: float) -> Draws:
@@ -65,6 +79,19 @@ def _quantile(counts: NDArray[Any], values: NDArray[Any], level: float) -> Draws
     reached = np.cumsum(counts[:, order], axis=1)
     first = (reached >= level * reached[:, -1:]).argmax(axis=1)
     return values[order][first]
+
+
+def table_draws(row: pd.Series[Any], value: str, key: tuple[Any, ...]) -> Draws:
+    """Return a value of a table, normally distributed as its 95 % interval `low`, `high` says.
+
+    It does not vary where it has no interval. One key, one drawing.
+    """
+    draws = constant(float(row[value]))
+    low, high = row.get("low", np.nan), row.get("high", np.nan)
+    if np.isfinite([low, high]).all():
+        random = np.random.default_rng([ord(letter) for letter in repr(key)])
+        draws[1:] += random.standard_normal(RESAMPLES) * (float(high) - float(low)) / (2 * Z95)
+    return draws
 
 
 def constant(value: float) -> Draws:
@@ -81,11 +108,15 @@ def cell_mean(cells: Sequence[Draws]) -> Draws:
 
 def interval(draws: Draws) -> tuple[float, float] | None:
     """Return the 95 % percentile interval; None if nothing varied or a draw is not finite."""
-    resamples = draws[1:]
     if not np.isfinite(draws).all() or np.ptp(draws) == 0:
         return None
-    low, high = np.percentile(resamples, [2.5, 97.5])
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
     return float(low), float(high)
+
+
+def limits(draws: Draws) -> tuple[float, float]:
+    """Return the 95 % interval; where nothing varied, the estimate itself."""
+    return interval(draws) or (float(draws[0]), float(draws[0]))
 
 
 def spearman(x: Sequence[float], ys: Sequence[Draws]) -> Draws:
