@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,17 @@ from matplotlib.figure import Figure
 from experiments.errors import UserError
 from experiments.figures.style import (
     COLOURS,
+    COLUMN_INCHES,
     DASHES,
     DATASETS,
     HATCHES,
     MARKERS,
     METRICS,
     MODELS,
+    PAGE_INCHES,
+    PAPER_SYSTEMS,
     SYSTEMS,
+    canvas,
     dataset_name,
     model_name,
     ordered,
@@ -34,12 +39,14 @@ REFERENCE_DASHES = (0, (3, 1.2))
 Look = dict[str, Any]
 
 
-def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool) -> pd.DataFrame:
-    """Return a copy of the records of a figure; raise UserError if there are none, or of two modes.
+def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
+    """Return a copy of the records that have the values `only`; UserError for none or two modes.
 
     The copy has a column `series`: the display name of the system, with its options other than the
     default and, where modes are mixed, its mode.
     """
+    for column, value in only.items():
+        frame = frame[frame[column] == value] if len(frame) else frame
     if frame.empty:
         raise UserError(
             f"figure {figure}: no run records; run python -m experiments.reproduce {figure}"
@@ -54,14 +61,20 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool) -> pd.DataFrame
     return frame.assign(series=names)
 
 
+def marks(frame: pd.DataFrame) -> pd.Series:
+    """Return what to write behind a series that is not named after its system: a mixed mode."""
+    mixed = frame["mode"].nunique() > 1
+    return " (" + frame["mode"] + ")" if mixed else pd.Series("", index=frame.index)
+
+
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of a frame, column to value."""
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def single(frame: pd.DataFrame, keys: Sequence[str], figure: str) -> None:
-    """Raise UserError if two records fall on the same place of a figure, told apart by `keys`."""
-    for _, same in frame.groupby(list(keys), dropna=False):
+def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
+    """Raise UserError if two records of one model, dataset, series and `keys` are to be drawn."""
+    for _, same in frame.groupby(["model", "dataset", "series", *keys], dropna=False):
         if len(same) > 1:
             first, second = same["path"].iloc[:2]
             raise UserError(
@@ -75,16 +88,26 @@ def looks(frame: pd.DataFrame) -> dict[str, Look]:
     A system has one colour everywhere; its variants, or its modes where they are mixed, differ in
     line and hatch.
     """
+    systems = ordered(frame["system"], SYSTEMS)
+    base = {one: (COLOURS.get(one, "#666666"), MARKERS.get(one, "o")) for one in systems}
+    return variants(frame, "system", base)
+
+
+def variants(
+    frame: pd.DataFrame, column: str, base: Mapping[str, tuple[str, str]]
+) -> dict[str, Look]:
+    """Return the look of each series: colour and marker by its value of a column, as `base` says.
+
+    Series of the same value differ in line and hatch.
+    """
     found: dict[str, Look] = {}
-    for system in ordered(frame["system"], SYSTEMS):
-        # Sorted by length, the plain system comes before its variants.
-        series = sorted(
-            set(frame.loc[frame["system"] == system, "series"]), key=lambda s: (len(s), s)
-        )
-        for number, name in enumerate(series):
+    for value, (colour, marker) in base.items():
+        # Sorted by length, the plain series comes before its variants.
+        series = set(frame.loc[frame[column] == value, "series"])
+        for number, name in enumerate(sorted(series, key=lambda one: (len(one), one))):
             found[name] = {
-                "color": COLOURS.get(system, "#666666"),
-                "marker": MARKERS.get(system, "o"),
+                "color": colour,
+                "marker": marker,
                 "linestyle": DASHES[number % len(DASHES)],
                 "hatch": HATCHES[number % len(HATCHES)],
             }
@@ -108,32 +131,24 @@ def bars(
     _, factor = METRICS[metric]
     width = 0.84 / len(styles)
     for place, (name, look) in enumerate(styles.items()):
-        offset = (place - (len(styles) - 1) / 2) * width
-        for group, value in enumerate(groups):
-            one = frame[(frame["series"] == name) & (frame[by] == value)]
-            if one.empty or not np.isfinite(one[metric].iloc[0]):
-                continue
-            mean, spread = interval(one, metric)
-            if mean[0] == 0:
-                # An empty bar is not a gap.
-                axes.annotate("0", (group + offset, 0), ha="center", va="bottom", fontsize=7)
-                continue
-            fill = "white" if name in hollow else look["color"]
-            edge = look["color"] if name in hollow else "white"
-            axes.bar(
-                group + offset,
-                mean[0] * factor,
-                width * 0.92,
-                color=fill,
-                edgecolor=edge,
-                linewidth=0.8 if name in hollow else 0.3,
-                hatch=look["hatch"],
-                zorder=2,
-            )
-            axes.errorbar(
-                group + offset, mean * factor, spread * factor, fmt="none", ecolor="#333333",
-                elinewidth=0.7, capsize=min(1.5, 12 * width), capthick=0.7, zorder=3,
-            )  # fmt: skip
+        rows = frame[(frame["series"] == name) & np.isfinite(frame[metric])]
+        x = _centres(rows[by], groups) + (place - (len(styles) - 1) / 2) * width
+        # An empty bar is not a gap.
+        for empty in x[(rows[metric] == 0).to_numpy()]:
+            axes.annotate("0", (empty, 0), ha="center", va="bottom", fontsize=7)
+        x, rows = x[(rows[metric] != 0).to_numpy()], rows[rows[metric] != 0]
+        mean, spread = interval(rows, metric)
+        fill, edge = look["color"], "white"
+        if name in hollow:
+            fill, edge = edge, fill
+        axes.bar(
+            x, mean * factor, width * 0.92, color=fill, edgecolor=edge, hatch=look["hatch"],
+            linewidth=0.8 if name in hollow else 0.3, zorder=2,
+        )  # fmt: skip
+        axes.errorbar(
+            x, mean * factor, spread * factor, fmt="none", ecolor="#333333", elinewidth=0.7,
+            capsize=min(1.5, 12 * width), capthick=0.7, zorder=3,
+        )  # fmt: skip
     axes.set_xticks(range(len(groups)), list(groups.values()))
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylim(bottom=0)
@@ -151,12 +166,17 @@ def references(
     """Draw the mean of each series as a line across each group of bars that `bars` drew."""
     _, factor = METRICS[metric]
     for name, look in styles.items():
-        for group, value in enumerate(groups):
-            one = frame[(frame["series"] == name) & (frame[by] == value)]
-            axes.hlines(
-                one[metric] * factor, group - 0.46, group + 0.46, look["color"], REFERENCE_DASHES,
-                lw=1.2, zorder=4,
-            )  # fmt: skip
+        rows = frame[frame["series"] == name]
+        x = _centres(rows[by], groups)
+        axes.hlines(
+            rows[metric] * factor, x - 0.46, x + 0.46, look["color"], REFERENCE_DASHES, lw=1.2,
+            zorder=4,
+        )  # fmt: skip
+
+
+def _centres(values: pd.Series, groups: Mapping[str, str]) -> np.ndarray:
+    """Return where the groups of these values are drawn."""
+    return np.array([list(groups).index(value) for value in values], dtype=float)
 
 
 def percent_axis(axes: Axes) -> None:
@@ -189,11 +209,13 @@ def line(
     )  # fmt: skip
 
 
-def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return means, and how far their intervals reach down and up: (2, n); 0 where unknown."""
-    mean = rows[metric].to_numpy(dtype=float)
-    low = rows[f"{metric}_low"].to_numpy(dtype=float)
-    high = rows[f"{metric}_high"].to_numpy(dtype=float)
+def interval(rows: pd.DataFrame, metric: str, *ends: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return means, and how far their intervals reach down and up: (2, n); 0 where unknown.
+
+    `ends` name the columns of low and high; by default those of a `run_frame`.
+    """
+    columns = (metric, *(ends or (f"{metric}_low", f"{metric}_high")))
+    mean, low, high = (rows[one].to_numpy(dtype=float) for one in columns)
     # A percentile interval can just miss its own mean; an error bar cannot point inwards.
     return mean, np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))
 
@@ -203,12 +225,17 @@ def legend(
     styles: Mapping[str, Look],
     kind: str,
     columns: int = 5,
+    narrow: int | None = None,
     referred: Mapping[str, Look] | None = None,
 ) -> None:
-    """Put one legend above all panels; `kind` is bar or line, `referred` what `references` drew."""
+    """Put one legend above all panels; `kind` is bar or line, `referred` what `references` drew.
+
+    In `columns` columns, or `narrow` ones where the figure is narrower than a page.
+    """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    fitting = narrow if narrow and figure.get_figwidth() < PAGE_INCHES else columns
     handles: list[Any] = []
     for name, look in styles.items():
         if kind == "bar":
@@ -224,7 +251,7 @@ def legend(
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=min(columns, len(handles)),
+        ncols=min(fitting, len(handles)),
         frameon=False,
         handlelength=1.6 if kind == "bar" else 2.4,
         columnspacing=1.2,
@@ -261,15 +288,26 @@ def expected_models(frame: pd.DataFrame) -> list[str]:
     return [*MODELS, *(one for one in ordered(frame["model"], MODELS) if one not in MODELS)]
 
 
-def expected_series(frame: pd.DataFrame, systems: Sequence[str]) -> list[str]:
+def expected_series(frame: pd.DataFrame, systems: Sequence[str] = PAPER_SYSTEMS) -> list[str]:
     """Return the series that are there, and the plain series of `systems` that are not."""
     there = list(looks(frame))
     seen = set(frame["system"])
     return there + [system_name(one) for one in systems if one not in seen]
 
 
-def caption(figure: str, title: str, frame: pd.DataFrame, notes: Sequence[str], gap: str) -> str:
-    """Return a caption that says what was measured, how, on what, and what is missing."""
+def caption(
+    figure: str,
+    title: str,
+    frame: pd.DataFrame,
+    notes: Sequence[str],
+    expected: Mapping[str, Sequence[Any]],
+) -> str:
+    """Return a caption that says what was measured, how, on what, and what is missing.
+
+    Beside every model and dataset, the values of columns that `expected` names should be there.
+    """
+    usual = {"model": expected_models(frame), "dataset": facets(frame)[1]}
+    gap = gaps(frame, {**usual, **expected})
     names = [dataset_name(one) for one in ordered(frame["dataset"], DATASETS)]
     budgets = sorted(set(frame["memory_budget"]), key=_by_size)
     share = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
@@ -328,6 +366,55 @@ def panel_title(axes: Axes, model: str, dataset: str | None) -> None:
 def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Return the models and the datasets that are there, in the order of drawing."""
     return ordered(frame["model"], MODELS), ordered(frame["dataset"], DATASETS)
+
+
+def width_of(models: Sequence[str]) -> float:
+    """Return the inches of a figure: a page's for several models side by side."""
+    return PAGE_INCHES if len(models) > 1 else COLUMN_INCHES
+
+
+@contextmanager
+def dataset_panels(
+    frame: pd.DataFrame,
+    labels: tuple[str, str],
+    panel: Callable[[Axes, pd.DataFrame], None],
+    marker_points: float = 3.5,
+) -> Iterator[Figure]:
+    """Yield a figure where `panel` drew the rows of each dataset (down) and model (across).
+
+    `labels` are those of the horizontal and the vertical axes.
+    """
+    models, datasets = facets(frame)
+    size = width_of(models), 0.6 + 1.7 * len(datasets)
+    with canvas(len(datasets), len(models), *size, marker_points) as figure:
+        cells = itertools.product(datasets, models)
+        for axes, (dataset, model) in zip(figure.axes, cells, strict=True):
+            panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
+            panel_title(axes, model, dataset if len(datasets) > 1 else None)
+            axes.set_xlabel(labels[0])
+            axes.set_ylabel(labels[1] if model == models[0] else "")
+        yield figure
+
+
+@contextmanager
+def metric_panels(
+    frame: pd.DataFrame,
+    metrics: Sequence[str],
+    height: float,
+    panel: Callable[[Axes, pd.DataFrame, str], None],
+) -> Iterator[Figure]:
+    """Yield a figure where `panel` drew each of `metrics` (down) of every model (across)."""
+    models, _ = facets(frame)
+    with canvas(len(metrics), len(models), width_of(models), height) as figure:
+        cells = itertools.product(metrics, models)
+        for axes, (metric, model) in zip(figure.axes, cells, strict=True):
+            panel(axes, frame[frame["model"] == model], metric)
+            if metric == metrics[0]:
+                panel_title(axes, model, None)
+            if model == models[0]:
+                axes.set_ylabel(METRICS[metric][0])
+        figure.align_ylabels()
+        yield figure
 
 
 COLUMNS = ("series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb")

@@ -16,13 +16,9 @@ COLUMNS = ("ttft_s", "tpot_s")
 
 
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    """Draw the figure into the folder `place`; `frame` is a `run_frame` of offline runs.
-
-    Raises UserError without records, for mixed modes unless asked for, and for two of one cell.
-    """
-    offline = frame[frame["workload"] == "offline"] if len(frame) else frame
-    frame = charts.checked(offline, ID, mixed_modes)
-    charts.single(frame, ("model", "dataset", "series", "batch_size"), ID)
+    """Draw the figure, as `experiments.figures` says, of offline runs."""
+    frame = charts.checked(frame, ID, mixed_modes, workload="offline")
+    charts.single(frame, ID, "batch_size")
     models, datasets = charts.facets(frame)
     looks = charts.looks(frame)
     groups = {one: f"{one:g}" for one in sorted(set(frame["batch_size"]))}
@@ -49,13 +45,9 @@ def _caption(frame: pd.DataFrame, models: list[str]) -> str:
         f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
         "their times, so larger batches leave fewer samples.",
     ]
-    gap = charts.gaps(
-        frame,
-        {
-            "model": models,
-            "dataset": charts.facets(frame)[1],
-            "series": charts.expected_series(frame, SYSTEMS),
-            "batch_size": sorted({*SIZES, *frame["batch_size"]}),
-        },
-    )
-    return charts.caption(ID, TITLE, frame, notes, gap)
+    expected = {
+        "model": models,
+        "series": charts.expected_series(frame, SYSTEMS),
+        "batch_size": sorted({*SIZES, *frame["batch_size"]}),
+    }
+    return charts.caption(ID, TITLE, frame, notes, expected)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import routing_analysis as analysis
@@ -41,7 +40,6 @@ KEPT = 6
 """Three models on two datasets: what one process keeps, so that it reads each trace once."""
 
 Traces = Mapping[tuple[str, str], Path]
-Tables = Mapping[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,12 @@ class Analysed:
     """What an analysis left in its folder."""
 
     record: Mapping[str, Any]
-    tables: Tables = field(default_factory=dict)
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def save(self, figure: Figure, place: Path, what: str, split: bool = True) -> style.Drawn:
+        """Save a figure of the whole table, with the caption that `what` and `split` make."""
+        caption = self.caption(what, split)
+        return style.save(figure, self.table, place, self.record["id"], caption)
 
     def caption(self, what: str, split: bool = True) -> str:
         """Return title, `what` is drawn, mode, weights, datasets and numbers of requests.
@@ -227,32 +230,49 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def write_analysis(
-    cfg: DictConfig, folder: Path, tables: Tables, found: Sequence[Subject] = ()
+def analyse(
+    cfg: DictConfig,
+    traces: Traces,
+    folder: Path,
+    name: str,
+    table: Callable[[Subject], pd.DataFrame],
 ) -> None:
-    """Write a CSV a table, then the record; its rename makes the analysis complete.
+    """Leave the tables of all subjects as one, <name>.csv, with columns model and dataset first.
+
+    Raises UserError, as `subjects` and `write_analysis` do.
+    """
+    found = list(subjects(cfg, traces))
+    keyed = [table(one).assign(model=one.model, dataset=one.dataset) for one in found]
+    joined = pd.concat(keyed, ignore_index=True)
+    others = [column for column in joined.columns if column not in ("model", "dataset")]
+    write_analysis(cfg, folder, name, joined[["model", "dataset", *others]], found)
+
+
+def write_analysis(
+    cfg: DictConfig, folder: Path, name: str, table: pd.DataFrame, found: Sequence[Subject] = ()
+) -> None:
+    """Write <name>.csv, then the record; its rename makes the analysis complete.
 
     Raises UserError if the folder cannot be written to.
     """
     experiment: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
-    name = experiment["id"]
+    identity = experiment["id"]
     record = {
-        "id": name,
-        "label": name.capitalize().replace("Table", "Table ")
-        if "table" in name
-        else f"Figure {name}",
+        "id": identity,
+        "label": identity.capitalize().replace("Table", "Table ")
+        if "table" in identity
+        else f"Figure {identity}",
         "title": experiment["title"],
         "mode": MODE if found else FACTS_MODE,
         "experiment": experiment,
         "history_share": cfg.workload.history_share if found else None,
         "subjects": [one.facts() for one in found],
-        "tables": sorted(tables),
+        "tables": [name],
         "provenance": provenance(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stem, table in tables.items():
-            table.to_csv(folder / f"{stem}.csv", index=False)
+        table.to_csv(folder / f"{name}.csv", index=False)
         with atomic_write(folder / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:
@@ -264,18 +284,8 @@ def write_analysis(
 def read_analysis(folder: Path) -> Analysed:
     """Return what an analysis left; raise UserError if it is not there or not whole."""
     record = read_checked(folder / RECORD, ANALYSIS, "complete analysis; run it again")
-    return Analysed(record, {stem: read_table(folder / f"{stem}.csv") for stem in record["tables"]})
-
-
-def over_subjects(found: Sequence[Subject], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return one table, with columns model and dataset in front."""
-    keyed = [
-        table.assign(model=subject.model, dataset=subject.dataset)
-        for subject, table in zip(found, tables, strict=True)
-    ]
-    joined = pd.concat(keyed, ignore_index=True)
-    others = [name for name in joined.columns if name not in ("model", "dataset")]
-    return joined[["model", "dataset", *others]]
+    (name,) = record["tables"]
+    return Analysed(record, read_table(folder / f"{name}.csv"))
 
 
 # What the pictures share --------------------------------------------------------------------------
@@ -315,19 +325,14 @@ def model_looks(models: Sequence[str]) -> dict[str, charts.Look]:
     }
 
 
-def by_display_name(looks: Mapping[str, charts.Look]) -> dict[str, charts.Look]:
-    """Return the looks of models under the names that a legend shows."""
-    return {model_name(model): look for model, look in looks.items()}
+def model_legend(figure: Figure, looks: Mapping[str, charts.Look]) -> None:
+    """Name models by their lines above all panels."""
+    charts.legend(figure, {model_name(model): look for model, look in looks.items()}, "line")
 
 
 def unmarked(looks: Mapping[str, charts.Look]) -> dict[str, charts.Look]:
     """Return looks of lines without markers."""
     return {name: {**look, "marker": ""} for name, look in looks.items()}
-
-
-def grid(figure: Figure, columns: int) -> list[list[Axes]]:
-    """Return a figure's panels by row and column."""
-    return [figure.axes[n : n + columns] for n in range(0, len(figure.axes), columns)]
 
 
 def apart(figure: Figure) -> None:
@@ -336,26 +341,57 @@ def apart(figure: Figure) -> None:
 
 
 @contextmanager
-def model_panels(
-    frame: pd.DataFrame, labels: tuple[str, str], panel: Callable[[Axes, pd.DataFrame], None]
+def panels(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    height: float,
+    labels: tuple[str, str],
+    panel: Callable[[Axes, str, str], None],
 ) -> Iterator[Figure]:
-    """Yield a figure where `panel` drew the rows of each model (down) on each dataset (across).
+    """Yield a figure where `panel` drew each of `rows` (down) and `columns` (across).
 
-    `labels` are those of the horizontal and the vertical axes.
+    `labels` are those of the horizontal and the vertical axes, said once, as are scales.
     """
-    models, datasets = charts.facets(frame)
-    height = 0.75 + 1.05 * len(models)
-    with style.canvas(len(models), len(datasets), style.COLUMN_INCHES, height) as figure:
-        panels = grid(figure, len(datasets))
-        for (row, model), (column, dataset) in product(enumerate(models), enumerate(datasets)):
-            axes = panels[row][column]
-            panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
-            charts.panel_title(axes, model, dataset)
-            axes.tick_params(labelleft=column == 0, labelbottom=row == len(models) - 1)
+    with style.canvas(len(rows), len(columns), style.COLUMN_INCHES, height) as figure:
+        for axes, (row, column) in zip(figure.axes, product(rows, columns), strict=True):
+            panel(axes, row, column)
+            axes.tick_params(labelleft=column == columns[0], labelbottom=row == rows[-1])
         figure.supxlabel(labels[0], fontsize=style.POINTS)
         figure.supylabel(labels[1], fontsize=style.POINTS)
         apart(figure)
         yield figure
+
+
+def model_panels(
+    frame: pd.DataFrame, labels: tuple[str, str], panel: Callable[[Axes, pd.DataFrame], None]
+) -> AbstractContextManager[Figure]:
+    """Return `panels` where `panel` drew the rows of each model (down) on each dataset (across)."""
+
+    def of_model(axes: Axes, model: str, dataset: str) -> None:
+        panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
+        charts.panel_title(axes, model, dataset)
+
+    models, datasets = charts.facets(frame)
+    return panels(models, datasets, 0.75 + 1.05 * len(models), labels, of_model)
+
+
+def paired_bars(
+    axes: Axes,
+    frame: pd.DataFrame,
+    by: str,
+    value: str,
+    looks: Mapping[str, charts.Look],
+    models: list[str],
+) -> None:
+    """Draw the two values of column `by` that have `looks` side by side for each model."""
+    for number, (name, look) in enumerate(looks.items()):
+        one = frame[frame[by] == name.lower()].set_index("model").reindex(models)
+        centres = np.arange(len(models)) + 0.4 * (number - 0.5)
+        mean, spread = charts.interval(one, value, "low", "high")
+        axes.bar(centres, mean, 0.38, color=look["color"], yerr=spread, error_kw=WHISKER)
+        for centre in centres[np.isnan(mean)]:
+            axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
+    name_models(axes, models)
 
 
 def name_models(axes: Axes, models: Sequence[str]) -> None:
@@ -383,10 +419,3 @@ def band(
     axes.fill_between(
         rows[x], rows["low"] * factor, rows["high"] * factor, color=colour, alpha=0.2, lw=0
     )
-
-
-def whiskers(rows: pd.DataFrame, value: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return values (n,) and how far low and high are from them (2, n), 0 where unknown."""
-    mean, low, high = (rows[name].to_numpy(dtype=float) for name in (value, "low", "high"))
-    # A percentile interval can just miss its own mean; a whisker cannot point inwards.
-    return mean, np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))
