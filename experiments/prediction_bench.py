@@ -9,22 +9,15 @@ random, as times do not depend on them. `models=` and `systems=` choose what is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from experiments.config import build
-from experiments.errors import command, words_given
-from experiments.overheads import write_json
-from experiments.records import provenance
-from experiments.replay_bench import configs
+from experiments.errors import command
+from experiments.replay_bench import bench
 from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
 
@@ -40,17 +33,6 @@ STEPS = 23
 CALLS = 250
 PERCENTILE = 10
 """Of the calls: what is slower met another process."""
-
-
-@dataclass(frozen=True)
-class PredictionTimes:
-    """Microseconds of one call: of the embeddings, of a gate with its softmax, of the update."""
-
-    model: str
-    system: str
-    embeddings: float
-    gate: float
-    update: float
 
 
 class RandomRouting:
@@ -77,8 +59,11 @@ class RandomRouting:
         return self.embeddings() if self._hidden else None
 
 
-def prediction_times(cfg: DictConfig) -> PredictionTimes:
-    """Teach a policy a history of full length, then time its calls."""
+def prediction_times(cfg: DictConfig) -> dict[str, Any]:
+    """Teach a policy a history of full length, then time its calls.
+
+    Returns microseconds of one call: of the embeddings, of a gate with its softmax, of the update.
+    """
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)
@@ -99,13 +84,13 @@ def prediction_times(cfg: DictConfig) -> PredictionTimes:
         for layer in range(shape.layers):
             gates[number, layer] = gate_micros(policy, iteration, layer, routing)
         updates.append(micros(policy.end_iteration, iteration))
-    return PredictionTimes(
-        model.name,
-        cfg.system.label,
-        round(float(np.percentile(embeddings, PERCENTILE)), 1),
-        round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
-        round(float(np.percentile(updates, PERCENTILE)), 1),
-    )
+    return {
+        "model": model.name,
+        "system": cfg.system.label,
+        "embeddings": round(float(np.percentile(embeddings, PERCENTILE)), 1),
+        "gate": round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
+        "update": round(float(np.percentile(updates, PERCENTILE)), 1),
+    }
 
 
 def teach(policy: Policy, routing: RandomRouting) -> None:
@@ -133,25 +118,10 @@ def micros(call: Callable[..., object], *arguments: Any) -> float:
     return (time.perf_counter() - began) * 1e6
 
 
-def times_table(times: Sequence[PredictionTimes]) -> Table:
-    """Return a row a model and system."""
-    table = Table("model", "system", "embeddings us", "gate us", "update us")
-    for one in times:
-        table.add_row(one.model, one.system, *map(str, (one.embeddings, one.gate, one.update)))
-    return table
-
-
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
-    torch.set_num_threads(1)
-    choices, overrides = words_given(__doc__, CHOICES, arguments)
-    times = [prediction_times(cfg) for cfg in configs(choices, overrides)]
-    Console().print(times_table(times))
-    if choices["output"]:
-        rows: list[dict[str, Any]] = [vars(one) for one in times]
-        write_json(Path(choices["output"]), {"calls": CALLS, "times": rows, **provenance()})
-        print(f"written to {choices['output']}")
+    bench(__doc__, CHOICES, arguments, prediction_times, "times", {"calls": CALLS})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any
 import hydra
 import matplotlib
 import pandas as pd
-import seaborn as sns
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -93,16 +92,14 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
 def draw_loss(training: Training, baseline: float, path: Path) -> None:
     """Draw the loss curve of the run against the unigram baseline."""
     matplotlib.use("Agg")
-    frame = pd.DataFrame([asdict(progress) for progress in training.history])
-    frame["tokens"] = frame["step"] * training.recipe.tokens / training.recipe.steps / 1e6
-    long = frame.melt(["step", "tokens"], ["train_loss", "held_out_loss"], "text", "loss")
-    long["text"] = long["text"].map({"train_loss": "training", "held_out_loss": "held out"})
-    sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
-    axes = sns.lineplot(long, x="tokens", y="loss", hue="text")
-    axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
+    history = pd.DataFrame([asdict(progress) for progress in training.history])
+    history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
+    named = {"train_loss": "training", "held_out_loss": "held out"}
+    curves = history.set_index("tokens")[list(named)].rename(columns=named)
+    axes: Any = curves.plot(figsize=(4.5, 3), grid=True)
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
-    axes.legend(title=None)
-    axes.figure.set_size_inches(4.5, 3)
+    axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
+    axes.legend()
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.errors import UserError
-from experiments.figures.style import (
-    COLOURS,
-    COLUMN_INCHES,
-    DASHES,
-    DATASETS,
-    HATCHES,
-    MARKERS,
-    METRICS,
-    MODELS,
-    PAGE_INCHES,
-    PAPER_SYSTEMS,
-    SYSTEMS,
-    canvas,
-    dataset_name,
-    model_name,
-    ordered,
-    system_name,
-)
+from experiments.figures import style
 from experiments.frames import one_mode
 
 INTERVALS = "95 % bootstrap intervals of the mean"
@@ -57,7 +41,7 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) ->
     for row in rows_of(frame):
         options = row["label"].removeprefix(row["system"]).strip()
         notes = [note for note in (options, row["mode"] if mixed else "") if note]
-        names.append(system_name(row["system"]) + (f" ({', '.join(notes)})" if notes else ""))
+        names.append(style.system_name(row["system"]) + (f" ({', '.join(notes)})" if notes else ""))
     return frame.assign(series=names)
 
 
@@ -88,8 +72,10 @@ def looks(frame: pd.DataFrame) -> dict[str, Look]:
     A system has one colour everywhere; its variants, or its modes where they are mixed, differ in
     line and hatch.
     """
-    systems = ordered(frame["system"], SYSTEMS)
-    base = {one: (COLOURS.get(one, "#666666"), MARKERS.get(one, "o")) for one in systems}
+    systems = style.ordered(frame["system"], style.SYSTEMS)
+    base = {
+        one: (style.COLOURS.get(one, "#666666"), style.MARKERS.get(one, "o")) for one in systems
+    }
     return variants(frame, "system", base)
 
 
@@ -108,8 +94,8 @@ def variants(
             found[name] = {
                 "color": colour,
                 "marker": marker,
-                "linestyle": DASHES[number % len(DASHES)],
-                "hatch": HATCHES[number % len(HATCHES)],
+                "linestyle": style.DASHES[number % len(style.DASHES)],
+                "hatch": style.HATCHES[number % len(style.HATCHES)],
             }
     return found
 
@@ -122,17 +108,19 @@ def bars(
     styles: Mapping[str, Look],
     by: str,
     hollow: Sequence[str] = (),
+    references: Mapping[str, Look] | None = None,
 ) -> None:
     """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
 
     A bar for each series, always at its place, so that a missing record is a gap. Bars of the
-    series in `hollow` are not filled.
+    series in `hollow` are not filled; `references` are lines across each group.
     """
-    _, factor = METRICS[metric]
+    centres = {value: place for place, value in enumerate(groups)}
+    _, factor = style.METRICS[metric]
     width = 0.84 / len(styles)
     for place, (name, look) in enumerate(styles.items()):
         rows = frame[(frame["series"] == name) & np.isfinite(frame[metric])]
-        x = _centres(rows[by], groups) + (place - (len(styles) - 1) / 2) * width
+        x = rows[by].map(centres).to_numpy(dtype=float) + (place - (len(styles) - 1) / 2) * width
         # An empty bar is not a gap.
         for empty in x[(rows[metric] == 0).to_numpy()]:
             axes.annotate("0", (empty, 0), ha="center", va="bottom", fontsize=7)
@@ -149,34 +137,17 @@ def bars(
             x, mean * factor, spread * factor, fmt="none", ecolor="#333333", elinewidth=0.7,
             capsize=min(1.5, 12 * width), capthick=0.7, zorder=3,
         )  # fmt: skip
-    axes.set_xticks(range(len(groups)), list(groups.values()))
-    axes.set_xlim(-0.5, len(groups) - 0.5)
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="x", visible=False)
-
-
-def references(
-    axes: Axes,
-    frame: pd.DataFrame,
-    metric: str,
-    groups: Mapping[str, str],
-    styles: Mapping[str, Look],
-    by: str,
-) -> None:
-    """Draw the mean of each series as a line across each group of bars that `bars` drew."""
-    _, factor = METRICS[metric]
-    for name, look in styles.items():
+    for name, look in (references or {}).items():
         rows = frame[frame["series"] == name]
-        x = _centres(rows[by], groups)
+        x = rows[by].map(centres).to_numpy(dtype=float)
         axes.hlines(
             rows[metric] * factor, x - 0.46, x + 0.46, look["color"], REFERENCE_DASHES, lw=1.2,
             zorder=4,
         )  # fmt: skip
-
-
-def _centres(values: pd.Series, groups: Mapping[str, str]) -> np.ndarray:
-    """Return where the groups of these values are drawn."""
-    return np.array([list(groups).index(value) for value in values], dtype=float)
+    axes.set_xticks(range(len(groups)), list(groups.values()))
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="x", visible=False)
 
 
 def percent_axis(axes: Axes) -> None:
@@ -197,7 +168,7 @@ def line(
 
     The line breaks at those of `places` where the series has no record; None: the series' own.
     """
-    _, factor = METRICS[metric]
+    _, factor = style.METRICS[metric]
     rows = frame.sort_values(x)
     if places is not None:
         rows = rows.set_index(x).reindex(list(places)).rename_axis(x).reset_index()
@@ -226,27 +197,26 @@ def legend(
     kind: str,
     columns: int = 5,
     narrow: int | None = None,
-    referred: Mapping[str, Look] | None = None,
+    references: Mapping[str, Look] | None = None,
 ) -> None:
-    """Put one legend above all panels; `kind` is bar or line, `referred` what `references` drew.
+    """Put one legend above all panels; `kind` is bar or line, `references` as `bars` drew them.
 
     In `columns` columns, or `narrow` ones where the figure is narrower than a page.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    fitting = narrow if narrow and figure.get_figwidth() < PAGE_INCHES else columns
+    fitting = narrow if narrow and figure.get_figwidth() < style.PAGE_INCHES else columns
     handles: list[Any] = []
     for name, look in styles.items():
         if kind == "bar":
             edge = "white" if look["hatch"] else look["color"]
-            handles.append(
-                Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor=edge, label=name)
-            )
+            drawn = {"facecolor": look["color"], "hatch": look["hatch"], "edgecolor": edge}
+            handles.append(Patch(**drawn, label=name))
         else:
             shape = {key: look[key] for key in ("color", "marker", "linestyle")}
             handles.append(Line2D([], [], **shape, label=name))
-    for name, look in (referred or {}).items():
+    for name, look in (references or {}).items():
         handles.append(Line2D([], [], color=look["color"], ls=REFERENCE_DASHES, label=name))
     figure.legend(
         handles=handles,
@@ -285,58 +255,64 @@ def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
 
 def expected_models(frame: pd.DataFrame) -> list[str]:
     """Return the paper's models and whichever others are there."""
-    return [*MODELS, *(one for one in ordered(frame["model"], MODELS) if one not in MODELS)]
+    return [
+        *style.MODELS,
+        *(one for one in style.ordered(frame["model"], style.MODELS) if one not in style.MODELS),
+    ]
 
 
-def expected_series(frame: pd.DataFrame, systems: Sequence[str] = PAPER_SYSTEMS) -> list[str]:
+def expected_series(frame: pd.DataFrame, systems: Sequence[str] = style.PAPER_SYSTEMS) -> list[str]:
     """Return the series that are there, and the plain series of `systems` that are not."""
     there = list(looks(frame))
     seen = set(frame["system"])
-    return there + [system_name(one) for one in systems if one not in seen]
+    return there + [style.system_name(one) for one in systems if one not in seen]
 
 
-def caption(
-    figure: str,
-    title: str,
+def save(
+    figure: Figure,
+    place: Path,
+    names: tuple[str, str],
     frame: pd.DataFrame,
+    data: pd.DataFrame,
     notes: Sequence[str],
-    expected: Mapping[str, Sequence[Any]],
-) -> str:
-    """Return a caption that says what was measured, how, on what, and what is missing.
+    **expected: Sequence[Any],
+) -> style.Drawn:
+    """Save a figure, the data drawn, and a caption: what was measured, how, on what, what lacks.
 
-    Beside every model and dataset, the values of columns that `expected` names should be there.
+    `names` are id and title. Beside every model and dataset, the values of columns that `expected`
+    names should be there.
     """
     usual = {"model": expected_models(frame), "dataset": facets(frame)[1]}
     gap = gaps(frame, {**usual, **expected})
-    names = [dataset_name(one) for one in ordered(frame["dataset"], DATASETS)]
     budgets = sorted(set(frame["memory_budget"]), key=_by_size)
     share = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
     unit = "" if share.endswith(("%", "sizes")) else " GB"
     low, high = int(frame["requests"].min()), int(frame["requests"].max())
     count = f"{low}" if low == high else f"{low} to {high}"
     parts = [
-        f"Figure {figure}: {title}.",
+        f"Figure {names[0]}: {names[1]}.",
         f"Mode: {_listed(frame['mode'])}; testbed: {_listed(frame['testbed'])}; "
-        f"{_weights(frame)}; dataset{'s' if len(names) > 1 else ''}: {', '.join(names)}; "
+        f"{served(frame, '; bytes are those of the full-size models')}; "
         f"expert memory: {share}{unit}; n = {count} requests a run.",
         *notes,
     ]
     if gap:
         parts.append(f"Not run, left out or drawn as gaps: {gap}.")
-    return " ".join(parts)
+    return style.save(figure, data, place, names[0], " ".join(parts))
 
 
-def _weights(frame: pd.DataFrame) -> str:
-    by_kind = frame.groupby("weights", sort=True)["model"]
-    if by_kind.ngroups == 1:
-        listed = str(frame["weights"].iloc[0])
-    else:
-        listed = ", ".join(
-            f"{kind} ({', '.join(model_name(one) for one in ordered(list(models), MODELS))})"
-            for kind, models in by_kind
-        )
-    small = " (small trained stand-ins; bytes are those of the full-size models)"
-    return f"weights: {listed}{small if 'scale' in set(frame['weights']) else ''}"
+def served(frame: pd.DataFrame, stand_ins: str) -> str:
+    """Say whose weights and which datasets; `stand_ins` goes on about small trained weights."""
+    kinds = {
+        str(kind): ", ".join(map(style.model_name, style.ordered(models, style.MODELS)))
+        for kind, models in frame.groupby("weights", sort=True)["model"]
+    }
+    several = len(kinds) > 1
+    listed = ", ".join(f"{kind} ({of})" if several else kind for kind, of in kinds.items())
+    small = f" (small trained stand-ins{stand_ins})" if "scale" in set(frame["weights"]) else ""
+    names = [style.dataset_name(one) for one in style.ordered(frame["dataset"], style.DATASETS)]
+    plural = "s" if len(names) > 1 else ""
+    return f"weights: {listed}{small}; dataset{plural}: {', '.join(names)}"
 
 
 def _listed(values: pd.Series) -> str:
@@ -349,9 +325,9 @@ def _by_size(budget: str) -> float:
 
 def _shown(column: str, value: Any) -> str:
     if column == "model":
-        return model_name(value)
+        return style.model_name(value)
     if column == "dataset":
-        return dataset_name(value)
+        return style.dataset_name(value)
     if column == "series":
         return str(value)
     units = {"limit_gb": "{:g} GB", "batch_size": "batch {:g}", "prefetch_distance": "d = {:g}"}
@@ -360,17 +336,21 @@ def _shown(column: str, value: Any) -> str:
 
 def panel_title(axes: Axes, model: str, dataset: str | None) -> None:
     """Name a panel after its model and, where there are several, its dataset."""
-    axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""), pad=3)
+    axes.set_title(
+        style.model_name(model) + (f", {style.dataset_name(dataset)}" if dataset else ""), pad=3
+    )
 
 
 def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Return the models and the datasets that are there, in the order of drawing."""
-    return ordered(frame["model"], MODELS), ordered(frame["dataset"], DATASETS)
+    return style.ordered(frame["model"], style.MODELS), style.ordered(
+        frame["dataset"], style.DATASETS
+    )
 
 
 def width_of(models: Sequence[str]) -> float:
     """Return the inches of a figure: a page's for several models side by side."""
-    return PAGE_INCHES if len(models) > 1 else COLUMN_INCHES
+    return style.PAGE_INCHES if len(models) > 1 else style.COLUMN_INCHES
 
 
 @contextmanager
@@ -386,7 +366,7 @@ def dataset_panels(
     """
     models, datasets = facets(frame)
     size = width_of(models), 0.6 + 1.7 * len(datasets)
-    with canvas(len(datasets), len(models), *size, marker_points) as figure:
+    with style.canvas(len(datasets), len(models), *size, marker_points) as figure:
         cells = itertools.product(datasets, models)
         for axes, (dataset, model) in zip(figure.axes, cells, strict=True):
             panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
@@ -405,14 +385,14 @@ def metric_panels(
 ) -> Iterator[Figure]:
     """Yield a figure where `panel` drew each of `metrics` (down) of every model (across)."""
     models, _ = facets(frame)
-    with canvas(len(metrics), len(models), width_of(models), height) as figure:
+    with style.canvas(len(metrics), len(models), width_of(models), height) as figure:
         cells = itertools.product(metrics, models)
         for axes, (metric, model) in zip(figure.axes, cells, strict=True):
             panel(axes, frame[frame["model"] == model], metric)
             if metric == metrics[0]:
                 panel_title(axes, model, None)
             if model == models[0]:
-                axes.set_ylabel(METRICS[metric][0])
+                axes.set_ylabel(style.METRICS[metric][0])
         figure.align_ylabels()
         yield figure
 

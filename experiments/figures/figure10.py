@@ -34,11 +34,11 @@ WAITING = (
 
 
 def draw_overall(
-    figure_id: str, title: str, frame: pd.DataFrame, place: Path, mixed_modes: bool = False
+    names: tuple[str, str], frame: pd.DataFrame, place: Path, mixed_modes: bool = False
 ) -> style.Drawn:
-    """Draw figure 10, or 13, which is the same on another testbed."""
-    frame = charts.checked(frame, figure_id, mixed_modes)
-    charts.single(frame, figure_id)
+    """Draw figure 10, or 13, which is the same on another testbed; `names`: id, title."""
+    frame = charts.checked(frame, names[0], mixed_modes)
+    charts.single(frame, names[0])
     referred = frame["system"].isin(REFERENCES)
     if referred.all():
         # Alone, it is a system like any other.
@@ -49,8 +49,7 @@ def draw_overall(
 
     def panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
         not_filled = hollow if metric == "hit_rate" else ()
-        charts.bars(axes, part, metric, groups, looks, "dataset", not_filled)
-        charts.references(axes, part, metric, groups, references, "dataset")
+        charts.bars(axes, part, metric, groups, looks, "dataset", not_filled, references)
         if metric == "hit_rate":
             charts.percent_axis(axes)
 
@@ -58,11 +57,10 @@ def draw_overall(
     told = ((HOLLOW, bool(hollow)), (REFERRED, bool(references)), (WAITING, waiting))
     notes = [*NOTES, *(note for note, applies in told if applies)]
     with charts.metric_panels(frame, ROWS, 4.6, panel) as figure:
-        charts.legend(figure, looks, "bar", 6, narrow=2, referred=references)
+        charts.legend(figure, looks, "bar", 6, narrow=2, references=references)
         data = charts.drawn_data(frame, ROWS)
-        expected = {"series": charts.expected_series(frame)}
-        caption = charts.caption(figure_id, title, frame, notes, expected)
-        return style.save(figure, data, place, figure_id, caption)
+        series = charts.expected_series(frame)
+        return charts.save(figure, place, names, frame, data, notes, series=series)
 
 
-draw = partial(draw_overall, ID, TITLE)
+draw = partial(draw_overall, (ID, TITLE))

@@ -39,9 +39,8 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
     labels = style.METRICS["e2el_s"][0], "Share of requests"
     with charts.dataset_panels(curves, labels, panel) as figure:
         charts.legend(figure, looks, "line", narrow=2)
-        expected = {"series": charts.expected_series(frame)}
-        caption = charts.caption(ID, TITLE, frame, NOTES, expected)
-        return style.save(figure, curves, place, ID, caption)
+        series = charts.expected_series(frame)
+        return charts.save(figure, place, (ID, TITLE), frame, curves, NOTES, series=series)
 
 
 def _curves(frame: pd.DataFrame) -> pd.DataFrame:

@@ -41,13 +41,10 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
     with charts.dataset_panels(frame, labels, panel) as figure:
         charts.legend(figure, looks, "line", narrow=2)
         data = charts.drawn_data(frame, [METRIC], ["limit_gb"])
-        expected = {
-            "series": charts.expected_series(frame),
-            "limit_gb": sorted({*LIMITS, *limits}),
-        }
-        return style.save(
-            figure, data, place, ID, charts.caption(ID, TITLE, frame, NOTES, expected)
-        )
+        return charts.save(
+            figure, place, (ID, TITLE), frame, data, NOTES,
+            series=charts.expected_series(frame), limit_gb=sorted({*LIMITS, *limits}),
+        )  # fmt: skip
 
 
 def _limit(row: dict[str, Any]) -> float:

@@ -8,4 +8,4 @@ from experiments.figures.figure10 import draw_overall
 
 ID = "13"
 TITLE = "TTFT, TPOT and expert hit rate of all systems on testbed B"
-draw = partial(draw_overall, ID, TITLE)
+draw = partial(draw_overall, (ID, TITLE))

@@ -38,14 +38,13 @@ def draw_approaches(
 
     A run belongs to the approach whose system and options it has; other runs are left out.
     """
-    figure_id, title = names
     if len(frame):
         found = [_approach(row, approaches) for row in charts.rows_of(frame)]
         frame = frame.assign(approach=pd.Series(found, index=frame.index, dtype=object))
         frame = frame.dropna(subset=["approach"])
-    frame = charts.checked(frame, figure_id, mixed_modes)
+    frame = charts.checked(frame, names[0], mixed_modes)
     frame = frame.assign(series=frame["approach"] + charts.marks(frame))
-    charts.single(frame, figure_id)
+    charts.single(frame, names[0])
     models, datasets = charts.facets(frame)
     base = {name: (colour, "") for name, colour in zip(approaches, colours, strict=True)}
     looks = charts.variants(frame, "approach", base)
@@ -60,9 +59,8 @@ def draw_approaches(
                 axes.set_title(style.dataset_name(dataset), pad=3)
         charts.legend(figure, looks, "bar", 3)
         data = charts.drawn_data(frame, [METRIC], ["approach"])
-        expected = {"series": list(looks if frame["mode"].nunique() > 1 else approaches)}
-        caption = charts.caption(figure_id, title, frame, NOTES, expected)
-        return style.save(figure, data, place, figure_id, caption)
+        series = list(looks if frame["mode"].nunique() > 1 else approaches)
+        return charts.save(figure, place, names, frame, data, NOTES, series=series)
 
 
 def _approach(row: dict[str, Any], approaches: dict[str, dict[str, str]]) -> str | None:

@@ -49,6 +49,6 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
         if len(looks) > 1:
             charts.legend(figure, looks, "line")
         data = charts.drawn_data(frame, ROWS, ["prefetch_distance"])
-        expected = {"prefetch_distance": sorted({*DISTANCES, *distances})}
-        caption = charts.caption(ID, TITLE, frame, NOTES, expected)
-        return style.save(figure, data, place, ID, caption)
+        asked = sorted({*DISTANCES, *distances})
+        names = ID, TITLE
+        return charts.save(figure, place, names, frame, data, NOTES, prefetch_distance=asked)

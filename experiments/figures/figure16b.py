@@ -13,6 +13,10 @@ TITLE = "TTFT and TPOT against the batch size"
 SIZES = (1, 2, 4, 8)
 SYSTEMS = ("mixtral_offload", "promoe", "moe_infinity", "finemoe")
 COLUMNS = ("ttft_s", "tpot_s")
+NOTE = (
+    f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
+    "their times, so larger batches leave fewer samples."
+)
 
 
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
@@ -36,18 +40,9 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
                     charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.legend(figure, looks, "bar", 2)
         data = charts.drawn_data(frame, COLUMNS, ["batch_size"])
-        return style.save(figure, data, place, ID, _caption(frame, models))
-
-
-def _caption(frame: pd.DataFrame, models: list[str]) -> str:
-    notes = [
-        f"Model{'s' if len(models) > 1 else ''}: {', '.join(map(style.model_name, models))}.",
-        f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
-        "their times, so larger batches leave fewer samples.",
-    ]
-    expected = {
-        "model": models,
-        "series": charts.expected_series(frame, SYSTEMS),
-        "batch_size": sorted({*SIZES, *frame["batch_size"]}),
-    }
-    return charts.caption(ID, TITLE, frame, notes, expected)
+        several = "s" if len(models) > 1 else ""
+        notes = f"Model{several}: {', '.join(map(style.model_name, models))}.", NOTE
+        return charts.save(
+            figure, place, (ID, TITLE), frame, data, notes, model=models,
+            series=charts.expected_series(frame, SYSTEMS), batch_size=sorted({*SIZES, *groups}),
+        )  # fmt: skip

@@ -47,7 +47,11 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
     """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes, system="finemoe", workload="offline")
     charts.single(frame, ID)
-    runs = sorted(charts.rows_of(frame), key=_order)
+    models, datasets = charts.facets(frame)
+    runs = sorted(
+        charts.rows_of(frame),
+        key=lambda run: (models.index(run["model"]), run["dataset"], run["series"]),
+    )
     parts = pd.concat([_parts(run) for run in runs], ignore_index=True)
     columns = min(3, len(runs))
     lines = math.ceil(len(runs) / columns)
@@ -55,7 +59,7 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
     with style.canvas(lines, columns, width, 0.3 + 1.75 * lines) as figure:
         for axes in figure.axes[len(runs) :]:
             axes.set_visible(False)
-        several = frame["dataset"].nunique() > 1
+        several = len(datasets) > 1
         longest = float(parts["milliseconds_high"].max())
         for number, (axes, run) in enumerate(zip(figure.axes, runs, strict=False)):
             part = parts[parts["run"] == run["path"]]
@@ -64,14 +68,8 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
             variant = run["series"].removeprefix(style.system_name("finemoe"))
             axes.set_title(axes.get_title() + variant, pad=3)
         charts.legend(figure, LEGEND, "line", 3 if columns > 1 else 1)
-        caption = charts.caption(ID, TITLE, frame, NOTES, {})
-        return style.save(figure, parts.drop(columns="run"), place, ID, caption)
-
-
-def _order(run: dict[str, Any]) -> tuple[int, str, str, str]:
-    models = list(style.MODELS)
-    place = models.index(run["model"]) if run["model"] in models else len(models)
-    return place, run["model"], run["dataset"], run["series"]
+        data = parts.drop(columns="run")
+        return charts.save(figure, place, (ID, TITLE), frame, data, NOTES)
 
 
 def _parts(run: dict[str, Any]) -> pd.DataFrame:
@@ -82,19 +80,17 @@ def _parts(run: dict[str, Any]) -> pd.DataFrame:
     spent["rest"] = run["iteration_s"] - float(np.nansum(waits))
     table = pd.DataFrame({"part": list(PARTS), "kind": [kind for _, kind in PARTS.values()]})
     milliseconds = 1e3 * np.array([spent[name] for name in PARTS])
-    ends = np.full((2, len(PARTS)), math.nan)
-    ends[:, 0] = 1e3 * run["iteration_s_low"], 1e3 * run["iteration_s_high"]
+    # Records hold parts as totals: the whole iteration alone has an interval.
+    low, high = (1e3 * run[f"iteration_s_{end}"] for end in ("low", "high"))
+    names = ("model", "dataset", "series", "mode", "testbed", "weights", "digest")
     return table.assign(
         milliseconds=milliseconds,
-        milliseconds_low=ends[0],
-        milliseconds_high=ends[1],
+        milliseconds_low=np.where(table["part"] == "iteration", low, math.nan),
+        milliseconds_high=np.where(table["part"] == "iteration", high, math.nan),
         share=milliseconds / milliseconds[0],
         iterations=run["iterations"],
         run=run["path"],
-        **{
-            key: run[key]
-            for key in ("model", "dataset", "series", "mode", "testbed", "weights", "digest")
-        },
+        **{name: run[name] for name in names},
     )
 
 

@@ -47,5 +47,4 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
         charts.legend(figure, looks, "line", 6, narrow=2)
         data = charts.drawn_data(frame, [METRIC], ["memory_gb"])
         series = charts.expected_series(frame, (*style.PAPER_SYSTEMS, "resident"))
-        caption = charts.caption(ID, TITLE, frame, NOTES, {"series": series})
-        return style.save(figure, data, place, ID, caption)
+        return charts.save(figure, place, (ID, TITLE), frame, data, NOTES, series=series)

@@ -24,9 +24,7 @@ def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
 
 def similarity(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
     """Return the hit rate of a match's K likeliest experts in equally wide bins of its score."""
-    pairs = traces.similarity_pairs(
-        subject.path, subject.distance, subject.cut, experiment.store_capacity
-    )
+    pairs = traces.similarity_pairs(subject, experiment.store_capacity)
     frames = []
     for search, group in pairs.groupby("search"):
         score, hits, request = (group[name].to_numpy() for name in ("score", "hit_rate", "request"))

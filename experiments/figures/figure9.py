@@ -20,7 +20,7 @@ def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
 
 def coefficients(subject: traces.Subject, capacity: int) -> pd.DataFrame:
     """Return the coefficient over decode iterations for each search, K experts predicted."""
-    pairs = traces.similarity_pairs(subject.path, subject.distance, subject.cut, capacity)
+    pairs = traces.similarity_pairs(subject, capacity)
     rows = []
     for search, group in pairs.groupby("search"):
         score, hits = group["score"].to_numpy(), group["hit_rate"].to_numpy()

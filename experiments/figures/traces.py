@@ -8,7 +8,7 @@ of figures of runs has nothing to say here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -26,10 +26,11 @@ from experiments import routing_analysis as analysis
 from experiments import routing_predictors as prediction
 from experiments.errors import UserError
 from experiments.figures import charts, style
-from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
+from experiments.figures.style import MODEL_COLOURS, MODELS, model_name
 from experiments.records import ANALYSIS, provenance, read_checked, read_table
 from finemoe.files import atomic_write
 from finemoe.offload.policy import ModelShape
+from finemoe.trace import TracedRequest
 from finemoe.trace_file import TraceReader
 
 MODE = "analysis of routing traces"
@@ -112,24 +113,19 @@ def read_routing(path: Path) -> Routing:
     """Return what a trace holds. Raises TraceError; ValueError if it holds no request."""
     with TraceReader(path) as reader:
         # Request by request, or the hidden states of a full-size model would not fit.
-        parts = [
-            replace(_without_states(analysis.iterations([one])), request=np.array([number]))
-            for number, one in enumerate(reader.requests())
-        ]
+        parts = [_routed(number, one) for number, one in enumerate(reader.requests())]
         header = reader.header
     if not parts:
         raise ValueError(f"{path} holds no request; record at least one")
-    request = np.repeat([part.request[0] for part in parts], [len(part.decode) for part in parts])
-    joined = {
-        one.name: np.concatenate([getattr(part, one.name) for part in parts])
-        for one in fields(analysis.Iterations)
-    }
-    iterations = analysis.Iterations(**{**joined, "request": request})
-    return Routing(header.shape, header.provenance, iterations)
+    names = [one.name for one in fields(analysis.Iterations)]
+    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    return Routing(header.shape, header.provenance, analysis.Iterations(*joined))
 
 
-def _without_states(routed: analysis.Iterations) -> analysis.Iterations:
-    return replace(routed, hidden_states=routed.hidden_states[..., :0])
+def _routed(number: int, request: TracedRequest) -> analysis.Iterations:
+    routed = analysis.iterations([request])
+    numbers = np.full(len(routed.decode), number)
+    return replace(routed, request=numbers, hidden_states=routed.hidden_states[..., :0])
 
 
 def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
@@ -137,30 +133,28 @@ def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
 
     Raises UserError if a trace is missing, or has no history or nothing else.
     """
-    for model in cfg.experiment.models:
-        for dataset in cfg.experiment.datasets:
-            if (model, dataset) not in traces:
-                raise UserError(f"no routing trace of {model} on {dataset}; record it first")
-            path = traces[model, dataset]
-            routing = read_routing(path)
-            requests = int(routing.iterations.request[-1]) + 1
-            cut = round(cfg.workload.history_share * requests)
-            if not 0 < cut < requests:
-                raise UserError(
-                    f"workload.history_share={cfg.workload.history_share} of {requests} requests "
-                    "leaves no history, or none to measure; change it or add prompts"
-                )
-            asked = int(model_facts(model).prefetch_distance)
-            distance = max(1, min(asked, routing.shape.layers - 1))
-            yield Subject(model, dataset, path, distance, cut)
+    share = cfg.workload.history_share
+    for model, dataset in product(cfg.experiment.models, cfg.experiment.datasets):
+        if (model, dataset) not in traces:
+            raise UserError(f"no routing trace of {model} on {dataset}; record it first")
+        path = traces[model, dataset]
+        routing = read_routing(path)
+        requests = int(routing.iterations.request[-1]) + 1
+        cut = round(share * requests)
+        if not 0 < cut < requests:
+            raise UserError(
+                f"workload.history_share={share} of {requests} requests leaves no history, or none "
+                "to measure; change it or add prompts"
+            )
+        asked = int(model_facts(model).prefetch_distance)
+        yield Subject(model, dataset, path, max(1, min(asked, routing.shape.layers - 1)), cut)
 
 
 @lru_cache(maxsize=KEPT)
-def similarity_pairs(path: Path, distance: int, cut: int, capacity: int) -> pd.DataFrame:
+def similarity_pairs(subject: Subject, capacity: int) -> pd.DataFrame:
     """Return score and hit rate of every measured decode iteration (figures 8 and 9)."""
-    subject = Subject("", "", path, distance, cut)
     searched, top_k = subject.searched(capacity), subject.shape.top_k
-    return prediction.similarity_and_hits(searched, subject.measured, top_k, distance)
+    return prediction.similarity_and_hits(searched, subject.measured, top_k, subject.distance)
 
 
 # Facts of the real models -------------------------------------------------------------------------
@@ -197,37 +191,16 @@ class Analysed:
 
         `split`: whether requests were split into history and measured ones.
         """
-        found: Sequence[Mapping[str, Any]] = self.record["subjects"]
-        head = f"{self.record['label']}: {self.record['title']}. {what}"
-        if not found:
-            return f"{head} Mode: {self.record['mode']}."
-        datasets = _listed(dataset_name(one["dataset"]) for one in found)
-        total = _listed(str(one["requests"]) for one in found)
-        measured = _listed(str(one["measured_requests"]) for one in found)
-        counted = f"{total} requests ({measured} measured, the others history)"
-        return (
-            f"{head} Mode: {self.record['mode']}; weights: {_weights(found)}; dataset"
-            f"{'s' if ',' in datasets else ''}: {datasets}; "
-            f"n = {counted if split else f'{total} requests'} of each model and "
-            "dataset."
+        head = f"{self.record['label']}: {self.record['title']}. {what} Mode: {self.record['mode']}"
+        if not self.record["subjects"]:
+            return f"{head}."
+        found = pd.DataFrame(list(self.record["subjects"]))
+        total, measured = (
+            ", ".join(map(str, found[one].unique())) for one in ("requests", "measured_requests")
         )
-
-
-def _weights(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the weights, once if all models have the same."""
-    kinds = {one["weights"] for one in found}
-    named = found if len(kinds) > 1 else found[:1]
-    small = " (small trained stand-ins of the real models' routing shapes)"
-    return _listed(
-        (f"{model_name(one['model'])}: " if len(kinds) > 1 else "")
-        + one["weights"]
-        + (small if one["weights"] == "scale" else "")
-        for one in named
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
+        counted = f" ({measured} measured, the others history)" if split else ""
+        origin = charts.served(found, " of the real models' routing shapes")
+        return f"{head}; {origin}; n = {total} requests{counted} of each model and dataset."
 
 
 def analyse(
@@ -257,11 +230,10 @@ def write_analysis(
     """
     experiment: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
     identity = experiment["id"]
+    kind = "Table" if "table" in identity else "Figure"
     record = {
         "id": identity,
-        "label": identity.capitalize().replace("Table", "Table ")
-        if "table" in identity
-        else f"Figure {identity}",
+        "label": f"{kind} {identity.removeprefix('table')}",
         "title": experiment["title"],
         "mode": MODE if found else FACTS_MODE,
         "experiment": experiment,
