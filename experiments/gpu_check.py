@@ -35,6 +35,7 @@ from experiments.overheads import (
     request,
     resident_overheads,
     scale_model,
+    two_policies,
     write_json,
 )
 from experiments.records import provenance
@@ -49,7 +50,6 @@ from finemoe.offload.links import CudaLink, EmulatedLink, Link, LinkSpeed
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape, Policy
 from finemoe.offload.residency import MemoryPlan, Residency
-from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
 
 RESULTS = Path("results/gpu")
@@ -100,7 +100,7 @@ def lossless(device: torch.device, sizes: Sizes) -> list[Check]:
         for name, slots in (("smallest", shape.top_k), ("half", shape.layers * shape.experts // 2)):
             found = [
                 _offloaded_logits(model, policy, slots, asked, device)
-                for policy in (OnDemandPolicy(shape), FineMoEPolicy(shape, FineMoEOptions(1)))
+                for policy in two_policies(model, distance=1).values()
             ]
             equal = all(
                 torch.equal(a, b) for logits in found for a, b in zip(expected, logits, strict=True)
@@ -293,11 +293,7 @@ def _serve_full_model(full: FullModel, device: torch.device, sizes: Sizes) -> li
         config = AutoConfig.for_model(full.family, **full.changes)
         meta = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = OffloadedModel.from_meta(meta, device, seed=0)
-    options = FineMoEOptions(full.distance)
-    policies = {
-        "on_demand": OnDemandPolicy(model.shape),
-        "finemoe": FineMoEPolicy(model.shape, options),
-    }
+    policies = two_policies(model, full.distance)
     checks = []
     for name, policy in policies.items():
         measured = _serve_with(model, policy, device, sizes)

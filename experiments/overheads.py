@@ -128,6 +128,12 @@ def engine_tpot(model: OffloadedModel, policy: Policy, asked: Request) -> float:
     return tpot
 
 
+def two_policies(model: OffloadedModel, distance: int) -> dict[str, Policy]:
+    """Return the policy that does least, and the paper's."""
+    finemoe = FineMoEPolicy(model.shape, FineMoEOptions(distance))
+    return {"on_demand": OnDemandPolicy(model.shape), "finemoe": finemoe}
+
+
 def resident_overheads(
     build: Callable[[], PreTrainedModel], device: torch.device, load: Load
 ) -> list[Check]:
@@ -137,10 +143,7 @@ def resident_overheads(
     plain.to(device).generation_config.eos_token_id = None
     plain.generation_config.pad_token_id = 0
     model = OffloadedModel.from_model(build(), device)
-    policies = {
-        "on_demand": OnDemandPolicy(model.shape),
-        "finemoe": FineMoEPolicy(model.shape, FineMoEOptions(PREFETCH_DISTANCE)),
-    }
+    policies = two_policies(model, PREFETCH_DISTANCE)
     baselines = {f"generate, {default}": default, "generate, eager": "eager"}
     vocabulary = plain.config.vocab_size
     rounds: list[dict[str, float]] = []

@@ -46,17 +46,13 @@ class RandomRouting:
     def embeddings(self) -> FloatArray:
         return self._random.standard_normal((1, self.shape.hidden_size), dtype=np.float32)
 
-    def logits(self) -> FloatArray:
-        return self._random.standard_normal((1, self.shape.experts), dtype=np.float32)
-
-    def gate(self, layer: int, logits: FloatArray, hidden: FloatArray | None) -> Gate:
-        """Return what a runtime makes of a gate's logits; its softmax is part of what is timed."""
-        probabilities = softmax(logits)
-        activated = tuple(sorted(np.argpartition(-logits[0], self.shape.top_k)[: self.shape.top_k]))
-        return Gate(layer, probabilities, activated, hidden)
-
-    def hidden_states(self) -> FloatArray | None:
-        return self.embeddings() if self._hidden else None
+    def gate(self, layer: int) -> tuple[FloatArray, Gate]:
+        """Return a gate's logits, and what a runtime makes of them."""
+        shape = self.shape
+        logits = self._random.standard_normal((1, shape.experts), dtype=np.float32)
+        activated = tuple(sorted(np.argpartition(-logits[0], shape.top_k)[: shape.top_k]))
+        hidden = self.embeddings() if self._hidden else None
+        return logits, Gate(layer, softmax(logits), activated, hidden)
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
@@ -79,10 +75,11 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     embeddings, gates, updates = [], np.zeros((CALLS, shape.layers)), []
     for number in range(CALLS):
         iteration = Iteration(number, "decode", (REQUESTS,), (1,))
-        tokens = routing.embeddings()
-        embeddings.append(micros(policy.on_embeddings, iteration, tokens))
+        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings()))
         for layer in range(shape.layers):
-            gates[number, layer] = gate_micros(policy, iteration, layer, routing)
+            logits, gate = routing.gate(layer)
+            # A runtime takes the softmax as well.
+            gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
         updates.append(micros(policy.end_iteration, iteration))
     return {
         "model": model.name,
@@ -99,16 +96,9 @@ def teach(policy: Policy, routing: RandomRouting) -> None:
     for request in range(REQUESTS):
         for step in range(STEPS):
             iteration = Iteration(request * STEPS + step, "decode", (request,), (1,))
-            gates = [routing.gate(x, routing.logits(), routing.hidden_states()) for x in layers]
+            gates = [routing.gate(layer)[1] for layer in layers]
             policy.study(iteration, routing.embeddings(), gates.copy)
         policy.end_request(request)
-
-
-def gate_micros(policy: Policy, iteration: Iteration, layer: int, routing: RandomRouting) -> float:
-    """Return the microseconds of one `on_gate` and of the softmax before it."""
-    logits, hidden = routing.logits(), routing.hidden_states()
-    spoken = routing.gate(layer, logits, hidden)
-    return micros(softmax, logits) + micros(policy.on_gate, iteration, spoken)
 
 
 def micros(call: Callable[..., object], *arguments: Any) -> float:

@@ -21,7 +21,7 @@ import matplotlib
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console as RichConsole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from experiments.console import bar_on
 from experiments.corpus import Document, documents
 from experiments.errors import command
 from experiments.scale_training import Recipe, Training, held_out_windows, least_used_share
@@ -189,8 +190,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.checkpoints) / "last.pt",
     )
     print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with bar_on(RichConsole()) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=training.step)
         for progress in training.run(cfg.stop_after):
             bar.update(task, completed=progress.step)

@@ -116,7 +116,14 @@ class ForeignTrace(Trace):
 
     def _table(self) -> pa.Table:
         with reading(self.path, fault="is no table of routing rows", remedy="write it again"):
-            table = self._read_parquet() if self._is_parquet() else self._read_csv()
+            with self.path.open("rb") as file:
+                is_parquet = file.read(4) == b"PAR1"
+            types = pa.csv.ConvertOptions(column_types=COLUMNS)
+            table = (
+                self._read_parquet()
+                if is_parquet
+                else pa.csv.read_csv(self.path, convert_options=types)
+            )
             missing = [name for name in COLUMNS.names if name not in table.column_names]
             if missing:
                 raise TraceError(f"lacks the columns {', '.join(missing)}; name them so")
@@ -131,18 +138,10 @@ class ForeignTrace(Trace):
             raise self._error("has weights that are NaN or infinite; write it again")
         return table
 
-    def _is_parquet(self) -> bool:
-        with self.path.open("rb") as file:
-            return file.read(4) == b"PAR1"
-
     def _read_parquet(self) -> pa.Table:
         with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, self.path.stat().st_size)
             return file.read(COLUMNS.names)
-
-    def _read_csv(self) -> pa.Table:
-        types = pa.csv.ConvertOptions(column_types=COLUMNS)
-        return pa.csv.read_csv(self.path, convert_options=types)
 
     def _inferred(self, table: pa.Table) -> ModelShape:
         layers, experts, ranks = (

@@ -242,23 +242,11 @@ def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
         present[column] = found
     # Aligned with the columns of `expected`.
     have = set(frame[list(expected)].itertuples(index=False, name=None))
-    single_gaps = [
-        " / ".join(_shown(column, value) for column, value in zip(expected, cell, strict=True))
-        for cell in itertools.product(*present.values())
-        if cell not in have
-    ]
-    if len(single_gaps) > SHOWN_GAPS:
-        rest = len(single_gaps) - SHOWN_GAPS
-        single_gaps = [*single_gaps[:SHOWN_GAPS], f"{rest} more"]
-    return "; ".join([*absent, *single_gaps])
-
-
-def expected_models(frame: pd.DataFrame) -> list[str]:
-    """Return the paper's models and whichever others are there."""
-    return [
-        *style.MODELS,
-        *(one for one in style.ordered(frame["model"], style.MODELS) if one not in style.MODELS),
-    ]
+    lacking = [cell for cell in itertools.product(*present.values()) if cell not in have]
+    shown = [" / ".join(map(_shown, expected, cell)) for cell in lacking[:SHOWN_GAPS]]
+    if len(lacking) > SHOWN_GAPS:
+        shown.append(f"{len(lacking) - SHOWN_GAPS} more")
+    return "; ".join([*absent, *shown])
 
 
 def expected_series(frame: pd.DataFrame, systems: Sequence[str] = style.PAPER_SYSTEMS) -> list[str]:
@@ -282,9 +270,10 @@ def save(
     `names` are id and title. Beside every model and dataset, the values of columns that `expected`
     names should be there.
     """
-    usual = {"model": expected_models(frame), "dataset": facets(frame)[1]}
+    models, datasets = facets(frame)
+    usual = {"model": list(dict.fromkeys([*style.MODELS, *models])), "dataset": datasets}
     gap = gaps(frame, {**usual, **expected})
-    budgets = sorted(set(frame["memory_budget"]), key=_by_size)
+    budgets = sorted(set(frame["memory_budget"]), key=lambda one: float(one.rstrip("%")))
     share = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
     unit = "" if share.endswith(("%", "sizes")) else " GB"
     low, high = int(frame["requests"].min()), int(frame["requests"].max())
@@ -317,10 +306,6 @@ def served(frame: pd.DataFrame, stand_ins: str) -> str:
 
 def _listed(values: pd.Series) -> str:
     return ", ".join(sorted(map(str, values.unique())))
-
-
-def _by_size(budget: str) -> float:
-    return float(budget.rstrip("%"))
 
 
 def _shown(column: str, value: Any) -> str:

@@ -51,19 +51,15 @@ def _curves(frame: pd.DataFrame) -> pd.DataFrame:
         share = np.arange(1, len(latency) + 1) / len(latency)
         # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
         reach = math.sqrt(math.log(2 / LEVEL) / (2 * len(latency)))
-        names = {key: row[key] for key in ("model", "dataset", "series")}
-        tables.append(
-            pd.DataFrame(
-                {
-                    **names,
-                    "e2el_s": latency,
-                    "share": share,
-                    "share_low": np.clip(share - reach, 0, 1),
-                    "share_high": np.clip(share + reach, 0, 1),
-                    **{key: row[key] for key in ("mode", "testbed", "weights", "digest")},
-                }
-            )
-        )
+        band = {"share_low": share - reach, "share_high": share + reach}
+        columns = {
+            **{key: row[key] for key in ("model", "dataset", "series")},
+            "e2el_s": latency,
+            "share": share,
+            **{name: np.clip(end, 0, 1) for name, end in band.items()},
+            **{key: row[key] for key in ("mode", "testbed", "weights", "digest")},
+        }
+        tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 

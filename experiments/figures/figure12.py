@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -24,7 +23,9 @@ NOTES = (
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
-    frame = frame.assign(limit_gb=[_limit(row) for row in charts.rows_of(frame)])
+    share = frame["memory_budget"].str.endswith("%")
+    asked = frame["memory_budget"].where(~share, frame["memory_budget_gb"])
+    frame = frame.assign(limit_gb=asked.astype(float))
     charts.single(frame, ID, "limit_gb")
     looks = charts.looks(frame)
     limits = sorted(set(frame["limit_gb"]))
@@ -45,8 +46,3 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
             figure, place, (ID, TITLE), frame, data, NOTES,
             series=charts.expected_series(frame), limit_gb=sorted({*LIMITS, *limits}),
         )  # fmt: skip
-
-
-def _limit(row: dict[str, Any]) -> float:
-    asked = row["memory_budget"]
-    return float(row["memory_budget_gb"] if asked.endswith("%") else asked)

@@ -363,11 +363,7 @@ def paired_bars(
         axes.bar(centres, mean, 0.38, color=look["color"], yerr=spread, error_kw=WHISKER)
         for centre in centres[np.isnan(mean)]:
             axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
-    name_models(axes, models)
-
-
-def name_models(axes: Axes, models: Sequence[str]) -> None:
-    """Write the models' names in two lines below their bars."""
+    # In two lines below their bars.
     names = ["\n".join(model_name(one).rsplit("-", 1)) for one in models]
     axes.set_xticks(range(len(models)), names)
     axes.tick_params(axis="x", length=0)
