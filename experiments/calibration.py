@@ -60,11 +60,11 @@ DISTURBED = ("after_wait", "while_copying")
 
 def as_run(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     """Return the config that run.py would have for one system of this command's."""
-    same = ("model", "dataset", "workload", "testbed", "weights", "seed")
+    same = ("model", "dataset", "workload", "testbed", "weights", "seed", "output")
     plain: Any = {
         **{name: cfg[name] for name in same},
         **dict.fromkeys(("verify", "record", "timeline"), False),
-        **dict.fromkeys(("routing", "output")),
+        "routing": None,
         "system": cfg.systems[system],
         "store": {"load": None, "save": None},
         **changes,
