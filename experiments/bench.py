@@ -6,7 +6,6 @@ nothing fails because of a time.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -23,6 +22,7 @@ from experiments.overheads import (
     SCALE_MODEL,
     Check,
     Load,
+    parsed,
     print_checks,
     request,
     resident_overheads,
@@ -122,28 +122,24 @@ def measure(folder: Path, resident: Load, offloaded: Load, time_scale: float) ->
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        "python -m experiments.bench",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    options = parsed(
+        "bench",
+        __doc__,
+        arguments,
+        model=(SCALE_MODEL, "folder of the model"),
+        output=(Path("outputs/bench.json"), "where the record goes"),
+        rounds=(Load.rounds, "repeats of each system"),
+        tokens=(Load.new_tokens, "generated per prompt"),
+        time_scale=(1.0, "factor on the link's time"),
+        threads=(1, "torch's; searcher and link need cores as well"),
     )
-    parser.add_argument("--model", type=Path, default=SCALE_MODEL, help="folder of the model")
-    output = Path("outputs/bench.json")
-    parser.add_argument("--output", type=Path, default=output, help="where the record goes")
-    parser.add_argument("--rounds", type=int, default=Load.rounds, help="repeats of each system")
-    parser.add_argument("--tokens", type=int, default=Load.new_tokens, help="generated per prompt")
-    parser.add_argument("--time-scale", type=float, default=1.0, help="factor on the link's time")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="torch's; searcher and link need cores as well"
-    )
-    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     resident = Load(new_tokens=options.tokens, rounds=options.rounds)
     offloaded = Load(new_tokens=min(options.tokens, 12), rounds=1)
     checks = measure(options.model, resident, offloaded, options.time_scale)
     print_checks(f"Overheads ({options.threads} torch threads)", checks, Console())
     record = {
-        "model": os.path.relpath(options.model) if options.model.exists() else "random Mixtral",
+        "model": os.path.relpath(options.model),
         "torch_threads": options.threads,
         "time_scale": options.time_scale,
         "checks": [check.plain() for check in checks],

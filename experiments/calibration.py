@@ -60,20 +60,13 @@ DISTURBED = ("after_wait", "while_copying")
 
 def as_run(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     """Return the config that run.py would have for one system of this command's."""
+    same = ("model", "dataset", "workload", "testbed", "weights", "seed", "output")
     plain: Any = {
-        "system": cfg.systems[system],
-        "model": cfg.model,
-        "dataset": cfg.dataset,
-        "workload": cfg.workload,
-        "testbed": cfg.testbed,
-        "weights": cfg.weights,
-        "seed": cfg.seed,
-        "store": {"load": None, "save": None},
-        "verify": False,
-        "record": False,
-        "timeline": False,
+        **{name: cfg[name] for name in same},
+        **dict.fromkeys(("verify", "record", "timeline"), False),
         "routing": None,
-        "output": None,
+        "system": cfg.systems[system],
+        "store": {"load": None, "save": None},
         **changes,
     }
     return OmegaConf.create(plain)

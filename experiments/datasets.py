@@ -49,14 +49,19 @@ class PromptSet:
 
 def corpus_dataset(name: str, kind: Kind) -> Dataset:
     """Return held-out passages of the running Python's standard library, never trained on."""
+    source = f"Python {platform.python_version()} standard library, held-out documents"
+    return Dataset(name, source, corpus_texts(kind, held_out=True))
+
+
+def corpus_texts(kind: str, held_out: bool) -> tuple[str, ...]:
+    """Return passages of a kind: of held-out documents, or of those that models learned from."""
     texts = [
         passage.strip()
         for document in documents()
-        if document.kind == kind and document.held_out
+        if document.kind == kind and document.held_out == held_out
         for passage in document.passages
     ]
-    source = f"Python {platform.python_version()} standard library, held-out documents"
-    return Dataset(name, source, tuple(dict.fromkeys(texts)))
+    return tuple(dict.fromkeys(texts))
 
 
 def _there(path: str) -> str:

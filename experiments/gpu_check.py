@@ -5,7 +5,6 @@ Every part runs even if another fails; the results file holds what was measured 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import re
 import statistics
@@ -31,10 +30,12 @@ from experiments.overheads import (
     SCALE_MODEL,
     Check,
     Load,
+    parsed,
     print_checks,
     request,
     resident_overheads,
     scale_model,
+    two_policies,
     write_json,
 )
 from experiments.records import provenance
@@ -46,11 +47,9 @@ from finemoe.offload.budget import GB, plan_slots
 from finemoe.offload.cache import Slot
 from finemoe.offload.experts import BlockLayout, DeviceSlots, HostStore, host_block
 from finemoe.offload.links import CudaLink, EmulatedLink, Link, LinkSpeed
-from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape, Policy
 from finemoe.offload.residency import MemoryPlan, Residency
-from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
 
 RESULTS = Path("results/gpu")
@@ -91,33 +90,23 @@ class Sizes:
 
 def lossless(device: torch.device, sizes: Sizes) -> list[Check]:
     """Compare logits at the smallest budget and at half with eager experts on the device."""
-    return [
-        Check(f"{family}: logits equal, {name} budget", float(equal), at_least=1)
-        for family in FAMILIES
-        for name, equal in _family_is_lossless(family, device).items()
-    ]
-
-
-def _family_is_lossless(family: str, device: torch.device) -> dict[str, bool]:
+    checks = []
     asked = request(0, Load(prompt_tokens=7, new_tokens=5), vocabulary=128)
-    plain: Any = small_model(family)
-    expected = _plain_logits(plain.to(device), asked)
-    model = OffloadedModel.from_model(small_model(family), device)
-    shape, nbytes = model.shape, model.store.layout.nbytes
-    budgets = {"smallest": shape.top_k, "half": shape.layers * shape.experts // 2}
-    equal = {}
-    for name, slots in budgets.items():
-        policies = [OnDemandPolicy(shape), FineMoEPolicy(shape, FineMoEOptions(1))]
-        served = [
-            _offloaded_logits(
-                offloading_runtime(model, policy, _testbed(device, 1024), (slots,), nbytes), asked
+    for family in FAMILIES:
+        plain: Any = small_model(family)
+        expected = _plain_logits(plain.to(device), asked)
+        model = OffloadedModel.from_model(small_model(family), device)
+        shape = model.shape
+        for name, slots in (("smallest", shape.top_k), ("half", shape.layers * shape.experts // 2)):
+            found = [
+                _offloaded_logits(model, policy, slots, asked, device)
+                for policy in two_policies(model, distance=1).values()
+            ]
+            equal = all(
+                torch.equal(a, b) for logits in found for a, b in zip(expected, logits, strict=True)
             )
-            for policy in policies
-        ]
-        equal[name] = all(
-            torch.equal(a, b) for logits in served for a, b in zip(expected, logits, strict=True)
-        )
-    return equal
+            checks.append(Check(f"{family}: logits equal, {name} budget", float(equal), at_least=1))
+    return checks
 
 
 @torch.inference_mode()
@@ -132,8 +121,11 @@ def _plain_logits(model: PreTrainedModel, asked: Request) -> list[Tensor]:
     return logits
 
 
-def _offloaded_logits(runtime: LiveRuntime, asked: Request) -> list[Tensor]:
-    with runtime:
+def _offloaded_logits(
+    model: OffloadedModel, policy: Policy, slots: int, asked: Request, device: torch.device
+) -> list[Tensor]:
+    nbytes = model.store.layout.nbytes
+    with offloading_runtime(model, policy, _testbed(device, 1024), (slots,), nbytes) as runtime:
         server = Server(runtime)
         server.serve([asked])
     return server.logits
@@ -301,11 +293,7 @@ def _serve_full_model(full: FullModel, device: torch.device, sizes: Sizes) -> li
         config = AutoConfig.for_model(full.family, **full.changes)
         meta = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = OffloadedModel.from_meta(meta, device, seed=0)
-    options = FineMoEOptions(full.distance)
-    policies = {
-        "on_demand": OnDemandPolicy(model.shape),
-        "finemoe": FineMoEPolicy(model.shape, options),
-    }
+    policies = two_policies(model, full.distance)
     checks = []
     for name, policy in policies.items():
         measured = _serve_with(model, policy, device, sizes)
@@ -453,13 +441,8 @@ def _driver() -> str | None:
 @command()
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts on the first CUDA device; return 0 if all passed, 1 if not, 2 without one."""
-    parser = argparse.ArgumentParser(
-        "python -m experiments.gpu_check",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    options = parser.parse_args(arguments)
+    output = RESULTS, "folder of the results"
+    options = parsed("gpu_check", __doc__, arguments, output=output)
     if not torch.cuda.is_available():
         print(
             "no CUDA device is visible to torch; run this on a machine with one and a CUDA build "

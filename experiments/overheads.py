@@ -6,6 +6,7 @@ import json
 import random
 import statistics
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +15,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.serving import Server
-from experiments.small_models import random_model
-from experiments.weights import SCALE_MODELS
+from experiments.weights import SCALE_MODELS, loading
 from experiments.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.files import atomic_write
@@ -80,22 +80,9 @@ def request(number: int, load: Load, vocabulary: int) -> Request:
 
 
 def scale_model(folder: Path) -> PreTrainedModel:
-    """Return the model of a folder, or a random Mixtral of the same shape if it is not there."""
-    if (folder / "config.json").exists():
+    """Return the model of a folder. Raises UserError if it has none."""
+    with loading(f"the model of {folder}", "give the folder of a scale model"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=32,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=1024,
-    )
-    return random_model(config, torch.bfloat16, seed=0)
 
 
 # Engine over plain transformers -----------------------------------------------------------------
@@ -141,6 +128,12 @@ def engine_tpot(model: OffloadedModel, policy: Policy, asked: Request) -> float:
     return tpot
 
 
+def two_policies(model: OffloadedModel, distance: int) -> dict[str, Policy]:
+    """Return the policy that does least, and the paper's."""
+    finemoe = FineMoEPolicy(model.shape, FineMoEOptions(distance))
+    return {"on_demand": OnDemandPolicy(model.shape), "finemoe": finemoe}
+
+
 def resident_overheads(
     build: Callable[[], PreTrainedModel], device: torch.device, load: Load
 ) -> list[Check]:
@@ -150,10 +143,7 @@ def resident_overheads(
     plain.to(device).generation_config.eos_token_id = None
     plain.generation_config.pad_token_id = 0
     model = OffloadedModel.from_model(build(), device)
-    policies = {
-        "on_demand": OnDemandPolicy(model.shape),
-        "finemoe": FineMoEPolicy(model.shape, FineMoEOptions(PREFETCH_DISTANCE)),
-    }
+    policies = two_policies(model, PREFETCH_DISTANCE)
     baselines = {f"generate, {default}": default, "generate, eager": "eager"}
     vocabulary = plain.config.vocab_size
     rounds: list[dict[str, float]] = []
@@ -198,3 +188,18 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a file that is either whole or not there."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def parsed(
+    module: str, doc: str | None, words: Sequence[str] | None, **known: tuple[Any, str]
+) -> Namespace:
+    """Parse a command's options: a default, whose type is theirs, and what each is for."""
+    parser = ArgumentParser(
+        f"python -m experiments.{module}",
+        description=doc,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    for name, (default, told) in known.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(default), default=default, help=told)
+    return parser.parse_args(words)

@@ -107,12 +107,6 @@ def _over_ray(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
             yield Ended(name, f"{KILLED}; start again")
 
 
-def one_by_one(tasks: Sequence[Task]) -> Iterator[Ended]:
-    """Carry out tasks in this process, which have the machine to themselves: time is measured."""
-    for task in tasks:
-        yield attempt(task)
-
-
 def in_worker(task: Task, folder: str) -> Ended:
     """Carry out a task in a worker process of Ray, in the folder where the user stands."""
     settle(folder, None)

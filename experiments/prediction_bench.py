@@ -9,22 +9,15 @@ random, as times do not depend on them. `models=` and `systems=` choose what is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from experiments.config import build
-from experiments.errors import command, words_given
-from experiments.overheads import write_json
-from experiments.records import provenance
-from experiments.replay_bench import configs
+from experiments.errors import command
+from experiments.replay_bench import bench
 from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
 
@@ -42,17 +35,6 @@ PERCENTILE = 10
 """Of the calls: what is slower met another process."""
 
 
-@dataclass(frozen=True)
-class PredictionTimes:
-    """Microseconds of one call: of the embeddings, of a gate with its softmax, of the update."""
-
-    model: str
-    system: str
-    embeddings: float
-    gate: float
-    update: float
-
-
 class RandomRouting:
     """Random inputs of one request's decode steps, at the size of a shape."""
 
@@ -64,21 +46,20 @@ class RandomRouting:
     def embeddings(self) -> FloatArray:
         return self._random.standard_normal((1, self.shape.hidden_size), dtype=np.float32)
 
-    def logits(self) -> FloatArray:
-        return self._random.standard_normal((1, self.shape.experts), dtype=np.float32)
-
-    def gate(self, layer: int, logits: FloatArray, hidden: FloatArray | None) -> Gate:
-        """Return what a runtime makes of a gate's logits; its softmax is part of what is timed."""
-        probabilities = softmax(logits)
-        activated = tuple(sorted(np.argpartition(-logits[0], self.shape.top_k)[: self.shape.top_k]))
-        return Gate(layer, probabilities, activated, hidden)
-
-    def hidden_states(self) -> FloatArray | None:
-        return self.embeddings() if self._hidden else None
+    def gate(self, layer: int) -> tuple[FloatArray, Gate]:
+        """Return a gate's logits, and what a runtime makes of them."""
+        shape = self.shape
+        logits = self._random.standard_normal((1, shape.experts), dtype=np.float32)
+        activated = tuple(sorted(np.argpartition(-logits[0], shape.top_k)[: shape.top_k]))
+        hidden = self.embeddings() if self._hidden else None
+        return logits, Gate(layer, softmax(logits), activated, hidden)
 
 
-def prediction_times(cfg: DictConfig) -> PredictionTimes:
-    """Teach a policy a history of full length, then time its calls."""
+def prediction_times(cfg: DictConfig) -> dict[str, Any]:
+    """Teach a policy a history of full length, then time its calls.
+
+    Returns microseconds of one call: of the embeddings, of a gate with its softmax, of the update.
+    """
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)
@@ -94,18 +75,19 @@ def prediction_times(cfg: DictConfig) -> PredictionTimes:
     embeddings, gates, updates = [], np.zeros((CALLS, shape.layers)), []
     for number in range(CALLS):
         iteration = Iteration(number, "decode", (REQUESTS,), (1,))
-        tokens = routing.embeddings()
-        embeddings.append(micros(policy.on_embeddings, iteration, tokens))
+        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings()))
         for layer in range(shape.layers):
-            gates[number, layer] = gate_micros(policy, iteration, layer, routing)
+            logits, gate = routing.gate(layer)
+            # A runtime takes the softmax as well.
+            gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
         updates.append(micros(policy.end_iteration, iteration))
-    return PredictionTimes(
-        model.name,
-        cfg.system.label,
-        round(float(np.percentile(embeddings, PERCENTILE)), 1),
-        round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
-        round(float(np.percentile(updates, PERCENTILE)), 1),
-    )
+    return {
+        "model": model.name,
+        "system": cfg.system.label,
+        "embeddings": round(float(np.percentile(embeddings, PERCENTILE)), 1),
+        "gate": round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
+        "update": round(float(np.percentile(updates, PERCENTILE)), 1),
+    }
 
 
 def teach(policy: Policy, routing: RandomRouting) -> None:
@@ -114,16 +96,9 @@ def teach(policy: Policy, routing: RandomRouting) -> None:
     for request in range(REQUESTS):
         for step in range(STEPS):
             iteration = Iteration(request * STEPS + step, "decode", (request,), (1,))
-            gates = [routing.gate(x, routing.logits(), routing.hidden_states()) for x in layers]
+            gates = [routing.gate(layer)[1] for layer in layers]
             policy.study(iteration, routing.embeddings(), gates.copy)
         policy.end_request(request)
-
-
-def gate_micros(policy: Policy, iteration: Iteration, layer: int, routing: RandomRouting) -> float:
-    """Return the microseconds of one `on_gate` and of the softmax before it."""
-    logits, hidden = routing.logits(), routing.hidden_states()
-    spoken = routing.gate(layer, logits, hidden)
-    return micros(softmax, logits) + micros(policy.on_gate, iteration, spoken)
 
 
 def micros(call: Callable[..., object], *arguments: Any) -> float:
@@ -133,25 +108,10 @@ def micros(call: Callable[..., object], *arguments: Any) -> float:
     return (time.perf_counter() - began) * 1e6
 
 
-def times_table(times: Sequence[PredictionTimes]) -> Table:
-    """Return a row a model and system."""
-    table = Table("model", "system", "embeddings us", "gate us", "update us")
-    for one in times:
-        table.add_row(one.model, one.system, *map(str, (one.embeddings, one.gate, one.update)))
-    return table
-
-
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
-    torch.set_num_threads(1)
-    choices, overrides = words_given(__doc__, CHOICES, arguments)
-    times = [prediction_times(cfg) for cfg in configs(choices, overrides)]
-    Console().print(times_table(times))
-    if choices["output"]:
-        rows: list[dict[str, Any]] = [vars(one) for one in times]
-        write_json(Path(choices["output"]), {"calls": CALLS, "times": rows, **provenance()})
-        print(f"written to {choices['output']}")
+    bench(__doc__, CHOICES, arguments, prediction_times, "times", {"calls": CALLS})
 
 
 if __name__ == "__main__":

@@ -85,13 +85,8 @@ class Probe:
         return [span.end - span.start for span in self.on(track)]
 
     def __add__(self, later: Probe) -> Probe:
-        return Probe(
-            self.begins + later.begins,
-            self.gates + later.gates,
-            self.spans + later.spans,
-            self.lags + later.lags,
-            self.lag_seconds + later.lag_seconds,
-        )
+        added = ("begins", "gates", "spans", "lags", "lag_seconds")
+        return Probe(*(getattr(self, name) + getattr(later, name) for name in added))
 
 
 class _Parts:
@@ -102,8 +97,8 @@ class _Parts:
         self._stops = sorted(
             [s.end for s in own] + [at for _, at in probe.gates] + [at for _, at in probe.begins]
         )
-        self._copies = probe.on("link")
-        self._copies_begin = [span.start for span in self._copies]
+        copies = probe.on("link")
+        self._copies = np.array([(span.start, span.end) for span in copies]).reshape(-1, 2).T
         self._woken = [span.end for span in probe.waits()]
         self._waits_before: dict[str, int] = {}
 
@@ -121,13 +116,8 @@ class _Parts:
         return self._stops[bisect_left(self._stops, at) - 1]
 
     def _copied(self, began: float, end: float) -> float:
-        first = max(0, bisect_right(self._copies_begin, began) - 1)
-        seconds = 0.0
-        for copy in itertools.islice(self._copies, first, None):
-            if copy.start >= end:
-                break
-            seconds += max(0.0, min(end, copy.end) - max(began, copy.start))
-        return seconds
+        starts, ends = self._copies
+        return float(np.clip(np.minimum(ends, end) - np.maximum(starts, began), 0, None).sum())
 
 
 def compute_samples(

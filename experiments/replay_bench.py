@@ -80,16 +80,6 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def speed_table(speeds: Sequence[ReplaySpeed]) -> Table:
-    """Return a row a system and model."""
-    table = Table("model", "system", "steps", "teach s", "measure s", "bound s", "steps/s")
-    for one in speeds:
-        seconds = (f"{value:.2f}" for value in (one.teach_s, one.measure_s, one.bound_s))
-        rate = f"{one.layer_steps_per_s:,.0f}"
-        table.add_row(one.model, one.system, str(one.layer_steps), *seconds, rate)
-    return table
-
-
 def configs(choices: dict[str, str], overrides: Sequence[str]) -> list[DictConfig]:
     """Return the config of every run; UserError for what no config has."""
     try:
@@ -106,19 +96,44 @@ def configs(choices: dict[str, str], overrides: Sequence[str]) -> list[DictConfi
         raise UserError(f"{str(error).splitlines()[0]}; see python run.py --help") from None
 
 
+def bench(
+    doc: str | None,
+    choices: dict[str, str],
+    arguments: Sequence[str] | None,
+    measure: Callable[[DictConfig], dict[str, Any]],
+    name: str,
+    facts: dict[str, Any],
+) -> None:
+    """Measure every model and system chosen, print a row each, and write if asked.
+
+    The record holds the rows as `name`, and `facts`. Raises UserError.
+    """
+    torch.set_num_threads(1)
+    chosen, overrides = words_given(doc, choices, arguments)
+    rows = [measure(cfg) for cfg in configs(chosen, overrides)]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(
+            *(f"{one:,.2f}" if isinstance(one, float) else str(one) for one in row.values())
+        )
+    RichConsole().print(table)
+    if chosen["output"]:
+        told = {"overrides": [*DEFAULTS, *overrides], **facts, **provenance()}
+        write_json(Path(chosen["output"]), {name: rows, **told})
+        print(f"written to {chosen['output']}")
+
+
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
-    torch.set_num_threads(1)
-    choices, overrides = words_given(__doc__, CHOICES, arguments)
-    speeds = [replay_speed(cfg, Console()) for cfg in configs(choices, overrides)]
-    RichConsole().print(speed_table(speeds))
-    if choices["output"]:
-        rows = [{**asdict(one), "layer_steps_per_s": one.layer_steps_per_s} for one in speeds]
-        record: dict[str, Any] = {"overrides": [*DEFAULTS, *overrides], "speeds": rows}
-        record["compiled"] = is_compiled(replay.__file__)
-        write_json(Path(choices["output"]), {**record, **provenance()})
-        print(f"written to {choices['output']}")
+
+    def measure(cfg: DictConfig) -> dict[str, Any]:
+        speed = replay_speed(cfg, Console())
+        return {**asdict(speed), "layer_steps_per_s": speed.layer_steps_per_s}
+
+    bench(
+        __doc__, CHOICES, arguments, measure, "speeds", {"compiled": is_compiled(replay.__file__)}
+    )
 
 
 if __name__ == "__main__":

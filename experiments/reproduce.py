@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ from rich.markup import escape
 
 from experiments import sweeps
 from experiments.console import bar_on
-from experiments.errors import BAD_INPUT, UserError, exit_code, file_errors, stop
+from experiments.errors import BAD_INPUT, UserError, exit_code, file_errors, stop, words_given
 from experiments.frame import ResultsFolder
-from experiments.parallel import LAUNCHERS, Ended, Task, one_by_one, side_by_side
+from experiments.parallel import LAUNCHERS, Ended, Task, attempt, side_by_side
 from experiments.records import check_writable, other_code, read_record
-from experiments.reproduce_tasks import function, make, record_traces, run_one
+from experiments.reproduce_tasks import Plan, function, make, record_traces, run_one
 from experiments.run_store import ERROR, RunStore
 from experiments.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
@@ -59,18 +58,6 @@ class Options:
     """Draw records of several modes in one figure, marked as such."""
     redraw: bool = False
     """Analyse and draw again what is complete."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one experiment needs: runs by digest, or an analysis and its traces."""
-
-    experiment: sweeps.Experiment
-    content: dict[str, Any]
-    """What its file under `experiments/` says, but for files and provenance."""
-    runs: dict[str, DictConfig] = field(default_factory=dict)
-    analysis: DictConfig | None = None
-    traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
 
 
 class Reproduction:
@@ -181,7 +168,7 @@ class Reproduction:
             wanted += plan.traced.values()
         for cfg in wanted:
             groups.setdefault(routed(cfg), []).append(cfg)
-        tasks = [Task(name, record_traces, (plain(cfgs),)) for name, cfgs in groups.items()]
+        tasks = [Task(name, record_traces, (cfgs,)) for name, cfgs in groups.items()]
         failed = {ended.name for ended in self._stage("traces", tasks) if ended.error}
         for name, cfg in list(self.pending_runs.items()):
             if replays(cfg) and routed(cfg) in failed:
@@ -194,7 +181,7 @@ class Reproduction:
         digests = {f"{named(cfg)} ({one})": one for one, cfg in self.pending_runs.items()}
         for name, one in digests.items():
             cfg = self.pending_runs[one]
-            (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, plain([cfg])))
+            (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, (cfg,)))
         for ended in self._stage("runs", simulated, timed):
             if ended.trace:
                 path = self.store.run(digests[ended.name]) / ERROR
@@ -211,10 +198,7 @@ class Reproduction:
                 name = plan.experiment.id
                 self._say(f"experiment {name}: not drawn, {missing} of its runs are missing")
                 continue
-            configs = [plan.analysis] if plan.analysis is not None else []
-            traced = dict(zip(plan.traced, plain(plan.traced.values()), strict=True))
-            parts = plan.experiment, plan.content, plain(configs), traced, self.store
-            tasks.append(Task(f"experiment {plan.experiment.id}", make, parts))
+            tasks.append(Task(f"experiment {plan.experiment.id}", make, (plan, self.store)))
         for ended in self._stage("figures", tasks):
             if not ended.error:
                 picture = self.store.figures / f"{ended.name.split()[-1]}.png"
@@ -240,10 +224,11 @@ class Reproduction:
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
         done: list[Ended] = []
+        together = side_by_side(tasks, self.options.launcher, self.options.n_jobs)
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
         with bar_on(self.console) as bar:
             shown = bar.add_task(what, total=total)
-            for ended in self._ends(tasks, alone):
+            for ended in chain(together, map(attempt, alone)):
                 done.append(ended)
                 self.done[what] += not ended.error
                 bar.advance(shown)
@@ -255,20 +240,11 @@ class Reproduction:
                     self._say(f"{what}: {len(done)} of {total}")
         return done
 
-    def _ends(self, tasks: Sequence[Task], alone: Sequence[Task]) -> Iterator[Ended]:
-        yield from side_by_side(tasks, self.options.launcher, self.options.n_jobs)
-        yield from one_by_one(alone)
-
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
 
 
 # About configs --------------------------------------------------------------------------------
-
-
-def plain(configs: Iterable[DictConfig]) -> tuple[dict[str, Any], ...]:
-    """Return configs as what travels to another process."""
-    return tuple(OmegaConf.to_container(cfg, resolve=True) for cfg in configs)  # type: ignore[misc]
 
 
 def routed(cfg: DictConfig) -> str:
@@ -309,53 +285,35 @@ def length(cfg: DictConfig) -> float:
     requests = load.get("prompts") or load.get("requests") or 1
     tokens = load.get("output_tokens") or load.get("max_output_tokens") or 200
     batch = load.get("batch_size") or load.get("max_batch_size") or 1
-    learns = 1 if cfg.system.label in ("on_demand", "deepspeed", "resident", "belady") else 2
-    return float(requests) * float(tokens) / batch**0.5 * cfg.model.layers * learns
+    return float(requests) * float(tokens) / batch**0.5 * cfg.model.layers
 
 
 # The command ----------------------------------------------------------------------------------
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], Options, list[str]]:
-    """Return ids, own options and the overrides of runs. Raises UserError."""
-    ids = [word for word in words if "=" not in word and not word.startswith("~")]
-    given = [word for word in words if word not in ids]
-    own = {one.name for one in fields(Options)}
-    mine = [word for word in given if word.partition("=")[0] in own]
+def split_words(words: Sequence[str] | None) -> tuple[list[str], Options, list[str]]:
+    """Return ids, own options and the overrides of runs; show --help. Raises UserError."""
+    doc = f"{__doc__}\nexperiments: all {' '.join(sweeps.available())}"
+    chosen, others = words_given(
+        doc, {name: str(one) for name, one in vars(Options()).items()}, words
+    )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(mine))
+        merged = OmegaConf.merge(OmegaConf.structured(Options), chosen)
         options: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{' '.join(mine)}: {str(error).splitlines()[0]}") from error
+        given = f"{error.full_key}={chosen.get(str(error.full_key))}"
+        raise UserError(f"{given}: {str(error).splitlines()[0]}") from error
     if options.n_jobs < 1 or options.launcher not in LAUNCHERS:
         raise UserError(f"give n_jobs of 1 or more, and launcher={' or '.join(LAUNCHERS)}")
-    return ids, options, [word for word in given if word not in mine]
-
-
-def arguments(words: Sequence[str] | None) -> Namespace:
-    """Parse the command line."""
-    own = "\n".join(f"  {one.name}={value}" for one, value in _defaults())
-    parser = ArgumentParser(
-        "python -m experiments.reproduce",
-        description=re.sub("``", "", __doc__ or ""),
-        epilog=f"experiments: all {' '.join(sweeps.available())}\noptions:\n{own}",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("words", nargs="*", metavar="id|all|key=value")
-    return parser.parse_args(words)
-
-
-def _defaults() -> Iterator[tuple[Any, Any]]:
-    options = Options()
-    return ((one, getattr(options, one.name)) for one in fields(Options))
+    ids = [word for word in others if "=" not in word and not word.startswith("~")]
+    return ids, options, [word for word in others if word not in ids]
 
 
 def main(words: Sequence[str] | None = None, conf: Path = sweeps.CONF) -> int:
     """Carry the command out; return 0, 1 if something failed, 2 for bad input, 130 interrupted."""
-    given = arguments(words).words
     try:
         with file_errors():
-            ids, options, overrides = split_words(given)
+            ids, options, overrides = split_words(words)
             return Reproduction(ids, overrides, options, conf).carry_out()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

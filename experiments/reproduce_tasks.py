@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.console import Console
 from experiments.errors import UserError
@@ -16,17 +17,28 @@ from experiments.run_store import ERROR, RunStore
 from experiments.sweeps import Experiment
 
 
-def record_traces(configs: Sequence[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What one experiment needs: runs by digest, or an analysis and its traces."""
+
+    experiment: Experiment
+    content: dict[str, Any]
+    """What its file under `experiments/` says, but for files and provenance."""
+    runs: dict[str, DictConfig] = field(default_factory=dict)
+    analysis: DictConfig | None = None
+    traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
+
+
+def record_traces(configs: Sequence[DictConfig]) -> None:
     """Record the traces that these configs need, each once. Raises UserError."""
     from experiments.routing_source import kept_trace
 
-    for cfg in map(OmegaConf.create, configs):
+    for cfg in configs:
         kept_trace(cfg, Console(quiet=True))
 
 
-def run_one(config: dict[str, Any]) -> None:
+def run_one(cfg: DictConfig) -> None:
     """Carry out one run, and log it where its config says. Raises UserError."""
-    cfg = OmegaConf.create(config)
     log(cfg, recorded(cfg, Console(quiet=True)))
     (Path(cfg.output) / ERROR).unlink(missing_ok=True)
 
@@ -55,30 +67,22 @@ def log(cfg: DictConfig, record: dict[str, Any]) -> None:
         log_record(cfg.logger.project, Path(cfg.output), record)
 
 
-def make(
-    experiment: Experiment,
-    content: dict[str, Any],
-    analysed: Sequence[dict[str, Any]],
-    traced: dict[tuple[str, str], dict[str, Any]],
-    store: RunStore,
-) -> None:
+def make(plan: Plan, store: RunStore) -> None:
     """Analyse, if it is an analysis, draw, and mark the experiment complete. Raises UserError."""
+    from experiments.frame import run_frame
     from experiments.routing_source import kept_trace
 
-    source: Any
+    experiment, name = plan.experiment, plan.experiment.id
+    drawn: Any = store.analysis(name)
     if experiment.analysis:
-        cfg = OmegaConf.create(analysed[0])
-        console, source = Console(quiet=True), Path(cfg.output)
-        paths = {key: kept_trace(OmegaConf.create(one), console) for key, one in traced.items()}
-        function(experiment.analysis)(cfg, paths, source)
+        paths = {key: kept_trace(one, Console(quiet=True)) for key, one in plan.traced.items()}
+        function(experiment.analysis)(plan.analysis, paths, drawn)
     else:
-        from experiments.frame import run_frame
-
-        source = run_frame([store.record(one) for one in content["runs"]])
+        drawn = run_frame([store.record(one) for one in plan.runs])
     if experiment.draws:
         store.figures.mkdir(parents=True, exist_ok=True)
-        function(experiment.draws)(source, store.figures, content["mixed_modes"])
-    store.write_experiment(experiment.id, content)
+        function(experiment.draws)(drawn, store.figures, plan.content["mixed_modes"])
+    store.write_experiment(name, plan.content)
 
 
 def function(dotted: str) -> Callable[..., Any]:

@@ -19,10 +19,9 @@ from typing import Any
 import hydra
 import matplotlib
 import pandas as pd
-import seaborn as sns
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console as RichConsole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -32,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from experiments.console import bar_on
 from experiments.corpus import Document, documents
 from experiments.errors import command
 from experiments.scale_training import Recipe, Training, held_out_windows, least_used_share
@@ -93,16 +93,14 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
 def draw_loss(training: Training, baseline: float, path: Path) -> None:
     """Draw the loss curve of the run against the unigram baseline."""
     matplotlib.use("Agg")
-    frame = pd.DataFrame([asdict(progress) for progress in training.history])
-    frame["tokens"] = frame["step"] * training.recipe.tokens / training.recipe.steps / 1e6
-    long = frame.melt(["step", "tokens"], ["train_loss", "held_out_loss"], "text", "loss")
-    long["text"] = long["text"].map({"train_loss": "training", "held_out_loss": "held out"})
-    sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
-    axes = sns.lineplot(long, x="tokens", y="loss", hue="text")
-    axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
+    history = pd.DataFrame([asdict(progress) for progress in training.history])
+    history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
+    named = {"train_loss": "training", "held_out_loss": "held out"}
+    curves = history.set_index("tokens")[list(named)].rename(columns=named)
+    axes: Any = curves.plot(figsize=(4.5, 3), grid=True)
     axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
-    axes.legend(title=None)
-    axes.figure.set_size_inches(4.5, 3)
+    axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
+    axes.legend()
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
@@ -192,8 +190,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.checkpoints) / "last.pt",
     )
     print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with bar_on(RichConsole()) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=training.step)
         for progress in training.run(cfg.stop_after):
             bar.update(task, completed=progress.step)

@@ -152,10 +152,8 @@ class Training:
         starts = torch.randint(
             len(self.train_ids) - length, (self.recipe.batch_sequences,), generator=generator
         )
-        return self.train_ids[starts[:, None].to(self.train_ids.device) + self._offsets()]
-
-    def _offsets(self) -> torch.Tensor:
-        return torch.arange(self.recipe.sequence_length, device=self.train_ids.device)
+        places = starts[:, None] + torch.arange(length)
+        return self.train_ids[places.to(self.train_ids.device)]
 
     def _save(self) -> None:
         state = {

@@ -11,9 +11,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,14 @@ def run_configs(
 ) -> list[DictConfig]:
     """Return the configs of an experiment's runs, each once. Raises UserError."""
     parsed = parse(overrides)
-    groups = {path.name for path in conf.iterdir() if path.is_dir()}
-    combinations = combine(parse_params(experiment.params), experiment.cells, parsed, groups)
+    params = parse_params(experiment.params)
+    combinations = combine(params, experiment.cells, parsed, _groups(conf))
     if not combinations:
         raise UserError(f"nothing of experiment {experiment.id} is left by {' '.join(overrides)}")
     configs: dict[str, DictConfig] = {}
-    with _Composer(experiment, conf, groups) as composer:
+    with _composing(experiment, conf) as composed:
         for combination in combinations:
-            cfg = _of_run(composer.compose(combination))
+            cfg = _of_run(composed(combination))
             configs.setdefault(digest(cfg), cfg)
     return list(configs.values())
 
@@ -96,15 +97,11 @@ def analysis_config(
     models = [value_of(one) for one in sweep.pop("model", ())] or list(experiment.models)
     datasets = [value_of(one) for one in sweep.pop("dataset", ())] or list(experiment.datasets)
     fixed = _single(experiment, sweep)
-    groups = {path.name for path in conf.iterdir() if path.is_dir()}
-    subjects = list(itertools.product(models, datasets))
-    with _Composer(experiment, conf, groups) as composer:
-        own = composer.compose(fixed)
+    with _composing(experiment, conf) as composed:
+        own = composed(fixed)
         traced = {
-            (model, dataset): _of_run(
-                composer.compose((*fixed, f"model={model}", f"dataset={dataset}"))
-            )
-            for model, dataset in subjects
+            (model, dataset): _of_run(composed((*fixed, f"model={model}", f"dataset={dataset}")))
+            for model, dataset in itertools.product(models, datasets)
         }
     with open_dict(own):
         own.experiment.models, own.experiment.datasets = models, datasets
@@ -219,45 +216,42 @@ def _single(experiment: Experiment, sweep: Sweep) -> Overrides:
 # Composition ----------------------------------------------------------------------------------
 
 
-class _Composer:
-    """Composes configs of one experiment within a block; plain values are set afterwards.
+@contextmanager
+def _composing(experiment: Experiment, conf: Path) -> Iterator[Callable[[Overrides], DictConfig]]:
+    """Yield what returns the resolved config of an experiment under overrides, or UserError.
 
-    Composing takes an eighth of a second, so that a sweep of a value should not repeat it.
+    Composing takes an eighth of a second, so that a sweep of plain values should not repeat it:
+    they are set afterwards.
     """
 
-    def __init__(self, experiment: Experiment, conf: Path, groups: set[str]) -> None:
-        self._experiment, self._groups = experiment, groups
-        self._hydra = initialize_config_dir(str(conf.resolve()), version_base="1.3")
-        self._choose = lru_cache(maxsize=None)(self._compose)
+    @cache
+    def chosen(choices: Overrides) -> DictConfig:
+        return compose("config", [f"experiment={experiment.name}", "output=unset", *choices])
 
-    def __enter__(self) -> _Composer:
-        self._hydra.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hydra.__exit__(*error)
-
-    def compose(self, overrides: Overrides) -> DictConfig:
-        """Return the resolved config under these overrides. Raises UserError."""
-        values = tuple(one for one in overrides if self._is_value(one))
-        choices = tuple(one for one in overrides if one not in values)
+    def composed(overrides: Overrides) -> DictConfig:
+        values = [one for one in overrides if _is_value(one, groups)]
         try:
-            cfg: DictConfig = self._choose(choices).copy()
-            for one in OverridesParser.create().parse_overrides(list(values)):
+            cfg = chosen(tuple(one for one in overrides if one not in values)).copy()
+            for one in OverridesParser.create().parse_overrides(values):
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             OmegaConf.resolve(cfg)
         except (HydraException, OmegaConfBaseException) as error:
-            told = f"experiment {self._experiment.id}, {' '.join(overrides)}: {config_error(error)}"
+            told = f"experiment {experiment.id}, {' '.join(overrides)}: {config_error(error)}"
             raise UserError(told) from error
         return cfg
 
-    def _compose(self, choices: Overrides) -> DictConfig:
-        entry = f"experiment={self._experiment.name}"
-        return compose("config", [entry, "output=unset", *choices])
+    groups = _groups(conf)
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        yield composed
 
-    def _is_value(self, override: str) -> bool:
-        key = override.partition("=")[0]
-        return key not in self._groups and re.fullmatch(r"[a-z_.]+", key) is not None
+
+def _groups(conf: Path) -> set[str]:
+    return {path.name for path in conf.iterdir() if path.is_dir()}
+
+
+def _is_value(override: str, groups: set[str]) -> bool:
+    key = override.partition("=")[0]
+    return key not in groups and re.fullmatch(r"[a-z_.]+", key) is not None
 
 
 def _of_run(cfg: DictConfig) -> DictConfig:

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from baselines.promoe import LearnedPredictor
 from baselines.resident import ResidentPolicy
-from experiments.corpus import documents
-from experiments.datasets import Dataset, corpus_dataset, draw_prompts
+from experiments.datasets import Dataset, corpus_dataset, corpus_texts, draw_prompts
 from experiments.errors import UserError, command
 from experiments.models import LoadedModel, load_model
 from experiments.serving import Server, in_batches
@@ -141,17 +140,6 @@ def top_k_accuracy(
     return accuracies
 
 
-def learning_texts(kind: str) -> Dataset:
-    """Return passages of the documents that `corpus_dataset`, and so no run, does not draw from."""
-    texts = [
-        passage.strip()
-        for document in documents()
-        if document.kind == kind and not document.held_out
-        for passage in document.passages
-    ]
-    return Dataset(kind, "documents that are not held out", tuple(dict.fromkeys(texts)))
-
-
 def run(cfg: DictConfig) -> LearnedPredictor:
     """Record, train, measure and save as the config says. Raises UserError."""
     for name in ("prompts", "held_out_prompts", "output_tokens", "batch_size", "hidden_units"):
@@ -161,8 +149,11 @@ def run(cfg: DictConfig) -> LearnedPredictor:
         raise UserError(f"distance={cfg.distance}: give 1 to {cfg.model.layers - 1}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
+    # No run draws its prompts from documents that are not held out.
+    learning = corpus_texts(cfg.kind, held_out=False)
+    others = Dataset(cfg.kind, "documents that are not held out", learning)
     held_out = corpus_dataset("held out", cfg.kind)
-    learned_from = _record(cfg, model, learning_texts(cfg.kind), cfg.prompts)
+    learned_from = _record(cfg, model, others, cfg.prompts)
     tested_on = _record(cfg, model, held_out, cfg.held_out_prompts)
     training = Training(**{name: cfg[name] for name in Training.__dataclass_fields__})
     predictor = train(learned_from, cfg.distance, training)

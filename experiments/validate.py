@@ -213,18 +213,9 @@ def _calibrate_config(cfg: DictConfig) -> DictConfig:
 def table(comparisons: Sequence[Comparison]) -> Table:
     """Return one row a comparison."""
     rows = Table(title="replay against live (emulated)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in (
-        "system",
-        "GB",
-        "TTFT ms",
-        "replay",
-        "ratio",
-        "TPOT ms",
-        "replay",
-        "ratio",
-        "5 %",
-    ):
-        rows.add_column(column, justify="left" if column == "system" else "right", no_wrap=True)
+    rows.add_column("system", no_wrap=True)
+    for column in ("GB", "TTFT ms", "replay", "ratio", "TPOT ms", "replay", "ratio", "5 %"):
+        rows.add_column(column, justify="right", no_wrap=True)
     for one in comparisons:
         rows.add_row(
             one.system,

@@ -6,7 +6,6 @@ token a row belongs to is not said, and neither are logits, embeddings or hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from finemoe.offload.policy import ModelShape
 from finemoe.offload.routed import RoutedStep
-from finemoe.trace import Content, TracedRequest, TraceError, TraceHeader, require
-from finemoe.trace_file import UNREADABLE, check_size
+from finemoe.trace import Trace, TracedRequest, TraceError, TraceHeader
+from finemoe.trace_file import UNREADABLE, check_size, reading
 
 COLUMNS = pa.schema(
     {
@@ -51,8 +50,8 @@ def is_foreign(path: Path) -> bool:
         return False
 
 
-class ForeignTrace:
-    """The requests of a foreign trace, with counts only; `len` is their number.
+class ForeignTrace(Trace):
+    """The requests of a foreign trace, with counts only.
 
     A request's prefill rows are its step 0, whatever their `step`; its decode steps follow in the
     order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up.
@@ -81,29 +80,10 @@ class ForeignTrace:
         rows = map(slice, starts.tolist(), stops)
         self._rows = dict(zip(numbers.tolist(), rows, strict=True))
 
-    def __enter__(self) -> ForeignTrace:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        pass
+        """Nothing is open any more."""
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Numbers of the requests, ascending."""
-        return tuple(self._rows)
-
-    def requests(self) -> Iterator[TracedRequest]:
-        """Yield the requests in the order of their numbers."""
-        for number in self._rows:
-            yield self.request(number)
-
-    def request(self, number: int) -> TracedRequest:
-        """Return one request, without prompt and output."""
-        if number not in self._rows:
-            raise self._error(f"has no request {number}, only {len(self)} others")
+    def _request(self, number: int) -> TracedRequest:
         rows = self._rows[number]
         decode, step = self._decode[rows], self._step[rows]
         if decode[0]:
@@ -121,16 +101,6 @@ class ForeignTrace:
         steps = tuple(self._routed(number, i, *part) for i, part in enumerate(parts))
         return TracedRequest(number, (), (), steps)
 
-    def require(
-        self,
-        contents: Sequence[Content] = (),
-        gates: bool = False,
-        shape: ModelShape | None = None,
-        model: str | None = None,
-    ) -> None:
-        """Raise TraceError if this trace does not do, as `finemoe.trace.require` says."""
-        require(str(self.path), self.header, contents, gates, shape, model)
-
     def _routed(self, number: int, step: int, layer: Numbers, expert: Numbers) -> RoutedStep:
         shape = self.header.shape
         place = layer.astype(np.int64) * shape.experts + expert
@@ -145,20 +115,20 @@ class ForeignTrace:
         return RoutedStep(-(-int(rows.max()) // shape.top_k), counts, None, None, None)
 
     def _table(self) -> pa.Table:
-        try:
-            table = self._read_parquet() if self._is_parquet() else self._read_csv()
+        with reading(self.path, fault="is no table of routing rows", remedy="write it again"):
+            with self.path.open("rb") as file:
+                is_parquet = file.read(4) == b"PAR1"
+            types = pa.csv.ConvertOptions(column_types=COLUMNS)
+            table = (
+                self._read_parquet()
+                if is_parquet
+                else pa.csv.read_csv(self.path, convert_options=types)
+            )
             missing = [name for name in COLUMNS.names if name not in table.column_names]
             if missing:
-                raise self._error(f"lacks the columns {', '.join(missing)}; name them so")
+                raise TraceError(f"lacks the columns {', '.join(missing)}; name them so")
             table = table.select(COLUMNS.names).cast(COLUMNS)
             table.validate(full=True)
-        except TraceError:
-            raise
-        except FileNotFoundError:
-            raise self._error("no such file; check the path") from None
-        except (*UNREADABLE, LookupError) as error:
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise self._error(f"is no table of routing rows: {cause}; write it again") from error
         if not len(table):
             raise self._error("has no rows; write it again")
         for name in COLUMNS.names:
@@ -168,18 +138,10 @@ class ForeignTrace:
             raise self._error("has weights that are NaN or infinite; write it again")
         return table
 
-    def _is_parquet(self) -> bool:
-        with self.path.open("rb") as file:
-            return file.read(4) == b"PAR1"
-
     def _read_parquet(self) -> pa.Table:
         with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, self.path.stat().st_size)
             return file.read(COLUMNS.names)
-
-    def _read_csv(self) -> pa.Table:
-        types = pa.csv.ConvertOptions(column_types=COLUMNS)
-        return pa.csv.read_csv(self.path, convert_options=types)
 
     def _inferred(self, table: pa.Table) -> ModelShape:
         layers, experts, ranks = (
@@ -204,6 +166,3 @@ class ForeignTrace:
                 raise self._error(f"has the phase {name!r}; write prefill or decode")
         decodes: NDArray[np.bool_] = pc.equal(table["phase"], "decode").to_numpy()
         return decodes
-
-    def _error(self, what: str) -> TraceError:
-        return TraceError(f"{self.path}: {what}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Self
 
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
@@ -46,18 +47,48 @@ class TracedRequest:
     steps: tuple[RoutedStep, ...]
 
 
-class Trace(Protocol):
-    """What replays need of a trace, whatever file it lies in."""
+class Trace(ABC):
+    """Requests by number, whatever file they lie in, read one at a time; `len` is how many.
+
+    Use as a context manager. Whatever is wrong with the file raises TraceError, when it is opened
+    or when its request is read.
+    """
 
     path: Path
     header: TraceHeader
+    _rows: Mapping[int, Any]
+    """Where each request lies."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None: ...
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Numbers of the requests."""
+        """Numbers of the requests, in the order of the file, ascending if it has no order."""
+        return tuple(self._rows)
+
+    def requests(self) -> Iterator[TracedRequest]:
+        """Yield the requests in the order of `numbers`."""
+        for number in self.numbers:
+            yield self.request(number)
 
     def request(self, number: int) -> TracedRequest:
-        """Return one request; TraceError if it is not there or damaged."""
+        """Return one request; its arrays may be views of one buffer each, not to be written to."""
+        if number not in self._rows:
+            raise self._error(f"has no request {number}, only {len(self)} others")
+        return self._request(number)
+
+    @abstractmethod
+    def _request(self, number: int) -> TracedRequest: ...
+
+    def _error(self, what: str) -> TraceError:
+        return TraceError(f"{self.path}: {what}")
 
     def require(
         self,
@@ -66,37 +97,27 @@ class Trace(Protocol):
         shape: ModelShape | None = None,
         model: str | None = None,
     ) -> None:
-        """Raise TraceError if this trace does not do, as the function of that name says."""
+        """Raise TraceError if this trace lacks what is asked or is of another model.
 
-
-def require(
-    source: str,
-    header: TraceHeader,
-    contents: Sequence[Content] = (),
-    gates: bool = False,
-    shape: ModelShape | None = None,
-    model: str | None = None,
-) -> None:
-    """Raise TraceError, naming `source`, if a trace lacks what is asked or is of another model.
-
-    Shapes are compared by L, J and K; by hidden size too if an array that has it is asked for.
-    `model` is compared with what the provenance says.
-    """
-    named = header.provenance.get("model")
-    if model is not None and named != model:
-        found = "no model that it names" if named is None else named
-        raise TraceError(f"{source}: is of {found}, not of {model}; record one of {model}")
-    wide = gates or not {"embeddings", "hidden_states"}.isdisjoint(contents)
-    if shape is not None and _sizes(shape, wide) != _sizes(header.shape, wide):
-        raise TraceError(
-            f"{source}: is of a model of {_sizes(header.shape, wide)}, not {_sizes(shape, wide)}; "
-            "record one of the model that runs"
-        )
-    missing: list[str] = [name for name in contents if name not in header.contents]
-    missing += ["gates"] if gates and header.gates is None else []
-    if missing:
-        names = ", ".join(missing).replace("_", " ")
-        raise TraceError(f"{source}: holds no {names}, which this run needs; record them too")
+        Shapes are compared by L, J and K; by hidden size too if an array that has it is asked for.
+        `model` is compared with what the provenance says.
+        """
+        header = self.header
+        named = header.provenance.get("model")
+        if model is not None and named != model:
+            found = "no model that it names" if named is None else named
+            raise self._error(f"is of {found}, not of {model}; record one of {model}")
+        wide = gates or not {"embeddings", "hidden_states"}.isdisjoint(contents)
+        if shape is not None and _sizes(shape, wide) != _sizes(header.shape, wide):
+            raise self._error(
+                f"is of a model of {_sizes(header.shape, wide)}, not {_sizes(shape, wide)}; "
+                "record one of the model that runs"
+            )
+        missing: list[str] = [name for name in contents if name not in header.contents]
+        missing += ["gates"] if gates and header.gates is None else []
+        if missing:
+            names = ", ".join(missing).replace("_", " ")
+            raise self._error(f"holds no {names}, which this run needs; record them too")
 
 
 def _sizes(shape: ModelShape, wide: bool) -> str:

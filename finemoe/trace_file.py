@@ -26,10 +26,10 @@ from finemoe.trace import (
     VERSION,
     Content,
     DType,
+    Trace,
     TracedRequest,
     TraceError,
     TraceHeader,
-    require,
 )
 
 HEADER_KEY = FORMAT.encode()
@@ -353,63 +353,50 @@ def array_shape(name: Content, tokens: int, shape: ModelShape) -> tuple[int, ...
 # Reading ----------------------------------------------------------------------------------------
 
 
-class TraceReader:
-    """Reads a trace, one request in memory at a time; `len` is the number of requests.
+@contextmanager
+def reading(
+    path: Path,
+    part: str = "",
+    fault: str = "is damaged or no trace",
+    remedy: str = "copy or record it again",
+) -> Iterator[None]:
+    """Turn whatever a bad file makes pyarrow, numpy or json raise into one line."""
+    try:
+        yield
+    except TraceError as error:
+        raise TraceError(f"{path}: {part}{error}") from None
+    except FileNotFoundError:
+        raise TraceError(f"{path}: no such file; check the path") from None
+    except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TraceError(f"{path}: {part}{fault}: {cause}; {remedy}") from error
 
-    Whatever is wrong with the file raises TraceError, here or when its request is read.
-    """
+
+class TraceReader(Trace):
+    """Reads a trace file, one row group a request."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        with self._reading():
+        with reading(self.path):
             # Streamed, not mapped: of a file that shrinks meanwhile, a map would kill the process.
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             self.header, self._index = _unpack_header(self._file.metadata.metadata or {})
-            self._groups = {entry.number: group for group, entry in enumerate(self._index)}
+            self._rows = {entry.number: group for group, entry in enumerate(self._index)}
             self._check_columns()
-
-    def __enter__(self) -> TraceReader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Numbers of the requests, in the order of the file."""
-        return tuple(self._groups)
-
-    def requests(self) -> Iterator[TracedRequest]:
-        """Yield the requests in the order of the file."""
-        for number in self._groups:
-            yield self.request(number)
-
-    def request(self, number: int) -> TracedRequest:
-        """Return one request; its arrays are views of one buffer each, not to be written to."""
-        if number not in self._groups:
-            raise TraceError(f"{self.path}: has no request {number}, only {len(self)} others")
-        with self._reading(f"request {number} "):
-            return self._read(self._groups[number])
-
-    def require(
-        self,
-        contents: Sequence[Content] = (),
-        gates: bool = False,
-        shape: ModelShape | None = None,
-        model: str | None = None,
-    ) -> None:
-        """Raise TraceError if this trace does not do, as `finemoe.trace.require` says."""
-        require(str(self.path), self.header, contents, gates, shape, model)
+    def _request(self, number: int) -> TracedRequest:
+        with reading(self.path, f"request {number} "):
+            return self._read(self._rows[number])
 
     def _check_columns(self) -> None:
         # Older releases of pyarrow read the file's key-value pairs into the schema as well.
         found, due = self._file.schema_arrow.remove_metadata(), schema(self.header.contents)
         if not found.equals(due):
             raise TraceError(f"has the columns {found.names}, not {due.names}; record it again")
-        if self._file.num_row_groups != len(self._index) or len(self._groups) != len(self._index):
+        if self._file.num_row_groups != len(self._index) or len(self) != len(self._index):
             raise ValueError(f"{self._file.num_row_groups} row groups for {len(self)} requests")
 
     def _read(self, group: int) -> TracedRequest:
@@ -471,18 +458,3 @@ class TraceReader:
             values[stop - size : stop].reshape(shape)
             for shape, size, stop in zip(shapes, sizes.tolist(), stops, strict=True)
         ]
-
-    @contextmanager
-    def _reading(self, part: str = "") -> Iterator[None]:
-        """Turn whatever a bad file makes pyarrow, numpy or json raise into one line."""
-        try:
-            yield
-        except TraceError as error:
-            raise TraceError(f"{self.path}: {part}{error}") from None
-        except FileNotFoundError:
-            raise TraceError(f"{self.path}: no such file; check the path") from None
-        except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TraceError(
-                f"{self.path}: {part}is damaged or no trace: {cause}; copy or record it again"
-            ) from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
 
 from experiments.figures import charts, style
 
@@ -15,81 +17,50 @@ WHOLE_LAYERS = ("deepspeed",)
 """Systems that fetch every expert of a layer: what they hit says nothing of a prediction."""
 REFERENCES = ("oracle",)
 """Drawn as a line across each group of bars: none of the systems that are compared."""
-
-
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    """Draw the figure into the folder `place`; `frame` is a `run_frame`.
-
-    Raises UserError without records, for mixed modes unless asked for, and for two of one cell.
-    """
-    return draw_overall(frame, place, mixed_modes, ID, TITLE)
+NOTES = (f"Error bars: {charts.INTERVALS}.", "Vertical axes of TTFT and TPOT differ by model.")
+HOLLOW = (
+    "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its hit "
+    "rate rewards no prediction; the paper leaves it out."
+)
+REFERRED = (
+    "Dashed: the oracle, no system of the paper's. It is told the routing beforehand, "
+    "prefetches in order of next use and evicts what is needed last; as it is greedy, it "
+    "shows what there is to win and is no proven bound."
+)
+WAITING = (
+    "Mixtral-Offloading, too, waits for its prefetches before the gate asks: what came "
+    "late counts as a hit there, and shows in TTFT and TPOT."
+)
 
 
 def draw_overall(
-    frame: pd.DataFrame, place: Path, mixed_modes: bool, figure_id: str, title: str
+    names: tuple[str, str], frame: pd.DataFrame, place: Path, mixed_modes: bool = False
 ) -> style.Drawn:
-    """Draw figure 10, or 13, which is the same on another testbed."""
-    frame = charts.checked(frame, figure_id, mixed_modes)
-    charts.single(frame, ("model", "dataset", "series"), figure_id)
-    models, datasets = charts.facets(frame)
+    """Draw figure 10, or 13, which is the same on another testbed; `names`: id, title."""
+    frame = charts.checked(frame, names[0], mixed_modes)
+    charts.single(frame, names[0])
     referred = frame["system"].isin(REFERENCES)
     if referred.all():
         # Alone, it is a system like any other.
         referred = ~referred
     looks, references = charts.looks(frame[~referred]), charts.looks(frame[referred])
     hollow = sorted(set(frame.loc[frame["system"].isin(WHOLE_LAYERS), "series"]))
-    groups = {one: style.dataset_name(one) for one in datasets}
-    width = style.PAGE_INCHES if len(models) > 1 else style.COLUMN_INCHES
-    with style.canvas(len(ROWS), len(models), width, 4.6) as figure:
-        panels = iter(figure.axes)
-        for metric in ROWS:
-            for column, model in enumerate(models):
-                axes = next(panels)
-                part = frame[frame["model"] == model]
-                not_filled = hollow if metric == "hit_rate" else ()
-                charts.bars(axes, part, metric, groups, looks, "dataset", not_filled)
-                charts.references(axes, part, metric, groups, references, "dataset")
-                if metric == ROWS[0]:
-                    charts.panel_title(axes, model, None)
-                if metric == "hit_rate":
-                    charts.percent_axis(axes)
-                if column == 0:
-                    axes.set_ylabel(style.METRICS[metric][0])
-        figure.align_ylabels()
-        charts.legend(figure, looks, "bar", 6 if len(models) > 1 else 2, references)
-        return style.save(
-            figure,
-            charts.drawn_data(frame, ROWS),
-            place,
-            figure_id,
-            _caption(frame, figure_id, title, bool(hollow), bool(references)),
-        )
+    groups = {one: style.dataset_name(one) for one in charts.facets(frame)[1]}
+
+    def panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
+        not_filled = hollow if metric == "hit_rate" else ()
+        charts.bars(axes, part, metric, groups, looks, "dataset", not_filled, references)
+        if metric == "hit_rate":
+            charts.percent_axis(axes)
+
+    waiting = "mixtral_offload" in set(frame["system"])
+    told = ((HOLLOW, bool(hollow)), (REFERRED, bool(references)), (WAITING, waiting))
+    notes = [*NOTES, *(note for note, applies in told if applies)]
+    with charts.metric_panels(frame, ROWS, 4.6, panel) as figure:
+        charts.legend(figure, looks, "bar", 6, narrow=2, references=references)
+        data = charts.drawn_data(frame, ROWS)
+        series = charts.expected_series(frame)
+        return charts.save(figure, place, names, frame, data, notes, series=series)
 
 
-def _caption(frame: pd.DataFrame, figure_id: str, title: str, hollow: bool, referred: bool) -> str:
-    notes = [f"Error bars: {charts.INTERVALS}.", "Vertical axes of TTFT and TPOT differ by model."]
-    if hollow:
-        notes.append(
-            "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its hit "
-            "rate rewards no prediction; the paper leaves it out."
-        )
-    if referred:
-        notes.append(
-            "Dashed: the oracle, no system of the paper's. It is told the routing beforehand, "
-            "prefetches in order of next use and evicts what is needed last; as it is greedy, it "
-            "shows what there is to win and is no proven bound."
-        )
-    if "mixtral_offload" in set(frame["system"]):
-        notes.append(
-            "Mixtral-Offloading, too, waits for its prefetches before the gate asks: what came "
-            "late counts as a hit there, and shows in TTFT and TPOT."
-        )
-    gap = charts.gaps(
-        frame,
-        {
-            "model": charts.expected_models(frame),
-            "dataset": charts.facets(frame)[1],
-            "series": charts.expected_series(frame, style.PAPER_SYSTEMS),
-        },
-    )
-    return charts.caption(figure_id, title, frame, notes, gap)
+draw = partial(draw_overall, (ID, TITLE))

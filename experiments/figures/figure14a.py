@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +23,31 @@ APPROACHES = {
 """Each approach of the paper, and the system and options that stand for it."""
 # Maps grow darker with each feature; the others have the colours of their systems.
 COLOURS = ("#56B4E9", "#009E73", "#F9C9A3", "#EE8A45", "#B34700")
-
-
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    """Draw the figure into the folder `place`; `frame` is a `run_frame`.
-
-    Raises UserError without records, for mixed modes unless asked for, and for two of one cell.
-    """
-    return draw_approaches(frame, place, mixed_modes, (ID, TITLE), APPROACHES, COLOURS)
+NOTES = (f"Error bars: {charts.INTERVALS}, batches resampled.",)
 
 
 def draw_approaches(
-    frame: pd.DataFrame,
-    place: Path,
-    mixed_modes: bool,
     names: tuple[str, str],
     approaches: dict[str, dict[str, str]],
     colours: tuple[str, ...],
+    frame: pd.DataFrame,
+    place: Path,
+    mixed_modes: bool = False,
 ) -> style.Drawn:
     """Draw hit rates of `approaches`, one panel a dataset, models as groups; `names`: id, title.
 
     A run belongs to the approach whose system and options it has; other runs are left out.
     """
-    figure_id, title = names
     if len(frame):
         found = [_approach(row, approaches) for row in charts.rows_of(frame)]
         frame = frame.assign(approach=pd.Series(found, index=frame.index, dtype=object))
         frame = frame.dropna(subset=["approach"])
-    frame = charts.checked(frame, figure_id, mixed_modes)
-    mixed = frame["mode"].nunique() > 1
-    marks = [f" ({mode})" if mixed else "" for mode in frame["mode"]]
-    frame = frame.assign(series=[a + m for a, m in zip(frame["approach"], marks, strict=True)])
-    charts.single(frame, ("model", "dataset", "series"), figure_id)
+    frame = charts.checked(frame, names[0], mixed_modes)
+    frame = frame.assign(series=frame["approach"] + charts.marks(frame))
+    charts.single(frame, names[0])
     models, datasets = charts.facets(frame)
-    looks = _looks(frame, approaches, colours)
+    base = {name: (colour, "") for name, colour in zip(approaches, colours, strict=True)}
+    looks = charts.variants(frame, "approach", base)
     groups = {one: style.model_name(one) for one in models}
     with style.canvas(len(datasets), 1, style.COLUMN_INCHES, 0.65 + 1.35 * len(datasets)) as figure:
         for axes, dataset in zip(figure.axes, datasets, strict=True):
@@ -67,17 +59,8 @@ def draw_approaches(
                 axes.set_title(style.dataset_name(dataset), pad=3)
         charts.legend(figure, looks, "bar", 3)
         data = charts.drawn_data(frame, [METRIC], ["approach"])
-        gap = charts.gaps(
-            frame,
-            {
-                "model": charts.expected_models(frame),
-                "dataset": datasets,
-                "series": list(looks) if mixed else list(approaches),
-            },
-        )
-        notes = [f"Error bars: {charts.INTERVALS}, batches resampled."]
-        text = charts.caption(figure_id, title, frame, notes, gap)
-        return style.save(figure, data, place, figure_id, text)
+        series = list(looks if frame["mode"].nunique() > 1 else approaches)
+        return charts.save(figure, place, names, frame, data, NOTES, series=series)
 
 
 def _approach(row: dict[str, Any], approaches: dict[str, dict[str, str]]) -> str | None:
@@ -90,12 +73,4 @@ def _approach(row: dict[str, Any], approaches: dict[str, dict[str, str]]) -> str
     return None
 
 
-def _looks(
-    frame: pd.DataFrame, approaches: dict[str, dict[str, str]], colours: tuple[str, ...]
-) -> dict[str, charts.Look]:
-    found: dict[str, charts.Look] = {}
-    for name, colour in zip(approaches, colours, strict=True):
-        series = sorted(set(frame.loc[frame["approach"] == name, "series"]))
-        for number, one in enumerate(series):
-            found[one] = {"color": colour, "hatch": style.HATCHES[number % len(style.HATCHES)]}
-    return found
+draw = partial(draw_approaches, (ID, TITLE), APPROACHES, COLOURS)

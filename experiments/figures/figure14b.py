@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
-import pandas as pd
-
-from experiments.figures import style
 from experiments.figures.figure14a import draw_approaches
 
 ID = "14b"
@@ -17,11 +14,4 @@ APPROACHES = {
     "FineMoE": {"system": "finemoe", "eviction": "finemoe"},
 }
 COLOURS = ("#999999", "#0072B2", "#D55E00")
-
-
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    """Draw the figure into the folder `place`; `frame` is a `run_frame`.
-
-    Raises UserError without records, for mixed modes unless asked for, and for two of one cell.
-    """
-    return draw_approaches(frame, place, mixed_modes, (ID, TITLE), APPROACHES, COLOURS)
+draw = partial(draw_approaches, (ID, TITLE), APPROACHES, COLOURS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -21,9 +20,8 @@ DODGE = 16
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write capacity.csv: capacity, stored iterations, search, score with interval."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [scores(one, list(cfg.experiment.capacities)) for one in found]
-    traces.write_analysis(cfg, folder, {"capacity": traces.over_subjects(found, tables)}, found)
+    capacities = list(cfg.experiment.capacities)
+    traces.analyse(cfg, recorded, folder, "capacity", lambda one: scores(one, capacities))
 
 
 def scores(subject: traces.Subject, capacities: list[int]) -> pd.DataFrame:
@@ -43,37 +41,36 @@ def scores(subject: traces.Subject, capacities: list[int]) -> pd.DataFrame:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw a line a model: searches down, datasets across, one scale a search."""
     found = traces.read_analysis(folder)
-    frame = found.tables["capacity"]
+    frame = found.table
     models, datasets = charts.facets(frame)
-    looks, searches = traces.model_looks(models), list(traces.SEARCHES)
-    with style.canvas(len(searches), len(datasets), style.COLUMN_INCHES, 2.9) as figure:
-        panels = traces.grid(figure, len(datasets))
-        for (row, search), (column, dataset) in product(enumerate(searches), enumerate(datasets)):
-            axes, of_search = panels[row][column], frame[frame["search"] == search.lower()]
-            for number, model in enumerate(models):
-                chosen = (of_search["model"] == model) & (of_search["dataset"] == dataset)
-                shift = DODGE * (number - (len(models) - 1) / 2)
-                _line(axes, of_search[chosen], shift, looks[model])
-            # An automatic scale would blow up differences in the third digit.
-            low = min(of_search["low"].min(), 1 - NARROWEST)
-            axes.set(ylim=(low - 0.05 * (1 - low), 1 + 0.02 * (1 - low)))
-            axes.set_xticks(sorted(set(frame["capacity"])))
-            axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
-            axes.tick_params(labelleft=column == 0, labelbottom=row == len(searches) - 1)
-        figure.supxlabel("Store capacity (iterations)", fontsize=style.POINTS)
-        figure.supylabel("Mean similarity score (cosine)", fontsize=style.POINTS)
-        traces.apart(figure)
-        charts.legend(figure, traces.by_display_name(looks), "line")
-        caption = found.caption(
+    looks = traces.model_looks(models)
+
+    def panel(axes: Axes, search: str, dataset: str) -> None:
+        of_search = frame[frame["search"] == search.lower()]
+        for number, model in enumerate(models):
+            chosen = (of_search["model"] == model) & (of_search["dataset"] == dataset)
+            shift = DODGE * (number - (len(models) - 1) / 2)
+            _line(axes, of_search[chosen], shift, looks[model])
+        # An automatic scale would blow up differences in the third digit.
+        low = min(of_search["low"].min(), 1 - NARROWEST)
+        axes.set(ylim=(low - 0.05 * (1 - low), 1 + 0.02 * (1 - low)))
+        axes.set_xticks(sorted(set(frame["capacity"])))
+        axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
+
+    labels = "Store capacity (iterations)", "Mean similarity score (cosine)"
+    with traces.panels(list(traces.SEARCHES), datasets, 2.9, labels, panel) as figure:
+        traces.model_legend(figure, looks)
+        return found.save(
+            figure,
+            place,
             "Mean score of the best match over decode iterations, in a store filled with the "
             "history. Axes do not begin at zero. Whiskers: 95 % bootstrap intervals "
-            "over requests, the same at every capacity."
+            "over requests, the same at every capacity.",
         )
-        return style.save(figure, frame, place, found.record["id"], caption)
 
 
 def _line(axes: Axes, rows: pd.DataFrame, shift: float, look: charts.Look) -> None:
-    mean, spread = traces.whiskers(rows, "score")
+    mean, spread = charts.interval(rows, "score", "low", "high")
     axes.errorbar(
         rows["capacity"] + shift, mean, spread, color=look["color"], marker=look["marker"],
         elinewidth=0.6, capsize=1.2, capthick=0.6, markeredgecolor="white", markeredgewidth=0.3,

@@ -13,16 +13,16 @@ TITLE = "TTFT and TPOT against the batch size"
 SIZES = (1, 2, 4, 8)
 SYSTEMS = ("mixtral_offload", "promoe", "moe_infinity", "finemoe")
 COLUMNS = ("ttft_s", "tpot_s")
+NOTE = (
+    f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
+    "their times, so larger batches leave fewer samples."
+)
 
 
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    """Draw the figure into the folder `place`; `frame` is a `run_frame` of offline runs.
-
-    Raises UserError without records, for mixed modes unless asked for, and for two of one cell.
-    """
-    offline = frame[frame["workload"] == "offline"] if len(frame) else frame
-    frame = charts.checked(offline, ID, mixed_modes)
-    charts.single(frame, ("model", "dataset", "series", "batch_size"), ID)
+    """Draw the figure, as `experiments.figures` says, of offline runs."""
+    frame = charts.checked(frame, ID, mixed_modes, workload="offline")
+    charts.single(frame, ID, "batch_size")
     models, datasets = charts.facets(frame)
     looks = charts.looks(frame)
     groups = {one: f"{one:g}" for one in sorted(set(frame["batch_size"]))}
@@ -40,22 +40,9 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
                     charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.legend(figure, looks, "bar", 2)
         data = charts.drawn_data(frame, COLUMNS, ["batch_size"])
-        return style.save(figure, data, place, ID, _caption(frame, models))
-
-
-def _caption(frame: pd.DataFrame, models: list[str]) -> str:
-    notes = [
-        f"Model{'s' if len(models) > 1 else ''}: {', '.join(map(style.model_name, models))}.",
-        f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
-        "their times, so larger batches leave fewer samples.",
-    ]
-    gap = charts.gaps(
-        frame,
-        {
-            "model": models,
-            "dataset": charts.facets(frame)[1],
-            "series": charts.expected_series(frame, SYSTEMS),
-            "batch_size": sorted({*SIZES, *frame["batch_size"]}),
-        },
-    )
-    return charts.caption(ID, TITLE, frame, notes, gap)
+        several = "s" if len(models) > 1 else ""
+        notes = f"Model{several}: {', '.join(map(style.model_name, models))}.", NOTE
+        return charts.save(
+            figure, place, (ID, TITLE), frame, data, notes, model=models,
+            series=charts.expected_series(frame, SYSTEMS), batch_size=sorted({*SIZES, *groups}),
+        )  # fmt: skip

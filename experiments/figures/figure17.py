@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from experiments.figures import charts, style
 
@@ -28,23 +26,32 @@ PARTS = {
 }
 """Part to its name and whether the model waits for it."""
 COLOURS = {"whole": "#222222", "synchronous": "#D55E00", "asynchronous": "#0072B2"}
+NAMES = ("whole iteration", "synchronous: the model waits", "asynchronous: beside the model")
+LEGEND: dict[str, charts.Look] = {
+    name: {"color": colour, "marker": "o", "linestyle": "-"}
+    for name, colour in zip(NAMES, COLOURS.values(), strict=True)
+}
 LEAST_MS = 1e-2
 """Shorter parts, zero among them, are drawn here, at the left edge."""
 ROOM = 1.75
 """Length of the axis over that of its longest part, in decades: values stand at the right."""
+NOTES = (
+    "Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the "
+    "iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as "
+    "totals, without an interval.",
+    "Asynchronous parts run beside the model and do not add up with the others.",
+)
 
 
 def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    """Draw the figure into the folder `place`; `frame` is a `run_frame` of offline runs.
-
-    One panel a model, dataset and mode. Raises UserError without records of FineMoE, for mixed
-    modes unless asked for, and for two of one cell.
-    """
-    if len(frame):
-        frame = frame[(frame["system"] == "finemoe") & (frame["workload"] == "offline")]
-    frame = charts.checked(frame, ID, mixed_modes)
-    charts.single(frame, ("model", "dataset", "series"), ID)
-    runs = sorted(charts.rows_of(frame), key=_order)
+    """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
+    frame = charts.checked(frame, ID, mixed_modes, system="finemoe", workload="offline")
+    charts.single(frame, ID)
+    models, datasets = charts.facets(frame)
+    runs = sorted(
+        charts.rows_of(frame),
+        key=lambda run: (models.index(run["model"]), run["dataset"], run["series"]),
+    )
     parts = pd.concat([_parts(run) for run in runs], ignore_index=True)
     columns = min(3, len(runs))
     lines = math.ceil(len(runs) / columns)
@@ -52,7 +59,7 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
     with style.canvas(lines, columns, width, 0.3 + 1.75 * lines) as figure:
         for axes in figure.axes[len(runs) :]:
             axes.set_visible(False)
-        several = frame["dataset"].nunique() > 1
+        several = len(datasets) > 1
         longest = float(parts["milliseconds_high"].max())
         for number, (axes, run) in enumerate(zip(figure.axes, runs, strict=False)):
             part = parts[parts["run"] == run["path"]]
@@ -60,14 +67,9 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.D
             charts.panel_title(axes, run["model"], run["dataset"] if several else None)
             variant = run["series"].removeprefix(style.system_name("finemoe"))
             axes.set_title(axes.get_title() + variant, pad=3)
-        _legend(figure, 3 if columns > 1 else 1)
-        return style.save(figure, parts.drop(columns="run"), place, ID, _caption(frame))
-
-
-def _order(run: dict[str, Any]) -> tuple[int, str, str, str]:
-    models = list(style.MODELS)
-    place = models.index(run["model"]) if run["model"] in models else len(models)
-    return place, run["model"], run["dataset"], run["series"]
+        charts.legend(figure, LEGEND, "line", 3 if columns > 1 else 1)
+        data = parts.drop(columns="run")
+        return charts.save(figure, place, (ID, TITLE), frame, data, NOTES)
 
 
 def _parts(run: dict[str, Any]) -> pd.DataFrame:
@@ -78,19 +80,17 @@ def _parts(run: dict[str, Any]) -> pd.DataFrame:
     spent["rest"] = run["iteration_s"] - float(np.nansum(waits))
     table = pd.DataFrame({"part": list(PARTS), "kind": [kind for _, kind in PARTS.values()]})
     milliseconds = 1e3 * np.array([spent[name] for name in PARTS])
-    ends = np.full((2, len(PARTS)), math.nan)
-    ends[:, 0] = 1e3 * run["iteration_s_low"], 1e3 * run["iteration_s_high"]
+    # Records hold parts as totals: the whole iteration alone has an interval.
+    low, high = (1e3 * run[f"iteration_s_{end}"] for end in ("low", "high"))
+    names = ("model", "dataset", "series", "mode", "testbed", "weights", "digest")
     return table.assign(
         milliseconds=milliseconds,
-        milliseconds_low=ends[0],
-        milliseconds_high=ends[1],
+        milliseconds_low=np.where(table["part"] == "iteration", low, math.nan),
+        milliseconds_high=np.where(table["part"] == "iteration", high, math.nan),
         share=milliseconds / milliseconds[0],
         iterations=run["iterations"],
         run=run["path"],
-        **{
-            key: run[key]
-            for key in ("model", "dataset", "series", "mode", "testbed", "weights", "digest")
-        },
+        **{name: run[name] for name in names},
     )
 
 
@@ -136,32 +136,3 @@ def _value(part: dict[str, Any]) -> str:
     if part["part"] == "iteration":
         return number
     return f"{number} (< 0.1 %)" if share < 1e-3 else f"{number} ({100 * share:.1f} %)"
-
-
-def _legend(figure: Figure, columns: int) -> None:
-    labels = {
-        "whole": "whole iteration",
-        "synchronous": "synchronous: the model waits",
-        "asynchronous": "asynchronous: beside the model",
-    }
-    handles = [
-        Line2D([], [], color=COLOURS[kind], marker="o", linewidth=0.8, label=label)
-        for kind, label in labels.items()
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=columns, frameon=False, borderaxespad=0.1
-    )
-
-
-def _caption(frame: pd.DataFrame) -> str:
-    notes = [
-        "Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the "
-        "iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as "
-        "totals, without an interval.",
-        "Asynchronous parts run beside the model and do not add up with the others.",
-    ]
-    gap = charts.gaps(
-        frame,
-        {"model": charts.expected_models(frame), "dataset": charts.facets(frame)[1]},
-    )
-    return charts.caption(ID, TITLE, frame, notes, gap)

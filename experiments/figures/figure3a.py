@@ -20,9 +20,7 @@ PANELS = {
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write heatmaps.csv: layer, expert, and its share of the layer, as `shares` says."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [shares(one.routing.iterations) for one in found]
-    traces.write_analysis(cfg, folder, {"heatmaps": traces.over_subjects(found, tables)}, found)
+    traces.analyse(cfg, recorded, folder, "heatmaps", lambda one: shares(one.routing.iterations))
 
 
 def shares(routed: analysis.Iterations) -> pd.DataFrame:
@@ -37,7 +35,7 @@ def shares(routed: analysis.Iterations) -> pd.DataFrame:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw the first model on the first dataset: layers down, experts across, one colour scale."""
     found = traces.read_analysis(folder)
-    heat = found.tables["heatmaps"]
+    heat = found.table
     first = heat[(heat["model"] == heat["model"][0]) & (heat["dataset"] == heat["dataset"][0])]
     layers, experts = first["layer"].max() + 1, first["expert"].max() + 1
     with style.canvas(1, len(PANELS), style.COLUMN_INCHES, 2.3) as figure:

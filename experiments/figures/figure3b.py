@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
@@ -26,9 +25,7 @@ LOOKS = traces.GRANULARITIES
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write entropy.csv: measure, granularity, nats with interval, uniform (ln J), ln_top_k."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [entropies(one) for one in found]
-    traces.write_analysis(cfg, folder, {"entropy": traces.over_subjects(found, tables)}, found)
+    traces.analyse(cfg, recorded, folder, "entropy", entropies)
 
 
 def entropies(subject: traces.Subject) -> pd.DataFrame:
@@ -63,40 +60,34 @@ def _over_layers(weights: NDArray[np.generic]) -> NDArray[np.float64]:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw bars from zero: measures down, datasets across, ln J as a line over each model."""
     found = traces.read_analysis(folder)
-    frame = found.tables["entropy"]
+    frame = found.table
     models, datasets = charts.facets(frame)
     with style.canvas(len(MEASURES), len(datasets), style.COLUMN_INCHES, 2.9) as figure:
-        panels = traces.grid(figure, len(datasets))
         top = frame["uniform"].max() * 1.05
-        for (row, measure), (column, dataset) in product(enumerate(MEASURES), enumerate(datasets)):
-            axes = panels[row][column]
+        cells = product(MEASURES.items(), datasets)
+        for axes, ((measure, name), dataset) in zip(figure.axes, cells, strict=True):
             chosen = frame[(frame["measure"] == measure) & (frame["dataset"] == dataset)]
-            _bars(axes, chosen, models)
+            traces.paired_bars(axes, chosen, "granularity", "nats", LOOKS, models)
+            places = np.arange(len(models))
+            uniform = chosen[chosen["granularity"] == "fine"].set_index("model")["uniform"]
+            axes.hlines(
+                uniform.reindex(models), places - 0.42, places + 0.42, "#333333", (0, (3, 2)),
+                lw=0.8,
+            )  # fmt: skip
             axes.set_ylim(0, top)
-            traces.name_models(axes, models)
-            axes.tick_params(axis="x", labelbottom=row == len(MEASURES) - 1)
-            axes.tick_params(axis="y", labelleft=column == 0)
-            if row == 0:
+            axes.tick_params(axis="x", labelbottom=measure == "gate")
+            axes.tick_params(axis="y", labelleft=dataset == datasets[0])
+            if measure == "counts":
                 axes.set_title(style.dataset_name(dataset), pad=3)
-            if column == 0:
-                axes.set_ylabel(f"Entropy of\n{MEASURES[measure]}\n(nats)")
+            if dataset == datasets[0]:
+                axes.set_ylabel(f"Entropy of\n{name}\n(nats)")
         charts.legend(figure, LOOKS, "bar")
-        caption = found.caption(
+        return found.save(
+            figure,
+            place,
             "Mean over layers and over requests (coarse) or decode iterations (fine); above, of "
             "activation counts, where an iteration's is ln K by construction; below, of gate "
             "probabilities. Dashed: ln J, the entropy of uniform routing. "
             "Whiskers: 95 % bootstrap intervals over requests.",
             split=False,
         )
-        return style.save(figure, frame, place, found.record["id"], caption)
-
-
-def _bars(axes: Axes, frame: pd.DataFrame, models: list[str]) -> None:
-    """Draw coarse and fine side by side for each model."""
-    for number, (name, look) in enumerate(LOOKS.items()):
-        one = frame[frame["granularity"] == name.lower()].set_index("model").reindex(models)
-        centres = np.arange(len(models)) + 0.4 * (number - 0.5)
-        mean, spread = traces.whiskers(one, "nats")
-        axes.bar(centres, mean, 0.38, color=look["color"], yerr=spread, error_kw=traces.WHISKER)
-    places = np.arange(len(models))
-    axes.hlines(one["uniform"], places - 0.42, places + 0.42, "#333333", (0, (3, 2)), lw=0.8)

@@ -15,9 +15,10 @@ from experiments.figures.style import Drawn
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write growth.csv: iterations, nats with interval, and over how many requests."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [growth(one.routing.iterations, cfg.experiment.iterations) for one in found]
-    traces.write_analysis(cfg, folder, {"growth": traces.over_subjects(found, tables)}, found)
+    longest = cfg.experiment.iterations
+    traces.analyse(
+        cfg, recorded, folder, "growth", lambda one: growth(one.routing.iterations, longest)
+    )
 
 
 def growth(routed: analysis.Iterations, longest: int) -> pd.DataFrame:
@@ -41,7 +42,7 @@ def growth(routed: analysis.Iterations, longest: int) -> pd.DataFrame:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw a line a model with its band, datasets across."""
     found = traces.read_analysis(folder)
-    frame = found.tables["growth"]
+    frame = found.table
     models, datasets = charts.facets(frame)
     looks = traces.unmarked(traces.model_looks(models))
     with style.canvas(1, len(datasets), style.COLUMN_INCHES, 1.8) as figure:
@@ -57,10 +58,11 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
             axes.tick_params(axis="y", labelleft=column == 0)
         figure.axes[0].set_ylabel("Entropy (nats)")
         traces.apart(figure)
-        charts.legend(figure, traces.by_display_name(looks), "line")
-        caption = found.caption(
+        traces.model_legend(figure, looks)
+        return found.save(
+            figure,
+            place,
             "Entropy of the activation counts of a request's first n decode iterations, mean over "
             "layers and requests. Bands: 95 % bootstrap intervals over requests.",
             split=False,
         )
-        return style.save(figure, frame, place, found.record["id"], caption)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from experiments import routing_predictors as prediction
-from experiments.figures import charts, style, traces
+from experiments.figures import charts, traces
 from experiments.figures.style import Drawn
 
 LOOKS = {name.lower(): look for name, look in traces.unmarked(traces.GRANULARITIES).items()}
@@ -24,9 +24,7 @@ LOOKS = {name.lower(): look for name, look in traces.unmarked(traces.GRANULARITI
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write hit_rates.csv: granularity, distance, hit_rate with interval, chance (K/J)."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [hit_rates(one, cfg.experiment) for one in found]
-    traces.write_analysis(cfg, folder, {"hit_rates": traces.over_subjects(found, tables)}, found)
+    traces.analyse(cfg, recorded, folder, "hit_rates", lambda one: hit_rates(one, cfg.experiment))
 
 
 def hit_rates(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
@@ -46,14 +44,15 @@ def hit_rates(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw coarse and fine with their bands, models down and datasets across."""
     found = traces.read_analysis(folder)
-    frame = found.tables["hit_rates"]
-    caption = found.caption(
-        "Share of a decoded token's experts that were among the K predicted d layers before. "
-        "Coarse: the past request of nearest activation counts; fine: the past iteration of "
-        "nearest expert map. Bands: 95 % bootstrap intervals over requests."
-    )
-    with rate_panels(frame.rename(columns={"granularity": "predictor"}), LOOKS) as figure:
-        return style.save(figure, frame, place, found.record["id"], caption)
+    frame = found.table.rename(columns={"granularity": "predictor"})
+    with rate_panels(frame, LOOKS) as figure:
+        return found.save(
+            figure,
+            place,
+            "Share of a decoded token's experts that were among the K predicted d layers before. "
+            "Coarse: the past request of nearest activation counts; fine: the past iteration of "
+            "nearest expert map. Bands: 95 % bootstrap intervals over requests.",
+        )
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,12 @@ LARGEST_MARKER = 60
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write similarity.csv: search, score, hit_rate with interval, count, share of the bin."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [similarity(one, cfg.experiment) for one in found]
-    traces.write_analysis(cfg, folder, {"similarity": traces.over_subjects(found, tables)}, found)
+    traces.analyse(cfg, recorded, folder, "similarity", lambda one: similarity(one, cfg.experiment))
 
 
 def similarity(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
     """Return the hit rate of a match's K likeliest experts in equally wide bins of its score."""
-    pairs = traces.similarity_pairs(
-        subject.path, subject.distance, subject.cut, experiment.store_capacity
-    )
+    pairs = traces.similarity_pairs(subject, experiment.store_capacity)
     frames = []
     for search, group in pairs.groupby("search"):
         score, hits, request = (group[name].to_numpy() for name in ("score", "hit_rate", "request"))
@@ -42,37 +37,36 @@ def similarity(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw a line a model: datasets down, searches across, markers as large as their share."""
     found = traces.read_analysis(folder)
-    frame = found.tables["similarity"]
+    frame = found.table
     models, datasets = charts.facets(frame)
-    looks, searches = traces.model_looks(models), list(traces.SEARCHES)
+    looks = traces.model_looks(models)
+
+    def panel(axes: Axes, dataset: str, search: str) -> None:
+        for model in models:
+            chosen = (frame["model"] == model) & (frame["dataset"] == dataset)
+            _line(axes, frame[chosen & (frame["search"] == search.lower())], looks[model])
+        axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
+        axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
+        axes.locator_params(axis="x", nbins=4)
+
+    labels = "Similarity score (cosine)", "Expert hit rate (%)"
     height = 0.6 + 1.15 * len(datasets)
-    with style.canvas(len(datasets), len(searches), style.COLUMN_INCHES, height) as figure:
-        panels = traces.grid(figure, len(searches))
-        for (row, dataset), (column, search) in product(enumerate(datasets), enumerate(searches)):
-            axes = panels[row][column]
-            for model in models:
-                chosen = (frame["model"] == model) & (frame["dataset"] == dataset)
-                one = frame[chosen & (frame["search"] == search.lower())]
-                _line(axes, one, looks[model])
-            axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
-            axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
-            axes.locator_params(axis="x", nbins=4)
-            axes.tick_params(axis="y", labelleft=column == 0)
-        figure.supxlabel("Similarity score (cosine)", fontsize=style.POINTS)
-        figure.supylabel("Expert hit rate (%)", fontsize=style.POINTS)
-        traces.apart(figure)
-        charts.legend(figure, traces.by_display_name(looks), "line")
-        caption = found.caption(
+    with traces.panels(datasets, list(traces.SEARCHES), height, labels, panel) as figure:
+        for axes in figure.axes:
+            axes.tick_params(labelbottom=True)
+        traces.model_legend(figure, looks)
+        return found.save(
+            figure,
+            place,
             "Hit rate of the K likeliest experts of the best match, mean in equally wide bins of "
             "its score; the area of a marker is the bin's share of decode iterations (smallest "
             "size: 15 % and below). Whiskers: 95 % bootstrap intervals over requests, none where a "
-            "bin holds one request."
+            "bin holds one request.",
         )
-        return style.save(figure, frame, place, found.record["id"], caption)
 
 
 def _line(axes: Axes, bins: pd.DataFrame, look: charts.Look) -> None:
-    mean, spread = traces.whiskers(bins, "hit_rate")
+    mean, spread = charts.interval(bins, "hit_rate", "low", "high")
     axes.errorbar(
         bins["score"], mean * 100, spread * 100, color=look["color"], lw=0.9, elinewidth=0.6
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from omegaconf import DictConfig
 
 from experiments import routing_analysis as analysis
@@ -16,14 +14,13 @@ from experiments.figures.style import Drawn
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write pearson.csv: search, pearson with interval, mean score and hit rate, iterations."""
-    found = list(traces.subjects(cfg, recorded))
-    tables = [coefficients(one, cfg.experiment.store_capacity) for one in found]
-    traces.write_analysis(cfg, folder, {"pearson": traces.over_subjects(found, tables)}, found)
+    capacity = cfg.experiment.store_capacity
+    traces.analyse(cfg, recorded, folder, "pearson", lambda one: coefficients(one, capacity))
 
 
 def coefficients(subject: traces.Subject, capacity: int) -> pd.DataFrame:
     """Return the coefficient over decode iterations for each search, K experts predicted."""
-    pairs = traces.similarity_pairs(subject.path, subject.distance, subject.cut, capacity)
+    pairs = traces.similarity_pairs(subject, capacity)
     rows = []
     for search, group in pairs.groupby("search"):
         score, hits = group["score"].to_numpy(), group["hit_rate"].to_numpy()
@@ -36,32 +33,23 @@ def coefficients(subject: traces.Subject, capacity: int) -> pd.DataFrame:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw a bar a search for each model, datasets across; n/a where nothing varies."""
     found = traces.read_analysis(folder)
-    frame = found.tables["pearson"]
+    frame = found.table
     models, datasets = charts.facets(frame)
     with style.canvas(1, len(datasets), style.COLUMN_INCHES, 1.9) as figure:
         least = min(0.0, frame["low"].min() * 1.1, frame["pearson"].min() * 1.1)
         for column, (axes, dataset) in enumerate(zip(figure.axes, datasets, strict=True)):
-            _bars(axes, frame[frame["dataset"] == dataset], models)
+            of_dataset = frame[frame["dataset"] == dataset]
+            traces.paired_bars(axes, of_dataset, "search", "pearson", traces.SEARCHES, models)
+            axes.axhline(0, color="#333333", lw=0.6)
             axes.set_title(style.dataset_name(dataset), pad=3)
             axes.set_ylim(least, 1)
             axes.tick_params(axis="y", labelleft=column == 0)
         figure.axes[0].set_ylabel("Pearson coefficient")
         charts.legend(figure, traces.SEARCHES, "bar")
-        caption = found.caption(
+        return found.save(
+            figure,
+            place,
             "Correlation, over decode iterations, of the best match's similarity score and the "
             "hit rate of the K likeliest experts of its map. Whiskers: 95 % bootstrap intervals "
-            "over requests."
+            "over requests.",
         )
-        return style.save(figure, frame, place, found.record["id"], caption)
-
-
-def _bars(axes: Axes, frame: pd.DataFrame, models: list[str]) -> None:
-    for number, (search, look) in enumerate(traces.SEARCHES.items()):
-        one = frame[frame["search"] == search.lower()].set_index("model").reindex(models)
-        centres = np.arange(len(models)) + 0.4 * (number - 0.5)
-        mean, spread = traces.whiskers(one, "pearson")
-        axes.bar(centres, mean, 0.38, color=look["color"], yerr=spread, error_kw=traces.WHISKER)
-        for centre in centres[np.isnan(mean)]:
-            axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
-    axes.axhline(0, color="#333333", lw=0.6)
-    traces.name_models(axes, models)

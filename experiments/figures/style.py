@@ -22,45 +22,24 @@ COLUMN_INCHES, PAGE_INCHES = 3.33, 7.0
 POINTS = 7.5
 DPI = 300
 
-SYSTEMS = {
-    "deepspeed": "DeepSpeed",
-    "mixtral_offload": "Mixtral-Offloading",
-    "promoe": "ProMoE",
-    "moe_infinity": "MoE-Infinity",
-    "finemoe": "FineMoE",
-    "on_demand": "On-demand",
-    "belady": "Belady",
-    "oracle": "Oracle",
-    "resident": "No offload",
-    "deepspeed_zero": "DeepSpeed ZeRO-3",
-}
-"""Display names, in the order of drawing: as in the paper, then bounds and references."""
-PAPER_SYSTEMS = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "finemoe")
 # Okabe and Ito's colours, told apart with any colour vision; grey and black for what is no system.
-COLOURS = {
-    "deepspeed": "#CC79A7",
-    "mixtral_offload": "#E69F00",
-    "promoe": "#56B4E9",
-    "moe_infinity": "#009E73",
-    "finemoe": "#D55E00",
-    "on_demand": "#999999",
-    "belady": "#F0E442",
-    "oracle": "#0072B2",
-    "resident": "#222222",
-    "deepspeed_zero": "#7A4A65",
+_SYSTEMS = {
+    "deepspeed": ("DeepSpeed", "#CC79A7", "v"),
+    "mixtral_offload": ("Mixtral-Offloading", "#E69F00", "s"),
+    "promoe": ("ProMoE", "#56B4E9", "D"),
+    "moe_infinity": ("MoE-Infinity", "#009E73", "^"),
+    "finemoe": ("FineMoE", "#D55E00", "o"),
+    "on_demand": ("On-demand", "#999999", "X"),
+    "belady": ("Belady", "#F0E442", "P"),
+    "oracle": ("Oracle", "#0072B2", "*"),
+    "resident": ("No offload", "#222222", "h"),
+    "deepspeed_zero": ("DeepSpeed ZeRO-3", "#7A4A65", "<"),
 }
-MARKERS = {
-    "deepspeed": "v",
-    "mixtral_offload": "s",
-    "promoe": "D",
-    "moe_infinity": "^",
-    "finemoe": "o",
-    "on_demand": "X",
-    "belady": "P",
-    "oracle": "*",
-    "resident": "h",
-    "deepspeed_zero": "<",
-}
+"""Display names, colours and markers, in the order of drawing: as in the paper, then bounds."""
+SYSTEMS, COLOURS, MARKERS = (
+    {system: look[place] for system, look in _SYSTEMS.items()} for place in range(3)
+)
+PAPER_SYSTEMS = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "finemoe")
 MODELS = {"mixtral": "Mixtral-8x7B", "qwen": "Qwen1.5-MoE", "phi": "Phi-3.5-MoE"}
 MODEL_COLOURS = {"mixtral": "#0072B2", "qwen": "#E69F00", "phi": "#009E73"}
 DATASETS = {"docs": "docs", "code": "code", "lmsys": "LMSYS", "sharegpt": "ShareGPT"}
@@ -107,7 +86,9 @@ def ordered(values: pd.Series | list[str], known: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def canvas(rows: int, columns: int, width: float, height: float) -> Iterator[Figure]:
+def canvas(
+    rows: int, columns: int, width: float, height: float, marker_points: float = 3.5
+) -> Iterator[Figure]:
     """Yield a figure of rows x columns panels, `width` x `height` inches; closed afterwards."""
     settings: Any = {
         "font.size": POINTS,
@@ -120,7 +101,7 @@ def canvas(rows: int, columns: int, width: float, height: float) -> Iterator[Fig
         "axes.linewidth": 0.6,
         "grid.linewidth": 0.4,
         "lines.linewidth": 1.2,
-        "lines.markersize": 3.5,
+        "lines.markersize": marker_points,
         "hatch.linewidth": 0.5,
         "pdf.fonttype": 42,
         "figure.constrained_layout.h_pad": 0.03,

@@ -18,7 +18,7 @@ from experiments.figures.style import Drawn
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
     """Write models.csv: one row a model, parameters in 10^9, sizes in 10^9 bytes (expert: 10^6)."""
     rows = [characteristics(name) for name in cfg.experiment.models]
-    traces.write_analysis(cfg, folder, {"models": pd.DataFrame(rows)})
+    traces.write_analysis(cfg, folder, "models", pd.DataFrame(rows))
 
 
 def characteristics(name: str) -> dict[str, Any]:
@@ -49,8 +49,7 @@ def characteristics(name: str) -> dict[str, Any]:
 def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
     """Draw the table as a picture, one row a model; the CSV has the unrounded numbers."""
     found = traces.read_analysis(folder)
-    frame = found.tables["models"]
-    rows = [_shown(row) for row in frame.to_dict("records")]
+    rows = [_shown(row) for row in found.table.to_dict("records")]
     with style.canvas(1, 1, style.PAGE_INCHES, 0.3 + 0.22 * len(rows)) as figure:
         axes = figure.axes[0]
         axes.set_axis_off()
@@ -64,12 +63,13 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
         for (row, _), cell in table.get_celld().items():
             cell.set_linewidth(0.6)
             cell.get_text().set_fontweight("bold" if row == 0 else "normal")
-        caption = found.caption(
+        return found.save(
+            figure,
+            place,
             "K: experts a token activates, J: experts a layer, L: layers with experts, d: prefetch "
             "distance; one expert and the inactive parameters in bf16, 1 GB = 10^9 bytes; norms "
-            "and biases are not counted."
+            "and biases are not counted.",
         )
-        return style.save(figure, frame, place, found.record["id"], caption)
 
 
 def _shown(row: dict[Hashable, Any]) -> dict[str, str]:

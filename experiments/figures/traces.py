@@ -8,8 +8,8 @@ of figures of runs has nothing to say here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
@@ -20,17 +20,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import routing_analysis as analysis
 from experiments import routing_predictors as prediction
 from experiments.errors import UserError
 from experiments.figures import charts, style
-from experiments.figures.style import MODEL_COLOURS, MODELS, dataset_name, model_name
+from experiments.figures.style import MODEL_COLOURS, MODELS, model_name
 from experiments.records import ANALYSIS, provenance, read_checked, read_table
 from finemoe.files import atomic_write
 from finemoe.offload.policy import ModelShape
+from finemoe.trace import TracedRequest
 from finemoe.trace_file import TraceReader
 
 MODE = "analysis of routing traces"
@@ -41,7 +41,6 @@ KEPT = 6
 """Three models on two datasets: what one process keeps, so that it reads each trace once."""
 
 Traces = Mapping[tuple[str, str], Path]
-Tables = Mapping[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -114,24 +113,19 @@ def read_routing(path: Path) -> Routing:
     """Return what a trace holds. Raises TraceError; ValueError if it holds no request."""
     with TraceReader(path) as reader:
         # Request by request, or the hidden states of a full-size model would not fit.
-        parts = [
-            replace(_without_states(analysis.iterations([one])), request=np.array([number]))
-            for number, one in enumerate(reader.requests())
-        ]
+        parts = [_routed(number, one) for number, one in enumerate(reader.requests())]
         header = reader.header
     if not parts:
         raise ValueError(f"{path} holds no request; record at least one")
-    request = np.repeat([part.request[0] for part in parts], [len(part.decode) for part in parts])
-    joined = {
-        one.name: np.concatenate([getattr(part, one.name) for part in parts])
-        for one in fields(analysis.Iterations)
-    }
-    iterations = analysis.Iterations(**{**joined, "request": request})
-    return Routing(header.shape, header.provenance, iterations)
+    names = [one.name for one in fields(analysis.Iterations)]
+    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    return Routing(header.shape, header.provenance, analysis.Iterations(*joined))
 
 
-def _without_states(routed: analysis.Iterations) -> analysis.Iterations:
-    return replace(routed, hidden_states=routed.hidden_states[..., :0])
+def _routed(number: int, request: TracedRequest) -> analysis.Iterations:
+    routed = analysis.iterations([request])
+    numbers = np.full(len(routed.decode), number)
+    return replace(routed, request=numbers, hidden_states=routed.hidden_states[..., :0])
 
 
 def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
@@ -139,30 +133,28 @@ def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
 
     Raises UserError if a trace is missing, or has no history or nothing else.
     """
-    for model in cfg.experiment.models:
-        for dataset in cfg.experiment.datasets:
-            if (model, dataset) not in traces:
-                raise UserError(f"no routing trace of {model} on {dataset}; record it first")
-            path = traces[model, dataset]
-            routing = read_routing(path)
-            requests = int(routing.iterations.request[-1]) + 1
-            cut = round(cfg.workload.history_share * requests)
-            if not 0 < cut < requests:
-                raise UserError(
-                    f"workload.history_share={cfg.workload.history_share} of {requests} requests "
-                    "leaves no history, or none to measure; change it or add prompts"
-                )
-            asked = int(model_facts(model).prefetch_distance)
-            distance = max(1, min(asked, routing.shape.layers - 1))
-            yield Subject(model, dataset, path, distance, cut)
+    share = cfg.workload.history_share
+    for model, dataset in product(cfg.experiment.models, cfg.experiment.datasets):
+        if (model, dataset) not in traces:
+            raise UserError(f"no routing trace of {model} on {dataset}; record it first")
+        path = traces[model, dataset]
+        routing = read_routing(path)
+        requests = int(routing.iterations.request[-1]) + 1
+        cut = round(share * requests)
+        if not 0 < cut < requests:
+            raise UserError(
+                f"workload.history_share={share} of {requests} requests leaves no history, or none "
+                "to measure; change it or add prompts"
+            )
+        asked = int(model_facts(model).prefetch_distance)
+        yield Subject(model, dataset, path, max(1, min(asked, routing.shape.layers - 1)), cut)
 
 
 @lru_cache(maxsize=KEPT)
-def similarity_pairs(path: Path, distance: int, cut: int, capacity: int) -> pd.DataFrame:
+def similarity_pairs(subject: Subject, capacity: int) -> pd.DataFrame:
     """Return score and hit rate of every measured decode iteration (figures 8 and 9)."""
-    subject = Subject("", "", path, distance, cut)
     searched, top_k = subject.searched(capacity), subject.shape.top_k
-    return prediction.similarity_and_hits(searched, subject.measured, top_k, distance)
+    return prediction.similarity_and_hits(searched, subject.measured, top_k, subject.distance)
 
 
 # Facts of the real models -------------------------------------------------------------------------
@@ -187,72 +179,72 @@ class Analysed:
     """What an analysis left in its folder."""
 
     record: Mapping[str, Any]
-    tables: Tables = field(default_factory=dict)
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def save(self, figure: Figure, place: Path, what: str, split: bool = True) -> style.Drawn:
+        """Save a figure of the whole table, with the caption that `what` and `split` make."""
+        caption = self.caption(what, split)
+        return style.save(figure, self.table, place, self.record["id"], caption)
 
     def caption(self, what: str, split: bool = True) -> str:
         """Return title, `what` is drawn, mode, weights, datasets and numbers of requests.
 
         `split`: whether requests were split into history and measured ones.
         """
-        found: Sequence[Mapping[str, Any]] = self.record["subjects"]
-        head = f"{self.record['label']}: {self.record['title']}. {what}"
-        if not found:
-            return f"{head} Mode: {self.record['mode']}."
-        datasets = _listed(dataset_name(one["dataset"]) for one in found)
-        total = _listed(str(one["requests"]) for one in found)
-        measured = _listed(str(one["measured_requests"]) for one in found)
-        counted = f"{total} requests ({measured} measured, the others history)"
-        return (
-            f"{head} Mode: {self.record['mode']}; weights: {_weights(found)}; dataset"
-            f"{'s' if ',' in datasets else ''}: {datasets}; "
-            f"n = {counted if split else f'{total} requests'} of each model and "
-            "dataset."
+        head = f"{self.record['label']}: {self.record['title']}. {what} Mode: {self.record['mode']}"
+        if not self.record["subjects"]:
+            return f"{head}."
+        found = pd.DataFrame(list(self.record["subjects"]))
+        total, measured = (
+            ", ".join(map(str, found[one].unique())) for one in ("requests", "measured_requests")
         )
+        counted = f" ({measured} measured, the others history)" if split else ""
+        origin = charts.served(found, " of the real models' routing shapes")
+        return f"{head}; {origin}; n = {total} requests{counted} of each model and dataset."
 
 
-def _weights(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the weights, once if all models have the same."""
-    kinds = {one["weights"] for one in found}
-    named = found if len(kinds) > 1 else found[:1]
-    small = " (small trained stand-ins of the real models' routing shapes)"
-    return _listed(
-        (f"{model_name(one['model'])}: " if len(kinds) > 1 else "")
-        + one["weights"]
-        + (small if one["weights"] == "scale" else "")
-        for one in named
-    )
+def analyse(
+    cfg: DictConfig,
+    traces: Traces,
+    folder: Path,
+    name: str,
+    table: Callable[[Subject], pd.DataFrame],
+) -> None:
+    """Leave the tables of all subjects as one, <name>.csv, with columns model and dataset first.
 
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
+    Raises UserError, as `subjects` and `write_analysis` do.
+    """
+    found = list(subjects(cfg, traces))
+    keyed = [table(one).assign(model=one.model, dataset=one.dataset) for one in found]
+    joined = pd.concat(keyed, ignore_index=True)
+    others = [column for column in joined.columns if column not in ("model", "dataset")]
+    write_analysis(cfg, folder, name, joined[["model", "dataset", *others]], found)
 
 
 def write_analysis(
-    cfg: DictConfig, folder: Path, tables: Tables, found: Sequence[Subject] = ()
+    cfg: DictConfig, folder: Path, name: str, table: pd.DataFrame, found: Sequence[Subject] = ()
 ) -> None:
-    """Write a CSV a table, then the record; its rename makes the analysis complete.
+    """Write <name>.csv, then the record; its rename makes the analysis complete.
 
     Raises UserError if the folder cannot be written to.
     """
     experiment: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
-    name = experiment["id"]
+    identity = experiment["id"]
+    kind = "Table" if "table" in identity else "Figure"
     record = {
-        "id": name,
-        "label": name.capitalize().replace("Table", "Table ")
-        if "table" in name
-        else f"Figure {name}",
+        "id": identity,
+        "label": f"{kind} {identity.removeprefix('table')}",
         "title": experiment["title"],
         "mode": MODE if found else FACTS_MODE,
         "experiment": experiment,
         "history_share": cfg.workload.history_share if found else None,
         "subjects": [one.facts() for one in found],
-        "tables": sorted(tables),
+        "tables": [name],
         "provenance": provenance(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stem, table in tables.items():
-            table.to_csv(folder / f"{stem}.csv", index=False)
+        table.to_csv(folder / f"{name}.csv", index=False)
         with atomic_write(folder / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     except OSError as error:
@@ -264,18 +256,8 @@ def write_analysis(
 def read_analysis(folder: Path) -> Analysed:
     """Return what an analysis left; raise UserError if it is not there or not whole."""
     record = read_checked(folder / RECORD, ANALYSIS, "complete analysis; run it again")
-    return Analysed(record, {stem: read_table(folder / f"{stem}.csv") for stem in record["tables"]})
-
-
-def over_subjects(found: Sequence[Subject], tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return one table, with columns model and dataset in front."""
-    keyed = [
-        table.assign(model=subject.model, dataset=subject.dataset)
-        for subject, table in zip(found, tables, strict=True)
-    ]
-    joined = pd.concat(keyed, ignore_index=True)
-    others = [name for name in joined.columns if name not in ("model", "dataset")]
-    return joined[["model", "dataset", *others]]
+    (name,) = record["tables"]
+    return Analysed(record, read_table(folder / f"{name}.csv"))
 
 
 # What the pictures share --------------------------------------------------------------------------
@@ -315,19 +297,14 @@ def model_looks(models: Sequence[str]) -> dict[str, charts.Look]:
     }
 
 
-def by_display_name(looks: Mapping[str, charts.Look]) -> dict[str, charts.Look]:
-    """Return the looks of models under the names that a legend shows."""
-    return {model_name(model): look for model, look in looks.items()}
+def model_legend(figure: Figure, looks: Mapping[str, charts.Look]) -> None:
+    """Name models by their lines above all panels."""
+    charts.legend(figure, {model_name(model): look for model, look in looks.items()}, "line")
 
 
 def unmarked(looks: Mapping[str, charts.Look]) -> dict[str, charts.Look]:
     """Return looks of lines without markers."""
     return {name: {**look, "marker": ""} for name, look in looks.items()}
-
-
-def grid(figure: Figure, columns: int) -> list[list[Axes]]:
-    """Return a figure's panels by row and column."""
-    return [figure.axes[n : n + columns] for n in range(0, len(figure.axes), columns)]
 
 
 def apart(figure: Figure) -> None:
@@ -336,30 +313,57 @@ def apart(figure: Figure) -> None:
 
 
 @contextmanager
-def model_panels(
-    frame: pd.DataFrame, labels: tuple[str, str], panel: Callable[[Axes, pd.DataFrame], None]
+def panels(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    height: float,
+    labels: tuple[str, str],
+    panel: Callable[[Axes, str, str], None],
 ) -> Iterator[Figure]:
-    """Yield a figure where `panel` drew the rows of each model (down) on each dataset (across).
+    """Yield a figure where `panel` drew each of `rows` (down) and `columns` (across).
 
-    `labels` are those of the horizontal and the vertical axes.
+    `labels` are those of the horizontal and the vertical axes, said once, as are scales.
     """
-    models, datasets = charts.facets(frame)
-    height = 0.75 + 1.05 * len(models)
-    with style.canvas(len(models), len(datasets), style.COLUMN_INCHES, height) as figure:
-        panels = grid(figure, len(datasets))
-        for (row, model), (column, dataset) in product(enumerate(models), enumerate(datasets)):
-            axes = panels[row][column]
-            panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
-            charts.panel_title(axes, model, dataset)
-            axes.tick_params(labelleft=column == 0, labelbottom=row == len(models) - 1)
+    with style.canvas(len(rows), len(columns), style.COLUMN_INCHES, height) as figure:
+        for axes, (row, column) in zip(figure.axes, product(rows, columns), strict=True):
+            panel(axes, row, column)
+            axes.tick_params(labelleft=column == columns[0], labelbottom=row == rows[-1])
         figure.supxlabel(labels[0], fontsize=style.POINTS)
         figure.supylabel(labels[1], fontsize=style.POINTS)
         apart(figure)
         yield figure
 
 
-def name_models(axes: Axes, models: Sequence[str]) -> None:
-    """Write the models' names in two lines below their bars."""
+def model_panels(
+    frame: pd.DataFrame, labels: tuple[str, str], panel: Callable[[Axes, pd.DataFrame], None]
+) -> AbstractContextManager[Figure]:
+    """Return `panels` where `panel` drew the rows of each model (down) on each dataset (across)."""
+
+    def of_model(axes: Axes, model: str, dataset: str) -> None:
+        panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
+        charts.panel_title(axes, model, dataset)
+
+    models, datasets = charts.facets(frame)
+    return panels(models, datasets, 0.75 + 1.05 * len(models), labels, of_model)
+
+
+def paired_bars(
+    axes: Axes,
+    frame: pd.DataFrame,
+    by: str,
+    value: str,
+    looks: Mapping[str, charts.Look],
+    models: list[str],
+) -> None:
+    """Draw the two values of column `by` that have `looks` side by side for each model."""
+    for number, (name, look) in enumerate(looks.items()):
+        one = frame[frame[by] == name.lower()].set_index("model").reindex(models)
+        centres = np.arange(len(models)) + 0.4 * (number - 0.5)
+        mean, spread = charts.interval(one, value, "low", "high")
+        axes.bar(centres, mean, 0.38, color=look["color"], yerr=spread, error_kw=WHISKER)
+        for centre in centres[np.isnan(mean)]:
+            axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
+    # In two lines below their bars.
     names = ["\n".join(model_name(one).rsplit("-", 1)) for one in models]
     axes.set_xticks(range(len(models)), names)
     axes.tick_params(axis="x", length=0)
@@ -383,10 +387,3 @@ def band(
     axes.fill_between(
         rows[x], rows["low"] * factor, rows["high"] * factor, color=colour, alpha=0.2, lw=0
     )
-
-
-def whiskers(rows: pd.DataFrame, value: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return values (n,) and how far low and high are from them (2, n), 0 where unknown."""
-    mean, low, high = (rows[name].to_numpy(dtype=float) for name in (value, "low", "high"))
-    # A percentile interval can just miss its own mean; a whisker cannot point inwards.
-    return mean, np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))
