@@ -171,8 +171,10 @@ def test_a_wrong_logit_is_noticed(folder: Path) -> None:
     assert not online_serving.same_logits(prepared, steps, [wrong], Console())
 
 
-@pytest.mark.parametrize("system", ["belady", "oracle", "deepspeed_zero"])
-@pytest.mark.parametrize("testbed", ["emulated", "rtx3090x6"])
+@pytest.mark.parametrize(
+    ("system", "testbed"),
+    [("belady", "emulated"), ("oracle", "rtx3090x6"), ("deepspeed_zero", "emulated")],
+)
 def test_systems_that_cannot_serve_arrivals_are_refused(
     system: str, testbed: str, folder: Path
 ) -> None:

@@ -138,14 +138,6 @@ def test_an_interrupted_run_leaves_no_record(tmp_path: Path) -> None:
     assert not (tmp_path / "run.json").exists()
 
 
-def test_workers_of_a_killed_sweep_end(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}"]
-    words = ["-m", *launcher, "testbed=rtx3090x6", f"traces={tmp_path}", "memory_budget=6,12"]
-    assert stopped(signal.SIGKILL, "recording the routing", *words)[0] == -signal.SIGKILL
-    assert not list(tmp_path.glob("*/run.json"))
-
-
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
