@@ -13,14 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 
 from experiments.errors import UserError
-from experiments.weights import SCALE_MODELS, hub_access, loading, source_of
+from experiments.weights import MODELS, SCALE_MODELS, hub_access, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 
 if TYPE_CHECKING:
     import transformers
-
-MODELS = Path(__file__).parent.parent / "conf" / "model"
-
 
 FACTS = (
     "scale.config.model_type",
@@ -147,7 +144,7 @@ def _better(found: tuple[Any, ...], folder: Path) -> str:
     """Return what to do about weights that are not the model's."""
     if folder.resolve().parent == SCALE_MODELS:
         return f"use model={folder.name} weights=scale, trained with experiments.scale_models"
-    fitting = [path.stem for path in MODELS.glob("*.yaml") if _facts(OmegaConf.load(path)) == found]
+    fitting = [path.stem for path in MODELS if _facts(OmegaConf.load(path)) == found]
     return f"use model={fitting[0]}" if fitting else "write a YAML for them in conf/model"
 
 

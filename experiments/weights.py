@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
@@ -15,10 +16,12 @@ from typing import Any
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import logging
+from omegaconf import OmegaConf
 
 from experiments.errors import UserError
 
 SCALE_MODELS = Path(__file__).parent / "scale"
+MODELS = sorted(Path(__file__).parent.parent.glob("conf/model/*.yaml"))
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
 LARGE = 2**30
 """From this size in bytes on, a file is told by its size and time of change: reading takes long."""
@@ -52,6 +55,7 @@ def source_of(model: Any, weights: str) -> str:
         return str(model.hub_id)
     path = folder_of(model, weights)
     if (path / "config.json").exists():
+        _check_family(model, path)
         return str(path)
     if weights == "scale":
         raise UserError(
@@ -60,6 +64,20 @@ def source_of(model: Any, weights: str) -> str:
             "local folder"
         )
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
+
+
+def _check_family(model: Any, folder: Path) -> None:
+    """Refuse weights of another family of conf/model at a glance; what else is amiss takes longer.
+
+    Raises UserError.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        wanted = model.scale.config.model_type
+        known = {OmegaConf.load(path).scale.config.model_type: path.stem for path in MODELS}
+        if found != wanted and found in known:
+            told = f"weights={folder} hold a {found} model, while model={model.name} is a {wanted}"
+            raise UserError(f"{told}; use model={known[found]}")
 
 
 @contextmanager

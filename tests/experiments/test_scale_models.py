@@ -13,9 +13,9 @@ from experiments.weights import SCALE_MODELS
 from tests.command import run_module
 
 TOY = (
-    "tokens=512",
-    "sequence_length=32",
-    "batch_sequences=2",
+    "tokens=1024",
+    "sequence_length=128",
+    "batch_sequences=1",
     "evaluate_every=4",
     "evaluate_sequences=2",
     "warmup_steps=2",
