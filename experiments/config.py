@@ -7,6 +7,7 @@ type and range are declared where it is used, and once. Only CUDA devices need t
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -34,8 +35,8 @@ S = TypeVar("S")
 DESCRIPTIONS = ("label", "lengths", "runtime")
 """Keys of a config group's option that describe it and are no arguments of its target."""
 ARGUMENTS = ConfigDict(**CHECKED, arbitrary_types_allowed=True, protected_namespaces=())
-NAME = Field(strict=True, pattern=r"^[\w.+-]+$")
-"""Of a model, dataset or system: it becomes part of file names."""
+NAME = r"[\w.+-]+"
+"""Of a model, dataset, system or logger: it becomes part of file names."""
 
 
 class Options(BaseModel):
@@ -56,7 +57,7 @@ class Options(BaseModel):
     timeline: Flag
     store: dict[Literal["load", "save"], Text | None]
     output: Text | None
-    logger: dict[Literal["name", "project"], Annotated[str, NAME]]
+    logger: dict[Literal["name", "project"], Annotated[Text, Field(pattern=f"^{NAME}$")]]
 
 
 class ModelFacts(BaseModel):
@@ -64,11 +65,10 @@ class ModelFacts(BaseModel):
 
     model_config = ConfigDict(**{**CHECKED, "extra": "ignore"})
 
-    name: Annotated[str, NAME]
     hub_id: Text
     dtype: Literal["bfloat16", "float16", "float32"]
     prefetch_distance: Count
-    dummy_tokenizer: Annotated[str, NAME]
+    dummy_tokenizer: Text
 
 
 def check(cfg: DictConfig) -> None:
@@ -95,6 +95,10 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
     for group in ("system", "model", "dataset", "workload", "testbed"):
         if not isinstance(values[group], dict):
             raise UserError(f"{group}={values[group]}: choose one of conf/{group}")
+    for group, key in (("system", "label"), ("model", "name"), ("dataset", "name")):
+        name = str(values[group].get(key))
+        if not re.fullmatch(NAME, name):
+            raise UserError(f"{group}.{key}={name}: give letters, digits, dots, + - and _")
     checked(Options, values, "")
     checked(ModelFacts, values["model"], "model")
     full_size(cfg.model)

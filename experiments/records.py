@@ -245,6 +245,7 @@ def read_requests(record: Path) -> pd.DataFrame:
         wrong = [name for name, least in COLUMNS.items() if not _is_amount(table, name, least)]
         if wrong or table.empty:
             raise ValueError(f"no numbers as {', '.join(wrong)}" if wrong else "no requests")
+        table = table.reindex(columns=table.columns.union([*COLUMNS], sort=False))
     except (*UNREADABLE, LookupError, TypeError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read ({cause}); {AGAIN}") from error
