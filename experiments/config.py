@@ -96,8 +96,8 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
         if not isinstance(values[group], dict):
             raise UserError(f"{group}={values[group]}: choose one of conf/{group}")
     for group, key in (("system", "label"), ("model", "name"), ("dataset", "name")):
-        name = str(values[group].get(key))
-        if not re.fullmatch(NAME, name):
+        name = values[group].get(key)
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
             raise UserError(f"{group}.{key}={name}: give letters, digits, dots, + - and _")
     checked(Options, values, "")
     checked(ModelFacts, values["model"], "model")
