@@ -181,7 +181,11 @@ def arguments(
             cause = cause.__cause__
         told = f"_target_={values.get('_target_')} cannot be imported ({cause})"
         raise UserError(f"{told}; set PYTHONPATH to the folder of its module") from error
-    signature = inspect.signature(target).parameters
+    try:
+        signature = inspect.signature(target).parameters
+    except ValueError:
+        # A class whose __init__ is compiled tells no names: the call itself checks them.
+        signature = inspect.signature(lambda **_: None).parameters
     hints = _hints(target)
     fields: Any = {
         name: (hints.get(name, Any), ... if one.default is one.empty else one.default)
