@@ -35,7 +35,7 @@ S = TypeVar("S")
 DESCRIPTIONS = ("label", "lengths", "runtime")
 """Keys of a config group's option that describe it and are no arguments of its target."""
 ARGUMENTS = ConfigDict(**CHECKED, arbitrary_types_allowed=True, protected_namespaces=())
-NAME = r"[\w.+-]+"
+NAME = r"\w[\w.+-]*"
 """Of a model, dataset, system or logger: it becomes part of file names."""
 
 
