@@ -38,7 +38,7 @@ reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simula
 	$(BIN)/python -m experiments.reproduce all
 
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
-	$(BIN)/python -m experiments.gpu_check
+	$(BIN)/python -m experiments.bench.gpu
 
 compiled: $(READY)  ## compile the engine with Cython: the same replays in a fraction of the time
 	$(BIN)/python -m experiments.compiled_engine

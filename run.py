@@ -27,7 +27,7 @@ from experiments.errors import (
     say_starting,
     stop,
 )
-from experiments.parallel import end_workers_with_this_process
+from experiments.reproduce.parallel import end_workers_with_this_process
 from finemoe.files import partial_name
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -59,7 +59,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from experiments.config import check
+    from experiments.run.config import check
 
     chosen = HydraConfig.get()
     single = chosen.mode == RunMode.RUN
@@ -73,8 +73,8 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))
             # What follows takes seconds to import.
-            from experiments.console import Console
-            from experiments.reproduce_tasks import log, recorded
+            from experiments.reproduce.tasks import log, recorded
+            from experiments.run.console import Console
 
             record = recorded(cfg, Console(job=job))
             outcome.tell(RECORDED)
@@ -88,7 +88,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
 
 def output_folder(chosen: HydraConf, single: bool) -> Path:
     """Return what hydra.run.dir or hydra.sweep.subdir names, or a folder of the job's own."""
-    from experiments.records import new_folder, sweep_folder
+    from experiments.run.records import new_folder, sweep_folder
 
     parent = "." if single else chosen.sweep.dir
     if chosen.runtime.output_dir != os.path.abspath(parent):

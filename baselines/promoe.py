@@ -2,7 +2,7 @@
 
 `predictor=gate` applies layer l + d's own gate to it, as the prototype that the FineMoE paper
 compares with (section 6.1); `predictor=learned` a small MLP per layer, trained offline, as the
-ProMoE paper does (`python -m experiments.train_predictor`). Predictions start with layer d: nothing
+ProMoE paper does (`python -m experiments.train.predictor`). Predictions start with layer d: nothing
 is prefetched for the d layers before it. Its chunked prefetch, early preemption, and order of
 experts by arrival are the engine's, and every system has them. Its cache is least recently used
 per layer; layers have equal shares.
@@ -78,7 +78,7 @@ class LearnedPredictor:
     def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:
         """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
         again = (
-            f"train it: python -m experiments.train_predictor model=<its name> distance={distance}"
+            f"train it: python -m experiments.train.predictor model=<its name> distance={distance}"
         )
         sources = max(shape.layers - distance, 0)
         try:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from experiments.config import build
-from experiments.serving import Server
-from experiments.small_models import small_model
-from experiments.workloads import Request
+from experiments.run.config import build
+from experiments.run.serving import Server
+from experiments.run.small_models import small_model
+from experiments.run.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape, Policy

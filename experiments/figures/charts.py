@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.errors import UserError
 from experiments.figures import style
-from experiments.frame import one_mode
+from experiments.judge.frame import one_mode
 
 INTERVALS = "95 % bootstrap intervals of the mean"
 SHOWN_GAPS = 6

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments import routing_analysis as analysis
+from experiments.figures import routing_analysis as analysis
 from experiments.figures import style, traces
 from experiments.figures.style import Drawn
 

@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from experiments import routing_analysis as analysis
 from experiments.figures import charts, style, traces
+from experiments.figures import routing_analysis as analysis
 from experiments.figures.style import Drawn
 
 MEASURES = {"counts": "activation counts", "gate": "gate probabilities"}

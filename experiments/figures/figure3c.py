@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments import routing_analysis as analysis
 from experiments.figures import charts, style, traces
+from experiments.figures import routing_analysis as analysis
 from experiments.figures.style import Drawn
 
 

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments import routing_predictors as prediction
 from experiments.figures import charts, traces
+from experiments.figures import routing_predictors as prediction
 from experiments.figures.style import Drawn
 
 LOOKS = {name.lower(): look for name, look in traces.unmarked(traces.GRANULARITIES).items()}

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from omegaconf import DictConfig
 
-from experiments import routing_analysis as analysis
 from experiments.figures import charts, style, traces
+from experiments.figures import routing_analysis as analysis
 from experiments.figures.style import Drawn
 
 LARGEST_MARKER = 60

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments import routing_analysis as analysis
 from experiments.figures import charts, style, traces
+from experiments.figures import routing_analysis as analysis
 from experiments.figures.style import Drawn
 
 

@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.transforms import Bbox
 from omegaconf import DictConfig
 
-from experiments.config import full_size
 from experiments.figures import style, traces
 from experiments.figures.style import Drawn
+from experiments.run.config import full_size
 
 
 def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:

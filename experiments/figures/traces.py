@@ -22,12 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import routing_analysis as analysis
-from experiments import routing_predictors as prediction
+from experiments import CONF
 from experiments.errors import UserError
 from experiments.figures import charts, style
+from experiments.figures import routing_analysis as analysis
+from experiments.figures import routing_predictors as prediction
 from experiments.figures.style import MODEL_COLOURS, MODELS, model_name
-from experiments.records import ANALYSIS, provenance, read_checked, read_table
+from experiments.run.records import ANALYSIS, provenance, read_checked, read_table
 from finemoe.files import atomic_write
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TracedRequest
@@ -36,7 +37,7 @@ from finemoe.trace_file import TraceReader
 MODE = "analysis of routing traces"
 FACTS_MODE = "computed from the models' published shapes"
 RECORD = "record.json"
-MODEL_CONFIGS = Path(__file__).parents[2] / "conf" / "model"
+MODEL_CONFIGS = CONF / "model"
 KEPT = 6
 """Three models on two datasets: what one process keeps, so that it reads each trace once."""
 

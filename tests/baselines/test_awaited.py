@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.serving import Server
+from experiments.run.serving import Server
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, Policy

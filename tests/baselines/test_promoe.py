@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy, promoe
-from experiments.small_models import small_model
-from experiments.train_predictor import Recording, Training, record, top_k_accuracy, train
-from experiments.workloads import Request
+from experiments.run.small_models import small_model
+from experiments.run.workloads import Request
+from experiments.train.predictor import Recording, Training, record, top_k_accuracy, train
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Gate, GateWeights, Iteration, ModelShape
 

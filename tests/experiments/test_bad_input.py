@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import setup, testbeds
-from experiments.config import build, check
 from experiments.errors import UserError
+from experiments.run import setup, testbeds
+from experiments.run.config import build, check
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, config, run_command

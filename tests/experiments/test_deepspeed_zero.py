@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
-from experiments.console import Console
 from experiments.errors import UserError
-from experiments.harness import run
-from experiments.serving import PlainRuntime, Server
-from experiments.small_models import FAMILIES, small_model
-from experiments.workloads import Request
+from experiments.run.console import Console
+from experiments.run.harness import run
+from experiments.run.serving import PlainRuntime, Server
+from experiments.run.small_models import FAMILIES, small_model
+from experiments.run.workloads import Request
 from finemoe.offload.model import find_moe_layers
 from tests.command import SMALL, composed, run_command
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from experiments.errors import UserError, file_errors
-from experiments.records import alone_in, git_state, new_folder, other_code, sweep_folder
+from experiments.run.records import alone_in, git_state, new_folder, other_code, sweep_folder
 from tests.command import ROOT, SMALL, python, record_of, run_command
 
 
@@ -156,7 +156,7 @@ def test_an_experiment_that_is_no_multirun_is_refused_at_once(
 
 def test_a_replay_does_not_import_what_only_a_live_run_needs() -> None:
     heavy = {"transformers", "datasets", "wandb", "deepspeed"}
-    call = f"import sys, experiments.harness; print({heavy} & set(sys.modules))"
+    call = f"import sys, experiments.run.harness; print({heavy} & set(sys.modules))"
     assert python("-c", call).stdout == "set()\n"
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import build
-from experiments.config import full_size as shapes
+from experiments.run.config import build
+from experiments.run.config import full_size as shapes
 from finemoe.costs import (
     DENSE_KERNELS,
     EXPERT_KERNELS,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.small_models import FAMILIES
+from experiments.run.small_models import FAMILIES
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.console import Console
 from experiments.errors import UserError
-from experiments.serving import Server
-from experiments.traced_serving import Prompter, Script, traced_setup
-from experiments.workloads import Request
+from experiments.run.console import Console
+from experiments.run.serving import Server
+from experiments.run.traced_serving import Prompter, Script, traced_setup
+from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel

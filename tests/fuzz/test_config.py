@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import check
-from experiments.console import Console
 from experiments.errors import UserError
-from experiments.harness import run
+from experiments.run.config import check
+from experiments.run.console import Console
+from experiments.run.harness import run
 from tests.command import config
 from tests.fuzz import fuzzed
 

@@ -26,20 +26,20 @@ from safetensors.numpy import save_file
 
 from baselines.activation_matrices import MatrixCollection
 from baselines.promoe import LearnedPredictor
-from experiments.arrivals import read_azure_trace
-from experiments.datasets import conversations
 from experiments.errors import UserError
-from experiments.frame import run_frame
-from experiments.records import of_these_weights, read_record
-from experiments.report import write
-from experiments.run_store import RunStore
+from experiments.judge.frame import run_frame
+from experiments.judge.report import write
+from experiments.reproduce.run_store import RunStore
+from experiments.run.arrivals import read_azure_trace
+from experiments.run.datasets import conversations
+from experiments.run.records import of_these_weights, read_record
 from finemoe.expert_map import ExpertMapStore, StoreMismatch
 from finemoe.foreign_trace import COLUMNS, ForeignTrace, is_foreign
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TracedRequest, TraceError
 from finemoe.trace_file import CHECKSUM_KEY, HEADER_KEY, TraceReader, fingerprint
-from tests.experiments.test_claims import Results
-from tests.experiments.test_frame import leave_run
+from tests.experiments.judge.test_claims import Results
+from tests.experiments.judge.test_frame import leave_run
 from tests.finemoe.test_foreign_trace import ROWS
 from tests.finemoe.test_trace_file import a_trace, assert_same
 from tests.fuzz import fuzzed

@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.serving import PlainRuntime, Server
-from experiments.small_models import FAMILIES, small_model
+from experiments.run.serving import PlainRuntime, Server
+from experiments.run.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.hooks import PolicyError
 from finemoe.offload.links import EmulatedLink

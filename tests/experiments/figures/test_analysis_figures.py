@@ -29,7 +29,7 @@ from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceHeader
 from finemoe.trace_file import CONTENTS, TraceWriter
 from tests.command import config
-from tests.experiments.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
+from tests.experiments.figures.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
 
 OF_TRACES = ("figure3a", "figure3b", "figure3c", "figure4", "figure8", "figure9", "figure16a")
 OF_SHAPES = ("table1", "figure18")

@@ -11,9 +11,9 @@ from PIL import Image
 
 from experiments.errors import UserError
 from experiments.figures import charts, style
-from experiments.frame import run_frame
+from experiments.judge.frame import run_frame
 from tests.command import config
-from tests.experiments.test_frame import leave_run
+from tests.experiments.judge.test_frame import leave_run
 
 FIGURES = ("1b", "10", "11", "12", "13", "14a", "14b", "15", "16b", "17")
 # Overrides of a few runs that each figure can be drawn from, without every cell of its sweep.

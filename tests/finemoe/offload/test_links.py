@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.small_models import small_model
+from experiments.run.small_models import small_model
 from finemoe.offload import links
 from finemoe.offload.cache import ExpertCache, Slot
 from finemoe.offload.experts import DeviceSlots

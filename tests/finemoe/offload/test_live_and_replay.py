@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.replay_serving import ReplayServer
-from experiments.serving import Server
-from experiments.workloads import Request
+from experiments.run.replay_serving import ReplayServer
+from experiments.run.serving import Server
+from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.linear_costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime

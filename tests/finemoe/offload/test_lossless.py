@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from experiments.small_models import FAMILIES, small_model
+from experiments.run.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import Iteration, Phase

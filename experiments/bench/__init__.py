@@ -1,0 +1,1 @@
+"""What the engine costs, as ratios measured in one run."""

@@ -1,0 +1,118 @@
+"""Measure what policies' calls take: python -m experiments.bench.prediction output=FILE.json
+
+Microseconds of one thread for each call of a decode step of one request, at the full size of the
+models' shapes: what `prediction_us` of conf/simulated.yaml holds. Routing and hidden states are
+random, as times do not depend on them. `models=` and `systems=` choose what is measured,
+`output=FILE.json` leaves a record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from experiments.bench.replay import bench
+from experiments.errors import command
+from experiments.run.config import build
+from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
+from finemoe.offload.routed import softmax
+
+CHOICES = {
+    "models": "mixtral,qwen,phi",
+    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed",
+    "output": "",
+}
+REQUESTS = 45
+"""Requests of the history: 70 % of the 64 prompts of section 6.1."""
+STEPS = 23
+"""Iterations of each: 45 x 23 fill FineMoE's store of 1,000 maps."""
+CALLS = 250
+PERCENTILE = 10
+"""Of the calls: what is slower met another process."""
+
+
+class RandomRouting:
+    """Random inputs of one request's decode steps, at the size of a shape."""
+
+    def __init__(self, shape: ModelShape, hidden_states: bool) -> None:
+        self.shape = shape
+        self._hidden = hidden_states
+        self._random = np.random.default_rng(0)
+
+    def embeddings(self) -> FloatArray:
+        return self._random.standard_normal((1, self.shape.hidden_size), dtype=np.float32)
+
+    def gate(self, layer: int) -> tuple[FloatArray, Gate]:
+        """Return a gate's logits, and what a runtime makes of them."""
+        shape = self.shape
+        logits = self._random.standard_normal((1, shape.experts), dtype=np.float32)
+        activated = tuple(sorted(np.argpartition(-logits[0], shape.top_k)[: shape.top_k]))
+        hidden = self.embeddings() if self._hidden else None
+        return logits, Gate(layer, softmax(logits), activated, hidden)
+
+
+def prediction_times(cfg: DictConfig) -> dict[str, Any]:
+    """Teach a policy a history of full length, then time its calls.
+
+    Returns microseconds of one call: of the embeddings, of a gate with its softmax, of the update.
+    """
+    model = cfg.model
+    shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
+    policy: Policy = build(cfg.system, shape=shape)
+    routing = RandomRouting(shape, policy.placement.hidden_states)
+    if policy.placement.hidden_states:
+        weights = np.random.default_rng(1).standard_normal(
+            (shape.layers, shape.experts, shape.hidden_size), dtype=np.float32
+        )
+        policy.set_gates(GateWeights(weights))
+    if policy.placement.learns:
+        teach(policy, routing)
+    policy.begin_serving()
+    embeddings, gates, updates = [], np.zeros((CALLS, shape.layers)), []
+    for number in range(CALLS):
+        iteration = Iteration(number, "decode", (REQUESTS,), (1,))
+        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings()))
+        for layer in range(shape.layers):
+            logits, gate = routing.gate(layer)
+            # A runtime takes the softmax as well.
+            gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
+        updates.append(micros(policy.end_iteration, iteration))
+    return {
+        "model": model.name,
+        "system": cfg.system.label,
+        "embeddings": round(float(np.percentile(embeddings, PERCENTILE)), 1),
+        "gate": round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
+        "update": round(float(np.percentile(updates, PERCENTILE)), 1),
+    }
+
+
+def teach(policy: Policy, routing: RandomRouting) -> None:
+    """Show a policy the history of REQUESTS requests."""
+    layers = range(routing.shape.layers)
+    for request in range(REQUESTS):
+        for step in range(STEPS):
+            iteration = Iteration(request * STEPS + step, "decode", (request,), (1,))
+            gates = [routing.gate(layer)[1] for layer in layers]
+            policy.study(iteration, routing.embeddings(), gates.copy)
+        policy.end_request(request)
+
+
+def micros(call: Callable[..., object], *arguments: Any) -> float:
+    """Return the microseconds that a call takes."""
+    began = time.perf_counter()
+    call(*arguments)
+    return (time.perf_counter() - began) * 1e6
+
+
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write if asked; exit 2 for bad input."""
+    bench(__doc__, CHOICES, arguments, prediction_times, "times", {"calls": CALLS})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Records loaded as one frame, and the claims judged on it."""

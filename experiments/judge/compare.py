@@ -1,0 +1,166 @@
+"""One table of many runs: ``python -m experiments.judge.compare FOLDER [FOLDER ...]``
+
+It takes folders of run records, such as `multirun`, and leaves nothing. What all runs share is said
+once, above; a row has every setting in which its run differs, so that modes, testbeds and points of
+a sweep never mix silently. Records of several commits are told apart below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.measure import Measurement
+from rich.table import Table
+
+from experiments.errors import UserError, command, words_given
+from experiments.judge.frame import identity
+from experiments.run.records import PLACES, RECORD, read_record
+
+ABSENT = "-"
+MEASURED = {
+    "TTFT ms": "{:.1f}", "TPOT ms": "{:.1f}", "hit": "{:.1%}", "late": "{:.1%}",
+    "GB moved": "{:.0f}", "x bound": "{:.2f}",
+}  # fmt: skip
+SAID = (*PLACES, "memory_budget", "weights")
+"""Settings that say where results go, or that `_told` has."""
+
+
+def find_records(folders: Sequence[Path]) -> list[Path]:
+    """Return the run records under some folders; UserError if there are none."""
+    records = sorted(path for folder in folders for path in folder.rglob(RECORD))
+    if not records:
+        raise UserError(f"no {RECORD} under {', '.join(map(str, folders))}; give folders of runs")
+    return records
+
+
+def compare(paths: Sequence[Path], console: Console) -> None:
+    """Print one row a run, by model, budget and system; `-` is what a record does not have."""
+    records = [read_record(path) for path in paths]
+    runs = told_apart(paths, records)
+    ranked = sorted(runs.index, key=lambda one: [_order(value) for value in runs.loc[one]])
+    runs = runs.loc[ranked].reset_index(drop=True).map(_shown)
+    records = [records[one] for one in ranked]
+    commits = pd.Series(map(_commit, records), name="commit")
+    numbers = pd.Series(range(1, len(records) + 1), name="#").map(str)
+    parts = [numbers] if commits.nunique() > 1 else []
+    facts = pd.concat([runs, commits], axis=1)
+    shared = [name for name in facts if facts[name].nunique() == 1]
+    said = [f"{name} {facts[name][0]}" for name in shared if facts[name][0] != ABSENT]
+    console.print(f"runs: {len(records)}; {', '.join(said)}")
+    own = runs.drop(columns=shared, errors="ignore")
+    measured = _measured([record["summary"] for record in records])
+    table = _table(pd.concat([*parts, own, measured], axis=1))
+    wide = console.options.update(max_width=10_000)
+    if Measurement.get(console, wide, table).maximum > console.width:
+        # Then a setting is a word with its name, and broken only if it is longer than a line.
+        words = pd.Series([_words(row) for _, row in own.iterrows()], name="run")
+        table = _table(pd.concat([*parts, words, measured], axis=1))
+    console.print(table)
+    if any((record["summary"].get("bound") or {}).get("times", 1) < 1 for record in records):
+        console.print("x bound: below 1 is none; compute alone was timed on a busy machine")
+    for commit, rows in numbers.groupby(commits, sort=False) if parts else ():
+        console.print(f"commit {commit}: rows {', '.join(rows)}")
+
+
+def told_apart(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return one row a run: what it is of, and every other setting in which the runs differ."""
+    runs = pd.DataFrame(map(_told, paths, records), dtype=object)
+    flat = [pd.json_normalize(record["config"]).iloc[0].to_dict() for record in records]
+    null = [{key: "null" for key, value in one.items() if value is None} for one in flat]
+    settings = pd.DataFrame([a | b for a, b in zip(flat, null, strict=True)], dtype=object)
+    for name, values in settings.items():
+        group, short = str(name).split(".")[0], str(name).split(".")[-1]
+        # Two models, systems, ... differ in all their settings, which says nothing; nor does it
+        # when an older record lacks a setting.
+        among = runs[group] if group in runs else pd.Series(0, runs.index)
+        texts = values.map(_shown).where(values.map(_shown) != ABSENT)
+        if group not in SAID and texts.groupby(among).nunique().max() > 1:
+            runs[name if short in runs else short] = values
+    if runs.map(str).duplicated().any():
+        runs["folder"] = [str(path.parent) for path in paths]
+    return runs
+
+
+def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row a run of the columns MEASURED, as text."""
+    names = ["ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "hits", "late", "misses"]
+    names += ["bytes_on_demand", "bytes_prefetched", "bound.times"]
+    found = pd.json_normalize(summaries).reindex(columns=names).astype(float)
+    columns = (
+        found["ttft_s.mean"] * 1e3,
+        found["tpot_s.mean"] * 1e3,
+        found["expert_hit_rate"],
+        found["late"] / found[["hits", "late", "misses"]].sum(axis=1),
+        (found["bytes_on_demand"] + found["bytes_prefetched"]) / 1e9,
+        found["bound.times"].where(found["bound.times"] >= 1),
+    )
+    shown = zip(MEASURED.items(), columns, strict=True)
+    return pd.DataFrame(
+        {
+            name: [ABSENT if pd.isna(value) else form.format(value) for value in column]
+            for (name, form), column in shown
+        }
+    )
+
+
+def _told(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    names = identity(path, record)
+    budget = names["memory_budget_gb"]
+    return {
+        "model": names["model"],
+        "budget_GB": budget and round(budget, 2),
+        "system": names["label"],
+        **{name: names[name] for name in ("dataset", "workload", "weights", "testbed", "mode")},
+        "lossless": {True: "yes", False: "NO"}.get(record["summary"]["lossless"], ABSENT),
+    }
+
+
+def _commit(record: Mapping[str, Any]) -> str:
+    changed = " with uncommitted changes" if record.get("git_dirty") else ""
+    return f"{str(record.get('git_commit') or 'unknown')[:7]}{changed}"
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    """Rank numbers by value, before all else by its text."""
+    number = pd.api.types.is_number(value) and value == value
+    return not number, value if number else str(value)
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as text that cannot steer a terminal."""
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ABSENT
+    return "".join(one for one in str(value) if one.isprintable())
+
+
+def _words(row: pd.Series) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.items() if value != ABSENT)
+
+
+def _table(cells: pd.DataFrame) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in cells:
+        right = name in ("#", *MEASURED)
+        justify: JustifyMethod = "right" if right else "left"
+        table.add_column(str(name), justify=justify, no_wrap=right, overflow="fold")
+    for row in cells.itertuples(index=False):
+        table.add_row(*row)
+    return table
+
+
+@command()
+def main() -> None:
+    """Print the table of all records under the folders given."""
+    folders = [Path(one) for one in words_given(__doc__, {})[1]]
+    if not folders:
+        raise UserError("name folders of runs; see python -m experiments.judge.compare --help")
+    compare(find_records(folders), Console(markup=False, highlight=False, emoji=False))
+
+
+if __name__ == "__main__":
+    main()

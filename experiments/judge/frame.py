@@ -1,0 +1,208 @@
+"""Run records as one table, a row a run: what figures, claims, the report and `compare` read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from experiments import CONF
+from experiments.bootstrap import interval, request_draws
+from experiments.errors import UserError
+from experiments.run.records import (
+    ANALYSIS,
+    INDEX,
+    RECORD,
+    read_checked,
+    read_record,
+    read_requests,
+    read_table,
+)
+
+PHASES = (
+    "context_collection",
+    "on_demand_wait",
+    "prefetch_wait",
+    "search",
+    "prefetch_issue",
+    "update",
+)
+OPTIONS = ("search", "selection", "eviction", "predictor")
+"""Ablation options of systems that figures tell apart; None where a system has no such option."""
+COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
+SYSTEM_CONFIGS = CONF / "system"
+NOT_OPTIONS = ("_target_", "label")
+
+
+def run_frame(records: Sequence[Path]) -> pd.DataFrame:
+    """Return one row a run, in the order of `records`, which are folders or their run.json.
+
+    Identity: `digest` (the folder's name), `system`, `label` (the system and its options that are
+    not at their defaults), the OPTIONS, `model`, `dataset`, `memory_budget_gb`, `memory_budget` (as
+    asked, text), `batch_size`, `prefetch_distance`, `store_capacity`, `workload` (offline or
+    online), `mode`, `testbed`, `weights`, `routing`, `seed`, `path` (of the run.json).
+    Measured: `ttft_s`, `tpot_s`, `e2el_s`, `iteration_s` (mean time of an iteration), `hit_rate`,
+    each with `_low` and `_high` (95 % interval of the mean, NaN where nothing varied), the COUNTS,
+    every `bytes_*`, `requests`, `iterations`, `busy_s`, `phase_*_s` (seconds in all),
+    `bound_times` (time over the least possible), `bound_compute_s`, `bound_link_s`.
+    Whole: `record`, and `table`, its requests, one row a request. What a record does not have is
+    NaN or None. Raises UserError for a path that holds no run record, or a damaged one.
+    """
+    return pd.DataFrame([_row(_record_path(path)) for path in records])
+
+
+def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
+    """Raise UserError if records of several modes meet in `what` and nobody asked for that."""
+    modes = sorted(frame["mode"].unique())
+    if len(modes) > 1 and not mixed_modes:
+        raise UserError(
+            f"{what} mixes {' and '.join(modes)} records; draw them apart or set mixed_modes=true"
+        )
+
+
+def _record_path(path: Path) -> Path:
+    record = path / RECORD if path.is_dir() else path
+    if not record.is_file():
+        raise UserError(f"{path} holds no {RECORD}; give folders that runs have left")
+    return record
+
+
+def _row(path: Path) -> dict[str, Any]:
+    record, requests = read_record(path), read_requests(path)
+    summary, names = record["summary"], identity(path, record)
+    phases, bound = summary.get("phase_seconds") or {}, summary.get("bound") or {}
+    counts = (*COUNTS, *(key for key in summary if key.startswith("bytes_")))
+    row = {
+        **names,
+        **_estimates(summary, requests, names),
+        **{key: summary.get(key) for key in counts},
+        "requests": len(requests),
+        "busy_s": summary.get("busy_seconds"),
+        **{f"phase_{name}_s": phases.get(name) for name in PHASES},
+        **{f"bound_{name}": bound.get(name) for name in ("times", "compute_s", "link_s")},
+    }
+    measured = row.keys() - names.keys()
+    numbers = {key: math.nan for key in measured if row[key] is None}
+    return {**row, **numbers, "record": record, "table": requests}
+
+
+def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run is of, column to value."""
+    config = record["config"]
+    system, workload = config["system"], config["workload"]
+    told = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
+    return {
+        "digest": path.parent.name,
+        **{name: record[name] for name in told},
+        "label": system_label(record["system"], config),
+        **{name: system.get(name) for name in (*OPTIONS, "prefetch_distance", "store_capacity")},
+        "memory_budget_gb": record.get("memory_budget_gb"),
+        "memory_budget": str(config["memory_budget"]),
+        "batch_size": workload.get("batch_size"),
+        "workload": "online" if "rate" in workload else "offline",
+        "path": str(path),
+    }
+
+
+def system_label(system: str, config: Mapping[str, Any]) -> str:
+    """Return the system's name and each option that is not at its default."""
+    defaults = _defaults(system, json.dumps(config["model"]))
+    options = config["system"].items()
+    changed = [f"{k}={v}" for k, v in options if k in defaults and v != defaults[k]]
+    return " ".join([system, *changed])
+
+
+@lru_cache
+def _defaults(system: str, model: str) -> dict[str, Any]:
+    path = {one.stem: one for one in SYSTEM_CONFIGS.glob("*.yaml")}.get(system)
+    if path is None:
+        return {}
+    composed = OmegaConf.create({"system": OmegaConf.load(path), "model": json.loads(model)})
+    plain: Any = OmegaConf.to_container(composed.system, resolve=True)
+    return {key: value for key, value in plain.items() if key not in NOT_OPTIONS}
+
+
+def _estimates(
+    summary: Mapping[str, Any], requests: pd.DataFrame, names: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return means with their intervals; iterations are known where a batch stays together."""
+    latencies = ("ttft_s", "tpot_s", "e2el_s")
+    means = {name: (summary.get(name) or {}).get("mean") for name in latencies}
+    means["hit_rate"] = summary.get("expert_hit_rate")
+    batches = requests.groupby("batch")[["output_tokens", "e2el_s"]].max().sum()
+    iterations = float(batches["output_tokens"]) if names["workload"] == "offline" else math.nan
+    means["iteration_s"] = float(batches["e2el_s"]) / iterations if iterations else None
+    row: dict[str, Any] = {"iterations": iterations}
+    for metric, mean in means.items():
+        found = None
+        if mean is not None and not math.isnan(mean):
+            # A record may say more than its requests do.
+            with suppress(ValueError):
+                found = interval(request_draws(requests, metric, names["dataset"]))
+        low, high = found or (math.nan, math.nan)
+        row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
+    return row
+
+
+# A results folder ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """One CSV of an analysis."""
+
+    digest: str
+    rows: pd.DataFrame
+    mode: str
+
+
+class ResultsFolder:
+    """Reads a results folder: its runs, by experiment, and its analysis tables."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UserError(
+                f"{root}: no such folder; run `python -m experiments.reproduce all` first"
+            )
+        self.root = root
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """The `run_frame` of all complete runs, those of no experiment as well, by digest."""
+        frame = run_frame(sorted((self.root / "runs").glob(f"*/{RECORD}")))
+        return frame.set_axis(frame["digest"].tolist()) if len(frame) else frame
+
+    def runs_of(self, experiment: str) -> pd.DataFrame:
+        """Return an experiment's complete runs, without those that are missing."""
+        digests = dict.fromkeys(self.index(experiment).get("runs", ()))
+        return self.runs.loc[[one for one in digests if one in self.runs.index]]
+
+    def index(self, experiment: str) -> dict[str, Any]:
+        """Return what an experiment consists of, empty where it was not made."""
+        path = self.root / "experiments" / f"{experiment}.json"
+        due = "experiment record; remove it and draw again"
+        return read_checked(path, INDEX, due) if path.exists() else {}
+
+    def table(self, experiment: str, name: str) -> Table | None:
+        """Return a table of an analysis; None if the analysis is missing or has no such table."""
+        path = self.root / "analysis" / experiment / f"{name}.csv"
+        record = self.analysis_record(experiment)
+        if not record or not path.exists():
+            return None
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Table(digest, read_table(path), record["mode"])
+
+    def analysis_record(self, experiment: str) -> dict[str, Any]:
+        """Return an analysis's record, empty where there is none."""
+        path = self.root / "analysis" / experiment / "record.json"
+        due = "analysis record; remove it and analyse again"
+        return read_checked(path, ANALYSIS, due) if path.exists() else {}

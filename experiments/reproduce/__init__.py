@@ -1,0 +1,1 @@
+"""All figures and claims of the paper, made again."""

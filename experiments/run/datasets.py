@@ -1,0 +1,241 @@
+"""Prompts: from conversations, on the hub or in a local file, and from the built-in corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AfterValidator
+
+from experiments.errors import UserError
+from experiments.run.corpus import Kind, documents
+from experiments.run.weights import hub_access, loading
+
+TURNS = ("conversation", "conversations")
+HUMANS = ("user", "human")
+PARQUET_ROWS = 100
+"""Read at a time."""
+SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Texts from which prompts are drawn, and where they come from."""
+
+    name: str
+    source: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts as token ids, all of one length, with the hash of what was drawn."""
+
+    dataset: str
+    source: str
+    prompts: tuple[tuple[int, ...], ...]
+    sha256: str
+
+
+def corpus_dataset(name: str, kind: Kind) -> Dataset:
+    """Return held-out passages of the running Python's standard library, never trained on."""
+    source = f"Python {platform.python_version()} standard library, held-out documents"
+    return Dataset(name, source, corpus_texts(kind, held_out=True))
+
+
+def corpus_texts(kind: str, held_out: bool) -> tuple[str, ...]:
+    """Return passages of a kind: of held-out documents, or of those that models learned from."""
+    texts = [
+        passage.strip()
+        for document in documents()
+        if document.kind == kind and document.held_out == held_out
+        for passage in document.passages
+    ]
+    return tuple(dict.fromkeys(texts))
+
+
+def _there(path: str) -> str:
+    if Path(path).suffix in READERS and not Path(path).is_file():
+        raise ValueError("there is no file; give dataset.path a json, jsonl or parquet file")
+    return path
+
+
+def conversations(
+    name: str,
+    path: Annotated[str, AfterValidator(_there)],
+    split: str,
+    data_files: str | None = None,
+) -> Dataset:
+    """Return the first human turn of each conversation of a hub dataset or a local file.
+
+    A row is an object with `conversation` or `conversations`, a list of turns: role and content
+    (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is skipped; standard error and the
+    source say how many, and what the first was. Raises UserError if the data is missing, gated or
+    unreadable, or no row is left.
+    """
+    file = Path(path)
+    rows = _local_rows(file) if file.suffix in READERS else _hub_rows(path, split, data_files)
+    texts, read, skipped, first = dict[str, None](), 0, 0, "no rows"
+    for place, row in rows:
+        read += 1
+        try:
+            texts[_first_turn(row)] = None
+        except ValueError as error:
+            skipped += 1
+            first = f"{place}: {error}" if skipped == 1 else first
+    if not texts:
+        raise UserError(f"{path} holds no usable prompt: {first}")
+    if not skipped:
+        return Dataset(name, path, tuple(texts))
+    told = f"skipped {skipped} row{'s' * (skipped > 1)}"
+    print(f"{told} of {path}: {first}", file=sys.stderr)
+    return Dataset(name, f"{path} ({told} of {read})", tuple(texts))
+
+
+def draw_prompts(
+    dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
+) -> PromptSet:
+    """Draw `count` prompts by seed, each cut to exactly `input_tokens` tokens.
+
+    The tokenizer's chat template, where it has one, is counted in. Raises UserError if too few
+    texts are that long.
+    """
+    if min(input_tokens, count) < 1:
+        raise UserError("workload.prompts and workload.input_tokens start at 1")
+    before, after = template(tokenizer)
+    room = input_tokens - len(before) - len(after)
+    if room < 1:
+        raise UserError(
+            f"input_tokens={input_tokens} leaves no room beside the chat template's "
+            f"{len(before) + len(after)} tokens; raise it"
+        )
+    texts = list(dataset.texts)
+    random.Random(seed).shuffle(texts)
+    prompts: list[tuple[int, ...]] = []
+    for text in texts:
+        if len(prompts) == count:
+            break
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= room:
+            prompts.append((*before, *ids[:room], *after))
+    if len(prompts) < count:
+        raise UserError(
+            f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the "
+            f"{input_tokens} input tokens asked for, {count} are needed; lower "
+            "workload.input_tokens or workload.prompts"
+        )
+    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    return PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
+
+
+def template(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the token ids that the chat template, or the tokenizer, puts around a prompt.
+
+    Raises UserError if the template fails or does not pass a prompt on as it is.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        bos = tokenizer.bos_token_id
+        return ([] if bos is None else [bos]), []
+    turn = [{"role": "user", "content": SENTINEL}]
+    remedy = "remove or replace its chat template"
+    with loading("the tokenizer's chat template", remedy):
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    around = text.split(SENTINEL)
+    if len(around) != 2:
+        raise UserError(f"the tokenizer's chat template alters, drops or repeats text; {remedy}")
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in around]
+    return ids[0], ids[1]
+
+
+def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a file, each with its place; a row that cannot be parsed as its error."""
+    try:
+        yield from READERS[path.suffix](path)
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise UserError(
+            f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}; mend or replace it"
+        ) from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read a list of rows, or one row, or else one row a line."""
+    content = path.read_bytes()
+    try:
+        document = json.loads(content)
+    except ValueError:
+        if content.lstrip().startswith(b"["):
+            raise
+        yield from _json_lines(path)
+        return
+    rows = document if isinstance(document, list) else [document]
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        held = [name for name in TURNS if name in names]
+        if not held:
+            raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
+        batches = file.iter_batches(PARQUET_ROWS, columns=held)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}
+
+
+def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
+        rows = datasets.load_dataset(path, data_files=data_files, split=split)
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _first_turn(row: Any) -> str:
+    """Return what a human said first; ValueError with the cause if the row does not tell."""
+    if isinstance(row, Exception):
+        raise ValueError(f"no JSON ({_first_line(row)})")
+    if not isinstance(row, dict):
+        raise ValueError(f"{type(row).__name__} where an object is due")
+    turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"no list of turns as {' or '.join(TURNS)}; only {short([*row])}")
+    speakers = [turn.get("role") or turn.get("from") for turn in turns]
+    first = next((i for i, speaker in enumerate(speakers) if speaker in HUMANS), None)
+    if first is None:
+        raise ValueError(f"no turn by {' or '.join(HUMANS)}, only by {short(speakers)}")
+    text = turns[first].get("content") or turns[first].get("value")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"no text in turn {first + 1}, but {short(text)}")
+    # A half of a surrogate pair, which JSON can hold, is no text for a tokenizer.
+    return text.strip().encode("utf-8").decode()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

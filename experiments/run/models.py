@@ -1,0 +1,189 @@
+"""Load the model that a config names, with its experts already out of the way."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+
+from experiments.errors import UserError
+from experiments.run.weights import MODELS, SCALE_MODELS, hub_access, loading, source_of
+from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
+
+if TYPE_CHECKING:
+    import transformers
+
+FACTS = (
+    "scale.config.model_type",
+    "layers",
+    "experts",
+    "top_k",
+    "hidden_size",
+    "expert_intermediate_size",
+)
+"""What tells models apart; scale models have the first four in common with the full ones."""
+
+DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An offloaded model, its tokenizer, and what one of its full-size experts weighs."""
+
+    name: str
+    weights: str
+    offloaded: OffloadedModel
+    tokenizer: Any
+    full_expert_bytes: int
+
+    @property
+    def positions(self) -> int | None:
+        """For how many tokens the model was made; None if it does not say."""
+        config = self.offloaded.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def identity(self) -> str:
+        """What a store of expert maps is marked with."""
+        return f"{self.name} with weights {self.weights}"
+
+
+def check_weights(cfg: DictConfig) -> None:
+    """Compare a folder's or the hub's weights with the model of `cfg`, from config.json alone.
+
+    Those of the hub that are not in the cache are compared when they are loaded. Raises UserError
+    if they are another model, or missing.
+    """
+    model, weights = cfg.model, str(cfg.weights)
+    source: Any = source_of(model, weights)
+    if weights == "hub":
+        cached = try_to_load_from_cache(model.hub_id, "config.json")
+        source = Path(cached).parent if isinstance(cached, str) else None
+    if source:
+        _outline(model, weights, str(source))
+
+
+def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
+    """Load `weights` (scale, dummy, hub, or a local path) of the model that `cfg` describes.
+
+    Raises UserError if they are missing, damaged, gated, or another model.
+    """
+    import transformers
+
+    whole = None if weights == "dummy" else load_plain(cfg, weights)
+    with loading(f"weights={weights}", "choose another model"):
+        if whole is None:
+            offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                SCALE_MODELS / cfg.dummy_tokenizer
+            )
+        else:
+            offloaded, tokenizer = OffloadedModel.from_model(whole[0], device), whole[1]
+    full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
+    return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
+
+
+def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
+    """Return the model whole, as transformers has it, on the CPU, and its tokenizer.
+
+    Raises UserError if the weights are missing, damaged, gated, another model, or would be random.
+    """
+    if weights == "dummy":
+        raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
+    source = source_of(cfg, weights)
+    with hub_access() if weights == "hub" else nullcontext():
+        outline = _outline(cfg, weights, source)
+        tokenizer = _tokenizer(source, outline)
+        return _whole(source, outline.dtype), tokenizer
+
+
+def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
+    """Return the bytes of one full-size expert of a model whose own take `stored`."""
+    return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
+
+
+def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
+    """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
+    import transformers
+
+    wanted, dtype = _facts(cfg), getattr(torch, cfg.dtype)
+    remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
+    with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
+        if source is None:
+            config = transformers.AutoConfig.for_model(wanted[0])
+        else:
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
+        experts: Any = find_moe_layers(model)[1][0]
+        shape = shape_of(model)
+        size = experts.down_proj[0].numel() // shape.hidden_size
+    found = (config.model_type, *astuple(shape), size)
+    compared = zip(wanted[: 4 if weights == "scale" else None], found, strict=False)
+    if any(want not in (None, has) for want, has in compared):
+        raise UserError(
+            f"weights={weights} hold {DESCRIPTION.format(*found)}, model={cfg.name} is "
+            f"{DESCRIPTION.format(*wanted)}; {_better(found, Path(source or ''))}"
+        )
+    return model
+
+
+def _facts(cfg: Any) -> tuple[Any, ...]:
+    """Return what a model's YAML says of FACTS, None where it says nothing."""
+    return tuple(OmegaConf.select(cfg, key) for key in FACTS)
+
+
+def _better(found: tuple[Any, ...], folder: Path) -> str:
+    """Return what to do about weights that are not the model's."""
+    if folder.resolve().parent == SCALE_MODELS:
+        return f"use model={folder.name} weights=scale, trained with experiments.train.scale_models"
+    fitting = [path.stem for path in MODELS if _facts(OmegaConf.load(path)) == found]
+    return f"use model={fitting[0]}" if fitting else "write a YAML for them in conf/model"
+
+
+def _tokenizer(source: str, outline: Any) -> Any:
+    import transformers
+
+    remedy = "put the tokenizer there that the model was trained with"
+    with loading(f"the tokenizer of {source}", remedy):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        ids, rows = max(tokenizer.get_vocab().values()) + 1, outline.get_input_embeddings().weight
+    if ids > len(rows):
+        raise UserError(
+            f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}; {remedy}"
+        )
+    return tokenizer
+
+
+def _whole(source: str, dtype: torch.dtype) -> Any:
+    """Return a model with every weight from its files, and none left over."""
+    import transformers
+
+    again = "copy or download the checkpoint again"
+    for path in sorted(Path(source).glob("model*.safetensors")):
+        with loading(str(path), again), safe_open(path, "pt"):
+            pass
+    with loading(f"the weights of {source}", again):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map="cpu",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        model, report = loaded
+    for kind in ("missing", "mismatched", "unexpected"):
+        if keys := report[f"{kind}_keys"]:
+            raise UserError(
+                f"the weights of {source} do not fit its config.json: {len(keys)} tensors are "
+                f"{kind}, such as {min(map(str, keys))}; {again}"
+            )
+    return model

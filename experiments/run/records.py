@@ -1,0 +1,356 @@
+"""Run records: the folder that one run leaves, marked complete last (rule 6)."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from experiments import ROOT
+from experiments.errors import UserError
+from experiments.run.weights import fingerprint
+from finemoe.files import atomic_write, partial_name
+from finemoe.trace_file import UNREADABLE, check_size
+
+RECORD = "run.json"
+REQUESTS = "requests.parquet"
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
+LONGEST_NAME = 255
+"""In bytes, of a file or a folder."""
+PLACES = ("output", "logger", "traces", "experiment")
+"""Settings that say where results go, not what they are."""
+AGAIN = "remove the folder and run it again"
+COLUMNS = {
+    "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
+    "late": 0, "misses": 0,
+}  # fmt: skip
+"""Columns of a request table that readers compute with, and the share of rows that have a value."""
+ROW_BYTES = 100
+LARGEST = 1e15
+
+# What readers rely on; what else a record holds is not looked at ---------------------------------
+
+
+def _inside(name: str) -> str:
+    """Refuse a name that leads out of the folder that it is joined to."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("a path that leads elsewhere")
+    return name
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what OmegaConf would fill in: a record says what was, not what would be here."""
+    text = json.dumps(config)
+    if "${" in text or '"???"' in text:
+        raise ValueError("an interpolation or a missing value in the config")
+    CONFIG.model_validate(config)
+    return config
+
+
+def part(**fields: Any) -> Any:
+    """Return a schema: a type for each field, or a pair of type and default."""
+    config = ConfigDict(strict=True, allow_inf_nan=False)
+    return create_model("Part", __config__=config, **fields)
+
+
+def optional(kind: Any, *names: str) -> dict[str, Any]:
+    """Return fields of a type, or None, that may be left out."""
+    return dict.fromkeys(names, (kind | None, None))
+
+
+AMOUNT: Any = Annotated[float, Field(ge=0, le=LARGEST)]
+COUNT: Any = Annotated[int, Field(ge=0, le=10**18)]
+TEXT: Any = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+NAME: Any = Annotated[TEXT, Field(min_length=1, max_length=200), AfterValidator(_inside)]
+PAIR: Any = Annotated[list[AMOUNT], Field(min_length=2, max_length=2)]
+LATENCY = part(mean=AMOUNT, ci95=PAIR | None)
+SUMMARY = part(
+    lossless=bool | None,
+    dense_bytes=COUNT,
+    **optional(LATENCY, "ttft_s", "tpot_s", "e2el_s"),
+    **optional(AMOUNT, "expert_hit_rate"),
+    **optional(COUNT, "hits", "late", "misses", "slot_budget_bytes"),
+    **optional(COUNT, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
+    **optional(dict[TEXT, AMOUNT], "phase_seconds"),
+    **optional(part(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT), "bound"),
+    busy_seconds=(AMOUNT, 0.0),
+)
+MACHINE = part(cpu=TEXT, cores=COUNT | None, memory_gb=AMOUNT, gpus=list[TEXT], system=TEXT)
+PROVENANCE = {
+    **{"date": TEXT, "python": TEXT, "versions": dict[TEXT, TEXT], "machine": MACHINE},
+    **optional(TEXT, "git_commit"),
+    **optional(bool, "git_dirty"),
+}
+CONFIG = part(
+    **dict.fromkeys(("system", "workload", "testbed"), dict[TEXT, Any]),
+    model=part(name=NAME, hub_id=TEXT, prefetch_distance=COUNT),
+    memory_budget=AMOUNT | TEXT,
+    weights=TEXT,
+    seed=COUNT,
+)
+TOLD = (
+    "system", "model", "dataset", "dataset_source", "dataset_sha256", "testbed", "weights",
+    "routing",
+)  # fmt: skip
+RUN_RECORD = part(
+    status=Literal["complete"],
+    mode=Literal["measured", "emulated", "simulated"],
+    **dict.fromkeys(TOLD, TEXT),
+    **optional(TEXT, "weights_fingerprint", "requests_sha256"),
+    memory_budget_gb=AMOUNT | None,
+    seed=COUNT,
+    summary=SUMMARY,
+    config=Annotated[dict[str, Any], AfterValidator(_resolved)],
+    **PROVENANCE,
+)
+INDEX = part(title=(TEXT, ""), source=(TEXT, ""), runs=(list[NAME], []), files=(list[TEXT], []))
+SUBJECT = part(model=TEXT, dataset=TEXT, weights=TEXT, requests=COUNT, measured_requests=COUNT)
+ANALYSIS = part(
+    id=NAME,
+    **dict.fromkeys(("label", "title", "mode"), TEXT),
+    subjects=list[SUBJECT],  # type: ignore[valid-type]
+    tables=list[NAME],
+    provenance=part(**PROVENANCE),
+)
+
+
+def comparable(cfg: DictConfig) -> dict[str, Any]:
+    """Return the config as plain data, without what only says where results go."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in plain.items() if key not in PLACES}
+
+
+def existing_record(cfg: DictConfig) -> Path | None:
+    """Return the complete record of this very config, if the output folder holds it.
+
+    A record whose weights have changed since is none: the run is to be done again. Raises UserError
+    if the folder holds another run's record, or cannot be written to.
+    """
+    folder = Path(cfg.output)
+    record = folder / RECORD
+    if record.exists():
+        held = read_record(record)
+        wanted = json.loads(json.dumps(comparable(cfg)))
+        if {key: value for key, value in held["config"].items() if key not in PLACES} == wanted:
+            return record if of_these_weights(held) else None
+        raise UserError(f"{folder} holds the record of another config; choose another output=")
+    check_writable(folder, "output")
+    return None
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raise UserError if nothing can be written to the folder of an option; make it if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = partial_name(folder / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        cause = f"cannot write to {folder}: {error.strerror}"
+        raise UserError(f"{cause}; choose another {option}=") from error
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the date and the second, which no other process gets."""
+    named = parent / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    named.parent.mkdir(parents=True, exist_ok=True)
+    for count in itertools.count():
+        folder = named.with_name(f"{named.name}-{count}") if count else named
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def sweep_folder(parent: Path, overrides: str) -> Path:
+    """Return the folder of a sweep's job, named by its overrides as far as a name can be long."""
+    name = overrides.encode()
+    if len(name) > LONGEST_NAME:
+        mark = hashlib.sha256(name).hexdigest()[:16]
+        overrides = f"{name[: LONGEST_NAME - 17].decode(errors='ignore')}-{mark}"
+    return parent / overrides
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within this block for the folder; the kernel keeps count."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        # A file system may have no such locks.
+        with suppress(OSError):
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that writes to {folder}", file=sys.stderr)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a run record; UserError if the file is none, or its request table another one."""
+    record = read_checked(path, RUN_RECORD, "run record; choose another output= or remove it")
+    if "requests_sha256" in record and record["requests_sha256"] != _sha256(path.parent / REQUESTS):
+        raise UserError(f"{path.parent / REQUESTS} is not what the run wrote; {AGAIN}")
+    return record
+
+
+def read_checked(path: Path, schema: type[BaseModel], due: str) -> dict[str, Any]:
+    """Return a JSON object as it is; UserError if it is unreadable or does not fit the schema."""
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text())
+        schema.model_validate(plain)
+        return plain
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = f"{'.'.join(map(str, first['loc']))!a}: {first['msg']}"
+    except (OSError, ValueError, RecursionError) as error:
+        cause = str(error).splitlines()[0]
+    raise UserError(f"{path} ({cause}) is no {due}")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a CSV that an analysis or a figure left; UserError if it is unreadable."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is no table ({cause}); remove it and make it again") from error
+
+
+def read_requests(record: Path) -> pd.DataFrame:
+    """Return the request table beside a run record; UserError if it is missing or damaged."""
+    path = record.parent / REQUESTS
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
+            table: pd.DataFrame = file.read().to_pandas()
+        wrong = [name for name, least in COLUMNS.items() if not _is_amount(table, name, least)]
+        if wrong or table.empty:
+            raise ValueError(f"no numbers as {', '.join(wrong)}" if wrong else "no requests")
+        table = table.reindex(columns=table.columns.union([*COLUMNS], sort=False))
+    except (*UNREADABLE, LookupError, TypeError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({cause}); {AGAIN}") from error
+    return table
+
+
+def _is_amount(table: pd.DataFrame, name: str, least: float) -> bool:
+    """Tell whether a column has numbers from 0 up in at least this share of its rows, only."""
+    if name not in table:
+        return least == 0
+    held = table[name].dropna()
+    numbers = held.dtype.kind in "iuf" and bool(held.between(0, LARGEST).all())
+    return len(held) >= least * len(table) and (held.empty or numbers)
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def of_these_weights(record: Mapping[str, Any]) -> bool:
+    """Tell whether a run record is of the weights that its config names today."""
+    config = record["config"]
+    try:
+        now = fingerprint(config["model"], str(config["weights"]), config["seed"])
+    except OSError:
+        return False
+    return bool(record.get("weights_fingerprint") == now)
+
+
+def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -> Path:
+    """Write the request table, then the record; the record's rename makes the run complete."""
+    with atomic_write(folder / REQUESTS) as partial:
+        requests.to_parquet(partial, index=False)
+        record = {**record, "requests_sha256": _sha256(partial)}
+    with atomic_write(folder / RECORD) as partial:
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return folder / RECORD
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a number depends on beyond the config: versions, machine, commit, date."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": machine(),
+        **git_state(),
+    }
+
+
+def other_code(record: Mapping[str, Any]) -> str | None:
+    """Say which code made a record if it may be other than today's; None if it is the same."""
+    names = "git_commit", "git_dirty"
+    made, now = ([facts.get(name) for name in names] for facts in (record, git_state()))
+    if made == now and not now[1]:
+        return None
+    told = (f"{str(commit)[:9]}{' with changes' * bool(dirty)}" for commit, dirty in (made, now))
+    return "made by commit {}, now {}; delete it to run again".format(*told)
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores, memory and accelerators of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(pages / 1e9, 1),
+        "gpus": gpus,
+        "system": platform.platform(),
+    }
+
+
+@cache
+def git_state() -> dict[str, Any]:
+    """Return the commit of the project and whether its files, but for results, differ from it."""
+    root = ROOT
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    # What runs write there changes no later run.
+    status = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
+    )
+    dirty = None if status is None else bool(status)
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,1 @@
+"""The scale models and the learned predictor, trained."""

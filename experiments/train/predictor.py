@@ -1,0 +1,196 @@
+"""Train ProMoE's learned predictor: ``python -m experiments.train.predictor model=mixtral``.
+
+Serves prompts with everything resident, records the input and the choice of every gate, and trains
+for each layer l < L - d a two-layer perceptron that predicts from layer l's input what layer l + d
+activates. Prompts to learn from are documents that no run draws its prompts from; the accuracy is
+taken on held-out ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from torch import Tensor
+
+from baselines.promoe import LearnedPredictor
+from baselines.resident import ResidentPolicy
+from experiments.errors import UserError, command
+from experiments.run.datasets import Dataset, corpus_dataset, corpus_texts, draw_prompts
+from experiments.run.models import LoadedModel, load_model
+from experiments.run.serving import Server, in_batches
+from experiments.run.workloads import Request
+from finemoe.assemble import resident_runtime
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import (
+    FloatArray,
+    Gate,
+    Iteration,
+    ModelShape,
+    Placement,
+    Prefetch,
+)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What N tokens brought to every gate, and what it chose for them."""
+
+    hidden_states: FloatArray
+    """Shape (L, N, h)."""
+    chosen: NDArray[np.bool_]
+    """Whether a token goes to an expert, shape (L, N, J)."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the perceptrons are trained."""
+
+    hidden_units: int
+    epochs: int
+    tokens_per_step: int
+    learning_rate: float
+    seed: int
+
+
+class Recorder(ResidentPolicy):
+    """Writes down the input and the K best experts of every gate."""
+
+    placement = Placement("critical_path", hidden_states=True, everything_resident=True)
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        self._shape = shape
+        self._hidden: list[list[FloatArray]] = [[] for _ in range(shape.layers)]
+        self._chosen: list[list[NDArray[np.bool_]]] = [[] for _ in range(shape.layers)]
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+        assert gate.hidden_states is not None
+        self._hidden[gate.layer].append(gate.hidden_states)
+        self._chosen[gate.layer].append(best(gate.probabilities, self._shape.top_k))
+        return ()
+
+    def recording(self) -> Recording:
+        hidden = np.stack([np.concatenate(rows) for rows in self._hidden])
+        return Recording(hidden, np.stack([np.concatenate(rows) for rows in self._chosen]))
+
+
+def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
+    """Mark the `count` largest scores along the last axis."""
+    order = (-scores).argsort(axis=-1, kind="stable")[..., :count]
+    marked = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(marked, order, True, axis=-1)
+    return marked
+
+
+def record(model: OffloadedModel, requests: Sequence[Request], batch_size: int) -> Recording:
+    """Serve requests and return what their gates saw and chose."""
+    recorder = Recorder(model.shape)
+    with resident_runtime(model, recorder) as runtime:
+        server = Server(runtime)
+        for batch in in_batches(requests, batch_size):
+            server.serve(batch)
+    return recorder.recording()
+
+
+def train(recording: Recording, distance: int, training: Training) -> LearnedPredictor:
+    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d."""
+    sources = len(recording.hidden_states) - distance
+    inputs = torch.from_numpy(recording.hidden_states[:sources])
+    targets = torch.from_numpy(recording.chosen[distance:]).float()
+    tokens, units = inputs.shape[1], training.hidden_units
+    generator = torch.Generator().manual_seed(training.seed)
+
+    def weights(outputs: int, fan_in: int) -> Tensor:
+        drawn = torch.randn(sources, outputs, fan_in, generator=generator)
+        return (drawn * fan_in**-0.5).requires_grad_()
+
+    up, down = weights(units, inputs.shape[2]), weights(targets.shape[2], units)
+    up_bias = torch.zeros(sources, units, requires_grad=True)
+    down_bias = torch.zeros(sources, targets.shape[2], requires_grad=True)
+    optimizer = torch.optim.Adam([up, up_bias, down, down_bias], lr=training.learning_rate)
+    for _ in range(training.epochs):
+        for rows in torch.randperm(tokens, generator=generator).split(training.tokens_per_step):
+            hidden = torch.relu(inputs[:, rows] @ up.mT + up_bias[:, None])
+            logits = hidden @ down.mT + down_bias[:, None]
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[:, rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    arrays = [tensor.detach().numpy() for tensor in (up, up_bias, down, down_bias)]
+    return LearnedPredictor(*arrays)
+
+
+def top_k_accuracy(
+    predictor: LearnedPredictor, recording: Recording, distance: int, top_k: int
+) -> list[float]:
+    """Return, for each source layer, the share of activated experts among the K predicted."""
+    accuracies = []
+    for source in range(len(recording.hidden_states) - distance):
+        scores = predictor.logits(source, recording.hidden_states[source])
+        found = best(scores, top_k) & recording.chosen[source + distance]
+        accuracies.append(float(found.sum() / recording.chosen[source + distance].sum()))
+    return accuracies
+
+
+def run(cfg: DictConfig) -> LearnedPredictor:
+    """Record, train, measure and save as the config says. Raises UserError."""
+    for name in ("prompts", "held_out_prompts", "output_tokens", "batch_size", "hidden_units"):
+        if cfg[name] < 1:
+            raise UserError(f"{name}={cfg[name]}: it starts at 1")
+    if not 1 <= cfg.distance < cfg.model.layers:
+        raise UserError(f"distance={cfg.distance}: give 1 to {cfg.model.layers - 1}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
+    # No run draws its prompts from documents that are not held out.
+    learning = corpus_texts(cfg.kind, held_out=False)
+    others = Dataset(cfg.kind, "documents that are not held out", learning)
+    held_out = corpus_dataset("held out", cfg.kind)
+    learned_from = _record(cfg, model, others, cfg.prompts)
+    tested_on = _record(cfg, model, held_out, cfg.held_out_prompts)
+    training = Training(**{name: cfg[name] for name in Training.__dataclass_fields__})
+    predictor = train(learned_from, cfg.distance, training)
+    top_k = model.offloaded.shape.top_k
+    accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, top_k)
+    facts = {
+        "model": model.identity,
+        "held_out_top_k_accuracy": f"{np.mean(accuracies):.4f}",
+        "held_out_top_k_accuracy_by_layer": json.dumps([round(a, 4) for a in accuracies]),
+        "trained_tokens": str(learned_from.hidden_states.shape[1]),
+        "held_out_tokens": str(tested_on.hidden_states.shape[1]),
+    }
+    path = Path(cfg.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    predictor.save(path, cfg.distance, facts)
+    chance = top_k / model.offloaded.shape.experts
+    print(
+        f"{model.identity}, d={cfg.distance}: {float(np.mean(accuracies)):.1%} of activated experts"
+        f" predicted on held-out prompts (chance {chance:.1%}); saved to {path}"
+    )
+    return predictor
+
+
+def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
+    drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
+    requests = [
+        Request(number, prompt, cfg.output_tokens) for number, prompt in enumerate(drawn.prompts)
+    ]
+    return record(model.offloaded, requests, cfg.batch_size)
+
+
+@hydra.main(config_path="../../conf", config_name="train_predictor", version_base="1.3")
+@command()
+def main(cfg: DictConfig) -> None:
+    """Train as the config says; exit 2 for bad input."""
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

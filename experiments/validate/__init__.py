@@ -1,0 +1,1 @@
+"""Replays compared with live runs, and testbeds calibrated."""

@@ -1,0 +1,85 @@
+"""The benches, as commands at a tiny size: what they write is of what they ran."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.bench import engine as bench
+from experiments.bench import prediction as prediction_bench
+from experiments.bench import replay as replay_bench
+from experiments.bench.overheads import Check
+from experiments.run.console import Console
+from experiments.run.small_models import small_model
+
+
+def written(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text())
+    assert {"machine", "versions", "git_commit"} <= record.keys()
+    return record
+
+
+def test_no_overhead_is_negative_and_no_link_beats_its_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    model, output = tmp_path / "model", tmp_path / "out" / "bench.json"
+    small_model("mixtral").save_pretrained(model)
+    options = {"model": model, "output": output, "rounds": 1, "tokens": 4, "time-scale": 0.01}
+    bench.main([f"--{name}={value}" for name, value in options.items()])
+    values = {check["name"]: check["value"] for check in written(output)["checks"]}
+    assert all(0 < value < math.inf for value in values.values())
+    assert values["emulated link, achieved / configured rate"] <= 1.001
+    assert values["FineMoE synchronous work / decode iteration"] < 1
+
+
+@pytest.mark.parametrize(
+    ("check", "met"),
+    [
+        (Check("a", 1.1, at_most=1.10), True),
+        (Check("a", 1.2, at_most=1.10), False),
+        (Check("a", 0.94, at_least=0.95), False),
+        (Check("a", math.nan, at_least=0.95), False),
+        (Check("a", 5.0, "ms"), None),
+    ],
+)
+def test_a_check_is_met_only_within_its_bound(check: Check, met: bool | None) -> None:
+    assert check.met is met
+
+
+def test_a_replays_speed_is_of_the_layers_that_it_served(tmp_path: Path) -> None:
+    lengths = ("workload.prompts=4", "workload.input_tokens=12", "workload.output_tokens=4")
+    places = (f"output={tmp_path}", f"traces={tmp_path}")
+    asked = {"models": "mixtral", "systems": "on_demand"}
+    (cfg,) = replay_bench.configs(asked, [*lengths, *places])
+    speed = replay_bench.replay_speed(cfg, Console(quiet=True))
+    # One request to warm up and one measured, of four tokens and 32 layers each.
+    assert speed.layer_steps == 2 * 4 * 32
+    assert speed.layer_steps_per_s == speed.layer_steps / speed.measure_s
+    assert min(speed.teach_s, speed.measure_s, speed.bound_s) > 0
+
+
+def test_every_call_of_every_system_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_bench, "CALLS", 3)
+    monkeypatch.setattr(prediction_bench, "REQUESTS", 2)
+    prediction_bench.main(["models=qwen", f"output={tmp_path / 'times.json'}"])
+    times = {one["system"]: one for one in written(tmp_path / "times.json")["times"]}
+    assert len(times) == 5
+    assert all(one["gate"] > 0 for one in times.values())
+    # The semantic search reads every stored embedding; DeepSpeed looks nothing up.
+    assert times["finemoe"]["embeddings"] > times["deepspeed"]["embeddings"]
+
+
+@pytest.mark.parametrize("main", [replay_bench.main, prediction_bench.main])
+def test_an_unknown_system_is_one_line(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["models=qwen", "systems=guesswork"])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,87 @@
+"""One table of many runs, over the records that the project ships."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from experiments.judge.compare import find_records
+from tests.command import ROOT, run_module
+
+SHIPPED = ROOT / "results" / "baselines" / "finemoe-6" / "run.json"
+
+
+def compare(*folders: Path | str, columns: int = 80) -> subprocess.CompletedProcess[str]:
+    return run_module("experiments.judge.compare", *map(str, folders), COLUMNS=str(columns))
+
+
+def leave(folder: Path, **changed: Any) -> None:
+    """Leave a shipped record with entries changed; dots lead into what is nested."""
+    record = json.loads(SHIPPED.read_text())
+    for path, value in changed.items():
+        *outer, name = path.split(".")
+        inner = record
+        for one in outer:
+            inner = inner[one]
+        inner[name] = value
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+def test_every_record_is_a_row_that_fits_and_what_is_common_is_said_once() -> None:
+    records = find_records([ROOT / "results" / "baselines"])
+    done = compare("results/baselines")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = lines[lines.index(next(line for line in lines if "───" in line)) + 1 :]
+    assert len([row for row in rows if row.strip()]) == len(records) == 33
+    assert done.stdout.count("model mixtral,") == done.stdout.count("emulated") / 2 == 1
+
+
+def test_points_of_a_sweep_are_told_apart_by_whatever_differs(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"config.seed": (0, 1), "config.workload.batch_size": (1, 2)}
+    settings |= {"config.store.load": (None, "a_store"), "config.testbed.time_scale": (0.1, 0.2)}
+    for number in range(2):
+        changed = {path: values[number] for path, values in settings.items()}
+        leave(tmp_path / f"{number}", **changed)
+    narrow, wide = (compare(tmp_path, columns=columns).stdout for columns in (80, 120))
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert {"seed=0", "batch_size=1", "load=null", "time_scale=0.1"} <= set(narrow.split())
+    assert {"seed=1", "batch_size=2", "load=a_store", "time_scale=0.2"} <= set(narrow.split())
+    rows = [line.split()[:4] for line in wide.splitlines()]
+    assert ["seed", "batch_size", "time_scale", "load"] in rows
+    assert ["1", "2", "0.2", "a_store"] in rows
+
+
+def test_records_of_several_commits_are_told_apart(tmp_path: Path) -> None:
+    leave(tmp_path / "a")
+    leave(tmp_path / "b", seed=1, git_commit="f" * 40, git_dirty=True, **{"config.seed": 1})
+    lines = compare(tmp_path).stdout.splitlines()
+    assert lines[-2:] == [
+        "commit 42a2a85: rows 1",
+        "commit fffffff with uncommitted changes: rows 2",
+    ]
+
+
+def test_what_is_below_one_is_no_bound(tmp_path: Path) -> None:
+    leave(tmp_path / "a", **{"summary.bound.times": 0.54})
+    done = compare(tmp_path)
+    assert "0.54" not in done.stdout
+    assert "busy machine" in done.stdout
+    assert not done.stderr
+
+
+def test_names_in_records_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    leave(tmp_path / "a", model="[/b]:smile:")
+    assert "[/b]:smile:" in compare(tmp_path).stdout
+    leave(tmp_path / "b", model="\x1b[2J")
+    assert "is no run record" in compare(tmp_path).stderr
+
+
+def test_a_folder_without_records_is_one_line_and_exit_code_2() -> None:
+    done = compare("docs")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no run.json under docs")

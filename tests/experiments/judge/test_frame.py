@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from experiments.bootstrap import interval, request_draws
+from experiments.errors import UserError
+from experiments.judge.frame import ResultsFolder, one_mode, run_frame
+from experiments.run.records import provenance, read_record, read_requests, write_record
+from tests.command import ROOT
+
+PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
+
+
+@lru_cache
+def config(*overrides: str) -> Any:
+    """Return the resolved config of a simulated run, as plain data; not to be changed."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", ["testbed=rtx3090x6", "output=unused", *overrides])
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def leave_run(
+    folder: Path,
+    *overrides: str,
+    batches: tuple[int, ...] = (0, 1, 2),
+    tpots: tuple[float, ...] = (0.1, 0.2, 0.3),
+    hits: tuple[int, ...] = (1, 2, 3),
+    mode: str = "simulated",
+) -> Path:
+    """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
+    plain = config(*overrides)
+    tokens = 11
+    table = pd.DataFrame(
+        {
+            "request": range(len(batches)),
+            "batch": batches,
+            "input_tokens": 5,
+            "output_tokens": tokens,
+            "ttft_s": [10 * tpot for tpot in tpots],
+            "tpot_s": tpots,
+            "e2el_s": [20 * tpot for tpot in tpots],
+            "hits": hits,
+            "late": [4] * len(batches),
+            "misses": [6 - hit for hit in hits],
+        }
+    )
+    summary: dict[str, Any] = {
+        name: {"mean": float(table[name].mean()), "ci95": [0.0, 99.0]}
+        for name in ("ttft_s", "tpot_s", "e2el_s")
+    }
+    per_batch = table.drop_duplicates("batch")
+    summary |= {name: int(per_batch[name].sum()) for name in ("hits", "late", "misses")}
+    summary |= {
+        "expert_hit_rate": float(per_batch["hits"].sum() / (10 * len(per_batch))),
+        "bytes_prefetched": 7,
+        "slot_budget_bytes": 25_000_000_000,
+        "dense_bytes": 3_000_000_000,
+        "lossless": None,
+        "phase_seconds": PHASES,
+        "busy_seconds": 12.0,
+        "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
+    }
+    record = {
+        "status": "complete",
+        "mode": mode,
+        "testbed": "6 x RTX 3090",
+        "system": plain["system"]["label"],
+        "model": plain["model"]["name"],
+        "weights": "scale",
+        "routing": "a trace",
+        "dataset": plain["dataset"]["name"],
+        "dataset_source": "somewhere",
+        "dataset_sha256": "ab" * 32,
+        "memory_budget_gb": 22.5,
+        "seed": 0,
+        "summary": summary,
+        "config": plain,
+        **provenance(),
+    }
+    folder.mkdir(parents=True)
+    return write_record(folder, record, table)
+
+
+def only(frame: pd.DataFrame) -> dict[str, Any]:
+    (row,) = frame.to_dict("records")
+    return {str(key): value for key, value in row.items()}
+
+
+def test_a_run_becomes_a_row(tmp_path: Path) -> None:
+    path = leave_run(tmp_path / "abc", "memory_budget=25%")
+    row = only(run_frame([tmp_path / "abc"]))
+    assert (row["digest"], row["system"], row["label"]) == ("abc", "finemoe", "finemoe")
+    assert (row["model"], row["dataset"], row["mode"]) == ("mixtral", "docs", "simulated")
+    assert (row["memory_budget"], row["memory_budget_gb"]) == ("25%", 22.5)
+    assert (row["batch_size"], row["prefetch_distance"], row["store_capacity"]) == (1, 3, 1000)
+    assert row["tpot_s"] == pytest.approx(0.2)
+    assert row["hit_rate"] == pytest.approx(0.2)
+    assert (row["hits"], row["late"], row["misses"], row["bytes_prefetched"]) == (6, 12, 12, 7)
+    assert (row["bound_times"], row["busy_s"], row["phase_on_demand_wait_s"]) == (3.0, 12.0, 6.0)
+    assert math.isnan(row["phase_search_s"])
+    assert row["path"] == str(path)
+
+
+def test_figures_have_the_intervals_of_claims_not_those_of_records(tmp_path: Path) -> None:
+    tpots, hits = (0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.1, 3.4), (1, 2, 3, 4, 5, 6, 0, 1)
+    path = leave_run(tmp_path / "a", batches=tuple(range(8)), tpots=tpots, hits=hits)
+    row, requests = only(run_frame([path])), read_requests(path)
+    for metric in ("ttft_s", "tpot_s", "e2el_s", "hit_rate"):
+        ends = interval(request_draws(requests, metric, "docs"))
+        assert (row[f"{metric}_low"], row[f"{metric}_high"]) == ends
+
+
+def test_iterations_are_counted_once_a_batch(tmp_path: Path) -> None:
+    leave_run(tmp_path / "a", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
+    row = only(run_frame([tmp_path / "a"]))
+    # Two batches of 11 iterations, of 2 and 6 seconds.
+    assert row["iterations"] == 22
+    assert row["iteration_s"] == pytest.approx(8 / 22)
+    assert row["iteration_s_low"] == pytest.approx(2 / 11)
+    assert row["iteration_s_high"] == pytest.approx(6 / 11)
+
+
+def test_requests_of_one_batch_are_no_independent_samples(tmp_path: Path) -> None:
+    leave_run(tmp_path / "two", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
+    leave_run(tmp_path / "one", batches=(0, 0, 0), tpots=(0.1, 0.1, 0.1), hits=(1, 1, 1))
+    two, one = run_frame([tmp_path / "two", tmp_path / "one"]).to_dict("records")
+    # Only three resamples of two batches exist: the one, both, the other.
+    assert two["tpot_s_low"] == pytest.approx(0.1)
+    assert two["tpot_s_high"] == pytest.approx(0.3)
+    assert (two["hit_rate_low"], two["hit_rate_high"]) == pytest.approx((0.1, 0.3))
+    assert math.isnan(one["tpot_s_low"])
+    assert math.isnan(one["hit_rate_high"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["system=finemoe", "system.prefetch_distance=3"], "finemoe"),
+        (["system=finemoe", "system.eviction=lru"], "finemoe eviction=lru"),
+        (
+            ["system=finemoe", "system.search=trajectory", "system.selection=top_k"],
+            "finemoe search=trajectory selection=top_k",
+        ),
+        (["system=promoe", "system.prefetch_distance=5"], "promoe prefetch_distance=5"),
+        (["system=on_demand"], "on_demand"),
+    ],
+)
+def test_the_label_names_what_is_not_default(
+    tmp_path: Path, overrides: list[str], label: str
+) -> None:
+    leave_run(tmp_path / "a", *overrides)
+    assert only(run_frame([tmp_path / "a"]))["label"] == label
+
+
+def test_no_records_are_an_empty_table() -> None:
+    assert run_frame([]).empty
+
+
+def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        run_frame([tmp_path])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="is no run record"):
+        run_frame([tmp_path])
+    leave_run(tmp_path / "a")
+    (tmp_path / "a" / "requests.parquet").write_text("torn")
+    with pytest.raises(UserError, match=r"is not what the run wrote; remove the folder"):
+        run_frame([tmp_path / "a"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "cause"),
+    [
+        (["config"], None, "'config': Input should be a valid dict"),
+        (["config", "seed"], "${oc.env:HOME}", "'config': Value error, an interpolation"),
+        (["config", "model", "name"], "../../else", "'config.model.name': Value error, a path"),
+        (["config", "model", "name"], "/else", "'config.model.name': Value error, a path"),
+        (["model"], "\x1b[2J", "'model': String should match"),
+        (["mode"], "guessed", "'mode': Input should be"),
+        (["seed"], 0.5, "'seed': Input should be a valid int"),
+        (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
+        (["summary", "tpot_s", "ci95"], [1.0], "'summary.tpot_s.ci95': List should have at least"),
+        (["summary", "hits"], -1, "'summary.hits': Input should be greater"),
+        (["summary", "bound"], [], "'summary.bound'"),
+        (["versions"], {"torch": 2}, "'versions.torch'"),
+    ],
+)
+def test_records_that_no_run_leaves_are_refused(
+    tmp_path: Path, path: list[str], value: Any, cause: str
+) -> None:
+    record = leave_run(tmp_path / "a")
+    plain = json.loads(record.read_text())
+    part = plain
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    record.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=rf"\({cause}.*\) is no run record") as caught:
+        read_record(record)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda table: table.drop(columns="batch"), "no numbers as batch"),
+        (lambda table: table.assign(tpot_s=math.inf), "no numbers as tpot_s"),
+        (lambda table: table.assign(e2el_s=-1.0), "no numbers as e2el_s"),
+        (lambda table: table.assign(ttft_s=[None, 1.0, 2.0]), "no numbers as ttft_s"),
+        (lambda table: table.assign(hits="many"), "no numbers as hits"),
+        (lambda table: table.head(0), "no requests"),
+        (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),
+    ],
+)
+def test_request_tables_that_no_run_leaves_are_refused(
+    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], cause: str
+) -> None:
+    record = leave_run(tmp_path / "a")
+    table = pd.read_parquet(record.parent / "requests.parquet")
+    change(table).to_parquet(record.parent / "requests.parquet", compression="zstd")
+    with pytest.raises(UserError, match="is not what the run wrote; remove the folder"):
+        read_record(record)
+    plain = {k: v for k, v in json.loads(record.read_text()).items() if k != "requests_sha256"}
+    record.write_text(json.dumps(plain))
+    assert read_record(record) == plain
+    with pytest.raises(UserError, match=f"cannot be read .*{cause}.*; remove the folder"):
+        run_frame([record])
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    index = tmp_path / "experiments" / "10.json"
+    for content in ('{"runs": ["../../else"]}', '{"runs": {"a": 1}}', "[]", "null", "[" * 10**5):
+        index.write_text(content)
+        with pytest.raises(UserError, match="is no experiment record; remove it and draw again"):
+            ResultsFolder(tmp_path).runs_of("10")
+
+
+def test_mixed_modes_are_refused_unless_asked_for() -> None:
+    frame = pd.DataFrame({"mode": ["simulated", "measured"]})
+    with pytest.raises(UserError, match="figure 10 mixes measured and simulated records"):
+        one_mode(frame, "figure 10", mixed_modes=False)
+    one_mode(frame, "figure 10", mixed_modes=True)
+    one_mode(frame.head(1), "figure 10", mixed_modes=False)

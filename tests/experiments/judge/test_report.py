@@ -1,0 +1,219 @@
+"""The report says what the verdicts and records say, in one file that needs nothing else."""
+
+import base64
+import html
+import io
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from experiments.errors import UserError
+from experiments.judge.claims import VERDICTS, Verdict
+from experiments.judge.report import IDS, main, write
+from experiments.judge.system_table import NOTE, system_table
+from tests.experiments.judge.test_claims import Results
+
+CAPTION = "Mode: simulated; 6 x RTX 3090; <scale> weights; 3 requests a run."
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    """One figure drawn of two runs; its caption has what HTML must escape."""
+    made = Results(tmp_path / "results")
+    digests = [made.run("deepspeed", [1.0, 1.5, 2.0]), made.run("finemoe", [1.1, 1.4, 2.2])]
+    made.experiment("10", *digests)
+    figures = made.root / "figures"
+    figures.mkdir()
+    (figures / "10.png").write_bytes(dot())
+    (figures / "10.txt").write_text(CAPTION + "\n")
+    (figures / "10.csv").write_text("system,tpot_s\n" + "finemoe,1.23456789\n" * 61)
+    return made
+
+
+def dot() -> bytes:
+    """Return a PNG of one black pixel."""
+    drawn = io.BytesIO()
+    Image.new("L", (1, 1)).save(drawn, "PNG")
+    return drawn.getvalue()
+
+
+def written(results: Results) -> tuple[list[Verdict], str, str]:
+    """Write the report; return its verdicts, the page and the Markdown."""
+    verdicts = write(results.folder)
+    page, markdown = ((results.root / name).read_text() for name in ("report.html", "REPORT.md"))
+    return verdicts, page, markdown
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, and complains of tags that do not close."""
+
+    VOID = {"meta", "img", "br", "link", "input"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        named = dict(attrs)
+        self.links += [value for key in ("src", "href") if (value := named.get(key))]
+        self.ids += [value for key in ("id",) if (value := named.get(key))]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> does not close what is open"
+
+
+def test_page_is_whole_and_needs_nothing_else(results: Results) -> None:
+    _, text, _ = written(results)
+    page = Page(text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert not re.search(r"@import|url\(|<script", text)
+
+
+def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
+    verdicts, page, markdown = written(results)
+    for verdict in verdicts:
+        row = page.split(f'<tr id="{verdict.id}">')[1].split("</tr>")[0]
+        assert f">{verdict.verdict}</span>" in row
+        assert verdict.paper_says in row
+        assert verdict.ours_says in row
+        assert f"| {verdict.text} | **{verdict.verdict}** |" in markdown
+        if verdict.why:
+            assert verdict.why in markdown
+    assert {one.verdict for one in verdicts} >= {"does not hold", "not testable here"}
+
+
+def test_both_say_what_the_systems_did(results: Results) -> None:
+    _, page, markdown = written(results)
+    table = system_table(results.folder.runs_of("10"))
+    assert [row[0] for row in table] == ["system", "DeepSpeed", "FineMoE"]
+    for row in table:
+        assert f"| {' | '.join(row)} |\n" in markdown
+    for value in table[1]:
+        assert f"<td>{value}</td>" in page
+    assert NOTE in markdown
+    assert NOTE in html.unescape(page)
+
+
+def test_contents_lead_to_each_section_and_count_its_verdicts(results: Results) -> None:
+    verdicts, page, _ = written(results)
+    contents = page.split('<nav id="contents"')[1].split("</nav>")[0]
+    assert [f"s{name}" for name in IDS] == re.findall(r'href="#(s[^"]+)"', contents)
+    (entry,) = [one for one in contents.split("</li>") if 'href="#s10"' in one]
+    counted = set(re.findall(r'>(\d+)<span class="unseen">: ([a-z ]+)<', entry))
+    mine = [one for one in verdicts if one.experiment == "10"]
+    shown = [one.verdict for one in mine if one.section not in ("Abstract", "Talk")]
+    assert counted == {(str(shown.count(name)), name) for name in VERDICTS if name in shown}
+    assert len(counted) > 1
+
+
+def test_each_claim_is_listed_under_its_verdict(results: Results) -> None:
+    verdicts, page, _ = written(results)
+    for name in VERDICTS:
+        listed = page.split(f'<ul id="{name.replace(" ", "-")}">')[1].split("</ul>")[0]
+        found = re.findall(r'href="#([^"]+)"', listed)
+        assert sorted(found) == sorted(one.id for one in verdicts if one.verdict == name)
+
+
+def test_a_long_why_is_folded_after_its_first_sentence_and_whole(results: Results) -> None:
+    systems = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "finemoe")
+    made = [
+        results.run(system, [1.0, 1.1, 1.2], dataset=dataset)
+        for system in systems
+        for dataset in ("docs", "code")
+    ]
+    results.experiment("10", *made)
+    verdicts, page, _ = written(results)
+    page = page.replace("\N{NO-BREAK SPACE}", " ")
+    (failed,) = [one for one in verdicts if one.id == "headline-latency"]
+    cell = page.split(f'<tr id="{failed.id}">')[1].split('<tr class="why">')[1].split("</tr>")[0]
+    opened, folded = cell.split("<details>")
+    assert failed.why.startswith(re.sub(r"<[^>]+>", "", opened).strip())
+    assert "Against DeepSpeed" not in opened
+    assert "<li>Against DeepSpeed" in folded
+    bare = re.sub(r"<summary>.*?</summary>|<[^>]+>", " ", cell)
+    assert html.unescape(bare).split() == failed.why.split()
+
+
+@pytest.mark.parametrize(("side", "shown", "broad"), [(999, 416, False), (2100, 875, True)])
+def test_figures_keep_their_looks_and_say_their_size(
+    results: Results, side: int, shown: int, broad: bool
+) -> None:
+    drawn = Image.new("RGBA", (side, 240), "#ffffff")
+    drawn.paste("#0072b2", (0, 0, 100, 100))
+    drawn.paste("#d55e00", (100, 100, 200, 240))
+    drawn.save(results.root / "figures" / "10.png")
+    (image,) = re.findall(r"<img [^>]+>", written(results)[1])
+    assert f'width="{shown}" height="100" alt="Figure 10: a title;' in image
+    assert ('class="broad"' in image) == broad
+    packed = Image.open(io.BytesIO(base64.b64decode(image.split("base64,")[1].split('"')[0])))
+    assert packed.mode == "P"
+    assert not ImageChops.difference(packed.convert("RGB"), drawn.convert("RGB")).getbbox()
+
+
+def test_a_broken_figure_is_one_line(results: Results) -> None:
+    (results.root / "figures" / "10.png").write_bytes(dot()[:40])
+    with pytest.raises(UserError, match=r"10\.png: not an image; delete it"):
+        write(results.folder)
+
+
+def test_figures_captions_and_data_are_there(results: Results) -> None:
+    _, page, markdown = written(results)
+    assert page.count("data:image/png;base64,") == 1
+    assert CAPTION.replace("<", "&lt;").replace(">", "&gt;") in page
+    kept = CAPTION.replace("<", "&lt;")
+    assert f"{kept} Data: [CSV](figures/10.csv)." in markdown
+    assert "![Figure 10](figures/10.png)" in markdown
+    assert page.count("<td>1.235</td>") == 60
+    assert "the first 60 rows; 1 more in figures/10.csv" in page
+    for name in IDS:
+        missing = f"python -m experiments.reproduce {name}"
+        assert (f"Not made yet: `{missing}`." in markdown) == (name != "10")
+
+
+def test_provenance_is_that_of_the_records(results: Results) -> None:
+    _, _, markdown = written(results)
+    for row in (
+        "| records | 2 runs, 0 analyses |",
+        "| commit | 0123456789abcdef |",
+        "| recorded | 2026-01-01T00:00:00+00:00 to 2026-01-01T00:00:00+00:00 |",
+        "| mode | simulated |",
+        "| data | docs: somewhere (sha256 abababababab) |",
+        "| seeds | 0 |",
+        "| machine | a cpu, 2 cores, 8.0 GB, no accelerator (Linux) |",
+        "| versions | Python 3.11.7, torch 2.13.0 |",
+    ):
+        assert row in markdown
+
+
+def test_the_same_records_give_the_same_report_but_for_the_time(results: Results) -> None:
+    def contents() -> list[str]:
+        return [re.sub(r"Written [-0-9T:+]+", "Written", text) for text in written(results)[1:]]
+
+    first = contents()
+    assert "Written." in first[0]
+    assert first == contents()
+
+
+def test_bad_input_is_one_line(
+    results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", "results=/nowhere/at/all"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /nowhere/at/all: no such folder; run ")
+    (results.root / "claims.csv").mkdir()
+    with pytest.raises(UserError, match="cannot write to"):
+        write(results.folder)

@@ -1,0 +1,430 @@
+"""Reproduction: expansion of experiments, and the command at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments.errors import UserError
+from experiments.reproduce import driver as reproduce
+from experiments.reproduce import parallel, sweeps
+from experiments.reproduce.run_store import RunStore
+from experiments.run.weights import SCALE_MODELS
+from tests.command import ROOT, config, run_command
+
+HERE = "tests.experiments.reproduce.test_driver"
+TINY = ("workload.prompts=4", "workload.output_tokens=6", "workload.input_tokens=12")
+FIRST = f"""# @package _global_
+defaults:
+  - override /testbed: rtx3090x6
+experiment:
+  id: "98"
+  title: Two budgets, and one more run
+  draws: {HERE}.draw
+  cells:
+    - [system=finemoe, system.search=semantic, memory_budget=6]
+hydra: {{sweeper: {{params: {{system: "on_demand,resident", memory_budget: "6,12"}}}}}}
+"""
+SECOND = f"""# @package _global_
+defaults:
+  - override /testbed: rtx3090x6
+experiment: {{id: "99a", title: Shared, draws: {HERE}.draw}}
+hydra: {{sweeper: {{params: {{system: on_demand, memory_budget: "12,24"}}}}}}
+"""
+TABLE = f"""# @package _global_
+experiment:
+  id: table9
+  title: Traces
+  analysis: {HERE}.analyse
+  draws: {HERE}.draw_folder
+  models: [mixtral, qwen]
+  datasets: [docs]
+"""
+
+
+def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool) -> None:
+    assert not mixed_modes
+    name = "98" if "finemoe" in set(frame["system"]) else "99a"
+    frame[["system", "memory_budget", "tpot_s"]].to_csv(place / f"{name}.csv", index=False)
+
+
+def analyse(cfg: Any, traces: dict[tuple[str, str], Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    found = [f"{model} {dataset} {path.exists()}" for (model, dataset), path in traces.items()]
+    (folder / "record.json").write_text(json.dumps([*found, list(cfg.experiment.models)]))
+
+
+def draw_folder(folder: Path, place: Path, mixed_modes: bool) -> None:
+    (place / "table9.csv").write_text((folder / "record.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's configs with three experiments of this file instead of its own."""
+    folder = tmp_path_factory.mktemp("conf")
+    for path in (ROOT / "conf").iterdir():
+        if path.name != "experiment":
+            (folder / path.name).symlink_to(path)
+    (folder / "experiment").mkdir()
+    for name, text in {"first": FIRST, "second": SECOND, "table": TABLE}.items():
+        (folder / "experiment" / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+# Expansion ------------------------------------------------------------------------------------
+
+
+def test_hydras_own_syntax_is_expanded() -> None:
+    given = {"a": "1,2", "b": "choice(x,y)", "c": "range(1,4)", "d": "25%", "e": "'p,q'"}
+    assert sweeps.parse_params(given) == {
+        "a": ["a=1", "a=2"],
+        "b": ["b=x", "b=y"],
+        "c": ["c=1", "c=2", "c=3"],
+        "d": ["d=25%"],
+        "e": ["e='p,q'"],
+    }
+    with pytest.raises(UserError, match="not key=value"):
+        sweeps.parse(["system"])
+
+
+def combined(params: dict[str, str], cells: list[list[str]], *user: str) -> list[str]:
+    found = sweeps.combine(sweeps.parse_params(params), cells, sweeps.parse(user), {"system"})
+    return [" ".join(one) for one in found]
+
+
+PARAMS = {"system": "p,q", "memory_budget": "6,12"}
+CELLS = [["system=r", "system.x=1"], ["memory_budget=96"]]
+
+
+def test_cells_are_multiplied_with_what_they_do_not_set() -> None:
+    assert combined(PARAMS, CELLS) == [
+        "system=p memory_budget=6",
+        "system=p memory_budget=12",
+        "system=q memory_budget=6",
+        "system=q memory_budget=12",
+        "system=r memory_budget=6 system.x=1",
+        "system=r memory_budget=12 system.x=1",
+        "system=p memory_budget=96",
+        "system=q memory_budget=96",
+    ]
+    assert combined({}, CELLS) == ["system=r system.x=1", "memory_budget=96"]
+    assert combined({}, []) == [""]
+
+
+def test_a_users_override_replaces_the_sweep_of_its_key() -> None:
+    assert combined(PARAMS, CELLS, "memory_budget=24", "seed=1") == [
+        "system=p memory_budget=24 seed=1",
+        "system=q memory_budget=24 seed=1",
+        "system=r memory_budget=24 seed=1 system.x=1",
+    ]
+
+
+def test_a_users_choice_of_a_group_leaves_out_the_cells_of_others() -> None:
+    assert combined(PARAMS, CELLS, "system=r", "memory_budget=6") == [
+        "system=r memory_budget=6",
+        "system=r memory_budget=6 system.x=1",
+    ]
+    assert combined(PARAMS, CELLS[:1], "system=q", "memory_budget=6") == [
+        "system=q memory_budget=6"
+    ]
+
+
+def test_figures_share_runs_by_digest(conf: Path) -> None:
+    known = sweeps.available(conf)
+    assert list(known) == ["table9", "98", "99a"]
+    first = sweeps.run_configs(known["98"], TINY, conf)
+    second = sweeps.run_configs(known["99a"], TINY, conf)
+    cells = [(cfg.system.label, cfg.memory_budget) for cfg in first]
+    assert cells == [
+        ("on_demand", 6),
+        ("on_demand", 12),
+        ("resident", 6),
+        ("resident", 12),
+        ("finemoe", 6),
+    ]
+    assert first[-1].system.search == "semantic"
+    assert all("experiment" not in cfg for cfg in first)
+    shared = {sweeps.digest(cfg) for cfg in first} & {sweeps.digest(cfg) for cfg in second}
+    assert shared == {sweeps.digest(first[1])}
+
+
+def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    known = sweeps.available(conf)["98"]
+    overrides = [*TINY, "system=finemoe", "memory_budget=12", "system.store_capacity=7"]
+    (ours,) = [c for c in sweeps.run_configs(known, overrides, conf) if c.memory_budget == 12][:1]
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        hydras = compose("config", ["experiment=first", *overrides])
+    assert sweeps.digest(ours) == sweeps.digest(_placed(hydras))
+
+
+def _placed(cfg: Any) -> Any:
+    cfg.output = "anywhere"
+    return cfg
+
+
+def test_an_analysis_takes_the_models_it_is_given(conf: Path) -> None:
+    known = sweeps.available(conf)["table9"]
+    own, traced = sweeps.analysis_config(known, [*TINY, "system=finemoe,on_demand"], conf)
+    assert list(traced) == [("mixtral", "docs"), ("qwen", "docs")]
+    assert traced["qwen", "docs"].model.name == "qwen"
+    own, traced = sweeps.analysis_config(known, ["model=phi", "dataset=docs,code"], conf)
+    assert list(traced) == [("phi", "docs"), ("phi", "code")]
+    assert (own.experiment.models, own.experiment.datasets) == (["phi"], ["docs", "code"])
+    with pytest.raises(UserError, match="takes one seed"):
+        sweeps.analysis_config(known, ["seed=0,1"], conf)
+
+
+def test_the_last_run_of_every_sweep_and_every_cell_composes() -> None:
+    for experiment in sweeps.available().values():
+        swept = [values[-1] for values in sweeps.parse_params(experiment.params).values()]
+        for cell in (swept, *experiment.cells):
+            cfg = config("config", f"experiment={experiment.name}", "output=unused", *cell)
+            assert str(cfg.experiment.id) == experiment.id
+
+
+# The command ----------------------------------------------------------------------------------
+
+
+def command(conf: Path, results: Path, traces: Path, *more: str) -> list[str]:
+    return ["98", *TINY, f"results={results}", f"traces={traces}", *more]
+
+
+def latencies(results: Path) -> dict[str, float]:
+    return {
+        path.parent.name: json.loads(path.read_text())["summary"]["tpot_s"]["mean"]
+        for path in results.glob("runs/*/run.json")
+    }
+
+
+def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_nothing(
+    conf: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "killed"
+    words = command(conf, results, traces, "n_jobs=2")
+    call = f"import sys; from pathlib import Path; from experiments.reproduce.driver import main; \
+             sys.exit(main({words!r}, Path({str(conf)!r})))"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", call], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("runs: 1 of 5"):
+                break
+        process.send_signal(signal.SIGKILL)
+        # Ends when the workers, which hold the pipe too, have ended.
+        process.stdout.read()
+    assert process.returncode == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in results.glob("runs/*/run.json")}
+    assert 1 <= len(kept) < 5
+    assert not (results / "experiments").exists()
+
+    assert reproduce.main(command(conf, results, traces, "n_jobs=1"), conf) == 0
+    said = capsys.readouterr().out
+    assert f"to do: 1 of 1 experiments, {5 - len(kept)} runs" in said
+    assert f"experiment 98: {results / 'figures' / '98.png'}\ndone in 0 min " in said
+    counts = f"runs made: {5 - len(kept)}, failures: 0, experiments drawn: 1 of 1"
+    assert said.endswith(f"; {counts}\nresults: {results}\n")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    straight = tmp_path / "straight"
+    assert reproduce.main(command(conf, straight, traces, "n_jobs=1"), conf) == 0
+    assert len(latencies(straight)) == 5
+    assert latencies(results) == latencies(straight)
+    drawn = [one / "figures" / "98.csv" for one in (results, straight)]
+    assert drawn[0].read_text() == drawn[1].read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    capsys.readouterr()
+    assert reproduce.main(command(conf, results, traces), conf) == 0
+    assert "nothing to run" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    assert {p: t for p, t in after.items() if p.is_file()} == {
+        p: t for p, t in before.items() if p.is_file()
+    }
+
+    # A malformed record is named, and nothing is overwritten.
+    broken = next(iter(kept))
+    broken.write_text("{")
+    assert reproduce.main(command(conf, results, traces), conf) == 2
+    assert (
+        capsys.readouterr().err == f"error: {broken} (Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)) is no run record; choose another output= "
+        "or remove it\n"
+    )
+    assert broken.read_text() == "{"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="testbed=auto simulates without CUDA only")
+def test_records_of_a_sweep_are_taken_instead_of_run_again(
+    conf: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swept = tmp_path / "multirun"
+    sweep = ["-m", "system=on_demand", "memory_budget=12,24", "verify=false"]
+    done = run_command(*sweep, *TINY, f"traces={traces}", f"hydra.sweep.dir={swept}")
+    assert done.returncode == 0, done.stderr
+    same = [*TINY, "verify=false", f"results={tmp_path / 'results'}", f"records={swept}"]
+    assert reproduce.main(["99a", *same, f"traces={traces}", "n_jobs=1"], conf) == 0
+    said = capsys.readouterr().out
+    assert "taken from" in said
+    assert "2 of 2 runs\nto do: 1 of 1 experiments, 0 runs" in said
+    drawn = pd.read_csv(tmp_path / "results" / "figures" / "99a.csv")
+    assert sorted(drawn["memory_budget"]) == [12, 24]
+    missing = f"records={tmp_path / 'none'}"
+    assert reproduce.main(["98", *same[:-1], missing], conf) == 2
+    assert "none is no folder" in capsys.readouterr().err
+
+
+def test_one_bad_run_stops_neither_the_others_nor_is_its_figure_drawn(
+    conf: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(conf, tmp_path, traces, "system=on_demand", "memory_budget=0.1,12", "n_jobs=1")
+    assert reproduce.main(words, conf) == 2
+    said = capsys.readouterr().out
+    failed = r"failed on_demand on mixtral, docs, memory_budget=0.1 \([0-9a-f]{16}\): a memory bud"
+    assert re.search(failed, said)
+    assert "experiment 98: not drawn, 1 of its runs are missing" in said
+    assert "not done in 0 min " in said
+    assert "runs made: 1, failures: 1, experiments drawn: 0 of 1" in said
+    assert len(list(tmp_path.glob("runs/*/run.json"))) == 1
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_weights_trained_again_in_place_are_noticed(
+    conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "scale" / "mixtral"
+    shutil.copytree(SCALE_MODELS / "mixtral", model)
+    for module in ("weights", "models"):
+        monkeypatch.setattr(f"experiments.{module}.SCALE_MODELS", model.parent)
+    kept = tmp_path / "traces"
+    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
+    assert reproduce.main(words, conf) == 0
+    (record,) = tmp_path.glob("runs/*/run.json")
+    first = json.loads(record.read_text())
+    capsys.readouterr()
+    assert reproduce.main(words, conf) == 0
+    assert "nothing to run" in capsys.readouterr().out
+
+    tensors = load_file(model / "model.safetensors")
+    gate = next(name for name in tensors if name.endswith("gate.weight"))
+    tensors[gate] = -tensors[gate]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert reproduce.main(words, conf) == 0
+    assert "to do: 1 of 1 experiments, 1 runs" in capsys.readouterr().out
+    again = json.loads(record.read_text())
+    assert again["config"] == first["config"]
+    assert again["weights_fingerprint"] != first["weights_fingerprint"]
+    # On-demand loading takes the same time whichever experts it loads, so its times may agree.
+    assert len(list(kept.glob("*.parquet"))) == 2
+    # Nothing was recorded over: the weights of before would find their routing again.
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_a_record_of_other_weights_is_not_drawn(
+    conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "traces"
+    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
+    assert reproduce.main(words, conf) == 0
+    (path,) = tmp_path.glob("runs/*/run.json")
+    stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
+    path.write_text(json.dumps(stale))
+    # So that the run is due, and fails.
+    for trace in kept.glob("*.parquet"):
+        trace.write_bytes(trace.read_bytes()[:-99])
+    capsys.readouterr()
+    assert reproduce.main([*words, "redraw=true"], conf) != 0
+    assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == stale
+
+
+def test_an_analysis_gets_its_traces_and_draws(conf: Path, traces: Path, tmp_path: Path) -> None:
+    words = ["table9", *TINY, f"results={tmp_path}", f"traces={traces}", "model=mixtral"]
+    assert reproduce.main([*words, "n_jobs=1"], conf) == 0
+    found = json.loads((tmp_path / "figures" / "table9.csv").read_text())
+    assert found == ["mixtral docs True", ["mixtral"]]
+    said = json.loads((tmp_path / "experiments" / "table9.json").read_text())
+    assert (said["id"], said["kind"], said["overrides"][-1]) == ("table9", "analysis", words[-1])
+    assert said["files"] == ["analysis/table9/record.json", "figures/table9.csv"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["77"], "error: unknown experiment 77; choose all, or some of table9, 98, 99a\n"),
+        ([], "error: which experiment?"),
+        (["98", "n_jobs=many"], "error: n_jobs=many: "),
+        (["98", "launcher=slurm"], "launcher=joblib or ray"),
+        (["98", "no_such=1"], "no_such"),
+        (["99a", "results=/proc/nowhere"], "error: cannot write to /proc/nowhere: "),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    words: list[str],
+    message: str,
+    conf: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(words, conf) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+# Workers --------------------------------------------------------------------------------------
+
+
+def fail(kind: str) -> None:
+    if kind != "well":
+        raise {"bad": UserError, "broken": RuntimeError}[kind](f"{kind}\nsecond line")
+
+
+def check_ends(launcher: str) -> None:
+    tasks = [parallel.Task(kind, fail, (kind,)) for kind in ("well", "bad", "broken")]
+    ends = {one.name: one for one in parallel.side_by_side(tasks, launcher, 2)}
+    assert ends["well"] == parallel.Ended("well")
+    assert ends["bad"].bad_input
+    assert not ends["broken"].bad_input
+    assert ends["broken"].error == "RuntimeError: broken"
+    assert "second line" in str(ends["broken"].trace)
+
+
+def test_failures_come_back_from_workers() -> None:
+    check_ends("joblib")
+
+
+def test_failures_come_back_from_a_local_ray() -> None:
+    pytest.importorskip("ray")
+    check_ends("ray")
+
+
+def test_an_experiment_whose_figure_is_gone_is_made_again(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    (store.figures).mkdir(parents=True)
+    (store.figures / "98.csv").write_text("drawn")
+    store.write_experiment("98", {"source": "here", "runs": []})
+    assert store.made("98", "here")
+    assert not store.made("98", "elsewhere")
+    (store.figures / "98.csv").unlink()
+    assert not store.made("98", "here")

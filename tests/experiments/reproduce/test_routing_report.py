@@ -1,0 +1,139 @@
+"""The routing report: its command on a tiny model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from omegaconf import DictConfig
+from transformers import AutoConfig, AutoTokenizer
+
+from experiments.errors import UserError
+from experiments.figures import traces
+from experiments.reproduce.routing_report import (
+    Subject,
+    lacks_weights,
+    report,
+    shortcomings,
+    subject_configs,
+)
+from experiments.run.small_models import random_model
+from experiments.run.weights import SCALE_MODELS
+from finemoe.offload.policy import ModelShape
+from tests.command import config, run_module
+
+TINY = (
+    "models=[mixtral]",
+    "datasets=[docs]",
+    "workload.prompts=6",
+    "workload.input_tokens=8",
+    "workload.output_tokens=5",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of 3 layers and 4 experts, top-2, in a folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    random_model(config, torch.float32, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def composed(*overrides: str) -> DictConfig:
+    return config("routing_report", *TINY, *overrides)
+
+
+def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path) -> None:
+    places = (f"weights={checkpoint}", f"output={tmp_path / 'out'}", f"traces={tmp_path}")
+    sizes = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
+    facts = [f"model.mixtral.{name}={size}" for name, size in sizes.items()]
+    done = run_module("experiments.reproduce.routing_report", *TINY, *places, *facts)
+    assert done.returncode == 0, done.stderr
+    assert "mixtral on docs" in done.stdout
+    assert "predictors not above chance" in done.stdout
+    record = json.loads((tmp_path / "out" / "routing_report.json").read_text())
+    assert record["git_commit"]
+    subject = record["subjects"][0]
+    assert (subject["layers"], subject["experts"], subject["top_k"]) == (3, 4, 2)
+    assert subject["trace"]["dataset"] == "docs"
+    assert subject["chance"] == 0.5
+    assert (subject["requests"], subject["measured_requests"]) == (6, 2)
+    assert subject["entropy_nats"]["fine_counts"] == pytest.approx(np.log(2))
+    rates = pd.read_csv(tmp_path / "out" / "hit_rates.csv")
+    assert set(rates["distance"]) == {1, 2}
+    assert rates["hit_rate"].between(0, 1).all()
+    assert set(rates["predictor"]) == set(traces.PREDICTORS)
+    for kind in ("csv", "png", "pdf", "txt"):
+        left = {path.stem for path in (tmp_path / "out").glob(f"*.{kind}")}
+        assert left == {"load_balance", "entropy", "overlap", "hit_rates"}
+
+
+def test_every_model_meets_every_dataset() -> None:
+    both = composed("models=[qwen,phi]", "datasets=[docs,code]")
+    found = [(one.model.name, one.dataset.name) for one in subject_configs(both)]
+    assert found == [("qwen", "docs"), ("qwen", "code"), ("phi", "docs"), ("phi", "code")]
+    lengths = composed("workload.input_tokens=${dataset.lengths.input}")
+    assert next(subject_configs(lengths)).workload.input_tokens == 37
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("models=[mixtrel]", "choose some of mixtral, qwen, phi"),
+        ("datasets=[]", "choose some of docs, code"),
+        ("weights=nowhere", "neither scale"),
+        ("workload.history_share=0.99", "leaves no history, or none"),
+        ("workload.history_share=0", "leaves no history, or none"),
+        ("workload.output_tokens=2", "no decoded tokens"),
+    ],
+)
+def test_bad_input_is_named(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        report(composed(override, f"output={tmp_path / 'out'}", f"traces={tmp_path}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_scale_weights_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not lacks_weights(next(subject_configs(composed())))
+    monkeypatch.setattr("experiments.reproduce.routing_report.SCALE_MODELS", tmp_path)
+    with pytest.raises(UserError, match="none of mixtral has scale weights"):
+        report(composed(f"output={tmp_path / 'out'}"))
+    assert "skipped mixtral on docs" in capsys.readouterr().out
+
+
+def test_shortcomings_are_said() -> None:
+    tables = {
+        "load_balance": pd.DataFrame(
+            {"layer": [0, 1], "smallest": [0.3, 0.1], "smallest_all": [0.1, 0.3]}
+        ),
+        "hit_rates": pd.DataFrame(
+            {
+                "predictor": ["good", "poor", "good"],
+                "distance": [1, 1, 2],
+                "low": [0.6, 0.45, 0.1],
+            }
+        ),
+    }
+    subject = Subject("toy", "docs", ModelShape(2, 4, 2, 8), 1, 6, 4, {}, tables)
+    balance, predictors = shortcomings(subject)
+    assert balance.endswith("tokens: 1")
+    assert predictors.endswith("interval): poor")

@@ -1,0 +1,202 @@
+"""Arrivals and online requests: traces as they are, rates, exact lengths, bad files refused."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+
+from experiments.errors import UserError
+from experiments.run.arrivals import (
+    CONVERSATION_INPUT,
+    CONVERSATION_OUTPUT,
+    Arrival,
+    generated,
+    read_azure_trace,
+    sampled,
+)
+from experiments.run.datasets import Dataset
+from experiments.run.online import OnlineSettings, OnlineWorkload, online, prompts_of
+from experiments.run.weights import SCALE_MODELS
+from tests.command import ROOT
+
+SHARED = ROOT.parent / "shared"
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
+TEXTS = tuple(f"Text {number} tells of the number {number}." for number in range(7))
+DATASET = Dataset("test", "made up", TEXTS)
+
+needs_traces = pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared")
+
+
+def azure(kind: str) -> Path:
+    return SHARED / "data" / f"AzureLLMInferenceTrace_{kind}.csv"
+
+
+def settings(**changed: Any) -> OnlineSettings:
+    conf = OmegaConf.load(ROOT / "conf" / "workload" / "online.yaml")
+    plain: Any = OmegaConf.to_container(conf)
+    return OnlineSettings(**{**plain, **changed})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+
+
+@needs_traces
+def test_the_generators_lengths_are_fitted_to_the_conversation_trace() -> None:
+    trace = read_azure_trace(azure("conv"))
+    for fit, lengths in (
+        (CONVERSATION_INPUT, [row.input_tokens for row in trace]),
+        (CONVERSATION_OUTPUT, [row.output_tokens for row in trace]),
+    ):
+        logarithms = np.log(lengths)
+        assert fit.mean == round(logarithms.mean(), 4)
+        assert fit.std == round(logarithms.std(), 4)
+        assert fit.largest == max(lengths)
+
+
+def test_generated_lengths_and_gaps_follow_their_distributions() -> None:
+    arrivals = generated(20_000, 2.91, seed=0)
+    inputs = [arrival.input_tokens for arrival in arrivals]
+    outputs = [arrival.output_tokens for arrival in arrivals]
+    assert np.mean(inputs) == pytest.approx(1228, rel=0.03)
+    assert np.mean(outputs) == pytest.approx(213, rel=0.03)
+    assert np.median(inputs) == pytest.approx(math.exp(6.6333), rel=0.03)
+    assert (min(inputs), max(inputs)) >= (1, 5000)
+    assert max(inputs) <= 14050
+    assert max(outputs) == 1000
+    gaps = np.diff([arrival.seconds for arrival in arrivals])
+    assert gaps.mean() == pytest.approx(1 / 2.91, rel=0.03)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
+    assert arrivals[0].seconds == 0
+    assert arrivals == generated(20_000, 2.91, seed=0)
+    assert arrivals[:9] != generated(9, 2.91, seed=1)
+
+
+def test_a_trace_keeps_its_rhythm_at_another_rate() -> None:
+    trace = tuple(Arrival(seconds, 1, 1) for seconds in (5.0, 6.0, 9.0, 15.0))
+    times = [arrival.seconds for arrival in sampled(trace, 4, 3.0, "trace", seed=0)]
+    assert times == pytest.approx([0.0, 0.1, 0.4, 1.0])
+
+
+@pytest.mark.parametrize("process", ["trace", "poisson"])
+def test_sampled_rows_keep_both_lengths_and_none_is_taken_twice(process: Any) -> None:
+    trace = tuple(Arrival(float(n), n + 1, 2 * n + 1) for n in range(1000))
+    rows = sampled(trace, 300, 2.91, process, seed=3)
+    assert all(row.output_tokens == 2 * row.input_tokens - 1 for row in rows)
+    assert len({row.input_tokens for row in rows}) == 300
+    assert [row.seconds for row in rows] == sorted(row.seconds for row in rows)
+    assert rows[0].seconds == 0
+    assert 299 / rows[-1].seconds == pytest.approx(2.91, rel=0.2)
+    assert rows == sampled(trace, 300, 2.91, process, seed=3)
+    assert rows != sampled(trace, 300, 2.91, process, seed=4)
+
+
+def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"{HEADER}2024-05-10 00:00:02+00:00,5,6\n2024-05-10 00:00:00.5+00:00,7,8\n\n")
+    assert read_azure_trace(path) == (Arrival(0.0, 7, 8), Arrival(1.5, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no CSV table"),
+        (HEADER, "no requests below its header"),
+        ("TIMESTAMP,ContextTokens\n", "lacks GeneratedTokens"),
+        (f"{HEADER}{GOOD}soon,1,2\n", r"line 3 of .*: 'soon' as TIMESTAMP is no time"),
+        (f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}", r"line 4 of .*: '0' as GeneratedTokens"),
+        (f"{HEADER}{GOOD.replace('374', '1e30')}", r"line 2 of .*: '1e30' as ContextTokens"),
+        (f"{HEADER}{GOOD}2023-11-16 18:15:46,,1\n", "line 3 of .*: an empty field as Context"),
+        (f"{HEADER}2023-11-16,1,2,3\n", "is no CSV table"),
+    ],
+)
+def test_a_malformed_trace_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_azure_trace(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_trace_too_short_or_without_time_is_refused() -> None:
+    trace = (Arrival(1.0, 1, 1),) * 3
+    with pytest.raises(UserError, match="has 3 requests, 4 are asked for"):
+        sampled(trace, 4, 1.0, "poisson", seed=0)
+    with pytest.raises(UserError, match="all arrive at once"):
+        sampled(trace, 2, 1.0, "trace", seed=0)
+    assert sampled(trace, 1, 1.0, "trace", seed=0) == (Arrival(0.0, 1, 1),)
+
+
+def test_prompts_have_exactly_their_lengths_and_use_every_text_once_a_pass(tokenizer: Any) -> None:
+    texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
+    longest = max(map(len, texts))
+    prompts, passes = prompts_of([longest + 1] * 3, DATASET, tokenizer, seed=0)
+    assert passes == 1
+    begins = [i for i, text in enumerate(texts) for p in prompts if p[:9] == tuple(text[:9])]
+    assert len(set(begins)) == 3
+    lengths = [1, 500, 2, 37]
+    prompts, passes = prompts_of(lengths, DATASET, tokenizer, seed=0)
+    assert [len(prompt) for prompt in prompts] == lengths
+    assert passes > 1
+
+
+def test_the_seed_draws_the_first_text_and_who_gets_which(tokenizer: Any) -> None:
+    texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
+    shortest = min(map(len, texts))
+    begins = [tuple(text[:shortest]) for text in texts]
+    assert len(set(begins)) == len(TEXTS)
+
+    def drawn(count: int, seed: int) -> list[int]:
+        prompts, _ = prompts_of([shortest] * count, DATASET, tokenizer, seed)
+        return [begins.index(prompt) for prompt in prompts]
+
+    assert len({drawn(1, seed)[0] for seed in range(10)}) > 3
+    everything = [drawn(len(TEXTS), seed) for seed in range(5)]
+    assert all(sorted(order) == list(range(len(TEXTS))) for order in everything)
+    steps = {(b - a) % len(TEXTS) for order in everything for a, b in pairwise(order)}
+    assert steps != {1}, "neighbours in time would always share a document"
+
+
+def test_a_prompt_too_short_for_the_chat_template_goes_without() -> None:
+    chat: Any = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    chat.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}answer:"
+    (short, long), _ = prompts_of([2, 30], DATASET, chat, seed=0)
+    assert (len(short), len(long)) == (2, 30)
+    assert "<u>" not in chat.decode(list(short))
+    assert chat.decode(list(long)).startswith("<u>")
+    assert chat.decode(list(long)).endswith("</u>answer:")
+
+
+def test_texts_without_a_token_are_refused() -> None:
+    def nothing(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    empty: Any = nothing
+    empty.bos_token_id = None
+    with pytest.raises(UserError, match="hold no token"):
+        prompts_of([3], DATASET, empty, seed=0)
+
+
+def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
+    def load(seed: int = 0, **changed: Any) -> OnlineWorkload:
+        return online(DATASET, tokenizer, settings(requests=30, **changed), seed)
+
+    capped = load(max_input_tokens=40, max_output_tokens=300)
+    plain = load(max_input_tokens=40)
+    longest = [one.output_tokens > 300 for one in plain.requests]
+    assert max(len(one.prompt) for one in capped.requests) == 40
+    assert max(one.output_tokens for one in capped.requests) == 300
+    assert 0 < sum(longest) < plain.shortened <= capped.shortened <= 30
+    assert [one.arrival for one in capped.requests] == [one.arrival for one in plain.requests]
+    assert len({capped.sha256, plain.sha256, load(1, max_input_tokens=40).sha256}) == 3
+    assert plain == load(max_input_tokens=40)

@@ -1,0 +1,247 @@
+"""Continuous batching: conservation in virtual time, and the same tokens as alone live."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, PreTrainedModel
+
+from baselines.on_demand import OnDemandPolicy
+from experiments.run.continuous import (
+    ContinuousServer,
+    Schedule,
+    ServedOnline,
+    Step,
+    run_schedule,
+)
+from experiments.run.online import TimedRequest
+from experiments.run.serving import Server
+from experiments.run.small_models import COMMON, FAMILIES, random_model, small_model
+from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import Iteration, Placement
+from tests.engine import emulated
+
+CPU = torch.device("cpu")
+
+
+def request(number: int, arrival: float, output_tokens: int, input_tokens: int = 3) -> TimedRequest:
+    generator = torch.Generator().manual_seed(number)
+    prompt = torch.randint(128, (input_tokens,), generator=generator).tolist()
+    return TimedRequest(number, tuple(prompt), output_tokens, arrival)
+
+
+# The schedule, in virtual time -----------------------------------------------------------------
+
+
+def test_a_schedule_worked_out_by_hand() -> None:
+    requests = [request(7, 1.0, 3), request(8, 1.5, 1), request(9, 2.5, 2), request(6, 20.0, 1)]
+    steps: list[tuple[float, str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def carry_out(step: Step, now: float) -> float:
+        steps.append((now, step.phase, step.iteration.requests, step.generated))
+        return now + (2.0 if step.phase == "prefill" else 1.0)
+
+    times = run_schedule(Schedule(requests, 2, first_iteration=5), carry_out)
+    assert steps == [
+        (1.0, "prefill", (7,), (0,)),
+        (3.0, "prefill", (8,), (0,)),  # leaves at once, which makes room for 9
+        (5.0, "prefill", (9,), (0,)),
+        (7.0, "decode", (7, 9), (1, 1)),  # 9 leaves
+        (8.0, "decode", (7,), (2,)),
+        (20.0, "prefill", (6,), (0,)),
+    ]
+    assert [one.request.number for one in times] == [7, 8, 9, 6]
+    assert [one.started for one in times] == [1.0, 3.0, 5.0, 20.0]
+    assert [one.queueing for one in times] == [0.0, 1.5, 2.5, 0.0]
+    assert [one.token_times for one in times] == [(2.0, 7.0, 8.0), (3.5,), (4.5, 5.5), (2.0,)]
+    assert [one.iterations for one in times] == [(5, 8, 9), (6,), (7, 8), (10,)]
+
+
+arrivals = st.floats(0, 20) | st.integers(0, 5).map(float)
+loads = st.lists(st.tuples(arrivals, st.integers(1, 5)), min_size=1, max_size=12)
+
+
+@given(loads, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_every_schedule_conserves(load: list[tuple[float, int]], room: int, durations: Any) -> None:
+    requests = [request(number, *one) for number, one in enumerate(load)]
+    seen: list[tuple[Step, float, float]] = []
+
+    def carry_out(step: Step, now: float) -> float:
+        seen.append((step, now, now + durations.choice([0.001, 0.4, 3.0])))
+        return seen[-1][2]
+
+    times = run_schedule(Schedule(requests, room), carry_out)
+    # Every request served once, with exactly its tokens, and none before its arrival.
+    assert sorted(one.request.number for one in times) == list(range(len(requests)))
+    made = Counter(number for step, *_ in seen for number in step.iteration.requests)
+    assert made == {one.number: one.output_tokens for one in requests}
+    for one in times:
+        assert len(one.token_times) == len(one.iterations) == one.request.output_tokens
+        assert one.queueing >= 0
+        assert one.token_times[0] > one.queueing - 1e-9
+        assert list(one.token_times) == sorted(one.token_times)
+    # First come, first served.
+    order = sorted(requests, key=lambda one: (one.arrival, one.number))
+    assert [one.request for one in times] == order
+    check_borders(requests, room, seen)
+
+
+def check_borders(
+    requests: list[TimedRequest], room: int, seen: list[tuple[Step, float, float]]
+) -> None:
+    """Recompute who waits and who runs at every border from the steps before it."""
+    made: Counter[int] = Counter()
+    last_end = 0.0
+    for number, (step, begin, end) in enumerate(seen):
+        left = [one for one in requests if made[one.number] < one.output_tokens]
+        here = [one for one in left if one.arrival <= begin]
+        running = [one for one in here if made[one.number]]
+        waiting = [one for one in here if not made[one.number]]
+        assert step.number == number
+        assert begin == max(last_end, min(one.arrival for one in left)), "idle though one waits"
+        if waiting and len(running) < room:
+            assert step.phase == "prefill"
+            assert len(step.requests) == 1
+            assert step.requests[0] in waiting
+        else:
+            assert step.phase == "decode"
+            assert set(step.iteration.requests) == {one.number for one in running}
+        assert len(step.requests) <= room
+        assert step.generated == tuple(made[one.number] for one in step.requests)
+        made.update(step.iteration.requests)
+        last_end = end
+
+
+# The live server -------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when somebody looks at it or sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+class Watch(OnDemandPolicy):
+    """Notes the rows that reach the embedding, and the requests that end."""
+
+    def __init__(self, model: OffloadedModel) -> None:
+        super().__init__(model.shape)
+        self.placement = Placement("background")
+        self.rows: list[tuple[Iteration, int]] = []
+        self.ended: list[int] = []
+
+    def on_embeddings(self, iteration: Iteration, embeddings: Any) -> tuple[()]:
+        self.rows.append((iteration, len(embeddings)))
+        return ()
+
+    def on_gate(self, iteration: Iteration, gate: Any) -> tuple[()]:
+        self.rows.append((iteration, len(gate.probabilities)))
+        return ()
+
+    def end_request(self, request: int) -> None:
+        self.ended.append(request)
+
+
+LOAD = (
+    request(0, 0.0, 9, input_tokens=4),
+    request(1, 0.0, 3, input_tokens=17),  # the longest leaves first
+    request(2, 0.05, 1, input_tokens=2),
+    request(3, 0.05, 12, input_tokens=1),
+    request(4, 0.06, 5, input_tokens=11),
+    request(5, 9.0, 3, input_tokens=6),  # alone again
+)
+
+
+def offloaded(family: str, **config: Any) -> OffloadedModel:
+    model: PreTrainedModel = small_model(family, torch.float32)
+    if config:
+        settings = {**COMMON, **FAMILIES[family], **config}
+        model = random_model(AutoConfig.for_model(family, **settings), torch.float32, 0)
+    return OffloadedModel.from_model(model, CPU)
+
+
+def served(server: ContinuousServer) -> dict[int, ServedOnline]:
+    return {one.request.number: one for one in server.serve(LOAD)}
+
+
+def alone(model: OffloadedModel) -> dict[int, tuple[int, ...]]:
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        server = Server(runtime)
+        return {one.number: server.serve([one])[0].tokens for one in LOAD}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("gpt_oss", {"sliding_window": 8}),
+        ("mixtral", {"sliding_window": 8}),
+    ],
+)
+def test_requests_get_the_same_tokens_as_alone(family: str, config: dict[str, Any]) -> None:
+    model = offloaded(family, **config)
+    expected = alone(model)
+    assert len(set(expected[3])) > 2, "a model that repeats itself shows nothing"
+    clock = Clock()
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
+        assert {number: one.tokens for number, one in served(server).items()} == expected
+    sizes = {len(step.requests) for step in server.steps if step.phase == "decode"}
+    assert sizes == {1, 2, 3}
+
+
+def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
+    model, clock = offloaded("mixtral"), Clock()
+    watch = Watch(model)
+    stored = model.store.layout.nbytes
+    with offloading_runtime(model, watch, emulated(), (6,), stored) as runtime:
+        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
+        server.serve(LOAD)
+        runtime.drain()
+    assert len(watch.rows) == len(server.steps) * (1 + model.shape.layers)
+    for iteration, rows in watch.rows:
+        assert rows == sum(iteration.tokens)
+        assert iteration.phase == "prefill" or rows == len(iteration.requests)
+    assert sorted(watch.ended) == list(range(len(LOAD)))
+    leaving = [one.number for step in server.steps for one in step.leaving]
+    assert watch.ended == leaving
+
+
+def test_caches_are_merged_only_when_members_change() -> None:
+    model, clock = offloaded("mixtral"), Clock()
+    caches: list[Any] = []
+    model.model.register_forward_pre_hook(
+        lambda _module, _inputs, named: caches.append(named.get("cache")),
+        with_kwargs=True,
+    )
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
+        server.serve(LOAD)
+    decodes = [
+        (step.iteration.requests, cache)
+        for step, cache in zip(server.steps, caches, strict=True)
+        if step.phase == "decode"
+    ]
+    same = [a is b for (who, a), (them, b) in pairwise(decodes) if who == them]
+    other = [a is b for (who, a), (them, b) in pairwise(decodes) if who != them]
+    assert len(same) > 5
+    assert all(same)
+    assert len(other) > 3
+    assert not any(other)

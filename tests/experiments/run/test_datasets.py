@@ -1,0 +1,109 @@
+"""Prompts: schemas, exact lengths, templates, determinism, nothing from the training text."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from transformers import AutoTokenizer
+
+from experiments.errors import UserError
+from experiments.run.corpus import documents
+from experiments.run.datasets import Dataset, conversations, corpus_dataset, draw_prompts
+from experiments.run.weights import SCALE_MODELS
+
+TEXTS = ("What is the capital of France, and how many live there?", "Tell me about whales.")
+LMSYS = [{"conversation": [{"role": "user", "content": text}]} for text in TEXTS]
+SHAREGPT = [
+    {"conversations": [{"from": "system", "value": "x"}, {"from": "human", "value": text}]}
+    for text in TEXTS
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+
+
+@pytest.mark.parametrize("rows", [LMSYS, SHAREGPT], ids=["lmsys", "sharegpt"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_both_schemas_are_read_from_every_format(
+    rows: list[dict[str, Any]], suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert conversations("test", str(path), "train").texts == TEXTS
+
+
+def test_prompts_have_exactly_the_tokens_asked_for_and_depend_on_the_seed(tokenizer: Any) -> None:
+    dataset = corpus_dataset("docs", "docs")
+    first = draw_prompts(dataset, tokenizer, 20, 37, seed=0)
+    assert {len(prompt) for prompt in first.prompts} == {37}
+    assert first == draw_prompts(dataset, tokenizer, 20, 37, seed=0)
+    assert first.sha256 != draw_prompts(dataset, tokenizer, 20, 37, seed=1).sha256
+
+
+def test_a_chat_template_is_counted_in(tokenizer: Any) -> None:
+    chat = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    chat.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}answer:"
+    prompts = draw_prompts(Dataset("t", "t", TEXTS), chat, 1, 14, seed=0).prompts
+    text = str(chat.decode(list(prompts[0])))
+    assert len(prompts[0]) == 14
+    assert text.startswith("<u>")
+    assert text.endswith("</u>answer:")
+
+
+@pytest.mark.parametrize("kind", ["docs", "code"])
+def test_built_in_prompts_come_from_held_out_documents_only(kind: Any) -> None:
+    texts = corpus_dataset(kind, kind).texts
+    assert len(texts) >= 256
+    training = "\n\n".join(d.text for d in documents() if not d.held_out)
+    long = [text for text in texts if len(text) > 400]
+    assert long
+    assert not [text for text in long if text in training]
+
+
+ODD = [
+    (None, "NoneType where an object is due"),
+    ({"conversation": None}, "no list of turns as conversation or conversations"),
+    ({"conversations": [{"from": "gpt", "value": "x"}]}, "no turn by user or human, only by .'gpt"),
+    ({"conversations": [{"from": "human", "value": ["x"]}]}, "no text in turn 1, but .'x'"),
+    ({"conversations": [{"from": "human", "value": 5}]}, "no text in turn 1, but 5"),
+    ({"conversations": [{"from": "human", "value": "\ud800"}]}, "surrogates not allowed"),
+    ({"conversations": ["hello"]}, "no list of turns"),
+]
+
+
+@pytest.mark.parametrize(("row", "cause"), ODD)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_row_that_is_no_conversation_is_skipped_and_counted(
+    row: Any, cause: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = tmp_path / f"rows.{suffix}", [SHAREGPT[0], row, LMSYS[1]]
+    lines = [json.dumps(one) for one in rows]
+    path.write_text("\n".join(lines) if suffix == "jsonl" else json.dumps(rows))
+    read = conversations("test", str(path), "train")
+    assert read.texts == TEXTS
+    assert read.source == f"{path} (skipped 1 row of 3)"
+    place = "line" if suffix == "jsonl" else "row"
+    found = capsys.readouterr().err
+    assert re.search(f"^skipped 1 row of {path}: {place} 2: .*{cause}.*\n$", found)
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
+        conversations("test", str(path), "train")
+
+
+def test_turns_by_user_and_assistant_are_read_under_either_key(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    turns = [{"from": "assistant", "value": "x"}, {"from": "user", "value": TEXTS[0]}]
+    path.write_text(json.dumps([{"conversations": turns}]))
+    assert conversations("test", str(path), "train").texts == TEXTS[:1]

@@ -1,0 +1,64 @@
+"""TTFT, TPOT, ITL and E2EL as vLLM's serving benchmark defines them, and their statistics."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.bootstrap import interval, request_draws
+from experiments.run.metrics import AccessCounter, Accesses, latency_summary, request_table
+from experiments.run.serving import Served
+from experiments.run.workloads import Request
+from finemoe.offload.policy import Iteration, LayerOutcome
+
+
+def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Served:
+    tokens = tuple(range(len(times)))
+    return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, iterations)
+
+
+def counter(iterations: int) -> AccessCounter:
+    return AccessCounter({number: Accesses() for number in range(iterations)})
+
+
+def test_latencies_of_one_request() -> None:
+    one = served((0.5, 0.6, 0.9), range(3))
+    assert one.ttft == 0.5
+    assert one.e2el == 0.9
+    assert one.tpot == pytest.approx(0.2)
+    assert one.itl == pytest.approx((0.1, 0.3))
+
+
+def test_a_single_token_has_no_tpot() -> None:
+    requests = request_table([served((0.5,), range(1))], counter(1))
+    found = latency_summary(requests, "docs")
+    assert found["tpot_s"] is found["itl_s"] is found["queueing_s"] is None
+    assert found["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5, "ci95": None}
+
+
+def test_a_record_has_the_intervals_of_figures_and_claims() -> None:
+    several = [served((t, 2 * t, 4 * t), range(3), number) for number, t in enumerate((1, 2, 3, 9))]
+    requests = request_table(several, counter(3))
+    found = latency_summary(requests, "docs")
+    assert found["tpot_s"]["mean"] == 1.5 * 15 / 4
+    for name in ("ttft_s", "tpot_s", "e2el_s"):
+        ends = interval(request_draws(requests, name, "docs"))
+        assert found[name]["ci95"] == list(ends or ())
+    # Gaps of one request are drawn together.
+    low, high = found["itl_s"]["ci95"]
+    assert (low, high) == tuple(found["tpot_s"]["ci95"])
+
+
+def test_accesses_are_counted_by_phase_and_request() -> None:
+    counter = AccessCounter()
+    prefill = Iteration(4, "prefill", (7,), (3,))
+    decode = Iteration(5, "decode", (7,), (1,))
+    counter(LayerOutcome(prefill, 0, hits=(0,), late=(), misses=(1, 2)))
+    counter(LayerOutcome(prefill, 1, hits=(), late=(3,), misses=()))
+    counter(LayerOutcome(decode, 0, hits=(0, 1), late=(), misses=()))
+    summary = counter.summary()
+    assert (summary["hits"], summary["late"], summary["misses"]) == (3, 1, 2)
+    assert summary["expert_hit_rate"] == 0.5
+    assert summary["phases"]["prefill"]["expert_hit_rate"] == 0.25
+    assert summary["phases"]["decode"]["expert_hit_rate"] == 1.0
+    row = request_table([served((0.1, 0.2), range(4, 6))], counter).iloc[0]
+    assert (row["hits"], row["late"], row["misses"]) == (3, 1, 2)

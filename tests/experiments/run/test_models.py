@@ -1,0 +1,257 @@
+"""Checkpoints that are another model, damaged, or not there: one line with the cause each."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoTokenizer
+
+from experiments.errors import UserError
+from experiments.run.datasets import template
+from experiments.run.models import check_weights, load_model
+from experiments.run.small_models import random_model
+from experiments.run.weights import SCALE_MODELS, hub_access
+from tests.command import SMALL, composed, run_command
+
+FACTS = {"layers": 2, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral of 2 layers and 4 experts, top-2, in three shards, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    random_model(config, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def config_of(weights: Path | str, **facts: Any) -> Any:
+    told = [f"model.{name}={value}" for name, value in {**FACTS, **facts}.items()]
+    return composed(f"weights='{weights}'", "model.hub_id=someone/toy", *told)
+
+
+def loaded(weights: Path | str, **facts: Any) -> Any:
+    cfg = config_of(weights, **facts)
+    return load_model(cfg.model, str(weights), CPU, 0)
+
+
+def shard(folder: Path) -> Path:
+    return min(folder.glob("model-*.safetensors"))
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Return what changes keys of a JSON file of a checkpoint."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def without(pattern: str) -> Callable[[Path], None]:
+    def remove(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+    return remove
+
+
+def truncate(folder: Path) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-100])
+
+
+def enlarge_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<one more>")])
+    tokenizer.save_pretrained(folder)
+
+
+def of_another_layer_count(layers: int) -> tuple[Callable[[Path], None], dict[str, int]]:
+    return edit("config.json", num_hidden_layers=layers), {"layers": layers}
+
+
+CUSTOM = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+QUANTISED = {"quant_method": "gptq", "bits": 4}
+DAMAGES: dict[str, tuple[Callable[[Path], Any], dict[str, int], str]] = {
+    "truncated shard": (truncate, {}, "model-00001-of-00003.safetensors: .*not fully covered"),
+    "empty shard": (lambda it: shard(it).write_bytes(b""), {}, "model-00001.*header too small"),
+    "missing shard": (lambda it: shard(it).unlink(), {}, "No such file.*model-00001"),
+    "no weights": (without("model*"), {}, "no file named model.safetensors"),
+    "unpacked index": (edit("model.safetensors.index.json", weight_map=0), {}, "cannot load the w"),
+    "more layers": (*of_another_layer_count(3), "9 tensors are missing, such as model.layers.2"),
+    "fewer layers": (*of_another_layer_count(1), "9 tensors are unexpected, such as model.layers"),
+    "wider": (edit("config.json", hidden_size=32), {"hidden_size": 32}, "tensors are mismatched"),
+    "quantised": (
+        edit("config.json", quantization_config=QUANTISED),
+        {},
+        "requires optimum.*; install what it needs",
+    ),
+    "no tokenizer": (without("tokenizer*"), {}, "cannot load the tokenizer of"),
+    "odd tokenizer": (lambda it: (it / "tokenizer.json").write_text("{}"), {}, "the tokenizer of"),
+    "large tokenizer": (enlarge_tokenizer, {}, "4097 ids, the model's vocabulary 4096"),
+    "no JSON": (lambda it: (it / "config.json").write_text("{"), {}, "not a valid JSON file"),
+    "no type": (lambda it: (it / "config.json").write_text("{}"), {}, "have a `model_type` key"),
+    "odd number": (edit("config.json", num_attention_heads=0), {}, "ZeroDivisionError"),
+    "odd type": (edit("config.json", hidden_size="x"), {}, "'hidden_size' expected int"),
+    "too few experts": (edit("config.json", num_experts_per_tok=9), {}, "=9 of 4 experts"),
+    "no experts": (edit("config.json", model_type="llama"), {}, "LlamaForCausalLM has no experts"),
+    "custom code": (
+        edit("config.json", model_type="evil", auto_map=CUSTOM),
+        {},
+        "contains custom code",
+    ),
+    "another shape": (
+        lambda it: None,
+        {"experts": 8},
+        r"hold a mixtral of 2 x 4 experts.*model=mixtral is a mixtral of 2 x 8 experts.*"
+        "write a YAML for them in conf/model",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_checkpoint_is_refused_with_its_cause(
+    damage: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    inflict, facts, cause = DAMAGES[damage]
+    inflict(folder)
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    with pytest.raises(UserError, match=cause) as caught:
+        loaded(folder, **facts)
+    assert "\n" not in str(caught.value)
+    assert "reached" not in str(caught.value), "it is not the network"
+    assert not ran.exists()
+
+
+def test_a_whole_checkpoint_is_loaded_from_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert loaded("~/model").offloaded.shape.layers == 2
+
+
+def test_code_beside_a_known_model_is_not_run(folder: Path) -> None:
+    edit("config.json", auto_map=CUSTOM)(folder)
+    (folder / "evil.py").write_text("raise SystemExit")
+    assert loaded(folder).offloaded.shape.experts == 4
+
+
+@pytest.mark.parametrize("testbed", ["emulated", "rtx3090x6"])
+def test_weights_of_another_model_are_refused_before_anything_is_recorded(
+    testbed: str, tmp_path: Path
+) -> None:
+    places = (f"output={tmp_path / 'run'}", f"traces={tmp_path / 'traces'}")
+    scale = f"weights={SCALE_MODELS / 'mixtral'}"
+    small = [one for one in SMALL if not one.startswith("testbed")]
+    done = run_command(*small, "model=qwen", scale, f"testbed={testbed}", *places)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "hold a mixtral model, while model=qwen is a qwen2_moe; use model=mixtral" in done.stderr
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen", "phi"])
+def test_the_config_alone_tells_which_model_fits(model: str, tmp_path: Path) -> None:
+    fitting = composed(f"model={model}", f"weights={tmp_path}")
+    family = fitting.model.scale.config.model_type
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    check_weights(fitting)
+    other = "phi" if model == "mixtral" else "mixtral"
+    with pytest.raises(UserError, match=f"hold a {family} .*; use model={model}$"):
+        check_weights(composed(f"model={other}", f"weights={tmp_path}"))
+
+
+def test_weights_of_the_hub_that_are_not_in_the_cache_pass_the_early_check() -> None:
+    check_weights(composed("weights=hub"))
+
+
+@pytest.fixture
+def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an empty cache of a hub that does not answer."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_network_the_cache_is_used_and_said(
+    whole: Path, unreachable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cached = unreachable / "models--someone--toy"
+    revision = "a" * 40
+    shutil.copytree(whole, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    assert loaded("hub").offloaded.shape.layers == 2
+    assert capfd.readouterr().err.count("what the cache holds is used") == 1
+    with pytest.raises(UserError, match=r"2 x 4 experts.*2 x 5 experts"):
+        check_weights(config_of("hub", experts=5))
+
+
+def test_without_a_network_nothing_is_tried_again(unreachable: Path) -> None:
+    with hub_access():
+        assert constants.is_offline_mode()
+    assert not constants.is_offline_mode()
+    library = logging.getLogger("huggingface_hub")
+    assert library.handlers
+    assert not library.propagate, "each line would appear twice"
+
+
+def test_without_a_network_or_a_cache_one_line_says_so(
+    unreachable: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"not in the cache, and http.* cannot be reached; connect"):
+        loaded("hub")
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "chat_template",
+    [
+        "{{ messages[0].content | upper }}",
+        "{{ messages[0].content[:20] }}",
+        "{{ messages[0].content | e }}",
+        "{{ messages[0].content }}{{ messages[0].content }}",
+        "assistant:",
+        "{{ raise_exception('no user') }}",
+        "{% if %}",
+    ],
+)
+def test_a_chat_template_that_changes_prompts_is_refused(chat_template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    tokenizer.chat_template = "<{{ messages[0].content | trim }}>"
+    assert [len(part) for part in template(tokenizer)] == [1, 1]
+    tokenizer.chat_template = chat_template
+    with pytest.raises(UserError, match=r"chat template.*; remove or replace its chat template"):
+        template(tokenizer)

@@ -1,0 +1,208 @@
+"""Online runs through the command line: nobody lost, nothing before its time, honest records."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from experiments.errors import UserError
+from experiments.run import online_serving
+from experiments.run.config import build, online_settings
+from experiments.run.console import Console
+from experiments.run.continuous import Schedule
+from experiments.run.harness import run
+from experiments.run.online import planned
+from finemoe.trace_file import TraceReader
+from tests.command import config, run_command
+
+TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:03.0,9,3
+2023-11-16 18:17:03.1,30,1
+2023-11-16 18:17:03.2,6,5
+2023-11-16 18:17:03.3,12,2
+"""
+LENGTHS = [(9, 3), (12, 1), (6, 4), (12, 2)]
+"""The rows of the trace under the caps below."""
+CAPS = ("workload.max_input_tokens=12", "workload.max_output_tokens=4")
+SIMULATED = ("testbed=rtx3090x6", "memory_budget=24")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("online")
+    (path / "azure.csv").write_text(TRACE)
+    return path
+
+
+def arguments(folder: Path, *overrides: str) -> list[str]:
+    workload = ["workload=online", "workload.requests=4", "workload.max_batch_size=2", *CAPS]
+    places = [f"workload.trace={folder / 'azure.csv'}", f"traces={folder / 'traces'}"]
+    return [*workload, *places, *overrides]
+
+
+def composed_online(folder: Path, *overrides: str) -> DictConfig:
+    return config("config", *arguments(folder, "output=unused", *overrides))
+
+
+def in_process(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+    output = folder / name
+    output.mkdir()
+    return run(composed_online(folder, f"output={output}", *overrides), Console())
+
+
+def complaint(folder: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run(composed_online(folder, *overrides), Console())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def replayed(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    output = folder / "replayed"
+    done = run_command(*arguments(folder, *SIMULATED, f"output={output}"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((output / "run.json").read_text())
+    return record, pd.read_parquet(output / "requests.parquet")
+
+
+def test_every_request_is_served_once_with_the_tokens_asked_for(
+    replayed: tuple[dict[str, Any], pd.DataFrame],
+) -> None:
+    table = replayed[1].sort_values("request")
+    assert table["request"].tolist() == [0, 1, 2, 3]
+    columns = table["input_tokens"], table["output_tokens"]
+    assert list(zip(*columns, strict=True)) == LENGTHS
+    assert [len(tokens) for tokens in table["tokens"]] == [tokens for _, tokens in LENGTHS]
+
+
+def test_nothing_happens_before_its_time(
+    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
+) -> None:
+    cfg = composed_online(folder, *SIMULATED)
+    plan = planned(online_settings(cfg.workload), cfg.seed)
+    table = replayed[1].sort_values("batch")
+    assert table["arrival_s"].tolist() == [arrival.seconds for arrival in plan.arrivals]
+    assert (table["queueing_s"] >= 0).all()
+    assert (table["ttft_s"] > table["queueing_s"]).all()
+    starts = table["arrival_s"] + table["queueing_s"]
+    ends = table["arrival_s"] + table["e2el_s"]
+    for begin, following in pairwise(starts):
+        assert following > begin
+    # At most two at once: the third starts when the first of the others has left.
+    assert starts.iloc[2] >= ends.iloc[:2].min()
+    gaps = table["itl_s"].map(sum) + table["ttft_s"]
+    assert gaps.tolist() == pytest.approx(table["e2el_s"].tolist())
+
+
+def test_the_record_says_what_was_served(
+    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
+) -> None:
+    record, table = replayed
+    said = record["online"]
+    assert said["requests"] == 4
+    assert said["shortened"] == 2
+    assert said["realised_rate"] == pytest.approx(3 / table["arrival_s"].max())
+    assert said["served_rate"] == pytest.approx(4 / (table["arrival_s"] + table["e2el_s"]).max())
+    assert record["history"] == "none"
+    summary = record["summary"]
+    assert summary["queueing_s"]["mean"] == pytest.approx(table["queueing_s"].mean())
+    assert summary["lossless"] is None
+    assert summary["history_bytes"]["store"] > 0
+
+
+def test_arrivals_at_another_rate_replay_the_same_trace(
+    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
+) -> None:
+    record = in_process(folder, "slow", *SIMULATED, "system=on_demand", "workload.rate=0.001")
+    assert len(list((folder / "traces").iterdir())) == 1
+    assert record["summary"]["queueing_s"]["mean"] == 0
+    assert record["summary"]["busy_seconds"] < 4 / record["online"]["served_rate"] / 2
+    assert record["online"]["sha256"] != replayed[0]["online"]["sha256"]
+    assert record["dataset_sha256"] == replayed[0]["dataset_sha256"]
+
+
+def test_the_kept_trace_holds_all_steps_of_every_request(
+    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
+) -> None:
+    (path,) = (folder / "traces").iterdir()
+    with TraceReader(path) as trace:
+        traced = [trace.request(number) for number in range(4)]
+    found = [(one.steps[0].tokens, len(one.steps)) for one in traced]
+    assert found == LENGTHS
+    for one in traced:
+        assert len(one.prompt) == one.steps[0].tokens
+        for step in one.steps:
+            assert (step.counts.sum(axis=1) == 2 * step.tokens).all()
+            assert step.hidden_states is not None
+
+
+def test_live_serving_is_lossless_and_of_the_same_workload(
+    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
+) -> None:
+    fast = ("testbed=emulated", "testbed.time_scale=0.01", "workload.rate=50")
+    record = in_process(folder, "live", *fast, "memory_budget=6")
+    assert record["mode"] == "emulated"
+    assert record["summary"]["lossless"] is True
+    assert record["dataset_sha256"] == replayed[0]["dataset_sha256"]
+    assert record["summary"]["history_bytes"]["store"] > 0
+    table = pd.read_parquet(folder / "live" / "requests.parquet").sort_values("request")
+    assert table["output_tokens"].tolist() == [tokens for _, tokens in LENGTHS]
+    assert (table["ttft_s"] > table["queueing_s"]).all()
+    assert table["queueing_s"].max() > 0
+
+
+def test_a_wrong_logit_is_noticed(folder: Path) -> None:
+    fast = ("testbed=emulated", "testbed.time_scale=0.01", "system=resident")
+    cfg = composed_online(folder, *fast, "workload.max_output_tokens=1", "workload.requests=1")
+    prepared = online_serving.prepare_online(cfg, build(cfg.testbed))
+    wrong = torch.zeros(1, 4096, dtype=torch.bfloat16)
+    schedule = Schedule(prepared.workload.requests, 1)
+    steps = [step for step in [schedule.next(1e9)] if step is not None]
+    assert len(steps) == 1
+    assert not online_serving.same_logits(prepared, steps, [wrong], Console())
+
+
+@pytest.mark.parametrize(
+    ("system", "testbed"),
+    [("belady", "emulated"), ("oracle", "rtx3090x6"), ("deepspeed_zero", "emulated")],
+)
+def test_systems_that_cannot_serve_arrivals_are_refused(
+    system: str, testbed: str, folder: Path
+) -> None:
+    message = complaint(folder, f"system={system}", f"testbed={testbed}")
+    assert f"system={system}" in message
+    assert "workload=offline" in message
+
+
+def test_a_trace_of_other_lengths_is_refused(
+    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
+) -> None:
+    (path,) = (folder / "traces").iterdir()
+    other = "workload.max_output_tokens=5"
+    message = complaint(folder, *SIMULATED, other, "system=on_demand", f"routing={path}")
+    assert "request 2 with 6 input and 4 output tokens" in message
+    assert "routing=null" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "cause"),
+    [
+        ("workload.requests=5", "lower workload.requests"),
+        ("workload.rate=fast", "fast"),
+        ("workload.rate=0", "greater than"),
+        ("seed=-1", "seed=-1"),
+        ("store.save=maps.safetensors", "workload=offline"),
+        ("+workload.prompts=4", "prompts"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(override: str, cause: str, folder: Path) -> None:
+    assert cause in complaint(folder, *SIMULATED, override)
