@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.run.config import build
-from experiments.run.serving import Server
+from experiments.run.live import LiveBackend
+from experiments.run.schedule import FixedBatches, Request, Served, Server
 from experiments.run.small_models import small_model
-from experiments.run.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape, Policy
@@ -67,6 +67,12 @@ def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[R
     return [Request(first + n, tuple(row), output) for n, row in enumerate(drawn.tolist())]
 
 
+def serve(runtime: Any, *batches: list[Request], **options: Any) -> list[Served]:
+    """Serve batches of requests through a runtime, each of them together; see `LiveBackend`."""
+    server = Server(LiveBackend(runtime, **options))
+    return [one for batch in batches for one in server.serve(FixedBatches(batch, len(batch)))]
+
+
 def configured(system: str, shape: ModelShape, **options: Any) -> Policy:
     """Return the policy that a system's YAML describes, with options changed."""
     facts = {"name": "small", "prefetch_distance": DISTANCE}
@@ -83,7 +89,7 @@ def prepared(policy: Policy, model: OffloadedModel, history: bool = True) -> Pol
         policy.set_gates(gate_weights(model))
     if history and policy.placement.prediction != "none":
         with resident_runtime(model, policy) as runtime:
-            Server(runtime).serve(requests(2, 4, first=50))
+            serve(runtime, requests(2, 4, first=50))
             runtime.drain()
     policy.begin_serving()
     return policy

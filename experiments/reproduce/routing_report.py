@@ -29,7 +29,7 @@ from experiments.figures import routing_analysis as analysis
 from experiments.figures import routing_predictors as prediction
 from experiments.run.console import Console
 from experiments.run.records import provenance
-from experiments.run.routing_source import kept_trace
+from experiments.run.routing import kept_trace
 from experiments.run.weights import SCALE_MODELS
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader

@@ -31,7 +31,7 @@ class Plan:
 
 def record_traces(configs: Sequence[DictConfig]) -> None:
     """Record the traces that these configs need, each once. Raises UserError."""
-    from experiments.run.routing_source import kept_trace
+    from experiments.run.routing import kept_trace
 
     for cfg in configs:
         kept_trace(cfg, Console(quiet=True))
@@ -45,7 +45,7 @@ def run_one(cfg: DictConfig) -> None:
 
 def recorded(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Return the complete record of this config, made now unless it is there. Raises UserError."""
-    from experiments.run.harness import run
+    from experiments.run.protocol import run
 
     held = existing_record(cfg)
     if held is None:
@@ -70,7 +70,7 @@ def log(cfg: DictConfig, record: dict[str, Any]) -> None:
 def make(plan: Plan, store: RunStore) -> None:
     """Analyse, if it is an analysis, draw, and mark the experiment complete. Raises UserError."""
     from experiments.judge.frame import run_frame
-    from experiments.run.routing_source import kept_trace
+    from experiments.run.routing import kept_trace
 
     experiment, name = plan.experiment, plan.experiment.id
     drawn: Any = store.analysis(name)

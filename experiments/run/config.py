@@ -20,9 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from experiments.errors import UserError
-from experiments.run.online import OnlineSettings, is_online, planned
 from experiments.run.weights import source_of
-from experiments.run.workloads import OfflineSettings, Request, split
+from experiments.run.workloads import WorkloadSettings
 from finemoe.costs import FullSizeModel
 from finemoe.expert_map import StoreMismatch
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
@@ -32,7 +31,7 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 
 S = TypeVar("S")
 
-DESCRIPTIONS = ("label", "lengths", "runtime")
+DESCRIPTIONS = ("label", "lengths", "backend")
 """Keys of a config group's option that describe it and are no arguments of its target."""
 ARGUMENTS = ConfigDict(**CHECKED, arbitrary_types_allowed=True, protected_namespaces=())
 NAME = r"\w[\w.+-]*"
@@ -102,15 +101,14 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
     checked(Options, values, "")
     checked(ModelFacts, values["model"], "model")
     full_size(cfg.model)
-    if is_online(cfg):
-        planned(online_settings(cfg.workload), cfg.seed)
-    else:
-        settings = workload_settings(cfg.workload)
-        split([Request(n, (), settings.output_tokens) for n in range(settings.prompts)], settings)
+    settings: WorkloadSettings = build(cfg.workload)
+    settings.check(cfg.seed)
     arguments(cfg.dataset)
     testbed = build(cfg.testbed)
-    check_system = _check_zero if cfg.system.get("runtime") == "deepspeed" else _check_policy
-    check_system(cfg, testbed)
+    if cfg.store.save and not settings.fixed:
+        raise UserError("store.save keeps what history prompts left; use workload=offline for it")
+    check_system = _check_whole if cfg.system.get("backend") else _check_policy
+    check_system(cfg, settings, testbed)
     if cfg.weights == "dummy":
         return
     source_of(cfg.model, cfg.weights)
@@ -120,19 +118,23 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
         check_weights(cfg)
 
 
-def _check_zero(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
+def _check_whole(
+    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
+) -> None:
     label = cfg.system.label
-    if is_online(cfg):
+    if not settings.fixed:
         raise UserError(f"system={label} serves fixed batches; use workload=offline")
     if isinstance(testbed, SimulatedTestbed):
         raise UserError(f"system={label} serves with a real model; use testbed=emulated")
     build(cfg.system)
 
 
-def _check_policy(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
+def _check_policy(
+    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
+) -> None:
     shape = routing_shape(cfg)
     policy: Policy = build(cfg.system, shape=shape)
-    if is_online(cfg) and policy.placement.foresight:
+    if policy.placement.foresight and not settings.fixed:
         raise UserError(
             f"system={cfg.system.label} must know all iterations beforehand, and who is in which "
             "depends on how fast it serves; use workload=offline"
@@ -143,7 +145,7 @@ def _check_policy(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
         check_room(cfg, testbed, slots)
     else:
         budget_slots(cfg, policy, expert_bytes, shape, len(testbed.devices))
-    load_store(cfg, policy, identity(cfg))
+    load_store(cfg, policy)
 
 
 # Objects from options -----------------------------------------------------------------------------
@@ -230,16 +232,6 @@ def _key(cfg: DictConfig) -> str:
 # What several kinds of runs need ------------------------------------------------------------------
 
 
-def workload_settings(cfg: DictConfig) -> OfflineSettings:
-    """Return what an offline workload says; raise UserError for values that cannot be."""
-    return checked(OfflineSettings, plain(cfg), "workload")
-
-
-def online_settings(cfg: DictConfig) -> OnlineSettings:
-    """Return what an online workload says; raise UserError for values that cannot be."""
-    return checked(OnlineSettings, plain(cfg), "workload")
-
-
 def full_size(model: DictConfig) -> FullSizeModel:
     """Return the full-size shapes that conf/model gives; raise UserError."""
     values = plain(model)
@@ -292,14 +284,14 @@ def learns(policy: Policy) -> bool:
     return policy.placement.prediction != "none" and policy.placement.learns
 
 
-def load_store(cfg: DictConfig, policy: Policy, model_id: str) -> None:
+def load_store(cfg: DictConfig, policy: Policy) -> None:
     """Load the store that the config names, and make sure that one can be saved."""
     load, save = cfg.store.load, cfg.store.save
     if (load or save) and not learns(policy):
         raise UserError(f"system={cfg.system.label} keeps no store to load or save")
     if load:
         try:
-            policy.load(Path(load), model_id)
+            policy.load(Path(load), identity(cfg))
         except StoreMismatch as error:
             raise UserError(f"{error}; give a store saved for this model, or none") from error
         except NotImplementedError:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
 from rich import box
 from rich.console import Console as RichConsole
 from rich.panel import Panel
@@ -17,13 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    import torch
-
-    from experiments.run.datasets import PromptSet
-    from experiments.run.models import LoadedModel
     from finemoe.offload.policy import ModelShape
-    from finemoe.testbed import SimulatedTestbed, Testbed
-    from finemoe.trace import Trace
 
 Advance = Callable[[int], None]
 CONTROLS = re.compile(
@@ -49,49 +42,10 @@ class Console:
     def __init__(self, quiet: bool = False, job: str | None = None) -> None:
         self._rich, self._job = RichConsole(highlight=False, markup=False, quiet=quiet), job
 
-    def announce(
-        self, testbed: Testbed, model: LoadedModel, prompts: PromptSet, slots: Sequence[int]
-    ) -> None:
-        """Say what runs where, before anything takes time."""
-        place = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
-        if testbed.mode == "emulated":
-            load = testbed.load_seconds(model.full_expert_bytes)
-            place += f", {load * 1e3:.2f} ms to load an expert"
-        self._print(
-            (model.name, f" ({model.weights} weights, {testbed.mode})"),
-            place,
-            _slots(model.offloaded.shape, slots),
-            f"prompts from {prompts.dataset}: {prompts.source}",
-        )
-
-    def announce_plain(
-        self, cfg: DictConfig, device: torch.device, links: str, prompts: PromptSet
-    ) -> None:
-        """Say what runs where, without our engine."""
-        self._print(
-            (cfg.model.name, f" ({cfg.weights} weights) on {device}"),
-            f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
-            f"prompts from {prompts.dataset}: {prompts.source}",
-        )
-
-    def announce_replay(
-        self, testbed: SimulatedTestbed, cfg: DictConfig, trace: Trace, slots: Sequence[int]
-    ) -> None:
-        """Say what is simulated, and from which trace."""
-        origin = trace.header.provenance
-        self._print(
-            (
-                cfg.model.name,
-                f" (routing of {origin.get('weights')} weights, simulated) on {testbed.name}, "
-                f"{testbed.devices} device(s)",
-            ),
-            _slots(trace.header.shape, slots),
-            f"routing from {trace.path}: {origin.get('dataset')}",
-        )
-
-    def recording(self, path: Path) -> None:
-        """Say that a trace is recorded first, once."""
-        self._print(f"recording the routing once, to {path}")
+    def announce(self, lines: Sequence[str]) -> None:
+        """Say what runs where, before anything takes time; the first word is bold."""
+        name, space, rest = lines[0].partition(" ")
+        self._print((name, space + rest), *lines[1:])
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
@@ -156,7 +110,8 @@ def bar_on(rich: RichConsole, hidden: bool = False) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=rich, transient=True, disable=hidden)
 
 
-def _slots(shape: ModelShape, slots: Sequence[int]) -> str:
+def slots_line(shape: ModelShape, slots: Sequence[int]) -> str:
+    """Say how many of the experts have a slot."""
     experts = shape.layers * shape.experts
     return (
         f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "

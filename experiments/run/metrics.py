@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.bootstrap import interval, request_draws
-from experiments.run.continuous import ServedOnline
-from experiments.run.serving import Served
+from experiments.run.schedule import Served
 from finemoe.offload.policy import LayerOutcome, Phase
 
 
@@ -136,6 +135,6 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
 
 def _arrival(served: Served) -> dict[str, float]:
     """Return when an online request came and how long it waited, in seconds."""
-    if not isinstance(served, ServedOnline):
+    if served.request.arrival is None:
         return {}
     return {"arrival_s": served.request.arrival, "queueing_s": served.queueing}

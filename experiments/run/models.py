@@ -48,11 +48,6 @@ class LoadedModel:
         config = self.offloaded.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
 
-    @property
-    def identity(self) -> str:
-        """What a store of expert maps is marked with."""
-        return f"{self.name} with weights {self.weights}"
-
 
 def check_weights(cfg: DictConfig) -> None:
     """Compare a folder's or the hub's weights with the model of `cfg`, from config.json alone.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.run.serving import Server
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, Policy
-from tests.engine import configured, emulated, offloaded, prepared, requests
+from tests.engine import configured, emulated, offloaded, prepared, requests, serve
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def outcomes(model: OffloadedModel, policy: Policy, slots: int) -> list[LayerOut
     stored = model.store.layout.nbytes
     with offloading_runtime(model, policy, emulated(1), (slots,), stored) as runtime:
         runtime.listeners.append(found.append)
-        Server(runtime).serve(requests(1, 1))
+        serve(runtime, requests(1, 1))
     return found
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy, promoe
+from experiments.run.schedule import Request
 from experiments.run.small_models import small_model
-from experiments.run.workloads import Request
 from experiments.train.predictor import Recording, Training, record, top_k_accuracy, train
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Gate, GateWeights, Iteration, ModelShape

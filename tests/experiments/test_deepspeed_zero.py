@@ -15,10 +15,11 @@ from torch import Tensor
 from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
-from experiments.run.harness import run
-from experiments.run.serving import PlainRuntime, Server
+from experiments.run.live import LiveBackend
+from experiments.run.protocol import run
+from experiments.run.schedule import FixedBatches, Request, Server
 from experiments.run.small_models import FAMILIES, small_model
-from experiments.run.workloads import Request
+from experiments.run.zero import PlainRuntime
 from finemoe.offload.model import find_moe_layers
 from tests.command import SMALL, composed, run_command
 
@@ -31,9 +32,10 @@ REQUESTS = tuple(Request(n, tuple(range(n, n + 12)), 5) for n in range(3))
 
 
 def logits_of(model: Any) -> list[Tensor]:
-    server = Server(PlainRuntime(model))
-    server.serve(REQUESTS)
-    return [step.clone() for step in server.logits]
+    backend, logits = LiveBackend(PlainRuntime(model)), list[Tensor]()
+    server = Server(backend, listeners=[lambda step: logits.append(backend.logits.clone())])
+    list(server.serve(FixedBatches(REQUESTS, len(REQUESTS))))
+    return logits
 
 
 def experts_of(model: Any) -> list[Any]:

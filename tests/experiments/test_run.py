@@ -156,7 +156,7 @@ def test_an_experiment_that_is_no_multirun_is_refused_at_once(
 
 def test_a_replay_does_not_import_what_only_a_live_run_needs() -> None:
     heavy = {"transformers", "datasets", "wandb", "deepspeed"}
-    call = f"import sys, experiments.run.harness; print({heavy} & set(sys.modules))"
+    call = f"import sys, experiments.run.protocol; print({heavy} & set(sys.modules))"
     assert python("-c", call).stdout == "set()\n"
 
 

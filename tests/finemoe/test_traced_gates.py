@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from experiments.run.serving import Server
+from experiments.run.traced_serving import Prompter, Script, traced_setup
 from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,8 +18,6 @@ from hypothesis.extra.numpy import arrays
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.console import Console
-from experiments.run.serving import Server
-from experiments.run.traced_serving import Prompter, Script, traced_setup
 from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime

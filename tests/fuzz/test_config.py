@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.errors import UserError
 from experiments.run.config import check
 from experiments.run.console import Console
-from experiments.run.harness import run
+from experiments.run.protocol import run
 from tests.command import config
 from tests.fuzz import fuzzed
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from experiments.run.serving import PlainRuntime, Server
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run.serving import PlainRuntime, Server
 from experiments.run.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.hooks import PolicyError

@@ -22,8 +22,9 @@ from experiments.run.arrivals import (
     sampled,
 )
 from experiments.run.datasets import Dataset
-from experiments.run.online import OnlineSettings, OnlineWorkload, online, prompts_of
+from experiments.run.schedule import Served
 from experiments.run.weights import SCALE_MODELS
+from experiments.run.workloads import Online, Workload, prompts_of
 from tests.command import ROOT
 
 SHARED = ROOT.parent / "shared"
@@ -39,10 +40,11 @@ def azure(kind: str) -> Path:
     return SHARED / "data" / f"AzureLLMInferenceTrace_{kind}.csv"
 
 
-def settings(**changed: Any) -> OnlineSettings:
+def settings(**changed: Any) -> Online:
     conf = OmegaConf.load(ROOT / "conf" / "workload" / "online.yaml")
-    plain: Any = OmegaConf.to_container(conf)
-    return OnlineSettings(**{**plain, **changed})
+    values: Any = OmegaConf.to_container(conf)
+    del values["_target_"]
+    return Online(**{**values, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -188,15 +190,19 @@ def test_texts_without_a_token_are_refused() -> None:
 
 
 def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
-    def load(seed: int = 0, **changed: Any) -> OnlineWorkload:
-        return online(DATASET, tokenizer, settings(requests=30, **changed), seed)
+    def load(seed: int = 0, **changed: Any) -> tuple[Workload, dict[str, Any]]:
+        workload = settings(requests=30, **changed)
+        drawn = workload.draw(DATASET, tokenizer, seed)
+        served = [Served(one, n, (), (1.0,), (n,)) for n, one in enumerate(drawn.measured)]
+        return drawn, workload.arrivals(drawn, served, None, seed)
 
-    capped = load(max_input_tokens=40, max_output_tokens=300)
-    plain = load(max_input_tokens=40)
-    longest = [one.output_tokens > 300 for one in plain.requests]
-    assert max(len(one.prompt) for one in capped.requests) == 40
-    assert max(one.output_tokens for one in capped.requests) == 300
-    assert 0 < sum(longest) < plain.shortened <= capped.shortened <= 30
-    assert [one.arrival for one in capped.requests] == [one.arrival for one in plain.requests]
-    assert len({capped.sha256, plain.sha256, load(1, max_input_tokens=40).sha256}) == 3
-    assert plain == load(max_input_tokens=40)
+    capped, said = load(max_input_tokens=40, max_output_tokens=300)
+    longer, of_longer = load(max_input_tokens=40)
+    longest = [one.output_tokens > 300 for one in longer.measured]
+    assert max(len(one.prompt) for one in capped.measured) == 40
+    assert max(one.output_tokens for one in capped.measured) == 300
+    assert 0 < sum(longest) < of_longer["shortened"] <= said["shortened"] <= 30
+    assert [one.arrival for one in capped.measured] == [one.arrival for one in longer.measured]
+    other = load(1, max_input_tokens=40)[1]
+    assert len({one["sha256"] for one in (said, of_longer, other)}) == 3
+    assert (longer, of_longer) == load(max_input_tokens=40)

@@ -6,14 +6,13 @@ import pytest
 
 from experiments.bootstrap import interval, request_draws
 from experiments.run.metrics import AccessCounter, Accesses, latency_summary, request_table
-from experiments.run.serving import Served
-from experiments.run.workloads import Request
+from experiments.run.schedule import Request, Served
 from finemoe.offload.policy import Iteration, LayerOutcome
 
 
 def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Served:
     tokens = tuple(range(len(times)))
-    return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, iterations)
+    return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, tuple(iterations))
 
 
 def counter(iterations: int) -> AccessCounter:

@@ -9,16 +9,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from omegaconf import DictConfig
 
 from experiments.errors import UserError
-from experiments.run import online_serving
-from experiments.run.config import build, online_settings
+from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.continuous import Schedule
-from experiments.run.harness import run
-from experiments.run.online import planned
+from experiments.run.protocol import run
 from finemoe.trace_file import TraceReader
 from tests.command import config, run_command
 
@@ -88,9 +84,9 @@ def test_nothing_happens_before_its_time(
     replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
 ) -> None:
     cfg = composed_online(folder, *SIMULATED)
-    plan = planned(online_settings(cfg.workload), cfg.seed)
+    plan = build(cfg.workload).plan(cfg.seed)
     table = replayed[1].sort_values("batch")
-    assert table["arrival_s"].tolist() == [arrival.seconds for arrival in plan.arrivals]
+    assert table["arrival_s"].tolist() == [arrival.seconds for arrival in plan]
     assert (table["queueing_s"] >= 0).all()
     assert (table["ttft_s"] > table["queueing_s"]).all()
     starts = table["arrival_s"] + table["queueing_s"]
@@ -158,17 +154,6 @@ def test_live_serving_is_lossless_and_of_the_same_workload(
     assert table["output_tokens"].tolist() == [tokens for _, tokens in LENGTHS]
     assert (table["ttft_s"] > table["queueing_s"]).all()
     assert table["queueing_s"].max() > 0
-
-
-def test_a_wrong_logit_is_noticed(folder: Path) -> None:
-    fast = ("testbed=emulated", "testbed.time_scale=0.01", "system=resident")
-    cfg = composed_online(folder, *fast, "workload.max_output_tokens=1", "workload.requests=1")
-    prepared = online_serving.prepare_online(cfg, build(cfg.testbed))
-    wrong = torch.zeros(1, 4096, dtype=torch.bfloat16)
-    schedule = Schedule(prepared.workload.requests, 1)
-    steps = [step for step in [schedule.next(1e9)] if step is not None]
-    assert len(steps) == 1
-    assert not online_serving.same_logits(prepared, steps, [wrong], Console())
 
 
 @pytest.mark.parametrize(

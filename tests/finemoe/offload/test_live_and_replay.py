@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-
-from baselines.on_demand import OnDemandPolicy
 from experiments.run.replay_serving import ReplayServer
 from experiments.run.serving import Server
+
+from baselines.on_demand import OnDemandPolicy
 from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.linear_costs import Line, LinearCosts

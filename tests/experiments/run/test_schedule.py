@@ -1,8 +1,10 @@
-"""Continuous batching: conservation in virtual time, and the same tokens as alone live."""
+"""Schedules: conservation in virtual time, and the same tokens live as alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,15 +15,16 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run.continuous import (
-    ContinuousServer,
+from experiments.run.live import LiveBackend, LogitsLog
+from experiments.run.schedule import (
+    ContinuousBatches,
+    FixedBatches,
+    Request,
     Schedule,
-    ServedOnline,
+    Served,
+    Server,
     Step,
-    run_schedule,
 )
-from experiments.run.online import TimedRequest
-from experiments.run.serving import Server
 from experiments.run.small_models import COMMON, FAMILIES, random_model, small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.model import OffloadedModel
@@ -31,25 +34,56 @@ from tests.engine import emulated
 CPU = torch.device("cpu")
 
 
-def request(number: int, arrival: float, output_tokens: int, input_tokens: int = 3) -> TimedRequest:
+def request(number: int, arrival: float, output_tokens: int, input_tokens: int = 3) -> Request:
     generator = torch.Generator().manual_seed(number)
     prompt = torch.randint(128, (input_tokens,), generator=generator).tolist()
-    return TimedRequest(number, tuple(prompt), output_tokens, arrival)
+    return Request(number, tuple(prompt), output_tokens, arrival)
 
 
-# The schedule, in virtual time -----------------------------------------------------------------
+# Schedules, in virtual time ----------------------------------------------------------------------
 
 
-def test_a_schedule_worked_out_by_hand() -> None:
+@dataclass
+class Hours:
+    """A backend whose steps take the time that it is told, and compute nothing."""
+
+    takes: Callable[[Step], float]
+    now: float = 0.0
+    steps: list[tuple[Step, float, float]] = field(default_factory=list)
+    """Each with its begin and end."""
+
+    def forward(self, step: Step) -> None:
+        begin = self.now
+        self.now += self.takes(step)
+        self.steps.append((step, begin, self.now))
+
+    def wait(self, until: float) -> None:
+        self.now = until
+
+    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return request.prompt, (0,) * request.output_tokens
+
+    def drain(self) -> None:
+        pass
+
+
+def lengths(prefill: float, decode: float) -> Callable[[Step], float]:
+    return lambda step: prefill if step.phase == "prefill" else decode
+
+
+def shown(backend: Hours) -> list[tuple[float, str, tuple[int, ...], tuple[int, ...]]]:
+    return [
+        (begin, step.phase, step.iteration.requests, step.generated)
+        for step, begin, _ in backend.steps
+    ]
+
+
+def test_continuous_batches_worked_out_by_hand() -> None:
     requests = [request(7, 1.0, 3), request(8, 1.5, 1), request(9, 2.5, 2), request(6, 20.0, 1)]
-    steps: list[tuple[float, str, tuple[int, ...], tuple[int, ...]]] = []
-
-    def carry_out(step: Step, now: float) -> float:
-        steps.append((now, step.phase, step.iteration.requests, step.generated))
-        return now + (2.0 if step.phase == "prefill" else 1.0)
-
-    times = run_schedule(Schedule(requests, 2, first_iteration=5), carry_out)
-    assert steps == [
+    backend = Hours(lengths(2.0, 1.0))
+    server = Server(backend, iterations=5)
+    served = list(server.serve(ContinuousBatches(requests, 2)))
+    assert shown(backend) == [
         (1.0, "prefill", (7,), (0,)),
         (3.0, "prefill", (8,), (0,)),  # leaves at once, which makes room for 9
         (5.0, "prefill", (9,), (0,)),
@@ -57,11 +91,30 @@ def test_a_schedule_worked_out_by_hand() -> None:
         (8.0, "decode", (7,), (2,)),
         (20.0, "prefill", (6,), (0,)),
     ]
-    assert [one.request.number for one in times] == [7, 8, 9, 6]
-    assert [one.started for one in times] == [1.0, 3.0, 5.0, 20.0]
-    assert [one.queueing for one in times] == [0.0, 1.5, 2.5, 0.0]
-    assert [one.token_times for one in times] == [(2.0, 7.0, 8.0), (3.5,), (4.5, 5.5), (2.0,)]
-    assert [one.iterations for one in times] == [(5, 8, 9), (6,), (7, 8), (10,)]
+    assert server.busy_seconds == 8.0 + 2.0
+    started = sorted(served, key=lambda one: one.batch)
+    assert [one.request.number for one in started] == [7, 8, 9, 6]
+    assert [one.queueing for one in started] == [0.0, 1.5, 2.5, 0.0]
+    assert [one.token_times for one in started] == [(2.0, 7.0, 8.0), (3.5,), (4.5, 5.5), (2.0,)]
+    assert [one.iterations for one in started] == [(5, 8, 9), (6,), (7, 8), (10,)]
+
+
+def test_fixed_batches_worked_out_by_hand() -> None:
+    requests = [Request(number, (1, 2), 2) for number in range(3)]
+    backend = Hours(lengths(3.0, 1.0), now=10.0)
+    server = Server(backend, batches=4)
+    served = list(server.serve(FixedBatches(requests, 2)))
+    assert shown(backend) == [
+        (10.0, "prefill", (0, 1), (0, 0)),
+        (13.0, "decode", (0, 1), (1, 1)),
+        (14.0, "prefill", (2,), (0,)),
+        (17.0, "decode", (2,), (1,)),
+    ]
+    assert [(one.request.number, one.batch) for one in served] == [(0, 4), (1, 4), (2, 5)]
+    # Who arrives when the prefill begins does not queue.
+    assert {(one.token_times, one.queueing) for one in served} == {((3.0, 4.0), 0.0)}
+    assert [one.iterations for one in served] == [(0, 1), (0, 1), (2, 3)]
+    assert (server.batches, server.iterations, server.busy_seconds) == (6, 4, 8.0)
 
 
 arrivals = st.floats(0, 20) | st.integers(0, 5).map(float)
@@ -71,41 +124,39 @@ loads = st.lists(st.tuples(arrivals, st.integers(1, 5)), min_size=1, max_size=12
 @given(loads, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_every_schedule_conserves(load: list[tuple[float, int]], room: int, durations: Any) -> None:
     requests = [request(number, *one) for number, one in enumerate(load)]
-    seen: list[tuple[Step, float, float]] = []
-
-    def carry_out(step: Step, now: float) -> float:
-        seen.append((step, now, now + durations.choice([0.001, 0.4, 3.0])))
-        return seen[-1][2]
-
-    times = run_schedule(Schedule(requests, room), carry_out)
+    backend = Hours(lambda step: durations.choice([0.001, 0.4, 3.0]))
+    served = list(Server(backend).serve(ContinuousBatches(requests, room)))
+    seen = backend.steps
     # Every request served once, with exactly its tokens, and none before its arrival.
-    assert sorted(one.request.number for one in times) == list(range(len(requests)))
+    assert sorted(one.request.number for one in served) == list(range(len(requests)))
     made = Counter(number for step, *_ in seen for number in step.iteration.requests)
     assert made == {one.number: one.output_tokens for one in requests}
-    for one in times:
+    for one in served:
         assert len(one.token_times) == len(one.iterations) == one.request.output_tokens
         assert one.queueing >= 0
         assert one.token_times[0] > one.queueing - 1e-9
         assert list(one.token_times) == sorted(one.token_times)
     # First come, first served.
     order = sorted(requests, key=lambda one: (one.arrival, one.number))
-    assert [one.request for one in times] == order
+    assert [one.request for one in sorted(served, key=lambda one: one.batch)] == order
     check_borders(requests, room, seen)
 
 
 def check_borders(
-    requests: list[TimedRequest], room: int, seen: list[tuple[Step, float, float]]
+    requests: list[Request], room: int, seen: list[tuple[Step, float, float]]
 ) -> None:
     """Recompute who waits and who runs at every border from the steps before it."""
     made: Counter[int] = Counter()
     last_end = 0.0
     for number, (step, begin, end) in enumerate(seen):
         left = [one for one in requests if made[one.number] < one.output_tokens]
-        here = [one for one in left if one.arrival <= begin]
+        here = [one for one in left if (one.arrival or 0.0) <= begin]
         running = [one for one in here if made[one.number]]
         waiting = [one for one in here if not made[one.number]]
         assert step.number == number
-        assert begin == max(last_end, min(one.arrival for one in left)), "idle though one waits"
+        assert begin == max(last_end, min(one.arrival or 0.0 for one in left)), (
+            "idle though one waits"
+        )
         if waiting and len(running) < room:
             assert step.phase == "prefill"
             assert len(step.requests) == 1
@@ -119,7 +170,7 @@ def check_borders(
         last_end = end
 
 
-# The live server -------------------------------------------------------------------------------
+# The live backend ------------------------------------------------------------------------------
 
 
 class Clock:
@@ -177,14 +228,11 @@ def offloaded(family: str, **config: Any) -> OffloadedModel:
     return OffloadedModel.from_model(model, CPU)
 
 
-def served(server: ContinuousServer) -> dict[int, ServedOnline]:
-    return {one.request.number: one for one in server.serve(LOAD)}
-
-
-def alone(model: OffloadedModel) -> dict[int, tuple[int, ...]]:
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        server = Server(runtime)
-        return {one.number: server.serve([one])[0].tokens for one in LOAD}
+def served(runtime: Any, schedule: Schedule) -> tuple[dict[int, Served], list[Step]]:
+    """Serve in pretended time; return what requests got, and the steps."""
+    clock, steps = Clock(), list[Step]()
+    server = Server(LiveBackend(runtime, clock=clock, sleep=clock.sleep), listeners=[steps.append])
+    return {one.request.number: one for one in server.serve(schedule)}, steps
 
 
 @pytest.mark.parametrize(
@@ -197,46 +245,42 @@ def alone(model: OffloadedModel) -> dict[int, tuple[int, ...]]:
 )
 def test_requests_get_the_same_tokens_as_alone(family: str, config: dict[str, Any]) -> None:
     model = offloaded(family, **config)
-    expected = alone(model)
-    assert len(set(expected[3])) > 2, "a model that repeats itself shows nothing"
-    clock = Clock()
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
-        assert {number: one.tokens for number, one in served(server).items()} == expected
-    sizes = {len(step.requests) for step in server.steps if step.phase == "decode"}
+        alone, _ = served(runtime, FixedBatches(LOAD, 1))
+        together, steps = served(runtime, ContinuousBatches(LOAD, 3))
+    assert len(set(alone[3].tokens)) > 2, "a model that repeats itself shows nothing"
+    assert all(together[number].tokens == one.tokens for number, one in alone.items())
+    sizes = {len(step.requests) for step in steps if step.phase == "decode"}
     assert sizes == {1, 2, 3}
 
 
 def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
-    model, clock = offloaded("mixtral"), Clock()
+    model = offloaded("mixtral")
     watch = Watch(model)
     stored = model.store.layout.nbytes
     with offloading_runtime(model, watch, emulated(), (6,), stored) as runtime:
-        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
-        server.serve(LOAD)
+        _, steps = served(runtime, ContinuousBatches(LOAD, 3))
         runtime.drain()
-    assert len(watch.rows) == len(server.steps) * (1 + model.shape.layers)
+    assert len(watch.rows) == len(steps) * (1 + model.shape.layers)
     for iteration, rows in watch.rows:
         assert rows == sum(iteration.tokens)
         assert iteration.phase == "prefill" or rows == len(iteration.requests)
     assert sorted(watch.ended) == list(range(len(LOAD)))
-    leaving = [one.number for step in server.steps for one in step.leaving]
-    assert watch.ended == leaving
+    assert watch.ended == [one.number for step in steps for one in step.leaving]
 
 
 def test_caches_are_merged_only_when_members_change() -> None:
-    model, clock = offloaded("mixtral"), Clock()
+    model = offloaded("mixtral")
     caches: list[Any] = []
     model.model.register_forward_pre_hook(
         lambda _module, _inputs, named: caches.append(named.get("cache")),
         with_kwargs=True,
     )
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        server = ContinuousServer(runtime, 3, clock=clock, sleep=clock.sleep)
-        server.serve(LOAD)
+        _, steps = served(runtime, ContinuousBatches(LOAD, 3))
     decodes = [
         (step.iteration.requests, cache)
-        for step, cache in zip(server.steps, caches, strict=True)
+        for step, cache in zip(steps, caches, strict=True)
         if step.phase == "decode"
     ]
     same = [a is b for (who, a), (them, b) in pairwise(decodes) if who == them]
@@ -245,3 +289,13 @@ def test_caches_are_merged_only_when_members_change() -> None:
     assert all(same)
     assert len(other) > 3
     assert not any(other)
+
+
+def test_a_wrong_logit_is_noticed() -> None:
+    step, right, wrong = Step(0, "prefill", LOAD[2:3], (0,)), torch.zeros(1, 8), torch.ones(1, 8)
+    log = LogitsLog()
+    log.keep(step, right)
+    log.compare(step, right.clone())
+    assert log.same
+    log.compare(step, wrong)
+    assert not log.same

@@ -1,0 +1,443 @@
+"""Live runs: a real model serves requests greedily through the engine, in real time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn.functional import pad
+
+from baselines.on_demand import OnDemandPolicy
+from experiments.errors import UserError
+from experiments.run.config import budget_slots, build, load_store
+from experiments.run.console import Console, slots_line
+from experiments.run.models import LoadedModel, load_model
+from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.schedule import Request, Served, Server, Step
+from experiments.run.traced import Script, traced_workload
+from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.live import LiveRuntime
+from finemoe.offload.policy import LayerOutcome, Policy
+from finemoe.offload.timeline import Timeline
+from finemoe.recorder import gate_weights
+from finemoe.testbed import Testbed
+from finemoe.traced_gates import TracedGates
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedConfig
+
+
+# The backend --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of one request: the last `tokens` of one row of a cache."""
+
+    cache: DynamicCache
+    row: int
+    rows: int
+    """How many rows the cache has."""
+    tokens: int
+
+
+def greedy(step: Step, logits: Tensor) -> list[int]:
+    """Return each request's likeliest token, of logits (B, vocabulary)."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
+
+
+@dataclass
+class LiveBackend:
+    """Runs steps through a runtime.
+
+    Routers never see padding: prompts of one prefill are equally long, and a decode has one row per
+    request, whose contexts of different lengths are padded on the left, in the cache only, and
+    masked. (A model whose rotary embedding changes with the longest position of a batch, like
+    Phi-3.5-MoE beyond 4,096 tokens, therefore computes a short context beside a long one as if it
+    were long.)
+    """
+
+    runtime: Any
+    """A LiveRuntime, or what has its model, `forward`, `end_request` and `drain`."""
+    choose: Callable[[Step, Tensor], list[int]] = greedy
+    before: Callable[[Step], None] = lambda step: None
+    """Called before every forward pass."""
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The last step's, shape (B, vocabulary), on the model's device."""
+    _contexts: dict[int, Context] = field(default_factory=dict)
+    _tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def now(self) -> float:
+        return self.clock()
+
+    def wait(self, until: float) -> None:
+        self.sleep(max(0.0, until - self.clock()))
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> None:
+        self.before(step)
+        self.logits = self._prefill(step) if step.phase == "prefill" else self._decode(step)
+        for request, token in zip(step.requests, self.choose(step, self.logits), strict=True):
+            self._tokens.setdefault(request.number, []).append(token)
+
+    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        self.runtime.end_request(request.number)
+        del self._contexts[request.number]
+        return request.prompt, tuple(self._tokens.pop(request.number))
+
+    def drain(self) -> None:
+        self.runtime.drain()
+
+    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
+        return measurement.of(self.runtime)
+
+    def _prefill(self, step: Step) -> Tensor:
+        prompts = [request.prompt for request in step.requests]
+        output = self.runtime.forward(
+            step.iteration,
+            input_ids=torch.tensor(prompts, device=self.runtime.model.device),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for row, request in enumerate(step.requests):
+            context = Context(output.cache, row, len(prompts), len(request.prompt))
+            self._contexts[request.number] = context
+        return output.logits[:, -1]
+
+    def _decode(self, step: Step) -> Tensor:
+        device, numbers = self.runtime.model.device, [one.number for one in step.requests]
+        contexts = self._together([self._contexts[number] for number in numbers])
+        lengths = torch.tensor([[context.tokens] for context in contexts], device=device)
+        longest = max(context.tokens for context in contexts)
+        padded = any(context.tokens < longest for context in contexts)
+        columns = torch.arange(longest + 1, device=device)
+        output = self.runtime.forward(
+            step.iteration,
+            input_ids=torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device),
+            position_ids=lengths,
+            attention_mask=(columns >= longest - lengths).long() if padded else None,
+            cache=contexts[0].cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for number, context in zip(numbers, contexts, strict=True):
+            self._contexts[number] = replace(context, tokens=context.tokens + 1)
+        return output.logits[:, -1]
+
+    def _together(self, contexts: list[Context]) -> list[Context]:
+        """Return the contexts as the rows of one cache, which is built only if they are not yet."""
+        cache = contexts[0].cache
+        rows = [context.row for context in contexts if context.cache is cache]
+        if len(rows) == len(contexts) and rows == list(range(contexts[0].rows)):
+            return contexts
+        cache = merged(contexts, self.runtime.model.model.config)
+        return [
+            Context(cache, row, len(contexts), context.tokens)
+            for row, context in enumerate(contexts)
+        ]
+
+
+def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCache:
+    """Return one cache with a row for each context, padded with zeros on the left.
+
+    Raises ValueError if a layer keeps anything else than keys and values of its tokens.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=config)
+    longest = max(context.tokens for context in contexts)
+    for index, layer in enumerate(cache.layers):
+        rows = [_own(context, index) for context in contexts]
+        width = max(keys.shape[-2] for keys, _ in rows)
+        keys, values = (
+            torch.cat([pad(row[part], (0, 0, width - row[part].shape[-2], 0)) for row in rows])
+            for part in (0, 1)
+        )
+        assert isinstance(layer, DynamicLayer)
+        layer.update(keys, values)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            # A window keeps fewer tokens than it has seen, and its mask counts those seen.
+            layer.cumulative_length = longest
+    return cache
+
+
+def _own(context: Context, index: int) -> tuple[Tensor, Tensor]:
+    """Return a context's keys and values in one layer, each (1, heads, tokens kept, width)."""
+    from transformers.cache_utils import DynamicLayer
+
+    layer = context.cache.layers[index]
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be batched")
+    row = slice(context.row, context.row + 1)
+    kept = min(context.tokens, layer.keys.shape[-2])
+    return layer.keys[row, :, -kept:], layer.values[row, :, -kept:]
+
+
+@dataclass
+class LogitsLog:
+    """The logits of one pass, step by step, with which another pass is compared bit for bit."""
+
+    kept: list[Tensor] = field(default_factory=list)
+    same: bool = True
+    _compared: int = 0
+    _pending: list[Tensor] = field(default_factory=list)
+
+    def keep(self, step: Step, logits: Tensor) -> None:
+        """Take a step's logits (B, vocabulary)."""
+        self.kept += self._settled(step, logits)
+
+    def compare(self, step: Step, logits: Tensor) -> None:
+        """Compare a step's logits with those kept of the same step; the first follows the last."""
+        for found in self._settled(step, logits):
+            expected = self.kept[self._compared % len(self.kept)]
+            self.same = self.same and torch.equal(found, expected)
+            self._compared += 1
+
+    def _settled(self, step: Step, logits: Tensor) -> list[Tensor]:
+        """Return logits on the host once a request leaves: until then no step waits for a copy."""
+        self._pending.append(logits)
+        if not step.leaving:
+            return []
+        settled, self._pending = self._pending, []
+        return [one.cpu() for one in settled]
+
+
+# The setup of a run -------------------------------------------------------------------------------
+
+
+@dataclass
+class LiveSetup(Setup):
+    """A model, its experts in host memory, and what serves with it."""
+
+    testbed: Testbed
+    policy: Policy
+    model: LoadedModel
+    budget_bytes: int
+    script: Script | None = None
+    """What overrules the model's gates and tokens, if they come from a trace."""
+    log: LogitsLog | None = None
+    steps: list[Step] = field(default_factory=list)
+    """Measured steps of a schedule that is not fixed."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether all experts fit the main device; on the CPU they are used where they lie."""
+        model = self.model.offloaded
+        if model.device.type != "cuda":
+            return True
+        return self.shape.size * model.store.layout.nbytes < 0.9 * free_bytes(model.device)
+
+    @property
+    def history_words(self) -> str:  # type: ignore[override]
+        where = "with everything resident" if self.resident else "under the budget"
+        return f"served {where}"
+
+    def description(self) -> tuple[str, ...]:
+        testbed, prompts = self.testbed, self.workload.prompts
+        line = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
+        if testbed.mode == "emulated":
+            load = testbed.load_seconds(self.model.full_expert_bytes)
+            line += f", {load * 1e3:.2f} ms to load an expert"
+        return (
+            f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
+            line,
+            slots_line(self.shape, self.slots),
+            f"prompts from {prompts.dataset}: {prompts.source}",
+        )
+
+    def backend(self, runtime: LiveRuntime) -> LiveBackend:
+        """Return what serves through a runtime."""
+        if self.script is None:
+            return LiveBackend(runtime)
+        return LiveBackend(runtime, self.script.tokens, self.script.begin)
+
+    @contextmanager
+    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[LiveBackend]:
+        with self.under_budget(policy or self.policy, timeline) as runtime:
+            yield self.backend(runtime)
+
+    @contextmanager
+    def learning(self, policy: Policy) -> Iterator[LiveBackend]:
+        with self.unbounded(policy) as runtime:
+            yield self.backend(runtime)
+
+    def under_budget(self, policy: Policy, timeline: Timeline | None = None) -> LiveRuntime:
+        """Return a runtime that serves under the memory budget."""
+        full = self.model.full_expert_bytes
+        model = self.model.offloaded
+        return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline)
+
+    def unbounded(self, policy: Policy | None = None) -> LiveRuntime:
+        """Return a runtime with every expert resident if they fit, else one under the budget."""
+        policy = policy or OnDemandPolicy(self.shape)
+        if self.resident:
+            return resident_runtime(self.model.offloaded, policy)
+        return self.under_budget(policy)
+
+    def record_routing(self, console: Console) -> None:
+        from experiments.run.routing import record
+
+        load, settings = self.workload, self.settings
+        schedules = [
+            settings.schedule(load.history, history=True),
+            settings.schedule(load.measured),
+        ]
+        if not settings.fixed:
+            schedules = [settings.recording(load)]
+        with self.unbounded() as runtime:
+            path = Path(self.cfg.output) / "trace.parquet"
+            record(runtime, self.model, load, schedules, self.cfg.seed, path, console)
+
+    def reference(self, console: Console) -> Reference | None:
+        verify = bool(self.cfg.verify) and self.resident
+        if not (verify or self.policy.placement.foresight):
+            return None
+        load, settings = self.workload, self.settings
+        routing: list[list[tuple[int, ...]]] = []
+
+        def listen(outcome: LayerOutcome) -> None:
+            if outcome.layer == 0:
+                routing.append([])
+            routing[-1].append(outcome.activated)
+
+        self.log = LogitsLog() if verify else None
+        with (
+            self.unbounded() as runtime,
+            console.progress("reference", len(load.measured)) as advance,
+        ):
+            runtime.listeners.append(listen)
+            backend = self.backend(runtime)
+            server = Server(backend)
+            for _ in server.serve(settings.schedule(load.warmup)):
+                pass
+            measured_from, server.busy_seconds = server.iterations, 0.0
+            if self.log:
+                log = self.log
+                server.listeners.append(lambda step: log.keep(step, backend.logits))
+            for _ in server.serve(settings.schedule(load.measured)):
+                advance(1)
+        return Reference(routing, measured_from, server.busy_seconds if self.resident else None)
+
+    def link_seconds(self, loads: Sequence[int]) -> float | None:
+        """A CUDA link's rate is not known beforehand: there the bound is left to the simulation."""
+        if not self.testbed.link_gb_s:
+            return None
+        return max(loads) * self.testbed.load_seconds(self.model.full_expert_bytes)
+
+    def watch(self, backend: Any) -> Callable[[Step], None] | None:
+        if self.settings.fixed:
+            log = self.log
+            return None if log is None else lambda step: log.compare(step, backend.logits)
+        if not (self.cfg.verify and self.resident):
+            return None
+        kept = self.log = LogitsLog()
+
+        def keep(step: Step) -> None:
+            self.steps.append(step)
+            kept.keep(step, backend.logits)
+
+        return keep
+
+    def lossless(self, console: Console) -> bool | None:
+        """Iterations that were not known beforehand are repeated now, every expert resident."""
+        if self.log is None:
+            return None
+        if not self.settings.fixed:
+            with self.unbounded() as runtime, console.progress("verifying", len(self.steps)) as bar:
+                backend = self.backend(runtime)
+                for step in self.steps:
+                    backend.forward(step)
+                    self.log.compare(step, backend.logits)
+                    for request in step.leaving:
+                        backend.end_request(request)
+                    bar(1)
+        return self.log.same
+
+    def facts(self, measurement: Measurement) -> dict[str, Any]:
+        model = self.model
+        return {
+            "routing": self.script.routing if self.script else "the model's own gates",
+            "memory_budget_gb": self.budget_bytes / 1e9,
+            "expert_bytes": model.full_expert_bytes,
+            "stored_expert_bytes": model.offloaded.store.layout.nbytes,
+            "positions": model.positions,
+            "summary": {
+                "slot_budget_bytes": self.budget_bytes,
+                "dense_bytes": model.offloaded.dense_bytes,
+                "history_bytes": self.policy.memory_bytes(),
+            },
+        }
+
+    def sample(self, served: Served) -> tuple[str, str] | None:
+        if not self.settings.fixed:
+            return None
+        decode = self.model.tokenizer.decode
+        return decode(list(served.request.prompt)), decode(list(served.tokens))
+
+
+@contextmanager
+def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
+    """Load the model, draw the workload, build the policy; raise UserError for what cannot be.
+
+    With `routing`, requests and routing are those of that trace: within the block the model's
+    gates are overruled.
+    """
+    settings = build(cfg.workload)
+    traced = traced_workload(cfg, settings, console) if cfg.routing else None
+    if testbed.threads is not None:
+        torch.set_num_threads(testbed.threads)
+    model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
+    shape = model.offloaded.shape
+    policy: Policy = build(cfg.system, shape=shape)
+    if policy.placement.hidden_states:
+        policy.set_gates(gate_weights(model.offloaded))
+    full, devices = model.full_expert_bytes, len(testbed.devices)
+    budget, slots = budget_slots(cfg, policy, full, shape, devices)
+    _check_room(testbed, model, slots)
+    with ExitStack() as stack:
+        script = None
+        if traced is None:
+            load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+        else:
+            load = traced.workload
+            gates = TracedGates(model.offloaded)
+            script = traced.script(gates, model.offloaded, policy)
+            stack.enter_context(gates)
+        load_store(cfg, policy)
+        yield LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget, script)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much more a device can hold, after what nobody uses any more was given back."""
+    gc.collect()
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _check_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) -> None:
+    needed: Counter[torch.device] = Counter()
+    for device, count in zip(testbed.devices, slots, strict=True):
+        needed[device] += count * model.offloaded.store.layout.nbytes
+    for device, asked in needed.items():
+        free = free_bytes(device)
+        if asked > free:
+            raise UserError(
+                f"the memory budget puts {asked / 1e9:.1f} GB of experts on {device}, which has "
+                f"{free / 1e9:.1f} GB free; lower memory_budget"
+            )

@@ -1,0 +1,313 @@
+"""The one way through a run: prepare, learn from the history, serve and measure, record.
+
+What differs between live runs, replays and other engines is a `Setup`; which one a run gets is its
+system's or testbed's `backend`, or follows from the testbed's mode. Offline (section 6.1) a share
+of the prompts is the history and the others are measured, after a warm-up; online all are measured.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.errors import UserError
+from experiments.run.config import build, check, identity, learns
+from experiments.run.console import Console
+from experiments.run.metrics import AccessCounter, latency_summary, request_table
+from experiments.run.records import provenance, write_record
+from experiments.run.schedule import Backend, Served, Server, Step
+from experiments.run.weights import fingerprint
+from experiments.run.workloads import Workload, WorkloadSettings
+from finemoe.offload.bounds import Roofline, minimal_loads
+from finemoe.offload.hooks import PolicyError
+from finemoe.offload.policy import ModelShape, Policy, Routing
+from finemoe.offload.runtime import PhaseSeconds
+from finemoe.offload.timeline import Timeline, trace_events
+from finemoe.offload.transfer import Traffic
+from finemoe.trace import TraceError
+
+if TYPE_CHECKING:
+    from finemoe.testbed import SimulatedTestbed, Testbed
+
+BACKENDS = {
+    "measured": "experiments.run.live.prepare",
+    "emulated": "experiments.run.live.prepare",
+    "simulated": "experiments.run.replay.prepare",
+}
+"""What prepares a run on a testbed of this mode."""
+
+
+@dataclass
+class Measurement:
+    """What serving the measured requests left behind, over all repeats."""
+
+    served: list[Served] = field(default_factory=list)
+    accesses: AccessCounter = field(default_factory=AccessCounter)
+    traffic: Traffic = field(default_factory=Traffic)
+    phases: PhaseSeconds = field(default_factory=PhaseSeconds)
+    peak_occupied: int = 0
+    busy_seconds: float = 0.0
+    """Time during which requests were served."""
+
+    @contextmanager
+    def of(self, runtime: Any) -> Iterator[None]:
+        """Add what a runtime (live or replay) does within the block."""
+        runtime.listeners.append(self.accesses)
+        before, runtime.phases = runtime.residency.traffic(), PhaseSeconds()
+        yield
+        runtime.drain()
+        self.traffic += runtime.residency.traffic() - before
+        self.phases += runtime.phases
+        self.peak_occupied = max(self.peak_occupied, runtime.residency.cache.peak_occupied)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What serving would be with every expert resident: bounds and oracles need it beforehand."""
+
+    routing: Routing
+    """Of warm-up and measured requests."""
+    measured_from: int
+    """Number of the first measured iteration."""
+    compute_s: float | None
+    """Seconds to serve the measured requests; None if their experts were not all resident."""
+
+
+class MeasuredBackend(Backend, Protocol):
+    """A backend whose measured part can be told from its warm-up."""
+
+    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
+        """Add what is served in the block to a measurement."""
+
+
+@dataclass
+class Setup(ABC):
+    """One prepared run: what the protocol needs to know of what serves."""
+
+    history_words: ClassVar[str] = "served with everything resident"
+
+    cfg: DictConfig
+    testbed: Testbed | SimulatedTestbed
+    settings: WorkloadSettings
+    workload: Workload
+    policy: Policy | None
+    shape: ModelShape
+    slots: tuple[int, ...]
+    """Of each device."""
+
+    @abstractmethod
+    def description(self) -> tuple[str, ...]:
+        """Return lines that say what runs where; the first one begins with the model's name."""
+
+    @abstractmethod
+    def facts(self, measurement: Measurement) -> dict[str, Any]:
+        """Return what the run record says of this backend; see `run_record`."""
+
+    @abstractmethod
+    def serving(
+        self, policy: Policy | None, timeline: Timeline | None
+    ) -> AbstractContextManager[MeasuredBackend]:
+        """Return a backend with an empty cache, which serves under the memory budget."""
+
+    def learning(self, policy: Policy) -> AbstractContextManager[Backend]:
+        """Return a backend that serves the history, with every expert resident if they fit."""
+        raise NotImplementedError
+
+    def record_routing(self, console: Console) -> None:
+        """Leave a routing trace beside the record; only if the config asks for it."""
+
+    def reference(self, console: Console) -> Reference | None:
+        """Serve warm-up and measured requests once; None if nothing asks for it."""
+        return None
+
+    def link_seconds(self, loads: Sequence[int]) -> float | None:
+        """Return the least seconds for so many loads over each link; None if not known."""
+        return None
+
+    def watch(self, backend: Backend) -> Callable[[Step], None] | None:
+        """Return what verifies the logits of each measured step, if they are to be verified."""
+        return None
+
+    def lossless(self, console: Console) -> bool | None:
+        """Tell whether all logits were those of the reference; None if not verified."""
+        return None
+
+    def sample(self, served: Served) -> tuple[str, str] | None:
+        """Return prompt and continuation of a request as text, if there is any."""
+        return None
+
+
+def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """Carry out one run, write its record, and return it. Raises UserError."""
+    check(cfg)
+    try:
+        with prepare(cfg, console) as setup:
+            console.announce(setup.description())
+            if cfg.record:
+                setup.record_routing(console)
+            history = build_history(setup, console)
+            reference = setup.reference(console) if setup.settings.fixed else None
+            measurement = measure(setup, reference, console)
+            lossless, limit = setup.lossless(console), bound(setup, reference)
+            requests = request_table(measurement.served, measurement.accesses)
+            facts = setup.facts(measurement)
+            summary = _summary(facts, measurement, limit, lossless)
+            summary |= latency_summary(requests, setup.workload.prompts.dataset)
+            record = run_record(setup, history, measurement.served, facts, summary)
+            path = write_record(Path(cfg.output), record, requests)
+            console.results(record, path, setup.sample(measurement.served[0]))
+            return record
+    except (PolicyError, TraceError) as error:
+        raise UserError(str(error)) from error
+
+
+def prepare(cfg: DictConfig, console: Console) -> AbstractContextManager[Any]:
+    """Return the setup of a run, to be entered. Raises UserError for what cannot be."""
+    testbed = build(cfg.testbed)
+    name = cfg.system.get("backend") or cfg.testbed.get("backend") or BACKENDS[testbed.mode]
+    try:
+        backend = get_method(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"backend={name}: {error}; set PYTHONPATH to its folder") from error
+    setup: AbstractContextManager[Any] = backend(cfg, testbed, console)
+    return setup
+
+
+def build_history(setup: Setup, console: Console) -> str:
+    """Serve the history requests and save what they left; return how the history came about."""
+    policy, requests, came = setup.policy, setup.workload.history, "none"
+    if policy is None:
+        return came
+    if setup.cfg.store.load:
+        came = "loaded"
+    elif learns(policy) and requests:
+        came = setup.history_words
+        with setup.learning(policy) as backend, console.progress("history", len(requests)) as bar:
+            for _ in Server(backend).serve(setup.settings.schedule(requests, history=True)):
+                bar(1)
+            backend.drain()
+    if setup.cfg.store.save:
+        # Before anything measured has been seen.
+        policy.save(Path(setup.cfg.store.save), identity(setup.cfg))
+    policy.begin_serving()
+    return came
+
+
+def measure(setup: Setup, reference: Reference | None, console: Console) -> Measurement:
+    """Serve warm-up and measured requests, as often as the workload repeats them.
+
+    Every repeat starts from the prepared policy and an empty cache.
+    """
+    settings, load, repeats = setup.settings, setup.workload, setup.settings.repeats
+    if reference is not None and setup.policy and setup.policy.placement.foresight:
+        setup.policy.foretell([*reference.routing] * repeats)
+    measurement, batches, iterations = Measurement(), 0, 0
+    total = (len(load.warmup) + len(load.measured)) * repeats
+    with (
+        trace_events(setup.cfg.output, setup.cfg.timeline) as timeline,
+        console.progress("serving", total) as bar,
+    ):
+        for _ in range(repeats):
+            with setup.serving(copy.deepcopy(setup.policy), timeline) as backend:
+                # Numbers go on, so that every batch and iteration has its own.
+                server = Server(backend, batches, iterations)
+                for _ in server.serve(settings.schedule(load.warmup)):
+                    bar(1)
+                backend.drain()
+                server.busy_seconds = 0.0
+                server.listeners += filter(None, [setup.watch(backend)])
+                with backend.measuring(measurement):
+                    for served in server.serve(settings.schedule(load.measured)):
+                        measurement.served.append(served)
+                        bar(1)
+                    backend.drain()
+                measurement.busy_seconds += server.busy_seconds
+                batches, iterations = server.batches, server.iterations
+    measurement.served.sort(key=lambda served: served.batch)
+    return measurement
+
+
+def bound(setup: Setup, reference: Reference | None) -> Roofline | None:
+    """Return the least time the measured requests could take; None without what it needs."""
+    if reference is None or reference.compute_s is None:
+        return None
+    loads = minimal_loads(reference.routing, setup.shape, setup.slots, reference.measured_from)
+    link_s, repeats = setup.link_seconds(loads), setup.settings.repeats
+    if link_s is None:
+        return None
+    return Roofline(reference.compute_s * repeats, link_s * repeats)
+
+
+# The record ---------------------------------------------------------------------------------------
+
+
+def run_record(
+    setup: Setup,
+    history: str,
+    served: Sequence[Served],
+    facts: dict[str, Any],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the run record; the backend's facts go over what holds for every one."""
+    cfg, load = setup.cfg, setup.workload
+    positions = facts["positions"]
+    return {
+        "status": "complete",
+        "mode": setup.testbed.mode,
+        "testbed": setup.testbed.name,
+        "system": cfg.system.label,
+        "model": cfg.model.name,
+        "weights": str(cfg.weights),
+        "weights_fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
+        "dataset": load.prompts.dataset,
+        "dataset_source": load.prompts.source,
+        "dataset_sha256": load.prompts.sha256,
+        "slots": list(setup.slots),
+        "time_scale": setup.testbed.time_scale,
+        "seed": cfg.seed,
+        "history": history,
+        "prediction_costs": None,
+        "online": setup.settings.arrivals(load, served, positions, cfg.seed),
+        **facts,
+        "positions": _positions(positions, served),
+        "summary": {**summary, **facts["summary"]},
+        **provenance(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+
+
+def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int] | None:
+    """Say how long requests were, prompt and answer; beyond its positions no model was trained."""
+    if made_for is None:
+        return None
+    lengths = [len(one.request.prompt) + len(one.tokens) for one in served]
+    beyond = sum(length > made_for for length in lengths)
+    return {"model": made_for, "longest": max(lengths), "beyond": beyond, "of": len(lengths)}
+
+
+def _summary(
+    facts: Mapping[str, Any],
+    measurement: Measurement,
+    limit: Roofline | None,
+    lossless: bool | None,
+) -> dict[str, Any]:
+    """Return what was measured apart from latencies; bytes are those of full-size experts."""
+    larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
+    moved = asdict(measurement.traffic).items()
+    return {
+        **measurement.accesses.summary(),
+        "lossless": lossless,
+        **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
+        "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
+        "phase_seconds": asdict(measurement.phases),
+        "busy_seconds": busy_s,
+        "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
+    }

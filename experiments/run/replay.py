@@ -1,0 +1,258 @@
+"""Simulated runs: a routing trace replayed in the virtual time of a testbed.
+
+Nothing is computed, so nothing can be verified: `lossless` is not set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from omegaconf import DictConfig
+
+from experiments.run.config import budget_slots, build, check_room, full_size, load_store
+from experiments.run.console import Console, slots_line
+from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.routing import open_routing
+from experiments.run.schedule import Request, Server, Step
+from finemoe.offload.policy import Gates, Policy
+from finemoe.offload.replay import CostModel, ReplayRuntime
+from finemoe.offload.residency import MemoryPlan, Residency
+from finemoe.offload.routed import RoutedIteration, joined
+from finemoe.offload.timeline import Timeline
+from finemoe.testbed import SimulatedTestbed
+from finemoe.trace import Trace, TracedRequest, TraceError
+
+
+def traced_request(trace: Trace, request: Request) -> TracedRequest:
+    """Return what a trace holds of a request; TraceError if its lengths are not those asked for."""
+    traced = trace.request(request.number)
+    prompt, answer = len(traced.prompt), len(traced.steps)
+    if answer < request.output_tokens or request.input_tokens not in (None, prompt):
+        asked = f"{request.output_tokens} output tokens; lower workload.output_tokens"
+        if request.input_tokens is not None:
+            asked = (
+                f"{request.input_tokens} and {request.output_tokens}; set routing=null to record "
+                "one for it"
+            )
+        raise TraceError(
+            f"the trace holds request {request.number} with {prompt} input and {answer} output "
+            f"tokens, the workload asks for {asked}"
+        )
+    return traced
+
+
+@dataclass
+class TracedSteps:
+    """What steps route, by a trace; only running requests are held in memory."""
+
+    trace: Trace
+    _running: dict[int, TracedRequest] = field(default_factory=dict)
+
+    now: ClassVar[float] = 0.0
+
+    def routed(self, step: Step) -> RoutedIteration:
+        """Return a step as its requests routed it."""
+        if step.phase == "prefill":
+            for request in step.requests:
+                self._running[request.number] = traced_request(self.trace, request)
+        traced = [self._running[request.number] for request in step.requests]
+        pairs = list(zip(traced, step.generated, strict=True))
+        steps = [one.steps[made] for one, made in pairs]
+        contexts = [one.steps[0].tokens + made for one, made in pairs]
+        return joined(step.number, [one.number for one in traced], steps, contexts)
+
+    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        traced = self._running.pop(request.number)
+        return traced.prompt, traced.output[: request.output_tokens]
+
+    def wait(self, until: float) -> None:
+        pass
+
+    def drain(self) -> None:
+        pass
+
+
+@dataclass
+class Lessons(TracedSteps):
+    """Shows steps to a policy, with no cache and no clock."""
+
+    policy: Policy = field(kw_only=True)
+
+    def forward(self, step: Step) -> None:
+        routed = self.routed(step)
+        hidden = routed.hidden_states if self.policy.placement.hidden_states else None
+        gates = Gates(routed.probabilities, routed.activated, hidden)
+        self.policy.study(routed.iteration, routed.embeddings, lambda: _each(gates))
+
+    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        self.policy.end_request(request.number)
+        return super().end_request(request)
+
+
+@dataclass
+class Unoffloaded(TracedSteps):
+    """Notes what steps route, and how long they take with every expert resident."""
+
+    costs: CostModel = field(kw_only=True)
+    devices: int = field(kw_only=True)
+    routing: list[list[tuple[int, ...]]] = field(default_factory=list)
+    compute_s: float = 0.0
+
+    def forward(self, step: Step) -> None:
+        routed = self.routed(step)
+        self.routing.append(routed.activated)
+        self.compute_s += compute_seconds(self.costs, routed, self.devices)
+
+
+@dataclass
+class ReplayBackend(TracedSteps):
+    """Replays steps in the virtual time of a runtime."""
+
+    runtime: ReplayRuntime = field(kw_only=True)
+
+    @property
+    def now(self) -> float:  # type: ignore[override]
+        return self.runtime.now
+
+    def forward(self, step: Step) -> None:
+        self.runtime.forward(self.routed(step))
+
+    def wait(self, until: float) -> None:
+        self.runtime.wait_until(until)
+
+    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        self.runtime.end_request(request.number)
+        return super().end_request(request)
+
+    def drain(self) -> None:
+        self.runtime.drain()
+
+    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
+        return measurement.of(self.runtime)
+
+
+@dataclass
+class ReplaySetup(Setup):
+    """A trace, and the costs of serving it on a simulated testbed."""
+
+    history_words: ClassVar[str] = "replayed with everything resident"
+
+    testbed: SimulatedTestbed
+    policy: Policy
+    trace: Trace
+    costs: CostModel
+    plan: MemoryPlan
+    budget_bytes: int
+
+    def description(self) -> tuple[str, ...]:
+        origin, testbed = self.trace.header.provenance, self.testbed
+        return (
+            f"{self.cfg.model.name} (routing of {origin.get('weights')} weights, simulated) on "
+            f"{testbed.name}, {testbed.devices} device(s)",
+            slots_line(self.shape, self.slots),
+            f"routing from {self.trace.path}: {origin.get('dataset')}",
+        )
+
+    @contextmanager
+    def learning(self, policy: Policy) -> Iterator[Lessons]:
+        yield Lessons(self.trace, policy=policy)
+
+    @contextmanager
+    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
+        """Yield a backend that starts at time 0 with an empty cache, or a full one if all fit."""
+        policy = policy or self.policy
+        residency = Residency(self.shape, self.plan, policy)
+        if residency.holds_everything:
+            residency.preload()
+        runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
+        yield ReplayBackend(self.trace, runtime=runtime)
+
+    def reference(self, console: Console) -> Reference:
+        load, settings = self.workload, self.settings
+        backend = Unoffloaded(self.trace, costs=self.costs, devices=len(self.slots))
+        server = Server(backend)
+        for _ in server.serve(settings.schedule(load.warmup)):
+            pass
+        measured_from, backend.compute_s = server.iterations, 0.0
+        for _ in server.serve(settings.schedule(load.measured)):
+            pass
+        return Reference(backend.routing, measured_from, backend.compute_s)
+
+    def link_seconds(self, loads: Sequence[int]) -> float:
+        expert_bytes, rate = self.plan.expert_bytes, self.testbed.rate
+        own = max(loads) * (expert_bytes / rate.bytes_per_second + rate.latency)
+        return max(own, sum(loads) * expert_bytes / rate.shared_bytes_per_second)
+
+    def facts(self, measurement: Measurement) -> dict[str, Any]:
+        origin = self.trace.header.provenance
+        routing = f"a foreign trace, {self.trace.path.name}"
+        if "model" in origin:
+            routing = f"a trace of {origin['model']} with weights {origin['weights']}"
+        return {
+            "routing": routing,
+            "memory_budget_gb": self.budget_bytes / 1e9,
+            "expert_bytes": self.plan.expert_bytes,
+            "stored_expert_bytes": self.plan.expert_bytes,
+            "positions": origin.get("positions"),
+            "prediction_costs": self.costs.prediction_source,
+            "summary": {
+                "slot_budget_bytes": self.budget_bytes,
+                "dense_bytes": full_size(self.cfg.model).dense_bytes,
+                "history_bytes": self.policy.memory_bytes(),
+            },
+        }
+
+
+@contextmanager
+def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Iterator[ReplaySetup]:
+    """Open the trace, build policy and costs; raise UserError or TraceError for what cannot be."""
+    settings = build(cfg.workload)
+    if settings.repeats > 1:
+        # Another time would be the same.
+        settings = replace(settings, repeats=1)
+    with open_routing(cfg, console) as trace:
+        shape = trace.header.shape
+        load = settings.traced(trace, cfg.seed)
+        policy: Policy = build(cfg.system, shape=shape)
+        placement = policy.placement
+        contents = ("logits", "embeddings") if placement.prediction != "none" else ()
+        hidden = ("hidden_states",) if placement.hidden_states else ()
+        trace.require((*contents, *hidden), gates=placement.hidden_states)
+        if placement.hidden_states and trace.header.gates is not None:
+            policy.set_gates(trace.header.gates)
+        full = full_size(cfg.model).expert_bytes
+        budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
+        check_room(cfg, testbed, slots)
+        load_store(cfg, policy)
+        predicts = placement.prediction != "none" and not placement.foresight
+        costs = testbed.costs(cfg.model, cfg.system.label, predicts)
+        plan = MemoryPlan(slots, full, testbed.chunk_bytes)
+        yield ReplaySetup(
+            cfg, testbed, settings, load, policy, shape, slots, trace, costs, plan, budget
+        )
+
+
+def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> float:
+    """Return what an iteration takes with every expert resident."""
+    whole = costs.iteration(routed.iteration.tokens, routed.contexts)
+    layers, experts = routed.counts.shape
+    total = whole.start + layers * whole.dense + whole.finish
+    for layer, activated in enumerate(routed.activated):
+        busy = [0.0] * (devices if costs.parallel else 1)
+        for index in activated:
+            device = (layer * experts + index) % devices
+            seconds = costs.expert(int(routed.counts[layer, index]))
+            busy[device % len(busy)] += seconds + (costs.hop if device else 0.0)
+        total += max(busy)
+    return total
+
+
+def _each(gates):
+    from finemoe.offload.policy import Gate
+
+    for layer, activated in enumerate(gates.activated):
+        hidden = gates.hidden_states[layer] if gates.hidden_states is not None else None
+        yield Gate(layer, gates.probabilities[layer], activated, hidden)

@@ -1,0 +1,128 @@
+"""Routing traces of runs: recorded while a model serves, and kept for every later replay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from baselines.on_demand import OnDemandPolicy
+from experiments.run.config import build
+from experiments.run.console import Console
+from experiments.run.models import LoadedModel, load_model
+from experiments.run.records import check_writable, provenance
+from experiments.run.schedule import Schedule, Server
+from experiments.run.weights import fingerprint
+from experiments.run.workloads import Workload, WorkloadSettings
+from finemoe.assemble import resident_runtime
+from finemoe.foreign_trace import ForeignTrace, is_foreign
+from finemoe.offload.live import LiveRuntime
+from finemoe.offload.policy import ModelShape
+from finemoe.recorder import EVERYTHING, Recorder, gate_weights
+from finemoe.trace import TraceHeader
+from finemoe.trace_file import TraceReader, TraceWriter
+
+
+def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrace:
+    """Open the trace that `routing` names, or the kept one of this model and workload.
+
+    The latter is recorded first if it is not there. A table of activations alone, CSV or Parquet,
+    will do for systems that predict nothing. Raises TraceError or UserError.
+    """
+    path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
+    model = cfg.model
+    shape = ModelShape(model.layers, model.experts, model.top_k, 0)
+    if cfg.routing and is_foreign(path):
+        return ForeignTrace(path, shape)
+    reader = TraceReader(path)
+    reader.require(shape=replace(shape, hidden_size=reader.header.shape.hidden_size))
+    return reader
+
+
+def kept_trace(cfg: DictConfig, console: Console) -> Path:
+    """Return the kept trace of these weights, dataset and workload; record it if it is missing."""
+    settings: WorkloadSettings = build(cfg.workload)
+    path = _path(cfg, settings)
+    if path.exists():
+        return path
+    check_writable(Path(cfg.traces), "traces")
+    # A sum's last bits depend on the threads, and so would tokens that nearly tie.
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
+    load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+    # Loading may have downloaded weights whose revision was not known before.
+    path = _path(cfg, settings)
+    console.announce([f"recording the routing once, to {path}"])
+    # Runs of one sweep may record the same trace at the same time; the last one keeps its name.
+    with resident_runtime(model.offloaded, OnDemandPolicy(model.offloaded.shape)) as runtime:
+        record(runtime, model, load, [settings.recording(load)], cfg.seed, path, console)
+    return path
+
+
+def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:
+    asked = {
+        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "weights": str(cfg.weights),
+        "fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
+        "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
+        "seed": cfg.seed,
+        **settings.lengths(cfg.seed),
+    }
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cfg.traces) / f"{cfg.model.name}-{cfg.dataset.name}-{digest}.parquet"
+
+
+def record(
+    runtime: LiveRuntime,
+    model: LoadedModel,
+    load: Workload,
+    schedules: Iterable[Schedule],
+    seed: int,
+    path: Path,
+    console: Console,
+) -> None:
+    """Serve schedules and write what each request routed; the file appears when complete."""
+    from experiments.run.live import LiveBackend
+
+    total = len(load.history) + len(load.measured)
+    with (
+        ExitStack() as stack,
+        Recorder(runtime.model) as recorder,
+        console.progress("recording", total) as advance,
+    ):
+        server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
+        writer = None
+        for schedule in schedules:
+            for one in server.serve(schedule):
+                if writer is None:
+                    # Gates may compute in a wider dtype than the model's.
+                    header = replace(trace_header(model, load, seed), dtype=recorder.dtype)
+                    writer = stack.enter_context(TraceWriter(path, header))
+                request = one.request
+                writer.write(recorder.finish(request.number, request.prompt, one.tokens))
+                advance(1)
+
+
+def trace_header(model: LoadedModel, load: Workload, seed: int) -> TraceHeader:
+    """Return the header of a trace of a workload's requests."""
+    origin = {
+        "model": model.name,
+        "weights": model.weights,
+        "dataset": load.prompts.dataset,
+        "dataset_source": load.prompts.source,
+        "dataset_sha256": load.prompts.sha256,
+        "seed": seed,
+        "dense_bytes": model.offloaded.dense_bytes,
+        "passes": load.passes,
+        "positions": model.positions,
+        **provenance(),
+    }
+    gates = gate_weights(model.offloaded)
+    return TraceHeader(model.offloaded.shape, "bfloat16", EVERYTHING, origin, gates)

@@ -1,0 +1,211 @@
+"""Runs of DeepSpeed ZeRO: the unmodified model, the same requests, the same times and record.
+
+It has no expert cache, so accesses are absent, and no memory budget: what it takes is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_accelerator
+from experiments.errors import UserError
+from experiments.run.config import build
+from experiments.run.console import Console
+from experiments.run.live import LiveBackend, LogitsLog, free_bytes
+from experiments.run.metrics import Accesses
+from experiments.run.models import full_expert_bytes, load_plain
+from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.schedule import Served, Server, Step
+from finemoe.offload.model import find_moe_layers, shape_of
+from finemoe.offload.policy import Iteration, Policy
+from finemoe.offload.timeline import Timeline
+from finemoe.testbed import Testbed
+
+LINKS = {
+    "cpu": "none: parameters are gathered in host memory at memory speed",
+    "cuda": "DeepSpeed's own copies from page-locked memory",
+}
+NOT_APPLICABLE = (
+    "hits",
+    "late",
+    "misses",
+    "bytes_prefetched",
+    "bytes_on_demand",
+    "bytes_wasted",
+    "peak_slot_bytes",
+    "slot_budget_bytes",
+    "phase_seconds",
+)
+"""What a summary says of systems that have an expert cache."""
+
+
+@dataclass(frozen=True)
+class PlainRuntime:
+    """Runs a model as it is: no policy, no budget."""
+
+    model: Any
+
+    def forward(self, iteration: Iteration, **inputs: Any) -> Any:
+        """Run one forward pass."""
+        return self.model(**inputs)
+
+    def end_request(self, request: int) -> None:
+        """Nothing was kept for a request."""
+
+    def drain(self) -> None:
+        """Nothing is under way."""
+
+
+@dataclass
+class ZeroBackend(LiveBackend):
+    """Notes the most memory that a CUDA device had while requests were measured."""
+
+    peak: int = 0
+
+    @contextmanager
+    def measuring(self, measurement: Measurement) -> Iterator[None]:
+        device = self.runtime.model.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
+        if device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
+        for served in measurement.served:
+            iterations = dict.fromkeys(served.iterations, Accesses())
+            measurement.accesses.iterations.update(iterations)
+
+
+@dataclass
+class ZeroSetup(Setup):
+    """A whole model, which DeepSpeed takes over when serving begins."""
+
+    testbed: Testbed
+    model: Any
+    tokenizer: Any
+    options: ZeroOptions
+    stack: ExitStack
+    log: LogitsLog | None = None
+    started: list[ZeroBackend] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        modules = find_moe_layers(self.model)[1]
+        self.experts: tuple[nn.Parameter, ...] = tuple(
+            parameter for module in modules for parameter in module.parameters(recurse=False)
+        )
+        self.expert_bytes = sum(parameter.nbytes for parameter in self.experts)
+        self.dense_bytes = _bytes(self.model) - self.expert_bytes
+        cfg, self.device = self.cfg, self.testbed.devices[0]
+        self.stored = sum(p[0].nbytes for p in modules[0].parameters(recurse=False))
+        self.full = full_expert_bytes(cfg.model, str(cfg.weights), self.stored)
+
+    def description(self) -> tuple[str, ...]:
+        cfg, prompts = self.cfg, self.workload.prompts
+        links = LINKS[self.device.type]
+        return (
+            f"{cfg.model.name} ({cfg.weights} weights) on {self.device}",
+            f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
+            f"prompts from {prompts.dataset}: {prompts.source}",
+        )
+
+    def reference(self, console: Console) -> Reference | None:
+        """Serve with the model before DeepSpeed has it, with the same kernels."""
+        self.model.eval()
+        self.model.set_experts_implementation(self.options.experts)
+        device, measured = self.device, self.workload.measured
+        room = device.type == "cpu" or _bytes(self.model) < 0.9 * free_bytes(device)
+        if not self.cfg.verify or not room:
+            return None
+        log = self.log = LogitsLog()
+        backend = LiveBackend(PlainRuntime(self.model.to(device)))
+        server = Server(backend, listeners=[lambda step: log.keep(step, backend.logits)])
+        with console.progress("reference", len(measured)) as advance:
+            for _ in server.serve(self.settings.schedule(measured)):
+                advance(1)
+        self.model.to("cpu")
+        free_bytes(device)
+        return None
+
+    @contextmanager
+    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ZeroBackend]:
+        """Yield the one backend there can be: DeepSpeed takes the model over for good."""
+        if not self.started:
+            model, cfg = self.model, self.cfg
+            hidden = cfg.model.hidden_size / model.config.get_text_config().hidden_size
+            scaled = hidden if cfg.weights == "scale" else 1.0
+            shrinkage = Shrinkage(self.full / self.stored, scaled)
+            zero = ZeroModel(model, self.device, self.options, shrinkage)
+            self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
+        yield self.started[0]
+
+    def watch(self, backend: Any) -> Callable[[Step], None] | None:
+        log = self.log
+        return None if log is None else lambda step: log.compare(step, backend.logits)
+
+    def lossless(self, console: Console) -> bool | None:
+        return None if self.log is None else self.log.same
+
+    def facts(self, measurement: Measurement) -> dict[str, Any]:
+        """Serve once more, watching what is gathered, which takes time: so after measuring."""
+        (backend,), larger = self.started, self.full / self.stored
+        size = self.cfg.workload.batch_size
+        with backend.runtime.model.watching(self.experts) as gathered:
+            for _ in Server(backend).serve(self.settings.schedule(self.workload.measured[:size])):
+                pass
+        return {
+            "routing": "the model's own gates",
+            "memory_budget_gb": None,
+            "time_scale": None,
+            "links": LINKS[self.device.type],
+            "expert_bytes": self.full,
+            "stored_expert_bytes": self.stored,
+            "positions": None,
+            "summary": {
+                **dict.fromkeys(NOT_APPLICABLE),
+                "dense_bytes": self.dense_bytes,
+                "history_bytes": {},
+                "phases": {},
+                "peak_gathered_expert_bytes": round(gathered.experts * larger),
+                "peak_gathered_stored_bytes": gathered.total,
+                "peak_device_bytes": backend.peak or None,
+                "host_expert_bytes": round(self.expert_bytes * larger),
+            },
+        }
+
+    def sample(self, served: Served) -> tuple[str, str]:
+        decode = self.tokenizer.decode
+        return decode(list(served.request.prompt)), decode(list(served.tokens))
+
+
+@contextmanager
+def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[ZeroSetup]:
+    """Load the model and draw the workload; raise UserError for what cannot be."""
+    label = cfg.system.label
+    if cfg.store.load or cfg.store.save:
+        raise UserError(f"system={label} keeps no store to load or save")
+    if cfg.routing:
+        raise UserError(f"system={label} follows no trace; leave routing= out")
+    if testbed.threads is not None:
+        torch.set_num_threads(testbed.threads)
+    settings, options = build(cfg.workload), build(cfg.system)
+    model, tokenizer = load_plain(cfg.model, str(cfg.weights))
+    try:
+        choose_accelerator(testbed.devices[0])
+    except ValueError as error:
+        raise UserError(f"system={label}: {error}") from error
+    load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
+    with ExitStack() as stack:
+        shape = shape_of(model)
+        yield ZeroSetup(
+            cfg, testbed, settings, load, None, shape, (), model, tokenizer, options, stack
+        )
+
+
+def _bytes(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
