@@ -132,7 +132,7 @@ def _check_zero(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
 def _check_policy(cfg: DictConfig, testbed: Testbed | SimulatedTestbed) -> None:
     shape = routing_shape(cfg)
     policy: Policy = build(cfg.system, shape=shape)
-    if is_online(cfg) and policy.placement.foresight:
+    if is_online(cfg) and policy.set_future_routing:
         raise UserError(
             f"system={cfg.system.label} must know all iterations beforehand, and who is in which "
             "depends on how fast it serves; use workload=offline"
@@ -289,24 +289,22 @@ def check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...
 
 def learns(policy: Policy) -> bool:
     """Tell whether history prompts leave anything in a policy."""
-    return policy.placement.prediction != "none" and policy.placement.learns
+    return policy.learn is not None
 
 
 def load_store(cfg: DictConfig, policy: Policy, model_id: str) -> None:
     """Load the store that the config names, and make sure that one can be saved."""
     load, save = cfg.store.load, cfg.store.save
-    if (load or save) and not learns(policy):
+    if not (load or save):
+        return
+    if policy.history is None:
         raise UserError(f"system={cfg.system.label} keeps no store to load or save")
     if load:
         try:
-            policy.load(Path(load), model_id)
+            policy.history.load(Path(load), model_id)
         except StoreMismatch as error:
             raise UserError(f"{error}; give a store saved for this model, or none") from error
-        except NotImplementedError:
-            raise UserError(f"system={cfg.system.label} keeps no store to load") from None
     if save:
-        if type(policy).save is Policy.save:
-            raise UserError(f"system={cfg.system.label} keeps no store to save")
         try:
             Path(save).parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=Path(save).parent).close()

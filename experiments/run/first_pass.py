@@ -40,7 +40,7 @@ def first_pass(setup: Setup, console: Console) -> FirstPass | None:
     """Serve warm-up and measured requests once; None if nothing of it is asked for."""
     resident = everything_fits(setup)
     verify = bool(setup.cfg.verify) and resident
-    if not (verify or setup.policy.placement.foresight):
+    if not (verify or setup.policy.set_future_routing):
         return None
     load, size = setup.workload, setup.settings.batch_size
     done = FirstPass([] if verify else None)

@@ -33,8 +33,8 @@ from experiments.run.simulation import simulate
 from experiments.run.traced_serving import traced_setup
 from experiments.run.zero_serving import run_zero
 from finemoe.offload.bounds import Roofline, minimal_loads
-from finemoe.offload.hooks import PolicyError
 from finemoe.offload.live import LiveRuntime
+from finemoe.offload.policy import PolicyError
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import trace_events
 from finemoe.testbed import SimulatedTestbed, Testbed
@@ -108,7 +108,8 @@ def build_history(setup: Setup, console: Console) -> str:
             runtime.drain()
     if setup.cfg.store.save:
         # Before anything measured has been seen.
-        setup.policy.save(Path(setup.cfg.store.save), setup.model.identity)
+        assert setup.policy.history
+        setup.policy.history.save(Path(setup.cfg.store.save), setup.model.identity)
     setup.policy.begin_serving()
     return served
 
@@ -119,8 +120,8 @@ def measure(setup: Setup, reference: FirstPass | None, console: Console) -> Meas
     Every repeat starts from the prepared policy and an empty cache.
     """
     load, repeats = setup.workload, setup.settings.repeats
-    if reference is not None and setup.policy.placement.foresight:
-        setup.policy.foretell(reference.routing * repeats)
+    if reference is not None and setup.policy.set_future_routing:
+        setup.policy.set_future_routing(reference.routing * repeats)
     verified = reference is not None and reference.logits is not None
     measurement = Measurement(same_as_reference=True if verified else None)
     total = (len(load.warmup) + len(load.measured)) * repeats

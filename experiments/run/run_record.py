@@ -84,7 +84,7 @@ def live_facts(
         dense_bytes=model.offloaded.dense_bytes,
         time_scale=engine.testbed.time_scale,
         history=history,
-        history_bytes=engine.policy.memory_bytes(),
+        history_bytes=engine.policy.history.memory_bytes() if engine.policy.history else {},
         positions=model.positions,
         bound=bound,
         online=online,

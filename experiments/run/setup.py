@@ -68,7 +68,7 @@ def prepare_engine(cfg: DictConfig, testbed: Testbed) -> Engine:
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
     shape = model.offloaded.shape
     policy: Policy = build(cfg.system, shape=shape)
-    if policy.placement.hidden_states:
+    if policy.set_gates:
         policy.set_gates(gate_weights(model.offloaded))
     full = model.full_expert_bytes
     budget, slots = budget_slots(cfg, policy, full, shape, len(testbed.devices))

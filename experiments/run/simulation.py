@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from experiments.run.run_record import Measurement, RunFacts, run_record
 from experiments.run.serving import in_batches
 from experiments.run.workloads import OfflineSettings, OfflineWorkload, Request, split
 from finemoe.offload.bounds import Roofline, minimal_loads
-from finemoe.offload.policy import Gate, Policy
+from finemoe.offload.policy import Gates, Policy
 from finemoe.offload.replay import CostModel, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
@@ -101,13 +101,13 @@ def prepare_engine(cfg: DictConfig, testbed: SimulatedTestbed, trace: Trace) -> 
     contents = ("logits", "embeddings") if placement.prediction != "none" else ()
     hidden = ("hidden_states",) if placement.hidden_states else ()
     trace.require((*contents, *hidden), gates=placement.hidden_states)
-    if placement.hidden_states and trace.header.gates is not None:
+    if policy.set_gates and trace.header.gates is not None:
         policy.set_gates(trace.header.gates)
     full = full_size(cfg.model).expert_bytes
     budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
     check_room(cfg, testbed, slots)
     load_store(cfg, policy, identity(cfg))
-    predicts = placement.prediction != "none" and not placement.foresight
+    predicts = placement.prediction != "none" and not policy.set_future_routing
     costs = testbed.costs(cfg.model, cfg.system.label, predicts)
     plan = MemoryPlan(slots, full, testbed.chunk_bytes)
     return ReplayEngine(cfg, testbed, trace, policy, costs, plan, budget)
@@ -151,36 +151,33 @@ def teach(simulation: Simulation, console: Console) -> str:
                 number = _teach_batch(simulation, batch, number)
                 advance(len(batch))
     if simulation.cfg.store.save:
-        policy.save(Path(simulation.cfg.store.save), identity(simulation.cfg))
+        assert policy.history
+        policy.history.save(Path(simulation.cfg.store.save), identity(simulation.cfg))
     policy.begin_serving()
     return served
 
 
 def _teach_batch(simulation: Simulation, batch: Sequence[Request], number: int) -> int:
     policy = simulation.policy
+    assert policy.learn
     traced = fetch_all(batch, simulation.fetch)
     for step in range(batch[0].output_tokens):
         routed = routed_step(traced, step, number)
-        gates = partial(_gates, routed, policy.placement.hidden_states)
-        policy.study(routed.iteration, routed.embeddings, gates)
+        hidden = routed.hidden_states if policy.placement.hidden_states else None
+        gates = Gates(routed.probabilities, routed.activated, hidden)
+        policy.learn(routed.iteration, routed.embeddings, gates)
         number += 1
     for request in batch:
         policy.end_request(request.number)
     return number
 
 
-def _gates(routed: RoutedIteration, hidden_states: bool) -> Iterator[Gate]:
-    for layer, activated in enumerate(routed.activated):
-        hidden = routed.hidden_states[layer] if hidden_states else None
-        yield Gate(layer, routed.probabilities[layer], activated, hidden)
-
-
 def measure(simulation: Simulation, console: Console) -> Measurement:
     """Replay warm-up and measured requests once: another time would be the same."""
     load, size = simulation.workload, simulation.settings.batch_size
     policy = copy.deepcopy(simulation.policy)
-    if policy.placement.foresight:
-        policy.foretell([one.activated for one in iterations(simulation)])
+    if policy.set_future_routing:
+        policy.set_future_routing([one.activated for one in iterations(simulation)])
     total = len(load.warmup) + len(load.measured)
     with (
         trace_events(simulation.cfg.output, simulation.cfg.timeline) as timeline,
@@ -282,7 +279,7 @@ def replay_facts(
         dense_bytes=full_size(engine.cfg.model).dense_bytes,
         time_scale=engine.testbed.time_scale,
         history=history,
-        history_bytes=engine.policy.memory_bytes(),
+        history_bytes=engine.policy.history.memory_bytes() if engine.policy.history else {},
         positions=origin.get("positions"),
         prediction_costs=engine.costs.prediction_source,
         bound=bound,

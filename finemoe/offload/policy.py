@@ -54,6 +54,18 @@ class ModelShape:
         return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
 
 
+SMALLEST_PRIORITY = 1e-300
+"""Of a request for an expert whose probability was rounded to 0."""
+
+
+def layer_requests(shape: ModelShape, first: int, rows: Priorities) -> list[Priorities]:
+    """Return requests for one layer each, from layer `first` on, by priorities (N, J)."""
+    requests = np.zeros((len(rows), shape.layers, shape.experts))
+    steps = np.arange(len(rows))
+    requests[steps, steps + first] = rows
+    return list(requests)
+
+
 @dataclass(frozen=True)
 class Iteration:
     """One forward pass. Row r of its arrays is a token; requests own consecutive rows."""
@@ -89,6 +101,11 @@ class Gates(NamedTuple):
     activated: Sequence[tuple[int, ...]]
     hidden_states: FloatArray | None
     """Shape (L, T, h), if `Placement.hidden_states` asks for it."""
+
+    def of(self, layer: int) -> Gate:
+        """Return what the gate of one layer decides."""
+        hidden = None if self.hidden_states is None else self.hidden_states[layer]
+        return Gate(layer, self.probabilities[layer], self.activated[layer], hidden)
 
 
 class LayerOutcome(NamedTuple):
@@ -129,6 +146,11 @@ class GateWeights:
     """Shape (L, J, h)."""
     bias: FloatArray | None = None
     """Shape (L, J)."""
+
+    def logits(self, layer: int, hidden_states: FloatArray) -> FloatArray:
+        """Return what the gate of `layer` makes of hidden states (T, h), shape (T, J)."""
+        logits: FloatArray = hidden_states @ self.weight[layer].T
+        return logits if self.bias is None else logits + self.bias[layer]
 
 
 class History(Protocol):
