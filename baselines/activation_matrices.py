@@ -28,9 +28,13 @@ class MatrixCollection:
     (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero.
     """
 
-    def __init__(self, shape: ModelShape, capacity: int) -> None:
+    def __init__(
+        self, shape: ModelShape, capacity: int, replace: Literal["similar", "unmatched"]
+    ) -> None:
         self.shape = shape
         self.capacity = capacity
+        self._replace = replace
+        """Which matrix a new one replaces if the collection is full."""
         self.size = 0
         self.matches = np.zeros(capacity, dtype=np.int64)
         """How often each matrix was the nearest one."""
@@ -56,14 +60,10 @@ class MatrixCollection:
         """Return each expert's share of its layer's activations, shape (entries, L, J); a copy."""
         return self._ratios[entries]
 
-    @property
-    def matrix_bytes(self) -> int:
-        return self._matrices.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrices and of what is kept for the search."""
-        return self._matrices.nbytes + self._ratios.nbytes + self._rows.nbytes
+    def memory_bytes(self) -> dict[str, int]:
+        """Return the bytes of the matrices, and of all that is kept."""
+        matrices = self._matrices.nbytes
+        return {"matrices": matrices, "store": matrices + self._ratios.nbytes + self._rows.nbytes}
 
     def keep_all(self) -> None:
         """Keep what is stored now from being the least matched (`persistent_capacity`)."""
@@ -75,9 +75,9 @@ class MatrixCollection:
         similarity: FloatArray = cosines.mean(axis=0)
         return similarity
 
-    def add(self, matrix: FloatArray, replace: Literal["similar", "unmatched"]) -> int | None:
+    def add(self, matrix: FloatArray) -> int | None:
         """Store a matrix and return its entry; None if it was full of matrices to be kept."""
-        entry = self._place(matrix, replace)
+        entry = self._vacate(matrix)
         if entry is None:
             return None
         self.popularity += matrix - self._matrices[entry]
@@ -88,11 +88,11 @@ class MatrixCollection:
         self.additions += 1
         return entry
 
-    def _place(self, matrix: FloatArray, replace: str) -> int | None:
+    def _vacate(self, matrix: FloatArray) -> int | None:
         if self.size < self.capacity:
             self.size += 1
             return self.size - 1
-        if replace == "similar":
+        if self._replace == "similar":
             return int(self.similarity(matrix).argmax())
         if self._prepared == self.size:
             return None
@@ -104,7 +104,7 @@ class MatrixCollection:
             arrays = {"matrices": self.matrices.copy()}
             partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
 
-    def load(self, path: Path, model_id: str, replace: Literal["similar", "unmatched"]) -> None:
+    def load(self, path: Path, model_id: str) -> None:
         """Add the matrices of a file, in its order.
 
         Raises StoreMismatch if the file was saved for another model or is no such file.
@@ -114,7 +114,7 @@ class MatrixCollection:
         if (matrices != abs(matrices.round())).any():
             raise StoreMismatch(f"{path} holds matrices that do not count tokens")
         for matrix in matrices:
-            self.add(matrix, replace)
+            self.add(matrix)
 
 
 class RunningRequest:

@@ -15,7 +15,6 @@ from finemoe.offload.policy import (
     ExpertId,
     LayerOutcome,
     ModelShape,
-    Placement,
     Policy,
     Routing,
 )
@@ -49,34 +48,31 @@ def uses(routing: Routing, shape: ModelShape) -> tuple[FloatTable, list[list[flo
 class BeladyPolicy(Policy):
     """Knows of every expert when it is used next; steps count layers over all iterations."""
 
-    placement = Placement(foresight=True)
-
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
-        self.foretell(())
+        self.set_future_routing(())
 
-    def foretell(self, routing: Routing) -> None:
+    def set_future_routing(self, routing: Routing) -> None:
         self._routing, self._step = routing, 0
         self._next_use, self._following = uses(routing, self.shape)
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
-        """Move on to the next uses; ValueError if the layer did not route as foretold."""
+        """Move on to the next uses; ValueError if the layer did not route as told."""
         if not self._routing:
             return
         self._check(outcome)
         self._go_to(outcome.iteration.number * self.shape.layers + outcome.layer + 1)
 
-    def eviction_keys(self, incoming: ExpertId) -> FloatTable:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> FloatTable:
         return self._next_use
 
     def _check(self, outcome: LayerOutcome) -> None:
         number, layer = outcome.iteration.number, outcome.layer
-        foretold = self._routing[number][layer] if number < len(self._routing) else None
-        activated = outcome.activated
-        if activated != foretold:
+        expected = self._routing[number][layer] if number < len(self._routing) else None
+        if outcome.activated != expected:
             raise ValueError(
-                f"layer {layer} of iteration {number} activated {activated}, but "
-                f"{foretold} was foretold; foretell the routing of the same requests"
+                f"layer {layer} of iteration {number} activated {outcome.activated}, not "
+                f"{expected}; set the future routing of the same requests"
             )
 
     def _go_to(self, step: int) -> None:

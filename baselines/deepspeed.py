@@ -18,29 +18,26 @@ from finemoe.offload.policy import (
     Iteration,
     ModelShape,
     Placement,
-    PrefetchTable,
-    Wishes,
+    Priorities,
 )
 
 
 class DeepSpeedPolicy(OnDemandPolicy):
     """Fetches layer after layer, one ahead of the model, and waits for each."""
 
-    placement = Placement("critical_path", awaited=True, learns=False)
+    placement = Placement("critical_path", awaited=True)
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        whole = np.eye(shape.layers)[:, :, None].repeat(shape.experts, axis=2)
-        self._layers = [PrefetchTable(priorities) for priorities in whole]
+        self._layers = np.eye(shape.layers)[:, :, None].repeat(shape.experts, axis=2)
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Wishes:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         return self._layers[0]
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
-        return self._layers[gate.layer + 1] if gate.layer + 1 < self.shape.layers else ()
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+        return self._layers[gate.layer + 1] if gate.layer + 1 < self.shape.layers else None
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         """Least recently used; a layer that is being fetched does not push itself out."""
-        if incoming.layer != self._spared:
-            self.spare(incoming.layer)
+        self.protect(incoming.layer)
         return self._recency

@@ -19,7 +19,7 @@ DISTANCE = 1
 class MixtralOffloadPolicy(SpeculatingPolicy):
     """After each gate waits for the top-K that the next gate would choose for the same input."""
 
-    placement = Placement("critical_path", hidden_states=True, awaited=True, learns=False)
+    placement = Placement("critical_path", hidden_states=True, awaited=True)
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape, DISTANCE, shape.top_k)

@@ -20,9 +20,8 @@ description and its code differ:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +39,7 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    PrefetchTable,
-    Wishes,
+    Priorities,
 )
 from finemoe.options import CHECKED, Count, Flag
 
@@ -72,14 +70,6 @@ class MoEInfinityOptions:
     """Whether requests enter the collection while serving (`finish_entry`, expert_tracer.py)."""
 
 
-class _Answer(NamedTuple):
-    """What follows from the gate of one layer."""
-
-    wishes: PrefetchTable | None
-    plain: FloatTable
-    """Eviction keys of the layer's experts but for wishes, shape (J,)."""
-
-
 class MoEInfinityPolicy(Policy):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
 
@@ -88,10 +78,10 @@ class MoEInfinityPolicy(Policy):
     def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
         self.shape = shape
         self.options = options
-        self.collection = MatrixCollection(shape, options.capacity)
-        self._replace: Literal["similar", "unmatched"] = (
+        replace: Literal["similar", "unmatched"] = (
             "similar" if options.variant == "paper" else "unmatched"
         )
+        self.history = self.collection = MatrixCollection(shape, options.capacity, replace)
         self._growing = True
         self._running: dict[int, RunningRequest] = {}
         layers = np.arange(shape.layers)
@@ -104,53 +94,35 @@ class MoEInfinityPolicy(Policy):
         """Cache priority of a layer: the front ones have least time to be prefetched."""
         uniform = np.full((shape.layers, shape.experts), 1 / shape.experts)
         self._unseen = -(uniform + SMALLEST_ACTIVITY) * self._front
-        self._popular = (-1, PrefetchTable(np.zeros((shape.layers, shape.experts))))
+        self._popular = (-1, np.zeros((shape.layers, shape.experts)))
         self.begin_cache()
 
     def begin_cache(self) -> None:
         """Forget what the cache saw."""
         self._usage = UsageTable(self.shape)
         self._served: tuple[int, ...] = ()
-        self._plain = self._unseen.copy()
+        self._activity = self._unseen.copy()
+        """Eviction keys of all experts, but for what was requested."""
         self._keys = self._unseen.copy()
         self._now = -1
-        self._wanted: PrefetchTable | None = None
+        self._wanted: Priorities | None = None
         """What is asked for and `_keys` do not show yet."""
-        self._ahead: list[_Answer] = []
+        self._ahead: list[tuple[Priorities | None, FloatTable]] = []
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
         self.collection.keep_all()
         self.begin_cache()
 
-    def save(self, path: Path, model_id: str) -> None:
-        self.collection.save(path, model_id)
-
-    def load(self, path: Path, model_id: str) -> None:
-        self.collection.load(path, model_id, self._replace)
-
-    def memory_bytes(self) -> dict[str, int]:
-        collection = self.collection
-        return {
-            "matrices": collection.matrix_bytes,
-            "store": collection.nbytes,
-        }
-
-    def study(
-        self, iteration: Iteration, embeddings: FloatArray, gates: Callable[[], Iterable[Gate]]
-    ) -> None:
-        """Count the iteration's tokens; wishes and keys would leave no trace."""
-        given = list(gates())
-        probabilities = np.stack([gate.probabilities for gate in given])
+    def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         for request in self._requests(iteration):
             request.begin_iteration()
-        stacked = Gates(probabilities, [gate.activated for gate in given], None)
-        self._count(iteration, slice(0, self.shape.layers), stacked)
+        self._count(iteration, slice(0, self.shape.layers), gates)
 
     # Predictions ------------------------------------------------------------------------------
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Wishes:
-        """Ask for the K most popular experts of the early layers, which no gate foretells."""
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
+        """Ask for the K most popular experts of the early layers, which no gate predicts."""
         requests = self._requests(iteration)
         for request in requests:
             request.begin_iteration()
@@ -158,35 +130,36 @@ class MoEInfinityPolicy(Policy):
             self._served = iteration.requests
             tokens = _tokens_of(requests, slice(0, self.shape.layers))
             seen = tokens.any(axis=1, keepdims=True)
-            self._plain = np.where(seen, self._activity_keys(tokens), self._unseen)
+            self._activity = np.where(seen, self._activity_keys(tokens), self._unseen)
         if self._popular[0] != self.collection.additions:
-            self._popular = (self.collection.additions, PrefetchTable(self._popular_experts()))
+            self._popular = (self.collection.additions, self._popular_experts())
         self._now, self._wanted = -1, self._popular[1]
         self._ahead = []
         return self._popular[1]
 
-    def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
+    def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
         self._ahead = self._answers(iteration, slice(0, self.shape.layers), gates)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         if self._ahead:
-            answer = self._ahead[gate.layer]
+            wanted, activity = self._ahead[gate.layer]
         else:
-            one = Gates(gate.probabilities[None], [gate.activated], None)
-            (answer,) = self._answers(iteration, slice(gate.layer, gate.layer + 1), one)
-        self._plain[gate.layer] = answer.plain
-        if answer.wishes is None:
-            self._keys[gate.layer] = answer.plain
-            return ()
-        self._wanted = answer.wishes
-        return answer.wishes
+            gates = Gates(gate.probabilities[None], [gate.activated], None)
+            layers = slice(gate.layer, gate.layer + 1)
+            ((wanted, activity),) = self._answers(iteration, layers, gates)
+        self._activity[gate.layer] = activity
+        if wanted is None:
+            self._keys[gate.layer] = activity
+        else:
+            self._wanted = wanted
+        return wanted
 
     def end_request(self, request: int) -> None:
         """Store what the request activated, and compare the others with it."""
         finished = self._running.pop(request, None)
         if finished is None or not self._growing:
             return
-        entry = self.collection.add(finished.matrix, self._replace)
+        entry = self.collection.add(finished.matrix)
         if entry is not None:
             for other in self._running.values():
                 other.refresh(entry)
@@ -197,8 +170,8 @@ class MoEInfinityPolicy(Policy):
                 self._running[number] = RunningRequest(self.collection, self.options.variant)
         return [self._running[number] for number in iteration.requests]
 
-    def _popular_experts(self) -> FloatTable:
-        """Return wishes for the early layers' K most popular experts, shape (L, J)."""
+    def _popular_experts(self) -> Priorities:
+        """Return requests for the early layers' K most popular experts."""
         wanted = np.zeros((self.shape.layers, self.shape.experts))
         early = self.collection.popularity[: self.options.early_layers]
         popular = (-early).argsort(axis=1, kind="stable")[:, : self.shape.top_k]
@@ -208,15 +181,17 @@ class MoEInfinityPolicy(Policy):
         np.put_along_axis(wanted[: len(early)], popular, kept, axis=1)
         return wanted
 
-    def _answers(self, iteration: Iteration, layers: slice, gates: Gates) -> list[_Answer]:
-        """Return what follows from the gates of consecutive layers, one after the other."""
+    def _answers(
+        self, iteration: Iteration, layers: slice, gates: Gates
+    ) -> list[tuple[Priorities | None, FloatTable]]:
+        """Return what each gate of consecutive layers requests, and its layer's eviction keys."""
         nearest = self._count(iteration, layers, gates)
         rows = self._activity_keys(_tokens_of(self._requests(iteration), layers), layers.start)
-        wishes: list[PrefetchTable | None] = [None] * len(rows)
+        requests: list[Priorities | None] = [None] * len(rows)
         if nearest:
-            wanted = self._tables(nearest, layers)[: self.shape.layers - 1 - layers.start]
-            wishes[: len(wanted)] = [PrefetchTable(table) for table in wanted]
-        return [_Answer(*answer) for answer in zip(wishes, rows, strict=True)]
+            wanted = self._wanted_by(nearest, layers)[: self.shape.layers - 1 - layers.start]
+            requests[: len(wanted)] = list(wanted)
+        return list(zip(requests, rows, strict=True))
 
     def _count(self, iteration: Iteration, layers: slice, gates: Gates) -> list[NDArray[np.intp]]:
         """Take note of the gates' tokens; return each request's nearest entry after each gate.
@@ -244,15 +219,15 @@ class MoEInfinityPolicy(Policy):
                     row[index] = 1
             return counts
         best = (-gates.probabilities).argsort(axis=2, kind="stable")[:, :, : self.shape.top_k]
-        places = best + np.arange(0, layers * experts, experts)[:, None, None]
+        flat = best + np.arange(0, layers * experts, experts)[:, None, None]
         counted = [
-            np.bincount(places[:, rows].ravel(), minlength=layers * experts)
+            np.bincount(flat[:, rows].ravel(), minlength=layers * experts)
             for rows in iteration.rows()
         ]
         return np.stack(counted).reshape(-1, layers, experts).astype(np.float32)
 
-    def _tables(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
-        """Return what each gate wishes for, (layers, L, J): the ratios of the nearest matrices.
+    def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
+        """Return what each gate requests, (layers, L, J): the ratios of the nearest matrices.
 
         Of several requests the largest counts.
         """
@@ -282,32 +257,28 @@ class MoEInfinityPolicy(Policy):
         if self.options.eviction != "activation":
             self._usage.on_outcome(outcome)
         self._now = outcome.layer
-        self._keys[: self._now + 1] = self._plain[: self._now + 1]
+        self._keys[: self._now + 1] = self._activity[: self._now + 1]
 
     def on_load(self, expert: ExpertId) -> None:
         if self.options.eviction != "activation":
             self._usage.on_load(expert)
 
-    def eviction_keys(self, incoming: ExpertId) -> FloatTable:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> FloatTable:
         """Evict the least active, or by the order that was chosen; last what is to be prefetched.
 
-        Of the latter the least wanted leaves first.
+        Of the latter the least wanted leaves first, and for a prefetch only what is wanted less:
+        the code does not evict its cache candidates (core/prefetch/task_scheduler.cpp).
         """
         self._protect()
-        if self.options.eviction == "activation":
-            return self._keys
-        lru = self.options.eviction == "lru"
-        keys = self._usage.lru_keys() if lru else self._usage.lfu_keys()
-        return np.where(self._keys <= -PROTECTED, self._keys, keys)
-
-    def eviction_floor(self, incoming: ExpertId) -> float:
-        """Keep from a prefetch what is wanted as much or more.
-
-        The code does not evict its cache candidates (core/prefetch/task_scheduler.cpp).
-        """
-        self._protect()
-        key = self._keys.item(incoming)
-        return key if key < -PROTECTED else -PROTECTED
+        keys = self._keys
+        if self.options.eviction != "activation":
+            lru = self.options.eviction == "lru"
+            order = self._usage.lru_keys() if lru else self._usage.lfu_keys()
+            keys = np.where(keys <= -PROTECTED, keys, order)
+        if urgent:
+            return keys
+        floor = min(self._keys.item(incoming), -PROTECTED)
+        return np.where(keys > floor, keys, -np.inf)
 
     def _protect(self) -> None:
         """Have the keys of what was asked for last, and did not run yet, show that."""
@@ -315,9 +286,9 @@ class MoEInfinityPolicy(Policy):
         if wanted is None:
             return
         later = self._now + 1
-        protected = -PROTECTED - wanted.priorities[later:]
-        self._keys[:] = self._plain
-        np.copyto(self._keys[later:], protected, where=wanted.priorities[later:] > 0)
+        protected = -PROTECTED - wanted[later:]
+        self._keys[:] = self._activity
+        np.copyto(self._keys[later:], protected, where=wanted[later:] > 0)
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:

@@ -15,5 +15,5 @@ class OnDemandPolicy(Recency, Policy):
     def begin_serving(self) -> None:
         self.forget()
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return self._recency

@@ -1,9 +1,9 @@
 """Oracle: knows the whole routing, prefetches in order of next use, evicts the farthest next use.
 
-Its wishes are the absent experts that are needed soonest, so every link works through them earliest
+It requests the absent experts that are needed soonest, so every link works through them earliest
 deadline first; a resident that is needed before the incoming expert is never given up for it. So a
 link fetches what the slots can hold and no more, without the policy knowing how many there are.
-Wishes end with the iteration for which they are made: the engine cancels those for a later one
+Requests end with the iteration for which they are made: the engine cancels those for a later one
 when their layer's gate speaks first, and what was copied of them would be lost.
 Its predictions are on the critical path because they are to be there at once: a runtime in virtual
 time gives them no cost.
@@ -15,9 +15,8 @@ the proven bound.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import validate_call
 
 from baselines.belady import BeladyPolicy
@@ -28,63 +27,63 @@ from finemoe.offload.policy import (
     Iteration,
     ModelShape,
     Placement,
-    Prefetch,
+    Priorities,
     Routing,
 )
 from finemoe.options import CHECKED, Count
 
 
 class OraclePolicy(BeladyPolicy):
-    """Wishes for the next `lookahead` experts of the iteration that are absent, at every event."""
+    """Requests the next `lookahead` experts of the iteration that are absent, at every event."""
 
-    placement = Placement("critical_path", foresight=True, learns=False)
+    placement = Placement("critical_path")
 
     @validate_call(config=CHECKED)
     def __init__(self, shape: ModelShape, lookahead: Count = 64) -> None:
         super().__init__(shape)
         self._lookahead = lookahead
 
-    def foretell(self, routing: Routing) -> None:
-        super().foretell(routing)
-        self._resident: set[ExpertId] = set()
+    def set_future_routing(self, routing: Routing) -> None:
+        super().set_future_routing(routing)
+        self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
         self._planned = -1
-        self._plan: list[list[Prefetch]] = []
+        self._plan = np.zeros(self._absent.shape)
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         self._go_to(iteration.number * self.shape.layers)
-        return self._wishes(iteration.number)
+        return self._requests(iteration.number)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        return self._wishes(iteration.number)
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
+        return self._requests(iteration.number)
 
-    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
-        return self._wishes(iteration.number + 1)
+    def end_iteration(self, iteration: Iteration) -> Priorities:
+        return self._requests(iteration.number + 1)
 
     def on_load(self, expert: ExpertId) -> None:
-        self._resident.add(expert)
+        self._absent[expert] = False
 
     def on_evict(self, expert: ExpertId) -> None:
-        self._resident.discard(expert)
+        self._absent[expert] = True
 
-    def eviction_floor(self, incoming: ExpertId) -> float:
-        """Keep what is needed no later than a prefetched `incoming`."""
-        return self._next_use.item(incoming)
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        """Farthest next use; a prefetch keeps what is needed no later than itself."""
+        keys = self._next_use
+        return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
 
-    def _wishes(self, number: int) -> list[Prefetch]:
-        """Return the absent experts that iteration `number` is still to use, soonest first."""
+    def _requests(self, number: int) -> Priorities:
+        """Request the absent experts that iteration `number` is still to use, soonest first."""
         if number != self._planned:
-            self._planned, self._plan = number, self._layers(number)
+            self._planned = number
+            self._set_plan(number)
         layer = max(self._step - number * self.shape.layers, 0)
-        due = itertools.chain.from_iterable(self._plan[layer:])
-        resident = self._resident
-        absent = (wish for wish in due if wish.expert not in resident)
-        return list(itertools.islice(absent, self._lookahead))
+        due = self._plan * self._absent
+        due[:layer] = 0
+        due.reshape(-1)[due.reshape(-1).nonzero()[0][self._lookahead :]] = 0
+        return due
 
-    def _layers(self, number: int) -> list[list[Prefetch]]:
-        """Return wishes for all that an iteration uses, by layer."""
+    def _set_plan(self, number: int) -> None:
+        """Give all that an iteration uses a priority by its step."""
+        self._plan[:] = 0
         routed = self._routing[number] if number < len(self._routing) else ()
-        first = number * self.shape.layers
-        return [
-            [Prefetch(ExpertId(layer, index), -float(first + layer)) for index in activated]
-            for layer, activated in enumerate(routed)
-        ]
+        for layer, activated in enumerate(routed):
+            self._plan[layer, list(activated)] = 1 / (1 + number * self.shape.layers + layer)

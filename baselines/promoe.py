@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as checked
 from safetensors.numpy import save
 
-from baselines.speculation import Ranking, SpeculatingPolicy
+from baselines.speculation import SpeculatingPolicy
 from finemoe.expert_map import StoreMismatch, read_arrays
 from finemoe.files import atomic_write
-from finemoe.offload.policy import FloatArray, ModelShape, Placement, Prefetch
+from finemoe.offload.policy import FloatArray, ModelShape, Placement
 from finemoe.options import CHECKED, Count, Text, Whole
 
 
@@ -98,7 +99,7 @@ class LearnedPredictor:
 class ProMoEPolicy(SpeculatingPolicy):
     """Prefetches the K best experts of each token, the nearest layer first."""
 
-    placement = Placement("background", hidden_states=True, learns=False)
+    placement = Placement("background", hidden_states=True)
 
     def __init__(self, shape: ModelShape, options: ProMoEOptions) -> None:
         super().__init__(shape, options.prefetch_distance, shape.top_k + options.extra)
@@ -113,9 +114,9 @@ class ProMoEPolicy(SpeculatingPolicy):
             return super()._logits(first, hidden_states)
         return self._learned.logits(slice(first, first + len(hidden_states)), hidden_states)
 
-    def _prefetches(self, target: int, ranking: Ranking) -> list[Prefetch]:
-        experts, nearness = self._experts[target], self.shape.layers - target
-        return [Prefetch(experts[index], nearness + probability) for index, probability in ranking]
+    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        nearness = self.shape.layers - np.arange(first, first + len(probabilities))
+        return np.where(probabilities > 0, nearness[:, None] + probabilities, 0.0)
 
 
 def promoe(shape: ModelShape, **options: int | str | None) -> ProMoEPolicy:

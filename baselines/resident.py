@@ -16,5 +16,5 @@ class ResidentPolicy(Policy):
     def __init__(self, shape: ModelShape) -> None:
         self._nothing = np.zeros((shape.layers, shape.experts))
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return self._nothing

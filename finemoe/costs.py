@@ -12,8 +12,7 @@ from functools import lru_cache
 
 from pydantic.dataclasses import dataclass
 
-from finemoe.offload.model_thread import ThreadCosts
-from finemoe.offload.replay import IterationCosts, PredictionCosts
+from finemoe.offload.replay import IterationCosts, PredictionCosts, ThreadCosts
 from finemoe.options import CHECKED, Count, Micros, Rate, Share, Whole
 
 START_KERNELS = 14

@@ -62,15 +62,10 @@ class ExpertMapStore:
         """Return the map of one stored iteration, shape (L, J)."""
         return self._maps[:, :, entry]
 
-    @property
-    def map_bytes(self) -> int:
-        """Bytes of the maps, as figure 18 of the paper counts them."""
-        return self._maps.nbytes
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of maps, embeddings and the norms kept for the search."""
-        return self._maps.nbytes + self._embeddings.nbytes + self._prefix_norms.nbytes
+    def memory_bytes(self) -> dict[str, int]:
+        """Return the bytes of the maps, as figure 18 of the paper counts them, and of all."""
+        maps = self._maps.nbytes
+        return {"maps": maps, "store": maps + self._embeddings.nbytes + self._prefix_norms.nbytes}
 
     # Similarity -------------------------------------------------------------------------------
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finemoe.offload.model_thread import ThreadCosts
-from finemoe.offload.replay import IterationCosts, PredictionCosts
+from finemoe.offload.replay import IterationCosts, PredictionCosts, ThreadCosts
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +21,8 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    Prefetch,
+    Priorities,
+    layer_requests,
 )
 from finemoe.options import CHECKED, Count, Flag
 from finemoe.search import Match, TrajectorySearch, nearest
@@ -68,7 +66,7 @@ class FineMoEPolicy(Policy):
         self.options = options
         self.placement = Placement("background" if options.asynchronous else "critical_path")
         self.distance = min(options.prefetch_distance, shape.layers)
-        self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
+        self.history = self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
         self._selector = Selector(shape, options.variant, by_score=options.selection == "delta")
         self._growing = True
         self._by_maps = options.eviction == "finemoe"
@@ -83,72 +81,57 @@ class FineMoEPolicy(Policy):
         self._cosines: FloatArray | None = None
         self._semantic: list[Match] = []
         self._trajectory: TrajectorySearch | None = None
-        self._answers: list[tuple[set[int], Sequence[Prefetch]]] = []
+        self._ahead: list[tuple[set[int], Priorities | None]] = []
         self._followed: set[int] = set()
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
         self._forget_use()
 
-    def save(self, path: Path, model_id: str) -> None:
-        self.store.save(path, model_id)
-
-    def load(self, path: Path, model_id: str) -> None:
-        self.store.load(path, model_id)
-
-    def memory_bytes(self) -> dict[str, int]:
-        return {"maps": self.store.map_bytes, "store": self.store.total_bytes}
-
-    def study(
-        self, iteration: Iteration, embeddings: FloatArray, gates: Callable[[], Iterable[Gate]]
-    ) -> None:
-        """Remember the iteration; searches would leave no trace."""
+    def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         self._begin(self._queries(iteration, embeddings))
-        for gate in gates():
-            self._rows[gate.layer] = self._queries(iteration, gate.probabilities)
+        self._rows = self._queries(iteration, gates.probabilities)
         self.end_iteration(iteration)
 
     # Predictions ------------------------------------------------------------------------------
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
         self._begin(self._queries(iteration, embeddings))
         if not self.store.size:
-            return ()
+            return None
         if self.options.search != "semantic":
             self._trajectory = TrajectorySearch(self.store, len(self._embeddings))
         if self.options.search == "trajectory":
             self._use.expect_anything()
-            return ()
+            return None
         self._cosines = self.store.cosines(self._embeddings)
         self._semantic = nearest(self._cosines)
         self._expect(_entries(self._semantic), 0)
         return self._band(self._semantic, range(self.distance), now=-1)
 
-    def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
+    def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
         self._rows = self._queries(iteration, gates.probabilities)
         if self._trajectory is None:
             matches = [self._semantic] * self.shape.layers
         else:
             matches = self._trajectory.observe_all(self._rows)
-        asked = self._all_prefetches(matches)
-        self._answers = list(zip(map(_entries, matches), asked, strict=True))
+        self._ahead = list(zip(map(_entries, matches), self._all_requests(matches), strict=True))
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         layer = gate.layer
-        if self._answers:
-            entries, prefetches = self._answers[layer]
+        if self._ahead:
+            entries, requests = self._ahead[layer]
         else:
             self._rows[layer] = self._queries(iteration, gate.probabilities)
             matches = self._search(layer)
-            entries, prefetches = _entries(matches), self._prefetches(matches, layer)
+            entries, requests = _entries(matches), self._requests(matches, layer)
         self._expect(entries, layer + self.distance)
-        return prefetches
+        return requests
 
-    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+    def end_iteration(self, iteration: Iteration) -> None:
         if self._growing:
             dots = None if self._trajectory is None else self._trajectory.dots
             self.store.add_all(self._rows, self._embeddings, self._cosines, dots)
-        return ()
 
     def _queries(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
         """Return one row a query, (..., T, n) to (..., Q, n): a request's mean, or every token."""
@@ -164,38 +147,41 @@ class FineMoEPolicy(Policy):
 
     # Prefetches -------------------------------------------------------------------------------
 
-    def _all_prefetches(self, matches: list[list[Match]]) -> Iterable[Sequence[Prefetch]]:
+    def _all_requests(self, matches: list[list[Match]]) -> list[Priorities | None]:
         """Return what each gate asks for by its matches, all gates at once if that can be."""
         if self.options.horizon == "all" or not matches[0]:
-            return [self._prefetches(found, layer) for layer, found in enumerate(matches)]
+            return [self._requests(found, layer) for layer, found in enumerate(matches)]
         targets = self.shape.layers - self.distance
-        divisors = self._selector.divisors(range(self.distance, self.distance + 1), now=0)
-        asked = self._select(matches[:targets], self.distance, divisors) if targets else []
-        return chain(asked, [()] * self.distance)
+        requests: list[Priorities | None] = [None] * self.shape.layers
+        if targets:
+            divisors = self._selector.divisors(range(self.distance, self.distance + 1), now=0)
+            rows = self._select(matches[:targets], self.distance, divisors)
+            requests[:targets] = layer_requests(self.shape, self.distance, rows)
+        return requests
 
-    def _prefetches(self, matches: list[Match], layer: int) -> Sequence[Prefetch]:
+    def _requests(self, matches: list[Match], layer: int) -> Priorities | None:
         """Return what the gate of `layer` asks for by its matches."""
         first = layer + self.distance
         last = self.shape.layers if self.options.horizon == "all" else first + 1
         return self._band(matches, range(first, min(last, self.shape.layers)), now=layer)
 
-    def _band(self, matches: list[Match], band: range, now: int) -> Sequence[Prefetch]:
+    def _band(self, matches: list[Match], band: range, now: int) -> Priorities | None:
         """Return what the same matches ask for of a band of layers."""
         if not matches or not band:
-            return ()
+            return None
+        requests = np.zeros((self.shape.layers, self.shape.experts))
         divisors = self._selector.divisors(band, now)
-        return list(chain(*self._select([matches] * len(band), band.start, divisors)))
+        requests[band.start : band.stop] = self._select([matches] * len(band), band.start, divisors)
+        return requests
 
     def _select(
         self, matches: list[list[Match]], first: int, divisors: NDArray[np.float64]
-    ) -> list[list[Prefetch]]:
-        """Return what is asked for of the layers from `first` on, each by its own matches."""
+    ) -> Priorities:
+        """Return priorities of the layers from `first` on, each by its own matches, (N, J)."""
         found = np.array(matches, dtype=np.float64)
         entries, scores = found[..., 0].astype(np.intp), found[..., 1]
         layers = np.arange(first, first + len(matches))[:, None]
-        return self._selector.prefetches(
-            self.store.maps[layers, :, entries], scores, divisors, first
-        )
+        return self._selector.priorities(self.store.maps[layers, :, entries], scores, divisors)
 
     # Cache ------------------------------------------------------------------------------------
 
@@ -224,7 +210,7 @@ class FineMoEPolicy(Policy):
         if not self._by_maps:
             self._usage.on_load(expert)
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         if self._by_maps:
             return self._use.keys()
         return self._usage.lru_keys() if self.options.eviction == "lru" else self._usage.lfu_keys()

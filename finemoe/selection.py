@@ -8,18 +8,16 @@ layers at the tail.
 
 from __future__ import annotations
 
-import itertools
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import FloatArray, ModelShape, Prefetch
+from finemoe.offload.policy import SMALLEST_PRIORITY, FloatArray, ModelShape
 
 Variant = Literal["paper", "demo"]
 
 TAIL_PRIORITY = 1e-6
-UNWANTED = -1.0
 
 
 def select_experts(
@@ -47,13 +45,12 @@ def select_experts(
 
 
 class Selector:
-    """Turns what maps say of target layers, and how far they are trusted, into prefetches."""
+    """Turns what maps say of target layers, and how far they are trusted, into priorities."""
 
     def __init__(self, shape: ModelShape, variant: Variant, by_score: bool) -> None:
         self._shape = shape
         self._variant: Variant = variant
         self._by_score = by_score
-        self._experts = shape.all_experts()
 
     def divisors(self, band: range, now: int) -> NDArray[np.float64]:
         """Return by what the probabilities of a band of layers are divided as priorities, (N,).
@@ -65,14 +62,13 @@ class Selector:
             return layers - now
         return band.stop / (band.stop - (layers - band.start))
 
-    def prefetches(
+    def priorities(
         self,
         probabilities: FloatArray,
         scores: NDArray[np.float64],
         divisors: NDArray[np.float64],
-        first: int,
-    ) -> list[list[Prefetch]]:
-        """Return what to prefetch of each of the layers from `first` on: the queries' union.
+    ) -> NDArray[np.float64]:
+        """Return the priorities of the queries' union, (N, J); 0 for what is not to be prefetched.
 
         Takes probabilities (N, Q, J), scores (N, Q) and divisors (N,), or (1,) for all.
         """
@@ -82,16 +78,7 @@ class Selector:
         chosen = chosen.reshape(probabilities.shape)
         priorities = probabilities / divisors[:, None, None]
         if self._variant == "paper":
-            priorities = np.where(chosen, priorities, UNWANTED)
+            priorities = np.where(chosen, np.maximum(priorities, SMALLEST_PRIORITY), 0.0)
         else:
             priorities = np.where(chosen, priorities, 0.0) + TAIL_PRIORITY
-        return self._listed(priorities.max(axis=1), first)
-
-    def _listed(self, priorities: NDArray[np.float64], first: int) -> list[list[Prefetch]]:
-        """Return the wanted ones of priorities (N, J), a list for each layer from `first` on."""
-        wanted = priorities > UNWANTED
-        places = (wanted.ravel().nonzero()[0] + first * self._shape.experts).tolist()
-        experts = [self._experts[place] for place in places]
-        listed = list(map(Prefetch, experts, priorities[wanted].tolist()))
-        stops = wanted.sum(axis=1).cumsum().tolist()
-        return [listed[start:stop] for start, stop in itertools.pairwise((0, *stops))]
+        return priorities.max(axis=1)

@@ -85,7 +85,7 @@ def configured(system: str, shape: ModelShape, **options: Any) -> Policy:
 
 def prepared(policy: Policy, model: OffloadedModel, history: bool = True) -> Policy:
     """Give a policy the gates and the history of two requests, as a run does before it serves."""
-    if policy.placement.hidden_states:
+    if policy.set_gates:
         policy.set_gates(gate_weights(model))
     if history and policy.placement.prediction != "none":
         with resident_runtime(model, policy) as runtime:

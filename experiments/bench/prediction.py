@@ -18,7 +18,15 @@ from omegaconf import DictConfig
 from experiments.bench.replay import bench
 from experiments.errors import command
 from experiments.run.config import build
-from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape, Policy
+from finemoe.offload.policy import (
+    FloatArray,
+    Gate,
+    Gates,
+    GateWeights,
+    Iteration,
+    ModelShape,
+    Policy,
+)
 from finemoe.offload.routed import softmax
 
 CHOICES = {
@@ -64,12 +72,12 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)
     routing = RandomRouting(shape, policy.placement.hidden_states)
-    if policy.placement.hidden_states:
+    if policy.set_gates:
         weights = np.random.default_rng(1).standard_normal(
             (shape.layers, shape.experts, shape.hidden_size), dtype=np.float32
         )
         policy.set_gates(GateWeights(weights))
-    if policy.placement.learns:
+    if policy.learn:
         teach(policy, routing)
     policy.begin_serving()
     embeddings, gates, updates = [], np.zeros((CALLS, shape.layers)), []
@@ -92,12 +100,15 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
 
 def teach(policy: Policy, routing: RandomRouting) -> None:
     """Show a policy the history of REQUESTS requests."""
+    assert policy.learn
     layers = range(routing.shape.layers)
     for request in range(REQUESTS):
         for step in range(STEPS):
             iteration = Iteration(request * STEPS + step, "decode", (request,), (1,))
             gates = [routing.gate(layer)[1] for layer in layers]
-            policy.study(iteration, routing.embeddings(), gates.copy)
+            probabilities = np.stack([gate.probabilities for gate in gates])
+            stacked = Gates(probabilities, [gate.activated for gate in gates], None)
+            policy.learn(iteration, routing.embeddings(), stacked)
         policy.end_request(request)
 
 

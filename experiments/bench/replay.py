@@ -30,8 +30,6 @@ from experiments.run.console import Console
 from experiments.run.records import provenance
 from experiments.run.routing_source import open_routing
 from experiments.run.simulation import bound, measure, prepare, teach
-from finemoe.offload import replay
-from finemoe.offload.compiled import is_compiled
 
 DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
 CHOICES = {
@@ -131,9 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         speed = replay_speed(cfg, Console())
         return {**asdict(speed), "layer_steps_per_s": speed.layer_steps_per_s}
 
-    bench(
-        __doc__, CHOICES, arguments, measure, "speeds", {"compiled": is_compiled(replay.__file__)}
-    )
+    bench(__doc__, CHOICES, arguments, measure, "speeds", {})
 
 
 if __name__ == "__main__":

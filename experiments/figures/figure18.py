@@ -31,7 +31,8 @@ def memory(name: str, capacities: list[int]) -> pd.DataFrame:
     rows = []
     for capacity in capacities:
         store = ExpertMapStore(shape, capacity, facts.prefetch_distance)
-        rows.append((name, capacity, store.map_bytes / 1e6, store.total_bytes / 1e6))
+        taken = store.memory_bytes()
+        rows.append((name, capacity, taken["maps"] / 1e6, taken["store"] / 1e6))
     return pd.DataFrame(rows, columns=["model", "capacity", "maps_mb", "total_mb"])
 
 

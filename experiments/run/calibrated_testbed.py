@@ -12,8 +12,7 @@ from pydantic import TypeAdapter
 from experiments.errors import UserError
 from experiments.run.testbeds import MB, Few, Megabytes
 from finemoe.linear_costs import Line, LinearCosts
-from finemoe.offload.model_thread import Extra, ThreadCosts
-from finemoe.offload.replay import PredictionCosts
+from finemoe.offload.replay import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import Micros
 from finemoe.testbed import SimulatedTestbed

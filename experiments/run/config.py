@@ -134,7 +134,7 @@ def _check_policy(
 ) -> None:
     shape = routing_shape(cfg)
     policy: Policy = build(cfg.system, shape=shape)
-    if policy.placement.foresight and not settings.fixed:
+    if policy.set_future_routing and not settings.fixed:
         raise UserError(
             f"system={cfg.system.label} must know all iterations beforehand, and who is in which "
             "depends on how fast it serves; use workload=offline"
@@ -279,26 +279,19 @@ def check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...
             )
 
 
-def learns(policy: Policy) -> bool:
-    """Tell whether history prompts leave anything in a policy."""
-    return policy.placement.prediction != "none" and policy.placement.learns
-
-
 def load_store(cfg: DictConfig, policy: Policy) -> None:
     """Load the store that the config names, and make sure that one can be saved."""
     load, save = cfg.store.load, cfg.store.save
-    if (load or save) and not learns(policy):
+    if not (load or save):
+        return
+    if policy.history is None:
         raise UserError(f"system={cfg.system.label} keeps no store to load or save")
     if load:
         try:
-            policy.load(Path(load), identity(cfg))
+            policy.history.load(Path(load), identity(cfg))
         except StoreMismatch as error:
             raise UserError(f"{error}; give a store saved for this model, or none") from error
-        except NotImplementedError:
-            raise UserError(f"system={cfg.system.label} keeps no store to load") from None
     if save:
-        if type(policy).save is Policy.save:
-            raise UserError(f"system={cfg.system.label} keeps no store to save")
         try:
             Path(save).parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=Path(save).parent).close()

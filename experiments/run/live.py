@@ -22,7 +22,7 @@ from experiments.errors import UserError
 from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
-from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
 from experiments.run.schedule import Request, Served, Server, Step
 from experiments.run.traced import Script, traced_workload
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -304,7 +304,7 @@ class LiveSetup(Setup):
 
     def reference(self, console: Console) -> Reference | None:
         verify = bool(self.cfg.verify) and self.resident
-        if not (verify or self.policy.placement.foresight):
+        if not (verify or self.policy.set_future_routing):
             return None
         load, settings = self.workload, self.settings
         routing: list[list[tuple[int, ...]]] = []
@@ -378,7 +378,7 @@ class LiveSetup(Setup):
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": model.offloaded.dense_bytes,
-                "history_bytes": self.policy.memory_bytes(),
+                "history_bytes": history_bytes(self.policy),
             },
         }
 
@@ -403,7 +403,7 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Liv
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
     shape = model.offloaded.shape
     policy: Policy = build(cfg.system, shape=shape)
-    if policy.placement.hidden_states:
+    if policy.set_gates:
         policy.set_gates(gate_weights(model.offloaded))
     full, devices = model.full_expert_bytes, len(testbed.devices)
     budget, slots = budget_slots(cfg, policy, full, shape, devices)

@@ -19,7 +19,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from experiments.run.config import build, check, identity, learns
+from experiments.run.config import build, check, identity
 from experiments.run.console import Console
 from experiments.run.metrics import AccessCounter, latency_summary, request_table
 from experiments.run.records import provenance, write_record
@@ -27,8 +27,7 @@ from experiments.run.schedule import Backend, Served, Server, Step
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.offload.bounds import Roofline, minimal_loads
-from finemoe.offload.hooks import PolicyError
-from finemoe.offload.policy import ModelShape, Policy, Routing
+from finemoe.offload.policy import ModelShape, Policy, PolicyError, Routing
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import Timeline, trace_events
 from finemoe.offload.transfer import Traffic
@@ -188,15 +187,15 @@ def build_history(setup: Setup, console: Console) -> str:
         return came
     if setup.cfg.store.load:
         came = "loaded"
-    elif learns(policy) and requests:
+    elif policy.learn and requests:
         came = setup.history_words
         with setup.learning(policy) as backend, console.progress("history", len(requests)) as bar:
             for _ in Server(backend).serve(setup.settings.schedule(requests, history=True)):
                 bar(1)
             backend.drain()
-    if setup.cfg.store.save:
+    if setup.cfg.store.save and policy.history:
         # Before anything measured has been seen.
-        policy.save(Path(setup.cfg.store.save), identity(setup.cfg))
+        policy.history.save(Path(setup.cfg.store.save), identity(setup.cfg))
     policy.begin_serving()
     return came
 
@@ -207,8 +206,8 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
     Every repeat starts from the prepared policy and an empty cache.
     """
     settings, load, repeats = setup.settings, setup.workload, setup.settings.repeats
-    if reference is not None and setup.policy and setup.policy.placement.foresight:
-        setup.policy.foretell([*reference.routing] * repeats)
+    if reference is not None and setup.policy and setup.policy.set_future_routing:
+        setup.policy.set_future_routing([*reference.routing] * repeats)
     measurement, batches, iterations = Measurement(), 0, 0
     total = (len(load.warmup) + len(load.measured)) * repeats
     with (
@@ -233,6 +232,11 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
                 batches, iterations = server.batches, server.iterations
     measurement.served.sort(key=lambda served: served.batch)
     return measurement
+
+
+def history_bytes(policy: Policy) -> dict[str, int]:
+    """Return the host memory that a policy's history takes, by what it holds."""
+    return policy.history.memory_bytes() if policy.history else {}
 
 
 def bound(setup: Setup, reference: Reference | None) -> Roofline | None:

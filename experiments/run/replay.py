@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from experiments.run.config import budget_slots, build, check_room, full_size, load_store
 from experiments.run.console import Console, slots_line
-from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
 from experiments.run.routing import open_routing
 from experiments.run.schedule import Request, Server, Step
 from finemoe.offload.policy import Gates, Policy
@@ -85,7 +85,8 @@ class Lessons(TracedSteps):
         routed = self.routed(step)
         hidden = routed.hidden_states if self.policy.placement.hidden_states else None
         gates = Gates(routed.probabilities, routed.activated, hidden)
-        self.policy.study(routed.iteration, routed.embeddings, lambda: _each(gates))
+        assert self.policy.learn
+        self.policy.learn(routed.iteration, routed.embeddings, gates)
 
     def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
         self.policy.end_request(request.number)
@@ -201,7 +202,7 @@ class ReplaySetup(Setup):
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": full_size(self.cfg.model).dense_bytes,
-                "history_bytes": self.policy.memory_bytes(),
+                "history_bytes": history_bytes(self.policy),
             },
         }
 
@@ -221,13 +222,13 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         contents = ("logits", "embeddings") if placement.prediction != "none" else ()
         hidden = ("hidden_states",) if placement.hidden_states else ()
         trace.require((*contents, *hidden), gates=placement.hidden_states)
-        if placement.hidden_states and trace.header.gates is not None:
+        if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
         full = full_size(cfg.model).expert_bytes
         budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
         check_room(cfg, testbed, slots)
         load_store(cfg, policy)
-        predicts = placement.prediction != "none" and not placement.foresight
+        predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system.label, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes)
         yield ReplaySetup(
@@ -248,11 +249,3 @@ def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> 
             busy[device % len(busy)] += seconds + (costs.hop if device else 0.0)
         total += max(busy)
     return total
-
-
-def _each(gates):
-    from finemoe.offload.policy import Gate
-
-    for layer, activated in enumerate(gates.activated):
-        hidden = gates.hidden_states[layer] if gates.hidden_states is not None else None
-        yield Gate(layer, gates.probabilities[layer], activated, hidden)

@@ -35,7 +35,6 @@ from finemoe.offload.policy import (
     Iteration,
     ModelShape,
     Placement,
-    Prefetch,
 )
 
 
@@ -71,11 +70,10 @@ class Recorder(ResidentPolicy):
         self._hidden: list[list[FloatArray]] = [[] for _ in range(shape.layers)]
         self._chosen: list[list[NDArray[np.bool_]]] = [[] for _ in range(shape.layers)]
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> None:
         assert gate.hidden_states is not None
         self._hidden[gate.layer].append(gate.hidden_states)
         self._chosen[gate.layer].append(best(gate.probabilities, self._shape.top_k))
-        return ()
 
     def recording(self) -> Recording:
         hidden = np.stack([np.concatenate(rows) for rows in self._hidden])

@@ -77,8 +77,8 @@ def observed(setup: Setup, console: Console) -> Probe:
     build_history(setup, console)
     policy = copy.deepcopy(setup.policy)
     reference = first_pass(setup, console)
-    if reference is not None and policy.placement.foresight:
-        policy.foretell(reference.routing)
+    if reference is not None and policy.set_future_routing:
+        policy.set_future_routing(reference.routing)
     probe = Probe()
     with under_budget(setup, policy, probe) as runtime:
         server = Server(runtime, listeners=[probe.begin])

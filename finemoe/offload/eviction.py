@@ -11,22 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy
-from finemoe.offload.table import Table
 
 TICK = 2.0**-36
 """What a use or a load adds to the time: sums with counts below 2**17 are exact."""
-
-STEPS = {by: np.array(by) for by in (-2.0, -1.0, 1.0, 2.0)}
-"""Changes of a rank, as arrays: NumPy takes longer to convert a float than to add it to a row."""
-
-
 NO_LAYER = -1
 
 
 class Recency:
-    """When each expert was last used; a load counts as a use. For a policy to hold or to be.
+    """When each expert was last used; a load counts as a use. A policy may hold or extend it.
 
-    One layer may be spared: its keys are -inf, while its uses and loads are noted aside.
+    One layer may be protected: its keys are -inf, while its uses and loads are noted aside.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -37,42 +31,36 @@ class Recency:
         """Start anew, as the cache does."""
         self._now = 0.0
         self._recency = np.zeros((self.shape.layers, self.shape.experts))
-        self._table = Table(self._recency)
-        self._aside = Table(np.zeros((1, self.shape.experts)))
-        self._spared = NO_LAYER
+        self._aside = np.zeros(self.shape.experts)
+        self._protected = NO_LAYER
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         self._now -= TICK
-        layer = outcome.layer
+        row = self._row(outcome.layer)
         for used in (outcome.hits, outcome.late, outcome.misses):
             for index in used:
-                self._touch(layer, index)
+                row[index] = self._now
 
     def on_load(self, expert: ExpertId) -> None:
-        self.note_load(expert.layer, expert.index)
-
-    def note_load(self, layer: int, index: int) -> None:
-        """Do what `on_load` does; the engine calls it instead where nobody overrides that."""
         self._now -= TICK
-        self._touch(layer, index)
+        self._row(expert.layer)[expert.index] = self._now
 
     def lru_keys(self) -> NDArray[np.float64]:
         """Return the negative time of each expert's last use, in (-1, 0]; the table's own array."""
         return self._recency
 
-    def spare(self, layer: int) -> None:
-        """Keep a layer's experts from eviction, in place of those of the layer that was spared."""
-        if self._spared != NO_LAYER:
-            self._recency[self._spared] = self._aside.values[0]
-        self._aside.values[0] = self._recency[layer]
+    def protect(self, layer: int) -> None:
+        """Keep a layer's experts from eviction, and those of the layer before no longer."""
+        if layer == self._protected:
+            return
+        if self._protected != NO_LAYER:
+            self._recency[self._protected] = self._aside
+        self._aside[:] = self._recency[layer]
         self._recency[layer] = -math.inf
-        self._spared = layer
+        self._protected = layer
 
-    def _touch(self, layer: int, index: int) -> None:
-        if layer == self._spared:
-            self._aside.put(0, index, self._now)
-        else:
-            self._table.put(layer, index, self._now)
+    def _row(self, layer: int) -> NDArray[np.float64]:
+        return self._aside if layer == self._protected else self._recency[layer]
 
 
 class UsageTable(Recency):
@@ -131,7 +119,7 @@ class LayeredLruPolicy(Recency, Policy):
     def on_evict(self, expert: ExpertId) -> None:
         self._raise(expert.layer, -2.0)
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
 
         This keeps the layers' shares equal within one, whatever the number of slots. Keys hold for
@@ -146,5 +134,4 @@ class LayeredLruPolicy(Recency, Policy):
     def _raise(self, layer: int, by: float) -> None:
         """Change a layer's rank, twice its residents; recency, below 1, orders experts inside."""
         self._ranks[layer] += by
-        row = self._keys[layer]
-        np.add(row, STEPS[by], row)
+        self._keys[layer] += by

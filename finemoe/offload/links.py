@@ -79,7 +79,7 @@ class EmulatedLink:
         self._free_at += self._sent / self._speed.bytes_per_second
         if chunk.start == 0:
             self._free_at += self._speed.latency
-        source = self._store.block(chunk.place)
+        source = self._store.block(chunk.flat)
         self._slots.block(chunk.slot)[chunk.start : chunk.stop].copy_(
             source[chunk.start : chunk.stop]
         )
@@ -119,7 +119,7 @@ class CudaLink:
         reader = self._readers.pop(chunk.slot, None)
         if reader is not None:
             self._stream.wait_event(reader)
-        source = self._store.block(chunk.place)
+        source = self._store.block(chunk.flat)
         with torch.cuda.stream(self._stream):
             self._slots.block(chunk.slot)[chunk.start : chunk.stop].copy_(
                 source[chunk.start : chunk.stop], non_blocking=True

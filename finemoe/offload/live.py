@@ -16,15 +16,17 @@ from torch import Tensor
 from finemoe.offload.cores import Cores
 from finemoe.offload.dispatch import Dispatch, dispatch
 from finemoe.offload.experts import ExpertMemory, Weights
-from finemoe.offload.hooks import Hook, PolicyError, told
 from finemoe.offload.links import Link
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
     FloatArray,
     Gate,
+    Hook,
     Iteration,
     LayerOutcome,
     Policy,
+    PolicyError,
+    call_hook,
 )
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import softmax
@@ -290,11 +292,11 @@ class LiveRuntime:
         self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int
     ) -> None:
         with self._timed(phase):
-            wishes = told(hook, layer, shown())
-        if wishes is None:
+            priorities = call_hook(hook, layer, *shown())
+        if priorities is None:
             return
         with self._timed("prefetch_issue"), self._lock:
-            self.residency.prefetch(number, wishes, hook, layer)
+            self.residency.prefetch(number, priorities, hook, layer)
 
     def _drive(self, device: int, link: Link) -> None:
         """Copy what the queue of a link says, until the runtime stops or a copy fails."""
@@ -310,7 +312,7 @@ class LiveRuntime:
                     oldest, began = in_flight.popleft()
                     link.finish()
                     if self._timeline:
-                        name = oldest.name(self.residency.experts[oldest.place])
+                        name = oldest.name(self.residency.experts[oldest.flat])
                         self._span(f"link {device}", name, began)
                     self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
@@ -340,8 +342,8 @@ class LiveRuntime:
         with self._lock:
             if not self.residency.chunk_done(device, chunk):
                 return
-            if self.residency.is_pinned(chunk.place):
-                self._arrived.append(chunk.place)
+            if self.residency.cache.is_pinned(chunk.flat):
+                self._arrived.append(chunk.flat)
             self._changed.notify_all()
 
     def _await(self, phase: str, condition: Callable[[], Any]) -> Any:

@@ -7,17 +7,21 @@ count from 0; arrays are NumPy, float32, on the host.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 Phase = Literal["prefill", "decode"]
+Priorities = NDArray[np.float64]
+"""Prefetch requests, shape (L, J): experts above 0 are requested, the highest go first."""
+Routing = Sequence[Sequence[tuple[int, ...]]]
+"""Activated experts, ascending, of every layer of every iteration, by iteration number."""
 
 
 class ExpertId(NamedTuple):
@@ -41,13 +45,25 @@ class ModelShape:
         """How many routed experts there are, L * J."""
         return self.layers * self.experts
 
-    def place(self, expert: ExpertId) -> int:
-        """Return an expert's place among all, l * J + j, which is its place in flat arrays."""
+    def flat(self, expert: ExpertId) -> int:
+        """Return an expert's index in flat arrays, l * J + j."""
         return expert[0] * self.experts + expert[1]
 
     def all_experts(self) -> list[ExpertId]:
-        """Return all experts in the order of their places."""
+        """Return all experts in the order of their flat indices."""
         return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
+
+
+SMALLEST_PRIORITY = 1e-300
+"""Of a request for an expert whose probability was rounded to 0."""
+
+
+def layer_requests(shape: ModelShape, first: int, rows: Priorities) -> list[Priorities]:
+    """Return requests for one layer each, from layer `first` on, by priorities (N, J)."""
+    requests = np.zeros((len(rows), shape.layers, shape.experts))
+    steps = np.arange(len(rows))
+    requests[steps, steps + first] = rows
+    return list(requests)
 
 
 @dataclass(frozen=True)
@@ -86,27 +102,10 @@ class Gates(NamedTuple):
     hidden_states: FloatArray | None
     """Shape (L, T, h), if `Placement.hidden_states` asks for it."""
 
-
-class Prefetch(NamedTuple):
-    """A wish to have `expert` on its device before its layer runs; higher priority first."""
-
-    expert: ExpertId
-    priority: float
-
-
-@dataclass(frozen=True)
-class PrefetchTable:
-    """Wishes for many experts at once: the same as `Prefetch` for each of them, but quicker."""
-
-    priorities: NDArray[np.float64]
-    """Shape (L, J), float64; 0 for experts that are not wished for, and more for the others."""
-
-    def __iter__(self) -> Iterator[Prefetch]:
-        for layer, index in np.argwhere(self.priorities > 0).tolist():
-            yield Prefetch(ExpertId(layer, index), float(self.priorities[layer, index]))
-
-
-Wishes = Sequence[Prefetch] | PrefetchTable
+    def of(self, layer: int) -> Gate:
+        """Return what the gate of one layer decides."""
+        hidden = None if self.hidden_states is None else self.hidden_states[layer]
+        return Gate(layer, self.probabilities[layer], self.activated[layer], hidden)
 
 
 class LayerOutcome(NamedTuple):
@@ -136,11 +135,7 @@ class Placement:
     everything_resident: bool = False
     """Whether the system keeps all experts on the device, whatever the budget."""
     awaited: bool = False
-    """Whether a layer ends only when the prefetches asked for have arrived, or cannot."""
-    learns: bool = True
-    """Whether history prompts leave anything in it."""
-    foresight: bool = False
-    """Whether this is a bound that is told the whole routing beforehand, by `Policy.foretell`."""
+    """Whether a layer ends only when the requested prefetches have arrived, or cannot."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +153,17 @@ class GateWeights:
         return logits if self.bias is None else logits + self.bias[layer]
 
 
-Routing = Sequence[Sequence[tuple[int, ...]]]
-"""Activated experts, ascending, of every layer of every iteration, by iteration number."""
+class History(Protocol):
+    """What a policy learned, as far as it can be kept in a file."""
+
+    def save(self, path: Path, model_id: str) -> None:
+        """Write it, marked with its model."""
+
+    def load(self, path: Path, model_id: str) -> None:
+        """Add a saved one; StoreMismatch for a file of another model, or a damaged one."""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Return the host memory it takes, by what it holds."""
 
 
 class Policy:
@@ -167,61 +171,41 @@ class Policy:
 
     Unless the placement says that it predicts nothing, the runtime calls `on_embeddings`,
     `on_gate`, `end_iteration` and `end_request` in the order of events, from one thread (the
-    background worker's, if the placement says so). `on_outcome`, `on_load`, `on_evict`,
-    `eviction_keys` and `eviction_floor` are called from the engine, one at a time, possibly while
-    a prediction runs, and may see it half taken over. What they share with predictions has to bear
-    that; what is theirs alone needs no lock.
+    background worker's, if the placement says so). The first three answer with prefetch requests.
+    `on_outcome`, `on_load`, `on_evict` and `eviction_keys` are called from the engine, one at a
+    time, possibly while a prediction runs. What they share with predictions has to bear that.
     """
 
     placement = Placement()
 
+    # What only some policies have.
+    history: History | None = None
+    learn: Callable[[Iteration, FloatArray, Gates], None] | None = None
+    """Take in an iteration of the history (its embeddings are (T, h)); `end_request` follows."""
+    set_gates: Callable[[GateWeights], None] | None = None
+    """Take the model's gates, before anything is served."""
+    set_future_routing: Callable[[Routing], None] | None = None
+    """Take all that serving will activate, after `begin_serving`: for bounds."""
+    predict_ahead: Callable[[Iteration, Gates], None] | None = None
+    """Compute at once what follows from the gates of an iteration that has begun.
+
+    Only a replay calls it, right after `on_embeddings`; no answer may depend on it.
+    """
+
     def begin_serving(self) -> None:
-        """Note that the prompts that prepare a system are over and the cache starts cold."""
+        """Note that the history is over and the cache starts cold."""
 
-    def save(self, path: Path, model_id: str) -> None:
-        """Write the policy's history, marked with its model; NotImplementedError without one."""
-        raise NotImplementedError
-
-    def load(self, path: Path, model_id: str) -> None:
-        """Add a saved history to the policy's own; NotImplementedError without one."""
-        raise NotImplementedError
-
-    def study(
-        self, iteration: Iteration, embeddings: FloatArray, gates: Callable[[], Iterable[Gate]]
-    ) -> None:
-        """Learn from an iteration of the history that nobody waits for, as if it were served."""
-        self.on_embeddings(iteration, embeddings)
-        for gate in gates():
-            self.on_gate(iteration, gate)
-        self.end_iteration(iteration)
-
-    def set_gates(self, gates: GateWeights) -> None:
-        """Take the model's gates, before anything is served; only if `Placement.hidden_states`."""
-
-    def foretell(self, routing: Routing) -> None:
-        """Take what serving will activate, after `begin_serving`; only if `Placement.foresight`."""
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Return the host memory that the policy's history takes, by what it holds."""
-        return {}
-
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Wishes:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
         """Answer the token embeddings (T, h) of an iteration before its first layer runs."""
-        return ()
+        return None
 
-    def compute_ahead(self, iteration: Iteration, gates: Gates) -> None:
-        """Take the gates to come, to compute what follows from them for all layers at once.
-
-        Only a replay can tell them, right after `on_embeddings`; no answer may depend on it.
-        """
-
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         """Answer the gate of one layer, after its on-demand loads were requested."""
-        return ()
+        return None
 
-    def end_iteration(self, iteration: Iteration) -> Wishes:
+    def end_iteration(self, iteration: Iteration) -> Priorities | None:
         """Close an iteration; the answer is for the next one."""
-        return ()
+        return None
 
     def end_request(self, request: int) -> None:
         """Forget what was kept for a request."""
@@ -235,17 +219,50 @@ class Policy:
     def on_evict(self, expert: ExpertId) -> None:
         """Take note that a resident expert lost its slot."""
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        """Return keys (L, J): among the evictable residents of the device, the largest goes.
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        """Return keys (L, J), in C order: of the residents that may leave, the largest goes.
 
-        The array may be the policy's own: the engine only reads it, and only at once.
+        `urgent` says that `incoming` is loaded on demand; a prefetch evicts nobody whose key is
+        -inf. The array may be the policy's own: the engine only reads it, and only at once.
         """
         raise NotImplementedError
 
-    def eviction_floor(self, incoming: ExpertId) -> float:
-        """Return the key that a resident must exceed to be evicted for a prefetch of `incoming`.
 
-        An on-demand load takes whoever has the largest key. So a key of -inf keeps an expert from
-        being evicted for a prefetch.
-        """
-        return -math.inf
+# Calls of hooks -------------------------------------------------------------------------------
+
+Hook = Callable[..., Any]
+"""A bound method of a policy."""
+
+
+class PolicyError(ValueError):
+    """A hook of a policy raised, or answered what the engine cannot use."""
+
+
+def refused(hook: Hook, layer: int, what: str) -> PolicyError:
+    """Return the error that names a hook's system and, from 0 on, the layer it was asked about."""
+    system = type(getattr(hook, "__self__", hook)).__name__
+    where = f", layer {layer}" if layer >= 0 else ""
+    return PolicyError(f"{system}.{hook.__name__}{where}: {' '.join(what.split())}")
+
+
+def call_hook(hook: Hook, layer: int, *arguments: Any) -> Any:
+    """Call a hook; PolicyError, with the line of the hook's own file, if it raises."""
+    try:
+        return hook(*arguments)
+    except Exception as error:
+        source = getattr(getattr(hook, "__code__", None), "co_filename", "")
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if f.filename == source), frames[-1])
+        line = f"{Path(frame.filename).name}:{frame.lineno}"
+        what = f"raised {type(error).__name__}: {error} ({line})"
+        raise refused(hook, layer, what) from error
+
+
+def check_table(hook: Hook, layer: int, table: Any, shape: tuple[int, int]) -> None:
+    """Raise PolicyError unless a hook answered an array of float64 of this shape."""
+    found = type(table).__name__
+    if isinstance(table, np.ndarray):
+        if table.dtype == np.float64 and table.shape == shape:
+            return
+        found = f"an array of {table.dtype}, shape {table.shape}"
+    raise refused(hook, layer, f"answered {found}; give an array of float64, shape {shape}")

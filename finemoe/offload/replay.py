@@ -14,15 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from finemoe.offload.hooks import Hook, told
-from finemoe.offload.model_thread import ModelThread, ThreadCosts
-from finemoe.offload.policy import (
-    Gate,
-    Gates,
-    LayerOutcome,
-    Policy,
-    Wishes,
-)
+from finemoe.offload.policy import Gates, Hook, LayerOutcome, Policy, Priorities, call_hook
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.runtime import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
@@ -49,6 +41,26 @@ class PredictionCosts:
     embeddings: float = 0.0
     gate: float = 0.0
     update: float = 0.0
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Seconds that a part of a layer takes more than in a thread that is never disturbed."""
+
+    after_wait: float = 0.0
+    """If the thread waited since the part last ran: caches and core are not as it left them."""
+    while_copying: float = 0.0
+    """If a link copies: its thread takes turns with this one."""
+
+
+@dataclass(frozen=True)
+class ThreadCosts:
+    """What waits and copies cost the model's thread; all zero where nobody measured it."""
+
+    resume: float = 0.0
+    """Seconds from the arrival that ends a wait until the thread goes on."""
+    dense: Extra = Extra()
+    expert: Extra = Extra()
 
 
 class CostModel(Protocol):
@@ -105,43 +117,42 @@ class ReplayRuntime:
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
         residency.wake = self._kick
-        self._model_thread = ModelThread(costs.thread)
+        self._thread = costs.thread
+        self._dense_disturbed = self._expert_disturbed = False
+        """Whether the model's thread waited since it last ran each part of a layer."""
         self._events: list[tuple[float, int, int | Callable[[], None]]] = []
-        """When, in which order, and what: the expert at a place is computed, or a call is due."""
+        """When, in which order, and what: an expert is computed, or a call is due."""
         self._tickets = 0
         self._arrived: deque[int] = deque()
-        self._per_layer = residency.shape.experts
         self._searches: deque[float] = deque()
         self._devices_free = [0.0] * len(residency.plan.slots)
         self._known_seconds: dict[int, float] = {}
         self._observed = policy.placement.prediction != "none"
-        self._background = policy.placement.prediction == "background"
-        self._hidden = policy.placement.hidden_states
-        self._awaited = policy.placement.awaited
 
     def forward(self, routed: RoutedIteration) -> float:
         """Run one iteration; return the time at which its tokens are there."""
         iteration = routed.iteration
         costs = self._costs.iteration(iteration.tokens, routed.contexts)
+        predictions = self._costs.prediction
         began = self.now
         self.residency.begin_iteration(iteration)
         if self._observed:
             self._collect()
             call = partial(self._on_embeddings, routed)
-            seconds = self._costs.prediction.embeddings
-            self._ask("search", iteration.number, call, seconds, self.policy.on_embeddings)
+            hook: Hook = self.policy.on_embeddings
+            self._ask("search", predictions.embeddings, iteration.number, hook, -1, call)
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
-            self._advance(
-                self.now + costs.dense + self._model_thread.dense(self._links.copying > 0)
-            )
+            extra = self._extra(self._thread.dense, self._dense_disturbed)
+            self._dense_disturbed = False
+            self._advance(self.now + costs.dense + extra)
             self._layer(routed, layer)
         self._advance(self.now + costs.finish)
         if self._observed:
             hook = self.policy.end_iteration
-            update = partial(told, hook, -1, (iteration,))
-            self._ask("update", iteration.number + 1, update, self._costs.prediction.update, hook)
+            call = partial(call_hook, hook, -1, iteration)
+            self._ask("update", predictions.update, iteration.number + 1, hook, -1, call)
         self._span("iterations", iteration.phase, began, self.now)
         return self.now
 
@@ -153,7 +164,7 @@ class ReplayRuntime:
         """Tell the policy that a request is served."""
         if self._observed:
             hook = self.policy.end_request
-            self._ask("update", 0, partial(told, hook, -1, (request,)), 0.0, hook)
+            self._ask("update", 0.0, 0, hook, -1, partial(call_hook, hook, -1, request))
 
     def drain(self) -> None:
         """Let time pass until the searcher has consumed all that was published."""
@@ -170,29 +181,28 @@ class ReplayRuntime:
             listener(outcome)
         if self._observed:
             self._collect()
-            call = partial(self._on_gate, routed, layer, activated)
             seconds, hook = self._costs.prediction.gate, self.policy.on_gate
-            self._ask("search", routed.iteration.number, call, seconds, hook, layer)
+            gate = self._gates(routed).of(layer)
+            call = partial(call_hook, hook, layer, routed.iteration, gate)
+            self._ask("search", seconds, routed.iteration.number, hook, layer, call)
         self._compute(outcome, routed.counts[layer].tolist())
         self._await_prefetches()
 
-    def _on_embeddings(self, routed: RoutedIteration) -> Wishes:
-        shown = (routed.iteration, routed.embeddings)
-        wishes: Wishes = told(self.policy.on_embeddings, -1, shown)
-        hidden = routed.hidden_states if self._hidden else None
-        gates = Gates(routed.probabilities, routed.activated, hidden)
-        told(self.policy.compute_ahead, -1, (routed.iteration, gates))
-        return wishes
+    def _gates(self, routed: RoutedIteration) -> Gates:
+        hidden = routed.hidden_states if self.policy.placement.hidden_states else None
+        return Gates(routed.probabilities, routed.activated, hidden)
 
-    def _on_gate(self, routed: RoutedIteration, layer: int, activated: tuple[int, ...]) -> Wishes:
-        hidden = routed.hidden_states[layer] if self._hidden else None
-        gate = Gate(layer, routed.probabilities[layer], activated, hidden)
-        wishes: Wishes = told(self.policy.on_gate, layer, (routed.iteration, gate))
-        return wishes
+    def _on_embeddings(self, routed: RoutedIteration) -> Priorities | None:
+        answer: Priorities | None = call_hook(
+            self.policy.on_embeddings, -1, routed.iteration, routed.embeddings
+        )
+        if self.policy.predict_ahead:
+            call_hook(self.policy.predict_ahead, -1, routed.iteration, self._gates(routed))
+        return answer
 
     def _compute(self, outcome: LayerOutcome, counts: list[int]) -> None:
         """Run experts in order of arrival; the layer ends with the last of them."""
-        first = outcome.layer * self._per_layer
+        first = outcome.layer * self.residency.shape.experts
         ready = deque([first + index for index in outcome.hits])
         waiting = len(outcome.late) + len(outcome.misses)
         end = self.now
@@ -202,26 +212,26 @@ class ReplayRuntime:
             while self._arrived:
                 ready.append(self._arrived.popleft())
                 waiting -= 1
-            place = ready.popleft()
-            finished = self._run_expert(place, counts[place - first])
-            if finished > end:
-                end = finished
+            flat = ready.popleft()
+            end = max(end, self._run_expert(flat, counts[flat - first]))
         self._advance(end)
 
-    def _run_expert(self, place: int, tokens: int) -> float:
+    def _run_expert(self, flat: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
-        device = self.residency.cache.device_of(place)
-        seconds = self._expert_seconds(tokens) + self._model_thread.expert(self._links.copying > 0)
-        free = self._devices_free[device]
-        began = free if free > self.now else self.now
+        device = self.residency.cache.device_of(flat)
+        extra = self._extra(self._thread.expert, self._expert_disturbed)
+        self._expert_disturbed = False
+        seconds = self._expert_seconds(tokens) + extra
+        began = max(self._devices_free[device], self.now)
         end = self._devices_free[device] = began + seconds + (self._costs.hop if device else 0.0)
         if self._timeline:
-            self._timeline.span(f"device {device}", f"expert {place % self._per_layer}", began, end)
+            name = f"expert {self.residency.experts[flat].index}"
+            self._timeline.span(f"device {device}", name, began, end)
         if self._costs.parallel:
-            self._at(end, place)
+            self._at(end, flat)
         else:
             self._advance(end)
-            self.residency.release(place)
+            self.residency.release(flat)
         return end
 
     def _expert_seconds(self, tokens: int) -> float:
@@ -240,7 +250,7 @@ class ReplayRuntime:
         self._span("waits", "on demand", began, self.now)
 
     def _await_prefetches(self) -> None:
-        if not self._awaited:
+        if not self.policy.placement.awaited:
             return
         began = self.now
         if not self.residency.settled():
@@ -252,8 +262,13 @@ class ReplayRuntime:
 
     def _resume(self) -> None:
         """Have the model's thread go on after a wait."""
-        self._model_thread.waited()
-        self._advance(self.now + self._model_thread.resume)
+        self._dense_disturbed = self._expert_disturbed = True
+        self._advance(self.now + self._thread.resume)
+
+    def _extra(self, extra: Extra, disturbed: bool) -> float:
+        """Return the seconds that a part of a layer takes more now."""
+        seconds = extra.after_wait if disturbed else 0.0
+        return seconds + extra.while_copying if self._links.copying else seconds
 
     # Policy -----------------------------------------------------------------------------------
 
@@ -264,15 +279,15 @@ class ReplayRuntime:
     def _ask(
         self,
         phase: str,
-        number: int,
-        call: Callable[[], Wishes],
         seconds: float,
+        number: int,
         hook: Hook,
-        layer: int = -1,
+        layer: int,
+        call: Callable[[], Priorities | None],
     ) -> None:
         """Have a hook called for an iteration, now or when the searcher gets to it."""
         setattr(self.phases, phase, getattr(self.phases, phase) + seconds)
-        if not self._background:
+        if self.policy.placement.prediction != "background":
             self._advance(self.now + seconds)
             self.residency.prefetch(number, call(), hook, layer)
             return
@@ -284,7 +299,9 @@ class ReplayRuntime:
         self._span("searcher", phase, began, began + seconds)
         self._at(began + seconds, partial(self._search_done, number, call, hook, layer))
 
-    def _search_done(self, number: int, call: Callable[[], Wishes], hook: Hook, layer: int) -> None:
+    def _search_done(
+        self, number: int, call: Callable[[], Priorities | None], hook: Hook, layer: int
+    ) -> None:
         self._searches.popleft()
         self.residency.prefetch(number, call(), hook, layer)
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from finemoe.offload.cache import ExpertCache
-from finemoe.offload.eviction import Recency
-from finemoe.offload.hooks import Hook, refused, table_fault, told
 from finemoe.offload.policy import (
+    Hook,
     Iteration,
     LayerOutcome,
     ModelShape,
     Policy,
-    PrefetchTable,
-    Wishes,
+    Priorities,
+    call_hook,
+    check_table,
+    refused,
 )
-from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
-
-INFINITE = math.inf
+from finemoe.offload.transfer import Chunk, PrefetchQueue, Traffic, TransferQueue
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,11 @@ class MemoryPlan:
 
 
 class Residency:
-    """Turns gates and prefetch wishes into cache and queue operations; classifies accesses.
+    """Turns gates and prefetch requests into cache and queue operations; classifies accesses.
 
-    Where a method takes a place, it is that of an expert among all, l * J + j. Whatever may give a
-    link that sleeps something to do calls `wake` itself, so that no caller can forget it. Raises
-    PolicyError for a hook that raises and for an answer that cannot be used.
+    `flat` is an expert's index among all, l * J + j. Whatever may give a link that sleeps something
+    to do calls `wake` itself, so that no caller can forget it. Raises PolicyError for a hook that
+    raises and for an answer that cannot be used.
     """
 
     def __init__(self, shape: ModelShape, plan: MemoryPlan, policy: Policy) -> None:
@@ -53,32 +51,22 @@ class Residency:
         self.plan = plan
         self.policy = policy
         self.experts = shape.all_experts()
-        self._on_outcome = policy.on_outcome
-        self._on_load = policy.on_load
-        self._recency = None
-        if isinstance(policy, Recency) and not _overrides(policy, "on_load", Recency):
-            self._recency = policy
-        evicted = policy.on_evict if _overrides(policy, "on_evict") else None
-        floor = policy.eviction_floor if _overrides(policy, "eviction_floor") else None
-        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, evicted, floor)
+        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
+        self._prefetches = PrefetchQueue(self.cache)
         self.queues = [
-            TransferQueue(self.cache, device, plan.expert_bytes, plan.chunk_bytes)
+            TransferQueue(self.cache, self._prefetches, device, plan.expert_bytes, plan.chunk_bytes)
             for device in range(len(plan.slots))
         ]
-        self._places = {expert: place for place, expert in enumerate(self.experts)}
-        self._table_shape = (shape.layers, shape.experts)
-        self._per_layer = shape.experts
-        self._devices = len(plan.slots)
         self._iteration = self._layer = -1
 
     def preload(self) -> list[int]:
-        """Make residents of the first experts of every device, as many as fit; return places."""
+        """Make residents of the first experts of every device, as many as fit; return them."""
         chosen = []
-        for place in range(self.shape.size):
-            if self.cache.has_room(self.cache.device_of(place)):
-                self.cache.reserve(place, True)
-                self.cache.loaded(place)
-                chosen.append(place)
+        for flat in range(self.shape.size):
+            if self.cache.has_room(self.cache.device_of(flat)):
+                self.cache.reserve(flat, True)
+                self.cache.loaded(flat)
+                chosen.append(flat)
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:
@@ -90,131 +78,92 @@ class Residency:
         Every activated expert stays pinned until `release`.
         """
         self._iteration, self._layer = iteration.number, layer
-        first = layer * self._per_layer
+        first = layer * self.shape.experts
         hits: list[int] = []
         late: list[int] = []
         misses: list[int] = []
         for index in activated:
-            place = first + index
-            if self.cache.is_resident(place):
+            flat = first + index
+            queue = self._queue(flat)
+            if self.cache.is_resident(flat):
                 hits.append(index)
-                self._queue(place).used(place)
-            elif self._queue(place).requested(place):
+                queue.used(flat)
+            elif queue.requested(flat):
                 late.append(index)
             else:
                 misses.append(index)
-            self.cache.pin(place)
+            self.cache.pin(flat)
+        self._prefetches.drop_layer(layer)
         for queue in self.queues:
             queue.cancel_layer(layer, activated)
         for index in late + misses:
             self._queue(first + index).demand(first + index)
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
-        told(self._on_outcome, layer, (outcome,))
+        call_hook(self.policy.on_outcome, layer, outcome)
         if late or misses:
             self.wake()
         return outcome
 
     def prefetch(
-        self, iteration_number: int, wishes: Wishes | None, hook: Hook, layer: int = -1
+        self, iteration_number: int, priorities: Priorities | None, hook: Hook, layer: int = -1
     ) -> None:
-        """Queue wishes made for an iteration, dropping those whose layer's gate already spoke.
+        """Queue what is requested for an iteration, but for layers whose gate already spoke.
 
-        An error names the hook that gave them, and the layer it was asked about.
+        An error names the hook that answered, and the layer it was asked about.
         """
+        if priorities is None:
+            return
+        shape = (self.shape.layers, self.shape.experts)
+        check_table(hook, layer, priorities, shape)
         first = 0
         if iteration_number <= self._iteration:
             first = self._layer + 1 if iteration_number == self._iteration else self.shape.layers
-        if isinstance(wishes, PrefetchTable):
-            self._prefetch_table(wishes, first, hook, layer)
-        elif isinstance(wishes, (list, tuple)):
-            self._prefetch_each(wishes, first, hook, layer)
-        elif wishes is not None:
-            found = type(wishes).__name__
-            what = f"answered {found}; give a list or tuple of Prefetch, or a PrefetchTable"
-            raise refused(hook, layer, what)
-
-    def _prefetch_each(self, wishes: Sequence[Any], first: int, hook: Hook, layer: int) -> None:
-        in_time = False
-        start = first * self._per_layer
-        for wish in wishes:
-            try:
-                expert, priority = wish
-                place = self._places[expert]
-                known = -INFINITE < priority < INFINITE
-            except (TypeError, ValueError, KeyError, OverflowError):
-                known = False
-            if not known:
-                due = f"(layer < {self.shape.layers}, index < {self._per_layer})"
-                what = f"answered {wish!r:.80}, no expert {due} with a finite priority"
-                raise refused(hook, layer, what)
-            if place >= start:
-                in_time = True
-                if not self.cache.is_resident(place):
-                    self._queue(place).prefetch(place, priority)
-        if in_time:
-            self.wake()
-
-    def _prefetch_table(self, wishes: PrefetchTable, first: int, hook: Hook, layer: int) -> None:
-        fault = table_fault(wishes.priorities, self._table_shape)
-        if fault:
-            raise refused(hook, layer, f"answered a PrefetchTable of {fault}")
-        table = wishes.priorities.reshape(-1)
         if first == self.shape.layers:
             return
+        largest = float(priorities[first:].max())
+        if not largest < math.inf:
+            raise refused(hook, layer, "answered an infinite or NaN priority")
+        if largest <= 0:
+            return
+        start, flat = first * self.shape.experts, priorities.reshape(-1)
+        self._prefetches.request(flat, start)
         for queue in self.queues:
-            if not queue.prefetch_all(table, first):
-                what = "answered a PrefetchTable with an infinite or NaN priority"
-                raise refused(hook, layer, what)
+            queue.prioritize(flat, start)
         self.wake()
 
     def settled(self) -> bool:
         """Tell whether no link has anything left that it could copy now."""
-        for queue in self.queues:
-            if not queue.settled():
-                return False
-        return True
+        return all(queue.settled() for queue in self.queues)
 
     @property
     def holds_everything(self) -> bool:
         """Whether there is a slot for every expert, so that none ever leaves."""
-        return sum(self.plan.slots) == self.shape.layers * self.shape.experts
+        return sum(self.plan.slots) == self.shape.size
 
-    def is_pinned(self, place: int) -> bool:
-        return self.cache.is_pinned(place)
-
-    def release(self, place: int) -> None:
+    def release(self, flat: int) -> None:
         """Unpin an expert whose layer is done with it."""
-        self.cache.unpin(place)
-        if self._queue(place).retry():
+        self.cache.unpin(flat)
+        if self._queue(flat).retry():
             self.wake()
 
     def next_chunk(self, device: int) -> Chunk | None:
-        return self._queue(device).next_chunk()
+        return self.queues[device].next_chunk()
 
     def chunk_done(self, device: int, chunk: Chunk) -> bool:
         """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""
-        loaded = self._queue(device).chunk_done(chunk)
-        if not loaded:
-            return False
-        if self._recency is not None:
-            # Hundreds of loads an iteration, with no call of Python for any.
-            self._recency.note_load(chunk.place // self._per_layer, chunk.place % self._per_layer)
-        else:
-            expert = self.experts[chunk.place]
-            told(self._on_load, expert.layer, (expert,))
-        return True
+        loaded = self.queues[device].chunk_done(chunk)
+        if loaded:
+            expert = self.experts[chunk.flat]
+            call_hook(self.policy.on_load, expert.layer, expert)
+        return loaded
 
     def traffic(self) -> Traffic:
         """Return the bytes that crossed all links so far."""
         return sum((queue.traffic for queue in self.queues), Traffic())
 
-    def _queue(self, place: int) -> TransferQueue:
-        return self.queues[place % self._devices]
+    def _queue(self, flat: int) -> TransferQueue:
+        return self.queues[flat % len(self.queues)]
 
 
 def _nobody_sleeps() -> None:
     pass
-
-
-def _overrides(policy: Policy, method: str, base: type = Policy) -> bool:
-    return getattr(type(policy), method) is not getattr(base, method)

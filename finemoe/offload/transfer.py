@@ -3,7 +3,7 @@
 On-demand loads go first, in the order they were asked for, then prefetches by priority. Experts are
 copied in chunks, so an on-demand load waits for the chunks in flight and no longer (section 4.5 of
 the paper). A load takes its slot when its first chunk is due, so residents stay useful until then;
-a prefetch is no more than a wish before.
+before, a prefetch is no more than a request. Experts are named by their flat indices.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import NO_SLOT, ExpertCache, Slot
+from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache, Slot
 from finemoe.offload.policy import ExpertId
-from finemoe.offload.wishes import WishList
 
 
+@dataclass(slots=True, eq=False)
 class Chunk:
     """Bytes [start, stop) of an expert's block, to be copied into its slot."""
 
-    place: int
-    """Of the expert, l * J + j."""
+    flat: int
     slot: Slot
     start: int
     stop: int
@@ -33,16 +32,6 @@ class Chunk:
         """Return what a timeline calls it."""
         why = "on demand" if self.urgent else "prefetch"
         return f"{why} {expert.layer}.{expert.index}"
-
-
-def _chunk(transfer: _Transfer, start: int, stop: int) -> Chunk:
-    # Without __init__, whose call would take longer than all else that a compiled queue does.
-    chunk = Chunk.__new__(Chunk)
-    assert transfer.slot is not None
-    chunk.place, chunk.slot = transfer.place, transfer.slot
-    chunk.start, chunk.stop = start, stop
-    chunk.urgent = transfer.urgent
-    return chunk
 
 
 @dataclass
@@ -69,157 +58,166 @@ class Traffic:
         )
 
 
+class PrefetchQueue:
+    """The prefetch requests of all links: a priority above 0 for each expert that is requested.
+
+    The first of a link has the highest priority; of equal ones the lowest index.
+    """
+
+    def __init__(self, cache: ExpertCache) -> None:
+        size, self._devices = cache.shape.size, len(cache.slots)
+        self._per_layer = cache.shape.experts
+        self._absent = np.frombuffer(cache.absent, dtype=bool)
+        # One column a link, so that one search finds the first of all.
+        self._by_link = np.zeros((-(-size // self._devices), self._devices))
+        self._priorities = self._by_link.reshape(-1)[:size]
+        self._first = [NOBODY] * self._devices
+        self._stale = False
+
+    def first(self, device: int) -> int:
+        """Return the expert that a link is to prefetch first, or NOBODY."""
+        if self._stale:
+            self._stale = False
+            rows = self._by_link.argmax(axis=0).tolist()
+            for link, row in enumerate(rows):
+                found = self._by_link.item(row, link) > 0
+                self._first[link] = row * self._devices + link if found else NOBODY
+        return self._first[device]
+
+    def priority(self, flat: int) -> float:
+        """Return an expert's priority, 0 if it is not requested."""
+        return self._priorities.item(flat)
+
+    def request(self, priorities: NDArray[np.float64], start: int) -> None:
+        """Request all absent experts from index `start` on that have a priority (L * J,) above 0.
+
+        A request that was there keeps its old priority if it has no new one.
+        """
+        asked = priorities[start:]
+        where = (asked > 0) & self._absent[start:]
+        np.copyto(self._priorities[start:], asked, where=where)
+        self._stale = True
+
+    def put(self, flat: int, priority: float) -> None:
+        """Request one expert."""
+        self._priorities[flat] = priority
+        self._stale = True
+
+    def drop(self, flat: int) -> None:
+        """Forget the request for an expert, if there is one."""
+        self._priorities[flat] = 0.0
+        if self._first[flat % self._devices] == flat:
+            self._stale = True
+
+    def drop_layer(self, layer: int) -> None:
+        """Forget all requests for a layer."""
+        if not self._stale and max(self._first) == NOBODY:
+            return
+        start = layer * self._per_layer
+        self._priorities[start : start + self._per_layer] = 0.0
+        self._stale = True
+
+
+@dataclass(slots=True, eq=False)
 class _Transfer:
     """An expert that is demanded, or of which something was copied."""
 
-    place: int
+    flat: int
     urgent: bool
     priority: float
-    slot: Slot | None
-    sent: int
-    done: int
-    prefetched: int
-    cancelled: bool
+    slot: Slot | None = None
+    sent: int = 0
+    done: int = 0
+    prefetched: int = 0
+    cancelled: bool = False
 
     def in_flight(self) -> bool:
         return self.done < self.sent
 
-    def yields_to(self, priority: float, place: int) -> bool:
-        """Tell whether another prefetch goes first; see `WishList`."""
-        if self.priority != priority:
-            return self.priority < priority
-        return place < self.place
-
-
-def _transfer(place: int, urgent: bool, priority: float) -> _Transfer:
-    transfer = _Transfer.__new__(_Transfer)
-    transfer.place = place
-    transfer.urgent = urgent
-    transfer.priority = priority
-    transfer.slot = None
-    transfer.sent = transfer.done = transfer.prefetched = 0
-    transfer.cancelled = False
-    return transfer
-
 
 class TransferQueue:
-    """Transfers of one link: wished for, under way, or cancelled with a chunk still in flight.
-
-    Experts are named by their places, l * J + j.
-    """
+    """Transfers of one link: requested, under way, or cancelled with a chunk still in flight."""
 
     def __init__(
-        self, cache: ExpertCache, device: int, expert_bytes: int, chunk_bytes: int
+        self,
+        cache: ExpertCache,
+        prefetches: PrefetchQueue,
+        device: int,
+        expert_bytes: int,
+        chunk_bytes: int,
     ) -> None:
         self.starved = False
         """Whether the last call of `next_chunk` found transfers but no slot for them."""
+        self.traffic = Traffic()
+        """Bytes that crossed the link so far."""
         self._cache = cache
+        self._prefetches = prefetches
+        self._device = device
         self._expert_bytes = expert_bytes
         self._chunk_bytes = chunk_bytes
         self._per_layer = cache.shape.experts
-        self._devices = len(cache.slots)
-        self._prefetched = self._on_demand = self._wasted = 0
-        self._wishes = WishList(cache.shape, self._devices, device)
-        mine = range(device, cache.shape.size, self._devices)
-        # By place // devices.
-        self._transfers: list[_Transfer | None] = [None] * len(mine)
-        self._unused = np.zeros(len(mine), dtype=np.int64)
-        self._under_way: list[_Transfer] = []
+        self._under_way: dict[int, _Transfer] = {}
         self._urgent: list[_Transfer] = []
+        self._unused: dict[int, int] = {}
+        """Prefetched bytes of residents that no gate asked for yet."""
 
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes that crossed the link so far."""
-        return Traffic(self._prefetched, self._on_demand, int(self._wasted))
+    def is_empty(self) -> bool:
+        """Tell whether nothing is under way or requested."""
+        return not self._under_way and self._prefetches.first(self._device) == NOBODY
 
     def settled(self) -> bool:
         """Tell whether nothing is under way and nothing queued can get a slot."""
-        if not self._under_way and self._wishes.best() < 0:
-            return True
-        return self.starved and not self._copying()
+        return self.is_empty() or (self.starved and not self._copying())
 
     def retry(self) -> bool:
         """Note that a slot may have become free; tell whether transfers waited for one."""
         starved, self.starved = self.starved, False
         return starved
 
-    def requested(self, place: int) -> bool:
+    def requested(self, flat: int) -> bool:
         """Tell whether a copy of an expert is queued or under way, and wanted."""
-        transfer = self._transfers[place // self._devices]
+        transfer = self._under_way.get(flat)
         if transfer is None:
-            return self._wishes.wished(place)
+            return self._prefetches.priority(flat) > 0
         return not transfer.cancelled
 
-    def prefetch(self, place: int, priority: float) -> None:
-        """Queue a prefetch, or give a queued one its new priority."""
-        transfer = self._transfers[place // self._devices]
-        if transfer is not None:
-            self._prefetch_again(transfer, priority)
-        elif self._cache.absent[place]:
-            self.starved = False
-            self._wishes.put(place, priority)
-
-    def prefetch_all(self, table: NDArray[np.float64], layer: int) -> bool:
-        """Queue prefetches of this link's experts from `layer` on by priority; 0 leaves one alone.
-
-        `table` is flat, (L * J,), and holds the experts of all links. Tells whether it is finite.
-        """
+    def prioritize(self, priorities: NDArray[np.float64], start: int) -> None:
+        """Note new requests, see `PrefetchQueue.request`; transfers under way go by them too."""
         self.starved = False
-        if not self._wishes.put_all(table, self._cache.absent, layer):
-            return False
-        for transfer in self._under_way:
-            if transfer.place < layer * self._per_layer:
+        for flat, transfer in self._under_way.items():
+            priority = priorities.item(flat)
+            if flat < start or priority <= 0:
                 continue
-            priority = float(table[transfer.place])
             if transfer.urgent:
-                self._wishes.drop(transfer.place)
-            elif priority > 0:
-                self._prefetch_again(transfer, priority)
-        return True
+                self._prefetches.drop(flat)
+                continue
+            transfer.cancelled = False
+            transfer.priority = priority
+            if transfer.sent < self._expert_bytes:
+                self._prefetches.put(flat, priority)
 
-    def _prefetch_again(self, transfer: _Transfer, priority: float) -> None:
-        if transfer.urgent:
-            return
-        self.starved = False
-        transfer.cancelled = False
-        transfer.priority = priority
-        if transfer.sent < self._expert_bytes:
-            self._wishes.put(transfer.place, priority)
-
-    def demand(self, place: int) -> None:
+    def demand(self, flat: int) -> None:
         """Queue an on-demand load, or promote a prefetch of the same expert to one."""
-        transfer = self._transfers[place // self._devices]
+        transfer = self._under_way.get(flat)
         if transfer is None:
-            transfer = _transfer(place, True, 0.0)
-            self._begin(transfer)
+            transfer = self._under_way[flat] = _Transfer(flat, True, 0.0)
         self.starved = False
         transfer.urgent, transfer.cancelled = True, False
-        self._wishes.drop(place)
+        self._prefetches.drop(flat)
         if transfer.sent < self._expert_bytes and transfer not in self._urgent:
             self._urgent.append(transfer)
 
-    def cancel(self, place: int) -> None:
-        """Drop a prefetch; one with a chunk in flight ends when that chunk is done."""
-        self._wishes.drop(place)
-        transfer = self._transfers[place // self._devices]
-        if transfer is None or transfer.urgent:
-            return
-        transfer.cancelled = True
-        if not transfer.in_flight():
-            self._drop(transfer)
-
     def cancel_layer(self, layer: int, but: Collection[int]) -> None:
-        """Drop the prefetches of a layer's experts; of those whose indices are `but`, only wishes.
+        """Drop what has begun to arrive of a layer, but for the experts whose indices are `but`.
 
-        The others have begun to arrive, or are to be demanded now.
+        One with a chunk in flight ends when that chunk is done.
         """
-        self._wishes.drop_layer(layer)
-        if not self._under_way:
-            return
-        for transfer in self._under_way.copy():
-            place = transfer.place
-            if place // self._per_layer == layer and place % self._per_layer not in but:
-                self.cancel(place)
+        for flat, transfer in list(self._under_way.items()):
+            if flat // self._per_layer != layer or flat % self._per_layer in but or transfer.urgent:
+                continue
+            transfer.cancelled = True
+            if not transfer.in_flight():
+                self._drop(transfer)
 
     def next_chunk(self) -> Chunk | None:
         """Return the chunk to copy now, taking a slot if it is a first one; None to wait."""
@@ -231,66 +229,63 @@ class TransferQueue:
 
     def cut(self, span: Chunk, stop: int) -> None:
         """Take back the bytes of a prefetch's span from `stop` on, which were not sent."""
-        transfer = self._transfers[span.place // self._devices]
-        assert transfer is not None
+        transfer = self._under_way[span.flat]
         transfer.sent = stop
         transfer.prefetched -= span.stop - stop
-        self._prefetched -= span.stop - stop
+        self.traffic.prefetched -= span.stop - stop
         if transfer.urgent:
             self._urgent.append(transfer)
         elif not transfer.cancelled:
-            self._wishes.put(span.place, transfer.priority)
+            self._prefetches.put(span.flat, transfer.priority)
         span.stop = stop
 
     def gives_way(self, span: Chunk) -> bool:
         """Tell whether something else than the rest of a prefetch's span is to be copied now."""
-        if self._urgent:
+        transfer = self._under_way[span.flat]
+        if self._urgent or transfer.urgent or transfer.cancelled:
             return True
-        transfer = self._transfers[span.place // self._devices]
-        assert transfer is not None
-        if transfer.urgent or transfer.cancelled:
-            return True
-        best = self._wishes.best()
-        return best >= 0 and transfer.yields_to(self._wishes.highest, best)
+        first = self._prefetches.first(self._device)
+        if first == NOBODY:
+            return False
+        priority = self._prefetches.priority(first)
+        return (priority, -first) > (transfer.priority, -span.flat)
 
     def _next(self, at_most: int) -> Chunk | None:
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
+        self.starved = transfer is None and not self.is_empty()
         if transfer is None:
-            self.starved = bool(self._under_way) or self._wishes.best() >= 0
             return None
-        self.starved = False
+        assert transfer.slot is not None
         start = transfer.sent
-        stop = min(start + at_most, self._expert_bytes)
-        transfer.sent = stop
+        stop = transfer.sent = min(start + at_most, self._expert_bytes)
         if transfer.urgent:
-            self._on_demand += stop - start
+            self.traffic.on_demand += stop - start
             if stop == self._expert_bytes:
                 self._urgent.remove(transfer)
         else:
-            self._prefetched += stop - start
+            self.traffic.prefetched += stop - start
             transfer.prefetched += stop - start
             if stop == self._expert_bytes:
-                self._wishes.drop(transfer.place)
-        return _chunk(transfer, start, stop)
+                self._prefetches.drop(transfer.flat)
+        return Chunk(transfer.flat, transfer.slot, start, stop, transfer.urgent)
 
     def chunk_done(self, chunk: Chunk) -> bool:
         """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""
-        transfer = self._transfers[chunk.place // self._devices]
-        assert transfer is not None
+        transfer = self._under_way[chunk.flat]
         transfer.done = chunk.stop
         if transfer.done == self._expert_bytes:
-            self._end(transfer)
-            self._cache.loaded(chunk.place)
+            del self._under_way[chunk.flat]
+            self._cache.loaded(chunk.flat)
             if not transfer.urgent:
-                self._unused[chunk.place // self._devices] = transfer.prefetched
+                self._unused[chunk.flat] = transfer.prefetched
             return True
         if transfer.cancelled and not transfer.in_flight():
             self._drop(transfer)
         return False
 
-    def used(self, place: int) -> None:
+    def used(self, flat: int) -> None:
         """Note that a gate asked for an expert, so that its prefetch was not wasted."""
-        self._unused[place // self._devices] = 0
+        self._unused.pop(flat, None)
 
     def _next_urgent(self) -> _Transfer | None:
         # One that was begun is finished first: it is not preempted and needs no slot any more.
@@ -300,71 +295,46 @@ class TransferQueue:
         for transfer in self._urgent:
             if self._take_slot(transfer):
                 return transfer
-        weakest = self._weakest_partial()
-        if weakest is None:
+        idle = [transfer for transfer in self._partials() if not transfer.in_flight()]
+        if not idle:
             return None
-        self._drop(weakest)
+        self._drop(idle[-1])
         first = self._urgent[0]
         return first if self._take_slot(first) else None
 
     def _next_prefetch(self) -> _Transfer | None:
-        place = self._wishes.best()
-        if place < 0:
+        flat = self._prefetches.first(self._device)
+        if flat == NOBODY:
             return None
-        begun = self._transfers[place // self._devices]
+        begun = self._under_way.get(flat)
         if begun is not None:
             return begun
-        transfer = _transfer(place, False, self._wishes.highest)
-        if not self._take_slot(transfer):
-            return self._strongest_partial()
-        self._begin(transfer)
-        return transfer
-
-    def _copying(self) -> bool:
-        for transfer in self._under_way:
-            if transfer.in_flight():
-                return True
-        return False
-
-    def _partials(self) -> list[_Transfer]:
-        """Return the half-copied prefetches, the first to go on with first."""
-        partial = [t for t in self._under_way if t.slot and not t.urgent and not t.cancelled]
-        return sorted(partial, key=lambda t: (-t.priority, t.place))
-
-    def _strongest_partial(self) -> _Transfer | None:
+        transfer = _Transfer(flat, False, self._prefetches.priority(flat))
+        if self._take_slot(transfer):
+            self._under_way[flat] = transfer
+            return transfer
         unsent = (t for t in self._partials() if t.sent < self._expert_bytes)
         return next(unsent, None)
 
-    def _weakest_partial(self) -> _Transfer | None:
-        idle = (t for t in reversed(self._partials()) if not t.in_flight())
-        return next(idle, None)
+    def _copying(self) -> bool:
+        return any(transfer.in_flight() for transfer in self._under_way.values())
+
+    def _partials(self) -> list[_Transfer]:
+        """Return the half-copied prefetches, the first to go on with first."""
+        wanted = (t for t in self._under_way.values() if not t.urgent and not t.cancelled)
+        return sorted(wanted, key=lambda t: (-t.priority, t.flat))
 
     def _take_slot(self, transfer: _Transfer) -> bool:
-        evicted = self._cache.reserve(transfer.place, transfer.urgent)
-        if evicted >= 0:
-            self._wasted += self._unused[evicted // self._devices]
-            self._unused[evicted // self._devices] = 0
-        elif evicted == NO_SLOT:
+        victim = self._cache.reserve(transfer.flat, transfer.urgent)
+        if victim == NO_SLOT:
             return False
-        transfer.slot = self._cache.slot(transfer.place)
+        self.traffic.wasted += self._unused.pop(victim, 0)
+        transfer.slot = self._cache.slot(transfer.flat)
         return True
-
-    def _begin(self, transfer: _Transfer) -> None:
-        self._transfers[transfer.place // self._devices] = transfer
-        self._under_way.append(transfer)
-
-    def _end(self, transfer: _Transfer) -> None:
-        self._transfers[transfer.place // self._devices] = None
-        under_way = self._under_way
-        # By hand: looking up list.remove would take longer than the few that are under way.
-        at = 0
-        while under_way[at] is not transfer:
-            at += 1
-        del under_way[at]
 
     def _drop(self, transfer: _Transfer) -> None:
         """Forget a half-copied prefetch."""
-        self._end(transfer)
-        self._wishes.drop(transfer.place)
-        self._cache.abandon(transfer.place)
-        self._wasted += transfer.prefetched
+        del self._under_way[transfer.flat]
+        self._prefetches.drop(transfer.flat)
+        self._cache.abandon(transfer.flat)
+        self.traffic.wasted += transfer.prefetched

@@ -6,7 +6,6 @@ flight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finemoe.offload.residency import Residency
@@ -65,10 +64,7 @@ class VirtualLinks:
         """How many links copy."""
         self._residency = residency
         self._queues = residency.queues
-        self._wake = rate.wake
-        self._latency = rate.latency
-        self._chunks_in_flight = rate.chunks_in_flight
-        self._lag = rate.lag
+        self._rate = rate
         self._timeline = timeline
         self._lanes = [_Lane() for _ in residency.queues]
         self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
@@ -79,14 +75,14 @@ class VirtualLinks:
         """Start idle links that have something to copy, and cut spans that must give way."""
         for device, lane in enumerate(self._lanes):
             if lane.span is None:
-                self._start(device, lane, now, self._wake)
+                self._start(device, lane, now, self._rate.wake)
             elif not lane.span.urgent:
-                self._yield(device, lane, now)
+                self._yield(device, lane, lane.span, now)
         self._settle(now)
 
-    def progress(self, now: float) -> Sequence[int]:
-        """End the spans that are due and go on; return the places of experts waited for."""
-        arrived: list[int] | tuple[()] = ()
+    def progress(self, now: float) -> list[int]:
+        """End the spans that are due and go on; return the experts waited for, as flat indices."""
+        arrived = []
         for device, lane in enumerate(self._lanes):
             span = lane.span
             if span is None or lane.end > now:
@@ -94,37 +90,35 @@ class VirtualLinks:
             lane.span = None
             self.copying -= 1
             if self._timeline:
-                name = span.name(self._residency.experts[span.place])
+                name = span.name(self._residency.experts[span.flat])
                 self._timeline.span(f"link {device}", name, lane.began, lane.end)
-            if self._residency.chunk_done(device, span) and self._residency.is_pinned(span.place):
-                arrived = [*arrived, span.place]
+            loaded = self._residency.chunk_done(device, span)
+            if loaded and self._residency.cache.is_pinned(span.flat):
+                arrived.append(span.flat)
             self._start(device, lane, lane.end, 0.0)
         self._settle(now)
         return arrived
 
     def _start(self, device: int, lane: _Lane, now: float, wake: float) -> None:
-        queue = self._queues[device]
-        span = queue.next_span()
+        span = self._queues[device].next_span()
         if span is None:
             return
         self.copying += 1
         lane.span = span
         lane.began, lane.sent = now, 0.0
-        lane.moves_from = now + wake + (self._latency if span.start == 0 else 0.0)
+        lane.moves_from = now + wake + (self._rate.latency if span.start == 0 else 0.0)
         lane.end = lane.moves_from + (span.stop - span.start) / self._speed
 
-    def _yield(self, device: int, lane: _Lane, now: float) -> None:
+    def _yield(self, device: int, lane: _Lane, span: Chunk, now: float) -> None:
         """End a prefetch after the chunks that are in flight now, if something else is to go."""
-        queue, span = self._queues[device], lane.span
-        assert span is not None
-        if not queue.gives_way(span):
+        if not self._queues[device].gives_way(span):
             return
         moved = lane.moved(now, self._speed)
-        settled = lane.moved(now - self._lag, self._speed)
-        begun = int(settled // self._chunk_bytes) + self._chunks_in_flight
+        settled = lane.moved(now - self._rate.lag, self._speed)
+        begun = int(settled // self._chunk_bytes) + self._rate.chunks_in_flight
         kept = begun * self._chunk_bytes
         if kept < span.stop - span.start:
-            queue.cut(span, span.start + kept)
+            self._queues[device].cut(span, span.start + kept)
             # With a lag this may be in the past: what follows begins before it was asked for.
             lane.end = max(now, lane.moves_from) + (kept - moved) / self._speed
 
@@ -133,11 +127,12 @@ class VirtualLinks:
         speed = self._speeds[self.copying] if self.copying else self._speed
         self.next_event = NEVER
         for lane in self._lanes:
-            if lane.span is not None:
-                if speed != self._speed:
-                    self._change_speed(lane, lane.span, now, speed)
-                if lane.end < self.next_event:
-                    self.next_event = max(lane.end, now)
+            if lane.span is None:
+                continue
+            if speed != self._speed:
+                self._change_speed(lane, lane.span, now, speed)
+            if lane.end < self.next_event:
+                self.next_event = max(lane.end, now)
         self._speed = speed
 
     def _change_speed(self, lane: _Lane, span: Chunk, now: float, speed: float) -> None:
