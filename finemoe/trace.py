@@ -11,9 +11,6 @@ from typing import Any, Literal, Self
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
 
-FORMAT = "finemoe-routing-trace"
-VERSION = 1
-
 Content = Literal["logits", "embeddings", "hidden_states"]
 DType = Literal["bfloat16", "float16", "float32"]
 
@@ -75,8 +72,7 @@ class Trace(ABC):
 
     def requests(self) -> Iterator[TracedRequest]:
         """Yield the requests in the order of `numbers`."""
-        for number in self.numbers:
-            yield self.request(number)
+        return map(self.request, self.numbers)
 
     def request(self, number: int) -> TracedRequest:
         """Return one request; its arrays may be views of one buffer each, not to be written to."""
@@ -103,14 +99,13 @@ class Trace(ABC):
         `model` is compared with what the provenance says.
         """
         header = self.header
-        named = header.provenance.get("model")
-        if model is not None and named != model:
-            found = "no model that it names" if named is None else named
-            raise self._error(f"is of {found}, not of {model}; record one of {model}")
+        named = header.provenance.get("model", "no model that it names")
+        if model not in (None, named):
+            raise self._error(f"is of {named}, not of {model}; record one of {model}")
         wide = gates or not {"embeddings", "hidden_states"}.isdisjoint(contents)
-        if shape is not None and _sizes(shape, wide) != _sizes(header.shape, wide):
+        if shape is not None and _sizes(shape, wide) != (own := _sizes(header.shape, wide)):
             raise self._error(
-                f"is of a model of {_sizes(header.shape, wide)}, not {_sizes(shape, wide)}; "
+                f"is of a model of {own}, not {_sizes(shape, wide)}; "
                 "record one of the model that runs"
             )
         missing: list[str] = [name for name in contents if name not in header.contents]

@@ -19,8 +19,8 @@ from experiments.run.setup import Setup, plain_runtime
 from experiments.run.workloads import Request
 from finemoe.offload.live import LiveRuntime
 from finemoe.recorder import EVERYTHING, Recorder, gate_weights
-from finemoe.trace import TraceHeader
-from finemoe.trace_file import TraceWriter
+from finemoe.trace import TracedRequest, TraceHeader
+from finemoe.trace_file import trace_writer
 
 Write = Callable[[Request, tuple[int, ...]], None]
 """Takes a request that is served and its tokens."""
@@ -86,14 +86,14 @@ class Recording:
             Recorder(self.runtime.model) as recorder,
             console.progress("recording", total) as advance,
         ):
-            writers: list[TraceWriter] = []
+            writers: list[Callable[[TracedRequest], None]] = []
 
             def write(request: Request, tokens: tuple[int, ...]) -> None:
                 if not writers:
                     # Gates may compute in a wider dtype than the model's.
                     header = replace(self.header, dtype=recorder.dtype)
-                    writers.append(stack.enter_context(TraceWriter(path, header)))
-                writers[0].write(recorder.finish(request.number, request.prompt, tokens))
+                    writers.append(stack.enter_context(trace_writer(path, header)))
+                writers[0](recorder.finish(request.number, request.prompt, tokens))
                 advance(1)
 
             yield recorder, write

@@ -36,7 +36,7 @@ from experiments.validate.probe import (
     undisturbed,
     waking,
 )
-from finemoe.offload.links import EmulatedLink
+from finemoe.offload.device import EmulatedLink
 from finemoe.testbed import Testbed
 from finemoe.trace import TracedRequest
 from finemoe.trace_file import TraceReader

@@ -26,8 +26,8 @@ from finemoe.offload.policy import FloatArray, Iteration, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest, TraceHeader
-from finemoe.trace_file import TraceWriter
-from finemoe.traced_gates import GateStep, TracedGates, chosen
+from finemoe.trace_file import trace_writer
+from finemoe.traced_gates import GateStep, TracedGates, choices
 from tests.engine import emulated, offloaded
 
 PROMPTS = ((1, 2, 3, 4, 5), (60, 50, 40, 30, 20))
@@ -136,13 +136,13 @@ def test_steps_of_another_length_are_refused() -> None:
 
 def test_counts_decide_ties() -> None:
     logits = np.array([[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]], np.float32)
-    assert chosen(logits, np.array([2, 0, 2]), 2).tolist() == [[0, 2], [0, 2]]
-    assert chosen(logits, np.array([2, 1, 1]), 2).tolist() == [[0, 1], [0, 2]]
+    assert choices(logits, np.array([2, 0, 2]), 2).tolist() == [[0, 2], [0, 2]]
+    assert choices(logits, np.array([2, 1, 1]), 2).tolist() == [[0, 1], [0, 2]]
 
 
 def test_choices_that_no_logits_lead_to_are_refused() -> None:
     with pytest.raises(ValueError, match="not those of the highest logits"):
-        chosen(np.array([[3.0, 2.0, 1.0]], np.float32), np.array([0, 1, 1]), 2)
+        choices(np.array([[3.0, 2.0, 1.0]], np.float32), np.array([0, 1, 1]), 2)
 
 
 @given(arrays(np.float32, (1, 6), elements=st.sampled_from([0.0, 0.5, 1.0])), st.data())
@@ -150,7 +150,7 @@ def test_one_token_chooses_exactly_what_is_counted(logits: FloatArray, data: st.
     order = data.draw(st.permutations(range(6)))
     picked = sorted(order, key=lambda expert: -logits[0, expert])[:3]
     counts = np.bincount(picked, minlength=6)
-    (index,) = chosen(logits, counts, 3)
+    (index,) = choices(logits, counts, 3)
     assert sorted(index.tolist()) == sorted(picked)
     assert (np.diff(logits[0, index]) <= 0).all()
 
@@ -175,8 +175,8 @@ def tiny_trace(path: Path, shape: ModelShape) -> Path:
     counts[:, : shape.top_k] = 1
     logits = np.zeros((shape.layers, 1, shape.experts), np.float32)
     step = RoutedStep(1, counts, logits, None, None)
-    with TraceWriter(path, TraceHeader(shape, "float32", ("logits",))) as writer:
-        writer.write(TracedRequest(0, (1,), (2,), (step,)))
+    with trace_writer(path, TraceHeader(shape, "float32", ("logits",))) as write:
+        write(TracedRequest(0, (1,), (2,), (step,)))
     return path
 
 

@@ -26,8 +26,8 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.run.serving import PlainRuntime, Server
 from experiments.run.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.device import EmulatedLink
 from finemoe.offload.hooks import PolicyError
-from finemoe.offload.links import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import ExpertId, Policy, Prefetch, PrefetchTable, Routing
 from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests

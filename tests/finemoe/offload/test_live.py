@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 
 from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
+from experiments.run.testbeds import cores_apart
 from finemoe.assemble import offloading_runtime
-from finemoe.offload.cores import Cores
-from finemoe.offload.links import EmulatedLink
-from finemoe.offload.live import LiveRuntime
+from finemoe.offload.device import EmulatedLink
+from finemoe.offload.live import LiveRuntime, Worker
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
     ExpertId,
@@ -35,8 +36,7 @@ from finemoe.offload.policy import (
     Wishes,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
-from finemoe.testbed import Testbed
-from tests.engine import offloaded
+from tests.engine import emulated, offloaded
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 PREFILL = Iteration(0, "prefill", (0,), (5,))
@@ -51,11 +51,10 @@ def runtime(
     model: OffloadedModel,
     policy: Policy,
     slots: int = 6,
-    cores: Cores | None = None,
+    cores: tuple[frozenset[int], frozenset[int]] | None = None,
     devices: int = 1,
 ) -> LiveRuntime:
-    cpu = (torch.device("cpu"),) * devices
-    testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=0.5, cores=cores)
+    testbed = replace(emulated(devices), cores=cores)
     stored = model.store.layout.nbytes
     return offloading_runtime(model, policy, testbed, (slots,) * devices, stored)
 
@@ -144,14 +143,11 @@ class Placed(Spy):
 )
 def test_links_and_searcher_keep_off_the_cores_of_the_model(model: OffloadedModel) -> None:
     before = os.sched_getaffinity(0)
-    policy, cores = Placed(model.shape), Cores.apart(1)
-    with runtime(model, policy, cores=cores) as live:
+    policy, (own, beside) = Placed(model.shape), cores_apart(1)
+    with runtime(model, policy, cores=(own, beside)) as live:
         serve_and_drain(live)
-    assert policy.cores == {
-        "MainThread": cores.model,
-        "link-0": cores.beside,
-        "searcher": cores.beside,
-    }
+    assert own | beside == before
+    assert policy.cores == {"MainThread": own, "link-0": beside, "searcher": beside}
     assert os.sched_getaffinity(0) == before
 
 
@@ -264,6 +260,12 @@ def test_what_two_threads_touch_is_touched_under_the_lock(
     assert calls >= set(GUARDED)
 
 
+def in_thread(call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
 def ended(serve: Callable[[], None]) -> Exception | None:
     """Return the error with which serving ends, if it has one; it must not hang."""
     errors: list[Exception] = []
@@ -274,8 +276,7 @@ def ended(serve: Callable[[], None]) -> Exception | None:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    thread = in_thread(run)
     thread.join(30)
     assert not thread.is_alive()
     return errors[0] if errors else None
@@ -384,3 +385,72 @@ def test_an_interrupt_of_the_exit_comes_when_everything_is_undone(
         with runtime(model, Spy(model.shape, Placement("background")), devices=2) as live:
             serve_and_drain(live)
     leaves_nothing(model, before)
+
+
+# The searcher ---------------------------------------------------------------------------------
+
+
+def started(capacity: int, errors: list[BaseException] | None = None) -> Worker:
+    worker = Worker(capacity, pytest.fail if errors is None else errors.append)
+    worker.start()
+    return worker
+
+
+def test_tasks_run_in_the_order_they_were_published() -> None:
+    done: list[int] = []
+    worker = started(3)
+    for number in range(50):
+        worker.publish(partial(done.append, number))
+    worker.drain()
+    assert done == list(range(50))
+    worker.close()
+
+
+@pytest.mark.parametrize("call", ["publish", "drain"])
+def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str) -> None:
+    begun, release = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def first() -> None:
+        begun.set()
+        release.wait(10)
+        done.append(0)
+
+    worker = started(2)
+    worker.publish(first)
+    assert begun.wait(10)
+    for number in (1, 2):
+        worker.publish(partial(done.append, number))
+    full = {"publish": lambda: worker.publish(partial(done.append, 3)), "drain": worker.drain}
+    waiting = in_thread(full[call])
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    release.set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    worker.close()
+    assert done == [0, 1, 2, 3][: 4 if call == "publish" else 3]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_after_its_first_error_the_searcher_drops_tasks_and_blocks_nobody(
+    error: type[BaseException],
+) -> None:
+    errors: list[BaseException] = []
+    done: list[int] = []
+
+    def fail() -> None:
+        raise error
+
+    def publish_many() -> None:
+        for task in (partial(done.append, 0), fail, *(partial(done.append, 1),) * 100, fail):
+            worker.publish(task)
+        worker.drain()
+        worker.close()
+
+    worker = started(1, errors)
+    publisher = in_thread(publish_many)
+    publisher.join(10)
+    assert not publisher.is_alive()
+    assert done == [0]
+    assert [type(one) for one in errors] == [error]

@@ -21,7 +21,7 @@ from experiments.run.replay_serving import ReplayServer
 from experiments.run.serving import Server
 from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
-from finemoe.linear_costs import Line, LinearCosts
+from finemoe.costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
