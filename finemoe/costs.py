@@ -8,7 +8,7 @@ launches. docs/testbeds.md has the formulae and where the numbers come from.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -107,12 +107,12 @@ class FullSizeModel:
 class Costs:
     """What every `CostModel` says beside the seconds of computation."""
 
-    prediction: PredictionCosts = PredictionCosts()
+    prediction: PredictionCosts = field(default_factory=PredictionCosts)
     prediction_source: str = ""
     parallel: bool = False
     collect: float = 0.0
     hop: float = 0.0
-    thread: ThreadCosts = ThreadCosts()
+    thread: ThreadCosts = field(default_factory=ThreadCosts)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,15 @@ import pyarrow.parquet as pq
 
 from finemoe.offload.policy import ModelShape
 from finemoe.offload.routed import RoutedStep
-from finemoe.trace import Trace, TracedRequest, TraceError, TraceHeader
-from finemoe.trace_file import UNREADABLE, check_size, reading
+from finemoe.trace import (
+    UNREADABLE,
+    Trace,
+    TracedRequest,
+    TraceError,
+    TraceHeader,
+    check_size,
+    reading,
+)
 
 COLUMNS = pa.schema(
     {
@@ -65,7 +72,8 @@ class ForeignTrace(Trace):
         with reading(self.path, fault="is no table of routing rows", remedy="write it again"):
             rows = _read_table(self.path)
             largest = rows[["layer", "expert", "rank"]].max().clip(0, LARGEST_SIZE - 1)
-            shape = shape or ModelShape(*(largest + 1).tolist(), 0)
+            layers, experts, top_k = (largest + 1).tolist()
+            shape = shape or ModelShape(layers, experts, top_k, 0)
             _check_values(rows, shape)
         self.header = TraceHeader(shape, "float32", (), {"foreign": self.path.name})
         rows["step"] = rows["step"].where(rows["phase"] == "decode", PREFILL)

@@ -11,9 +11,7 @@ from torch import Tensor
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import FloatArray, GateWeights, Iteration
 from finemoe.offload.routed import RoutedStep
-from finemoe.trace import Content, DType, TracedRequest
-
-EVERYTHING: tuple[Content, ...] = ("logits", "embeddings", "hidden_states")
+from finemoe.trace import CONTENTS, Content, DType, TracedRequest
 
 
 class Recorder:
@@ -23,7 +21,7 @@ class Recorder:
     steps are kept in memory, as float32, which holds 16-bit values exactly.
     """
 
-    def __init__(self, model: OffloadedModel, contents: tuple[Content, ...] = EVERYTHING) -> None:
+    def __init__(self, model: OffloadedModel, contents: tuple[Content, ...] = CONTENTS) -> None:
         self.model = model
         self.contents = contents
         self._hooks: list[Any] = []
@@ -121,7 +119,7 @@ def gate_weights(model: OffloadedModel) -> GateWeights:
 
 def _stacked(model: OffloadedModel, name: str, shape: tuple[int, ...]) -> FloatArray | None:
     """Return a parameter of all gates, or None if not all have one of this shape."""
-    values = [getattr(gate, name, None) for gate in model.gates]
+    values: list[Any] = [getattr(gate, name, None) for gate in model.gates]
     if any(value is None or value.shape != shape for value in values):
         return None
     return np.stack([value.detach().float().cpu().numpy() for value in values])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
@@ -82,7 +82,7 @@ def calibrated(
     return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, time_scale=scale)
 
 
-def _disturbed(micros: Numbers) -> tuple[Line, Extra]:
+def _disturbed(micros: Any) -> tuple[Line, Extra]:
     """Return a line, and what comes on top of it when the model's thread is disturbed."""
     seconds = {name: us * 1e-6 for name, us in micros.items()}
     extra = Extra(**{name: seconds.pop(name, 0.0) for name in EXTRA})

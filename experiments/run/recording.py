@@ -18,9 +18,8 @@ from experiments.run.serving import Server, in_batches
 from experiments.run.setup import Setup, plain_runtime
 from experiments.run.workloads import Request
 from finemoe.offload.live import LiveRuntime
-from finemoe.recorder import EVERYTHING, Recorder, gate_weights
-from finemoe.trace import TracedRequest, TraceHeader
-from finemoe.trace_file import trace_writer
+from finemoe.recorder import Recorder, gate_weights
+from finemoe.trace import CONTENTS, TracedRequest, TraceHeader, trace_writer
 
 Write = Callable[[Request, tuple[int, ...]], None]
 """Takes a request that is served and its tokens."""
@@ -116,4 +115,4 @@ def trace_header(
         **provenance(),
     }
     gates = gate_weights(model.offloaded)
-    return TraceHeader(model.offloaded.shape, "bfloat16", EVERYTHING, origin, gates)
+    return TraceHeader(model.offloaded.shape, "bfloat16", CONTENTS, origin, gates)

@@ -27,7 +27,7 @@ from finemoe.assemble import resident_runtime
 from finemoe.foreign_trace import ForeignTrace, is_foreign
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceReader
 
 RECORDING_BATCH = 64
 ONLINE_RECORDING_BATCH = 32

@@ -15,8 +15,7 @@ from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration
 from finemoe.recorder import Recorder, gate_weights
-from finemoe.trace import TracedRequest, TraceHeader
-from finemoe.trace_file import trace_writer
+from finemoe.trace import TracedRequest, TraceHeader, trace_writer
 from tests.engine import offloaded
 
 PAPER = ("mixtral", "qwen2_moe", "phimoe")

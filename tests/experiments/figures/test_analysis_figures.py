@@ -26,8 +26,7 @@ from experiments.figures import (
     traces,
 )
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TraceHeader
-from finemoe.trace_file import CONTENTS, trace_writer
+from finemoe.trace import CONTENTS, TraceHeader, trace_writer
 from tests.command import config
 from tests.experiments.figures.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
 

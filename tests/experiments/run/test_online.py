@@ -19,7 +19,7 @@ from experiments.run.console import Console
 from experiments.run.continuous import Schedule
 from experiments.run.harness import run
 from experiments.run.online import planned
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceReader
 from tests.command import config, run_command
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
