@@ -1,9 +1,8 @@
-"""Put a live runtime together: slots, links and residency for a model on a testbed."""
+"""Live runtimes: what an engine is made of, for a model on a testbed."""
 
 from __future__ import annotations
 
-from finemoe.offload.experts import DeviceSlots, ExpertMemory, HostMemory
-from finemoe.offload.links import CudaLink, EmulatedLink, Link, LinkSpeed
+from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
@@ -24,23 +23,22 @@ def offloading_runtime(
 
     A budget that holds every expert is filled before serving begins.
     """
-    stored = model.store.layout.nbytes
+    layout, devices = model.store.layout, testbed.devices
     chunks = -(-full_expert_bytes // testbed.chunk_bytes)
-    residency = Residency(model.shape, MemoryPlan(slots, stored, -(-stored // chunks)), policy)
-    memory = DeviceSlots(model.store, slots, testbed.devices)
+    plan = MemoryPlan(slots, layout.nbytes, -(-layout.nbytes // chunks))
+    residency = Residency(model.shape, plan, policy)
+    memory = DeviceSlots.allocate(layout, slots, devices)
+    if residency.holds_everything:
+        _fill(memory, residency, model)
     links: list[Link] = []
-    for device in testbed.devices:
+    for device in devices:
         if device.type == "cuda":
             links.append(CudaLink(model.store, memory, device))
         else:
-            speed = _paced(testbed, stored, full_expert_bytes)
-            links.append(EmulatedLink(model.store, memory, speed))
-    if residency.holds_everything:
-        for place in residency.preload():
-            memory.block(residency.cache.slot(place)).copy_(model.store.block(place))
-    return LiveRuntime(
-        model, policy, residency, memory, links, testbed.devices, timeline, testbed.cores
-    )
+            seconds = full_expert_bytes / (testbed.link_gb_s * 1e9) * testbed.time_scale
+            latency = testbed.link_latency_s * testbed.time_scale
+            links.append(EmulatedLink(model.store, memory, layout.nbytes / seconds, latency))
+    return LiveRuntime(model, policy, residency, memory, links, devices, timeline, testbed.cores)
 
 
 def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
@@ -48,19 +46,19 @@ def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
 
     On the CPU experts are used where they lie; elsewhere they are copied into slots first.
     """
-    experts = model.shape.layers * model.shape.experts
-    stored = model.store.layout.nbytes
-    residency = Residency(model.shape, MemoryPlan((experts,), stored, stored), policy)
-    loaded = residency.preload()
-    memory: ExpertMemory = HostMemory(model.store)
+    layout, devices = model.store.layout, (model.device,)
+    plan = MemoryPlan((model.shape.size,), layout.nbytes, layout.nbytes)
+    residency = Residency(model.shape, plan, policy)
     if model.device.type == "cuda":
-        slots = DeviceSlots(model.store, (experts,), (model.device,))
-        for place in loaded:
-            slots.block(residency.cache.slot(place)).copy_(model.store.block(place))
-        memory = slots
-    return LiveRuntime(model, policy, residency, memory, (), (model.device,))
+        memory = DeviceSlots.allocate(layout, plan.slots, devices)
+        _fill(memory, residency, model)
+    else:
+        slot = residency.cache.slot
+        by_slot = sorted(residency.preload(), key=lambda place: slot(place).index)
+        memory = DeviceSlots(layout, [[model.store.blocks[place] for place in by_slot]])
+    return LiveRuntime(model, policy, residency, memory, (), devices)
 
 
-def _paced(testbed: Testbed, stored: int, full_expert_bytes: int) -> LinkSpeed:
-    copying = full_expert_bytes / (testbed.link_gb_s * 1e9) * testbed.time_scale
-    return LinkSpeed(stored / copying, testbed.link_latency_s * testbed.time_scale)
+def _fill(memory: DeviceSlots, residency: Residency, model: OffloadedModel) -> None:
+    for place in residency.preload():
+        memory.block(residency.cache.slot(place)).copy_(model.store.blocks[place])

@@ -1,16 +1,16 @@
-"""What computation costs on an accelerator that is not there: a roofline over full-size shapes.
+"""What computation costs in virtual time: a roofline over full-size shapes, or measured lines.
 
-A part takes the longer of moving its bytes and doing its arithmetic (Williams, Waterman, Patterson,
-"Roofline", CACM 52(4), 2009), plus a fixed time for each kernel that it launches. docs/testbeds.md
-has the formulae and where the numbers come from.
+In the roofline, a part takes the longer of moving its bytes and doing its arithmetic (Williams,
+Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus a fixed time for each kernel that it
+launches. docs/testbeds.md has the formulae and where the numbers come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass, field
 
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from finemoe.offload.replay import IterationCosts, PredictionCosts, ThreadCosts
 from finemoe.options import CHECKED, Count, Micros, Rate, Share, Whole
@@ -26,10 +26,8 @@ EXPERT_KERNELS = 7
 FINISH_KERNELS = 9
 """Kernels after the last layer, counted likewise: final norm, head, choice of the token."""
 
-ITERATIONS_REMEMBERED = 1 << 16
 
-
-@dataclass(frozen=True, config=CHECKED)
+@checked_dataclass(frozen=True, config=CHECKED)
 class Accelerator:
     """One device: what its datasheet promises, and the share of it that programs get."""
 
@@ -53,7 +51,7 @@ class Accelerator:
         return max(moving, computing) + kernels * self.kernel_us * 1e-6
 
 
-@dataclass(frozen=True, config=CHECKED)
+@checked_dataclass(frozen=True, config=CHECKED)
 class FullSizeModel:
     """Shapes of the real model, whichever weights stand in for it (conf/model)."""
 
@@ -82,10 +80,6 @@ class FullSizeModel:
         return 3 * self.hidden_size * self.shared_expert_intermediate_size
 
     @property
-    def router_parameters(self) -> int:
-        return self.hidden_size * self.experts
-
-    @property
     def expert_parameters(self) -> int:
         """Parameters of one routed expert: gate, up and down projections."""
         return 3 * self.hidden_size * self.expert_intermediate_size
@@ -98,7 +92,8 @@ class FullSizeModel:
     @property
     def dense_bytes(self) -> int:
         """Bytes of what is never offloaded, norms and biases left out."""
-        layer = self.attention_parameters + self.shared_parameters + self.router_parameters
+        router = self.hidden_size * self.experts
+        layer = self.attention_parameters + self.shared_parameters + router
         return (self.layers * layer + 2 * self.head_parameters) * self.bytes_per_parameter
 
     @property
@@ -107,59 +102,41 @@ class FullSizeModel:
         return self.expert_parameters * self.bytes_per_parameter
 
 
-class RooflineCosts:
-    """The cost model of a simulated testbed (`finemoe.offload.replay.CostModel`).
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What every `CostModel` says beside the seconds of computation."""
+
+    prediction: PredictionCosts = field(default_factory=PredictionCosts)
+    prediction_source: str = ""
+    parallel: bool = False
+    collect: float = 0.0
+    hop: float = 0.0
+    thread: ThreadCosts = field(default_factory=ThreadCosts)
+
+
+@dataclass(frozen=True)
+class RooflineCosts(Costs):
+    """The costs of a full-size model on an accelerator.
 
     Everything but routed experts runs on one device; experts run on the device that holds them.
-    `collect` and `hop` are in seconds; `hop` counts with several devices only.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: FullSizeModel,
-        prediction: PredictionCosts,
-        devices: int = 1,
-        collect: float = 0.0,
-        hop: float = 0.0,
-        prediction_source: str = "",
-    ) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.prediction = prediction
-        self.prediction_source = prediction_source
-        self.parallel = devices > 1
-        self.collect = collect + accelerator.sync_us * 1e-6
-        self.hop = hop if self.parallel else 0.0
-        self.thread = ThreadCosts()
-        self._expert = lru_cache(maxsize=None)(self._price_expert)
-        self._iteration = lru_cache(ITERATIONS_REMEMBERED)(self._price_iteration)
+    accelerator: Accelerator
+    model: FullSizeModel
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         """Return the costs for a batch: each request's tokens now, and those it attends to.
 
         Raises ValueError if the two differ in length.
         """
-        return self._iteration(tuple(tokens), tuple(contexts))
-
-    def expert(self, tokens: int) -> float:
-        """Return the seconds of one expert's computation for `tokens` tokens."""
-        return self._expert(tokens)
-
-    def _price_expert(self, tokens: int) -> float:
-        return self._product(self.model.expert_parameters, tokens, EXPERT_KERNELS)
-
-    def _price_iteration(
-        self, tokens: tuple[int, ...], contexts: tuple[int, ...]
-    ) -> IterationCosts:
-        model, sync = self.model, self.accelerator.sync_us * 1e-6
-        rows = sum(tokens)
+        model, rows = self.model, sum(tokens)
+        sync = self.accelerator.sync_us * 1e-6
         embedding = rows * model.hidden_size * model.bytes_per_parameter
         dense = (
             self._product(model.attention_parameters, rows, DENSE_KERNELS)
             + self._attention(tokens, contexts)
             + self._product(model.shared_parameters, rows)
-            + self._product(model.router_parameters, rows)
+            + self._product(model.hidden_size * model.experts, rows)
         )
         return IterationCosts(
             start=self.accelerator.seconds(embedding, 0, START_KERNELS) + sync,
@@ -167,15 +144,48 @@ class RooflineCosts:
             finish=self._product(model.head_parameters, len(tokens), FINISH_KERNELS) + sync,
         )
 
+    def expert(self, tokens: int) -> float:
+        """Return the seconds of one expert's computation for `tokens` tokens."""
+        return self._product(self.model.expert_parameters, tokens, EXPERT_KERNELS)
+
     def _product(self, parameters: int, rows: int, kernels: int = 0) -> float:
         """Return the seconds in which `rows` are multiplied with weights that are read once."""
         nbytes = parameters * self.model.bytes_per_parameter
         return self.accelerator.seconds(nbytes, 2 * parameters * rows, kernels)
 
-    def _attention(self, tokens: tuple[int, ...], contexts: tuple[int, ...]) -> float:
+    def _attention(self, tokens: Sequence[int], contexts: Sequence[int]) -> float:
         """Return the seconds in which one layer reads its keys and values and attends causally."""
         model = self.model
         pairs = sum(t * c - t * (t - 1) // 2 for t, c in zip(tokens, contexts, strict=True))
         cached = 2 * model.num_key_value_heads * model.head_dim * model.bytes_per_parameter
         flops = 4 * model.num_attention_heads * model.head_dim * pairs
         return self.accelerator.seconds(cached * sum(contexts), flops, 0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of an operation: `base`, and more for every token it computes or attends to."""
+
+    base: float
+    per_token: float = 0.0
+    per_context: float = 0.0
+
+    def at(self, tokens: int, context: int = 0) -> float:
+        return self.base + self.per_token * tokens + self.per_context * context
+
+
+@dataclass(frozen=True)
+class LinearCosts(Costs):
+    """The costs of one model on one machine, as lines through measurements."""
+
+    start: Line
+    dense: Line
+    finish: Line
+    expert_line: Line
+
+    def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
+        lines = (self.start, self.dense, self.finish)
+        return IterationCosts(*(line.at(sum(tokens), sum(contexts)) for line in lines))
+
+    def expert(self, tokens: int) -> float:
+        return self.expert_line.at(tokens)

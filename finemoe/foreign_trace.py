@@ -1,24 +1,30 @@
-"""Traces of other projects: a CSV or Parquet file with one row an expert that a token chose.
+"""Traces of other projects: a CSV or Parquet file with one row per expert that a token chose.
 
-The columns are `request, phase, step, layer, rank, expert, weight`; further ones are ignored. Which
-token a row belongs to is not said, and neither are logits, embeddings or hidden states.
+Which token a row belongs to is not said, and neither are logits, embeddings or hidden states.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from finemoe.offload.policy import ModelShape
 from finemoe.offload.routed import RoutedStep
-from finemoe.trace import Trace, TracedRequest, TraceError, TraceHeader
-from finemoe.trace_file import UNREADABLE, check_size, reading
+from finemoe.trace import (
+    UNREADABLE,
+    Trace,
+    TracedRequest,
+    TraceError,
+    TraceHeader,
+    check_size,
+    reading,
+)
 
 COLUMNS = pa.schema(
     {
@@ -36,8 +42,8 @@ ROW_BYTES = 50
 """Of a row in memory."""
 LARGEST_SIZE = 4096
 """Layers, experts and K that a trace alone may claim."""
-
-Numbers = NDArray[np.integer]
+PREFILL = -1
+"""The step of all prefill rows."""
 
 
 def is_foreign(path: Path) -> bool:
@@ -63,106 +69,83 @@ class ForeignTrace(Trace):
 
     def __init__(self, path: Path, shape: ModelShape | None = None) -> None:
         self.path = Path(path)
-        table = self._table()
-        shape = shape or self._inferred(table)
-        self._check_ranges(table, shape)
+        with reading(self.path, fault="is no table of routing rows", remedy="write it again"):
+            rows = _read_table(self.path)
+            largest = rows[["layer", "expert", "rank"]].max().clip(0, LARGEST_SIZE - 1)
+            layers, experts, top_k = (largest + 1).tolist()
+            shape = shape or ModelShape(layers, experts, top_k, 0)
+            _check_values(rows, shape)
         self.header = TraceHeader(shape, "float32", (), {"foreign": self.path.name})
-        decode = self._decodes(table)
-        request, step = (table[name].to_numpy() for name in ("request", "step"))
-        step = np.where(decode, step, 0)
-        if (step < 0).any():
-            raise self._error(f"has decode step {step.min()}; count from 0")
-        order = np.lexsort((step, decode, request))
-        self._step, self._decode = step[order], decode[order]
-        self._layer, self._expert = (table[name].to_numpy()[order] for name in ("layer", "expert"))
-        numbers, starts = np.unique(request[order], return_index=True)
-        stops = [*starts[1:].tolist(), len(order)]
-        rows = map(slice, starts.tolist(), stops)
-        self._rows = dict(zip(numbers.tolist(), rows, strict=True))
+        rows["step"] = rows["step"].where(rows["phase"] == "decode", PREFILL)
+        self._groups = rows.groupby("request")[["step", "layer", "expert"]]
+        self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
 
     def __exit__(self, *_: object) -> None:
         """Nothing is open any more."""
 
     def _request(self, number: int) -> TracedRequest:
-        rows = self._rows[number]
-        decode, step = self._decode[rows], self._step[rows]
-        if decode[0]:
+        rows, shape = self._groups.get_group(number), self.header.shape
+        numbers, steps = np.unique(rows["step"], return_inverse=True)
+        if numbers[0] != PREFILL:
             raise self._error(f"request {number} has no prefill rows; add them")
-        gaps = np.flatnonzero(decode[:-1] & (np.diff(step) > 1))
-        if len(gaps):
-            before, after = step[gaps[0]], step[gaps[0] + 1]
-            raise self._error(
-                f"request {number} decodes step {after} after {before}; add what lies between"
-            )
-        starts = 1 + np.flatnonzero((np.diff(step) != 0) | (np.diff(decode.astype(np.int8)) != 0))
-        parts = zip(
-            np.split(self._layer[rows], starts), np.split(self._expert[rows], starts), strict=True
-        )
-        steps = tuple(self._routed(number, i, *part) for i, part in enumerate(parts))
-        return TracedRequest(number, (), (), steps)
-
-    def _routed(self, number: int, step: int, layer: Numbers, expert: Numbers) -> RoutedStep:
-        shape = self.header.shape
-        place = layer.astype(np.int64) * shape.experts + expert
-        flat = np.bincount(place, minlength=shape.layers * shape.experts)
-        counts = flat.reshape(shape.layers, shape.experts)
-        rows = counts.sum(axis=1)
-        if not rows.all():
-            empty = int(rows.argmin())
-            raise self._error(
-                f"request {number} routes nothing in layer {empty} of its step {step}"
-            )
-        return RoutedStep(-(-int(rows.max()) // shape.top_k), counts, None, None, None)
-
-    def _table(self) -> pa.Table:
-        with reading(self.path, fault="is no table of routing rows", remedy="write it again"):
-            with self.path.open("rb") as file:
-                is_parquet = file.read(4) == b"PAR1"
-            types = pa.csv.ConvertOptions(column_types=COLUMNS)
-            table = (
-                self._read_parquet()
-                if is_parquet
-                else pa.csv.read_csv(self.path, convert_options=types)
-            )
-            missing = [name for name in COLUMNS.names if name not in table.column_names]
-            if missing:
-                raise TraceError(f"lacks the columns {', '.join(missing)}; name them so")
-            table = table.select(COLUMNS.names).cast(COLUMNS)
-            table.validate(full=True)
-        if not len(table):
-            raise self._error("has no rows; write it again")
-        for name in COLUMNS.names:
-            if table[name].null_count:
-                raise self._error(f"has rows without a {name}; fill them in")
-        if not pc.all(pc.is_finite(table["weight"])).as_py():
-            raise self._error("has weights that are NaN or infinite; write it again")
-        return table
-
-    def _read_parquet(self) -> pa.Table:
-        with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-            check_size(file.metadata.num_rows * ROW_BYTES, self.path.stat().st_size)
-            return file.read(COLUMNS.names)
-
-    def _inferred(self, table: pa.Table) -> ModelShape:
-        layers, experts, ranks = (
-            min(max(1, int(table[name].to_numpy().max()) + 1), LARGEST_SIZE)
-            for name in ("layer", "expert", "rank")
-        )
-        return ModelShape(layers, experts, ranks, 0)
-
-    def _check_ranges(self, table: pa.Table, shape: ModelShape) -> None:
-        limits = {"layer": shape.layers, "expert": shape.experts, "rank": shape.top_k}
-        for name, limit in limits.items():
-            values = table[name].to_numpy()
-            wrong = values[(values < 0) | (values >= limit)]
-            if len(wrong):
+        for before, after in itertools.pairwise(numbers[1:].tolist()):
+            if after > before + 1:
                 raise self._error(
-                    f"has {name} {wrong[0]}, not in 0..{limit - 1}; give the model it is of"
+                    f"request {number} decodes step {after} after {before}; add what lies between"
                 )
+        for step, layers in rows["layer"].groupby(steps):
+            missing = np.setdiff1d(np.arange(shape.layers), layers)
+            if len(missing):
+                raise self._error(
+                    f"request {number} routes nothing in layer {missing[0]} of its step {step}"
+                )
+        counts = np.zeros((len(numbers), shape.layers, shape.experts), np.int64)
+        np.add.at(counts, (steps, rows["layer"], rows["expert"]), 1)
+        tokens = -(-counts.sum(axis=2).max(axis=1) // shape.top_k)
+        nothing = [None] * len(tokens)
+        routed = tuple(map(RoutedStep, tokens.tolist(), counts, nothing, nothing, nothing))
+        return TracedRequest(number, (), (), routed)
 
-    def _decodes(self, table: pa.Table) -> NDArray[np.bool_]:
-        for name in table["phase"].unique().to_pylist():
-            if name not in ("prefill", "decode"):
-                raise self._error(f"has the phase {name!r}; write prefill or decode")
-        decodes: NDArray[np.bool_] = pc.equal(table["phase"], "decode").to_numpy()
-        return decodes
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Return the columns of a file; TraceError, or one of `UNREADABLE`, if it is no such table."""
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    if is_parquet:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
+            table = file.read(COLUMNS.names)
+    else:
+        options = pa.csv.ConvertOptions(column_types=COLUMNS)
+        table = pa.csv.read_csv(path, convert_options=options)
+    missing = [name for name in COLUMNS.names if name not in table.column_names]
+    if missing:
+        raise TraceError(f"lacks the columns {', '.join(missing)}; name them so")
+    if not len(table):
+        raise TraceError("has no rows; write it again")
+    table = table.select(COLUMNS.names).cast(COLUMNS)
+    table.validate(full=True)
+    empty = [name for name in COLUMNS.names if table[name].null_count]
+    if empty:
+        raise TraceError(f"has rows without a {empty[0]}; fill them in")
+    rows: pd.DataFrame = table.to_pandas()
+    return rows
+
+
+def _check_values(rows: pd.DataFrame, shape: ModelShape) -> None:
+    """Raise TraceError for values that are out of range."""
+    if not np.isfinite(rows["weight"]).all():
+        raise TraceError("has weights that are NaN or infinite; write it again")
+    for name in rows["phase"].unique():
+        if name not in ("prefill", "decode"):
+            raise TraceError(f"has the phase {name!r}; write prefill or decode")
+    decoded = rows["step"][rows["phase"] == "decode"]
+    if (decoded < 0).any():
+        raise TraceError(f"has decode step {decoded.min()}; count from 0")
+    limits = {"layer": shape.layers, "expert": shape.experts, "rank": shape.top_k}
+    for name, limit in limits.items():
+        wrong = rows[name][~rows[name].between(0, limit - 1)]
+        if len(wrong):
+            raise TraceError(
+                f"has {name} {wrong.iloc[0]}, not in 0..{limit - 1}; give the model it is of"
+            )

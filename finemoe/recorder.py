@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import FloatArray, GateWeights, Iteration
 from finemoe.offload.routed import RoutedStep
-from finemoe.trace import Content, DType, TracedRequest
-
-EVERYTHING: tuple[Content, ...] = ("logits", "embeddings", "hidden_states")
+from finemoe.trace import CONTENTS, Content, DType, TracedRequest
 
 
 class Recorder:
@@ -23,26 +21,23 @@ class Recorder:
     steps are kept in memory, as float32, which holds 16-bit values exactly.
     """
 
-    def __init__(self, model: OffloadedModel, contents: tuple[Content, ...] = EVERYTHING) -> None:
+    def __init__(self, model: OffloadedModel, contents: tuple[Content, ...] = CONTENTS) -> None:
         self.model = model
         self.contents = contents
         self._hooks: list[Any] = []
         self._dtypes: set[torch.dtype] = set()
         self._steps: dict[int, list[RoutedStep]] = {}
         self._iteration: Iteration | None = None
-        self._embeddings: FloatArray | None = None
-        self._logits: list[FloatArray] = []
-        self._hidden_states: list[FloatArray] = []
-        self._chosen: list[Any] = []
+        self._arrays: dict[Content, list[FloatArray]] = {}
+        """Of the iteration: the embeddings, and what every layer has computed so far."""
+        self._choices: list[Any] = []
 
     @property
     def dtype(self) -> DType:
         """The widest dtype among the arrays seen so far: what a trace of them must be stored in."""
-        if len(self._dtypes) == 1:
-            only = str(next(iter(self._dtypes))).removeprefix("torch.")
-            if only in ("bfloat16", "float16"):
-                return only  # type: ignore[return-value]
-        return "float32"
+        if self._dtypes == {torch.bfloat16}:
+            return "bfloat16"
+        return "float16" if self._dtypes == {torch.float16} else "float32"
 
     def __enter__(self) -> Recorder:
         try:
@@ -63,8 +58,8 @@ class Recorder:
     def begin(self, iteration: Iteration) -> None:
         """Take note of whose rows the next forward pass holds; one that broke off is forgotten."""
         self._iteration = iteration
-        self._embeddings = None
-        self._logits, self._hidden_states, self._chosen = [], [], []
+        self._arrays = {name: [] for name in self.contents}
+        self._choices = []
 
     def finish(
         self, request: int, prompt: tuple[int, ...], output: tuple[int, ...]
@@ -73,65 +68,58 @@ class Recorder:
         return TracedRequest(request, prompt, output, tuple(self._steps.pop(request)))
 
     def _on_embeddings(self, _module: Any, _inputs: Any, output: Tensor) -> None:
-        if "embeddings" in self.contents:
-            self._embeddings = self._host(output)
+        self._keep("embeddings", output)
 
     def _on_logits(self, _module: Any, _inputs: Any, output: Any) -> None:
-        if "logits" in self.contents:
-            self._logits.append(self._host(output[self.model.logits_index]))
+        self._keep("logits", output[self.model.logits_index])
 
     def _on_experts(self, _module: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden, index, _ = inputs
-        if "hidden_states" in self.contents:
-            self._hidden_states.append(self._host(hidden))
-        self._chosen.append(index.detach().cpu().numpy().copy())
-        if len(self._chosen) == self.model.shape.layers:
-            self._close()
+        self._keep("hidden_states", hidden)
+        self._choices.append(index.detach().cpu().numpy().copy())
+        if len(self._choices) == self.model.shape.layers:
+            self._share_out()
 
-    def _close(self) -> None:
-        """Share the arrays of a whole iteration out among its requests."""
+    def _keep(self, name: Content, tensor: Tensor) -> None:
+        if name in self._arrays:
+            self._dtypes.add(tensor.dtype)
+            rows = tensor.detach().reshape(-1, tensor.shape[-1])
+            # A copy even on the CPU: the model may reuse the memory.
+            self._arrays[name].append(rows.to("cpu", torch.float32, copy=True).numpy())
+
+    def _share_out(self) -> None:
+        """Give each request of a whole iteration its rows."""
         assert self._iteration is not None
-        chosen = np.stack(self._chosen)
-        logits = np.stack(self._logits) if self._logits else None
-        states = np.stack(self._hidden_states) if self._hidden_states else None
+        arrays = {name: np.stack(parts) for name, parts in self._arrays.items()}
         for request, rows in zip(self._iteration.requests, self._iteration.rows(), strict=True):
+            own = {name: array[:, rows] for name, array in arrays.items()}
+            counts = [self._counts(chosen[rows]) for chosen in self._choices]
             step = RoutedStep(
                 rows.stop - rows.start,
-                self._counts(chosen[:, rows]),
-                None if logits is None else logits[:, rows],
-                None if self._embeddings is None else self._embeddings[rows],
-                None if states is None else states[:, rows],
+                np.stack(counts),
+                own.get("logits"),
+                own["embeddings"][0] if "embeddings" in own else None,
+                own.get("hidden_states"),
             )
             self._steps.setdefault(request, []).append(step)
 
     def _counts(self, chosen: Any) -> Any:
-        """Return how many tokens chose each expert, (L, J), from choices (L, T, K)."""
-        layers, experts = self.model.shape.layers, self.model.shape.experts
-        flat = (chosen + experts * np.arange(layers)[:, None, None]).ravel()
-        counts = np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
-        return counts.astype(np.int32)
-
-    def _host(self, tensor: Tensor) -> FloatArray:
-        self._dtypes.add(tensor.dtype)
-        rows = tensor.detach().reshape(-1, tensor.shape[-1])
-        # A copy even on the CPU: the model may reuse the memory.
-        return rows.to("cpu", torch.float32, copy=True).numpy()
+        """Return how many tokens chose each expert of a layer, (J,), from choices (T, K)."""
+        return np.bincount(chosen.ravel(), minlength=self.model.shape.experts).astype(np.int32)
 
 
 def gate_weights(model: OffloadedModel) -> GateWeights:
     """Return the model's gates on the host; ValueError if they are no linear maps of (J, h)."""
     shape = model.shape
-    weights = [_parameter(gate, "weight") for gate in model.gates]
-    due = (shape.experts, shape.hidden_size)
-    if any(weight is None or weight.shape != due for weight in weights):
+    weight = _stacked(model, "weight", (shape.experts, shape.hidden_size))
+    if weight is None:
         raise ValueError(f"{type(model.gates[0]).__name__} is no linear gate; record without gates")
-    biases = [_parameter(gate, "bias") for gate in model.gates]
-    bias = (
-        None if any(b is None for b in biases) else np.stack([b for b in biases if b is not None])
-    )
-    return GateWeights(np.stack([weight for weight in weights if weight is not None]), bias)
+    return GateWeights(weight, _stacked(model, "bias", (shape.experts,)))
 
 
-def _parameter(gate: nn.Module, name: str) -> FloatArray | None:
-    value = getattr(gate, name, None)
-    return None if value is None else value.detach().float().cpu().numpy().copy()
+def _stacked(model: OffloadedModel, name: str, shape: tuple[int, ...]) -> FloatArray | None:
+    """Return a parameter of all gates, or None if not all have one of this shape."""
+    values: list[Any] = [getattr(gate, name, None) for gate in model.gates]
+    if any(value is None or value.shape != shape for value in values):
+        return None
+    return np.stack([value.detach().float().cpu().numpy() for value in values])

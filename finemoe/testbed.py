@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from finemoe.offload.cores import Cores
 from finemoe.offload.replay import CostModel
 from finemoe.offload.virtual_links import LinkRate
 
 if TYPE_CHECKING:
     import torch
-
-Mode = Literal["measured", "emulated", "simulated"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +32,8 @@ class Testbed:
     """Factor on the time that emulated links take."""
     threads: int | None = None
     """Threads for the model's operations on the CPU; None leaves torch's default."""
-    cores: Cores | None = None
-    """Where the model's thread and the links' run; None leaves that to the operating system."""
+    cores: tuple[frozenset[int], frozenset[int]] | None = None
+    """Those of the model's thread, and those of links and searcher; None leaves them free."""
 
     def load_seconds(self, expert_bytes: int) -> float:
         """Return how long an emulated link takes for one full-size expert."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +16,13 @@ from finemoe.offload.policy import FloatArray, Iteration
 from finemoe.offload.routed import RoutedStep
 
 
-@dataclass(frozen=True)
-class GateStep:
+class GateStep(NamedTuple):
     """What the gates of all L layers say of one request's T tokens, ready to be handed out."""
 
     logits: Tensor
     """Shape (L, T, J), float32."""
-    index: Tensor
-    """Chosen experts by descending logit, shape (L, T, K)."""
+    chosen: Tensor
+    """Indices of experts by descending logit, shape (L, T, K)."""
     weights: Tensor
     """Softmax of the chosen logits, shape (L, T, K), float32."""
 
@@ -33,41 +31,44 @@ class GateStep:
         """Raises ValueError if the step has no logits or its counts do not follow from them."""
         if step.logits is None:
             raise ValueError("the trace holds no gate logits; record them too")
-        pairs = zip(step.logits, step.counts, strict=True)
-        index = torch.from_numpy(np.stack([chosen(*pair, top_k) for pair in pairs]))
+        layers = zip(step.logits, step.counts, strict=True)
+        chosen = torch.from_numpy(np.stack([choices(*layer, top_k) for layer in layers]))
         logits = torch.from_numpy(np.array(step.logits))
-        return cls(logits, index, logits.gather(-1, index).softmax(-1))
+        return cls(logits, chosen, logits.gather(-1, chosen).softmax(-1))
 
 
-def chosen(logits: FloatArray, counts: NDArray[np.integer], top_k: int) -> NDArray[np.int64]:
+def choices(logits: FloatArray, counts: NDArray[np.integer], top_k: int) -> NDArray[np.int64]:
     """Return each token's K experts of highest logit, (T, K), as often each as `counts` says.
 
-    Where logits (T, J) tie for the last place, `counts` (J,) decides. Raises ValueError if the
+    Where logits (T, J) tie for the last rank, `counts` (J,) decides. Raises ValueError if the
     choice was another one than of the highest logits.
     """
     index: NDArray[np.int64] = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     due = counts.astype(np.int64)
-    if not np.array_equal(np.bincount(index.ravel(), minlength=len(due)), due):
+    if not _adds_up(index, due):
         _settle_ties(index, logits, due)
-    if not np.array_equal(np.bincount(index.ravel(), minlength=len(due)), due):
-        raise ValueError("the trace's choices are not those of the highest logits")
+        if not _adds_up(index, due):
+            raise ValueError("the trace's choices are not those of the highest logits")
     return index
 
 
+def _adds_up(index: NDArray[np.int64], due: NDArray[np.int64]) -> bool:
+    return np.array_equal(np.bincount(index.ravel(), minlength=len(due)), due)
+
+
 def _settle_ties(index: NDArray[np.int64], logits: FloatArray, due: NDArray[np.int64]) -> None:
-    """Let experts that tie for a token's last places take turns as often as is due, in place."""
+    """Let experts that tie for a token's last ranks take turns as often as is due, in place."""
     top_k = index.shape[1]
     last = np.take_along_axis(logits, index[:, -1:], axis=1)
     above, level = logits > last, logits == last
     left = due - above.sum(axis=0)
-    open_places = top_k - above.sum(axis=1)
-    forced = level.sum(axis=1) == open_places
+    open_ranks = top_k - above.sum(axis=1)
+    forced = level.sum(axis=1) == open_ranks
     left -= level[forced].sum(axis=0)
     for token in np.flatnonzero(~forced):
         tied = np.flatnonzero(level[token])
-        places = open_places[token]
-        picked = tied[np.argsort(-left[tied], kind="stable")[:places]]
-        index[token, top_k - places :] = picked
+        picked = tied[np.argsort(-left[tied], kind="stable")[: open_ranks[token]]]
+        index[token, top_k - open_ranks[token] :] = picked
         left[picked] -= 1
 
 
@@ -100,27 +101,24 @@ class TracedGates:
 
     def begin(self, iteration: Iteration, steps: Sequence[GateStep]) -> None:
         """Take the steps of the iteration's requests, in their order; ValueError if they misfit."""
-        found = tuple(step.logits.shape[1] for step in steps)
-        if found != iteration.tokens:
-            raise ValueError(f"the trace routes {found} tokens where {iteration.tokens} are served")
-        device = self.model.device
-        self._now = GateStep(
-            torch.cat([step.logits for step in steps], 1).to(device),
-            torch.cat([step.index for step in steps], 1).to(device),
-            torch.cat([step.weights for step in steps], 1).to(device),
-        )
+        lengths = tuple(step.logits.shape[1] for step in steps)
+        if lengths != iteration.tokens:
+            served = iteration.tokens
+            raise ValueError(f"the trace routes {lengths} tokens where {served} are served")
+        parts = (torch.cat(part, 1).to(self.model.device) for part in zip(*steps, strict=True))
+        self._now = GateStep(*parts)
 
     def _on_gate(self, layer: int, _module: Any, _inputs: Any, output: Any) -> Any:
         assert self._now is not None
-        parts, place = list(output), self.model.logits_index
-        own: Tensor = parts[place]
-        parts[place] = self._now.logits[layer].to(own.dtype).reshape(own.shape)
-        return tuple(parts)
+        outputs, logits = list(output), self.model.logits_index
+        own: Tensor = outputs[logits]
+        outputs[logits] = self._now.logits[layer].to(own.dtype).reshape(own.shape)
+        return tuple(outputs)
 
     def _on_experts(
         self, layer: int, _module: Any, inputs: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert self._now is not None
-        hidden, index, weights = inputs
-        given = self._now.index[layer], self._now.weights[layer]
-        return hidden, given[0].to(index.dtype), given[1].to(weights.dtype)
+        hidden, chosen, weights = inputs
+        now = self._now
+        return hidden, now.chosen[layer].to(chosen.dtype), now.weights[layer].to(weights.dtype)

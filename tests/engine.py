@@ -73,6 +73,14 @@ def serve(runtime: Any, *batches: list[Request], **options: Any) -> list[Served]
     return [one for batch in batches for one in server.serve(FixedBatches(batch, len(batch)))]
 
 
+def logits_of(runtime: Any, batch: list[Request], **options: Any) -> list[torch.Tensor]:
+    """Serve a batch through a runtime; return each step's logits, shape (B, vocabulary)."""
+    backend, logits = LiveBackend(runtime, **options), list[torch.Tensor]()
+    server = Server(backend, listeners=[lambda _: logits.append(backend.logits)])
+    list(server.serve(FixedBatches(batch, len(batch))))
+    return logits
+
+
 def configured(system: str, shape: ModelShape, **options: Any) -> Policy:
     """Return the policy that a system's YAML describes, with options changed."""
     facts = {"name": "small", "prefetch_distance": DISTANCE}

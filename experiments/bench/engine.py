@@ -33,7 +33,7 @@ from experiments.run.records import provenance
 from experiments.run.serving import Server
 from experiments.run.testbeds import emulated
 from finemoe.assemble import offloading_runtime, resident_runtime
-from finemoe.offload.links import EmulatedLink
+from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome

@@ -45,8 +45,15 @@ from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.budget import GB, plan_slots
 from finemoe.offload.cache import Slot
-from finemoe.offload.experts import BlockLayout, DeviceSlots, HostStore, host_block
-from finemoe.offload.links import CudaLink, EmulatedLink, Link, LinkSpeed
+from finemoe.offload.device import (
+    BlockLayout,
+    CudaLink,
+    DeviceSlots,
+    EmulatedLink,
+    HostStore,
+    Link,
+    host_block,
+)
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape, Policy
 from finemoe.offload.residency import MemoryPlan, Residency
@@ -151,7 +158,7 @@ class CopyRig:
             [blocks[place % 2] for place in range(sizes.copies)],
             pinned=pin,
         )
-        self._slots = DeviceSlots(store, (2,), (device,))
+        self._slots = DeviceSlots.allocate(store.layout, (2,), (device,))
         self._store = store
         self._sizes = sizes
         self._device = device
@@ -182,13 +189,13 @@ class CopyRig:
         """Copy as many bytes with one plain copy an expert."""
         for place in range(self._sizes.copies):
             target = self._slots.block(Slot(0, place % 2))
-            target.copy_(self._store.block(place), non_blocking=True)
+            target.copy_(self._store.blocks[place], non_blocking=True)
         _wait(self._device)
 
     def _link(self) -> Link:
         if self._device.type == "cuda":
             return CudaLink(self._store, self._slots, self._device)
-        return EmulatedLink(self._store, self._slots, LinkSpeed(float("inf"), 0.0))
+        return EmulatedLink(self._store, self._slots, float("inf"), 0.0)
 
 
 def rate(device: torch.device, sizes: Sizes) -> list[Check]:

@@ -31,8 +31,7 @@ from experiments.figures.style import MODEL_COLOURS, MODELS, model_name
 from experiments.run.records import ANALYSIS, provenance, read_checked, read_table
 from finemoe.files import atomic_write
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TracedRequest
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TracedRequest, TraceReader
 
 MODE = "analysis of routing traces"
 FACTS_MODE = "computed from the models' published shapes"

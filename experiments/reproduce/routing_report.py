@@ -32,7 +32,7 @@ from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
 from experiments.run.weights import SCALE_MODELS
 from finemoe.offload.policy import ModelShape
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceReader
 
 FAIR_SHARE_FLOOR = 0.2
 """An expert with less than a fifth of its fair share is called neglected."""

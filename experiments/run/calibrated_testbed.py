@@ -4,43 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
-from pydantic import TypeAdapter
 
 from experiments.errors import UserError
 from experiments.run.testbeds import MB, Few, Megabytes
-from finemoe.linear_costs import Line, LinearCosts
+from finemoe.costs import Line, LinearCosts
 from finemoe.offload.replay import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import Micros
 from finemoe.testbed import SimulatedTestbed
 
+AGAIN = "calibrate again: python -m experiments.validate.calibrate"
+EXTRA = [field.name for field in fields(Extra)]
+
 Numbers = Mapping[str, Micros]
+LinkNumber = Literal["gb_s", "time_scale", "latency_us", "wake_us", "lag_us"]
+Call = Literal["embeddings", "gate", "update"]
 
 
 def calibrated(
     name: str,
     model: str,
     devices: Few,
-    link: Numbers,
+    link: Mapping[LinkNumber, Micros],
     chunk_mb: Megabytes,
     resume_us: Micros,
-    compute_us: Mapping[str, Mapping[str, Any]],
+    compute_us: Mapping[str, Mapping[str, Micros | Numbers]],
     collect_us: Numbers,
-    prediction_us: Mapping[str, Numbers],
+    prediction_us: Mapping[str, Mapping[Call, Micros]],
 ) -> SimulatedTestbed:
     """Return the testbed that `python -m experiments.validate.calibrate` wrote.
 
-    `link` holds `gb_s`, `time_scale`, `latency_us`, which is already stretched by the scale,
-    `wake_us` and `lag_us`; `compute_us` a line each for start and finish and, for each system, for
-    dense and expert, with `after_wait` and `while_copying` (`ThreadCosts`); the others a number, or
-    one a call, for each system. Raises UserError for another model than the calibrated one, and
-    for a system that was not measured.
+    `latency_us` of `link` is already stretched by its `time_scale`. `compute_us` holds a line each
+    for start and finish and, for each system, for dense and expert, with `after_wait` and
+    `while_copying` (`ThreadCosts`); the others a number, or one a call, for each system. Raises
+    UserError for another model than the calibrated one, and for a system that was not measured.
     """
     try:
-        start, finish = (Line(**_seconds(compute_us[part])) for part in ("start", "finish"))
+        (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))
         dense, expert = (
             {system: _disturbed(line) for system, line in compute_us[part].items()}
             for part in ("dense", "expert")
@@ -51,21 +54,17 @@ def calibrated(
             lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        cause = " ".join(str(error).split())
-        raise UserError(
-            f"testbed {name}: {cause}; run python -m experiments.validate.calibrate"
-        ) from error
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"testbed {name}: {error}; {AGAIN}") from error
 
     def costs(asked: DictConfig, system: str, predicts: bool) -> LinearCosts:
-        again = "calibrate again: python -m experiments.validate.calibrate"
         if asked.name != model:
             raise UserError(
-                f"testbed {name} was calibrated with {model}, not {asked.name}; {again}"
+                f"testbed {name} was calibrated with {model}, not {asked.name}; {AGAIN}"
             )
         if not all(system in known for known in (dense, expert, collect_us)):
-            raise UserError(f"testbed {name} knows no costs of system={system}; {again}")
-        calls: Any = _seconds(prediction_us.get(system, {}))
+            raise UserError(f"testbed {name} knows no costs of system={system}; {AGAIN}")
+        calls = {call: us * 1e-6 for call, us in prediction_us.get(system, {}).items()}
         (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]
         return LinearCosts(
             start,
@@ -82,14 +81,8 @@ def calibrated(
     return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, time_scale=scale)
 
 
-def _disturbed(micros: Numbers) -> tuple[Line, Extra]:
+def _disturbed(micros: Any) -> tuple[Line, Extra]:
     """Return a line, and what comes on top of it when the model's thread is disturbed."""
-    seconds = _seconds(micros)
-    names = [one.name for one in fields(Extra)]
-    extra = Extra(**{name: seconds.pop(name, 0.0) for name in names})
+    seconds = {name: us * 1e-6 for name, us in micros.items()}
+    extra = Extra(**{name: seconds.pop(name, 0.0) for name in EXTRA})
     return Line(**seconds), extra
-
-
-def _seconds(micros: Numbers) -> dict[str, float]:
-    numbers = TypeAdapter(Numbers).validate_python(micros)
-    return {name: value * 1e-6 for name, value in numbers.items()}

@@ -27,7 +27,7 @@ from experiments import ROOT
 from experiments.errors import UserError
 from experiments.run.weights import fingerprint
 from finemoe.files import atomic_write, partial_name
-from finemoe.trace_file import UNREADABLE, check_size
+from finemoe.trace import UNREADABLE, check_size
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"

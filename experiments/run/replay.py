@@ -5,7 +5,7 @@ Nothing is computed, so nothing can be verified: `lossless` is not set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -25,10 +25,13 @@ from finemoe.offload.timeline import Timeline
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TracedRequest, TraceError
 
+Fetch = Callable[[int], TracedRequest]
+"""Returns a traced request by its number."""
 
-def traced_request(trace: Trace, request: Request) -> TracedRequest:
+
+def traced_request(fetch: Fetch, request: Request) -> TracedRequest:
     """Return what a trace holds of a request; TraceError if its lengths are not those asked for."""
-    traced = trace.request(request.number)
+    traced = fetch(request.number)
     prompt, answer = len(traced.prompt), len(traced.steps)
     if answer < request.output_tokens or request.input_tokens not in (None, prompt):
         asked = f"{request.output_tokens} output tokens; lower workload.output_tokens"
@@ -48,7 +51,7 @@ def traced_request(trace: Trace, request: Request) -> TracedRequest:
 class TracedSteps:
     """What steps route, by a trace; only running requests are held in memory."""
 
-    trace: Trace
+    fetch: Fetch
     _running: dict[int, TracedRequest] = field(default_factory=dict)
 
     now: ClassVar[float] = 0.0
@@ -57,7 +60,7 @@ class TracedSteps:
         """Return a step as its requests routed it."""
         if step.phase == "prefill":
             for request in step.requests:
-                self._running[request.number] = traced_request(self.trace, request)
+                self._running[request.number] = traced_request(self.fetch, request)
         traced = [self._running[request.number] for request in step.requests]
         pairs = list(zip(traced, step.generated, strict=True))
         steps = [one.steps[made] for one, made in pairs]
@@ -159,7 +162,7 @@ class ReplaySetup(Setup):
 
     @contextmanager
     def learning(self, policy: Policy) -> Iterator[Lessons]:
-        yield Lessons(self.trace, policy=policy)
+        yield Lessons(self.trace.request, policy=policy)
 
     @contextmanager
     def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
@@ -169,11 +172,11 @@ class ReplaySetup(Setup):
         if residency.holds_everything:
             residency.preload()
         runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
-        yield ReplayBackend(self.trace, runtime=runtime)
+        yield ReplayBackend(self.trace.request, runtime=runtime)
 
     def reference(self, console: Console) -> Reference:
         load, settings = self.workload, self.settings
-        backend = Unoffloaded(self.trace, costs=self.costs, devices=len(self.slots))
+        backend = Unoffloaded(self.trace.request, costs=self.costs, devices=len(self.slots))
         server = Server(backend)
         for _ in server.serve(settings.schedule(load.warmup)):
             pass

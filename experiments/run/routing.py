@@ -24,9 +24,8 @@ from finemoe.assemble import resident_runtime
 from finemoe.foreign_trace import ForeignTrace, is_foreign
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape
-from finemoe.recorder import EVERYTHING, Recorder, gate_weights
-from finemoe.trace import TraceHeader
-from finemoe.trace_file import TraceReader, TraceWriter
+from finemoe.recorder import Recorder, gate_weights
+from finemoe.trace import CONTENTS, TraceHeader, TraceReader, trace_writer
 
 
 def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrace:
@@ -98,15 +97,15 @@ def record(
         console.progress("recording", total) as advance,
     ):
         server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
-        writer = None
+        write = None
         for schedule in schedules:
             for one in server.serve(schedule):
-                if writer is None:
+                if write is None:
                     # Gates may compute in a wider dtype than the model's.
                     header = replace(trace_header(model, load, seed), dtype=recorder.dtype)
-                    writer = stack.enter_context(TraceWriter(path, header))
+                    write = stack.enter_context(trace_writer(path, header))
                 request = one.request
-                writer.write(recorder.finish(request.number, request.prompt, one.tokens))
+                write(recorder.finish(request.number, request.prompt, one.tokens))
                 advance(1)
 
 
@@ -125,4 +124,4 @@ def trace_header(model: LoadedModel, load: Workload, seed: int) -> TraceHeader:
         **provenance(),
     }
     gates = gate_weights(model.offloaded)
-    return TraceHeader(model.offloaded.shape, "bfloat16", EVERYTHING, origin, gates)
+    return TraceHeader(model.offloaded.shape, "bfloat16", CONTENTS, origin, gates)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
@@ -15,14 +16,10 @@ from pydantic.dataclasses import dataclass
 from experiments.errors import UserError
 from experiments.run.config import build, full_size
 from finemoe.costs import Accelerator, RooflineCosts
-from finemoe.offload.cores import Cores
 from finemoe.offload.replay import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text
 from finemoe.testbed import SimulatedTestbed, Testbed
-
-if TYPE_CHECKING:
-    import torch
 
 MB = 1_000_000
 FREE = "none: a bound, or a system that predicts nothing"
@@ -59,42 +56,49 @@ def emulated(
     """
     import torch
 
+    cpus = (torch.device("cpu"),) * devices
     return Testbed(
         "emulated",
         "emulated",
-        (torch.device("cpu"),) * devices,
+        cpus,
         chunk_bytes=round(chunk_mb * MB),
         link_gb_s=link_gb_s,
         link_latency_s=latency_us * 1e-6,
         time_scale=time_scale,
         threads=threads,
-        cores=_cores(threads or torch.get_num_threads()) if pinned else None,
+        cores=cores_apart(threads or torch.get_num_threads()) if pinned else None,
     )
 
 
-def _cores(threads: int) -> Cores:
-    try:
-        return Cores.apart(threads)
-    except ValueError as error:
-        raise UserError(f"testbed.pinned=true: {error}; set it to false") from error
+def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Return as many of this thread's cores as the model has threads, and those that are left.
+
+    Raises UserError if none are left, or the system lets nobody choose.
+    """
+    refusal = "testbed.pinned=true: {}; set it to false"
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError(refusal.format("this system does not let a program choose its cores"))
+    cores = sorted(os.sched_getaffinity(0))
+    if threads >= len(cores):
+        few = f"{len(cores)} cores leave none beside {threads} of the model"
+        raise UserError(refusal.format(few))
+    return frozenset(cores[:threads]), frozenset(cores[threads:])
 
 
 def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
     """Return the CUDA devices of this machine, all of them or the first `devices`."""
     import torch
 
-    found = torch.cuda.device_count()
-    if not found:
+    there = torch.cuda.device_count()
+    if not there:
         raise UserError("testbed=local needs a CUDA device and finds none; use testbed=emulated")
-    if devices is not None and devices > found:
+    if devices is not None and devices > there:
         raise UserError(
-            f"testbed.devices={devices}, but this machine has {found} CUDA devices; lower it"
+            f"testbed.devices={devices}, but this machine has {there} CUDA devices; lower it"
         )
-    chosen: tuple[torch.device, ...] = tuple(
-        torch.device("cuda", index) for index in range(devices or found)
-    )
-    name = torch.cuda.get_device_name(chosen[0])
-    return Testbed(f"{len(chosen)} x {name}", "measured", chosen, round(chunk_mb * MB))
+    chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
+    name = f"{len(chosen)} x {torch.cuda.get_device_name(chosen[0])}"
+    return Testbed(name, "measured", chosen, round(chunk_mb * MB))
 
 
 def simulated(
@@ -110,18 +114,22 @@ def simulated(
     prediction_us: Mapping[str, Mapping[str, PredictionMicros]],
 ) -> SimulatedTestbed:
     """Return hardware in virtual time, from the numbers that docs/testbeds.md explains."""
-    rate = LinkRate(
-        link.gb_s * 1e9 * link.efficiency,
-        link.latency_us * 1e-6,
-        host_memory_gb_s * 1e9,
-        chunks_in_flight,
-    )
+    bytes_per_second = link.gb_s * 1e9 * link.efficiency
+    shared = host_memory_gb_s * 1e9
+    rate = LinkRate(bytes_per_second, link.latency_us * 1e-6, shared, chunks_in_flight)
 
     def costs(model: DictConfig, system: str, predicts: bool) -> RooflineCosts:
         micros, source = _prediction(prediction_us, system, model.name, predicts)
         prediction = PredictionCosts(**{call: value * 1e-6 for call, value in micros.items()})
-        shapes, overheads = full_size(model), (collect_us * 1e-6, hop_us * 1e-6)
-        return RooflineCosts(accelerator, shapes, prediction, devices, *overheads, source)
+        return RooflineCosts(
+            accelerator,
+            full_size(model),
+            prediction=prediction,
+            prediction_source=source,
+            parallel=devices > 1,
+            collect=collect_us * 1e-6 + accelerator.sync_us * 1e-6,
+            hop=hop_us * 1e-6 if devices > 1 else 0.0,
+        )
 
     room = accelerator.memory_gb * 1e9
     return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, room)

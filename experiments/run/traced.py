@@ -93,7 +93,7 @@ def traced_workload(
         trace.require(("logits",))
         load = settings.traced(trace, cfg.seed)
         requests = (*load.history, *load.measured)
-        traced = {one.number: traced_request(trace, one) for one in requests}
+        traced = {one.number: traced_request(trace.request, one) for one in requests}
         lengths = {len(one.prompt) for one in traced.values()}
         if len(lengths) > 1 and max(cfg.workload.batch_size, cfg.workload.history_batch_size) > 1:
             raise TraceError(

@@ -36,10 +36,9 @@ from experiments.validate.probe import (
     undisturbed,
     waking,
 )
-from finemoe.offload.links import EmulatedLink
+from finemoe.offload.device import EmulatedLink
 from finemoe.testbed import Testbed
-from finemoe.trace import TracedRequest
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TracedRequest, TraceReader
 
 NEUTRAL = "on_demand"
 """The system whose runs show waits and links alone: it predicts nothing."""

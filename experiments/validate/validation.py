@@ -37,8 +37,7 @@ from experiments.run.setup import prepare
 from experiments.validate.calibrate import write_testbed
 from experiments.validate.calibration import Calibration, as_run
 from finemoe.testbed import SimulatedTestbed, Testbed
-from finemoe.trace import TraceError
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceError, TraceReader
 
 MOST_DEVIATION = 0.05
 """Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finemoe.offload.cores import Cores
-from finemoe.offload.dispatch import Dispatch, dispatch
-from finemoe.offload.experts import ExpertMemory, Weights
-from finemoe.offload.links import Link
+from finemoe.offload.device import DeviceSlots, Dispatch, Link
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
     FloatArray,
@@ -33,10 +32,8 @@ from finemoe.offload.routed import softmax
 from finemoe.offload.runtime import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
 from finemoe.offload.timeline import Timeline
 from finemoe.offload.transfer import Chunk
-from finemoe.offload.worker import Worker
 
-Shown = tuple[Any, ...]
-"""What a hook is called with."""
+Task = Callable[[], object]
 
 
 class BackgroundError(RuntimeError):
@@ -48,7 +45,8 @@ class LiveRuntime:
 
     Use as a context manager: threads run between enter and exit, which leave nothing behind, also
     when they are interrupted. `forward` is to be called from one thread, the model's. Without
-    `links` every expert must already be resident in `memory`.
+    `links` every expert must already be resident in `memory`. `cores` are those of the model's
+    thread and those of all others; None leaves them to the operating system.
     """
 
     def __init__(
@@ -56,11 +54,11 @@ class LiveRuntime:
         model: OffloadedModel,
         policy: Policy,
         residency: Residency,
-        memory: ExpertMemory,
+        memory: DeviceSlots,
         links: Sequence[Link],
         devices: Sequence[torch.device],
         timeline: Timeline | None = None,
-        cores: Cores | None = None,
+        cores: tuple[frozenset[int], frozenset[int]] | None = None,
     ) -> None:
         # Never written again; each link's `guard` is the model thread's, the rest its own thread's.
         self.model = model
@@ -92,7 +90,7 @@ class LiveRuntime:
         self._occupied = ExitStack()
         self._threads: list[threading.Thread] = []
         self._worker: Worker | None = None
-        self._unpublished: list[Callable[[], None]] = []
+        self._unpublished: list[Task] = []
         self._hooks: list[Any] = []
         self._iteration: Iteration | None = None
         self._logits: list[Tensor | None] = [None] * model.shape.layers
@@ -100,10 +98,11 @@ class LiveRuntime:
     def __enter__(self) -> LiveRuntime:
         try:
             self._attach()
-            with self._cores.threads_beside() if self._cores else nullcontext():
+            # Threads inherit the cores of the one that starts them.
+            with _on(self._cores[1]) if self._cores else nullcontext():
                 self._start_threads()
             if self._cores:
-                self._occupied.enter_context(self._cores.model_thread())
+                self._occupied.enter_context(_on(self._cores[0]))
             return self
         except BaseException:
             self.__exit__()
@@ -157,15 +156,13 @@ class LiveRuntime:
         began = time.perf_counter()
         output = self.model.model(**inputs)
         self._span("iterations", iteration.phase, began)
-        if self._observed:
-            hook = self.policy.end_iteration
-            self._publish("update", iteration.number + 1, hook, lambda: (iteration,))
+        hook = self.policy.end_iteration
+        self._publish("update", iteration.number + 1, hook, lambda: (iteration,))
         return output
 
     def end_request(self, request: int) -> None:
         """Tell the policy that a request is served."""
-        if self._observed:
-            self._publish("update", 0, self.policy.end_request, lambda: (request,))
+        self._publish("update", 0, self.policy.end_request, lambda: (request,))
 
     def drain(self) -> None:
         """Wait until the searcher has consumed all that was published."""
@@ -174,35 +171,33 @@ class LiveRuntime:
         with self._lock:
             self._raise_failure()
 
-    # Hooks into the model -------------------------------------------------------------------
+    # The model ------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
         embedding = self.model.model.get_input_embeddings()
         self._hooks.append(embedding.register_forward_hook(self._on_embeddings))
-        for layer, (gate, experts) in enumerate(
-            zip(self.model.gates, self.model.experts, strict=True)
-        ):
+        layers = zip(self.model.gates, self.model.experts, strict=True)
+        for layer, (gate, experts) in enumerate(layers):
             self._hooks.append(gate.register_forward_hook(partial(self._on_logits, layer)))
             experts.offload_forward = partial(self._run_layer, layer)  # type: ignore[assignment]
 
     def _on_embeddings(self, _module: Any, _inputs: Any, output: Tensor) -> None:
-        assert self._iteration is not None
+        iteration = self._iteration
+        assert iteration is not None
         if not self._observed:
             return
         with self._timed("context_collection"):
-            embeddings = _to_numpy(output.reshape(-1, output.shape[-1]))
-        iteration, hook = self._iteration, self.policy.on_embeddings
+            embeddings = _to_numpy(output)
+        hook = self.policy.on_embeddings
         self._publish("search", iteration.number, hook, lambda: (iteration, embeddings))
         self._await_prefetches()
 
     def _on_logits(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
         self._logits[layer] = output[self.model.logits_index]
 
-    # One MoE layer ----------------------------------------------------------------------------
-
     def _run_layer(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self._iteration is not None
-        routing = dispatch(hidden, index.cpu().numpy(), weights)
+        routing = Dispatch(hidden, index.cpu().numpy(), weights)
         with self._lock:
             self._raise_failure()
             self._arrived.clear()
@@ -210,18 +205,16 @@ class LiveRuntime:
         for listener in self.listeners:
             listener(outcome)
         if self._observed:
-            self._publish_gate(self._iteration, layer, hidden, outcome)
+            self._publish_gate(outcome, hidden)
         output = self._compute(outcome, routing)
         self._await_prefetches()
         return output
 
-    def _publish_gate(
-        self, iteration: Iteration, layer: int, hidden: Tensor, outcome: LayerOutcome
-    ) -> None:
+    def _publish_gate(self, outcome: LayerOutcome, hidden: Tensor) -> None:
+        iteration, layer, logits = outcome.iteration, outcome.layer, self._logits[outcome.layer]
+        assert logits is not None
         with self._timed("context_collection"):
-            logits = self._logits[layer]
-            assert logits is not None
-            rows = _to_numpy(logits.reshape(-1, logits.shape[-1]))
+            rows = _to_numpy(logits)
             states = _to_numpy(hidden) if self.policy.placement.hidden_states else None
 
         def shown() -> tuple[Iteration, Gate]:
@@ -251,32 +244,23 @@ class LiveRuntime:
         began = time.perf_counter()
         expert, slot = self.residency.experts[place], self.residency.cache.slot(place)
         rows = routing.gather(expert.index)
-        parameters: Weights = self._memory.weights(place, slot)
         kernel = self.model.kernels[expert.layer]
-        output = kernel(rows.to(self._devices[slot.device]), parameters).to(rows.device)
+        weights = self._memory.weights(slot)
+        output = kernel(rows.to(self._devices[slot.device]), weights).to(rows.device)
         if self.links:
             self.links[slot.device].guard(slot)
         weighed = routing.weigh(expert.index, output)
-        if self._timeline:
-            self._span(f"device {slot.device}", f"expert {expert.layer}.{expert.index}", began)
+        self._span(f"device {slot.device}", f"expert {expert.layer}.{expert.index}", began)
         return weighed
 
-    def _await_prefetches(self) -> None:
-        if self.policy.placement.awaited:
-            self._await("prefetch_wait", self.residency.settled)
-
-    def _take_arrivals(self) -> list[int]:
-        """Return which on-demand loads of the current layer arrived since the last call."""
-        arrivals = [place % self.model.shape.experts for place in self._arrived]
-        self._arrived.clear()
-        return arrivals
-
-    # Policy, queue and threads ---------------------------------------------------------------
+    # Policy, queue and threads --------------------------------------------------------------------
 
     def _publish(
-        self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int = -1
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Any], layer: int = -1
     ) -> None:
-        """Have a hook called, here or by the worker, and its prefetches queued."""
+        """Have a hook called, here or by the worker, and its prefetches for an iteration queued."""
+        if not self._observed:
+            return
         task = partial(self._ask, phase, number, hook, shown, layer)
         if self._worker is None:
             task()
@@ -286,10 +270,10 @@ class LiveRuntime:
         if phase == "update" or not self.residency.holds_everything:
             tasks, self._unpublished = self._unpublished, []
             with self._timed("context_collection"):
-                self._worker.publish(partial(_call_all, tasks))
+                self._worker.publish(lambda: [task() for task in tasks])
 
     def _ask(
-        self, phase: str, number: int, hook: Hook, shown: Callable[[], Shown], layer: int
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Any], layer: int
     ) -> None:
         with self._timed(phase):
             priorities = call_hook(hook, layer, *shown())
@@ -311,9 +295,8 @@ class LiveRuntime:
                 if in_flight and (chunk is None or len(in_flight) == link.depth):
                     oldest, began = in_flight.popleft()
                     link.finish()
-                    if self._timeline:
-                        name = oldest.name(self.residency.experts[oldest.flat])
-                        self._span(f"link {device}", name, began)
+                    name = oldest.name(self.residency.experts[oldest.flat])
+                    self._span(f"link {device}", name, began)
                     self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
                     return
@@ -346,6 +329,16 @@ class LiveRuntime:
                 self._arrived.append(chunk.flat)
             self._changed.notify_all()
 
+    def _take_arrivals(self) -> list[int]:
+        """Return which on-demand loads of the current layer arrived since the last call."""
+        arrivals = [place % self.model.shape.experts for place in self._arrived]
+        self._arrived.clear()
+        return arrivals
+
+    def _await_prefetches(self) -> None:
+        if self.policy.placement.awaited:
+            self._await("prefetch_wait", self.residency.settled)
+
     def _await(self, phase: str, condition: Callable[[], Any]) -> Any:
         """Wait until a condition holds and return it; RuntimeError if no link can bring that."""
         with self._timed(phase), self._lock:
@@ -363,13 +356,12 @@ class LiveRuntime:
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:
-        if isinstance(self._error, PolicyError):
-            raise self._error
-        if self._error is not None:
-            name = type(self._error).__name__
-            raise BackgroundError(
-                f"a background thread failed: {name}: {self._error}"
-            ) from self._error
+        error = self._error
+        if isinstance(error, PolicyError):
+            raise error
+        if error is not None:
+            what = f"a background thread failed: {type(error).__name__}: {error}"
+            raise BackgroundError(what) from error
 
     def _span(self, track: str, name: str, began: float) -> None:
         if self._timeline:
@@ -386,17 +378,67 @@ class LiveRuntime:
             self._span(phase, phase, start)
 
 
+class Worker(threading.Thread):
+    """The background searcher (section 4.3 of the paper): runs tasks in order from a bounded queue.
+
+    A full queue makes the publisher wait. The first error stops the work: `on_error` is told, and
+    later tasks are dropped, so a publisher never waits for a dead worker.
+    """
+
+    def __init__(self, capacity: int, on_error: Callable[[BaseException], None]) -> None:
+        super().__init__(name="searcher", daemon=True)
+        self._tasks: SimpleQueue[Task | threading.Event | None] = SimpleQueue()
+        self._room = threading.Semaphore(capacity)
+        self._on_error = on_error
+
+    def publish(self, task: Task) -> None:
+        self._room.acquire()
+        self._tasks.put(task)
+
+    def drain(self) -> None:
+        """Wait until every published task is done or dropped."""
+        reached = threading.Event()
+        self._tasks.put(reached)
+        reached.wait()
+
+    def close(self) -> None:
+        """Run what is left and end the thread, if it was started."""
+        self._tasks.put(None)
+        if self.is_alive():
+            self.join()
+
+    def run(self) -> None:
+        failed = False
+        while (task := self._tasks.get()) is not None:
+            if isinstance(task, threading.Event):
+                task.set()
+                continue
+            self._room.release()
+            try:
+                if not failed:
+                    task()
+            except BaseException as error:
+                failed = True
+                self._on_error(error)
+
+
 def _rouse(asleep: set[int], roused: threading.Condition) -> None:
     # Not of the runtime, to which its residency would refer back else.
     asleep.clear()
     roused.notify_all()
 
 
-def _call_all(tasks: Sequence[Callable[[], None]]) -> None:
-    for task in tasks:
-        task()
+@contextmanager
+def _on(cores: frozenset[int]) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _to_numpy(tensor: Tensor) -> FloatArray:
+    """Return rows of the last axis on the host."""
     # A copy even on the CPU: the worker reads it while the model goes on.
-    return tensor.detach().float().cpu().numpy().copy()
+    return tensor.detach().float().reshape(-1, tensor.shape[-1]).cpu().numpy().copy()

@@ -6,14 +6,13 @@ found by the class that the model itself names for its router logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from finemoe.offload.experts import ExpertKernel, HostStore
+from finemoe.offload.device import ExpertKernel, HostStore
 from finemoe.offload.policy import ModelShape
 
 if TYPE_CHECKING:
@@ -22,12 +21,10 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "finemoe"
 
-LayerForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-def _dispatch(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    forward: LayerForward = module.offload_forward
-    return forward(hidden, index, weights)
+def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    output: Tensor = module.offload_forward(hidden, index, weights)
+    return output
 
 
 @dataclass(frozen=True)
@@ -55,67 +52,51 @@ class OffloadedModel:
     @classmethod
     def from_model(cls, model: PreTrainedModel, device: torch.device) -> OffloadedModel:
         """Take the experts out of a model on the CPU and move the rest to `device`."""
-        gates, experts, logits_index = find_moe_layers(model)
         shape = shape_of(model)
-        store = HostStore.take_from(experts, pin=device.type == "cuda")
+        store = HostStore.take_from(find_moe_layers(model)[1], pin=device.type == "cuda")
         dense: Any = model
-        return cls._assemble(dense.to(device), store, shape, gates, experts, logits_index)
+        return cls._assemble(dense.to(device), store, shape)
 
     @classmethod
     def from_meta(cls, model: PreTrainedModel, device: torch.device, seed: int) -> OffloadedModel:
         """Give a meta-device model random weights; all its experts share one host block."""
-        gates, experts, logits_index = find_moe_layers(model)
-        shape = shape_of(model)
+        shape, experts = shape_of(model), find_moe_layers(model)[1]
         std = float(getattr(model.config, "initializer_range", 0.02))
-        pin = device.type == "cuda"
-        store = HostStore.shared(experts, shape.experts, pin, std, seed)
+        store = HostStore.shared(experts, shape.experts, device.type == "cuda", std, seed)
         for module in experts:
             module._is_hf_initialized = True  # type: ignore[assignment]
         model.to_empty(device=device)
         torch.manual_seed(seed)
         model.init_weights()
-        return cls._assemble(model, store, shape, gates, experts, logits_index)
+        return cls._assemble(model, store, shape)
 
     @classmethod
-    def _assemble(
-        cls,
-        model: Any,
-        store: HostStore,
-        shape: ModelShape,
-        gates: list[nn.Module],
-        experts: list[nn.Module],
-        logits_index: int,
-    ) -> OffloadedModel:
+    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape) -> OffloadedModel:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _dispatch)
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
         model.eval()
         model.set_experts_implementation(IMPLEMENTATION)
-        kernels = tuple(ExpertKernel(module) for module in experts)
+        gates, experts, logits_index = find_moe_layers(model)
+        kernels = tuple(map(ExpertKernel, experts))
         return cls(model, store, shape, tuple(gates), tuple(experts), kernels, logits_index)
 
 
 def find_moe_layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module], int]:
-    """Return gates, experts modules (layer order) and the place of the logits among gate outputs.
+    """Return gates, experts modules (layer order) and which of a gate's outputs holds the logits.
 
     Raises ValueError if the model has no experts that go through the experts interface.
     """
-    experts = [m for m in model.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
-    recorder = _router_recorder(model)
+    modules = list(model.modules())
+    experts = [m for m in modules if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
+    recorded = [getattr(m, "_can_record_outputs", None) or {} for m in modules]
+    recorder: Any = next((r["router_logits"] for r in recorded if "router_logits" in r), None)
     if not experts or recorder is None:
         raise ValueError(f"{type(model).__name__} has no experts behind the experts interface")
-    gates = [m for m in model.modules() if isinstance(m, recorder.target_class)]
+    gates = [m for m in modules if isinstance(m, recorder.target_class)]
     if len(gates) != len(experts):
         raise ValueError(f"{len(gates)} gates for {len(experts)} MoE layers")
     return gates, experts, recorder.index
-
-
-def _router_recorder(model: PreTrainedModel) -> Any:
-    for module in model.modules():
-        recorded = getattr(module, "_can_record_outputs", None) or {}
-        if "router_logits" in recorded:
-            return recorded["router_logits"]
-    return None
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

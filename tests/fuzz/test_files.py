@@ -36,8 +36,14 @@ from experiments.run.records import of_these_weights, read_record
 from finemoe.expert_map import ExpertMapStore, StoreMismatch
 from finemoe.foreign_trace import COLUMNS, ForeignTrace, is_foreign
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TracedRequest, TraceError
-from finemoe.trace_file import CHECKSUM_KEY, HEADER_KEY, TraceReader, fingerprint
+from finemoe.trace import (
+    CHECKSUM_KEY,
+    HEADER_KEY,
+    TracedRequest,
+    TraceError,
+    TraceReader,
+    fingerprint,
+)
 from tests.experiments.judge.test_claims import Results
 from tests.experiments.judge.test_frame import leave_run
 from tests.finemoe.test_foreign_trace import ROWS

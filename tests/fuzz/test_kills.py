@@ -18,7 +18,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceReader
 from tests.command import ROOT
 from tests.fuzz import fuzzed
 

@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiments.run.serving import PlainRuntime, Server
+from finemoe.offload.hooks import PolicyError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.small_models import FAMILIES, small_model
+from experiments.run.zero import PlainRuntime
 from finemoe.assemble import offloading_runtime, resident_runtime
-from finemoe.offload.hooks import PolicyError
-from finemoe.offload.links import EmulatedLink
+from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import ExpertId, Policy, Prefetch, PrefetchTable, Routing
-from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests
+from tests.engine import OPTIONS, configured, emulated, logits_of, offloaded, prepared, requests
+from tests.engine import serve as served
 from tests.fuzz import fuzzed
 
 PATIENCE_S = 60.0
@@ -89,14 +90,13 @@ def plain(family: str) -> PlainRuntime:
 @cache
 def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], Routing]:
     """Return the plain model's logits, and what its gates choose."""
-    reference = Server(plain(family))
-    reference.serve(requests(batch, length))
+    logits = logits_of(plain(family), requests(batch, length))
     routing: list[list[tuple[int, ...]]] = []
     model = shared(family)
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
         runtime.listeners.append(lambda outcome: routing[-1].append(outcome.activated))
-        Server(runtime, listeners=[lambda _: routing.append([])]).serve(requests(batch, length))
-    return reference.logits, routing
+        served(runtime, requests(batch, length), before=lambda _: routing.append([]))
+    return logits, routing
 
 
 @st.composite
@@ -125,8 +125,8 @@ def policy_of(case: Case) -> Policy:
     model = shared(case.family)
     policy = configured(case.system, model.shape, **case.options)
     prepared(policy, model, case.history)
-    if policy.placement.foresight:
-        policy.foretell(expected(case.family, case.batch, case.length)[1])
+    if policy.set_future_routing:
+        policy.set_future_routing(expected(case.family, case.batch, case.length)[1])
     return policy
 
 
@@ -137,10 +137,10 @@ def serve(case: Case, policy: Policy) -> None:
     stored = model.store.layout.nbytes
     logits, _ = expected(case.family, case.batch, case.length)
     with offloading_runtime(model, policy, testbed, case.slots, stored) as runtime:
-        server = Server(runtime)
-        server.serve(requests(case.batch, case.length))
+        computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()
-    assert all(torch.equal(a, b) for a, b in zip(server.logits, logits, strict=True))
+    assert all(map(torch.equal, computed, logits))
+    assert len(computed) == len(logits)
     runtime.residency.cache.check_integrity()
     assert runtime.residency.cache.peak_occupied <= sum(case.slots)
 

@@ -26,8 +26,7 @@ from experiments.figures import (
     traces,
 )
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TraceHeader
-from finemoe.trace_file import CONTENTS, TraceWriter
+from finemoe.trace import CONTENTS, TraceHeader, trace_writer
 from tests.command import config
 from tests.experiments.figures.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
 
@@ -40,9 +39,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("toy") / "toy.parquet"
     shape = ModelShape(layers=2, experts=EXPERTS, top_k=1, hidden_size=EXPERTS)
     header = TraceHeader(shape, "float32", CONTENTS, {"weights": "scale"})
-    with TraceWriter(path, header) as writer:
+    with trace_writer(path, header) as write:
         for request in REQUESTS:
-            writer.write(request)
+            write(request)
     return path
 
 

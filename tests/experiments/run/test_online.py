@@ -15,7 +15,7 @@ from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.protocol import run
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceReader
 from tests.command import config, run_command
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens

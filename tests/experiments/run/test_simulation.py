@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from finemoe.offload.policy import ModelShape
-from finemoe.trace_file import TraceReader
+from finemoe.trace import TraceReader
 from tests.command import SMALL, record_of, run_command
 
 LIVE = tuple(SMALL)

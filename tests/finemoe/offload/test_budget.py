@@ -17,11 +17,6 @@ QWEN = ModelShape(layers=24, experts=60, top_k=4, hidden_size=2048)
 QWEN_EXPERT = 3 * 2048 * 1408 * 2
 
 
-def slots(budget: float | str, devices: int = 1) -> tuple[int, ...]:
-    parsed = parse_budget(budget, MIXTRAL_EXPERT, MIXTRAL)
-    return plan_slots(parsed, MIXTRAL_EXPERT, MIXTRAL, devices)
-
-
 @pytest.mark.parametrize("budget", [6, 6.0, "6", " 6.0 ", "6GB", "6 gb", "6000MB"])
 def test_a_number_means_decimal_gigabytes(budget: float | str) -> None:
     assert parse_budget(budget, MIXTRAL_EXPERT, MIXTRAL) == 6_000_000_000
@@ -29,30 +24,28 @@ def test_a_number_means_decimal_gigabytes(budget: float | str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"),
+    ("budget", "devices", "expected"),
     # 6e9 / 352_321_536 = 17.03; 12e9 gives 34.06; 25 % of 32 * 8 experts is 64.
-    [(6, 17), (12, 34), ("25%", 64), ("12.5 %", 32), ("100%", 256), (96, 256), (1000, 256)],
+    [
+        (6, 1, (17,)),
+        (12, 1, (34,)),
+        ("25%", 1, (64,)),
+        ("12.5 %", 1, (32,)),
+        (96, 1, (256,)),
+        (1000, 1, (256,)),
+        (6, 3, (6, 6, 5)),
+        ("100%", 6, (43, 43, 43, 43, 42, 42)),
+    ],
 )
-def test_slots_of_mixtral(budget: float | str, expected: int) -> None:
-    assert slots(budget) == (expected,)
+def test_slots_of_mixtral(budget: float | str, devices: int, expected: tuple[int, ...]) -> None:
+    parsed = parse_budget(budget, MIXTRAL_EXPERT, MIXTRAL)
+    assert plan_slots(parsed, MIXTRAL_EXPERT, MIXTRAL, devices) == expected
 
 
 @pytest.mark.parametrize("text", ["", "%", "6TB", "a quarter", "nan", "inf"])
 def test_what_is_neither_is_refused_by_its_own_words(text: str) -> None:
     with pytest.raises(BudgetError, match=re.escape(f"memory_budget={text} is")):
         parse_budget(text, MIXTRAL_EXPERT, MIXTRAL)
-
-
-def test_slots_are_spread_as_evenly_as_can_be() -> None:
-    assert slots(6, devices=3) == (6, 6, 5)
-    assert slots("100%", devices=6) == (43, 43, 43, 43, 42, 42)
-
-
-def test_the_least_budget_is_named() -> None:
-    # K = 2 experts: 704_643_072 bytes, rounded up to the next thousandth of a GB.
-    with pytest.raises(BudgetError, match=r"at least 0\.705 GB \(2 experts\)"):
-        slots(0.704)
-    assert slots(0.705) == (2,)
 
 
 @settings(max_examples=60, deadline=None)

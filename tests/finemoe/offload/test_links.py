@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.run.small_models import small_model
-from finemoe.offload import links
+from finemoe.offload import device
 from finemoe.offload.cache import ExpertCache, Slot
-from finemoe.offload.experts import DeviceSlots
-from finemoe.offload.links import EmulatedLink, LinkSpeed
-from finemoe.offload.model import OffloadedModel
+from finemoe.offload.device import DeviceSlots, EmulatedLink
 from finemoe.offload.transfer import TransferQueue
+from tests.engine import offloaded
 
 SLOT = Slot(0, 0)
 PLACE = 3
@@ -37,53 +35,43 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(links, "time", made)
+    monkeypatch.setattr(device, "time", made)
     return made
 
 
-@pytest.fixture
-def model() -> OffloadedModel:
-    return OffloadedModel.from_model(small_model("mixtral"), torch.device("cpu"))
-
-
-def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock, model: OffloadedModel) -> None:
+def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
+    model = offloaded()
     size = model.store.layout.nbytes
     third = size // 3
     assert third * 3 == size
     cache = ExpertCache(model.shape, (1,), keys=lambda _: np.zeros((3, 4)))
     queue = TransferQueue(cache, 0, size, third)
-    slots = DeviceSlots(model.store, (1,), (torch.device("cpu"),))
+    slots = DeviceSlots.allocate(model.store.layout, (1,), (torch.device("cpu"),))
 
-    def start() -> None:
+    # A third of an expert takes a second.
+    link = EmulatedLink(model.store, slots, float(third), LATENCY)
+    queue.demand(PLACE)
+
+    def copy_until(due: float) -> None:
         chunk = queue.next_chunk()
         assert chunk is not None
         link.start(chunk)
+        link.finish()
+        assert clock.now == pytest.approx(due)
 
-    # A third of an expert takes a second.
-    link = EmulatedLink(model.store, slots, LinkSpeed(float(third), LATENCY))
-    queue.demand(PLACE)
-    start()
-    link.finish()
-    assert clock.now == pytest.approx(101.5)
+    copy_until(101.5)
     # Whoever drives the link is late; the schedule is kept.
     clock.now += 0.3
-    start()
-    link.finish()
-    assert clock.now == pytest.approx(102.5)
-    start()
-    link.finish()
-    assert clock.now == pytest.approx(103.5)
-    assert torch.equal(slots.block(SLOT), model.store.block(PLACE))
-    assert link.lags == 2
+    copy_until(102.5)
+    copy_until(103.5)
+    assert torch.equal(slots.block(SLOT), model.store.blocks[PLACE])
+    assert (link.lags, link.copied_bytes) == (2, size)
     assert link.lag_seconds == pytest.approx(0.3)
-    assert link.copied_bytes == size
     assert link.copying_seconds == pytest.approx(clock.now - 100)
     # After a pause it begins anew, and what the pause took is no lag.
     link.idle()
     clock.now = 200
     cache.loaded(PLACE)
     queue.demand(PLACE + 1)
-    start()
-    link.finish()
-    assert clock.now == pytest.approx(201.5)
+    copy_until(201.5)
     assert link.lags == 2

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 
 from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
+from experiments.run.testbeds import cores_apart
 from finemoe.assemble import offloading_runtime
-from finemoe.offload.cores import Cores
-from finemoe.offload.links import EmulatedLink
-from finemoe.offload.live import LiveRuntime
+from finemoe.offload.device import EmulatedLink
+from finemoe.offload.live import LiveRuntime, Worker
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
     ExpertId,
@@ -35,9 +36,9 @@ from finemoe.offload.policy import (
     Wishes,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
-from finemoe.testbed import Testbed
-from tests.engine import offloaded
+from tests.engine import emulated, offloaded
 
+affinity: Callable[[int], set[int]] = getattr(os, "sched_getaffinity", lambda _: set())
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 PREFILL = Iteration(0, "prefill", (0,), (5,))
 
@@ -51,11 +52,10 @@ def runtime(
     model: OffloadedModel,
     policy: Policy,
     slots: int = 6,
-    cores: Cores | None = None,
+    cores: tuple[frozenset[int], frozenset[int]] | None = None,
     devices: int = 1,
 ) -> LiveRuntime:
-    cpu = (torch.device("cpu"),) * devices
-    testbed = Testbed("test", "emulated", cpu, chunk_bytes=2048, link_gb_s=0.5, cores=cores)
+    testbed = replace(emulated(devices), cores=cores)
     stored = model.store.layout.nbytes
     return offloading_runtime(model, policy, testbed, (slots,) * devices, stored)
 
@@ -66,20 +66,22 @@ def serve_and_drain(live: LiveRuntime) -> None:
 
 
 class Spy(OnDemandPolicy):
-    """Notes what it is told and by which thread, and may act on it."""
+    """Notes what it is told, and by which thread on which cores; may act on it."""
 
     def __init__(self, shape: ModelShape, placement: Placement) -> None:
         super().__init__(shape)
         self.placement = placement
-        self.calls: list[str] = []
-        self.threads: set[str] = set()
+        self.calls: list[tuple[str, str]] = []
+        self.cores: dict[str, set[int]] = {}
         self.gates: list[Gate] = []
         self.outcomes: list[LayerOutcome] = []
         self.act: Callable[[], Sequence[Prefetch]] = tuple
 
-    def _note(self, call: str) -> None:
-        self.calls.append(call)
-        self.threads.add(threading.current_thread().name)
+    def _note(self, call: str = "") -> None:
+        thread = threading.current_thread().name
+        self.cores[thread] = affinity(0)
+        if call:
+            self.calls.append((call, thread))
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
         self._note(f"embeddings {embeddings.shape}")
@@ -94,8 +96,13 @@ class Spy(OnDemandPolicy):
         self._note("end")
         return ()
 
+    def on_load(self, expert: ExpertId) -> None:
+        super().on_load(expert)
+        self._note()
+
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
+        self._note()
         self.outcomes.append(outcome)
 
 
@@ -108,8 +115,8 @@ def test_predictions_run_in_order_where_they_are_placed(
     spy = Spy(model.shape, Placement(prediction, hidden_states=True))  # type: ignore[arg-type]
     with runtime(model, spy) as live:
         serve_and_drain(live)
-    assert spy.calls == ["embeddings (5, 32)", "gate 0", "gate 1", "gate 2", "end"]
-    assert spy.threads == {thread}
+    calls = ["embeddings (5, 32)", "gate 0", "gate 1", "gate 2", "end"]
+    assert spy.calls == [(call, thread) for call in calls]
     for gate, outcome in zip(spy.gates, spy.outcomes, strict=True):
         assert gate.probabilities.shape == (5, 4)
         assert np.allclose(gate.probabilities.sum(axis=1), 1, atol=1e-5)
@@ -119,40 +126,14 @@ def test_predictions_run_in_order_where_they_are_placed(
         assert gate.activated == outcome.activated == tuple(np.unique(chosen).tolist())
 
 
-class Placed(Spy):
-    """Notes which cores each thread may use."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape, Placement("background"))
-        self.cores: dict[str, set[int]] = {}
-
-    def _note(self, call: str) -> None:
-        self.cores[threading.current_thread().name] = os.sched_getaffinity(0)
-
-    def on_load(self, expert: ExpertId) -> None:
-        super().on_load(expert)
-        self._note("load")
-
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        super().on_outcome(outcome)
-        self._note("outcome")
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="no two cores to choose from",
-)
+@pytest.mark.skipif(len(affinity(0)) < 2, reason="no two cores to choose from")
 def test_links_and_searcher_keep_off_the_cores_of_the_model(model: OffloadedModel) -> None:
-    before = os.sched_getaffinity(0)
-    policy, cores = Placed(model.shape), Cores.apart(1)
-    with runtime(model, policy, cores=cores) as live:
+    before = affinity(0)
+    policy, (own, beside) = Spy(model.shape, Placement("background")), cores_apart(1)
+    with runtime(model, policy, cores=(own, beside)) as live:
         serve_and_drain(live)
-    assert policy.cores == {
-        "MainThread": cores.model,
-        "link-0": cores.beside,
-        "searcher": cores.beside,
-    }
-    assert os.sched_getaffinity(0) == before
+    assert own | beside == before == affinity(0)
+    assert policy.cores == {"MainThread": own, "link-0": beside, "searcher": beside}
 
 
 def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedModel) -> None:
@@ -264,6 +245,12 @@ def test_what_two_threads_touch_is_touched_under_the_lock(
     assert calls >= set(GUARDED)
 
 
+def in_thread(call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
 def ended(serve: Callable[[], None]) -> Exception | None:
     """Return the error with which serving ends, if it has one; it must not hang."""
     errors: list[Exception] = []
@@ -274,8 +261,7 @@ def ended(serve: Callable[[], None]) -> Exception | None:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    thread = in_thread(run)
     thread.join(30)
     assert not thread.is_alive()
     return errors[0] if errors else None
@@ -384,3 +370,74 @@ def test_an_interrupt_of_the_exit_comes_when_everything_is_undone(
         with runtime(model, Spy(model.shape, Placement("background")), devices=2) as live:
             serve_and_drain(live)
     leaves_nothing(model, before)
+
+
+# The searcher ---------------------------------------------------------------------------------
+
+
+def started(capacity: int, errors: list[BaseException]) -> Worker:
+    worker = Worker(capacity, errors.append)
+    worker.start()
+    return worker
+
+
+def test_tasks_run_in_the_order_they_were_published() -> None:
+    errors: list[BaseException] = []
+    done: list[int] = []
+    worker = started(3, errors)
+    for number in range(50):
+        worker.publish(partial(done.append, number))
+    worker.drain()
+    assert (done, errors) == (list(range(50)), [])
+    worker.close()
+
+
+@pytest.mark.parametrize("call", ["publish", "drain"])
+def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str) -> None:
+    begun, release = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+    done: list[int] = []
+
+    def first() -> None:
+        begun.set()
+        release.wait(10)
+        done.append(0)
+
+    worker = started(2, errors)
+    worker.publish(first)
+    assert begun.wait(10)
+    for number in (1, 2):
+        worker.publish(partial(done.append, number))
+    full = {"publish": lambda: worker.publish(partial(done.append, 3)), "drain": worker.drain}
+    waiting = in_thread(full[call])
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    release.set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    worker.close()
+    assert (done, errors) == ([0, 1, 2, 3][: 4 if call == "publish" else 3], [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_after_its_first_error_the_searcher_drops_tasks_and_blocks_nobody(
+    error: type[BaseException],
+) -> None:
+    errors: list[BaseException] = []
+    done: list[int] = []
+
+    def fail() -> None:
+        raise error
+
+    def publish_many() -> None:
+        for task in (partial(done.append, 0), fail, *(partial(done.append, 1),) * 100, fail):
+            worker.publish(task)
+        worker.drain()
+        worker.close()
+
+    worker = started(1, errors)
+    publisher = in_thread(publish_many)
+    publisher.join(10)
+    assert not publisher.is_alive()
+    assert done == [0]
+    assert [type(one) for one in errors] == [error]

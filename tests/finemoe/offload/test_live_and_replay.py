@@ -15,13 +15,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from experiments.run.replay_serving import ReplayServer
-from experiments.run.serving import Server
+from experiments.run.schedule import FixedBatches, Request, Server
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run.workloads import Request
 from finemoe.assemble import offloading_runtime, resident_runtime
-from finemoe.linear_costs import Line, LinearCosts
+from finemoe.costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
@@ -30,7 +28,7 @@ from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest
-from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests
+from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests, serve
 
 DEVICES: dict[int, list[tuple[int, ...]]] = {
     1: [(2,), (5,), (9,), (12,)],
@@ -80,8 +78,8 @@ def recorded(model: OffloadedModel, size: int) -> dict[int, TracedRequest]:
         resident_runtime(model, OnDemandPolicy(model.shape)) as runtime,
         Recorder(model) as recorder,
     ):
-        server = Server(runtime, listeners=[recorder.begin])
-        served = [one for batch in batches(size) for one in server.serve(batch)]
+        begin = lambda step: recorder.begin(step.iteration)  # noqa: E731
+        served = serve(runtime, *batches(size), before=begin)
         return {
             one.request.number: recorder.finish(one.request.number, one.request.prompt, one.tokens)
             for one in served
@@ -110,9 +108,7 @@ def live(
     lockstep.runtime = runtime
     hooks = [gate.register_forward_pre_hook(lockstep.settle) for gate in model.gates]
     with runtime:
-        server = Server(runtime)
-        for batch in batches(size):
-            server.serve(batch)
+        serve(runtime, *batches(size))
     for hook in hooks:
         hook.remove()
     return found, runtime.residency.plan
@@ -138,9 +134,9 @@ def replayed(
     runtime = ReplayRuntime(policy, residency, costs, LinkRate(COPY_RATE))
     found: list[LayerOutcome] = []
     runtime.listeners.append(found.append)
-    server = ReplayServer(runtime, trace.__getitem__)
+    server = Server(ReplayBackend(trace.__getitem__, runtime=runtime))
     for batch in batches(size):
-        server.serve(batch)
+        list(server.serve(FixedBatches(batch, size)))
     return found
 
 
@@ -159,8 +155,8 @@ def test_live_and_replay_find_every_expert_alike(
 ) -> None:
     trace = recorded(model, size)
     policy = prepared(configured(system, model.shape), model)
-    if policy.placement.foresight:
-        policy.foretell(foretold(trace, size))
+    if policy.set_future_routing:
+        policy.set_future_routing(foretold(trace, size))
     seen = []
     budgets = DEVICES[devices]
     if devices > 1 and system in COUPLED:

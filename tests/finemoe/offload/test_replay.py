@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finemoe.offload.model_thread import Extra, ThreadCosts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from finemoe.linear_costs import Line, LinearCosts
+from finemoe.costs import Line, LinearCosts
 from finemoe.offload.eviction import UsageTable
-from finemoe.offload.model_thread import Extra, ThreadCosts
 from finemoe.offload.policy import (
     ExpertId,
     Gate,

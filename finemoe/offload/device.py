@@ -1,0 +1,357 @@
+"""All that touches a device: blocks of expert weights, slots, links, dispatch and kernels."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finemoe.offload.cache import Slot
+from finemoe.offload.transfer import Chunk
+
+ALIGNMENT = 256
+"""In bytes: what CUDA's matrix kernels are chosen by."""
+
+Weights = dict[str, Tensor]
+
+
+# Experts on the host and in slots ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How the parameters of one expert lie in a block of `nbytes` bytes, one after another."""
+
+    fields: tuple[tuple[str, tuple[int, ...], torch.dtype, int], ...]
+    """Name, shape, dtype and first byte of each."""
+    nbytes: int
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> BlockLayout:
+        """Return the layout for the parameters of an experts module, in their declared order.
+
+        They have a leading expert axis: projections and, for some families, their biases.
+        """
+        fields, start = [], 0
+        for name, parameter in experts.named_parameters(recurse=False):
+            fields.append((name, tuple(parameter.shape[1:]), parameter.dtype, start))
+            stop = start + parameter[0].numel() * parameter.dtype.itemsize
+            start = -(-stop // ALIGNMENT) * ALIGNMENT
+        return cls(tuple(fields), start)
+
+    def views(self, block: Tensor) -> Weights:
+        """Return the parameters as views into a block (uint8, shape (nbytes,))."""
+        return {
+            name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, shape, dtype, start in self.fields
+        }
+
+
+class HostStore:
+    """Every expert once in host memory, one contiguous block each, by flat index l * J + j.
+
+    `pinned` says that the blocks come from `host_block` page-locked; they are unlocked with the
+    store.
+    """
+
+    def __init__(self, layout: BlockLayout, blocks: Sequence[Tensor], pinned: bool = False) -> None:
+        self.layout = layout
+        self.blocks = blocks
+        if pinned:
+            weakref.finalize(self, _unlock, {block.data_ptr() for block in blocks})
+
+    @classmethod
+    def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> HostStore:
+        """Move the experts of `layers` into blocks, emptying one module after the other."""
+        layout = BlockLayout.of(layers[0])
+        blocks = []
+        for module in layers:
+            if BlockLayout.of(module) != layout:
+                raise ValueError("the MoE layers of this model differ in their experts' shapes")
+            parameters = dict(module.named_parameters(recurse=False))
+            for index in range(len(next(iter(parameters.values())))):
+                block = host_block(layout.nbytes, pin)
+                for name, view in layout.views(block).items():
+                    view.copy_(parameters[name].data[index])
+                blocks.append(block)
+            drop_parameters(module)
+        return cls(layout, blocks, pin)
+
+    @classmethod
+    def shared(
+        cls, layers: Sequence[nn.Module], experts: int, pin: bool, std: float, seed: int
+    ) -> HostStore:
+        """Give every expert of meta-device `layers` the one block of random weights they share."""
+        layout = BlockLayout.of(layers[0])
+        generator = torch.Generator().manual_seed(seed)
+        block = host_block(layout.nbytes, pin)
+        for view in layout.views(block).values():
+            view.normal_(std=std, generator=generator)
+        for module in layers:
+            drop_parameters(module)
+        return cls(layout, [block] * (len(layers) * experts), pin)
+
+
+def host_block(nbytes: int, pin: bool) -> Tensor:
+    """Return uninitialised host memory, page-locked in place if `pin`.
+
+    torch's own pinned allocator rounds up to a power of two, half as much again for Mixtral.
+    Raises MemoryError if the system refuses to lock that much.
+    """
+    block = _aligned(nbytes, torch.device("cpu"))
+    if pin:
+        cudart: Any = torch.cuda.cudart()
+        if int(cudart.cudaHostRegister(block.data_ptr(), nbytes, 0)):
+            raise MemoryError(f"cannot page-lock {nbytes} bytes of host memory")
+    return block
+
+
+def _unlock(pointers: set[int]) -> None:
+    cudart: Any = torch.cuda.cudart()
+    for pointer in pointers:
+        cudart.cudaHostUnregister(pointer)
+
+
+def _aligned(nbytes: int, device: torch.device) -> Tensor:
+    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    skip = -buffer.data_ptr() % ALIGNMENT
+    return buffer[skip : skip + nbytes]
+
+
+def drop_parameters(module: nn.Module) -> None:
+    """Remove a module's own parameters, so that moving the model does not move them."""
+    for name in [name for name, _ in module.named_parameters(recurse=False)]:
+        delattr(module, name)
+
+
+class DeviceSlots:
+    """Slots by device and index: blocks that links copy to, and the weights that they hold."""
+
+    def __init__(self, layout: BlockLayout, blocks: Sequence[Sequence[Tensor]]) -> None:
+        self._blocks = blocks
+        self._weights = [[layout.views(block) for block in row] for row in blocks]
+
+    @classmethod
+    def allocate(
+        cls, layout: BlockLayout, counts: Sequence[int], devices: Sequence[torch.device]
+    ) -> DeviceSlots:
+        """Return `counts` slots on each of the devices, one allocation each."""
+        sizes = zip(counts, devices, strict=True)
+        slabs = [_aligned(count * layout.nbytes, device) for count, device in sizes]
+        return cls(layout, [slab.split(layout.nbytes) for slab in slabs])
+
+    def block(self, slot: Slot) -> Tensor:
+        return self._blocks[slot.device][slot.index]
+
+    def weights(self, slot: Slot) -> Weights:
+        return self._weights[slot.device][slot.index]
+
+
+# Links ------------------------------------------------------------------------------------------
+
+
+class Link:
+    """One host-to-device path, driven by one thread; only `guard` is the model thread's."""
+
+    depth = 1
+    """Chunks that may be in flight at once."""
+
+    def __init__(self, store: HostStore, slots: DeviceSlots) -> None:
+        self._store = store
+        self._slots = slots
+
+    def start(self, chunk: Chunk) -> None:
+        """Begin to copy a chunk."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Wait until the oldest chunk in flight has arrived."""
+        raise NotImplementedError
+
+    def idle(self) -> None:
+        """Take note that there is nothing to copy."""
+
+    def guard(self, slot: Slot) -> None:
+        """Keep later copies into `slot` from overtaking the kernels that still read it."""
+
+    def _copy(self, chunk: Chunk) -> None:
+        part = slice(chunk.start, chunk.stop)
+        source = self._store.blocks[chunk.flat][part]
+        self._slots.block(chunk.slot)[part].copy_(source, non_blocking=True)
+
+
+class EmulatedLink(Link):
+    """A real copy on the CPU, paced in real time to a rate and a latency of every transfer.
+
+    Whoever drives it notices late that a chunk arrived. The next one is on schedule nevertheless,
+    so a demand that was made in between begins before it was made; `lag_seconds` says by how much.
+    """
+
+    def __init__(
+        self, store: HostStore, slots: DeviceSlots, bytes_per_second: float, latency: float
+    ) -> None:
+        super().__init__(store, slots)
+        self._bytes_per_second = bytes_per_second
+        self._latency = latency
+        self._free_at = self._counted_to = 0.0
+        self._busy = False
+        self._sent = 0
+        """Bytes of the chunk in flight."""
+        self.copied_bytes = 0
+        self.copying_seconds = 0.0
+        self.lags = 0
+        """How often a chunk followed another without a pause."""
+        self.lag_seconds = 0.0
+        """How long after the other was due they were begun, in all."""
+
+    def start(self, chunk: Chunk) -> None:
+        # A link that was busy goes on from its own schedule, so that late wake-ups do not add up.
+        now = time.perf_counter()
+        if not self._busy:
+            self._free_at = self._counted_to = now
+        else:
+            self.lags += 1
+            self.lag_seconds += now - self._free_at
+        self._busy = True
+        self._sent = chunk.stop - chunk.start
+        self._free_at += self._sent / self._bytes_per_second
+        if chunk.start == 0:
+            self._free_at += self._latency
+        self._copy(chunk)
+
+    def finish(self) -> None:
+        wait = self._free_at - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        self.copied_bytes += self._sent
+        now = time.perf_counter()
+        self.copying_seconds += now - self._counted_to
+        self._counted_to = now
+
+    def idle(self) -> None:
+        self._busy = False
+
+
+class CudaLink(Link):
+    """Copies from pinned memory on a stream of their own, at most two chunks in flight."""
+
+    depth = 2
+
+    def __init__(self, store: HostStore, slots: DeviceSlots, device: torch.device) -> None:
+        super().__init__(store, slots)
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        # What filled the slots before may still be under way on the device's own stream.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._in_flight: deque[torch.cuda.Event] = deque()
+        self._readers: dict[Slot, torch.cuda.Event] = {}
+
+    def start(self, chunk: Chunk) -> None:
+        reader = self._readers.pop(chunk.slot, None)
+        if reader is not None:
+            self._stream.wait_event(reader)
+        with torch.cuda.stream(self._stream):
+            self._copy(chunk)
+            arrived = torch.cuda.Event(blocking=True)
+            arrived.record()
+        self._in_flight.append(arrived)
+
+    def finish(self) -> None:
+        self._in_flight.popleft().synchronize()
+
+    def guard(self, slot: Slot) -> None:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._readers[slot] = event
+
+
+# One layer --------------------------------------------------------------------------------------
+
+
+class Dispatch:
+    """Which tokens of a layer go to which expert, and how the experts' outputs come together.
+
+    Rows are taken in the order of transformers' eager experts, by rank of choice and then by token,
+    and outputs are added in the order of the experts' indices: both decide the last bits of a sum.
+    """
+
+    activated: list[int]
+    """Indices of the experts that at least one token goes to, ascending."""
+
+    def __init__(self, hidden: Tensor, chosen: NDArray[Any], weights: Tensor) -> None:
+        """Take tokens (T, h), their experts (T, K, on the host) and routing weights (T, K)."""
+        self._hidden = hidden
+        self._weights = weights
+        self._one_token = len(chosen) == 1
+        if self._one_token:
+            # No rows to gather, no index to send to the device.
+            self.activated = sorted(chosen[0].tolist())
+            self._choices: dict[int, Any] = {
+                index: (rank, slice(None)) for rank, index in enumerate(chosen[0].tolist())
+            }
+            return
+        experts = chosen.T.ravel()
+        order = experts.argsort(kind="stable")
+        indices, starts = np.unique(experts[order], return_index=True)
+        ranks_and_rows = torch.from_numpy(np.stack(np.divmod(order, len(chosen))))
+        parts = ranks_and_rows.to(hidden.device).tensor_split(starts[1:].tolist(), dim=1)
+        self.activated = indices.tolist()
+        self._choices = {
+            i: (part[0], part[1]) for i, part in zip(self.activated, parts, strict=True)
+        }
+
+    def gather(self, index: int) -> Tensor:
+        """Return the hidden states of the tokens that go to an expert, shape (n, h)."""
+        return self._hidden[self._choices[index][1]]
+
+    def weigh(self, index: int, output: Tensor) -> Tensor:
+        """Return an expert's output (n, h) times its routing weights."""
+        ranks, rows = self._choices[index]
+        return (output * self._weights[rows, ranks, None]).to(self._hidden.dtype)
+
+    def combine(self, outputs: dict[int, Tensor]) -> Tensor:
+        """Return the sum of the weighted outputs for every token, shape (T, h)."""
+        total = torch.zeros_like(self._hidden)
+        for index in self.activated:
+            if self._one_token:
+                total += outputs[index]
+            else:
+                total.index_add_(0, self._choices[index][1], outputs[index])
+        return total
+
+
+class ExpertKernel:
+    """Runs single experts of one MoE layer with the operations of transformers' eager experts.
+
+    Same operations on the same rows in the same order: results equal the eager ones bit for bit.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._transposed: bool = module.is_transposed
+        self._projection = "gate_up_proj" if module.has_gate else "up_proj"
+        self._activate: Callable[[Tensor], Tensor] = (
+            module._apply_gate if module.has_gate else module.act_fn
+        )
+        self._after = module.post_expert_norm if module.has_post_expert_norm else None
+
+    def __call__(self, rows: Tensor, weights: Weights) -> Tensor:
+        """Return the expert's output for token rows (n, h), before routing weights, (n, h)."""
+        hidden = self._activate(self._linear(rows, weights, self._projection))
+        output = self._linear(hidden, weights, "down_proj")
+        return self._after(output) if self._after is not None else output
+
+    def _linear(self, rows: Tensor, weights: Weights, name: str) -> Tensor:
+        bias = weights.get(f"{name}_bias")
+        if not self._transposed:
+            return nn.functional.linear(rows, weights[name], bias)
+        product = rows @ weights[name]
+        return product if bias is None else product + bias
