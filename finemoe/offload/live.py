@@ -225,16 +225,16 @@ class LiveRuntime:
                 waiting -= len(arrivals)
                 ready.extend(arrivals)
             index = ready.popleft()
-            place = outcome.layer * self.model.shape.experts + index
-            outputs[index] = self._run_expert(place, routing)
+            flat = outcome.layer * self.model.shape.experts + index
+            outputs[index] = self._run_expert(flat, routing)
             with self._lock:
-                self.residency.release(place)
+                self.residency.release(flat)
         return routing.combine(outputs)
 
-    def _run_expert(self, place: int, routing: Dispatch) -> Tensor:
+    def _run_expert(self, flat: int, routing: Dispatch) -> Tensor:
         """Return an expert's weighted output for the tokens that go to it, on the main device."""
         began = time.perf_counter()
-        expert, slot = self.residency.experts[place], self.residency.cache.slot(place)
+        expert, slot = self.residency.experts[flat], self.residency.cache.slot(flat)
         rows = routing.gather(expert.index)
         kernel = self.model.kernels[expert.layer]
         weights = self._memory.weights(slot)
@@ -268,11 +268,11 @@ class LiveRuntime:
         self, phase: str, number: int, hook: Hook, shown: Callable[[], Any], layer: int
     ) -> None:
         with self._timed(phase):
-            wishes = told(hook, layer, shown())
-        if wishes is None:
+            prefetches = told(hook, layer, shown())
+        if prefetches is None:
             return
         with self._timed("prefetch_issue"), self._lock:
-            self.residency.prefetch(number, wishes, hook, layer)
+            self.residency.prefetch(number, prefetches, hook, layer)
 
     def _drive(self, device: int, link: Link) -> None:
         """Copy what the queue of a link says, until the runtime stops or a copy fails."""
@@ -323,7 +323,7 @@ class LiveRuntime:
 
     def _take_arrivals(self) -> list[int]:
         """Return which on-demand loads of the current layer arrived since the last call."""
-        arrivals = [place % self.model.shape.experts for place in self._arrived]
+        arrivals = [flat % self.model.shape.experts for flat in self._arrived]
         self._arrived.clear()
         return arrivals
 
