@@ -54,11 +54,11 @@ def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
         _fill(memory, residency, model)
     else:
         slot = residency.cache.slot
-        by_slot = sorted(residency.preload(), key=lambda place: slot(place).index)
-        memory = DeviceSlots(layout, [[model.store.blocks[place] for place in by_slot]])
+        by_slot = sorted(residency.preload(), key=lambda flat: slot(flat).index)
+        memory = DeviceSlots(layout, [[model.store.blocks[flat] for flat in by_slot]])
     return LiveRuntime(model, policy, residency, memory, (), devices)
 
 
 def _fill(memory: DeviceSlots, residency: Residency, model: OffloadedModel) -> None:
-    for place in residency.preload():
-        memory.block(residency.cache.slot(place)).copy_(model.store.blocks[place])
+    for flat in residency.preload():
+        memory.block(residency.cache.slot(flat)).copy_(model.store.blocks[flat])

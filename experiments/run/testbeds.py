@@ -1,12 +1,14 @@
 """The testbeds that conf/testbed names.
 
-`local` is what is there, `emulated` paces real copies, `simulated` is hardware in virtual time.
+`local` is what is there, `emulated` paces real copies, `simulated` is hardware in virtual time, and
+`calibrated` is this machine's own emulated testbed in virtual time.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,13 +17,15 @@ from pydantic.dataclasses import dataclass
 
 from experiments.errors import UserError
 from experiments.run.config import build, full_size
-from finemoe.costs import Accelerator, RooflineCosts
+from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
+from finemoe.offload.replay import Extra, ThreadCosts
 from finemoe.offload.replay import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text
 from finemoe.testbed import SimulatedTestbed, Testbed
 
 MB = 1_000_000
+AGAIN = "calibrate again: python -m experiments.validate.calibrate"
 FREE = "none: a bound, or a system that predicts nothing"
 
 Few = Annotated[int, Field(strict=True, ge=1, le=1024)]
@@ -29,6 +33,8 @@ Megabytes = Annotated[Number, Field(ge=0.1, le=1e6)]
 Call = Literal["embeddings", "gate", "update"]
 CALLS: tuple[Call, ...] = get_args(Call)
 PredictionMicros = Mapping[Call, Micros]
+LinkNumber = Literal["gb_s", "time_scale", "latency_us", "wake_us", "lag_us"]
+SystemMicros = Mapping[str, Micros]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -75,13 +81,12 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
 
     Raises UserError if none are left, or the system lets nobody choose.
     """
-    refusal = "testbed.pinned=true: {}; set it to false"
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError(refusal.format("this system does not let a program choose its cores"))
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if threads >= len(cores):
-        few = f"{len(cores)} cores leave none beside {threads} of the model"
-        raise UserError(refusal.format(few))
+        raise UserError(
+            f"testbed.pinned=true: {len(cores)} cores to choose from leave none beside the model's "
+            f"{threads}; set it to false"
+        )
     return frozenset(cores[:threads]), frozenset(cores[threads:])
 
 
@@ -120,11 +125,10 @@ def simulated(
 
     def costs(model: DictConfig, system: str, predicts: bool) -> RooflineCosts:
         micros, source = _prediction(prediction_us, system, model.name, predicts)
-        prediction = PredictionCosts(**{call: value * 1e-6 for call, value in micros.items()})
         return RooflineCosts(
             accelerator,
             full_size(model),
-            prediction=prediction,
+            prediction=PredictionCosts(**_seconds(micros)),
             prediction_source=source,
             parallel=devices > 1,
             collect=collect_us * 1e-6 + accelerator.sync_us * 1e-6,
@@ -152,6 +156,73 @@ def _prediction(
     dearest = {call: max(one.get(call, 0.0) for one in measured) for call in CALLS if measured}
     source = ", ".join(like) or "nothing, so free"
     return dearest, f"assumed, as nobody measured {system} on {model}: the dearest of {source}"
+
+
+def calibrated(
+    name: str,
+    model: str,
+    devices: Few,
+    link: Mapping[LinkNumber, Micros],
+    chunk_mb: Megabytes,
+    resume_us: Micros,
+    compute_us: Mapping[str, Mapping[str, Micros | SystemMicros]],
+    collect_us: SystemMicros,
+    prediction_us: Mapping[str, PredictionMicros],
+) -> SimulatedTestbed:
+    """Return the testbed that `python -m experiments.validate.calibrate` wrote.
+
+    `latency_us` of `link` is already stretched by its `time_scale`. `compute_us` holds a line each
+    for start and finish and, for each system, for dense and expert, with `after_wait` and
+    `while_copying` (`ThreadCosts`); the others a number, or one a call, for each system. Raises
+    UserError for another model than the calibrated one, and for a system that was not measured.
+    """
+    try:
+        (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))
+        dense, expert = (
+            {system: _disturbed(line) for system, line in compute_us[part].items()}
+            for part in ("dense", "expert")
+        )
+        rate = LinkRate(
+            link["gb_s"] * 1e9 / link["time_scale"],
+            link["latency_us"] * 1e-6,
+            lag=link["lag_us"] * 1e-6,
+            wake=link["wake_us"] * 1e-6,
+        )
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"testbed {name}: {error}; {AGAIN}") from error
+
+    def costs(asked: DictConfig, system: str, predicts: bool) -> LinearCosts:
+        if asked.name != model:
+            raise UserError(
+                f"testbed {name} was calibrated with {model}, not {asked.name}; {AGAIN}"
+            )
+        if not all(system in known for known in (dense, expert, collect_us)):
+            raise UserError(f"testbed {name} knows no costs of system={system}; {AGAIN}")
+        (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]
+        return LinearCosts(
+            start,
+            dense_line,
+            finish,
+            expert_line,
+            collect=collect_us[system] * 1e-6,
+            prediction=PredictionCosts(**_seconds(prediction_us.get(system, {}))),
+            prediction_source=f"{system} on {model}, on this machine",
+            thread=ThreadCosts(resume_us * 1e-6, dense_extra, expert_extra),
+        )
+
+    scale = link["time_scale"]
+    return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, time_scale=scale)
+
+
+def _disturbed(micros: Any) -> tuple[Line, Extra]:
+    """Return a line, and what comes on top of it when the model's thread is disturbed."""
+    seconds = _seconds(micros)
+    extra = Extra(**{field.name: seconds.pop(field.name, 0.0) for field in fields(Extra)})
+    return Line(**seconds), extra
+
+
+def _seconds(micros: Mapping[Any, float]) -> dict[str, float]:
+    return {name: us * 1e-6 for name, us in micros.items()}
 
 
 def auto(devices: Few, **numbers: Any) -> Testbed | SimulatedTestbed:

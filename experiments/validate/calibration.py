@@ -168,7 +168,7 @@ class Calibration:
         lag_seconds = sum(probe.lag_seconds for probe in probes.values())
         wake, resume = waking(probes[NEUTRAL], load) if NEUTRAL in probes else (0.0, 0.0)
         return {
-            "_target_": "experiments.run.calibrated_testbed.calibrated",
+            "_target_": "experiments.run.testbeds.calibrated",
             "name": str(self._cfg.name),
             "model": str(self._cfg.model.name),
             "devices": 1,

@@ -233,16 +233,16 @@ class LiveRuntime:
                 waiting -= len(arrivals)
                 ready.extend(arrivals)
             index = ready.popleft()
-            place = outcome.layer * self.model.shape.experts + index
-            outputs[index] = self._run_expert(place, routing)
+            flat = outcome.layer * self.model.shape.experts + index
+            outputs[index] = self._run_expert(flat, routing)
             with self._lock:
-                self.residency.release(place)
+                self.residency.release(flat)
         return routing.combine(outputs)
 
-    def _run_expert(self, place: int, routing: Dispatch) -> Tensor:
+    def _run_expert(self, flat: int, routing: Dispatch) -> Tensor:
         """Return an expert's weighted output for the tokens that go to it, on the main device."""
         began = time.perf_counter()
-        expert, slot = self.residency.experts[place], self.residency.cache.slot(place)
+        expert, slot = self.residency.experts[flat], self.residency.cache.slot(flat)
         rows = routing.gather(expert.index)
         kernel = self.model.kernels[expert.layer]
         weights = self._memory.weights(slot)
@@ -331,7 +331,7 @@ class LiveRuntime:
 
     def _take_arrivals(self) -> list[int]:
         """Return which on-demand loads of the current layer arrived since the last call."""
-        arrivals = [place % self.model.shape.experts for place in self._arrived]
+        arrivals = [flat % self.model.shape.experts for flat in self._arrived]
         self._arrived.clear()
         return arrivals
 

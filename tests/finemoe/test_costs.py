@@ -68,45 +68,40 @@ def cfg(request: pytest.FixtureRequest) -> Iterator[DictConfig]:
 # By hand ------------------------------------------------------------------------------------------
 
 
-def test_a_decoded_token_costs_an_expert_its_weights_over_the_memory_bandwidth() -> None:
+def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
     accelerator = Accelerator(936.0, 71.0, 24.0, 0.85, 0.8, 5.0, 10.0)
-    costs = RooflineCosts(accelerator, full_size("mixtral"))
     # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
-    assert costs.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
-
-
-def test_many_tokens_cost_an_expert_its_arithmetic() -> None:
+    mixtral = RooflineCosts(accelerator, full_size("mixtral"))
+    assert mixtral.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
     # 1.5 million parameters: 3 MB in 30 us; 3 million operations a token, 1.5 us each.
     kernels = EXPERT_KERNELS * 2e-6
     assert COSTS.expert(20) == pytest.approx(30e-6 + kernels)
     assert COSTS.expert(200) == pytest.approx(300e-6 + kernels)
 
 
-def test_a_decode_iteration_by_hand() -> None:
-    costs = COSTS.iteration([1], [50])
-    # Projections 1000 x (2 x 4 + 2 x 1) x 100 = 1 million parameters, 2 MB: 20 us. Keys and values
-    # 2 x 1 x 100 x 2 B x 50 = 20 kB: 0.2 us. Shared experts 0.6 million parameters: 12 us. Router
-    # 10 thousand: 0.2 us. Head 3 million: 60 us. One embedding, 2 kB: 0.02 us.
-    assert costs.dense == pytest.approx(32.4e-6 + DENSE_KERNELS * 2e-6 + 10e-6)
-    assert costs.start == pytest.approx(0.02e-6 + START_KERNELS * 2e-6 + 10e-6)
-    assert costs.finish == pytest.approx(60e-6 + FINISH_KERNELS * 2e-6 + 10e-6)
-
-
-def test_a_prefill_by_hand() -> None:
-    costs = COSTS.iteration([1000], [1000])
-    # Projections 2 x 1e6 x 1000 operations: 1,000 us. Attention 4 x 4 x 100 x 500,500 pairs, each
-    # token with those before it: 400.4 us. Shared experts 600 us, router 10 us. The head sees one
-    # row: 60 us, as when decoding.
-    assert costs.dense == pytest.approx(2010.4e-6 + DENSE_KERNELS * 2e-6 + 10e-6)
-    assert costs.start == pytest.approx(20e-6 + START_KERNELS * 2e-6 + 10e-6)
-    assert costs.finish == pytest.approx(60e-6 + FINISH_KERNELS * 2e-6 + 10e-6)
-
-
-def test_a_batch_reads_weights_once_and_every_requests_keys_and_values() -> None:
-    alone, both = COSTS.iteration([1], [50]), COSTS.iteration([1, 1], [50, 150])
-    # 60 kB more of keys and values.
-    assert both.dense - alone.dense == pytest.approx(0.6e-6)
-    assert both.finish == alone.finish
+@pytest.mark.parametrize(
+    ("tokens", "contexts", "start", "dense", "finish"),
+    [
+        # Projections 1000 x (2 x 4 + 2 x 1) x 100 = 1 million parameters, 2 MB: 20 us. Keys and
+        # values 2 x 1 x 100 x 2 B x 50 = 20 kB: 0.2 us. Shared experts 0.6 million parameters:
+        # 12 us. Router 10 thousand: 0.2 us. Head 3 million: 60 us. One embedding, 2 kB: 0.02 us.
+        ([1], [50], 0.02, 32.4, 60),
+        # Projections 2 x 1e6 x 1000 operations: 1,000 us. Attention 4 x 4 x 100 x 500,500 pairs,
+        # each token with those before it: 400.4 us. Shared experts 600 us, router 10 us. The head
+        # sees one row: 60 us, as when decoding.
+        ([1000], [1000], 20, 2010.4, 60),
+        # A batch reads weights once, and every request's keys and values: 60 kB more of them.
+        ([1, 1], [50, 150], 0.04, 33, 60),
+    ],
+)
+def test_an_iteration_by_hand(
+    tokens: list[int], contexts: list[int], start: float, dense: float, finish: float
+) -> None:
+    costs = COSTS.iteration(tokens, contexts)
+    # Every kernel adds 2 us, every wait for a result 10.
+    assert costs.start == pytest.approx((start + START_KERNELS * 2 + 10) * 1e-6)
+    assert costs.dense == pytest.approx((dense + DENSE_KERNELS * 2 + 10) * 1e-6)
+    assert costs.finish == pytest.approx((finish + FINISH_KERNELS * 2 + 10) * 1e-6)
 
 
 # Properties ---------------------------------------------------------------------------------------

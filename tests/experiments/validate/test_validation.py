@@ -15,7 +15,7 @@ from experiments.validate.validation import Comparison, Result, validate
 from tests.command import config, run_module
 
 TESTBED = {
-    "_target_": "experiments.run.calibrated_testbed.calibrated",
+    "_target_": "experiments.run.testbeds.calibrated",
     "name": "by hand",
     "model": "mixtral",
     "devices": 1,

@@ -75,7 +75,7 @@ class Spy(OnDemandPolicy):
         self.cores: dict[str, set[int]] = {}
         self.gates: list[Gate] = []
         self.outcomes: list[LayerOutcome] = []
-        self.act: Callable[[], Sequence[Prefetch]] = tuple
+        self.act: Callable[[Gate], Wishes] = lambda gate: ()
 
     def _note(self, call: str = "") -> None:
         thread = threading.current_thread().name
@@ -87,10 +87,10 @@ class Spy(OnDemandPolicy):
         self._note(f"embeddings {embeddings.shape}")
         return ()
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
         self._note(f"gate {gate.layer}")
         self.gates.append(gate)
-        return self.act() if gate.layer == 0 else ()
+        return self.act(gate)
 
     def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
         self._note("end")
@@ -145,19 +145,13 @@ def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedM
     assert len(spy.outcomes) == model.shape.layers
 
 
-class NextLayer(OnDemandPolicy):
-    """Prefetches one expert of layer 1 while layer 0 holds every slot."""
-
-    placement = Placement("critical_path")
-
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        return [Prefetch(ExpertId(1, 0), 1.0)] if gate.layer == 0 else ()
-
-
 def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
     model: OffloadedModel,
 ) -> None:
-    live = runtime(model, NextLayer(model.shape), slots=2)
+    policy = Spy(model.shape, Placement("critical_path"))
+    # Prefetched while layer 0 holds every slot.
+    policy.act = lambda gate: () if gate.layer else [Prefetch(ExpertId(1, 0), 1.0)]
+    live = runtime(model, policy, slots=2)
     arrived: list[bool] = []
 
     def await_prefetch(*_: object) -> None:
@@ -220,7 +214,7 @@ def test_what_two_threads_touch_is_touched_under_the_lock(
     model: OffloadedModel, prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Spy(model.shape, Placement(prediction, awaited=True))  # type: ignore[arg-type]
-    policy.act = lambda: [Prefetch(ExpertId(2, 0), 1.0)]
+    policy.act = lambda gate: () if gate.layer else [Prefetch(ExpertId(2, 0), 1.0)]
     live = runtime(model, policy, slots=1, devices=2)
     live._arrived = Guarded(live)
     calls: set[str] = set()
@@ -267,20 +261,14 @@ def ended(serve: Callable[[], None]) -> Exception | None:
     return errors[0] if errors else None
 
 
-class TableAtTheEnd(OnDemandPolicy):
-    """Answers the last gate, when no layer is in time any more, with a table."""
-
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
-        return PrefetchTable(np.ones((self.shape.layers, self.shape.experts)))
-
-
 @pytest.mark.parametrize("prediction", ["background", "critical_path"])
 @pytest.mark.parametrize("awaited", [False, True])
 def test_a_table_that_comes_too_late_leaves_no_link_asleep(
     model: OffloadedModel, prediction: str, awaited: bool
 ) -> None:
-    policy = TableAtTheEnd(model.shape)
-    policy.placement = Placement(prediction, awaited=awaited)  # type: ignore[arg-type]
+    policy = Spy(model.shape, Placement(prediction, awaited=awaited))  # type: ignore[arg-type]
+    # After the last gate no layer is in time any more.
+    policy.act = lambda gate: PrefetchTable(np.ones((model.shape.layers, model.shape.experts)))
 
     def serve() -> None:
         with runtime(model, policy, slots=1, devices=2) as live:
