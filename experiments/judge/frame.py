@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -156,15 +155,6 @@ def _estimates(
 # A results folder ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """One CSV of an analysis."""
-
-    digest: str
-    rows: pd.DataFrame
-    mode: str
-
-
 class ResultsFolder:
     """Reads a results folder: its runs, by experiment, and its analysis tables."""
 
@@ -192,14 +182,17 @@ class ResultsFolder:
         due = "experiment record; remove it and draw again"
         return read_checked(path, INDEX, due) if path.exists() else {}
 
-    def table(self, experiment: str, name: str) -> Table | None:
-        """Return a table of an analysis; None if the analysis is missing or has no such table."""
+    def table(self, experiment: str, name: str) -> pd.DataFrame:
+        """Return a CSV of an analysis with its `digest`, `mode` and `weights`; empty if missing."""
         path = self.root / "analysis" / experiment / f"{name}.csv"
         record = self.analysis_record(experiment)
         if not record or not path.exists():
-            return None
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Table(digest, read_table(path), record["mode"])
+            return pd.DataFrame()
+        return read_table(path).assign(
+            digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+            mode=record["mode"],
+            weights=", ".join(sorted({one["weights"] for one in record["subjects"]})),
+        )
 
     def analysis_record(self, experiment: str) -> dict[str, Any]:
         """Return an analysis's record, empty where there is none."""

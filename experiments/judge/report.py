@@ -100,13 +100,15 @@ class Section:
         return bool(self.picture or self.data)
 
 
-def write(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
+def write(
+    results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
+) -> list[Verdict]:
     """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
     Raises UserError if the folder is unreadable or cannot be written to, or if a figure in it is no
     image.
     """
-    verdicts = judge(results, mixed_modes)
+    verdicts = judge(results, mixed_modes, claims)
     runs = dict(results.runs.get("record", {}))
     headlines = [one for one in verdicts if one.section in HEADLINES]
     sections = [_section(results, name, verdicts) for name in IDS]
@@ -286,8 +288,8 @@ def _run_row(digest: str, record: Mapping[str, Any]) -> tuple[str, ...]:
 @command()
 def main() -> None:
     """Write the report; exit 2 for bad input."""
-    results, mixed_modes = arguments(__doc__)
-    write(results, mixed_modes)
+    results, mixed_modes, claims = arguments(__doc__)
+    write(results, mixed_modes, claims)
     print(f"report: {results.root / MARKDOWN}, {results.root / PAGE}")
 
 
