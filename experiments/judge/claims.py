@@ -296,7 +296,7 @@ def _room(claim: Claim, finding: Finding) -> Iterator[str]:
     """Say by how much the time served could be lowered at all, against each other system."""
     if not finding.subject:
         return
-    for name, runs in by_system(finding.rows).items():
+    for name, runs in by_system(finding.rows):
         bounds, busy = runs[["bound_compute_s", "bound_link_s"]], runs["busy_s"].sum()
         if finding.subject in [*runs["system"]] or not busy or bounds.isna().to_numpy().any():
             continue
