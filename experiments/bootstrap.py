@@ -121,10 +121,7 @@ def limits(draws: Draws) -> tuple[float, float]:
 
 def spearman(x: Sequence[float], ys: Sequence[Draws]) -> Draws:
     """Return the rank correlation of x with a curve, in every draw; 0 for a flat curve."""
-    ranks = pd.DataFrame(np.stack(ys)).rank().to_numpy()
-    places = pd.Series(x).rank().to_numpy()
-    places = places - places.mean()
-    centred = ranks - ranks.mean(axis=0)
-    size = np.sqrt((places**2).sum() * (centred**2).sum(axis=0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(size > 0, (places @ centred) / size, 0.0)
+    y_ranks, x_ranks = (pd.DataFrame(values).rank().to_numpy() for values in (np.stack(ys), x))
+    y_centred, x_centred = y_ranks - y_ranks.mean(axis=0), (x_ranks - x_ranks.mean())[:, 0]
+    size = np.sqrt((x_centred**2).sum() * (y_centred**2).sum(axis=0))
+    return np.divide(x_centred @ y_centred, size, out=np.zeros_like(size), where=size > 0)

@@ -1,45 +1,42 @@
 """Judge the paper's claims from records: ``python -m experiments.judge.claims results=<folder>``.
 
-Every number comes from run records and analysis tables; `claims.yaml` says what the paper claims,
-`RULES` says when a claim holds. Intervals are bootstrap intervals (`experiments/bootstrap.py`).
-Writes `<results>/claims.json` and `<results>/claims.csv`.
+The claims are those of `experiments/judge/paper.py` and, with ``claims=<file.py>``, of a file of
+yours as well. `RULES` says when each holds. Writes `<results>/claims.json` and `claims.csv`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+import runpy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
 
-from experiments.bootstrap import interval, limits
+from experiments.bootstrap import Draws, interval, limits, ratio
 from experiments.errors import UserError, command, words_given
-from experiments.figures.style import model_name
+from experiments.judge import paper
 from experiments.judge.findings import (
     Claim,
     Finding,
+    Part,
     Untestable,
     cell_name,
-    comparisons,
-    measure,
-    run_draws,
-    select,
+    significant,
 )
 from experiments.judge.frame import ResultsFolder
-from experiments.judge.reasons import explain
+from experiments.judge.system_table import by_system
 from finemoe.files import atomic_write
 
-CLAIMS = Path(__file__).parent / "claims.yaml"
 HOLDS, WEAKER, FAILS = "holds", "holds weaker", "does not hold"
 UNTESTABLE = "not testable here"
 VERDICTS = (HOLDS, WEAKER, FAILS, UNTESTABLE)
 STRONG_TREND = 0.8
 FLAT = 0.25
+SHOWN_PARTS = 4
 
 RULES = {
     "reduction": "holds: the 95 % interval contains or exceeds the paper's value and lies above 0; "
@@ -93,46 +90,28 @@ class Verdict:
     """Why it does not hold, or holds weaker, from measurements; or what is missing."""
 
 
-def load_claims(path: Path = CLAIMS) -> list[Claim]:
-    """Return the claims; one with `paper` by model becomes one a model. ValueError if malformed."""
-    raw: Any = OmegaConf.to_container(OmegaConf.load(path))
-    claims = [one for entry in raw["claims"] for one in _expanded(entry)]
-    names = [claim.id for claim in claims]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"{path}: ids are not unique: {sorted(n for n in names if names.count(n) > 1)}"
-        )
+def load_claims(path: Path | None = None) -> list[Claim]:
+    """Return the paper's claims, and those that a Python file defines; UserError if it cannot."""
+    if path and not path.is_file():
+        raise UserError(f"{path}: no such file; give claims=<a Python file>")
+    defined = [*vars(paper).values(), *(runpy.run_path(str(path)).values() if path else ())]
+    claims = [one for each in defined if isinstance(each, Claim) for one in each.each()]
+    names = [one.id for one in claims]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"several claims are called {', '.join(sorted(twice))}; rename one")
     return claims
 
 
-def _expanded(entry: Mapping[str, Any]) -> list[Claim]:
-    known = {field.name for field in fields(Claim)}
-    if set(entry) - known:
-        raise ValueError(f"claim {entry.get('id')}: unknown {', '.join(set(entry) - known)}")
-    plain: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
-    }
-    if not isinstance(entry.get("paper"), Mapping):
-        return [Claim(**plain)]
-    claims = []
-    for model, paper in entry["paper"].items():
-        own = {"id": f"{entry['id']}-{model}", "paper": paper}
-        claim = Claim(**{**plain, **own, "where": {**entry.get("where", {}), "model": model}})
-        text = claim.text.format(model=model_name(model), paper=_number(claim, paper, digits=6))
-        claims.append(replace(claim, text=text))
-    return claims
-
-
-# Judging ------------------------------------------------------------------------------------------
-
-
-def judge(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
+def judge(
+    results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
+) -> list[Verdict]:
     """Judge every claim, write claims.json and claims.csv into the folder, return the verdicts.
 
     A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
     UserError if the folder is unreadable or cannot be written to.
     """
-    verdicts = [judge_one(claim, results, mixed_modes) for claim in load_claims()]
+    verdicts = [judge_one(claim, results, mixed_modes) for claim in load_claims(claims)]
     rows = [asdict(one) for one in verdicts]
     text = json.dumps({"rules": RULES, "claims": rows}, indent=1, allow_nan=False) + "\n"
     write_text(results.root / "claims.json", text)
@@ -146,168 +125,187 @@ def judge(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
 def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -> Verdict:
     """Return the verdict on one claim."""
     try:
-        finding = measure(claim, results)
-        modes = _distinct(finding, "mode")
+        finding = claim.measure(results, *claim.case)
+        modes = finding.distinct("mode")
         if len(modes) > 1 and not mixed_modes:
-            raise Untestable(
-                f"its records mix the modes {', '.join(modes)}: judge one mode, or ask for "
-                "mixed_modes=true"
-            )
-        if not np.isfinite(finding.draws[0]):
-            raise Untestable(f"{finding.label}: not a finite number, as a baseline's value is 0")
-    except Untestable as reason:
-        return Verdict(**_said(claim), verdict=UNTESTABLE, why=str(reason))
-    return _verdict(claim, finding, results)
-
-
-def decide(claim: Claim, finding: Finding) -> str:
-    """Return holds, holds weaker or does not hold, by `RULES`."""
-    ours, (low, high) = float(finding.draws[0]), limits(finding.draws)
-    if claim.kind in ("reduction", "increase"):
-        assert claim.paper is not None
-        return FAILS if low <= 0 else HOLDS if high >= claim.paper else WEAKER
-    if claim.kind == "order":
-        clear = all(limits(draws)[0] > 0 for draws in comparisons(finding.parts).values())
-        everywhere = all(part.draws[0] > 0 for part in finding.parts)
-        return FAILS if not clear else HOLDS if everywhere else WEAKER
-    if claim.kind == "trend" and claim.flat_after is not None:
-        rise = next(iter(comparisons(finding.parts).values()))
-        if limits(rise)[0] <= 0 or high >= 1:
-            return FAILS
-        return HOLDS if low <= FLAT else WEAKER
-    if claim.kind == "trend":
-        return FAILS if low <= 0 else HOLDS if high >= STRONG_TREND else WEAKER
-    if claim.kind == "bound":
-        return _decide_bound(claim, ours, low, high)
-    return _decide_value(claim, ours, low, high)
-
-
-def _decide_bound(claim: Claim, ours: float, low: float, high: float) -> str:
-    sign = -1.0 if claim.at_most is not None else 1.0
-    limit = claim.at_most if claim.at_most is not None else claim.at_least
-    assert limit is not None
-    worst = min(sign * low, sign * high)
-    if worst >= sign * limit:
-        return HOLDS
-    weakly = claim.weakly is not None and worst > sign * claim.weakly
-    return WEAKER if weakly or sign * ours >= sign * limit else FAILS
-
-
-def _decide_value(claim: Claim, ours: float, low: float, high: float) -> str:
-    assert claim.paper is not None
-    rounding = 1e-9
-    if low <= claim.paper <= high or abs(ours - claim.paper) <= claim.tolerance + rounding:
-        return HOLDS
-    wide = claim.weaker_tolerance
-    wide = 0.1 * abs(claim.paper) if wide is None else wide
-    return WEAKER if abs(ours - claim.paper) <= wide + rounding else FAILS
-
-
-# What a verdict says ------------------------------------------------------------------------------
-
-
-def _verdict(claim: Claim, finding: Finding, results: ResultsFolder) -> Verdict:
-    decided = decide(claim, finding)
-    ours, scale, ends = float(finding.draws[0]), claim.scale, interval(finding.draws)
-    between = " to ".join(_plain(end * scale) for end in ends or ()) or "no interval"
-    runs, table = finding.runs, finding.table
-    digests = [table.digest] if table else runs["digest"]
+            mixed = f"its records mix the modes {', '.join(modes)}"
+            raise Untestable(f"{mixed}: judge one mode, or ask for mixed_modes=true", "")
+        draws, measured, verdict = decide(claim, finding)
+        if not np.isfinite(draws[0]):
+            raise Untestable(f"{measured}: not a finite number, as a baseline's value is 0", "")
+    except Untestable as error:
+        cause, experiment = (*error.args, claim.experiment)[:2]
+        remedy = f"run python -m experiments.reproduce {experiment}" if experiment else ""
+        why = ": ".join(filter(None, (cause, remedy)))
+        return Verdict(**_said(claim), verdict=UNTESTABLE, why=why)
+    except KeyError as error:
+        return Verdict(**_said(claim), verdict=UNTESTABLE, why=f"its records have no {error}")
+    ends = [end * claim.scale for end in interval(draws) or ()]
+    between = " to ".join(map(significant, ends)) or "no interval"
+    low, high = ends or (None, None)
     return Verdict(
         **_said(claim),
-        verdict=decided,
-        ours=ours * scale,
-        low=ends[0] * scale if ends else None,
-        high=ends[1] * scale if ends else None,
-        ours_says=f"{_number(claim, ours)} ({between})",
-        measured=finding.label,
-        bound=_bound(claim, finding, results),
-        mode=table.mode if table else " + ".join(_distinct(finding, "mode")),
-        testbed=", ".join(_distinct(finding, "testbed")),
-        weights=", ".join(_weights(claim, finding, results)),
-        requests=0 if table else int(_subjects(claim, finding)["requests"].sum()),
-        cells=tuple(cell_name(cell) for cell in finding.cells),
+        verdict=verdict,
+        ours=float(draws[0]) * claim.scale,
+        low=low,
+        high=high,
+        ours_says=f"{claim.number(draws[0])} ({between})",
+        measured=measured,
+        bound=_bound(claim, finding),
+        mode=" + ".join(modes),
+        testbed=", ".join(finding.distinct("testbed")),
+        weights=", ".join(finding.distinct("weights")),
+        requests=int(finding.subjects["requests"].sum()) if finding.of_runs else 0,
+        cells=tuple(map(cell_name, finding.cells)),
         paired=finding.paired,
-        digests=tuple(sorted(digests)),
-        why="" if decided == HOLDS else explain(claim, finding),
+        digests=tuple(finding.distinct("digest")),
+        why="" if verdict == HOLDS else " ".join(_why(claim, finding)),
     )
 
 
 def _said(claim: Claim) -> dict[str, Any]:
-    names = ("id", "section", "experiment", "kind", "text")
-    limit = claim.at_most if claim.at_most is not None else claim.at_least
-    paper = claim.paper if claim.paper is not None else limit
+    """Return what the paper says."""
+    number = None if isinstance(claim.paper, str | None) else claim.paper
+    says = claim.paper if number is None else claim.number(number, digits=6)
+    bound = claim.kind in ("at most", "at least")
     return {
-        **{name: getattr(claim, name) for name in names},
-        "paper": None if paper is None else paper * claim.scale,
-        "unit": claim.shown_unit,
-        "paper_says": _paper(claim, paper),
+        **{name: getattr(claim, name) for name in ("id", "section", "experiment", "text", "unit")},
+        "kind": "bound" if bound else claim.kind,
+        "paper": None if number is None else number * claim.scale,
+        "paper_says": f"{claim.kind} {says}" if bound else says or "every margin above 0",
     }
 
 
-def _paper(claim: Claim, value: float | None) -> str:
-    if claim.kind in ("order", "trend"):
-        return claim.direction or "flat" if claim.kind == "trend" else "every margin above 0"
-    bound = "at most " if claim.at_most is not None else "at least "
-    return (bound if claim.kind == "bound" else "") + _number(claim, value or 0.0, digits=6)
+def decide(claim: Claim, finding: Finding) -> tuple[Draws, str, str]:
+    """Return the number that the verdict is about, what it is, and the verdict by `RULES`."""
+    means, every = finding.comparisons, [draws for _, _, draws in finding.parts]
+    if not every:
+        raise Untestable("nothing to compare")
+    if claim.kind == "order":
+        least = min(means, key=lambda one: float(means[one][0]))
+        clear = all(limits(draws)[0] > 0 for draws in means.values())
+        everywhere = all(draws[0] > 0 for draws in every)
+        verdict = FAILS if not clear else HOLDS if everywhere else WEAKER
+        return means[least], f"least margin, {least}", verdict
+    if claim.paper == "flat":
+        before, beyond, *_ = means.values()
+        draws = np.where(before > 0, ratio(beyond, before), 1.0)
+        low, high = limits(draws)
+        bent = limits(before)[0] > 0 and high < 1
+        verdict = FAILS if not bent else HOLDS if low <= FLAT else WEAKER
+        return draws, "slope beyond over slope before", verdict
+    if claim.kind in ("at most", "at least"):
+        label = "share of the comparisons" if finding.share else "worst cell"
+        worst = np.max if claim.kind == "at most" else np.min
+        draws = np.mean(every, axis=0) if finding.share else worst(every, axis=0)
+        return draws, label, _keeps(claim, draws)
+    draws = np.mean(list(means.values()), axis=0)
+    label = "mean over cells" if len(finding.cells) > 1 else "one cell"
+    if claim.kind == "value":
+        return draws, label, _agrees(claim, draws)
+    paper = claim.paper
+    if claim.kind == "trend":
+        paper, label = STRONG_TREND, "mean rank correlation in the claimed direction"
+    low, high = limits(draws)
+    return draws, label, FAILS if low <= 0 else HOLDS if high >= paper else WEAKER
 
 
-def _number(claim: Claim, value: float, digits: int = 3) -> str:
-    return f"{_plain(value * claim.scale, digits)} {claim.shown_unit}".strip()
+def _keeps(claim: Claim, draws: Draws) -> str:
+    sign = -1.0 if claim.kind == "at most" else 1.0
+    worst = min(sign * end for end in limits(draws))
+    if worst >= sign * claim.paper:
+        return HOLDS
+    weakly = claim.weaker is not None and worst > sign * claim.weaker
+    return WEAKER if weakly or sign * draws[0] >= sign * claim.paper else FAILS
 
 
-def _plain(value: float, digits: int = 3) -> str:
-    """Return a number with so many significant digits, never with an exponent."""
-    if value == 0 or not np.isfinite(value):
-        return f"{value:g}"
-    decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
-    text = f"{value:.{min(decimals, 3)}f}"
-    return text.rstrip("0").rstrip(".") if digits > 3 and "." in text else text
+def _agrees(claim: Claim, draws: Draws) -> str:
+    rounding, distance = 1e-9, abs(draws[0] - claim.paper)
+    low, high = limits(draws)
+    if low <= claim.paper <= high or distance <= claim.tolerance + rounding:
+        return HOLDS
+    wide = 0.1 * abs(claim.paper) if claim.weaker is None else claim.weaker
+    return WEAKER if distance <= wide + rounding else FAILS
 
 
-def _subjects(claim: Claim, finding: Finding) -> pd.DataFrame:
-    """Return the runs of the claim's subject, or all if it ranks without one."""
-    return finding.runs if claim.ranking else select(finding.runs, claim.subject)
-
-
-def _distinct(finding: Finding, name: str) -> list[str]:
-    return [] if finding.table else sorted(set(finding.runs[name]))
-
-
-def _weights(claim: Claim, finding: Finding, results: ResultsFolder) -> list[str]:
-    if finding.table is None:
-        return _distinct(finding, "weights")
-    subjects = results.analysis_record(claim.experiment).get("subjects", ())
-    return sorted({one["weights"] for one in subjects})
-
-
-def _bound(claim: Claim, finding: Finding, results: ResultsFolder) -> str:
+def _bound(claim: Claim, finding: Finding) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
-    if finding.table:
-        return ""
     said = []
-    times = _subjects(claim, finding)["bound_times"]
+    times = finding.subjects["bound_times"] if finding.subject else pd.Series(dtype=float)
     times = times[times >= 1]
-    if len(times) and not claim.ranking:
+    if len(times):
         said.append(f"FineMoE takes {times.mean():.2f} times the least possible time")
-    if claim.kind in ("reduction", "increase"):
-        runs = results.runs_of(claim.experiment)
-        oracles = select(select(runs, claim.where), "oracle").drop_duplicates(["model", "dataset"])
-        others = pd.concat(select(finding.runs, one) for one in claim.against)
-        pairs = oracles.merge(others, on=["model", "dataset"], suffixes=("", "_other"))
-        if len(oracles) >= len(finding.cells):
-            said.append(f"an oracle reaches {_number(claim, _with_oracle(claim, pairs))}")
+    if finding.oracle is not None and np.isfinite(finding.oracle):
+        change = finding.oracle - 1
+        reached = claim.number(-change if claim.kind == "reduction" else change)
+        said.append(f"an oracle reaches {reached}")
     return "; ".join(said)
 
 
-def _with_oracle(claim: Claim, pairs: pd.DataFrame) -> float:
-    """Return what the mean change would be with an oracle; a row has its run and another's."""
-    sign = 1.0 if claim.kind == "increase" else -1.0
-    changes = [
-        run_draws(pair, metric)[0] / run_draws(pair | {"table": pair["table_other"]}, metric)[0] - 1
-        for pair in pairs.to_dict("records")
-        for metric in claim.metric
-    ]
-    return sign * float(np.mean(changes))
+# Why it does not hold, or holds weaker: only what was measured, no cause that was not -------------
+
+
+def _why(claim: Claim, finding: Finding) -> Iterator[str]:
+    yield from _spread(claim, finding)
+    if claim.kind == "value":
+        yield from finding.details
+    if claim.kind in ("reduction", "order") and "hit_rate" not in finding.metrics:
+        yield from _room(claim, finding)
+    if not finding.paired:
+        unpaired = "The systems did not serve the same requests"
+        yield f"{unpaired}, so the interval is that of unpaired runs."
+
+
+def _spread(claim: Claim, finding: Finding) -> Iterator[str]:
+    """Say which comparisons fail, over the cells and in single ones."""
+    means, parts = finding.comparisons, sorted(finding.parts, key=lambda part: float(part[2][0]))
+    if claim.paper == "flat":
+        for label, draws in means.items():
+            yield f"The {label} is {_shown(claim, draws)}."
+    elif claim.kind in ("order", "trend"):
+        unclear = [label for label, draws in means.items() if limits(draws)[0] <= 0]
+        yield f"{len(means) - len(unclear)} of {len(means)} comparisons are clear over the cells."
+        if unclear:
+            least = sorted(unclear, key=lambda label: float(means[label][0]))[:SHOWN_PARTS]
+            listed = "; ".join(f"{one} {_shown(claim, means[one])}" for one in least)
+            yield f"Not clear: {listed}."
+        against = [part for part in parts if part[2][0] <= 0]
+        if against:
+            yield (
+                f"In {len(against)} of {len(parts)} single cells it is the other way round "
+                f"or equal: {_listed(claim, against)}."
+            )
+    elif len(parts) > 1:
+        yield f"From cell to cell it goes from {_listed(claim, [parts[0], parts[-1]], ' to ')}."
+
+
+def _listed(claim: Claim, parts: list[Part], between: str = "; ") -> str:
+    named = [f"{_shown(claim, draws)} ({label}; {cell_name(cell)})"
+             for label, cell, draws in parts[:SHOWN_PARTS]]  # fmt: skip
+    more = len(parts) - SHOWN_PARTS
+    return between.join(named) + (f"; and {more} more" if more > 0 else "")
+
+
+def _shown(claim: Claim, draws: Draws) -> str:
+    ends = [f"{end * claim.scale:.3g}" for end in interval(draws) or ()]
+    text = f"{draws[0] * claim.scale:.3g} {claim.unit}".rstrip()
+    return f"{text} ({' to '.join(ends)})" if ends else text
+
+
+def _room(claim: Claim, finding: Finding) -> Iterator[str]:
+    """Say by how much the time served could be lowered at all, against each other system."""
+    if not finding.subject:
+        return
+    for name, runs in by_system(finding.rows):
+        bounds, busy = runs[["bound_compute_s", "bound_link_s"]], runs["busy_s"].sum()
+        if finding.subject in [*runs["system"]] or not busy or bounds.isna().to_numpy().any():
+            continue
+        room = 1 - bounds.max(axis=1).sum() / busy
+        text = f"Against {name} no system could lower the time served by more than"
+        comparable = claim.kind == "reduction" and "ttft_s" not in finding.metrics
+        less = comparable and room < claim.paper
+        end = ", which is less than the paper's value." if less else "."
+        yield f"{text} {100 * room:.1f} %{end}"
 
 
 # Files and command --------------------------------------------------------------------------------
@@ -323,14 +321,15 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{cause}; choose another results=") from error
 
 
-def arguments(doc: str | None) -> tuple[ResultsFolder, bool]:
-    """Return the results folder and mixed_modes from `key=value` words; UserError for others."""
-    options, others = words_given(doc, {"results": "results", "mixed_modes": "false"})
+def arguments(doc: str | None) -> tuple[ResultsFolder, bool, Path | None]:
+    """Return results folder, mixed_modes and claims of `key=value` words; UserError for others."""
+    options, others = words_given(doc, {"results": "results", "mixed_modes": "false", "claims": ""})
     if others:
-        raise UserError(f"{others[0]}: give results=<folder>, and mixed_modes=true if you mean it")
+        raise UserError(f"{others[0]}: give results=<folder>, claims=<file.py>, mixed_modes=true")
     if options["mixed_modes"] not in ("true", "false"):
         raise UserError(f"mixed_modes={options['mixed_modes']}: choose true or false")
-    return ResultsFolder(Path(options["results"])), options["mixed_modes"] == "true"
+    own = Path(options["claims"]) if options["claims"] else None
+    return ResultsFolder(Path(options["results"])), options["mixed_modes"] == "true", own
 
 
 @command()

@@ -1,10 +1,16 @@
-"""What a results folder says of a claim, cell by cell, as bootstrap draws."""
+"""A claim is a function of a results folder, registered by `claim`.
+
+`runs` and `analysis` load the rows that it is about. `reductions`, `ranked`, `trend` and the other
+comparisons turn them into a Finding: a quantity in every cell, as bootstrap draws.
+"""
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,146 +26,161 @@ from experiments.bootstrap import (
     table_draws,
 )
 from experiments.figures.style import dataset_name, model_name, system_name
-from experiments.judge.frame import ResultsFolder, Table
+from experiments.judge.frame import ResultsFolder
 
-Kind = Literal["reduction", "increase", "order", "trend", "bound", "value"]
+Kind = Literal["reduction", "increase", "order", "trend", "at most", "at least", "value"]
+Rows = pd.DataFrame
+"""Rows of a `run_frame`, or of a CSV of an analysis."""
+Names = Sequence[str]
 Selector = str | Mapping[str, Any]
-"""A system's name, or columns and what they must hold, `system` among them."""
+"""A system's name, or columns and what they must hold."""
 Cell = tuple[Any, ...]
-"""Model, dataset, and whatever else `by` names."""
-Cells = Mapping[Cell, pd.DataFrame]
-"""The runs of each cell."""
-Run = Mapping[Any, Any]
-"""A row of a `run_frame`."""
+"""Model, dataset, and whatever else a comparison is made by."""
+Part = tuple[str, Cell, Draws]
+"""What is compared, and its value in one cell."""
 LAST = "last"
-"""In `where`: the largest value that the table has."""
+"""The largest value that a column has."""
 
 
 class Untestable(Exception):
-    """A claim that the records at hand cannot decide; the text says why and what would."""
-
-
-def lacking(claim: Claim, cause: str = "") -> Untestable:
-    """Return what to raise where an experiment's records lack something for a claim."""
-    remedy = f"run python -m experiments.reproduce {claim.experiment}"
-    return Untestable(f"{cause}: {remedy}" if cause else remedy)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim of the paper; experiments/judge/claims.yaml explains the fields."""
-
-    id: str
-    section: str
-    experiment: str
-    text: str
-    kind: Kind
-    metric: tuple[str, ...] = ()
-    subject: Selector = "finemoe"
-    against: tuple[Selector, ...] = ()
-    ranking: tuple[Any, ...] = ()
-    better: Literal["lower", "higher"] = "lower"
-    versus: str = ""
-    where: Mapping[str, Any] = field(default_factory=dict)
-    by: tuple[str, ...] = ()
-    x: str = ""
-    direction: Literal["", "rises", "falls"] = ""
-    flat_after: float | None = None
-    at_most: float | None = None
-    at_least: float | None = None
-    weakly: float | None = None
-    aggregate: Literal["worst", "share"] = "worst"
-    paper: float | None = None
-    tolerance: float = 0.0
-    weaker_tolerance: float | None = None
-    unit: str = ""
-    table: str = ""
-    value: str = ""
-    key: str = ""
-    derive: str = ""
-
-    @property
-    def selectors(self) -> tuple[Selector, ...]:
-        """Return every run that the claim compares; the subject comes first, if there is one."""
-        return self.ranking or (self.subject, *self.against)
-
-    @property
-    def shown_unit(self) -> str:
-        """The unit in which its values, fractions or seconds, are shown."""
-        return self.unit or ("%" if self.kind in ("reduction", "increase", "order") else "")
-
-    @property
-    def scale(self) -> float:
-        """What values are multiplied by for that unit."""
-        return {"%": 100.0, "ms": 1000.0}.get(self.shown_unit, 1.0)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One comparison, or one value, in one cell."""
-
-    label: str
-    cell: Cell
-    draws: Draws
+    """Records do not decide a claim: the cause, and the experiment to run, if not the claim's."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was measured of a claim."""
+    """What the records say of a claim."""
 
-    parts: tuple[Part, ...]
-    draws: Draws
-    """The number to judge, over all parts; for an order the least margin."""
-    label: str
-    """What that number is."""
-    runs: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """The rows of the `run_frame` that were compared."""
-    table: Table | None = None
+    parts: list[Part]
+    rows: Rows
+    """The runs or rows of analyses that were compared."""
+    subject: Selector | None = None
+    """Which of `rows` the claim is about; all if None."""
+    metrics: Names = ()
+    oracle: float | None = None
+    """The mean ratio of an oracle's metrics to the others'."""
+    share: bool = False
+    """Whether the number to judge is the parts' mean, not the worst of them."""
+    details: Names = ()
+    """Sentences on where a value comes from."""
 
     @property
     def cells(self) -> list[Cell]:
-        return list(dict.fromkeys(part.cell for part in self.parts))
+        return list(dict.fromkeys(cell for _, cell, _ in self.parts))
+
+    @property
+    def of_runs(self) -> bool:
+        return "table" in self.rows
+
+    @property
+    def subjects(self) -> Rows:
+        return self.rows if self.subject is None else select(self.rows, self.subject)
+
+    @property
+    def comparisons(self) -> dict[str, Draws]:
+        """Each comparison over all its cells."""
+        by_label = defaultdict(list)
+        for label, _, draws in self.parts:
+            by_label[label].append(draws)
+        return {label: cell_mean(draws) for label, draws in by_label.items()}
 
     @property
     def paired(self) -> bool:
         """Whether the runs of each model and dataset served the same requests."""
-        served: dict[Cell, set[tuple[Any, ...]]] = {}
-        for run in self.runs.to_dict("records"):
-            table = run["table"].sort_values("request")
-            lengths = zip(table["request"], table["output_tokens"], strict=True)
-            served.setdefault((run["model"], run["dataset"]), set()).add(tuple(lengths))
-        return all(len(one) == 1 for one in served.values())
+        if not self.of_runs:
+            return True
+        served = self.rows["table"].map(
+            lambda table: str(sorted(zip(table["request"], table["output_tokens"], strict=True)))
+        )
+        return bool(
+            served.groupby([self.rows["model"], self.rows["dataset"]]).nunique().eq(1).all()
+        )
+
+    def distinct(self, column: str) -> list[str]:
+        """Return the different values of a column, none if there is no such column."""
+        return sorted(set(self.rows.get(column, ())))
 
 
-def comparisons(parts: Sequence[Part]) -> dict[str, Draws]:
-    """Return each comparison over all its cells."""
-    by_label: dict[str, list[Draws]] = {}
-    for part in parts:
-        by_label.setdefault(part.label, []).append(part.draws)
-    return {label: cell_mean(draws) for label, draws in by_label.items()}
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what was claimed, and how to measure it."""
+
+    id: str
+    kind: Kind
+    experiment: str
+    section: str
+    text: str
+    paper: Any
+    """The paper's number, or the limit of a bound: a share, seconds, or in `unit`. For a trend
+    rises, falls or flat. By model or system where the claim is made of each."""
+    measure: Callable[..., Finding]
+    """Takes the results folder, and the model or system where `paper` is by these."""
+    unit: str = ""
+    """In which the number is shown. Shares are shown in % and seconds in ms if it says so."""
+    tolerance: float = 0.0
+    weaker: float | None = None
+    """The wider bound or tolerance, at which the claim holds weaker."""
+    case: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        return {"%": 100.0, "ms": 1000.0}.get(self.unit, 1.0)
+
+    def number(self, value: float, digits: int = 3) -> str:
+        """Return a value in the claim's unit."""
+        return f"{significant(value * self.scale, digits)} {self.unit}".strip()
+
+    def each(self) -> list[Claim]:
+        """Return the claim on each model or system; itself if it is on none."""
+        return [self._for(case) for case in self.paper] if isinstance(self.paper, dict) else [self]
+
+    def _for(self, case: str) -> Claim:
+        paper, system = self.paper[case], system_name(case)
+        text = self.text.format(
+            model=model_name(case), system=system, paper=self.number(paper, digits=6)
+        )
+        name = f"{self.id}-{system.lower()}"
+        return replace(self, id=name, text=text, paper=paper, case=(case,))
 
 
-def measure(claim: Claim, results: ResultsFolder) -> Finding:
-    """Return what the records say about a claim; raise Untestable if they say nothing."""
-    table, runs = None, pd.DataFrame()
-    if claim.table:
-        table = results.table(claim.experiment, claim.table)
-        if table is None:
-            raise lacking(claim)
-        parts = tuple(_of_table(claim, table.rows))
-    else:
-        experiments = filter(None, (claim.experiment, claim.versus))
-        cells = [_cells(claim, results.runs_of(one)) for one in experiments]
-        parts = tuple(_RUN_PARTS[claim.kind](claim, *cells))
-        every = [pd.concat(some.values()) for some in cells]
-        chosen = [select(runs, one) for runs in every for one in claim.selectors]
-        runs = pd.concat(chosen).drop_duplicates("digest")
-    if not parts:
-        raise lacking(claim, "nothing to compare")
-    return Finding(parts, *summarise(claim, parts), runs, table)
+def claim(
+    kind: Kind, experiment: str, section: str, paper: Any = None, **options: Any
+) -> Callable[[Callable[..., Finding]], Claim]:
+    """Make a claim of a function, named as the function is; its docstring is the claim's text.
+
+    In a text of several claims {model} or {system} and {paper} are filled in. See Claim for
+    `paper` and the options.
+    """
+
+    def register(measure: Callable[..., Finding]) -> Claim:
+        name, text = measure.__name__.replace("_", "-"), inspect.cleandoc(measure.__doc__ or "")
+        return Claim(name, kind, experiment, section, text, paper, measure, **options)
+
+    if kind in ("reduction", "increase", "order"):
+        options.setdefault("unit", "%")
+    return register
 
 
-def select(rows: pd.DataFrame, wanted: Selector) -> pd.DataFrame:
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def runs(results: ResultsFolder, experiment: str, **where: Any) -> Rows:
+    """Return an experiment's rows of the `run_frame`; raise Untestable if none is as asked for."""
+    return _chosen(results.runs_of(experiment), experiment, where)
+
+
+def analysis(results: ResultsFolder, experiment: str, name: str, **where: Any) -> Rows:
+    """Return rows of a CSV that an analysis left; raise Untestable if none is as asked for."""
+    return _chosen(results.table(experiment, name), experiment, where)
+
+
+def _chosen(rows: Rows, experiment: str, where: Mapping[str, Any]) -> Rows:
+    rows = select(rows, where)
+    if rows.empty:
+        raise Untestable("", experiment)
+    return rows
+
+
+def select(rows: Rows, wanted: Selector) -> Rows:
     """Return the rows whose columns hold what is wanted; none if there is no such column."""
     for name, value in ({"system": wanted} if isinstance(wanted, str) else wanted).items():
         if name not in rows:
@@ -169,58 +190,66 @@ def select(rows: pd.DataFrame, wanted: Selector) -> pd.DataFrame:
     return rows
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def _same(value: Any, wanted: Any) -> bool:
     try:
-        return abs(float(found) - float(wanted)) < 1e-6
+        return abs(float(value) - float(wanted)) < 1e-6
     except (TypeError, ValueError):
-        return str(found) == str(wanted)
+        return str(value) == str(wanted)
 
 
-# Run records --------------------------------------------------------------------------------------
+def _of(rows: Rows, selectors: Sequence[Selector]) -> Rows:
+    return pd.concat([select(rows, one) for one in selectors]).drop_duplicates("digest")
 
 
-def _cells(claim: Claim, runs: pd.DataFrame) -> Cells:
-    wanted = select(runs, claim.where)
-    if wanted.empty:
-        raise lacking(claim)
-    groups = wanted.groupby(["model", "dataset", *claim.by], dropna=False)
-    return dict(sorted(groups, key=lambda item: str(item[0])))
+def _cells(
+    rows: Rows, by: Names = (), compared: Sequence[Selector] = ()
+) -> list[tuple[Cell, Rows]]:
+    """Return the rows by model and dataset, unless these are compared, and by `by`."""
+    keys = {key for one in compared if not isinstance(one, str) for key in one}
+    names = [name for name in ("model", "dataset") if name in {*rows.columns} - keys]
+    return list(rows.groupby([*names, *by], dropna=False))
 
 
-def _several(claim: Claim, cells: Cells, cell: Cell, selector: Selector) -> Sequence[Run]:
-    found = select(cells[cell], selector) if cell in cells else pd.DataFrame()
-    if found.empty:
-        raise lacking(claim, f"no record of {selector_name(selector)} on {cell_name(cell)}")
-    return found.to_dict("records")
+# Quantities ---------------------------------------------------------------------------------------
 
 
-def _draws(claim: Claim, cells: Cells, cell: Cell, selector: Selector, metric: str) -> Draws:
-    """Return a metric of the one run that a selector finds in a cell."""
-    found = _several(claim, cells, cell, selector)
-    if len(found) > 1:
-        raise lacking(
-            claim,
-            f"{len(found)} records of {selector_name(selector)} on {cell_name(cell)}, where "
-            "the claim is about one; narrow the experiment",
-        )
-    return run_draws(found[0], metric)
+def _measured(
+    rows: Rows, metrics: Names, selectors: Sequence[Selector], by: Names = ()
+) -> Iterator[tuple[Cell, str, list[Draws]]]:
+    """Yield each cell and metric with the draws of what the selectors choose."""
+    for cell, here in _cells(rows, by, selectors):
+        for metric in metrics:
+            if metric == "origin":
+                yield cell, metric, _origin_distances(here, cell, selectors)
+            else:
+                yield cell, metric, [_draws(here, cell, one, metric) for one in selectors]
 
 
-def run_draws(run: Run, metric: str) -> Draws:
+def _draws(rows: Rows, cell: Cell, selector: Selector, metric: str) -> Draws:
+    chosen = select(rows, selector)
+    if len(chosen) != 1:
+        count = f"{len(chosen)} records" if len(chosen) else "no record"
+        raise Untestable(f"{count} of {selector_name(selector)} on {cell_name(cell)}")
+    if "table" in chosen:
+        return _run_draws(chosen.iloc[0], metric)
+    values = () if isinstance(selector, str) else selector.values()
+    return table_draws(chosen.iloc[0], metric, (*cell, *values))
+
+
+def _run_draws(run: pd.Series[Any], metric: str) -> Draws:
     """Return a metric of one run, its requests resampled; sync_s and sync_share are one number."""
     if metric in ("sync_s", "sync_share"):
         over = run["busy_s"] if metric == "sync_share" else run["iterations"]
         if not over > 0:
-            raise Untestable(f"{run['digest'][:12]} does not say how long it was busy: "
-                             "run it again")  # fmt: skip
-        return constant(synchronous_seconds(run) / over)
+            raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
+        return constant(_synchronous_seconds(run) / over)
     try:
         return request_draws(run["table"], metric, run["dataset"])
     except ValueError as error:
         raise Untestable(f"{error} in {run['digest'][:12]}") from error
 
 
-def synchronous_seconds(run: Run) -> float:
+def _synchronous_seconds(run: pd.Series[Any]) -> float:
     """Return what a system adds to the critical path, expert loads on demand left out."""
     names = ["context_collection", "prefetch_wait"]
     if run["record"]["config"]["system"].get("asynchronous") is False:
@@ -228,235 +257,214 @@ def synchronous_seconds(run: Run) -> float:
     return float(np.nansum([run[f"phase_{name}_s"] for name in names]))
 
 
-def _gains(claim: Claim, cells: Cells) -> Iterator[Part]:
-    """Yield by how much the subject lowers each metric, as a share of the other's."""
-    for cell, metric in itertools.product(cells, claim.metric):
-        subject = _draws(claim, cells, cell, claim.subject, metric)
-        for other in claim.against:
-            label = f"{quantity_name(metric)} against {selector_name(other)}"
-            yield Part(label, cell, 1 - ratio(subject, _draws(claim, cells, cell, other, metric)))
+def _origin_distances(rows: Rows, cell: Cell, systems: Sequence[Selector]) -> list[Draws]:
+    """Return distances from the origin of TPOT and footprint, each over the largest of them.
 
-
-def _increase(claim: Claim, cells: Cells) -> Iterator[Part]:
-    """Yield rises over the other's mean over cells, so that a cell near 0 cannot rule the mean."""
-    for metric, other in itertools.product(claim.metric, claim.against):
-        mine, base = (
-            {cell: _draws(claim, cells, cell, one, metric) for cell in cells}
-            for one in (claim.subject, other)
+    Of a system that ran at several budgets it is that of the nearest.
+    """
+    points = []
+    for system in systems:
+        chosen = select(rows, system)
+        if chosen.empty:
+            raise Untestable(f"no record of {selector_name(system)} on {cell_name(cell)}")
+        points.append(
+            [(_run_draws(run, "tpot_s"), _footprint(run)) for _, run in chosen.iterrows()]
         )
-        usual = np.mean(list(base.values()), axis=0)
-        label = f"{quantity_name(metric)} against {selector_name(other)}"
-        for cell in cells:
-            yield Part(label, cell, ratio(mine[cell] - base[cell], usual))
-
-
-def _order(claim: Claim, cells: Cells, others: Cells | None = None) -> Iterator[Part]:
-    if others is not None:
-        theirs = {(part.label, part.cell): part.draws for part in _gains(claim, others)}
-        for part in _gains(claim, cells):
-            if (part.label, part.cell) in theirs:
-                difference = theirs[part.label, part.cell] - part.draws
-                yield Part(f"reduction of {part.label}", part.cell, difference)
-        return
-    for cell, metric in itertools.product(cells, claim.metric):
-        if metric == "origin":
-            values = _origins(claim, cells, cell)
-        else:
-            draws = [_draws(claim, cells, cell, one, metric) for one in claim.selectors]
-            values = list(zip(map(selector_name, claim.selectors), draws, strict=True))
-        yield from _margins(claim, cell, values, quantity_name(metric))
-
-
-def _origins(claim: Claim, cells: Cells, cell: Cell) -> list[tuple[str, Draws]]:
-    """Return distances from the origin; of a system that ran at several budgets, the nearest."""
-    runs = {selector_name(one): _several(claim, cells, cell, one) for one in claim.selectors}
-    points = {
-        name: [(run_draws(run, "tpot_s"), footprint(run)) for run in some]
-        for name, some in runs.items()
-    }
-    every = [point for some in points.values() for point in some]
-    slowest = np.max([time for time, _ in every], axis=0)
-    largest = max(size for _, size in every)
+    seconds, sizes = zip(*itertools.chain(*points), strict=True)
+    slowest, largest = np.max(seconds, axis=0), max(sizes)
     return [
-        (name, np.min([np.hypot(time / slowest, size / largest) for time, size in some], axis=0))
-        for name, some in points.items()
+        np.min([np.hypot(one / slowest, size / largest) for one, size in some], axis=0)
+        for some in points
     ]
 
 
-def footprint(run: Run) -> float:
+def _footprint(run: pd.Series[Any]) -> float:
     """Return bytes on the devices: experts in slots at the peak, and what is never offloaded."""
     summary = run["record"]["summary"]
     return float(summary["peak_slot_bytes"] + summary["dense_bytes"])
 
 
-def _margins(
-    claim: Claim, cell: Cell, values: Sequence[tuple[str, Draws]], what: str
-) -> Iterator[Part]:
-    """Compare neighbours of a ranking, or the first with all others."""
-    if claim.ranking:
-        pairs = list(itertools.pairwise(values))
-    else:
-        first, *others = values
-        pairs = [(first, one) if claim.better == "lower" else (one, first) for one in others]
-    for (low_name, low), (high_name, high) in pairs:
-        yield Part(f"{what}: {low_name} below {high_name}", cell, margin(low, high))
+# Comparisons: each returns what it measured in every cell -----------------------------------------
 
 
-def margin(low: Draws, high: Draws) -> Draws:
+def reductions(rows: Rows, metrics: Names, systems: Names) -> Finding:
+    """By how much the first system lowers each metric, as a share of each other's."""
+    oracle = _oracle_ratio(rows, metrics, systems)
+    parts = list(_reductions(rows, metrics, systems))
+    return Finding(parts, _of(rows, systems), systems[0], metrics, oracle)
+
+
+def _reductions(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Iterator[Part]:
+    for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems, by):
+        for other, draws in zip(systems[1:], theirs, strict=True):
+            yield (
+                f"{quantity_name(metric)} against {system_name(other)}",
+                cell,
+                1 - ratio(mine, draws),
+            )
+
+
+def increases(rows: Rows, metric: str, systems: Names) -> Finding:
+    """Rises over each other's mean over cells, so that a cell near 0 cannot rule the mean."""
+    parts: list[Part] = []
+    for other in systems[1:]:
+        measured = list(_measured(rows, [metric], [systems[0], other]))
+        usual = np.mean([theirs for _, _, (_, theirs) in measured], axis=0)
+        label = f"{quantity_name(metric)} against {system_name(other)}"
+        parts += [(label, cell, ratio(mine - their, usual)) for cell, _, (mine, their) in measured]
+    oracle = _oracle_ratio(rows, [metric], systems)
+    return Finding(parts, _of(rows, systems), systems[0], [metric], oracle)
+
+
+def _oracle_ratio(rows: Rows, metrics: Names, systems: Names) -> float | None:
+    try:
+        measured = list(_measured(rows, metrics, ["oracle", *systems[1:]]))
+    except Untestable:
+        return None
+    ratios = [oracle[0] / one[0] for _, _, (oracle, *rest) in measured for one in rest]
+    return float(np.mean(ratios))
+
+
+def smaller(here: Finding, there: Finding) -> Finding:
+    """By how much reductions are smaller here than there, where both were measured."""
+    theirs = {(label, cell): draws for label, cell, draws in there.parts}
+    parts = [
+        (f"reduction of {label}", cell, theirs[label, cell] - draws)
+        for label, cell, draws in here.parts
+        if (label, cell) in theirs
+    ]
+    return Finding(parts, pd.concat([here.rows, there.rows]), here.subject, here.metrics)
+
+
+def lowest(rows: Rows, metrics: Names, systems: Sequence[Selector]) -> Finding:
+    """Margins by which the first system is below each other."""
+    name, *names = map(selector_name, systems)
+    parts = [
+        (f"{quantity_name(metric)}: {name} below {other}", cell, _margin(mine, draws))
+        for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems)
+        for other, draws in zip(names, theirs, strict=True)
+    ]
+    return Finding(parts, _of(rows, systems), systems[0], metrics)
+
+
+def ranked(rows: Rows, metric: str, ranking: Sequence[Selector], by: Names = ()) -> Finding:
+    """Margins by which each of a ranking, from least to most, is below the next."""
+    names = list(itertools.pairwise(map(selector_name, ranking)))
+    parts = [
+        (f"{quantity_name(metric)}: {low} below {high}", cell, _margin(*pair))
+        for cell, _, draws in _measured(rows, [metric], ranking, by)
+        for (low, high), pair in zip(names, itertools.pairwise(draws), strict=True)
+    ]
+    return Finding(parts, _of(rows, ranking), metrics=[metric])
+
+
+def _margin(low: Draws, high: Draws) -> Draws:
     """Return by how much `high` exceeds `low`, as a share of their mean; 0 where both are 0."""
     total = low + high
     return np.divide(2 * (high - low), total, out=np.zeros_like(total), where=total != 0)
 
 
-def _trend(claim: Claim, cells: Cells) -> Iterator[Part]:
-    for cell, runs in cells.items():
-        settings = sorted(map(float, runs[claim.x].unique()))
-        curves: dict[str, list[Draws]] = {}
-        for at in settings:
-            for part in _gains(claim, {cell: select(runs, {claim.x: at})}):
-                curves.setdefault(part.label, []).append(part.draws)
-        for label, curve in curves.items():
-            yield from _shape(claim, f"reduction of {label}", cell, settings, curve)
+def share_lowest(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Finding:
+    """The share of cells and metrics in which the first system is the lowest."""
+    parts = [
+        (f"{quantity_name(metric)} lowest", cell, (mine < np.min(theirs, axis=0)).astype(float))
+        for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems, by)
+    ]
+    return Finding(parts, _of(rows, systems), systems[0], metrics, share=True)
 
 
-def _bound(claim: Claim, cells: Cells, others: Cells | None = None) -> Iterator[Part]:
-    for cell, metric in itertools.product(cells, claim.metric):
-        what = quantity_name(metric)
-        subject, *against = (_draws(claim, cells, cell, one, metric) for one in claim.selectors)
-        if others is not None:
-            for one, mine in zip(claim.selectors, (subject, *against), strict=True):
-                change = np.abs(mine - _draws(claim, others, cell, one, metric))
-                yield Part(f"{what} of {selector_name(one)}", cell, change)
-        elif claim.aggregate == "share":
-            yield Part(f"{what} lowest", cell, (subject < np.min(against, axis=0)).astype(float))
-        else:
-            yield Part(what, cell, subject)
+def changes(here: Rows, there: Rows, metric: str, systems: Names) -> Finding:
+    """How far a metric of each system is from that of another experiment."""
+    before = {cell: draws for cell, _, draws in _measured(there, [metric], systems)}
+    parts = [
+        (f"{quantity_name(metric)} of {system_name(system)}", cell, np.abs(mine - theirs))
+        for cell, _, draws in _measured(here, [metric], systems)
+        for system, mine, theirs in zip(systems, draws, before[cell], strict=True)
+    ]
+    rows = pd.concat([_of(one, systems) for one in (here, there)])
+    return Finding(parts, rows, systems[0], [metric])
 
 
-def _best_setting(claim: Claim, cells: Cells) -> Iterator[Part]:
-    (metric,) = claim.metric
-    for cell in cells:
-        runs = sorted(_several(claim, cells, cell, claim.subject), key=lambda run: run[claim.x])
-        settings = np.unique([float(run[claim.x]) for run in runs])
-        if len(settings) < 2 or len(settings) != len(runs):
-            cause = f"{len(runs)} runs at {len(settings)} values of {claim.x} on {cell_name(cell)}"
-            raise lacking(claim, cause)
-        least = np.argmin([run_draws(run, metric) for run in runs], axis=0)
-        what = f"{quantity_name(claim.x)} with the lowest {quantity_name(metric)}"
-        yield Part(what, cell, settings[least])
+def trend(rows: Rows, x: str, value: str, direction: str, by: Names = ()) -> Finding:
+    """Rank correlations of an analysis's value with x."""
+    # The points of a curve are of the same requests: drawn one by one they would lose their order.
+    curves = {
+        (quantity_name(value), cell): list(zip(here[x], map(constant, here[value]), strict=True))
+        for cell, here in _cells(rows, by)
+    }
+    return Finding(_correlations(curves, x, direction), rows)
 
 
-_RUN_PARTS = {
-    "reduction": _gains,
-    "increase": _increase,
-    "order": _order,
-    "trend": _trend,
-    "bound": _bound,
-    "value": _best_setting,
-}
+def trend_of_reductions(
+    rows: Rows, x: str, metrics: Names, systems: Names, direction: str
+) -> Finding:
+    """Rank correlations of the first system's reductions with a setting."""
+    curves = defaultdict(list)
+    for label, (*cell, at), draws in _reductions(rows, metrics, systems, [x]):
+        curves[f"reduction of {label}", tuple(cell)].append((at, draws))
+    parts = _correlations(curves, x, direction)
+    return Finding(parts, _of(rows, systems), systems[0], metrics)
 
 
-# Analysis tables ----------------------------------------------------------------------------------
+def _correlations(
+    curves: Mapping[tuple[str, Cell], list[tuple[float, Draws]]], x: str, direction: str
+) -> list[Part]:
+    sign, parts = (1.0 if direction == "rises" else -1.0), []
+    for (what, cell), points in curves.items():
+        if len(points) < 3:
+            raise Untestable(f"{len(points)} values of {x} make no trend")
+        label = f"{what} {direction} with {quantity_name(x)}"
+        parts.append((label, cell, sign * spearman(*zip(*points, strict=True))))
+    return parts
 
 
-def _of_table(claim: Claim, rows: pd.DataFrame) -> Iterator[Part]:
-    if claim.derive:
-        rows = _DERIVED[claim.derive](rows)
-    absent = {claim.value, *filter(None, (claim.x, claim.key)), *claim.by} - set(rows.columns)
-    if absent:
-        raise lacking(claim, f"{claim.table}.csv has no {', '.join(sorted(absent))}")
-    rows = select(rows, claim.where)
-    names = [n for n in ("model", "dataset") if n in rows.columns and n != claim.key]
-    names += list(claim.by)
-    for cell, group in rows.groupby(names, sort=True) if names else [((), rows)]:
-        yield from _table_parts(claim, cell, group)
+def plateau(rows: Rows, x: str, value: str, after: float, by: Names = ()) -> Finding:
+    """Slopes of an analysis's value up to a point, and beyond it."""
+    parts: list[Part] = []
+    what = f"slope of {quantity_name(value)}"
+    for cell, here in _cells(rows, by):
+        points = [row for _, row in here.sort_values(x).iterrows()]
+        at = [row[x] for row in points]
+        if len(at) < 3 or not at[0] < after < at[-1]:
+            raise Untestable(f"{len(at)} values of {x} do not reach from below {after:g} beyond")
+        bend = min(range(1, len(at) - 1), key=lambda i: abs(at[i] - after))
+        y = [table_draws(row, value, (*cell, row[x])) for row in points]
+        before = (y[bend] - y[0]) / (at[bend] - at[0])
+        beyond = (y[-1] - y[bend]) / (at[-1] - at[bend])
+        parts.append((f"{what} up to {at[bend]:g}", cell, before))
+        parts.append((f"{what} beyond {at[bend]:g}", cell, beyond))
+    return Finding(parts, rows)
 
 
-def _table_parts(claim: Claim, cell: Cell, group: pd.DataFrame) -> Iterator[Part]:
-    if claim.kind == "order":
-        named = {str(row[claim.key]): row for _, row in group.iterrows()}
-        absent = [str(one) for one in claim.ranking if str(one) not in named]
-        if absent:
-            cause = f"no {claim.key} {', '.join(absent)} in {claim.table}.csv"
-            raise lacking(claim, cause)
-        values = [(str(one), table_draws(named[str(one)], claim.value, (*cell, one)))
-                  for one in claim.ranking]  # fmt: skip
-        yield from _margins(claim, cell, values, quantity_name(claim.value))
-    elif claim.kind == "trend":
-        ordered = group.sort_values(claim.x)
-        curve = [_point(claim, row, (*cell, row[claim.x])) for _, row in ordered.iterrows()]
-        yield from _shape(claim, quantity_name(claim.value), cell, ordered[claim.x].tolist(), curve)
-    else:
-        for _, row in group.iterrows():
-            yield Part(quantity_name(claim.value), cell, table_draws(row, claim.value, cell))
+def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -> Finding:
+    """A metric of a system, or a column of an analysis."""
+    measured = _measured(rows, [metric], [system or {}], by)
+    parts = [(quantity_name(metric), cell, draws) for cell, _, (draws,) in measured]
+    if system:
+        return Finding(parts, _of(rows, [system]), system, [metric])
+    numbers = rows.select_dtypes("number").to_dict("records")
+    computed = (", ".join(f"{name} = {one:.4g}" for name, one in row.items()) for row in numbers)
+    return Finding(parts, rows, details=[f"It follows from {one}." for one in computed])
 
 
-def _point(claim: Claim, row: pd.Series[Any], key: Cell) -> Draws:
-    """Return a point of a curve. For a rank correlation it does not vary.
-
-    The points of a curve are of the same requests: drawn one by one they would lose their order.
-    """
-    if claim.flat_after is None:
-        return constant(float(row[claim.value]))
-    return table_draws(row, claim.value, key)
-
-
-def _row_entropy(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the entropy over experts of each layer of the heatmaps."""
-    long = rows.melt(
-        ["model", "dataset", "layer", "expert"], ["coarse", "fine"], "granularity", "share"
-    )
-    keys = ["model", "dataset", "layer", "granularity"]
-    share = long["share"] / long.groupby(keys)["share"].transform("sum")
-    terms = np.where(share > 0, -share * np.log(share.where(share > 0, 1.0)), 0.0)
-    return long.assign(nats=terms).groupby(keys)["nats"].sum().reset_index()
-
-
-_DERIVED = {"row_entropy": _row_entropy}
-
-
-# From parts to one number -------------------------------------------------------------------------
-
-
-def _shape(
-    claim: Claim, what: str, cell: Cell, x: Sequence[float], curve: Sequence[Draws]
-) -> Iterator[Part]:
-    if len(x) < 3:
-        raise lacking(claim, f"{len(x)} values of {claim.x} make no trend")
-    if claim.flat_after is None:
-        sign = 1.0 if claim.direction == "rises" else -1.0
-        label = f"{what} {claim.direction} with {quantity_name(claim.x)}"
-        yield Part(label, cell, sign * spearman(x, curve))
-        return
-    if not x[0] < claim.flat_after < x[-1]:
-        raise lacking(claim, f"{claim.x} does not reach beyond {claim.flat_after:g}")
-    bend = min(range(1, len(x) - 1), key=lambda i: abs(x[i] - float(claim.flat_after or 0)))
-    before = (curve[bend] - curve[0]) / (x[bend] - x[0])
-    after = (curve[-1] - curve[bend]) / (x[-1] - x[bend])
-    yield Part(f"slope of {what} up to {x[bend]:g}", cell, before)
-    yield Part(f"slope of {what} beyond {x[bend]:g}", cell, after)
-
-
-def summarise(claim: Claim, parts: Sequence[Part]) -> tuple[Draws, str]:
-    """Return the number that a verdict is about, and what it is."""
-    means = comparisons(parts)
-    if claim.kind == "order":
-        label = min(means, key=lambda one: float(means[one][0]))
-        return means[label], f"least margin, {label}"
-    if claim.kind == "trend" and claim.flat_after is not None:
-        slopes = list(means.values())
-        bent = np.where(slopes[0] > 0, ratio(slopes[1], slopes[0]), 1.0)
-        return bent, "slope beyond over slope before"
-    if claim.kind == "trend":
-        rank = np.mean(list(means.values()), axis=0)
-        return rank, "mean rank correlation in the claimed direction"
-    if claim.kind == "bound" and claim.aggregate == "worst":
-        worst = np.max if claim.at_most is not None else np.min
-        return worst([part.draws for part in parts], axis=0), "worst cell"
-    if claim.kind == "bound":
-        return np.mean([part.draws for part in parts], axis=0), "share of the comparisons"
-    over = "mean over cells" if len({part.cell for part in parts}) > 1 else "one cell"
-    return np.mean(list(means.values()), axis=0), over
+def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
+    """The setting at which a system's metric is least."""
+    parts: list[Part] = []
+    details = []
+    what = quantity_name(metric)
+    for cell, here in _cells(rows):
+        mine = select(here, system).sort_values(x)
+        settings = mine[x].to_numpy(float)
+        if not 2 <= len(set(settings)) == len(mine):
+            count = f"{len(mine)} runs at {len(set(settings))} values of {x}"
+            raise Untestable(f"{count} on {cell_name(cell)}")
+        draws = [_run_draws(run, metric) for _, run in mine.iterrows()]
+        least = settings[np.argmin(draws, axis=0)]
+        parts.append((f"{quantity_name(x)} with the lowest {what}", cell, least))
+        points = zip(settings, draws, strict=True)
+        curve = ", ".join(f"{at:g}: {1e3 * one[0]:.4g} ms" for at, one in points)
+        details.append(f"{what} by {quantity_name(x)} ({cell_name(cell)}): {curve}.")
+    return Finding(parts, _of(rows, [system]), system, [metric], details=details)
 
 
 # Names --------------------------------------------------------------------------------------------
@@ -505,16 +513,24 @@ def selector_name(selector: Selector) -> str:
     """Return how reports call a system, with the options that were asked for."""
     if isinstance(selector, str):
         return system_name(selector)
+    if "system" not in selector:
+        return ", ".join(map(str, selector.values())) or "that kind"
     options = [f"{n}={v}" for n, v in selector.items() if n != "system"]
     known = [_OPTIONS.get(option, option) for option in options]
-    name = system_name(str(selector.get("system", "")))
+    name = system_name(selector["system"])
     return f"{name} ({', '.join(filter(None, known))})" if any(known) else name
 
 
 def cell_name(cell: Cell) -> str:
     """Return how reports call a cell."""
-    if not cell:
-        return "all"
-    plain = [f"{one:g}" if isinstance(one, float) else str(one) for one in cell]
-    names = [model_name(plain[0]), *map(dataset_name, plain[1:])]
-    return ", ".join(names)
+    model, *others = [f"{one:g}" if isinstance(one, float) else str(one) for one in cell]
+    return ", ".join([model_name(model), *map(dataset_name, others)])
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Return a number with so many significant digits, never with an exponent."""
+    if value == 0 or not np.isfinite(value):
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
+    text = f"{value:.{min(decimals, 3)}f}"
+    return text.rstrip("0").rstrip(".") if digits > 3 and "." in text else text

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ PHASES = (
 OPTIONS = ("search", "selection", "eviction", "predictor")
 """Ablation options of systems that figures tell apart; None where a system has no such option."""
 COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
-SYSTEM_CONFIGS = CONF / "system"
+IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
 NOT_OPTIONS = ("_target_", "label")
 
 
@@ -57,7 +56,11 @@ def run_frame(records: Sequence[Path]) -> pd.DataFrame:
     Whole: `record`, and `table`, its requests, one row a request. What a record does not have is
     NaN or None. Raises UserError for a path that holds no run record, or a damaged one.
     """
-    return pd.DataFrame([_row(_record_path(path)) for path in records])
+    paths = [path / RECORD if path.is_dir() else path for path in records]
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
+        raise UserError(f"{absent[0]}: no run record; give folders that runs have left")
+    return pd.DataFrame([_row(path) for path in paths])
 
 
 def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
@@ -67,13 +70,6 @@ def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
         raise UserError(
             f"{what} mixes {' and '.join(modes)} records; draw them apart or set mixed_modes=true"
         )
-
-
-def _record_path(path: Path) -> Path:
-    record = path / RECORD if path.is_dir() else path
-    if not record.is_file():
-        raise UserError(f"{path} holds no {RECORD}; give folders that runs have left")
-    return record
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -90,19 +86,17 @@ def _row(path: Path) -> dict[str, Any]:
         **{f"phase_{name}_s": phases.get(name) for name in PHASES},
         **{f"bound_{name}": bound.get(name) for name in ("times", "compute_s", "link_s")},
     }
-    measured = row.keys() - names.keys()
-    numbers = {key: math.nan for key in measured if row[key] is None}
-    return {**row, **numbers, "record": record, "table": requests}
+    numbers = {key: math.nan for key in row.keys() - names.keys() if row[key] is None}
+    return row | numbers | {"record": record, "table": requests}
 
 
 def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run is of, column to value."""
     config = record["config"]
     system, workload = config["system"], config["workload"]
-    told = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
     return {
         "digest": path.parent.name,
-        **{name: record[name] for name in told},
+        **{name: record[name] for name in IDENTITY},
         "label": system_label(record["system"], config),
         **{name: system.get(name) for name in (*OPTIONS, "prefetch_distance", "store_capacity")},
         "memory_budget_gb": record.get("memory_budget_gb"),
@@ -117,52 +111,43 @@ def system_label(system: str, config: Mapping[str, Any]) -> str:
     """Return the system's name and each option that is not at its default."""
     defaults = _defaults(system, json.dumps(config["model"]))
     options = config["system"].items()
-    changed = [f"{k}={v}" for k, v in options if k in defaults and v != defaults[k]]
+    changed = [f"{k}={v}" for k, v in options if v != defaults.get(k, v) and k not in NOT_OPTIONS]
     return " ".join([system, *changed])
 
 
 @lru_cache
 def _defaults(system: str, model: str) -> dict[str, Any]:
-    path = {one.stem: one for one in SYSTEM_CONFIGS.glob("*.yaml")}.get(system)
+    # A record's text is compared with names, not made a path.
+    path = {one.stem: one for one in (CONF / "system").glob("*.yaml")}.get(system)
     if path is None:
         return {}
     composed = OmegaConf.create({"system": OmegaConf.load(path), "model": json.loads(model)})
-    plain: Any = OmegaConf.to_container(composed.system, resolve=True)
-    return {key: value for key, value in plain.items() if key not in NOT_OPTIONS}
+    options: Any = OmegaConf.to_container(composed.system, resolve=True)
+    return options
 
 
 def _estimates(
     summary: Mapping[str, Any], requests: pd.DataFrame, names: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return means with their intervals; iterations are known where a batch stays together."""
-    latencies = ("ttft_s", "tpot_s", "e2el_s")
-    means = {name: (summary.get(name) or {}).get("mean") for name in latencies}
+    means = {name: (summary.get(name) or {}).get("mean") for name in ("ttft_s", "tpot_s", "e2el_s")}
     means["hit_rate"] = summary.get("expert_hit_rate")
     batches = requests.groupby("batch")[["output_tokens", "e2el_s"]].max().sum()
     iterations = float(batches["output_tokens"]) if names["workload"] == "offline" else math.nan
     means["iteration_s"] = float(batches["e2el_s"]) / iterations if iterations else None
     row: dict[str, Any] = {"iterations": iterations}
     for metric, mean in means.items():
-        found = None
+        ends = None
         if mean is not None and not math.isnan(mean):
             # A record may say more than its requests do.
             with suppress(ValueError):
-                found = interval(request_draws(requests, metric, names["dataset"]))
-        low, high = found or (math.nan, math.nan)
-        row |= {metric: mean, f"{metric}_low": low, f"{metric}_high": high}
+                ends = interval(request_draws(requests, metric, names["dataset"]))
+        row |= {metric: mean}
+        row[f"{metric}_low"], row[f"{metric}_high"] = ends or (math.nan, math.nan)
     return row
 
 
 # A results folder ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Table:
-    """One CSV of an analysis."""
-
-    digest: str
-    rows: pd.DataFrame
-    mode: str
 
 
 class ResultsFolder:
@@ -192,14 +177,17 @@ class ResultsFolder:
         due = "experiment record; remove it and draw again"
         return read_checked(path, INDEX, due) if path.exists() else {}
 
-    def table(self, experiment: str, name: str) -> Table | None:
-        """Return a table of an analysis; None if the analysis is missing or has no such table."""
+    def table(self, experiment: str, name: str) -> pd.DataFrame:
+        """Return a CSV of an analysis with its `digest`, `mode` and `weights`; empty if missing."""
         path = self.root / "analysis" / experiment / f"{name}.csv"
         record = self.analysis_record(experiment)
         if not record or not path.exists():
-            return None
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Table(digest, read_table(path), record["mode"])
+            return pd.DataFrame()
+        return read_table(path).assign(
+            digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+            mode=record["mode"],
+            weights=", ".join(sorted({one["weights"] for one in record["subjects"]})),
+        )
 
     def analysis_record(self, experiment: str) -> dict[str, Any]:
         """Return an analysis's record, empty where there is none."""

@@ -11,7 +11,6 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from experiments.judge.frame import ResultsFolder
 from experiments.judge.system_table import NOTE, system_table
 from experiments.run.records import read_table
 
-TEMPLATES = Path(__file__).parent
 MARKDOWN, PAGE = "REPORT.md", "report.html"
 IDS = (
     "table1", "1b", "3a", "3b", "3c", "4", "8", "9", "10", "11", "12", "13", "14a", "14b", "15",
@@ -63,54 +61,20 @@ TERMS = {
 """What the reports' words mean. Both print this."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure to be shown in a page, `width` x `height` CSS pixels."""
-
-    base64: str
-    """A PNG of at most 256 colours."""
-    width: int
-    height: int
-
-    @property
-    def broad(self) -> bool:
-        return self.width > BROAD
-
-
-@dataclass(frozen=True)
-class Section:
-    """One figure or table of the paper."""
-
-    id: str
-    name: str
-    title: str
-    caption: str
-    picture: Picture | None
-    """None if it was not drawn."""
-    data: tuple[tuple[str, ...], ...]
-    """Column names, then rows."""
-    left_out: int
-    """How many rows of data are not shown."""
-    systems: tuple[tuple[str, ...], ...]
-    """What the systems did: column names, then rows. Nothing where no system ran."""
-    verdicts: tuple[Verdict, ...]
-
-    @property
-    def made(self) -> bool:
-        return bool(self.picture or self.data)
-
-
-def write(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
+def write(
+    results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
+) -> list[Verdict]:
     """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
     Raises UserError if the folder is unreadable or cannot be written to, or if a figure in it is no
     image.
     """
-    verdicts = judge(results, mixed_modes)
-    runs = dict(results.runs.get("record", {}))
+    verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
-    sections = [_section(results, name, verdicts) for name in IDS]
-    in_order = headlines + [one for section in sections for one in section.verdicts]
+    others = [one for one in verdicts if one.section not in HEADLINES]
+    ids = dict.fromkeys([*IDS, *(one.experiment for one in others)])
+    sections = [_section(results, name, others) for name in ids]
+    in_order = headlines + [one for section in sections for one in section["verdicts"]]
     content = {
         "headlines": headlines,
         "sections": sections,
@@ -122,8 +86,8 @@ def write(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
         "terms": TERMS,
         "systems_note": NOTE,
         "short": SHORT,
-        "provenance": _provenance(results, list(runs.values())),
-        "runs": [_run_row(*run) for run in runs.items()],
+        "provenance": _provenance(results),
+        "runs": _run_table(results.runs),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for name, escape in ((MARKDOWN, False), (PAGE, True)):
@@ -133,7 +97,7 @@ def write(results: ResultsFolder, mixed_modes: bool = False) -> list[Verdict]:
 
 def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=escape,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -141,8 +105,7 @@ def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
         finalize=None if escape else _without_tags,
     )
     environment.filters |= {"slug": _slug, "cell": _markdown_cell, "sentences": _sentences}
-    suffix = Path(name).suffix
-    return environment.get_template(f"report_template{suffix}").render(content) + "\n"
+    return environment.get_template(f"report_template{Path(name).suffix}").render(content) + "\n"
 
 
 def _slug(verdict: str) -> str:
@@ -167,25 +130,29 @@ def _sentences(text: str) -> list[str]:
 # Figures and tables -------------------------------------------------------------------------------
 
 
-def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> Section:
-    figures = results.root / "figures"
-    picture, caption = figures / f"{name}.png", figures / f"{name}.txt"
-    rows, left_out = _data(figures / f"{name}.csv")
-    mine = [v for v in verdicts if v.experiment == name and v.section not in HEADLINES]
-    return Section(
-        name,
-        f"Table {name.removeprefix('table')}" if name.startswith("table") else f"Figure {name}",
-        _title(results, name),
-        caption.read_text(errors="replace").strip() if caption.exists() else "",
-        _picture(picture) if picture.exists() else None,
-        rows,
-        left_out,
-        system_table(results.runs_of(name)),
-        tuple(mine),
+def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return what the report says of one figure or table of the paper."""
+    picture, caption, csv = (
+        results.root / "figures" / f"{name}.{suffix}" for suffix in ("png", "txt", "csv")
     )
+    data = read_table(csv) if csv.exists() else pd.DataFrame()
+    about = results.index(name) or results.analysis_record(name)
+    return {
+        "id": name,
+        "name": f"Table {name[5:]}" if name.startswith("table") else f"Figure {name}",
+        "title": about.get("title", ""),
+        "caption": caption.read_text(errors="replace").strip() if caption.exists() else "",
+        "picture": _picture(picture) if picture.exists() else None,
+        "made": picture.exists() or csv.exists(),
+        "data": data.head(DATA_ROWS).map(_shown),
+        "left_out": max(0, len(data) - DATA_ROWS),
+        "systems": system_table(results.runs_of(name)),
+        "verdicts": [one for one in verdicts if one.experiment == name],
+    }
 
 
-def _picture(path: Path) -> Picture:
+def _picture(path: Path) -> dict[str, Any]:
+    """Return a figure as a PNG of at most 256 colours, and its size in CSS pixels."""
     try:
         with Image.open(path) as drawn:
             whole = drawn.convert("RGB")
@@ -194,21 +161,8 @@ def _picture(path: Path) -> Picture:
     packed = io.BytesIO()
     whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(packed, "PNG", optimize=True)
     width, height = (max(1, round(side / PIXELS_PER_CSS_PIXEL)) for side in whole.size)
-    return Picture(base64.b64encode(packed.getvalue()).decode(), width, height)
-
-
-def _title(results: ResultsFolder, name: str) -> str:
-    held = results.index(name) or results.analysis_record(name)
-    return str(held.get("title", ""))
-
-
-def _data(path: Path) -> tuple[tuple[tuple[str, ...], ...], int]:
-    if not path.exists():
-        return (), 0
-    frame = read_table(path)
-    shown = frame.head(DATA_ROWS)
-    rows = [tuple(_shown(value) for value in row) for row in shown.itertuples(index=False)]
-    return (tuple(map(str, frame.columns)), *rows), len(frame) - len(shown)
+    encoded = base64.b64encode(packed.getvalue()).decode()
+    return {"base64": encoded, "width": width, "height": height, "broad": width > BROAD}
 
 
 def _shown(value: Any) -> str:
@@ -222,20 +176,23 @@ def _shown(value: Any) -> str:
 # Where it came from -------------------------------------------------------------------------------
 
 
-def _provenance(results: ResultsFolder, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _provenance(results: ResultsFolder) -> dict[str, str]:
     """Return what the records say of commits, versions, machines, traces and seeds."""
+    runs = list(results.runs.get("record", ()))
     analyses = [record for name in IDS if (record := results.analysis_record(name))]
     origins = [*runs, *(one["provenance"] for one in analyses)]
     subjects = [subject for one in analyses for subject in one["subjects"]]
     packages = [f"{name} {number}" for one in origins for name, number in one["versions"].items()]
+    traces = [f"a trace of {one['model']} with weights {one['weights']}" for one in subjects]
+    dates = sorted(one["date"] for one in origins)
     found = {
         "records": f"{len(runs)} runs, {len(analyses)} analyses",
         "commit": _listed(map(_commit, origins)),
-        "recorded": _span(one["date"] for one in origins),
+        "recorded": f"{dates[0]} to {dates[-1]}" if dates else "",
         "mode": _listed(one["mode"] for one in [*runs, *analyses]),
         "testbed": _listed(run["testbed"] for run in runs),
         "weights": _listed(one["weights"] for one in [*runs, *subjects]),
-        "routing": _listed([*(run["routing"] for run in runs), *map(_trace, subjects)]),
+        "routing": _listed([*(run["routing"] for run in runs), *traces]),
         "data": _listed(f"{run['dataset']}: {run['dataset_source']} "
                         f"(sha256 {run['dataset_sha256'][:DIGEST]})" for run in runs),
         "seeds": _listed(str(run["seed"]) for run in runs),
@@ -249,11 +206,6 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(sorted(set(values)))
 
 
-def _span(dates: Iterable[str]) -> str:
-    ordered = sorted(dates)
-    return f"{ordered[0]} to {ordered[-1]}" if ordered else ""
-
-
 def _commit(origin: Mapping[str, Any]) -> str:
     changed = " with uncommitted changes" if origin.get("git_dirty") else ""
     return f"{origin.get('git_commit') or 'unknown'}{changed}"
@@ -265,29 +217,27 @@ def _machine(origin: Mapping[str, Any]) -> str:
     return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB{gpus} ({one['system']})"
 
 
-def _trace(subject: Mapping[str, Any]) -> str:
-    return f"a trace of {subject['model']} with weights {subject['weights']}"
-
-
-def _run_row(digest: str, record: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        digest[:DIGEST],
-        system_name(record["system"]),
-        model_name(record["model"]),
-        dataset_name(record["dataset"]),
-        f"{record['memory_budget_gb']:.3g}",
-        record["testbed"],
-        record["mode"],
-        str(record["seed"]),
-        str(record.get("git_commit") or "unknown")[:DIGEST],
+def _run_table(runs: pd.DataFrame) -> pd.DataFrame:
+    if runs.empty:
+        return pd.DataFrame()
+    return pd.DataFrame(
+        {
+            "digest": runs["digest"].str[:DIGEST],
+            "system": runs["system"].map(system_name),
+            "model": runs["model"].map(model_name),
+            "dataset": runs["dataset"].map(dataset_name),
+            "GB": runs["memory_budget_gb"].map("{:.3g}".format),
+            **{name: runs[name] for name in ("testbed", "mode", "seed")},
+            "commit": [str(one.get("git_commit") or "unknown")[:DIGEST] for one in runs["record"]],
+        }
     )
 
 
 @command()
 def main() -> None:
     """Write the report; exit 2 for bad input."""
-    results, mixed_modes = arguments(__doc__)
-    write(results, mixed_modes)
+    results, mixed_modes, claims = arguments(__doc__)
+    write(results, mixed_modes, claims)
     print(f"report: {results.root / MARKDOWN}, {results.root / PAGE}")
 
 

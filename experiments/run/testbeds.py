@@ -18,8 +18,7 @@ from pydantic.dataclasses import dataclass
 from experiments.errors import UserError
 from experiments.run.config import build, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
-from finemoe.offload.replay import Extra, ThreadCosts
-from finemoe.offload.replay import PredictionCosts
+from finemoe.offload.replay import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text
 from finemoe.testbed import SimulatedTestbed, Testbed

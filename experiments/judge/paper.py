@@ -1,0 +1,328 @@
+"""What the paper claims in sections 3 to 6, and how each claim is measured.
+
+Shares are fractions here and per cent in reports; an order has no number of its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from experiments.judge.findings import (
+    LAST,
+    Finding,
+    analysis,
+    best_setting,
+    changes,
+    claim,
+    increases,
+    lowest,
+    plateau,
+    ranked,
+    reductions,
+    runs,
+    share_lowest,
+    smaller,
+    trend,
+    trend_of_reductions,
+    values,
+)
+from experiments.judge.frame import ResultsFolder
+
+HIT_RATE_SYSTEMS = ("finemoe", "mixtral_offload", "promoe", "moe_infinity")
+PAPER_SYSTEMS = (*HIT_RATE_SYSTEMS[:1], "deepspeed", *HIT_RATE_SYSTEMS[1:])
+LATENCIES = ("ttft_s", "tpot_s")
+GRANULARITIES = ({"granularity": "fine"}, {"granularity": "coarse"})
+
+
+@claim(
+    "value",
+    "table1",
+    "Table 1",
+    {"mixtral": 0.72, "qwen": 0.81, "phi": 0.84},
+    unit="%",
+    tolerance=0.01,
+)
+def table1_inactive_share(results: ResultsFolder, model: str) -> Finding:
+    """Of the parameters of {model}, {paper} are inactive for a token."""
+    # one unit of the last digit printed
+    return values(analysis(results, "table1", "models", model=model), "inactive_share")
+
+
+@claim("value", "table1", "Table 1", {"mixtral": 67, "qwen": 23, "phi": 70}, unit="GB", tolerance=1)
+def table1_inactive_gb(results: ResultsFolder, model: str) -> Finding:
+    """The inactive parameters of {model} take {paper}."""
+    return values(analysis(results, "table1", "models", model=model), "inactive_gb")
+
+
+@claim("value", "table1", "Table 1", {"mixtral": 12.9, "qwen": 2.7, "phi": 6.6}, tolerance=0.1)
+def table1_active(results: ResultsFolder, model: str) -> Finding:
+    """{model} activates {paper} billion parameters for a token."""
+    return values(analysis(results, "table1", "models", model=model), "active_b")
+
+
+@claim("value", "table1", "Table 1", {"mixtral": 46.7, "qwen": 14.3, "phi": 42}, tolerance=0.1)
+def table1_total(results: ResultsFolder, model: str) -> Finding:
+    """{model} has {paper} billion parameters."""
+    return values(analysis(results, "table1", "models", model=model), "total_b")
+
+
+@claim("order", "1b", "Section 1, Figure 1b")
+def fig1b_origin(results: ResultsFolder) -> Finding:
+    """FineMoE is nearest the origin of latency and memory footprint, no offloading included."""
+    # TPOT and footprint, each over the largest of the systems compared.
+    return lowest(runs(results, "1b"), ["origin"], [*PAPER_SYSTEMS, "resident"])
+
+
+@claim("order", "3a", "Figure 3a")
+def fig3a_structure(results: ResultsFolder) -> Finding:
+    """Fine-grained (iteration) heatmaps are structured, coarse-grained (request) ones blurred."""
+    # A blurred row has a higher entropy.
+    heatmaps = analysis(results, "3a", "heatmaps")
+    return ranked(row_entropies(heatmaps), "nats", GRANULARITIES, by=["layer"])
+
+
+def row_entropies(heatmaps: pd.DataFrame) -> pd.DataFrame:
+    """Return the entropy over experts of each layer of the heatmaps, in nats."""
+    kept = [name for name in heatmaps if name not in ("coarse", "fine", "fine_counts")]
+    long = heatmaps.melt(kept, ["coarse", "fine"], "granularity", "share")
+    keys = [name for name in long if name not in ("expert", "share")]
+    share = long["share"] / long.groupby(keys)["share"].transform("sum")
+    terms = np.where(share > 0, -share * np.log(share.where(share > 0, 1.0)), 0.0)
+    return long.assign(nats=terms).groupby(keys)["nats"].sum().reset_index()
+
+
+@claim("order", "3b", "Figure 3b")
+def fig3b_entropy_counts(results: ResultsFolder) -> Finding:
+    """Activation counts have a higher entropy by request than by iteration, everywhere."""
+    return ranked(analysis(results, "3b", "entropy", measure="counts"), "nats", GRANULARITIES)
+
+
+@claim("order", "3b", "Figure 3b")
+def fig3b_entropy_gate(results: ResultsFolder) -> Finding:
+    """Gate probabilities have a higher entropy by request than by iteration, everywhere."""
+    return ranked(analysis(results, "3b", "entropy", measure="gate"), "nats", GRANULARITIES)
+
+
+@claim("trend", "3c", "Figure 3c", "rises")
+def fig3c_rises(results: ResultsFolder) -> Finding:
+    """Entropy rises as the activations of more iterations are added up."""
+    return trend(analysis(results, "3c", "growth"), "iterations", "nats", "rises")
+
+
+@claim("trend", "3c", "Figure 3c", "flat")
+def fig3c_plateau(results: ResultsFolder) -> Finding:
+    """The entropy plateaus after about 10 iterations."""
+    return plateau(analysis(results, "3c", "growth"), "iterations", "nats", after=10)
+
+
+@claim("order", "3c", "Figure 3c")
+def fig3c_models(results: ResultsFolder) -> Finding:
+    """The accumulated entropy is highest for Qwen1.5-MoE, then Phi-3.5-MoE, then Mixtral-8x7B."""
+    rows = analysis(results, "3c", "growth", iterations=LAST)
+    return ranked(rows, "nats", [{"model": one} for one in ("mixtral", "phi", "qwen")])
+
+
+@claim("order", "4", "Figure 4")
+def fig4_fine(results: ResultsFolder) -> Finding:
+    """Fine-grained prediction has a higher hit rate than coarse-grained, at every distance."""
+    fine, coarse = GRANULARITIES
+    return ranked(analysis(results, "4", "hit_rates"), "hit_rate", [coarse, fine], by=["distance"])
+
+
+@claim("trend", "4", "Figure 4", "falls")
+def fig4_falls(results: ResultsFolder) -> Finding:
+    """The hit rate of fine-grained prediction falls with the prefetch distance."""
+    rows = analysis(results, "4", "hit_rates", granularity="fine")
+    return trend(rows, "distance", "hit_rate", "falls")
+
+
+@claim("trend", "8", "Section 4.2, Figure 8", "rises")
+def fig8_similarity(results: ResultsFolder) -> Finding:
+    """The mean hit rate rises with semantic and with trajectory similarity."""
+    rows = analysis(results, "8", "similarity")
+    return trend(rows, "score", "hit_rate", "rises", by=["search"])
+
+
+@claim("at least", "9", "Section 4.2, Figure 9", 0.5, weaker=0)
+def fig9_pearson(results: ResultsFolder) -> Finding:
+    """Similarity and hit rate correlate strongly and positively, for every model and dataset."""
+    # "strong" by Cohen's convention; the paper draws bars, no limit
+    return values(analysis(results, "9", "pearson"), "pearson", by=["search"])
+
+
+@claim(
+    "reduction",
+    "10",
+    "Section 6.2, Figure 10",
+    {"deepspeed": 0.74, "mixtral_offload": 0.67, "promoe": 0.56, "moe_infinity": 0.53},
+)
+def fig10_ttft(results: ResultsFolder, system: str) -> Finding:
+    """FineMoE lowers TTFT by {paper} against {system}."""
+    return reductions(runs(results, "10"), ["ttft_s"], ["finemoe", system])
+
+
+@claim(
+    "reduction",
+    "10",
+    "Section 6.2, Figure 10",
+    {"deepspeed": 0.46, "mixtral_offload": 0.38, "promoe": 0.27, "moe_infinity": 0.22},
+)
+def fig10_tpot(results: ResultsFolder, system: str) -> Finding:
+    """FineMoE lowers TPOT by {paper} against {system}."""
+    return reductions(runs(results, "10"), ["tpot_s"], ["finemoe", system])
+
+
+@claim(
+    "increase",
+    "10",
+    "Section 6.2, Figure 10",
+    {"mixtral_offload": 0.14, "promoe": 0.37, "moe_infinity": 0.68},
+)
+def fig10_hits(results: ResultsFolder, system: str) -> Finding:
+    """FineMoE raises the expert hit rate by {paper} against {system}."""
+    return increases(runs(results, "10"), "hit_rate", ["finemoe", system])
+
+
+@claim("order", "11", "Section 6.2, Figure 11")
+def fig11_cdf(results: ResultsFolder) -> Finding:
+    """Online, FineMoE's CDF of end-to-end latency lies left of every baseline's."""
+    quantiles = [f"e2el_s@{level}" for level in (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)]
+    return lowest(runs(results, "11"), quantiles, PAPER_SYSTEMS)
+
+
+@claim(
+    "reduction",
+    "12",
+    "Section 6.3, Figure 12",
+    {"deepspeed": 0.36, "mixtral_offload": 0.25, "promoe": 0.16, "moe_infinity": 0.29},
+)
+def fig12(results: ResultsFolder, system: str) -> Finding:
+    """At 6 GB of expert cache FineMoE lowers TPOT by {paper} against {system}."""
+    return reductions(runs(results, "12", memory_budget=6), ["tpot_s"], ["finemoe", system])
+
+
+@claim("trend", "12", "Section 6.3, Figure 12", "falls")
+def fig12_narrows(results: ResultsFolder) -> Finding:
+    """The gaps in TPOT narrow as the limit of the expert cache grows."""
+    return trend_of_reductions(
+        runs(results, "12"), "memory_budget_gb", ["tpot_s"], PAPER_SYSTEMS, "falls"
+    )
+
+
+@claim("order", "13", "Section 6.4, Figure 13")
+def fig13_first(results: ResultsFolder) -> Finding:
+    """On the A100, too, FineMoE has the lowest TTFT and TPOT."""
+    return lowest(runs(results, "13"), LATENCIES, PAPER_SYSTEMS)
+
+
+@claim("order", "13", "Section 6.4, Figure 13")
+def fig13_smaller_gains(results: ResultsFolder) -> Finding:
+    """On the A100 FineMoE's reductions are smaller than on the six RTX 3090s."""
+    a100, rtx3090 = (
+        reductions(runs(results, figure), LATENCIES, PAPER_SYSTEMS) for figure in ("13", "10")
+    )
+    return smaller(a100, rtx3090)
+
+
+@claim("at most", "13", "Section 6.4, Figure 13", 0.02, unit="%")
+def fig13_hits_unchanged(results: ResultsFolder) -> Finding:
+    """The hit rates on the A100 are those on the six RTX 3090s."""
+    # "unchanged" read as within two percentage points
+    return changes(runs(results, "13"), runs(results, "10"), "hit_rate", HIT_RATE_SYSTEMS)
+
+
+T = {"system": "finemoe", "search": "trajectory", "selection": "top_k"}
+T_S = {"system": "finemoe", "search": "both", "selection": "top_k"}
+T_S_DELTA = {"system": "finemoe", "search": "both", "selection": "delta"}
+
+
+@claim("order", "14a", "Section 6.5, Figure 14a")
+def fig14a_hit_count_worst(results: ResultsFolder) -> Finding:
+    """Of the ways to track patterns, the hit count has the lowest hit rate."""
+    # MoE-Infinity counts hits, ProMoE speculates.
+    return lowest(runs(results, "14a"), ["hit_rate"], ["moe_infinity", "promoe", T, T_S, T_S_DELTA])
+
+
+@claim("order", "14a", "Section 6.5, Figure 14a")
+def fig14a_features_add(results: ResultsFolder) -> Finding:
+    """Each feature of the map adds hits, trajectory (T), semantics (S), threshold (delta)."""
+    return ranked(runs(results, "14a"), "hit_rate", [T, T_S, T_S_DELTA])
+
+
+@claim("order", "14b", "Section 6.5, Figure 14b")
+def fig14b_caching(results: ResultsFolder) -> Finding:
+    """LRU has a lower hit rate than LFU, and LFU than FineMoE's caching."""
+    caching = [{"system": "finemoe", "eviction": one} for one in ("lru", "lfu", "finemoe")]
+    return ranked(runs(results, "14b"), "hit_rate", caching)
+
+
+@claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
+def fig15_ttft(results: ResultsFolder, model: str) -> Finding:
+    """For {model} TTFT is lowest at prefetch distance {paper}."""
+    return best_setting(runs(results, "15", model=model), "prefetch_distance", "ttft_s", "finemoe")
+
+
+@claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
+def fig15_tpot(results: ResultsFolder, model: str) -> Finding:
+    """For {model} TPOT is lowest at prefetch distance {paper}."""
+    return best_setting(runs(results, "15", model=model), "prefetch_distance", "tpot_s", "finemoe")
+
+
+@claim("trend", "16a", "Section 6.6, Figure 16a", "flat")
+def fig16a_plateau(results: ResultsFolder) -> Finding:
+    """Semantic and trajectory scores rise steeply up to a capacity of 1,000 maps, then are flat."""
+    rows = analysis(results, "16a", "capacity")
+    return plateau(rows, "capacity", "score", after=1000, by=["search"])
+
+
+@claim("at least", "16b", "Section 6.6, Figure 16b", 0.5, unit="%")
+def fig16b_lowest_in_most(results: ResultsFolder) -> Finding:
+    """FineMoE has the lowest TTFT and TPOT at most batch sizes."""
+    rows = runs(results, "16b")
+    return share_lowest(rows, LATENCIES, HIT_RATE_SYSTEMS, by=["batch_size"])
+
+
+@claim("at most", "17", "Section 6.7, Figure 17", 0.05, unit="ms")
+def fig17_overhead(results: ResultsFolder) -> Finding:
+    """FineMoE's synchronous overhead is below 50 ms an iteration."""
+    return values(runs(results, "17"), "sync_s", "finemoe")
+
+
+@claim("at most", "17", "Section 6.7, Figure 17", 0.01, unit="%")
+def fig17_share(results: ResultsFolder) -> Finding:
+    """FineMoE's synchronous overhead is at most 1 % of the iteration."""
+    return values(runs(results, "17"), "sync_share", "finemoe")
+
+
+@claim("at most", "18", "Section 6.7, Figure 18", 200, unit="MB")
+def fig18_maps(results: ResultsFolder) -> Finding:
+    """A store of 32K maps takes less than 200 MB (fp32 maps alone, as the paper counts)."""
+    return values(analysis(results, "18", "memory", capacity=LAST), "maps_mb")
+
+
+@claim("at most", "18", "Section 6.7, Figure 18", 200, unit="MB")
+def fig18_with_embeddings(results: ResultsFolder) -> Finding:
+    """A store of 32K maps takes less than 200 MB with the embeddings that semantic search needs."""
+    return values(analysis(results, "18", "memory", capacity=LAST), "total_mb")
+
+
+# The paper's averages. 47 % is the mean of its four TTFT and four TPOT reductions.
+
+
+@claim("reduction", "10", "Abstract", 0.47)
+def headline_latency(results: ResultsFolder) -> Finding:
+    """FineMoE lowers latency by 47 % (mean of TTFT and TPOT over the four baselines)."""
+    return reductions(runs(results, "10"), LATENCIES, PAPER_SYSTEMS)
+
+
+@claim("increase", "10", "Abstract", 0.39)
+def headline_hits(results: ResultsFolder) -> Finding:
+    """FineMoE raises the expert hit rate by 39 % (mean over three baselines; 36 % in the talk)."""
+    return increases(runs(results, "10"), "hit_rate", HIT_RATE_SYSTEMS)
+
+
+@claim("reduction", "12", "Talk", 0.32)
+def headline_6gb(results: ResultsFolder) -> Finding:
+    """At 6 GB of expert cache FineMoE lowers TPOT by 32 % (mean over the four baselines)."""
+    return reductions(runs(results, "12", memory_budget=6), ["tpot_s"], PAPER_SYSTEMS)
