@@ -7,7 +7,7 @@ an access as a hit only if the expert was resident when its gate asked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -17,65 +17,46 @@ from experiments.bootstrap import interval, request_draws
 from experiments.run.schedule import Served
 from finemoe.offload.policy import LayerOutcome, Phase
 
-
-@dataclass
-class Accesses:
-    """Expert accesses by how the gate found the expert."""
-
-    hits: int = 0
-    late: int = 0
-    misses: int = 0
-
-    def add(self, outcome: LayerOutcome) -> None:
-        self.hits += len(outcome.hits)
-        self.late += len(outcome.late)
-        self.misses += len(outcome.misses)
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Hits over all accesses; None before the first."""
-        total = self.hits + self.late + self.misses
-        return self.hits / total if total else None
+KINDS = ("hits", "late", "misses")
+"""How a gate found an expert: resident, on its way, or not requested."""
 
 
 @dataclass
 class AccessCounter:
-    """A listener that counts accesses, by iteration."""
+    """A listener that counts expert accesses, by iteration."""
 
-    iterations: dict[int, Accesses] = field(default_factory=dict)
+    counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Of each iteration, in the order of KINDS."""
     phases: dict[int, Phase] = field(default_factory=dict)
     """Of the iterations."""
 
     def __call__(self, outcome: LayerOutcome) -> None:
         number = outcome.iteration.number
-        counted = self.iterations.get(number)
-        if counted is None:
-            counted = self.iterations[number] = Accesses()
-            self.phases[number] = outcome.iteration.phase
-        counted.add(outcome)
+        hits, late, misses = self.counts.get(number, (0, 0, 0))
+        more = len(outcome.hits), len(outcome.late), len(outcome.misses)
+        self.counts[number] = hits + more[0], late + more[1], misses + more[2]
+        self.phases[number] = outcome.iteration.phase
 
-    @property
-    def total(self) -> Accesses:
-        """Accesses of all iterations."""
-        return self.over(self.iterations)
-
-    def over(self, iterations: Iterable[int]) -> Accesses:
-        """Return the accesses of some iterations."""
-        parts = [self.iterations[number] for number in iterations]
-        return Accesses(
-            sum(part.hits for part in parts),
-            sum(part.late for part in parts),
-            sum(part.misses for part in parts),
-        )
+    def over(self, iterations: Iterable[int]) -> dict[str, int]:
+        """Return the accesses of some iterations, by kind."""
+        none = (0, 0, 0)
+        counts = [none, *(self.counts.get(number, none) for number in iterations)]
+        return dict(zip(KINDS, map(sum, zip(*counts, strict=True)), strict=True))
 
     def summary(self) -> dict[str, Any]:
         """Return counts and hit rates, in all and by phase."""
         by_phase = {}
         for name in get_args(Phase):
             accesses = self.over(number for number, phase in self.phases.items() if phase == name)
-            by_phase[name] = {**asdict(accesses), "expert_hit_rate": accesses.hit_rate}
-        total = self.total
-        return {"expert_hit_rate": total.hit_rate, **asdict(total), "phases": by_phase}
+            by_phase[name] = {**accesses, "expert_hit_rate": _hit_rate(accesses)}
+        total = self.over(self.counts)
+        return {"expert_hit_rate": _hit_rate(total), **total, "phases": by_phase}
+
+
+def _hit_rate(accesses: dict[str, int]) -> float | None:
+    """Return hits over all accesses; None without any."""
+    total = sum(accesses.values())
+    return accesses["hits"] / total if total else None
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
@@ -118,18 +99,14 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
             "tpot_s": one.tpot,
             "e2el_s": one.e2el,
         }
-        if isinstance(one, ServedOnline):
+        if one.request.arrival is not None:
             row |= {"arrival_s": one.request.arrival, "queueing_s": one.queueing}
-        accesses = asdict(counter.over(one.iterations))
-        rows.append({**row, **accesses, "itl_s": list(one.itl), "tokens": list(one.tokens)})
+        rows.append(
+            {
+                **row,
+                **counter.over(one.iterations),
+                "itl_s": list(one.itl),
+                "tokens": list(one.tokens),
+            }
+        )
     return pd.DataFrame(rows)
-<<<<<<< HEAD
-
-
-def _arrival(served: Served) -> dict[str, float]:
-    """Return when an online request came and how long it waited, in seconds."""
-    if served.request.arrival is None:
-        return {}
-    return {"arrival_s": served.request.arrival, "queueing_s": served.queueing}
-=======
->>>>>>> w-judge

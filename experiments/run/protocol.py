@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.errors import UserError
 from experiments.run.config import build, check, identity
 from experiments.run.console import Console
-from experiments.run.metrics import AccessCounter, latency_summary, request_table
+from experiments.run.metrics import KINDS, AccessCounter, latency_summary, request_table
 from experiments.run.records import provenance, write_record
 from experiments.run.schedule import Backend, Served, Server, Step
 from experiments.run.weights import fingerprint
@@ -158,6 +158,8 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
             lossless, limit = setup.lossless(console), bound(setup, reference)
             requests = request_table(measurement.served, measurement.accesses)
             facts = setup.facts(measurement)
+            # What a backend has none of is missing from both.
+            requests[[kind for kind in KINDS if kind in facts["summary"]]] = None
             summary = _summary(facts, measurement, limit, lossless)
             summary |= latency_summary(requests, setup.workload.prompts.dataset)
             record = run_record(setup, history, measurement.served, facts, summary)

@@ -19,7 +19,7 @@ from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, free_bytes
-from experiments.run.metrics import Accesses
+from experiments.run.metrics import KINDS
 from experiments.run.models import full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.schedule import Served, Server, Step
@@ -33,9 +33,7 @@ LINKS = {
     "cuda": "DeepSpeed's own copies from page-locked memory",
 }
 NOT_APPLICABLE = (
-    "hits",
-    "late",
-    "misses",
+    *KINDS,
     "bytes_prefetched",
     "bytes_on_demand",
     "bytes_wasted",
@@ -77,9 +75,6 @@ class ZeroBackend(LiveBackend):
         yield
         if device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
-        for served in measurement.served:
-            iterations = dict.fromkeys(served.iterations, Accesses())
-            measurement.accesses.iterations.update(iterations)
 
 
 @dataclass

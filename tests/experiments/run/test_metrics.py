@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments.bootstrap import interval, request_draws
-from experiments.run.metrics import AccessCounter, Accesses, latency_summary, request_table
+from experiments.run.metrics import AccessCounter, latency_summary, request_table
 from experiments.run.schedule import Request, Served
 from finemoe.offload.policy import Iteration, LayerOutcome
 
@@ -16,7 +16,7 @@ def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Serv
 
 
 def counter(iterations: int) -> AccessCounter:
-    return AccessCounter({number: Accesses() for number in range(iterations)})
+    return AccessCounter({number: (0, 0, 0) for number in range(iterations)})
 
 
 def test_latencies_of_one_request() -> None:
