@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrac
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
     reader = TraceReader(path)
-    reader.require(shape=replace(shape, hidden_size=reader.header.shape.hidden_size))
+    reader.require(shape=shape)
     return reader
 
 
