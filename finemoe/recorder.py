@@ -21,9 +21,8 @@ class Recorder:
     steps are kept in memory, as float32, which holds 16-bit values exactly.
     """
 
-    def __init__(self, model: OffloadedModel, contents: tuple[Content, ...] = CONTENTS) -> None:
+    def __init__(self, model: OffloadedModel) -> None:
         self.model = model
-        self.contents = contents
         self._hooks: list[Any] = []
         self._dtypes: set[torch.dtype] = set()
         self._steps: dict[int, list[RoutedStep]] = {}
@@ -58,7 +57,7 @@ class Recorder:
     def begin(self, iteration: Iteration) -> None:
         """Take note of whose rows the next forward pass holds; one that broke off is forgotten."""
         self._iteration = iteration
-        self._arrays = {name: [] for name in self.contents}
+        self._arrays = {name: [] for name in CONTENTS}
         self._choices = []
 
     def finish(
@@ -81,26 +80,19 @@ class Recorder:
             self._share_out()
 
     def _keep(self, name: Content, tensor: Tensor) -> None:
-        if name in self._arrays:
-            self._dtypes.add(tensor.dtype)
-            rows = tensor.detach().reshape(-1, tensor.shape[-1])
-            # A copy even on the CPU: the model may reuse the memory.
-            self._arrays[name].append(rows.to("cpu", torch.float32, copy=True).numpy())
+        self._dtypes.add(tensor.dtype)
+        rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        # A copy even on the CPU: the model may reuse the memory.
+        self._arrays[name].append(rows.to("cpu", torch.float32, copy=True).numpy())
 
     def _share_out(self) -> None:
         """Give each request of a whole iteration its rows."""
         assert self._iteration is not None
-        arrays = {name: np.stack(parts) for name, parts in self._arrays.items()}
+        logits, embeddings, hidden = (np.stack(self._arrays[name]) for name in CONTENTS)
         for request, rows in zip(self._iteration.requests, self._iteration.rows(), strict=True):
-            own = {name: array[:, rows] for name, array in arrays.items()}
-            counts = [self._counts(chosen[rows]) for chosen in self._choices]
-            step = RoutedStep(
-                rows.stop - rows.start,
-                np.stack(counts),
-                own.get("logits"),
-                own["embeddings"][0] if "embeddings" in own else None,
-                own.get("hidden_states"),
-            )
+            counts = np.stack([self._counts(layer[rows]) for layer in self._choices])
+            arrays = logits[:, rows], embeddings[0, rows], hidden[:, rows]
+            step = RoutedStep(rows.stop - rows.start, counts, *arrays)
             self._steps.setdefault(request, []).append(step)
 
     def _counts(self, chosen: Any) -> Any:

@@ -132,33 +132,21 @@ class Trace(ABC):
         contents: Sequence[Content] = (),
         gates: bool = False,
         shape: ModelShape | None = None,
-        model: str | None = None,
     ) -> None:
-        """Raise TraceError if this trace lacks what is asked or is of another model.
-
-        Shapes are compared by L, J and K; by hidden size too if an array that has it is asked for.
-        `model` is compared with what the provenance says.
-        """
+        """Raise TraceError if this trace lacks what is asked, or its L, J and K are others."""
         header = self.header
-        named = header.provenance.get("model", "no model that it names")
-        if model not in (None, named):
-            raise self._error(f"is of {named}, not of {model}; record one of {model}")
-        wide = gates or not {"embeddings", "hidden_states"}.isdisjoint(contents)
-        if shape is not None and _sizes(shape, wide) != (own := _sizes(header.shape, wide)):
-            raise self._error(
-                f"is of a model of {own}, not {_sizes(shape, wide)}; "
-                "record one of the model that runs"
-            )
+        own, due = (
+            f"{one.layers} layers, {one.experts} experts, top {one.top_k}"
+            for one in (header.shape, shape or header.shape)
+        )
+        if own != due:
+            remedy = "record one of the model that runs"
+            raise self._error(f"is of a model of {own}, not {due}; {remedy}")
         missing: list[str] = [name for name in contents if name not in header.contents]
         missing += ["gates"] if gates and header.gates is None else []
         if missing:
             names = ", ".join(missing).replace("_", " ")
             raise self._error(f"holds no {names}, which this run needs; record them too")
-
-
-def _sizes(shape: ModelShape, wide: bool) -> str:
-    sizes = f"{shape.layers} layers, {shape.experts} experts, top {shape.top_k}"
-    return f"{sizes}, hidden size {shape.hidden_size}" if wide else sizes
 
 
 # Values in a file -------------------------------------------------------------------------------
