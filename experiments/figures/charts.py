@@ -1,26 +1,53 @@
-"""What the figures of run records share: cells of a sweep, bars, lines, legend and caption."""
+"""What figures share: cells of a sweep, panels, bars, lines, legends, captions and their files."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from experiments.errors import UserError
 from experiments.figures import style
+from experiments.figures.style import POINTS, Look, dataset_name, model_name, system_name
 from experiments.judge.frame import one_mode
+from finemoe.files import atomic_write
 
 INTERVALS = "95 % bootstrap intervals of the mean"
 SHOWN_GAPS = 6
 REFERENCE_DASHES = (0, (3, 1.2))
-Look = dict[str, Any]
+CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
+EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
+SETTINGS: Any = {
+    "font.size": POINTS,
+    "axes.labelsize": POINTS,
+    "axes.titlesize": POINTS,
+    "xtick.labelsize": POINTS - 0.5,
+    "ytick.labelsize": POINTS - 0.5,
+    "legend.fontsize": POINTS,
+    "legend.title_fontsize": POINTS,
+    "axes.linewidth": 0.6,
+    "grid.linewidth": 0.4,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.5,
+    "pdf.fonttype": 42,
+    "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
+}
+
+# Run records --------------------------------------------------------------------------------------
 
 
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
@@ -41,14 +68,13 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) ->
     for row in rows_of(frame):
         options = row["label"].removeprefix(row["system"]).strip()
         notes = [note for note in (options, row["mode"] if mixed else "") if note]
-        names.append(style.system_name(row["system"]) + (f" ({', '.join(notes)})" if notes else ""))
+        names.append(system_name(row["system"]) + (f" ({', '.join(notes)})" if notes else ""))
     return frame.assign(series=names)
 
 
-def marks(frame: pd.DataFrame) -> pd.Series:
-    """Return what to write behind a series that is not named after its system: a mixed mode."""
-    mixed = frame["mode"].nunique() > 1
-    return " (" + frame["mode"] + ")" if mixed else pd.Series("", index=frame.index)
+def named_after(names: pd.Series, frame: pd.DataFrame) -> pd.Series:
+    """Return names of series, with their mode where modes are mixed."""
+    return names + " (" + frame["mode"] + ")" if frame["mode"].nunique() > 1 else names
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -58,12 +84,10 @@ def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
     """Raise UserError if two records of one model, dataset, series and `keys` are to be drawn."""
-    for _, same in frame.groupby(["model", "dataset", "series", *keys], dropna=False):
-        if len(same) > 1:
-            first, second = same["path"].iloc[:2]
-            raise UserError(
-                f"figure {figure}: {first} and {second} are of one cell; draw them apart"
-            )
+    cell = ["model", "dataset", "series", *keys]
+    for _, same in frame[frame.duplicated(cell, keep=False)].groupby(cell, dropna=False):
+        first, second = same["path"].iloc[:2]
+        raise UserError(f"figure {figure}: {first} and {second} are of one cell; draw them apart")
 
 
 def looks(frame: pd.DataFrame) -> dict[str, Look]:
@@ -73,10 +97,7 @@ def looks(frame: pd.DataFrame) -> dict[str, Look]:
     line and hatch.
     """
     systems = style.ordered(frame["system"], style.SYSTEMS)
-    base = {
-        one: (style.COLOURS.get(one, "#666666"), style.MARKERS.get(one, "o")) for one in systems
-    }
-    return variants(frame, "system", base)
+    return variants(frame, "system", {system: style.system_look(system) for system in systems})
 
 
 def variants(
@@ -86,142 +107,272 @@ def variants(
 
     Series of the same value differ in line and hatch.
     """
-    found: dict[str, Look] = {}
+    styled: dict[str, Look] = {}
     for value, (colour, marker) in base.items():
         # Sorted by length, the plain series comes before its variants.
-        series = set(frame.loc[frame[column] == value, "series"])
-        for number, name in enumerate(sorted(series, key=lambda one: (len(one), one))):
-            found[name] = {
-                "color": colour,
-                "marker": marker,
-                "linestyle": style.DASHES[number % len(style.DASHES)],
-                "hatch": style.HATCHES[number % len(style.HATCHES)],
-            }
-    return found
+        series = sorted(set(frame.loc[frame[column] == value, "series"]), key=lambda s: (len(s), s))
+        endless = zip(itertools.cycle(style.DASHES), itertools.cycle(style.HATCHES), strict=True)
+        for name, (dashes, hatch) in zip(series, endless, strict=False):
+            styled[name] = {"color": colour, "marker": marker, "linestyle": dashes, "hatch": hatch}
+    return styled
+
+
+def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return the models and the datasets that are there, in the order of drawing."""
+    models = style.ordered(frame["model"], style.MODELS)
+    return models, style.ordered(frame["dataset"], style.DATASETS)
+
+
+# Panels -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def panels(
+    rows: Sequence[Any], columns: Sequence[Any], width: float, height: float
+) -> Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]:
+    """Yield a figure, `width` x `height` inches, and each panel with its row and its column.
+
+    The figure is closed afterwards.
+    """
+    matplotlib.use("Agg")
+    size, cells = (width, height), itertools.product(rows, columns)
+    with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(SETTINGS):
+        figure, _ = plt.subplots(
+            len(rows), len(columns), figsize=size, layout="constrained", squeeze=False
+        )
+        try:
+            for axes in figure.axes:
+                axes.tick_params(length=2, pad=2)
+                sns.despine(ax=axes)
+            yield figure, [(axes, *cell) for axes, cell in zip(figure.axes, cells, strict=True)]
+        finally:
+            plt.close(figure)
+
+
+@contextmanager
+def dataset_panels(
+    frame: pd.DataFrame, xlabel: str, ylabel: str
+) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+    """Yield a figure, and a panel with its rows for each dataset (down) and model (across)."""
+    models, datasets = facets(frame)
+    height = 0.6 + 1.7 * len(datasets)
+    with panels(datasets, models, width_of(models), height) as (figure, cells):
+        for axes, dataset, model in cells:
+            panel_title(axes, model, dataset if len(datasets) > 1 else None)
+            axes.set(xlabel=xlabel, ylabel=ylabel if model == models[0] else "")
+        yield figure, [(axes, part_of(frame, model, dataset)) for axes, dataset, model in cells]
+
+
+@contextmanager
+def model_panels(
+    frame: pd.DataFrame, xlabel: str, ylabel: str
+) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+    """Yield a figure, and a panel with its rows for each model (down) and dataset (across)."""
+    models, datasets = facets(frame)
+    size = style.COLUMN_INCHES, 0.75 + 1.05 * len(models)
+    with panels(models, datasets, *size) as (figure, cells):
+        for axes, model, dataset in cells:
+            panel_title(axes, model, dataset)
+        label_once(figure, xlabel, ylabel)
+        yield figure, [(axes, part_of(frame, model, dataset)) for axes, model, dataset in cells]
+
+
+@contextmanager
+def metric_panels(
+    frame: pd.DataFrame, metrics: Sequence[str], height: float
+) -> Iterator[tuple[Figure, list[tuple[Axes, str, str]]]]:
+    """Yield a figure, and a panel for each metric (down) and model (across)."""
+    models, _ = facets(frame)
+    with panels(metrics, models, width_of(models), height) as (figure, cells):
+        for axes, metric, model in cells:
+            if metric == metrics[0]:
+                panel_title(axes, model)
+            if model == models[0]:
+                axes.set_ylabel(style.METRICS[metric][0])
+        figure.align_ylabels()
+        yield figure, cells
+
+
+def part_of(frame: pd.DataFrame, model: str, dataset: str) -> pd.DataFrame:
+    """Return the rows of a model on a dataset."""
+    return frame[(frame["model"] == model) & (frame["dataset"] == dataset)]
+
+
+def width_of(models: Sequence[object]) -> float:
+    """Return the inches of a figure: a page's for several models side by side."""
+    return style.PAGE_INCHES if len(models) > 1 else style.COLUMN_INCHES
+
+
+def panel_title(axes: Axes, model: str, dataset: str | None = None) -> None:
+    """Name a panel after its model and, where there are several, its dataset."""
+    axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""), pad=3)
+
+
+def label_once(figure: Figure, xlabel: str, ylabel: str) -> None:
+    """Label the axes of all panels once, and the ticks of the outer ones alone."""
+    for axes in figure.axes:
+        axes.label_outer()
+    figure.supxlabel(xlabel, fontsize=POINTS)
+    figure.supylabel(ylabel, fontsize=POINTS)
+    apart(figure)
+
+
+def apart(figure: Figure) -> None:
+    """Leave room between panels, so that outer tick labels of neighbours do not meet."""
+    figure.set_layout_engine("constrained", wspace=0.06)
+
+
+# What panels show ---------------------------------------------------------------------------------
+
+
+def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return means in the axis's unit, and how far their intervals reach down and up: (2, n).
+
+    The ends are columns `<metric>_low` and `<metric>_high`, or `low` and `high`; 0 where unknown.
+    """
+    ends = (f"{metric}_low", f"{metric}_high") if f"{metric}_low" in rows else ("low", "high")
+    mean, low, high = (rows[column].to_numpy(dtype=float) for column in (metric, *ends))
+    _, factor = style.METRICS[metric]
+    # A percentile interval can just miss its own mean; an error bar cannot point inwards.
+    spread = np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))
+    return mean * factor, spread * factor
 
 
 def bars(
     axes: Axes,
     frame: pd.DataFrame,
     metric: str,
-    groups: Mapping[str, str],
-    styles: Mapping[str, Look],
     by: str,
-    hollow: Sequence[str] = (),
-    references: Mapping[str, Look] | None = None,
+    groups: Mapping[str, str],
+    looks: Mapping[str, Look],
+    hollow: Collection[str] = (),
 ) -> None:
     """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
 
-    A bar for each series, always at its place, so that a missing record is a gap. Bars of the
-    series in `hollow` are not filled; `references` are lines across each group.
+    A bar for each series of `looks` that has a hatch, always at its place, so that a missing record
+    is a gap; those in `hollow` are not filled. Series without a hatch are lines across the groups.
     """
-    centres = {value: place for place, value in enumerate(groups)}
-    _, factor = style.METRICS[metric]
-    width = 0.84 / len(styles)
-    for place, (name, look) in enumerate(styles.items()):
+    centres = {value: number for number, value in enumerate(groups)}
+    solid = [name for name, look in looks.items() if "hatch" in look]
+    width = 0.84 / len(solid)
+    for name, look in looks.items():
         rows = frame[(frame["series"] == name) & np.isfinite(frame[metric])]
-        x = rows[by].map(centres).to_numpy(dtype=float) + (place - (len(styles) - 1) / 2) * width
-        # An empty bar is not a gap.
-        for empty in x[(rows[metric] == 0).to_numpy()]:
-            axes.annotate("0", (empty, 0), ha="center", va="bottom", fontsize=7)
-        x, rows = x[(rows[metric] != 0).to_numpy()], rows[rows[metric] != 0]
+        x = rows[by].map(centres).to_numpy(dtype=float)
         mean, spread = interval(rows, metric)
-        fill, edge = look["color"], "white"
-        if name in hollow:
-            fill, edge = edge, fill
+        if name not in solid:
+            axes.hlines(mean, x - 0.46, x + 0.46, look["color"], REFERENCE_DASHES, lw=1.2, zorder=4)
+            continue
+        x += (solid.index(name) - (len(solid) - 1) / 2) * width
+        # An empty bar is not a gap.
+        for empty in x[mean == 0]:
+            axes.annotate("0", (empty, 0), ha="center", va="bottom", fontsize=7)
+        x, mean, spread = x[mean != 0], mean[mean != 0], spread[:, mean != 0]
+        fill, edge = ("white", look["color"]) if name in hollow else (look["color"], "white")
         axes.bar(
-            x, mean * factor, width * 0.92, color=fill, edgecolor=edge, hatch=look["hatch"],
+            x, mean, width * 0.92, color=fill, edgecolor=edge, hatch=look["hatch"],
             linewidth=0.8 if name in hollow else 0.3, zorder=2,
         )  # fmt: skip
-        axes.errorbar(
-            x, mean * factor, spread * factor, fmt="none", ecolor="#333333", elinewidth=0.7,
-            capsize=min(1.5, 12 * width), capthick=0.7, zorder=3,
-        )  # fmt: skip
-    for name, look in (references or {}).items():
-        rows = frame[frame["series"] == name]
-        x = rows[by].map(centres).to_numpy(dtype=float)
-        axes.hlines(
-            rows[metric] * factor, x - 0.46, x + 0.46, look["color"], REFERENCE_DASHES, lw=1.2,
-            zorder=4,
-        )  # fmt: skip
+        caps = {**CAPS, "capsize": min(1.5, 12 * width)}
+        axes.errorbar(x, mean, spread, fmt="none", ecolor="#333333", zorder=3, **caps)
     axes.set_xticks(range(len(groups)), list(groups.values()))
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylim(bottom=0)
     axes.grid(axis="x", visible=False)
+    if metric == "hit_rate":
+        # With room for the cap of an interval.
+        axes.set(ylim=(0, 103), yticks=range(0, 101, 20))
 
 
-def percent_axis(axes: Axes) -> None:
-    """Let the vertical axis run from 0 to 100, with room for the cap of an interval."""
-    axes.set_ylim(0, 103)
-    axes.set_yticks(range(0, 101, 20))
+def paired_bars(
+    axes: Axes,
+    frame: pd.DataFrame,
+    by: str,
+    metric: str,
+    looks: Mapping[str, Look],
+    models: Sequence[str],
+) -> None:
+    """Draw the two values of column `by` that have `looks` side by side for each model."""
+    for number, (name, look) in enumerate(looks.items()):
+        rows = frame[frame[by] == name.lower()].set_index("model").reindex(list(models))
+        x = np.arange(len(models)) + 0.4 * (number - 0.5)
+        mean, spread = interval(rows, metric)
+        whisker = {**CAPS, "ecolor": "#333333"}
+        axes.bar(x, mean, 0.38, color=look["color"], yerr=spread, error_kw=whisker)
+        for centre in x[np.isnan(mean)]:
+            axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
+    # In two lines below their bars.
+    names = ["\n".join(model_name(model).rsplit("-", 1)) for model in models]
+    axes.set_xticks(range(len(models)), names)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
 
 
-def line(
+def lines(
     axes: Axes,
     frame: pd.DataFrame,
     x: str,
     metric: str,
-    look: Look,
-    places: Sequence[float] | None = None,
+    looks: Mapping[str, Look],
+    at: Sequence[float] | None = None,
 ) -> None:
-    """Draw the mean of one series over `x`, with its intervals.
+    """Draw the means of each series over `x`, with their intervals.
 
-    The line breaks at those of `places` where the series has no record; None: the series' own.
+    A line breaks at those values of `at` where its series has no record; None: the series' own.
     """
+    for name, look in looks.items():
+        rows = frame[frame["series"] == name].sort_values(x)
+        if at is not None:
+            rows = rows.set_index(x).reindex(list(at)).rename_axis(x).reset_index()
+        mean, spread = interval(rows, metric)
+        axes.errorbar(rows[x], mean, spread, **_line(look), **CAPS, **EDGE)
+
+
+def bands(
+    axes: Axes, frame: pd.DataFrame, x: str, metric: str, by: str, looks: Mapping[str, Look]
+) -> None:
+    """Draw the means over `x` of each value of column `by` as a line, and low to high as a band."""
     _, factor = style.METRICS[metric]
-    rows = frame.sort_values(x)
-    if places is not None:
-        rows = rows.set_index(x).reindex(list(places)).rename_axis(x).reset_index()
-    mean, spread = interval(rows, metric)
-    axes.errorbar(
-        rows[x], mean * factor, spread * factor, color=look["color"], marker=look["marker"],
-        linestyle=look["linestyle"], elinewidth=0.7, capsize=1.5, capthick=0.7,
-        markeredgecolor="white", markeredgewidth=0.3,
-    )  # fmt: skip
+    for name, look in looks.items():
+        rows = frame[frame[by] == name]
+        axes.plot(rows[x], rows[metric] * factor, **_line(look), **EDGE)
+        low, high = rows["low"] * factor, rows["high"] * factor
+        axes.fill_between(rows[x], low, high, color=look["color"], alpha=0.2, lw=0)
 
 
-def interval(rows: pd.DataFrame, metric: str, *ends: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return means, and how far their intervals reach down and up: (2, n); 0 where unknown.
+def unmarked(looks: Mapping[str, Look]) -> dict[str, Look]:
+    """Return looks of lines without markers."""
+    return {name: {**look, "marker": ""} for name, look in looks.items()}
 
-    `ends` name the columns of low and high; by default those of a `run_frame`.
-    """
-    columns = (metric, *(ends or (f"{metric}_low", f"{metric}_high")))
-    mean, low, high = (rows[one].to_numpy(dtype=float) for one in columns)
-    # A percentile interval can just miss its own mean; an error bar cannot point inwards.
-    return mean, np.nan_to_num(np.clip(np.stack([mean - low, high - mean]), 0, None))
+
+def _line(look: Look) -> Look:
+    return {name: value for name, value in look.items() if name != "hatch"}
 
 
 def legend(
     figure: Figure,
-    styles: Mapping[str, Look],
-    kind: str,
+    looks: Mapping[str, Look],
+    kind: str = "line",
     columns: int = 5,
     narrow: int | None = None,
-    references: Mapping[str, Look] | None = None,
 ) -> None:
-    """Put one legend above all panels; `kind` is bar or line, `references` as `bars` drew them.
+    """Put one legend above all panels; `kind` is bar or line.
 
     In `columns` columns, or `narrow` ones where the figure is narrower than a page.
     """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    fitting = narrow if narrow and figure.get_figwidth() < style.PAGE_INCHES else columns
+    if narrow and figure.get_figwidth() < style.PAGE_INCHES:
+        columns = narrow
     handles: list[Any] = []
-    for name, look in styles.items():
-        if kind == "bar":
+    for name, look in looks.items():
+        if kind == "bar" and "hatch" in look:
             edge = "white" if look["hatch"] else look["color"]
             drawn = {"facecolor": look["color"], "hatch": look["hatch"], "edgecolor": edge}
             handles.append(Patch(**drawn, label=name))
         else:
-            shape = {key: look[key] for key in ("color", "marker", "linestyle")}
-            handles.append(Line2D([], [], **shape, label=name))
-    for name, look in (references or {}).items():
-        handles.append(Line2D([], [], color=look["color"], ls=REFERENCE_DASHES, label=name))
+            handles.append(Line2D([], [], **_line(look), label=name))
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=min(fitting, len(handles)),
+        ncols=min(columns, len(handles)),
         frameon=False,
         handlelength=1.6 if kind == "bar" else 2.4,
         columnspacing=1.2,
@@ -230,30 +381,12 @@ def legend(
     )
 
 
-def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
-    """Say which combinations of the `expected` values of columns have no row; empty if none.
-
-    Values that are missing altogether are named once, without their combinations.
-    """
-    absent, present = [], {}
-    for column, values in expected.items():
-        found = [value for value in values if value in set(frame[column])]
-        absent += [_shown(column, value) for value in values if value not in found]
-        present[column] = found
-    # Aligned with the columns of `expected`.
-    have = set(frame[list(expected)].itertuples(index=False, name=None))
-    lacking = [cell for cell in itertools.product(*present.values()) if cell not in have]
-    shown = [" / ".join(map(_shown, expected, cell)) for cell in lacking[:SHOWN_GAPS]]
-    if len(lacking) > SHOWN_GAPS:
-        shown.append(f"{len(lacking) - SHOWN_GAPS} more")
-    return "; ".join([*absent, *shown])
+def model_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
+    """Name models by their lines above all panels."""
+    legend(figure, {model_name(model): look for model, look in looks.items()})
 
 
-def expected_series(frame: pd.DataFrame, systems: Sequence[str] = style.PAPER_SYSTEMS) -> list[str]:
-    """Return the series that are there, and the plain series of `systems` that are not."""
-    there = list(looks(frame))
-    seen = set(frame["system"])
-    return there + [style.system_name(one) for one in systems if one not in seen]
+# Captions and files -------------------------------------------------------------------------------
 
 
 def save(
@@ -264,7 +397,7 @@ def save(
     data: pd.DataFrame,
     notes: Sequence[str],
     **expected: Sequence[Any],
-) -> style.Drawn:
+) -> None:
     """Save a figure, the data drawn, and a caption: what was measured, how, on what, what lacks.
 
     `names` are id and title. Beside every model and dataset, the values of columns that `expected`
@@ -273,124 +406,95 @@ def save(
     models, datasets = facets(frame)
     usual = {"model": list(dict.fromkeys([*style.MODELS, *models])), "dataset": datasets}
     gap = gaps(frame, {**usual, **expected})
-    budgets = sorted(set(frame["memory_budget"]), key=lambda one: float(one.rstrip("%")))
+    budgets = sorted(set(frame["memory_budget"]), key=lambda budget: float(budget.rstrip("%")))
     share = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
     unit = "" if share.endswith(("%", "sizes")) else " GB"
-    low, high = int(frame["requests"].min()), int(frame["requests"].max())
-    count = f"{low}" if low == high else f"{low} to {high}"
+    least, most = int(frame["requests"].min()), int(frame["requests"].max())
+    count = f"{least}" if least == most else f"{least} to {most}"
+    modes, testbeds = (", ".join(sorted(set(frame[one]))) for one in ("mode", "testbed"))
     parts = [
         f"Figure {names[0]}: {names[1]}.",
-        f"Mode: {_listed(frame['mode'])}; testbed: {_listed(frame['testbed'])}; "
+        f"Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
         f"expert memory: {share}{unit}; n = {count} requests a run.",
         *notes,
     ]
     if gap:
         parts.append(f"Not run, left out or drawn as gaps: {gap}.")
-    return style.save(figure, data, place, names[0], " ".join(parts))
+    write(figure, data, place, names[0], " ".join(parts))
+
+
+def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.DataFrame:
+    """Return what a figure's CSV holds: names, metrics with intervals, mode and source."""
+    named = ["series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb"]
+    values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
+    source = ["requests", "mode", "testbed", "weights", "digest"]
+    data = frame[[*named, *more, *values, *source]]
+    return data.sort_values(["model", "dataset", "series"], kind="stable")
+
+
+def expected_series(frame: pd.DataFrame, systems: Sequence[str] = style.PAPER_SYSTEMS) -> list[str]:
+    """Return the series that are there, and the plain series of `systems` that are not."""
+    absent = [system for system in systems if system not in set(frame["system"])]
+    return [*looks(frame), *map(system_name, absent)]
+
+
+def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
+    """Say which combinations of the `expected` values of columns have no row; empty if none.
+
+    Values that are missing altogether are named once, without their combinations.
+    """
+    present = {
+        column: [value for value in values if value in set(frame[column])]
+        for column, values in expected.items()
+    }
+    absent = [
+        _shown(column, value)
+        for column, values in expected.items()
+        for value in values
+        if value not in present[column]
+    ]
+    have = set(frame[list(expected)].itertuples(index=False, name=None))
+    lacking = [cell for cell in itertools.product(*present.values()) if cell not in have]
+    shown = [" / ".join(map(_shown, expected, cell)) for cell in lacking[:SHOWN_GAPS]]
+    if len(lacking) > SHOWN_GAPS:
+        shown.append(f"{len(lacking) - SHOWN_GAPS} more")
+    return "; ".join([*absent, *shown])
+
+
+def _shown(column: str, value: Any) -> str:
+    shown: dict[str, Callable[[Any], str]] = {
+        "model": model_name,
+        "dataset": dataset_name,
+        "limit_gb": "{:g} GB".format,
+        "batch_size": "batch {:g}".format,
+        "prefetch_distance": "d = {:g}".format,
+    }
+    return shown.get(column, str)(value)
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:
     """Say whose weights and which datasets; `stand_ins` goes on about small trained weights."""
     kinds = {
-        str(kind): ", ".join(map(style.model_name, style.ordered(models, style.MODELS)))
+        str(kind): ", ".join(map(model_name, style.ordered(models, style.MODELS)))
         for kind, models in frame.groupby("weights", sort=True)["model"]
     }
-    several = len(kinds) > 1
-    listed = ", ".join(f"{kind} ({of})" if several else kind for kind, of in kinds.items())
-    small = f" (small trained stand-ins{stand_ins})" if "scale" in set(frame["weights"]) else ""
-    names = [style.dataset_name(one) for one in style.ordered(frame["dataset"], style.DATASETS)]
-    plural = "s" if len(names) > 1 else ""
-    return f"weights: {listed}{small}; dataset{plural}: {', '.join(names)}"
+    listed = ", ".join(f"{kind} ({of})" if len(kinds) > 1 else kind for kind, of in kinds.items())
+    small = f" (small trained stand-ins{stand_ins})" if "scale" in kinds else ""
+    datasets = style.ordered(frame["dataset"], style.DATASETS)
+    plural = "s" if len(datasets) > 1 else ""
+    return f"weights: {listed}{small}; dataset{plural}: {', '.join(map(dataset_name, datasets))}"
 
 
-def _listed(values: pd.Series) -> str:
-    return ", ".join(sorted(map(str, values.unique())))
+def write(figure: Figure, data: pd.DataFrame, place: Path, name: str, caption: str) -> None:
+    """Write `<place>/<name>` as png, pdf, csv (the data drawn) and txt (the caption).
 
-
-def _shown(column: str, value: Any) -> str:
-    if column == "model":
-        return style.model_name(value)
-    if column == "dataset":
-        return style.dataset_name(value)
-    if column == "series":
-        return str(value)
-    units = {"limit_gb": "{:g} GB", "batch_size": "batch {:g}", "prefetch_distance": "d = {:g}"}
-    return units[column].format(value) if column in units else str(value)
-
-
-def panel_title(axes: Axes, model: str, dataset: str | None) -> None:
-    """Name a panel after its model and, where there are several, its dataset."""
-    axes.set_title(
-        style.model_name(model) + (f", {style.dataset_name(dataset)}" if dataset else ""), pad=3
-    )
-
-
-def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Return the models and the datasets that are there, in the order of drawing."""
-    return style.ordered(frame["model"], style.MODELS), style.ordered(
-        frame["dataset"], style.DATASETS
-    )
-
-
-def width_of(models: Sequence[str]) -> float:
-    """Return the inches of a figure: a page's for several models side by side."""
-    return style.PAGE_INCHES if len(models) > 1 else style.COLUMN_INCHES
-
-
-@contextmanager
-def dataset_panels(
-    frame: pd.DataFrame,
-    labels: tuple[str, str],
-    panel: Callable[[Axes, pd.DataFrame], None],
-    marker_points: float = 3.5,
-) -> Iterator[Figure]:
-    """Yield a figure where `panel` drew the rows of each dataset (down) and model (across).
-
-    `labels` are those of the horizontal and the vertical axes.
+    The same figure gives the same bytes on the same machine. Raises OSError.
     """
-    models, datasets = facets(frame)
-    size = width_of(models), 0.6 + 1.7 * len(datasets)
-    with style.canvas(len(datasets), len(models), *size, marker_points) as figure:
-        cells = itertools.product(datasets, models)
-        for axes, (dataset, model) in zip(figure.axes, cells, strict=True):
-            panel(axes, frame[(frame["model"] == model) & (frame["dataset"] == dataset)])
-            panel_title(axes, model, dataset if len(datasets) > 1 else None)
-            axes.set_xlabel(labels[0])
-            axes.set_ylabel(labels[1] if model == models[0] else "")
-        yield figure
-
-
-@contextmanager
-def metric_panels(
-    frame: pd.DataFrame,
-    metrics: Sequence[str],
-    height: float,
-    panel: Callable[[Axes, pd.DataFrame, str], None],
-) -> Iterator[Figure]:
-    """Yield a figure where `panel` drew each of `metrics` (down) of every model (across)."""
-    models, _ = facets(frame)
-    with style.canvas(len(metrics), len(models), width_of(models), height) as figure:
-        cells = itertools.product(metrics, models)
-        for axes, (metric, model) in zip(figure.axes, cells, strict=True):
-            panel(axes, frame[frame["model"] == model], metric)
-            if metric == metrics[0]:
-                panel_title(axes, model, None)
-            if model == models[0]:
-                axes.set_ylabel(style.METRICS[metric][0])
-        figure.align_ylabels()
-        yield figure
-
-
-COLUMNS = ("series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb")
-
-
-def drawn_data(
-    frame: pd.DataFrame, metrics: Sequence[str], more: Sequence[str] = ()
-) -> pd.DataFrame:
-    """Return what a figure's CSV holds: names, metrics with intervals, mode and source."""
-    values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    named = [*COLUMNS, *(one for one in more if one not in COLUMNS)]
-    return frame[[*named, *values, "requests", "mode", "testbed", "weights", "digest"]].sort_values(
-        ["model", "dataset", "series"], kind="stable"
-    )
+    for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+        with atomic_write(place / f"{name}.{kind}") as partial:
+            figure.savefig(partial, format=kind, dpi=300, metadata=metadata)
+    with atomic_write(place / f"{name}.csv") as partial:
+        data.to_csv(partial, index=False)
+    with atomic_write(place / f"{name}.txt") as partial:
+        partial.write_text(caption + "\n")

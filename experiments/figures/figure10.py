@@ -6,61 +6,52 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from experiments.figures import charts, style
 
-ID = "10"
 TITLE = "TTFT, TPOT and expert hit rate of all systems"
-ROWS = ("ttft_s", "tpot_s", "hit_rate")
-WHOLE_LAYERS = ("deepspeed",)
-"""Systems that fetch every expert of a layer: what they hit says nothing of a prediction."""
-REFERENCES = ("oracle",)
+METRICS = ("ttft_s", "tpot_s", "hit_rate")
+WHOLE_LAYERS = "deepspeed"
+"""Fetches every expert of a layer: what it hits says nothing of a prediction."""
+REFERENCE = "oracle"
 """Drawn as a line across each group of bars: none of the systems that are compared."""
 NOTES = (f"Error bars: {charts.INTERVALS}.", "Vertical axes of TTFT and TPOT differ by model.")
-HOLLOW = (
-    "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its hit "
-    "rate rewards no prediction; the paper leaves it out."
-)
-REFERRED = (
-    "Dashed: the oracle, no system of the paper's. It is told the routing beforehand, "
+SYSTEM_NOTES = {
+    WHOLE_LAYERS: "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its "
+    "hit rate rewards no prediction; the paper leaves it out.",
+    REFERENCE: "Dashed: the oracle, no system of the paper's. It is told the routing beforehand, "
     "prefetches in order of next use and evicts what is needed last; as it is greedy, it "
-    "shows what there is to win and is no proven bound."
-)
-WAITING = (
-    "Mixtral-Offloading, too, waits for its prefetches before the gate asks: what came "
-    "late counts as a hit there, and shows in TTFT and TPOT."
-)
+    "shows what there is to win and is no proven bound.",
+    "mixtral_offload": "Mixtral-Offloading, too, waits for its prefetches before the gate asks: "
+    "what came late counts as a hit there, and shows in TTFT and TPOT.",
+}
 
 
 def draw_overall(
     names: tuple[str, str], frame: pd.DataFrame, place: Path, mixed_modes: bool = False
-) -> style.Drawn:
+) -> None:
     """Draw figure 10, or 13, which is the same on another testbed; `names`: id, title."""
     frame = charts.checked(frame, names[0], mixed_modes)
     charts.single(frame, names[0])
-    referred = frame["system"].isin(REFERENCES)
-    if referred.all():
-        # Alone, it is a system like any other.
-        referred = ~referred
-    looks, references = charts.looks(frame[~referred]), charts.looks(frame[referred])
-    hollow = sorted(set(frame.loc[frame["system"].isin(WHOLE_LAYERS), "series"]))
-    groups = {one: style.dataset_name(one) for one in charts.facets(frame)[1]}
-
-    def panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
-        not_filled = hollow if metric == "hit_rate" else ()
-        charts.bars(axes, part, metric, groups, looks, "dataset", not_filled, references)
-        if metric == "hit_rate":
-            charts.percent_axis(axes)
-
-    waiting = "mixtral_offload" in set(frame["system"])
-    told = ((HOLLOW, bool(hollow)), (REFERRED, bool(references)), (WAITING, waiting))
-    notes = [*NOTES, *(note for note, applies in told if applies)]
-    with charts.metric_panels(frame, ROWS, 4.6, panel) as figure:
-        charts.legend(figure, looks, "bar", 6, narrow=2, references=references)
-        data = charts.drawn_data(frame, ROWS)
+    present = set(frame["system"])
+    # Alone, the reference is a system like any other.
+    alone = present == {REFERENCE}
+    referred = (frame["system"] == REFERENCE) & (not alone)
+    looks = charts.looks(frame[~referred])
+    for name, look in charts.looks(frame[referred]).items():
+        looks[name] = {"color": look["color"], "linestyle": charts.REFERENCE_DASHES}
+    hollow = set(frame.loc[frame["system"] == WHOLE_LAYERS, "series"])
+    groups = {dataset: style.dataset_name(dataset) for dataset in charts.facets(frame)[1]}
+    notes = [note for system, note in SYSTEM_NOTES.items() if system in present and not alone]
+    with charts.metric_panels(frame, METRICS, 4.6) as (figure, panels):
+        for axes, metric, model in panels:
+            part = frame[frame["model"] == model]
+            not_filled = hollow if metric == "hit_rate" else set()
+            charts.bars(axes, part, metric, "dataset", groups, looks, not_filled)
+        charts.legend(figure, looks, "bar", 6, narrow=2)
+        data = charts.drawn_data(frame, METRICS)
         series = charts.expected_series(frame)
-        return charts.save(figure, place, names, frame, data, notes, series=series)
+        charts.save(figure, place, names, frame, data, [*NOTES, *notes], series=series)
 
 
-draw = partial(draw_overall, (ID, TITLE))
+draw = partial(draw_overall, ("10", TITLE))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,6 @@ from experiments.figures import charts, style
 
 ID = "11"
 TITLE = "Distribution of the end-to-end request latency, queueing included, online serving"
-LEVEL = 0.05
-"""One less the level of the band: 95 %."""
 NOTES = (
     "Bands: 95 % simultaneous (Dvoretzky-Kiefer-Wolfowitz), as if requests were independent; "
     "those that queue together are not, so the true ones may be wider.",
@@ -22,54 +21,46 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
+def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of the request tables of online runs."""
     frame = charts.checked(frame, ID, mixed_modes, workload="online")
     charts.single(frame, ID)
-    looks = {name: {**look, "marker": ""} for name, look in charts.looks(frame).items()}
-    curves = _curves(frame)
-
-    def panel(axes: Axes, part: pd.DataFrame) -> None:
-        for name, look in looks.items():
-            _curve(axes, part[part["series"] == name], look)
-        axes.set_ylim(0, 1.005)
-        axes.set_xlim(left=0)
-
+    looks = charts.unmarked(charts.looks(frame))
+    curves = pd.concat(map(curve, charts.rows_of(frame)), ignore_index=True)
     labels = style.METRICS["e2el_s"][0], "Share of requests"
-    with charts.dataset_panels(curves, labels, panel) as figure:
-        charts.legend(figure, looks, "line", narrow=2)
+    with charts.dataset_panels(curves, *labels) as (figure, panels):
+        for axes, part in panels:
+            for name, look in looks.items():
+                _steps(axes, part[part["series"] == name], look)
+            axes.set_ylim(0, 1.005)
+            axes.set_xlim(left=0)
+        charts.legend(figure, looks, narrow=2)
         series = charts.expected_series(frame)
-        return charts.save(figure, place, (ID, TITLE), frame, curves, NOTES, series=series)
+        charts.save(figure, place, (ID, TITLE), frame, curves, NOTES, series=series)
 
 
-def _curves(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the steps of each run's empirical distribution: latency, share, band."""
-    tables = []
-    for row in charts.rows_of(frame):
-        latency = np.sort(row["table"]["e2el_s"].to_numpy(dtype=float))
-        share = np.arange(1, len(latency) + 1) / len(latency)
-        # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
-        reach = math.sqrt(math.log(2 / LEVEL) / (2 * len(latency)))
-        band = {"share_low": share - reach, "share_high": share + reach}
-        columns = {
-            **{key: row[key] for key in ("model", "dataset", "series")},
-            "e2el_s": latency,
-            "share": share,
-            **{name: np.clip(end, 0, 1) for name, end in band.items()},
-            **{key: row[key] for key in ("mode", "testbed", "weights", "digest")},
-        }
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+def curve(run: dict[str, Any]) -> pd.DataFrame:
+    """Return the steps of a run's empirical distribution: latency, share and its 95 % band."""
+    latency = np.sort(run["table"]["e2el_s"].to_numpy(dtype=float))
+    share = np.arange(1, len(latency) + 1) / len(latency)
+    # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
+    reach = math.sqrt(math.log(2 / 0.05) / (2 * len(latency)))
+    columns = {
+        **{key: run[key] for key in ("model", "dataset", "series")},
+        "e2el_s": latency,
+        "share": share,
+        "share_low": np.clip(share - reach, 0, 1),
+        "share_high": np.clip(share + reach, 0, 1),
+        **{key: run[key] for key in ("mode", "testbed", "weights", "digest")},
+    }
+    return pd.DataFrame(columns)
 
 
-def _curve(axes: Axes, part: pd.DataFrame, look: charts.Look) -> None:
+def _steps(axes: Axes, part: pd.DataFrame, look: style.Look) -> None:
     if part.empty:
         return
     latency, colour = part["e2el_s"].to_numpy(), look["color"]
-    axes.step(
-        np.concatenate([[latency[0]], latency]), np.concatenate([[0.0], part["share"]]),
-        where="post", color=colour, linestyle=look["linestyle"],
-    )  # fmt: skip
-    axes.fill_between(
-        latency, part["share_low"], part["share_high"], step="post", color=colour, alpha=0.13, lw=0
-    )
+    from_zero = np.r_[latency[0], latency], np.r_[0.0, part["share"]]
+    axes.step(*from_zero, where="post", color=colour, linestyle=look["linestyle"])
+    ends = part["share_low"], part["share_high"]
+    axes.fill_between(latency, *ends, step="post", color=colour, alpha=0.13, lw=0)

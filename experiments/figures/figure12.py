@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from experiments.figures import charts, style
@@ -20,29 +19,23 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
+def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
     share = frame["memory_budget"].str.endswith("%")
     asked = frame["memory_budget"].where(~share, frame["memory_budget_gb"])
     frame = frame.assign(limit_gb=asked.astype(float))
     charts.single(frame, ID, "limit_gb")
-    looks = charts.looks(frame)
-    limits = sorted(set(frame["limit_gb"]))
-
-    def panel(axes: Axes, part: pd.DataFrame) -> None:
-        for name, look in looks.items():
-            charts.line(axes, part[part["series"] == name], "limit_gb", METRIC, look, limits)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(limits, [f"{limit:g}" for limit in limits])
-        axes.set_ylim(bottom=0)
-
+    looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
     labels = "Expert cache limit (GB)", style.METRICS[METRIC][0]
-    with charts.dataset_panels(frame, labels, panel) as figure:
-        charts.legend(figure, looks, "line", narrow=2)
-        data = charts.drawn_data(frame, [METRIC], ["limit_gb"])
-        return charts.save(
-            figure, place, (ID, TITLE), frame, data, NOTES,
-            series=charts.expected_series(frame), limit_gb=sorted({*LIMITS, *limits}),
-        )  # fmt: skip
+    with charts.dataset_panels(frame, *labels) as (figure, panels):
+        for axes, part in panels:
+            charts.lines(axes, part, "limit_gb", METRIC, looks, limits)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks(limits, [f"{limit:g}" for limit in limits])
+            axes.set_ylim(bottom=0)
+        charts.legend(figure, looks, narrow=2)
+        data = charts.drawn_data(frame, [METRIC], "limit_gb")
+        expected = {"series": charts.expected_series(frame), "limit_gb": sorted({*LIMITS, *limits})}
+        charts.save(figure, place, (ID, TITLE), frame, data, NOTES, **expected)

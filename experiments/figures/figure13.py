@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from experiments.figures.figure10 import draw_overall
+from experiments.figures import figure10
 
-ID = "13"
-TITLE = "TTFT, TPOT and expert hit rate of all systems on testbed B"
-draw = partial(draw_overall, (ID, TITLE))
+draw = partial(figure10.draw_overall, ("13", f"{figure10.TITLE} on testbed B"))

@@ -6,12 +6,10 @@ from functools import partial
 
 from experiments.figures.figure14a import draw_approaches
 
-ID = "14b"
 TITLE = "Expert hit rate of FineMoE by what its cache evicts first"
 APPROACHES = {
-    "LRU": {"system": "finemoe", "eviction": "lru"},
-    "LFU": {"system": "finemoe", "eviction": "lfu"},
-    "FineMoE": {"system": "finemoe", "eviction": "finemoe"},
+    "LRU": ("#999999", {"system": "finemoe", "eviction": "lru"}),
+    "LFU": ("#0072B2", {"system": "finemoe", "eviction": "lfu"}),
+    "FineMoE": ("#D55E00", {"system": "finemoe", "eviction": "finemoe"}),
 }
-COLOURS = ("#999999", "#0072B2", "#D55E00")
-draw = partial(draw_approaches, (ID, TITLE), APPROACHES, COLOURS)
+draw = partial(draw_approaches, ("14b", TITLE), APPROACHES)

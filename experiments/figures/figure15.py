@@ -6,16 +6,14 @@ from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from experiments.figures import charts, style
 
 ID = "15"
 TITLE = "TTFT and TPOT of FineMoE against the prefetch distance d"
-DISTANCES = tuple(range(1, 9))
 PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}
 """Section 6.1: the distances that the paper found best."""
-ROWS = ("ttft_s", "tpot_s")
+METRICS = ("ttft_s", "tpot_s")
 LOOKS = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
 """Colour and marker of each dataset."""
 NOTES = (
@@ -24,31 +22,26 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
+def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes, system="finemoe")
-    frame = frame.assign(series=frame["dataset"].map(style.dataset_name) + charts.marks(frame))
+    frame["series"] = charts.named_after(frame["dataset"].map(style.dataset_name), frame)
     charts.single(frame, ID, "prefetch_distance")
     base = dict(zip(charts.facets(frame)[1], cycle(LOOKS), strict=False))
     looks = charts.variants(frame, "dataset", base)
     distances = sorted(set(frame["prefetch_distance"]))
-
-    def panel(axes: Axes, part: pd.DataFrame, metric: str) -> None:
-        model = part["model"].iloc[0]
-        if model in PAPER_DISTANCE:
-            axes.axvline(PAPER_DISTANCE[model], color="#777777", linestyle=":", zorder=1)
-        for name, look in looks.items():
-            rows = part[part["series"] == name]
-            charts.line(axes, rows, "prefetch_distance", metric, look, distances)
-        axes.set_xticks(distances)
-        axes.margins(y=0.15)
-        if metric != ROWS[0]:
-            axes.set_xlabel("Prefetch distance d (layers)")
-
-    with charts.metric_panels(frame, ROWS, 3.0, panel) as figure:
+    with charts.metric_panels(frame, METRICS, 3.0) as (figure, panels):
+        for axes, metric, model in panels:
+            if model in PAPER_DISTANCE:
+                axes.axvline(PAPER_DISTANCE[model], color="#777777", linestyle=":", zorder=1)
+            part = frame[frame["model"] == model]
+            charts.lines(axes, part, "prefetch_distance", metric, looks, distances)
+            axes.set_xticks(distances)
+            axes.margins(y=0.15)
+            if metric != METRICS[0]:
+                axes.set_xlabel("Prefetch distance d (layers)")
         if len(looks) > 1:
-            charts.legend(figure, looks, "line")
-        data = charts.drawn_data(frame, ROWS, ["prefetch_distance"])
-        asked = sorted({*DISTANCES, *distances})
-        names = ID, TITLE
-        return charts.save(figure, place, names, frame, data, NOTES, prefetch_distance=asked)
+            charts.legend(figure, looks)
+        data = charts.drawn_data(frame, METRICS, "prefetch_distance")
+        asked = sorted({*range(1, 9), *distances})
+        charts.save(figure, place, (ID, TITLE), frame, data, NOTES, prefetch_distance=asked)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from experiments.figures import charts, style
@@ -13,7 +12,6 @@ from experiments.figures import charts, style
 ID = "1b"
 TITLE = "End-to-end request latency against memory, all systems and no offloading"
 METRIC = "e2el_s"
-MARKER_POINTS = 5.5
 NOTES = (
     f"Error bars: {charts.INTERVALS}. The latency axis is logarithmic.",
     "Memory: the expert budget (all experts where nothing is offloaded) and the weights that "
@@ -21,30 +19,26 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
+def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
-    memory = (frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9
-    frame = frame.assign(memory_gb=memory)
+    frame = frame.assign(memory_gb=(frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9)
     charts.single(frame, ID, "memory_gb")
-    looks = charts.looks(frame)
+    looks = {name: {**look, "markersize": 5.5} for name, look in charts.looks(frame).items()}
     if frame.groupby(["model", "dataset", "series"]).size().max() == 1:
         looks = {name: {**look, "linestyle": ""} for name, look in looks.items()}
-
-    def panel(axes: Axes, part: pd.DataFrame) -> None:
-        for name, look in looks.items():
-            charts.line(axes, part[part["series"] == name], "memory_gb", METRIC, look)
-        axes.set_xlim(0, 1.12 * part["memory_gb"].max())
-        axes.set_yscale("log")
-        axes.set_ylim(0.7 * part[METRIC].min(), 1.4 * part[METRIC].max())
-        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-
     labels = "Memory for weights (GB)", style.METRICS[METRIC][0]
-    with charts.dataset_panels(frame, labels, panel, MARKER_POINTS) as figure:
-        charts.legend(figure, looks, "line", 6, narrow=2)
-        data = charts.drawn_data(frame, [METRIC], ["memory_gb"])
+    with charts.dataset_panels(frame, *labels) as (figure, panels):
+        for axes, part in panels:
+            charts.lines(axes, part, "memory_gb", METRIC, looks)
+            axes.set_xlim(0, 1.12 * part["memory_gb"].max())
+            axes.set_yscale("log")
+            axes.set_ylim(0.7 * part[METRIC].min(), 1.4 * part[METRIC].max())
+            axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        charts.legend(figure, looks, columns=6, narrow=2)
+        data = charts.drawn_data(frame, [METRIC], "memory_gb")
         series = charts.expected_series(frame, (*style.PAPER_SYSTEMS, "resident"))
-        return charts.save(figure, place, (ID, TITLE), frame, data, NOTES, series=series)
+        charts.save(figure, place, (ID, TITLE), frame, data, NOTES, series=series)

@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import routing_analysis as analysis
-from experiments.figures import style, traces
-from experiments.figures.style import Drawn
+from experiments.figures import analyses, charts, style
 
-PANELS = {
-    "coarse": "Coarse:\ncounts",
-    "fine_counts": "Fine:\ncounts",
-    "fine": "Fine:\ngate",
-}
-
-
-def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
-    """Write heatmaps.csv: layer, expert, and its share of the layer, as `shares` says."""
-    traces.analyse(cfg, recorded, folder, "heatmaps", lambda one: shares(one.routing.iterations))
+PANELS = {"coarse": "Coarse:\ncounts", "fine_counts": "Fine:\ncounts", "fine": "Fine:\ngate"}
+SHOWS = (
+    "Left, the experts' shares of each layer's activations in one whole request of {model} on "
+    "{dataset}; middle, in the decode iteration halfway through it, which activates K experts a "
+    "layer; right, the gate probabilities of that iteration. One colour scale. The request is the "
+    "first of them."
+)
 
 
-def shares(routed: analysis.Iterations) -> pd.DataFrame:
-    """Return `analysis.heatmaps` and, beside its `fine`, `fine_counts` of the same iteration."""
-    first = next(routed.by_request())
-    decoded = first.counts[first.decode]
-    counts = decoded[len(decoded) // 2]
-    heat = analysis.heatmaps(routed).reset_index()
-    return heat.assign(fine_counts=(counts / counts.sum(axis=1, keepdims=True)).ravel())
+def heatmaps(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
+    """Return activation shares of the first request, by layer and expert.
+
+    `coarse` is the request's activation counts over their sum in a layer; `fine` is the gate
+    probabilities, and `fine_counts` the counts, of the decode iteration halfway through it.
+    """
+    first = next(subject.routed.by_request())
+    decoded = first.at(first.decode)
+    halfway = len(decoded.maps) // 2
+    layer, expert = np.indices(first.counts.shape[1:])
+    columns = {
+        "layer": layer,
+        "expert": expert,
+        "coarse": _shares(first.counts.sum(axis=0)),
+        "fine": decoded.maps[halfway],
+        "fine_counts": _shares(decoded.counts[halfway]),
+    }
+    return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
+def _shares(counts: np.ndarray) -> np.ndarray:
+    return np.asarray(counts / counts.sum(axis=1, keepdims=True))
+
+
+analyse = partial(analyses.analyse, name="heatmaps", table=heatmaps)
+
+
+def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
     """Draw the first model on the first dataset: layers down, experts across, one colour scale."""
-    found = traces.read_analysis(folder)
-    heat = found.table
-    first = heat[(heat["model"] == heat["model"][0]) & (heat["dataset"] == heat["dataset"][0])]
-    layers, experts = first["layer"].max() + 1, first["expert"].max() + 1
-    with style.canvas(1, len(PANELS), style.COLUMN_INCHES, 2.3) as figure:
-        largest = first[list(PANELS)].to_numpy().max()
-        for axes, (kind, name) in zip(figure.axes, PANELS.items(), strict=True):
-            shares = first.pivot(index="layer", columns="expert", values=kind)
+    record, heat = analyses.read_analysis(folder)
+    model, dataset = str(heat["model"][0]), str(heat["dataset"][0])
+    heat = charts.part_of(heat, model, dataset)
+    layers, experts = heat["layer"].max() + 1, heat["expert"].max() + 1
+    largest = heat[list(PANELS)].to_numpy().max()
+    with charts.panels([""], list(PANELS), style.COLUMN_INCHES, 2.3) as (figure, panels):
+        for axes, _, kind in panels:
+            shares = heat.pivot(index="layer", columns="expert", values=kind)
             image = axes.imshow(shares, cmap="rocket_r", vmin=0, vmax=largest, aspect="auto")
             axes.grid(visible=False)
-            axes.set_title(name, pad=3)
+            axes.set_title(PANELS[kind], pad=3)
             axes.set(xlabel="Expert", xticks=range(0, experts, -(-experts // 4)))
             axes.set_yticks(range(0, layers, 4 if layers > 8 else 1))
+            axes.label_outer()
         figure.axes[0].set_ylabel("Layer")
-        for axes in figure.axes[1:]:
-            axes.tick_params(labelleft=False)
         bar = figure.colorbar(image, ax=figure.axes, pad=0.02, aspect=30)
         bar.set_label("Share of the layer")
         bar.outline.set_visible(False)
-        model, dataset = first["model"].iloc[0], first["dataset"].iloc[0]
-        caption = found.caption(
-            f"Left, the experts' shares of each layer's activations in one whole request of "
-            f"{style.model_name(model)} on {style.dataset_name(dataset)}; middle, in the decode "
-            "iteration halfway through it, which activates K experts a layer; right, the gate "
-            "probabilities of that iteration. One colour scale. The request is the first of them.",
-            split=False,
-        )
-        return style.save(figure, first, place, found.record["id"], caption)
+        names = {"model": style.model_name(model), "dataset": style.dataset_name(dataset)}
+        analyses.save(figure, place, record, heat, SHOWS.format(**names), split=False)

@@ -8,72 +8,65 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments.figures import charts, traces
-from experiments.figures import routing_predictors as prediction
-from experiments.figures.style import Drawn
+from experiments.figures import analyses, charts, routing, style
 
-LOOKS = {name.lower(): look for name, look in traces.unmarked(traces.GRANULARITIES).items()}
-
-
-def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
-    """Write hit_rates.csv: granularity, distance, hit_rate with interval, chance (K/J)."""
-    traces.analyse(cfg, recorded, folder, "hit_rates", lambda one: hit_rates(one, cfg.experiment))
+LOOKS = {name.lower(): look for name, look in charts.unmarked(style.GRANULARITIES).items()}
+SHOWS = (
+    "Share of a decoded token's experts that were among the K predicted d layers before. Coarse: "
+    "the past request of nearest activation counts; fine: the past iteration of nearest expert "
+    "map. Bands: 95 % bootstrap intervals over requests."
+)
 
 
-def hit_rates(subject: traces.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return hit rates at distances 1..`longest_distance`, as far as the model has layers."""
-    history, measured, top_k = subject.history, subject.measured, subject.shape.top_k
+def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
+    """Return hit rates at distances 1..`longest_distance`, as far as the model has layers.
+
+    By granularity and distance, with 95 % intervals, and `chance` (K/J).
+    """
+    history, measured, shape = subject.history, subject.measured, subject.shape
     searched = subject.searched(experiment.store_capacity)
     named = {
-        "coarse": prediction.request_counts(history, measured, top_k),
-        "fine": prediction.trajectory_map(searched, top_k),
+        "coarse": routing.request_counts(history, measured, shape.top_k),
+        "fine": routing.trajectory_map(searched, shape.top_k),
     }
     distances = range(1, experiment.longest_distance + 1)
-    rates = prediction.hit_rates_by_distance(named, measured, distances)
-    chance = top_k / subject.shape.experts
+    rates = routing.hit_rates_by_distance(named, measured, distances)
+    chance = shape.top_k / shape.experts
     return rates.rename(columns={"predictor": "granularity"}).assign(chance=chance)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
+analyse = partial(analyses.analyse, name="hit_rates", table=hit_rates)
+
+
+def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
     """Draw coarse and fine with their bands, models down and datasets across."""
-    found = traces.read_analysis(folder)
-    frame = found.table.rename(columns={"granularity": "predictor"})
-    with rate_panels(frame, LOOKS) as figure:
-        return found.save(
-            figure,
-            place,
-            "Share of a decoded token's experts that were among the K predicted d layers before. "
-            "Coarse: the past request of nearest activation counts; fine: the past iteration of "
-            "nearest expert map. Bands: 95 % bootstrap intervals over requests.",
-        )
+    record, frame = analyses.read_analysis(folder)
+    with rate_panels(frame, "granularity", LOOKS) as figure:
+        analyses.save(figure, place, record, frame, SHOWS)
 
 
 @contextmanager
-def rate_panels(frame: pd.DataFrame, looks: Mapping[str, charts.Look]) -> Iterator[Figure]:
-    """Yield a figure of hit rate over distance, a band for each predictor that has a look.
+def rate_panels(frame: pd.DataFrame, by: str, looks: Mapping[str, style.Look]) -> Iterator[Figure]:
+    """Yield a figure of hit rate over distance, a band for each value of column `by` with a look.
 
-    `frame` has model, dataset, predictor, distance, hit_rate with its interval, and chance.
+    `frame` has model, dataset, `by`, distance, hit_rate with its interval, and chance.
     """
-
     longest = frame["distance"].max()
-
-    def panel(axes: Axes, rows: pd.DataFrame) -> None:
-        for name, look in looks.items():
-            traces.band(axes, rows[rows["predictor"] == name], "distance", "hit_rate", look, 100)
-        axes.axhline(rows["chance"].iloc[0] * 100, color=traces.CHANCE["color"], ls="--", lw=0.8)
-        axes.set(xlim=(0, longest + 0.5), ylim=(0, 103), yticks=(0, 50, 100))
-        axes.set_xticks(range(0, longest + 1, 10 if longest > 10 else 2))
-
-    labels = "Prefetch distance d (layers)", "Expert hit rate (%)"
-    named = {name.capitalize(): look for name, look in looks.items()}
-    with traces.model_panels(frame, labels, panel) as figure:
+    labels = "Prefetch distance d (layers)", style.METRICS["hit_rate"][0]
+    with charts.model_panels(frame, *labels) as (figure, panels):
+        for axes, part in panels:
+            charts.bands(axes, part, "distance", "hit_rate", by, looks)
+            axes.axhline(part["chance"].iloc[0] * 100, color="#333333", ls="--", lw=0.8)
+            axes.set(xlim=(0, longest + 0.5), ylim=(0, 103), yticks=(0, 50, 100))
+            axes.set_xticks(range(0, longest + 1, 10 if longest > 10 else 2))
+        named = {name.capitalize(): look for name, look in looks.items()}
         columns = 3 if len(looks) < 3 else 2
-        charts.legend(figure, {**named, "Chance (K/J)": traces.CHANCE}, "line", columns)
+        charts.legend(figure, {**named, "Chance (K/J)": style.CHANCE}, columns=columns)
         yield figure

@@ -1,29 +1,18 @@
-"""How every figure looks: names, order and colours of systems and models, sizes, saving."""
+"""How every figure looks: names, order, colours and markers, axis labels and units."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
-
-import matplotlib
-import matplotlib.pyplot as plt
-import pandas as pd
-import seaborn as sns
-from matplotlib.figure import Figure
-
-from experiments.errors import UserError
-from finemoe.files import atomic_write
 
 COLUMN_INCHES, PAGE_INCHES = 3.33, 7.0
 """Widths of a column and of a page of the paper's format."""
 POINTS = 7.5
-DPI = 300
+Look = dict[str, Any]
+"""Colour, marker and line as matplotlib names them; a bar's has a hatch."""
 
 # Okabe and Ito's colours, told apart with any colour vision; grey and black for what is no system.
-_SYSTEMS = {
+SYSTEMS = {
     "deepspeed": ("DeepSpeed", "#CC79A7", "v"),
     "mixtral_offload": ("Mixtral-Offloading", "#E69F00", "s"),
     "promoe": ("ProMoE", "#56B4E9", "D"),
@@ -36,42 +25,61 @@ _SYSTEMS = {
     "deepspeed_zero": ("DeepSpeed ZeRO-3", "#7A4A65", "<"),
 }
 """Display names, colours and markers, in the order of drawing: as in the paper, then bounds."""
-SYSTEMS, COLOURS, MARKERS = (
-    {system: look[place] for system, look in _SYSTEMS.items()} for place in range(3)
-)
 PAPER_SYSTEMS = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "finemoe")
-MODELS = {"mixtral": "Mixtral-8x7B", "qwen": "Qwen1.5-MoE", "phi": "Phi-3.5-MoE"}
-MODEL_COLOURS = {"mixtral": "#0072B2", "qwen": "#E69F00", "phi": "#009E73"}
+MODELS = {
+    "mixtral": ("Mixtral-8x7B", "#0072B2"),
+    "qwen": ("Qwen1.5-MoE", "#E69F00"),
+    "phi": ("Phi-3.5-MoE", "#009E73"),
+}
 DATASETS = {"docs": "docs", "code": "code", "lmsys": "LMSYS", "sharegpt": "ShareGPT"}
 METRICS = {
     "ttft_s": ("TTFT (s)", 1.0),
     "tpot_s": ("TPOT (ms)", 1e3),
     "e2el_s": ("End-to-end latency (s)", 1.0),
     "hit_rate": ("Expert hit rate (%)", 100.0),
+    "nats": ("Entropy (nats)", 1.0),
+    "score": ("Mean similarity score (cosine)", 1.0),
+    "pearson": ("Pearson coefficient", 1.0),
 }
-"""Axis label of a frame's column, and what its values are multiplied by for that unit."""
+"""Axis label of a column, and what its values are multiplied by for that unit."""
 HATCHES = ("", "////", "....", "xxxx")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v")
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """The files that one figure left, and its caption."""
-
-    png: Path
-    pdf: Path
-    csv: Path
-    caption: str
+GRANULARITIES: dict[str, Look] = {
+    "Coarse": {"color": "#999999", "marker": "s", "linestyle": "-", "hatch": ""},
+    "Fine": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
+}
+SEARCHES: dict[str, Look] = {
+    "Semantic": {"color": "#56B4E9", "marker": "s", "linestyle": "-", "hatch": ""},
+    "Trajectory": {"color": "#D55E00", "marker": "o", "linestyle": "-", "hatch": ""},
+}
+CHANCE: Look = {"color": "#333333", "marker": "", "linestyle": "--"}
 
 
 def system_name(system: str) -> str:
     """Return how a system is called in figures."""
-    return SYSTEMS.get(system, system)
+    return SYSTEMS[system][0] if system in SYSTEMS else system
+
+
+def system_look(system: str) -> tuple[str, str]:
+    """Return the colour and the marker that a system has in every figure."""
+    return SYSTEMS[system][1:] if system in SYSTEMS else ("#666666", "o")
 
 
 def model_name(model: str) -> str:
     """Return how a model is called in figures."""
-    return MODELS.get(model, model)
+    return MODELS[model][0] if model in MODELS else model
+
+
+def model_looks(models: Iterable[str]) -> dict[str, Look]:
+    """Return colour, marker and line of each model; a known model has its own everywhere."""
+    markers = dict(zip(dict.fromkeys([*MODELS, *models]), MARKERS * 9, strict=False))
+    colours = {model: colour for model, (_, colour) in MODELS.items()}
+    return {
+        model: {"color": colours.get(model, "#666666"), "marker": markers[model], "linestyle": "-"}
+        for model in models
+    }
 
 
 def dataset_name(dataset: str) -> str:
@@ -79,66 +87,7 @@ def dataset_name(dataset: str) -> str:
     return DATASETS.get(dataset, dataset)
 
 
-def ordered(values: pd.Series | list[str], known: dict[str, str]) -> list[str]:
+def ordered(values: Iterable[str], known: Iterable[str]) -> list[str]:
     """Return the distinct values: those `known` in its order, then others by name."""
-    found = set(values)
-    return [one for one in known if one in found] + sorted(found - set(known))
-
-
-@contextmanager
-def canvas(
-    rows: int, columns: int, width: float, height: float, marker_points: float = 3.5
-) -> Iterator[Figure]:
-    """Yield a figure of rows x columns panels, `width` x `height` inches; closed afterwards."""
-    settings: Any = {
-        "font.size": POINTS,
-        "axes.labelsize": POINTS,
-        "axes.titlesize": POINTS,
-        "xtick.labelsize": POINTS - 0.5,
-        "ytick.labelsize": POINTS - 0.5,
-        "legend.fontsize": POINTS,
-        "legend.title_fontsize": POINTS,
-        "axes.linewidth": 0.6,
-        "grid.linewidth": 0.4,
-        "lines.linewidth": 1.2,
-        "lines.markersize": marker_points,
-        "hatch.linewidth": 0.5,
-        "pdf.fonttype": 42,
-        "figure.constrained_layout.h_pad": 0.03,
-        "figure.constrained_layout.w_pad": 0.03,
-    }
-    matplotlib.use("Agg")
-    with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(settings):
-        figure, _ = plt.subplots(
-            rows, columns, figsize=(width, height), layout="constrained", squeeze=False
-        )
-        try:
-            for axes in figure.axes:
-                axes.tick_params(length=2, pad=2)
-                sns.despine(ax=axes)
-            yield figure
-        finally:
-            plt.close(figure)
-
-
-def save(figure: Figure, data: pd.DataFrame, place: Path, name: str, caption: str) -> Drawn:
-    """Write `<place>/<name>` as png, pdf, csv (the data drawn) and txt (the caption).
-
-    The same figure gives the same bytes on the same machine. Raises UserError if `place` cannot be
-    written to.
-    """
-    paths = {kind: place / f"{name}.{kind}" for kind in ("png", "pdf", "csv", "txt")}
-    try:
-        for kind, path in paths.items():
-            with atomic_write(path) as partial:
-                if kind == "csv":
-                    data.to_csv(partial, index=False)
-                elif kind == "txt":
-                    partial.write_text(caption + "\n")
-                else:
-                    dated = {"CreationDate": None} if kind == "pdf" else None
-                    figure.savefig(partial, format=kind, dpi=DPI, metadata=dated)
-    except OSError as error:
-        cause = f"cannot write figures to {place}: {error.strerror}"
-        raise UserError(f"{cause}; choose another folder") from error
-    return Drawn(paths["png"], paths["pdf"], paths["csv"], caption)
+    present, first = set(values), list(known)
+    return [value for value in first if value in present] + sorted(present - set(first))

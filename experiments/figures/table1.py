@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,29 @@ import pandas as pd
 from matplotlib.transforms import Bbox
 from omegaconf import DictConfig
 
-from experiments.figures import style, traces
-from experiments.figures.style import Drawn
+from experiments.figures import analyses, charts, style
 from experiments.run.config import full_size
 
+SHOWS = (
+    "K: experts a token activates, J: experts a layer, L: layers with experts, d: prefetch "
+    "distance; one expert and the inactive parameters in bf16, 1 GB = 10^9 bytes; norms and biases "
+    "are not counted."
+)
 
-def analyse(cfg: DictConfig, recorded: traces.Traces, folder: Path) -> None:
+
+def analyse(cfg: DictConfig, traces: analyses.Traces, folder: Path) -> None:
     """Write models.csv: one row a model, parameters in 10^9, sizes in 10^9 bytes (expert: 10^6)."""
     rows = [characteristics(name) for name in cfg.experiment.models]
-    traces.write_analysis(cfg, folder, "models", pd.DataFrame(rows))
+    analyses.write_analysis(cfg, folder, "models", pd.DataFrame(rows))
 
 
 def characteristics(name: str) -> dict[str, Any]:
     """Return the row of one model; norms and biases are not counted."""
-    facts = traces.model_facts(name)
+    facts = analyses.model_facts(name)
     model = full_size(facts)
     width = model.bytes_per_parameter
-    dense = model.dense_bytes // width
     total, active = (
-        dense + model.layers * each * model.expert_parameters
+        model.dense_bytes // width + model.layers * each * model.expert_parameters
         for each in (model.experts, model.top_k)
     )
     return {
@@ -46,36 +49,29 @@ def characteristics(name: str) -> dict[str, Any]:
     }
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> Drawn:
+def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
     """Draw the table as a picture, one row a model; the CSV has the unrounded numbers."""
-    found = traces.read_analysis(folder)
-    rows = [_shown(row) for row in found.table.to_dict("records")]
-    with style.canvas(1, 1, style.PAGE_INCHES, 0.3 + 0.22 * len(rows)) as figure:
-        axes = figure.axes[0]
+    record, frame = analyses.read_analysis(folder)
+    rows = [_rounded(row) for row in charts.rows_of(frame)]
+    size = style.PAGE_INCHES, 0.3 + 0.22 * len(rows)
+    with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
         axes.set_axis_off()
-        table = axes.table(
-            [list(row.values()) for row in rows], colLabels=list(rows[0]), cellLoc="center",
-            bbox=Bbox.unit(), edges="horizontal",
-        )  # fmt: skip
+        heads = list(rows[0])
+        look: Any = {"cellLoc": "center", "bbox": Bbox.unit(), "edges": "horizontal"}
+        table = axes.table([list(row.values()) for row in rows], colLabels=heads, **look)
         table.auto_set_font_size(False)
         table.set_fontsize(style.POINTS)
-        table.auto_set_column_width(range(len(rows[0])))
+        table.auto_set_column_width(range(len(heads)))
         for (row, _), cell in table.get_celld().items():
             cell.set_linewidth(0.6)
             cell.get_text().set_fontweight("bold" if row == 0 else "normal")
-        return found.save(
-            figure,
-            place,
-            "K: experts a token activates, J: experts a layer, L: layers with experts, d: prefetch "
-            "distance; one expert and the inactive parameters in bf16, 1 GB = 10^9 bytes; norms "
-            "and biases are not counted.",
-        )
+        analyses.save(figure, place, record, frame, SHOWS)
 
 
-def _shown(row: dict[Hashable, Any]) -> dict[str, str]:
-    """Return the cells of one model, rounded, under their heads."""
+def _rounded(row: dict[str, Any]) -> dict[str, str]:
+    """Return the cells of one model under their heads."""
     return {
-        "Model": style.model_name(str(row["model"])),
+        "Model": style.model_name(row["model"]),
         "Active / total": f"{row['active_b']:.1f} / {row['total_b']:.1f} B",
         "K / J": f"{row['top_k']} / {row['experts']}",
         "L": str(row["layers"]),

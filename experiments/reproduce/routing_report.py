@@ -1,16 +1,14 @@
 """Report what models route: ``python -m experiments.reproduce.routing_report weights=scale``.
 
 Load balance, entropy, overlap of consecutive tokens, and how far ahead each predictor sees, for
-every model and dataset, against uniform chance: tables on the terminal, and pictures with their
-data and a JSON record in the output folder. What the paper draws of routing is drawn by
-`python -m experiments.reproduce 3a 3b 3c 4 8 9 16a`.
+every model and dataset, against uniform chance: on the terminal, as pictures and as a JSON record.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,12 @@ from rich.table import Table
 
 from experiments.bench.overheads import write_json
 from experiments.errors import UserError, command
-from experiments.figures import routing
-from experiments.figures import routing_analysis as analysis
-from experiments.figures import routing_predictors as prediction
+from experiments.figures import analyses, charts, routing, style
+from experiments.figures.figure4 import rate_panels
 from experiments.run.console import Console
 from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
 from experiments.run.weights import SCALE_MODELS
-from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceReader
 
 FAIR_SHARE_FLOOR = 0.2
@@ -49,102 +45,106 @@ BY_LAYER = {
     ("entropy", "fine_gate"): "entropy, iteration, gate (nats)",
     ("overlap", "overlap"): "overlap of consecutive tokens",
 }
-"""Table and column of what is found of every layer, to its name on the terminal."""
+"""Table and column of what is known of every layer, to its name on the terminal."""
 
+Summary = dict[str, Any]
 Tables = dict[str, pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model on one dataset, and what its report found."""
-
-    model: str
-    dataset: str
-    shape: ModelShape
-    distance: int
-    """The model's prefetch distance d (section 6.1)."""
-    requests: int
-    history: int
-    """How many of the requests are history."""
-    origin: Mapping[str, Any]
-    """Where its routing came from, as its trace says."""
-    tables: Tables
-
-    @property
-    def chance(self) -> float:
-        """What K experts drawn uniformly would hit: K/J."""
-        return self.shape.top_k / self.shape.experts
 
 
 # From a recorded trace to tables ------------------------------------------------------------------
 
 
-def investigate(cfg: DictConfig, console: Console) -> Subject:
-    """Record the routing of `cfg.model` on `cfg.dataset`, or take the kept trace; analyse it.
+def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
+    """Return the routing of `cfg.model` on `cfg.dataset` as a record says it, and as tables.
 
-    `cfg` is what `subject_configs` yields. Raises UserError or TraceError.
+    It is recorded unless its trace was kept. `cfg` is what `subject_configs` yields. Raises
+    UserError or TraceError.
     """
-    cut = history_length(cfg)
-    with TraceReader(kept_trace(cfg, console)) as reader:
-        header = reader.header
-        routed = analysis.iterations(list(reader.requests()))
-    history, measured = routed.at(routed.request < cut), routed.at(routed.request >= cut)
-    shape, distance = header.shape, min(cfg.model.prefetch_distance, header.shape.layers - 1)
-    searched = prediction.search(history, measured, shape, cfg.store_capacity, distance)
-    named = prediction.predictors(history, measured, searched, header.gates, shape.top_k)
-    rates = prediction.hit_rates_by_distance(named, measured, DISTANCES)
-    chance = shape.top_k / shape.experts
-    tables = {
-        "load_balance": _balance(routed).assign(uniform=1.0),
-        "entropy": analysis.entropies(routed).assign(uniform=np.log(shape.experts)).reset_index(),
-        "overlap": analysis.consecutive_overlap(routed).assign(uniform=chance).reset_index(),
-        "hit_rates": rates.assign(chance=chance),
-    }
-    counted = int(routed.request[-1]) + 1, cut
-    names = cfg.model.name, cfg.dataset.name
-    return Subject(*names, shape, distance, *counted, header.provenance, tables)
-
-
-def history_length(cfg: DictConfig) -> int:
-    """Return how many requests are history; raise UserError if that leaves nothing to analyse."""
-    prompts, share = cfg.workload.prompts, cfg.workload.history_share
-    cut = round(share * prompts)
-    if not 0 < cut < prompts:
-        raise UserError(
-            f"workload.history_share={share} of {prompts} prompts leaves no history, or none to "
-            "judge predictors on; change it or add prompts"
-        )
+    cut = analyses.history_length(cfg.workload.history_share, cfg.workload.prompts)
     if cfg.workload.output_tokens < 3:
         raise UserError("workload.output_tokens below 3 leaves no decoded tokens to compare")
-    return cut
+    with TraceReader(kept_trace(cfg, console)) as reader:
+        header, routed = reader.header, routing.iterations(reader.requests())
+    history, measured = routed.at(routed.request < cut), routed.at(routed.request >= cut)
+    shape, distance = header.shape, min(cfg.model.prefetch_distance, header.shape.layers - 1)
+    searched = routing.search(history, measured, shape, cfg.store_capacity, distance)
+    named = routing.predictors(history, measured, searched, header.gates, shape.top_k)
+    chance = shape.top_k / shape.experts
+    prompts = routing.load_balance(routed.at(~routed.decode))
+    balance = prompts.join(routing.load_balance(routed).add_suffix("_all"))
+    tables = {
+        "load_balance": _by_layer(balance, 1.0),
+        "entropy": _by_layer(routing.entropies(routed), float(np.log(shape.experts))),
+        "overlap": _by_layer(routing.consecutive_overlap(routed), chance),
+        "hit_rates": routing.hit_rates_by_distance(named, measured, DISTANCES).assign(
+            chance=chance
+        ),
+    }
+    at_distance = tables["hit_rates"].query("distance == @distance").set_index("predictor")
+    summary = {
+        "model": cfg.model.name,
+        "dataset": cfg.dataset.name,
+        "weights": header.provenance.get("weights", "unknown"),
+        "requests": routed.requests,
+        "measured_requests": routed.requests - cut,
+        "layers": shape.layers,
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "smallest_load": float(balance["smallest"].min()),
+        "largest_load": float(balance["largest"].max()),
+        "entropy_nats": tables["entropy"][["coarse", "fine_counts", "fine_gate"]].mean().to_dict(),
+        "overlap": float(tables["overlap"]["overlap"].mean()),
+        "distance": distance,
+        "hit_rate": at_distance["hit_rate"].to_dict(),
+        "chance": chance,
+        "shortcomings": shortcomings(balance["smallest"], at_distance["low"], chance, distance),
+        "trace": dict(header.provenance),
+    }
+    return summary, tables
 
 
-def _balance(routed: analysis.Iterations) -> pd.DataFrame:
-    """Return the load balance over the prompts' tokens, and over all with what was generated."""
-    prompts = analysis.load_balance(routed.at(~routed.decode))
-    return prompts.join(analysis.load_balance(routed).add_suffix("_all")).reset_index()
+def _by_layer(table: pd.DataFrame, uniform: float) -> pd.DataFrame:
+    return table.assign(uniform=uniform).rename_axis("layer").reset_index()
 
 
-# On the terminal --------------------------------------------------------------------------------
+def shortcomings(
+    smallest: pd.Series[float], lowest: pd.Series[float], chance: float, distance: int
+) -> list[str]:
+    """Say which layers neglect an expert, and which predictors are not clearly above chance.
+
+    `smallest` load by layer; `lowest` likely hit rate by predictor, at `distance`.
+    """
+    neglecting = smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)
+    weak = lowest.index[lowest <= chance]
+    return [
+        f"layers with an expert below a fifth of its fair share of prompt tokens: "
+        f"{', '.join(neglecting) or 'none'}",
+        f"predictors not above chance at d = {distance} (95 % interval): "
+        f"{', '.join(weak) or 'none'}",
+    ]
 
 
-def print_subject(subject: Subject, weights: str, console: RichConsole) -> None:
-    """Print one table of the routing and one of the predictors."""
-    shape = subject.shape
+# On the terminal ----------------------------------------------------------------------------------
+
+
+def print_subject(summary: Summary, tables: Tables, weights: str, console: RichConsole) -> None:
+    """Print one table of the routing and one of the predictors, the best first."""
     console.print(
-        f"[bold]{subject.model} on {subject.dataset}[/] ({weights} weights, "
-        f"{shape.layers} x {shape.experts}, top-{shape.top_k})"
+        f"[bold]{summary['model']} on {summary['dataset']}[/] ({weights} weights, "
+        f"{summary['layers']} x {summary['experts']}, top-{summary['top_k']})"
     )
     layers = _table("over layers", "mean", "least", "most", "uniform")
     for (table, column), label in BY_LAYER.items():
-        layers.add_row(label, *_spread(subject.tables[table], column))
+        values, uniform = tables[table][column], tables[table]["uniform"].iloc[0]
+        layers.add_row(label, *_numbers([values.mean(), values.min(), values.max(), uniform]))
     console.print(layers)
-    rates = hit_rates(subject)
+    rates = tables["hit_rates"].pivot(index="predictor", columns="distance", values="hit_rate")
+    rates.loc["chance"] = summary["chance"]
     predictors = _table("hit rate at d =", *map(str, rates.columns))
-    for predictor, row in rates.iterrows():
-        predictors.add_row(str(predictor), *(f"{value:.3f}" for value in row))
+    for name in rates.mean(axis=1).sort_values(ascending=False).index:
+        predictors.add_row(name, *_numbers(rates.loc[name]))
     console.print(predictors)
-    for line in shortcomings(subject):
+    for line in summary["shortcomings"]:
         console.print(line, soft_wrap=True)
 
 
@@ -156,104 +156,102 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def hit_rates(subject: Subject) -> pd.DataFrame:
-    """Return hit rates, one row a predictor (best first) or chance, one column a distance."""
-    rates = subject.tables["hit_rates"]
-    wide = rates.pivot(index="predictor", columns="distance", values="hit_rate")
-    wide.loc["chance"] = subject.chance
-    return wide.loc[wide.mean(axis=1).sort_values(ascending=False).index]
+def _numbers(values: Sequence[float] | pd.Series[float]) -> list[str]:
+    return [f"{value:.3f}" for value in values]
 
 
-def shortcomings(subject: Subject) -> list[str]:
-    """Say which layers neglect an expert, and which predictors are not clearly above chance."""
-    loads = subject.tables["load_balance"]
-    neglecting = loads.loc[loads["smallest"] < FAIR_SHARE_FLOOR, "layer"].tolist()
-    rates = subject.tables["hit_rates"].query("distance == @subject.distance")
-    weak = rates.loc[rates["low"] <= subject.chance, "predictor"].tolist()
-    return [
-        f"layers with an expert below a fifth of its fair share of prompt tokens: "
-        f"{', '.join(map(str, neglecting)) or 'none'}",
-        f"predictors not above chance at d = {subject.distance} (95 % interval): "
-        f"{', '.join(weak) or 'none'}",
-    ]
+# Pictures -----------------------------------------------------------------------------------------
+
+# Of no model, no system and no granularity.
+_LINE = {"color": "#6A51A3", "marker": "", "linestyle": "-"}
+_COARSE, _FINE = charts.unmarked(style.GRANULARITIES).values()
+_DOTTED = {"linestyle": ":"}
+PICTURES: dict[str, tuple[str, str, dict[str, tuple[str, style.Look]], str]] = {
+    "load_balance": (
+        "Load of experts by layer",
+        "Load / fair share",
+        {
+            "largest": ("Most used", _LINE),
+            "smallest": ("Least used", {**_LINE, **_DOTTED}),
+            "uniform": ("Fair share", style.CHANCE),
+        },
+        "Share of the prompts' tokens that the most and the least used expert of a layer got, over "
+        "the share 1/J that each would get of equal ones.",
+    ),
+    "entropy": (
+        "Entropy by layer",
+        style.METRICS["nats"][0],
+        {
+            "coarse": ("Coarse, counts", _COARSE),
+            "fine_gate": ("Fine, gate", _FINE),
+            "fine_counts": ("Fine, counts", {**_FINE, **_DOTTED}),
+            "uniform": ("Uniform (ln J)", style.CHANCE),
+        },
+        "Of the activation counts of a whole request (coarse), and of the gate probabilities and "
+        "the counts of one decode iteration (fine), means over requests or iterations; the counts "
+        "of an iteration give ln K by construction.",
+    ),
+    "overlap": (
+        "Overlap of consecutive tokens by layer",
+        "Share of experts in common",
+        {"overlap": ("Overlap", _LINE), "uniform": ("Chance (K/J)", style.CHANCE)},
+        "Share of a decoded token's experts that the token before it used as well.",
+    ),
+}
+"""Table to title, vertical label, columns drawn (name and look), and what the picture shows."""
+# Of the colours of systems, a predictor has that of the one which predicts so.
+PREDICTORS: dict[str, style.Look] = {
+    "popularity": {"color": "#0072B2", "marker": "X", "linestyle": "-"},
+    "request counts": style.GRANULARITIES["Coarse"],
+    "previous token": {"color": "#CC79A7", "marker": "^", "linestyle": "-"},
+    "target gate": {"color": "#E69F00", "marker": "D", "linestyle": "-"},
+    "map, semantic": {**style.SEARCHES["Semantic"], "marker": "v"},
+    "map, trajectory": style.SEARCHES["Trajectory"],
+}
+PREDICTORS_SHOW = (
+    "Share of a decoded token's experts that were among the K predicted d layers before, by: "
+    "the experts that the history used most (popularity); the past request of nearest "
+    "activation counts; the request's previous token; the layer's own gate, given the hidden "
+    "state of d layers before (target gate); the past iteration of nearest embedding (map, "
+    "semantic) or of nearest gate outputs up to then (map, trajectory). "
+    "Bands: 95 % bootstrap intervals over requests."
+)
 
 
-def _spread(table: pd.DataFrame, column: str) -> Iterator[str]:
-    """Yield mean, least and most over layers, and what uniform routing would give."""
-    values = table[column]
-    for one in (values.mean(), values.min(), values.max(), table["uniform"].iloc[0]):
-        yield f"{one:.3f}"
+def draw_tables(tables: Tables, summaries: Sequence[Summary], place: Path) -> None:
+    """Draw every table of all subjects as `<place>/<name>`, its data beside it."""
+    record = {"label": "Routing report", "mode": analyses.MODE, "subjects": summaries}
+    for name, (title, label, columns, shows) in PICTURES.items():
+        with charts.model_panels(tables[name], "Layer", label) as (figure, panels):
+            top = tables[name][list(columns)].to_numpy().max() * 1.05
+            for axes, rows in panels:
+                for column, (_, look) in columns.items():
+                    width = 0.8 if column == "uniform" else 1.2
+                    line = {"c": look["color"], "ls": look["linestyle"], "lw": width}
+                    axes.plot(rows["layer"], rows[column], **line)
+                axes.set(ylim=(0, top), xlim=(0, tables[name]["layer"].max()))
+            charts.legend(figure, dict(columns.values()), columns=2 if len(columns) == 4 else 3)
+            named = {**record, "id": name, "title": title}
+            analyses.save(figure, place, named, tables[name], shows, split=False)
+    rates = tables["hit_rates"]
+    looks = {name: look for name, look in PREDICTORS.items() if name in set(rates["predictor"])}
+    with rate_panels(rates, "predictor", looks) as figure:
+        named = {**record, "id": "hit_rates", "title": "Expert hit rate of predictors"}
+        analyses.save(figure, place, named, rates, PREDICTORS_SHOW)
 
 
-# Files ------------------------------------------------------------------------------------------
-
-
-def write_report(subjects: Sequence[Subject], cfg: DictConfig, folder: Path) -> Path:
-    """Draw every table, its data beside it, then write the record; return its path."""
-    tables, summaries = joined_tables(subjects), [_summary(subject) for subject in subjects]
-    for name in routing.BY_LAYER:
-        routing.draw_by_layer(name, tables[name], summaries, folder)
-    routing.draw_rates(tables["hit_rates"], summaries, folder)
-    record = {
-        "config": OmegaConf.to_container(cfg, resolve=False),
-        "routing": "the model's own gates",
-        "subjects": summaries,
-        **provenance(),
-    }
-    write_json(folder / "routing_report.json", record)
-    return folder / "routing_report.json"
-
-
-def joined_tables(subjects: Sequence[Subject]) -> Tables:
-    """Return each table over all subjects, with columns model and dataset in front."""
-    keys = [(subject.model, subject.dataset) for subject in subjects]
-    return {
-        name: pd.concat([s.tables[name] for s in subjects], keys=keys, names=["model", "dataset"])
-        .reset_index(["model", "dataset"])
-        .reset_index(drop=True)
-        for name in subjects[0].tables
-    }
-
-
-def _summary(subject: Subject) -> dict[str, Any]:
-    """Return means over layers and hit rates at d."""
-    tables, shape = subject.tables, subject.shape
-    rates = tables["hit_rates"].query("distance == @subject.distance").set_index("predictor")
-    return {
-        "model": subject.model,
-        "dataset": subject.dataset,
-        "weights": subject.origin.get("weights", "unknown"),
-        "requests": subject.requests,
-        "measured_requests": subject.requests - subject.history,
-        "layers": shape.layers,
-        "experts": shape.experts,
-        "top_k": shape.top_k,
-        "smallest_load": float(tables["load_balance"]["smallest"].min()),
-        "largest_load": float(tables["load_balance"]["largest"].max()),
-        "entropy_nats": tables["entropy"][["coarse", "fine_counts", "fine_gate"]].mean().to_dict(),
-        "overlap": float(tables["overlap"]["overlap"].mean()),
-        "distance": subject.distance,
-        "hit_rate": {str(name): float(value) for name, value in rates["hit_rate"].items()},
-        "chance": subject.chance,
-        "shortcomings": shortcomings(subject),
-        "trace": dict(subject.origin),
-    }
-
-
-# The command ------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 
 
 def subject_configs(cfg: DictConfig) -> Iterator[DictConfig]:
     """Yield, for every model and dataset asked for, a config with just that one of each."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     for group, asked in (("model", cfg.models), ("dataset", cfg.datasets)):
-        unknown = [name for name in asked if name not in plain[group]]
-        if unknown or not asked:
+        if not asked or set(asked) - set(plain[group]):
             raise UserError(f"{group}s={','.join(asked)}: choose some of {', '.join(plain[group])}")
-    for model in cfg.models:
-        for dataset in cfg.datasets:
-            chosen = {"model": plain["model"][model], "dataset": plain["dataset"][dataset]}
-            yield OmegaConf.create({**plain, **chosen})
+    for model, dataset in product(cfg.models, cfg.datasets):
+        chosen = {"model": plain["model"][model], "dataset": plain["dataset"][dataset]}
+        yield OmegaConf.create({**plain, **chosen})
 
 
 def lacks_weights(cfg: DictConfig) -> bool:
@@ -264,21 +262,40 @@ def lacks_weights(cfg: DictConfig) -> bool:
 
 def report(cfg: DictConfig) -> None:
     """Investigate every model and dataset, print, and write the report. Raises UserError."""
-    console, terminal = Console(), RichConsole(highlight=False)
-    subjects = []
+    terminal, folder = RichConsole(highlight=False), Path(cfg.output)
+    summaries: list[Summary] = []
+    by_subject: dict[tuple[str, str], Tables] = {}
     for one in subject_configs(cfg):
         if lacks_weights(one):
             terminal.print(f"skipped {one.model.name} on {one.dataset.name}: no scale weights yet")
             continue
-        subject = investigate(one, console)
-        print_subject(subject, str(cfg.weights), terminal)
-        subjects.append(subject)
-    if not subjects:
+        summary, tables = investigate(one, Console())
+        print_subject(summary, tables, str(cfg.weights), terminal)
+        summaries.append(summary)
+        by_subject[one.model.name, one.dataset.name] = tables
+    if not summaries:
         raise UserError(
             f"none of {', '.join(cfg.models)} has scale weights; train one with "
             "`python -m experiments.train.scale_models model=mixtral`, or choose other models="
         )
-    terminal.print(f"report: {write_report(subjects, cfg, Path(cfg.output))}", soft_wrap=True)
+    draw_tables(joined(by_subject), summaries, folder)
+    record = {
+        "config": OmegaConf.to_container(cfg, resolve=False),
+        "routing": "the model's own gates",
+        "subjects": summaries,
+        **provenance(),
+    }
+    write_json(folder / "routing_report.json", record)
+    terminal.print(f"report: {folder / 'routing_report.json'}", soft_wrap=True)
+
+
+def joined(by_subject: Mapping[tuple[str, str], Tables]) -> Tables:
+    """Return each table over all subjects, with columns model and dataset in front."""
+    names = next(iter(by_subject.values()))
+    return {
+        name: analyses.joined({subject: own[name] for subject, own in by_subject.items()})
+        for name in names
+    }
 
 
 @hydra.main(config_path="../../conf", config_name="routing_report", version_base="1.3")

@@ -40,7 +40,7 @@ def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrac
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
     reader = TraceReader(path)
-    reader.require(shape=replace(shape, hidden_size=reader.header.shape.hidden_size))
+    reader.require(shape=shape)
     return reader
 
 

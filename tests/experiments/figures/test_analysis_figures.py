@@ -1,4 +1,4 @@
-"""Analyses and pictures of a toy trace (`test_routing_analysis` has it) and of published shapes."""
+"""Analyses and pictures of a toy trace (`test_routing` has it) and of published shapes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 from experiments.errors import UserError
 from experiments.figures import (
+    analyses,
     figure3a,
     figure3b,
     figure3c,
@@ -23,12 +24,10 @@ from experiments.figures import (
     figure16a,
     figure18,
     table1,
-    traces,
 )
-from finemoe.offload.policy import ModelShape
 from finemoe.trace import CONTENTS, TraceHeader, trace_writer
 from tests.command import config
-from tests.experiments.figures.test_routing_analysis import EXPERTS, LN2, REQUESTS, THREE_TO_ONE
+from tests.experiments.figures.test_routing import EXPERTS, LN2, REQUESTS, SHAPE, THREE_TO_ONE
 
 OF_TRACES = ("figure3a", "figure3b", "figure3c", "figure4", "figure8", "figure9", "figure16a")
 OF_SHAPES = ("table1", "figure18")
@@ -37,8 +36,7 @@ OF_SHAPES = ("table1", "figure18")
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("toy") / "toy.parquet"
-    shape = ModelShape(layers=2, experts=EXPERTS, top_k=1, hidden_size=EXPERTS)
-    header = TraceHeader(shape, "float32", CONTENTS, {"weights": "scale"})
+    header = TraceHeader(SHAPE, "float32", CONTENTS, {"weights": "scale"})
     with trace_writer(path, header) as write:
         for request in REQUESTS:
             write(request)
@@ -46,78 +44,85 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def subject(toy: Path) -> traces.Subject:
+def subject(toy: Path) -> analyses.Subject:
     """The first toy request is history, the second measured."""
-    return traces.Subject("mixtral", "docs", toy, distance=1, cut=1)
+    return analyses.Subject("mixtral", "docs", toy, distance=1, cut=1)
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
     return config("config", f"experiment={name}", *overrides)
 
 
-def analysed(name: str, recorded: traces.Traces, folder: Path, *overrides: str) -> DictConfig:
+def analysed(name: str, traces: analyses.Traces, folder: Path, *overrides: str) -> DictConfig:
     cfg = composed(name, "workload.history_share=0.5", *overrides)
-    get_method(cfg.experiment.analysis)(cfg, recorded, folder)
+    get_method(cfg.experiment.analysis)(cfg, traces, folder)
     return cfg
-
-
-def everywhere(toy: Path) -> dict[tuple[str, str], Path]:
-    return {(m, d): toy for m in ("mixtral", "qwen", "phi") for d in ("docs", "code")}
 
 
 @pytest.mark.parametrize("name", [*OF_TRACES, *OF_SHAPES])
 def test_every_figure_is_drawn_from_what_its_analysis_left(
     name: str, toy: Path, tmp_path: Path
 ) -> None:
-    cfg = analysed(name, everywhere(toy), tmp_path / "analysis")
+    everywhere = {(m, d): toy for m in ("mixtral", "qwen", "phi") for d in ("docs", "code")}
+    cfg = analysed(name, everywhere, tmp_path / "analysis")
     record: dict[str, Any] = json.loads((tmp_path / "analysis" / "record.json").read_text())
     assert record["provenance"]["versions"]["numpy"] == np.__version__
-    drawn = get_method(cfg.experiment.draws)(tmp_path / "analysis", tmp_path / "figures")
-    assert drawn.png == tmp_path / "figures" / f"{cfg.experiment.id}.png"
-    assert np.asarray(Image.open(drawn.png).convert("L")).std() > 1
-    assert drawn.pdf.read_bytes().startswith(b"%PDF")
-    assert len(pd.read_csv(drawn.csv)) > 0
-    assert record["mode"] in drawn.caption
+    get_method(cfg.experiment.draws)(tmp_path / "analysis", tmp_path / "figures")
+    files = {path.suffix: path for path in (tmp_path / "figures").iterdir()}
+    assert {path.stem for path in files.values()} == {str(cfg.experiment.id)}
+    assert np.asarray(Image.open(files[".png"]).convert("L")).std() > 1
+    assert files[".pdf"].read_bytes().startswith(b"%PDF")
+    assert len(pd.read_csv(files[".csv"])) > 0
+    caption = files[".txt"].read_text()
+    assert record["mode"] in caption
     if name in OF_TRACES:
         assert record["mode"] == "analysis of routing traces"
-        assert "weights: scale" in drawn.caption
+        assert "weights: scale" in caption
         assert {one["measured_requests"] for one in record["subjects"]} == {1}
 
 
-def test_entropies_by_hand(subject: traces.Subject) -> None:
+def test_activation_shares_by_hand(subject: analyses.Subject) -> None:
+    heat = figure3a.heatmaps(subject, composed("figure3a").experiment)
+    layers = heat.set_index(["layer", "expert"]).unstack("layer")
+    np.testing.assert_allclose(layers["coarse"].T, [[0.75, 0.25, 0], [0, 0.25, 0.75]])
+    np.testing.assert_allclose(layers["fine"].T, [[0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
+    np.testing.assert_allclose(layers["fine_counts"].T, [[0, 1, 0], [0, 0, 1]])
+
+
+def test_entropies_by_hand(subject: analyses.Subject) -> None:
     # Layer by layer, request 0 counts 3:1 and 3:1, request 1 counts 2:2 and one expert only.
-    table = figure3b.entropies(subject).set_index(["measure", "granularity"])
-    found = table["nats"].to_dict()
-    assert found["counts", "coarse"] == pytest.approx((THREE_TO_ONE + LN2 / 2) / 2)
-    assert found["counts", "fine"] == pytest.approx(0)
-    assert found["gate", "fine"] == pytest.approx(1.5 * LN2)
+    table = figure3b.entropies(subject, composed("figure3b").experiment)
+    nats = table.set_index(["measure", "granularity"])["nats"]
+    assert nats["counts", "coarse"] == pytest.approx((THREE_TO_ONE + LN2 / 2) / 2)
+    assert nats["counts", "fine"] == pytest.approx(0)
+    assert nats["gate", "fine"] == pytest.approx(1.5 * LN2)
     # Request 0, layer 0: three tokens prefer expert 0, one expert 1: 7:5:4 sixteenths.
     tokens = np.array([[7, 5, 4], [4, 5, 7], [4, 6, 6], [8, 4, 4]]) / 16
     whole = -(tokens * np.log(tokens)).sum(axis=1).mean()
-    assert found["gate", "coarse"] == pytest.approx(whole, rel=1e-6)
+    assert nats["gate", "coarse"] == pytest.approx(whole, rel=1e-6)
     assert table["uniform"].to_numpy() == pytest.approx(math.log(EXPERTS))
 
 
-def test_entropy_grows_by_hand(subject: traces.Subject) -> None:
+def test_entropy_grows_by_hand(subject: analyses.Subject) -> None:
     # Only layer 0 of request 0 changes its expert in the second decoded token.
-    table = figure3c.growth(subject.routing.iterations, longest=50)
+    table = figure3c.growth(subject, composed("figure3c").experiment)
     assert table["nats"].tolist() == pytest.approx([0, LN2 / 4])
     assert table["requests"].tolist() == [2, 2]
-    assert figure3c.growth(subject.routing.iterations, longest=1)["iterations"].tolist() == [1]
+    shorter = composed("figure3c", "experiment.iterations=1").experiment
+    assert figure3c.growth(subject, shorter)["iterations"].tolist() == [1]
 
 
-def test_hit_rates_stop_at_the_last_layer(subject: traces.Subject) -> None:
+def test_hit_rates_stop_at_the_last_layer(subject: analyses.Subject) -> None:
     table = figure4.hit_rates(subject, composed("figure4").experiment)
     # The history's request and its second token both say 2 in layer 1, where the measured say 0.
-    assert table[["granularity", "distance", "hit_rate"]].to_numpy().tolist() == [
-        ["coarse", 1, 0.0],
-        ["fine", 1, 0.0],
-    ]
+    rows = table[["granularity", "distance", "hit_rate"]].to_numpy().tolist()
+    assert rows == [["coarse", 1, 0.0], ["fine", 1, 0.0]]
     assert table["chance"].tolist() == pytest.approx([1 / 3, 1 / 3])
 
 
-def test_scores_by_capacity_by_hand(subject: traces.Subject) -> None:
-    table = figure16a.scores(subject, [1, 10]).set_index(["capacity", "search"])
+def test_scores_by_capacity_by_hand(subject: analyses.Subject) -> None:
+    experiment = composed("figure16a", "experiment.capacities=[1,10]").experiment
+    table = figure16a.capacities(subject, experiment)
     assert table["stored"].tolist() == [1, 1, 3, 3]
     # What the measured decode in layer 0, where they are searched for, the history did last.
     assert table["score"].tolist() == pytest.approx([1, 1, 1, 1])
@@ -149,18 +154,19 @@ def test_table_1_is_the_papers(
     assert row["expert_mb"] == pytest.approx(expert, rel=0.005)
 
 
-def test_bad_input_is_named(toy: Path, tmp_path: Path) -> None:
-    known = {("mixtral", "docs"): toy}
-    with pytest.raises(UserError, match="no routing trace of qwen on docs"):
-        analysed("figure9", known, tmp_path / "a", "experiment.datasets=[docs]")
-    cfg = composed("figure3a", "workload.history_share=0.01")
-    with pytest.raises(UserError, match="leaves no history"):
-        figure3a.analyse(cfg, known, tmp_path / "a")
-    with pytest.raises(UserError, match="choose some of mixtral"):
-        analysed("table1", {}, tmp_path / "a", "experiment.models=[mixtrel]")
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("figure9", ["experiment.datasets=[docs]"], "no routing trace of qwen on docs"),
+        ("figure3a", ["workload.history_share=0.01"], "leaves no history"),
+        ("table1", ["experiment.models=[mixtrel]"], "choose some of mixtral"),
+    ],
+)
+def test_bad_input_is_named(
+    name: str, overrides: list[str], message: str, toy: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        analysed(name, {("mixtral", "docs"): toy}, tmp_path / "a", *overrides)
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError, match="is no complete analysis"):
         figure3a.draw(tmp_path / "a", tmp_path)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"):
-        analysed("table1", {}, tmp_path / "file" / "folder")

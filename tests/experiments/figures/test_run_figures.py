@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.errors import UserError
-from experiments.figures import charts, style
+from experiments.figures import charts
 from experiments.judge.frame import run_frame
-from tests.command import config
+from experiments.reproduce import driver
+from tests.command import ROOT, config
 from tests.experiments.judge.test_frame import leave_run
 
-FIGURES = ("1b", "10", "11", "12", "13", "14a", "14b", "15", "16b", "17")
 # Overrides of a few runs that each figure can be drawn from, without every cell of its sweep.
 RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "1b": (("system=finemoe",), ("system=resident",)),
@@ -31,44 +31,45 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def drawn(name: str, frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> style.Drawn:
-    module = importlib.import_module(f"experiments.figures.figure{name}")
-    return module.draw(frame, place, mixed_modes=mixed_modes)
+def drawn(name: str, frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> pd.DataFrame:
+    """Draw a figure; return the data beside it."""
+    import_module(f"experiments.figures.figure{name}").draw(frame, place, mixed_modes)
+    return pd.read_csv(place / f"{name}.csv", dtype={"digest": str})
 
 
-def frame_of(tmp_path: Path, name: str) -> pd.DataFrame:
-    folders = [tmp_path / f"run{number}" for number in range(len(RUNS[name]))]
-    for folder, overrides in zip(folders, RUNS[name], strict=True):
+def frame_of(tmp_path: Path, *runs: tuple[str, ...]) -> pd.DataFrame:
+    folders = [tmp_path / f"run{number}" for number in range(len(runs))]
+    for folder, overrides in zip(folders, runs, strict=True):
         leave_run(folder, *overrides)
     return run_frame(folders)
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", RUNS)
 def test_every_figure_is_drawn_from_records(tmp_path: Path, name: str) -> None:
-    frame = frame_of(tmp_path, name)
-    found = drawn(name, frame, tmp_path / "figures")
-    assert found.png == tmp_path / "figures" / f"{name}.png"
-    assert found.pdf.read_bytes().startswith(b"%PDF")
-    assert np.asarray(Image.open(found.png).convert("L")).std() > 1
-    data = pd.read_csv(found.csv)
+    frame = frame_of(tmp_path, *RUNS[name])
+    data = drawn(name, frame, tmp_path / "x")
     assert set(data["digest"]) == set(frame["digest"])
+    assert (tmp_path / "x" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    picture = tmp_path / "x" / f"{name}.png"
+    assert np.asarray(Image.open(picture).convert("L")).std() > 1
+    drawn(name, frame, tmp_path / "y")
+    for path in (tmp_path / "x").iterdir():
+        assert path.read_bytes() == (tmp_path / "y" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", RUNS)
 def test_without_records_a_figure_says_what_to_run(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"run python -m experiments.reproduce {name}$"):
         drawn(name, pd.DataFrame(), tmp_path / "figures")
     # Records of another kind are none either.
     if name in ("11", "14b", "15", "17"):
-        leave_run(tmp_path / "a", "system=on_demand")
         with pytest.raises(UserError, match="no run records"):
-            drawn(name, run_frame([tmp_path / "a"]), tmp_path / "figures")
+            drawn(name, frame_of(tmp_path, ("system=on_demand",)), tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
 
 
 def test_the_data_beside_a_figure_are_those_of_the_records(tmp_path: Path) -> None:
-    found = drawn("12", frame_of(tmp_path, "12"), tmp_path)
-    data = pd.read_csv(found.csv).set_index(["system", "limit_gb"])
+    data = drawn("12", frame_of(tmp_path, *RUNS["12"]), tmp_path).set_index(["system", "limit_gb"])
     assert data.loc[("finemoe", 6.0), "tpot_s"] == pytest.approx(0.2)
     assert data.loc[("promoe", 6.0), "tpot_s_high"] == pytest.approx(0.3)
     assert len(data) == 3
@@ -81,19 +82,17 @@ def test_mixed_modes_are_refused_or_marked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="figure 13 mixes measured and simulated"):
         drawn("13", frame, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
-    found = drawn("13", frame, tmp_path / "figures", mixed_modes=True)
-    assert "Mode: measured, simulated" in found.caption
-    assert set(pd.read_csv(found.csv)["series"]) == {"FineMoE (measured)", "FineMoE (simulated)"}
-    marked = charts.looks(charts.checked(frame, "13", mixed_modes=True))
-    assert len({look["hatch"] for look in marked.values()}) == 2
-    assert len({look["linestyle"] for look in marked.values()}) == 2
+    data = drawn("13", frame, tmp_path / "figures", mixed_modes=True)
+    assert set(data["series"]) == {"FineMoE (measured)", "FineMoE (simulated)"}
+    assert "Mode: measured, simulated" in (tmp_path / "figures" / "13.txt").read_text()
+    looks = charts.looks(charts.checked(frame, "13", mixed_modes=True)).values()
+    assert len({look["hatch"] for look in looks}) == 2
+    assert len({look["linestyle"] for look in looks}) == 2
 
 
 def test_two_records_of_one_cell_are_refused(tmp_path: Path) -> None:
-    leave_run(tmp_path / "a")
-    leave_run(tmp_path / "b", "seed=1")
     with pytest.raises(UserError, match="are of one cell"):
-        drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
+        drawn("10", frame_of(tmp_path, (), ("seed=1",)), tmp_path)
 
 
 def test_the_oracle_of_figure_10_is_a_line_and_no_system(
@@ -101,8 +100,8 @@ def test_the_oracle_of_figure_10_is_a_line_and_no_system(
 ) -> None:
     leave_run(tmp_path / "a")
     leave_run(tmp_path / "b", "system=oracle", tpots=(0.02, 0.05, 0.08))
-    found = drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
-    assert set(pd.read_csv(found.csv)["system"]) == {"finemoe", "oracle"}
+    data = drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
+    assert set(data["system"]) == {"finemoe", "oracle"}
     ttft, tpot, hits = saved[0].axes
     assert [len(axes.patches) for axes in (ttft, tpot, hits)] == [1, 1, 1]
     # The oracle's 50 ms, across the bar.
@@ -112,20 +111,16 @@ def test_the_oracle_of_figure_10_is_a_line_and_no_system(
     assert len(saved[1].axes[0].patches) == 1
 
 
-def test_another_ablation_is_no_approach_of_figure_14a(tmp_path: Path) -> None:
-    leave_run(tmp_path / "a")
-    leave_run(tmp_path / "b", "system.eviction=lru")
-    leave_run(tmp_path / "c", "system.selection=top_k")
-    frame = run_frame([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
-    found = drawn("14a", frame, tmp_path)
-    data = pd.read_csv(found.csv).set_index("digest")["approach"]
-    assert data.to_dict() == {"a": "Map (T+S+δ)", "c": "Map (T+S)"}
+def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(tmp_path: Path) -> None:
+    cells = config("config", "experiment=figure14a").experiment.cells
+    frame = frame_of(tmp_path, *map(tuple, cells), ("system.eviction=lru",))
+    approaches = drawn("14a", frame, tmp_path).set_index("digest")["approach"].sort_index()
+    expected = ["Speculate", "Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
+    assert approaches.to_dict() == {f"run{n}": name for n, name in enumerate(expected)}
 
 
 def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
-    leave_run(tmp_path / "a")
-    data = pd.read_csv(drawn("17", run_frame([tmp_path / "a"]), tmp_path).csv)
-    parts = data.set_index("part")["milliseconds"]
+    parts = drawn("17", frame_of(tmp_path, ()), tmp_path).set_index("part")["milliseconds"]
     # 12 s of three batches of 11 iterations; 6 s of waiting, 1 s of collecting.
     assert parts["iteration"] == pytest.approx(12e3 / 33)
     assert parts["on_demand_wait"] == pytest.approx(6e3 / 33)
@@ -133,36 +128,52 @@ def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
     assert parts.isna().sum() == 3
 
 
-def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
-    frame = frame_of(tmp_path, "14b")
-    one, two = (drawn("14b", frame, tmp_path / place) for place in ("x", "y"))
-    assert one.png.read_bytes() == two.png.read_bytes()
-    assert one.pdf.read_bytes() == two.pdf.read_bytes()
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
-    leave_run(tmp_path / "a")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write figures to .*/file/figures") as caught:
-        drawn("14b", run_frame([tmp_path / "a"]), tmp_path / "file" / "figures")
-    assert "\n" not in str(caught.value)
-
-
-def test_figure_14a_has_a_cell_for_each_approach(tmp_path: Path) -> None:
-    cells = [list(cell) for cell in config("config", "experiment=figure14a").experiment.cells]
-    for number, cell in enumerate(cells):
-        leave_run(tmp_path / str(number), *cell)
-    frame = run_frame([tmp_path / str(number) for number in range(len(cells))])
-    data = pd.read_csv(drawn("14a", frame, tmp_path).csv, dtype={"digest": str})
-    found = data.set_index("digest")["approach"].sort_index().tolist()
-    assert found == ["Speculate", "Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
-
-
 def test_a_line_breaks_where_a_record_is_missing() -> None:
-    frame = pd.DataFrame({"x": [4.0, 1.0], "tpot_s": [0.2, 0.1]})
+    frame = pd.DataFrame({"x": [4.0, 1.0], "tpot_s": [0.2, 0.1], "series": "FineMoE"})
     frame = frame.assign(tpot_s_low=frame["tpot_s"], tpot_s_high=frame["tpot_s"])
-    look = {"color": "red", "marker": "o", "linestyle": "-"}
-    with style.canvas(1, 1, 2, 2) as figure:
-        charts.line(figure.axes[0], frame, "x", "tpot_s", look, [1.0, 2.0, 4.0])
-        drawn_y = np.asarray(figure.axes[0].lines[0].get_ydata(), dtype=float)
-    np.testing.assert_allclose(drawn_y, [100.0, np.nan, 200.0])
+    with charts.panels([""], [""], 2, 2) as (_, [(axes, _, _)]):
+        charts.lines(axes, frame, "x", "tpot_s", {"FineMoE": {"marker": "o"}}, [1.0, 2.0, 4.0])
+        y = np.asarray(axes.lines[0].get_ydata(), dtype=float)
+    np.testing.assert_allclose(y, [100.0, np.nan, 200.0])
+
+
+OUTSIDE = """
+from experiments.figures import charts
+
+def draw(frame, place, mixed_modes):
+    frame = charts.checked(frame, "99", mixed_modes)
+    with charts.metric_panels(frame, ["hit_rate"], 2.0) as (figure, panels):
+        for axes, metric, model in panels:
+            charts.bars(axes, frame, metric, "dataset", {"docs": "docs"}, charts.looks(frame))
+        data = charts.drawn_data(frame, ["hit_rate"])
+        charts.save(figure, place, ("99", "A figure"), frame, data, ["A note."])
+"""
+OUTSIDE_YAML = """# @package _global_
+defaults:
+  - override /testbed: rtx3090x6
+experiment: {id: "99", title: A figure, draws: figure_outside.draw}
+hydra: {sweeper: {params: {system: "on_demand", memory_budget: "12"}}}
+"""
+
+
+def test_a_figure_is_added_by_one_file_and_one_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "figure_outside.py").write_text(OUTSIDE)
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    for path in (ROOT / "conf").iterdir():
+        if path.name != "experiment":
+            (tmp_path / "conf" / path.name).symlink_to(path)
+    (tmp_path / "conf" / "experiment" / "outside.yaml").write_text(OUTSIDE_YAML)
+    small = [
+        "workload.prompts=4",
+        "workload.output_tokens=6",
+        "workload.input_tokens=12",
+        "n_jobs=1",
+    ]
+    words = ["99", *small, f"results={tmp_path}", f"traces={tmp_path}"]
+    assert driver.main(words, tmp_path / "conf") == 0
+    (row,) = charts.rows_of(pd.read_csv(tmp_path / "figures" / "99.csv"))
+    assert (row["system"], row["mode"]) == ("on_demand", "simulated")
+    assert (tmp_path / "figures" / "99.txt").read_text().startswith("Figure 99: A figure. Mode: ")

@@ -13,9 +13,8 @@ from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.figures import traces
 from experiments.reproduce.routing_report import (
-    Subject,
+    PREDICTORS,
     lacks_weights,
     report,
     shortcomings,
@@ -23,7 +22,6 @@ from experiments.reproduce.routing_report import (
 )
 from experiments.run.small_models import random_model
 from experiments.run.weights import SCALE_MODELS
-from finemoe.offload.policy import ModelShape
 from tests.command import config, run_module
 
 TINY = (
@@ -79,7 +77,7 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
     rates = pd.read_csv(tmp_path / "out" / "hit_rates.csv")
     assert set(rates["distance"]) == {1, 2}
     assert rates["hit_rate"].between(0, 1).all()
-    assert set(rates["predictor"]) == set(traces.PREDICTORS)
+    assert set(rates["predictor"]) == set(PREDICTORS)
     for kind in ("csv", "png", "pdf", "txt"):
         left = {path.stem for path in (tmp_path / "out").glob(f"*.{kind}")}
         assert left == {"load_balance", "entropy", "overlap", "hit_rates"}
@@ -121,19 +119,7 @@ def test_missing_scale_weights_are_named(
 
 
 def test_shortcomings_are_said() -> None:
-    tables = {
-        "load_balance": pd.DataFrame(
-            {"layer": [0, 1], "smallest": [0.3, 0.1], "smallest_all": [0.1, 0.3]}
-        ),
-        "hit_rates": pd.DataFrame(
-            {
-                "predictor": ["good", "poor", "good"],
-                "distance": [1, 1, 2],
-                "low": [0.6, 0.45, 0.1],
-            }
-        ),
-    }
-    subject = Subject("toy", "docs", ModelShape(2, 4, 2, 8), 1, 6, 4, {}, tables)
-    balance, predictors = shortcomings(subject)
-    assert balance.endswith("tokens: 1")
-    assert predictors.endswith("interval): poor")
+    lowest = pd.Series({"good": 0.6, "poor": 0.45})
+    said = shortcomings(pd.Series([0.3, 0.1]), lowest, chance=0.5, distance=1)
+    assert said[0].endswith("tokens: 1")
+    assert said[1].endswith("interval): poor")

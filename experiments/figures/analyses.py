@@ -1,0 +1,219 @@
+"""What the analyses of routing traces share: the traces they read and the record they leave.
+
+An analysis leaves a CSV file and `record.json` in a folder, from which alone a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import CONF
+from experiments.errors import UserError
+from experiments.figures import charts, routing
+from experiments.run.records import ANALYSIS, provenance, read_checked, read_table
+from finemoe.files import atomic_write
+from finemoe.offload.policy import ModelShape
+from finemoe.trace import TraceReader
+
+MODE = "analysis of routing traces"
+FACTS_MODE = "computed from the models' published shapes"
+KEPT = 6
+"""Three models on two datasets: what one process keeps, so that it reads each trace once."""
+
+Traces = Mapping[tuple[str, str], Path]
+"""Model and dataset to the file of their trace."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one dataset; the first requests of its trace are history, as in runs (6.1)."""
+
+    model: str
+    dataset: str
+    path: Path
+    distance: int
+    """The model's prefetch distance d, below its number of layers."""
+    cut: int
+    """How many requests are history."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return read_routing(self.path)[0]
+
+    @property
+    def routed(self) -> routing.Iterations:
+        return read_routing(self.path)[2]
+
+    @property
+    def history(self) -> routing.Iterations:
+        return self.routed.at(self.routed.request < self.cut)
+
+    @property
+    def measured(self) -> routing.Iterations:
+        return self.routed.at(self.routed.request >= self.cut)
+
+    def searched(self, capacity: int) -> routing.Searched:
+        """Return what a store of `capacity`, filled with the history, says to the measured."""
+        return routing.search(self.history, self.measured, self.shape, capacity, self.distance)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a record says about this subject."""
+        shape, origin, routed = read_routing(self.path)
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "weights": origin.get("weights", "unknown"),
+            **asdict(shape),
+            "distance": self.distance,
+            "requests": routed.requests,
+            "history_requests": self.cut,
+            "measured_requests": routed.requests - self.cut,
+            "decode_iterations": int(routed.decode.sum()),
+            "trace": dict(origin),
+        }
+
+
+@lru_cache(maxsize=KEPT)
+def read_routing(path: Path) -> tuple[ModelShape, Mapping[str, Any], routing.Iterations]:
+    """Return what a trace holds, and where it came from. Raises TraceError; ValueError if empty."""
+    with TraceReader(path) as reader:
+        # Without hidden states, or those of a full-size model would not fit.
+        routed = routing.iterations(reader.requests(), hidden_states=False)
+        return reader.header.shape, reader.header.provenance, routed
+
+
+@lru_cache(maxsize=KEPT)
+def similarity_pairs(
+    subject: Subject, capacity: int
+) -> dict[str, tuple[routing.Values, routing.Values, NDArray[np.int64]]]:
+    """Return score, hit rate and request of every measured decode iteration, by search."""
+    searched, top_k = subject.searched(capacity), subject.shape.top_k
+    return routing.similarity_and_hits(searched, subject.measured, top_k, subject.distance)
+
+
+def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
+    """Yield what `cfg.experiment` lists: every model of `models` on every dataset of `datasets`.
+
+    Raises UserError if a trace is missing, or has no history or nothing else.
+    """
+    for model, dataset in product(cfg.experiment.models, cfg.experiment.datasets):
+        if (model, dataset) not in traces:
+            raise UserError(f"no routing trace of {model} on {dataset}; record it first")
+        shape, _, routed = read_routing(traces[model, dataset])
+        cut = history_length(cfg.workload.history_share, routed.requests)
+        distance = max(1, min(model_facts(model).prefetch_distance, shape.layers - 1))
+        yield Subject(model, dataset, traces[model, dataset], distance, cut)
+
+
+def history_length(share: float, requests: int) -> int:
+    """Return how many requests are history; raise UserError if they are none or all."""
+    cut = round(share * requests)
+    if not 0 < cut < requests:
+        raise UserError(
+            f"workload.history_share={share} of {requests} requests leaves no history, or none to "
+            "measure; change it or add prompts"
+        )
+    return cut
+
+
+def model_facts(name: str) -> DictConfig:
+    """Return conf/model/<name>.yaml; raise UserError if there is none."""
+    known = {path.stem: path for path in sorted((CONF / "model").glob("*.yaml"))}
+    if name not in known:
+        raise UserError(f"no model {name!r}; choose some of {', '.join(known)}")
+    facts = OmegaConf.load(known[name])
+    assert isinstance(facts, DictConfig)
+    return facts
+
+
+# What an analysis leaves --------------------------------------------------------------------------
+
+
+def analyse(
+    cfg: DictConfig,
+    traces: Traces,
+    folder: Path,
+    name: str,
+    table: Callable[[Subject, DictConfig], pd.DataFrame],
+) -> None:
+    """Leave the tables of all subjects as one, <name>.csv, with columns model and dataset first.
+
+    `table` is given `cfg.experiment` as well. Raises UserError, as `subjects` does.
+    """
+    listed = list(subjects(cfg, traces))
+    tables = {(one.model, one.dataset): table(one, cfg.experiment) for one in listed}
+    write_analysis(cfg, folder, name, joined(tables), listed)
+
+
+def joined(tables: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """Return the tables of models and datasets as one, with columns model and dataset first."""
+    both = pd.concat(tables, names=["model", "dataset"]).reset_index(["model", "dataset"])
+    return both.reset_index(drop=True)
+
+
+def write_analysis(
+    cfg: DictConfig, folder: Path, name: str, table: pd.DataFrame, listed: Sequence[Subject] = ()
+) -> None:
+    """Write <name>.csv, then the record; its rename makes the analysis complete. Raises OSError."""
+    experiment: Any = OmegaConf.to_container(cfg.experiment, resolve=True)
+    identity = experiment["id"]
+    kind = "Table" if "table" in identity else "Figure"
+    record = {
+        "id": identity,
+        "label": f"{kind} {identity.removeprefix('table')}",
+        "title": experiment["title"],
+        "mode": MODE if listed else FACTS_MODE,
+        "experiment": experiment,
+        "history_share": cfg.workload.history_share if listed else None,
+        "subjects": [subject.facts() for subject in listed],
+        "tables": [name],
+        "provenance": provenance(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv", index=False)
+    with atomic_write(folder / "record.json") as partial:
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def read_analysis(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Return the record and the table of an analysis; UserError if it is not there or not whole."""
+    record = read_checked(folder / "record.json", ANALYSIS, "complete analysis; run it again")
+    (name,) = record["tables"]
+    return record, read_table(folder / f"{name}.csv")
+
+
+def save(
+    figure: Figure,
+    place: Path,
+    record: Mapping[str, Any],
+    table: pd.DataFrame,
+    shows: str,
+    split: bool = True,
+) -> None:
+    """Save a figure of a table; its caption says what it `shows`, the mode, and whose routing.
+
+    `split`: whether requests were split into history and measured ones.
+    """
+    caption = f"{record['label']}: {record['title']}. {shows} Mode: {record['mode']}"
+    if record["subjects"]:
+        listed = pd.DataFrame(list(record["subjects"]))
+        total, measured = (
+            ", ".join(map(str, listed[column].unique()))
+            for column in ("requests", "measured_requests")
+        )
+        counted = f" ({measured} measured, the others history)" if split else ""
+        origin = charts.served(listed, " of the real models' routing shapes")
+        caption += f"; {origin}; n = {total} requests{counted} of each model and dataset"
+    charts.write(figure, table, place, record["id"], f"{caption}.")
