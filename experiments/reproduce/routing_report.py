@@ -22,7 +22,6 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from experiments.bench.overheads import write_json
 from experiments.errors import UserError, command
 from experiments.figures import routing
 from experiments.figures import routing_analysis as analysis
@@ -31,6 +30,7 @@ from experiments.run.console import Console
 from experiments.run.records import provenance
 from experiments.run.routing_source import kept_trace
 from experiments.run.weights import SCALE_MODELS
+from finemoe.files import write_json
 from finemoe.offload.policy import ModelShape
 from finemoe.trace_file import TraceReader
 
