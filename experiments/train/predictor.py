@@ -29,14 +29,7 @@ from experiments.run.serving import Server, in_batches
 from experiments.run.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import (
-    FloatArray,
-    Gate,
-    Iteration,
-    ModelShape,
-    Placement,
-    Prefetch,
-)
+from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Placement, Prefetch
 
 
 @dataclass(frozen=True)
@@ -67,19 +60,17 @@ class Recorder(ResidentPolicy):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        self._shape = shape
-        self._hidden: list[list[FloatArray]] = [[] for _ in range(shape.layers)]
-        self._chosen: list[list[NDArray[np.bool_]]] = [[] for _ in range(shape.layers)]
+        self._top_k = shape.top_k
+        self._gates: list[list[Gate]] = [[] for _ in range(shape.layers)]
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        assert gate.hidden_states is not None
-        self._hidden[gate.layer].append(gate.hidden_states)
-        self._chosen[gate.layer].append(best(gate.probabilities, self._shape.top_k))
+        self._gates[gate.layer].append(gate)
         return ()
 
     def recording(self) -> Recording:
-        hidden = np.stack([np.concatenate(rows) for rows in self._hidden])
-        return Recording(hidden, np.stack([np.concatenate(rows) for rows in self._chosen]))
+        hidden = [np.concatenate([one.hidden_states for one in layer]) for layer in self._gates]
+        scores = [np.concatenate([one.probabilities for one in layer]) for layer in self._gates]
+        return Recording(np.stack(hidden), best(np.stack(scores), self._top_k))
 
 
 def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
@@ -132,15 +123,14 @@ def top_k_accuracy(
     predictor: LearnedPredictor, recording: Recording, distance: int, top_k: int
 ) -> list[float]:
     """Return, for each source layer, the share of activated experts among the K predicted."""
-    accuracies = []
-    for source in range(len(recording.hidden_states) - distance):
-        scores = predictor.logits(source, recording.hidden_states[source])
-        found = best(scores, top_k) & recording.chosen[source + distance]
-        accuracies.append(float(found.sum() / recording.chosen[source + distance].sum()))
+    accuracies: list[float] = []
+    for hidden, chosen in zip(recording.hidden_states, recording.chosen[distance:], strict=False):
+        scores = predictor.logits(len(accuracies), hidden)
+        accuracies.append(float((best(scores, top_k) & chosen).sum() / chosen.sum()))
     return accuracies
 
 
-def run(cfg: DictConfig) -> LearnedPredictor:
+def run(cfg: DictConfig) -> None:
     """Record, train, measure and save as the config says. Raises UserError."""
     for name in ("prompts", "held_out_prompts", "output_tokens", "batch_size", "hidden_units"):
         if cfg[name] < 1:
@@ -152,29 +142,27 @@ def run(cfg: DictConfig) -> LearnedPredictor:
     # No run draws its prompts from documents that are not held out.
     learning = corpus_texts(cfg.kind, held_out=False)
     others = Dataset(cfg.kind, "documents that are not held out", learning)
-    held_out = corpus_dataset("held out", cfg.kind)
     learned_from = _record(cfg, model, others, cfg.prompts)
-    tested_on = _record(cfg, model, held_out, cfg.held_out_prompts)
+    tested_on = _record(cfg, model, corpus_dataset("held out", cfg.kind), cfg.held_out_prompts)
     training = Training(**{name: cfg[name] for name in Training.__dataclass_fields__})
     predictor = train(learned_from, cfg.distance, training)
-    top_k = model.offloaded.shape.top_k
-    accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, top_k)
+    shape = model.offloaded.shape
+    accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, shape.top_k)
+    accuracy = float(np.mean(accuracies))
     facts = {
         "model": model.identity,
-        "held_out_top_k_accuracy": f"{np.mean(accuracies):.4f}",
-        "held_out_top_k_accuracy_by_layer": json.dumps([round(a, 4) for a in accuracies]),
+        "held_out_top_k_accuracy": f"{accuracy:.4f}",
+        "held_out_top_k_accuracy_by_layer": json.dumps([round(one, 4) for one in accuracies]),
         "trained_tokens": str(learned_from.hidden_states.shape[1]),
         "held_out_tokens": str(tested_on.hidden_states.shape[1]),
     }
     path = Path(cfg.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     predictor.save(path, cfg.distance, facts)
-    chance = top_k / model.offloaded.shape.experts
     print(
-        f"{model.identity}, d={cfg.distance}: {float(np.mean(accuracies)):.1%} of activated experts"
-        f" predicted on held-out prompts (chance {chance:.1%}); saved to {path}"
+        f"{model.identity}, d={cfg.distance}: {accuracy:.1%} of activated experts predicted on "
+        f"held-out prompts (chance {shape.top_k / shape.experts:.1%}); saved to {path}"
     )
-    return predictor
 
 
 def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,8 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 def encode(tokenizer: PreTrainedTokenizerFast, chosen: list[Document]) -> torch.Tensor:
     """Return the documents as one row of token ids, each ended by the end-of-text token."""
-    ids: list[int] = []
-    for text_ids in tokenizer([document.text for document in chosen])["input_ids"]:
-        ids += [*text_ids, tokenizer.eos_token_id]
-    return torch.tensor(ids)
+    texts = tokenizer([document.text for document in chosen])["input_ids"]
+    return torch.tensor([token for text in texts for token in (*text, tokenizer.eos_token_id)])
 
 
 def unigram_loss(train_ids: torch.Tensor, held_out_ids: torch.Tensor, vocabulary: int) -> float:
@@ -93,7 +92,7 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
 def draw_loss(training: Training, baseline: float, path: Path) -> None:
     """Draw the loss curve of the run against the unigram baseline."""
     matplotlib.use("Agg")
-    history = pd.DataFrame([asdict(progress) for progress in training.history])
+    history = pd.DataFrame(training.history)
     history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
     named = {"train_loss": "training", "held_out_loss": "held out"}
     curves = history.set_index("tokens")[list(named)].rename(columns=named)
@@ -114,11 +113,8 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     loss = training.held_out_loss()
     model: Any = training.model
     model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, **special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     windows = held_out_windows(training.held_out_ids, training.recipe.sequence_length, None)
@@ -132,7 +128,7 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
         "recipe": asdict(training.recipe),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "history": [asdict(progress) for progress in training.history],
+        "history": training.history,
     }
     (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_loss(training, baseline, folder / "loss.png")
@@ -169,35 +165,25 @@ Train it again: `python -m experiments.train.scale_models model={name} tokens={s
 """
 
 
-@hydra.main(config_path="../../conf", config_name="scale_models", version_base="1.3")
-@command()
-def main(cfg: DictConfig) -> None:
-    """Train, resuming from a checkpoint if there is one, and export when done."""
+def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:
+    """Train on a corpus, resuming from a checkpoint if there is one, and export when done."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train = [document for document in documents() if not document.held_out]
-    held_out = [document for document in documents() if document.held_out]
-    tokenizer = train_tokenizer([document.text for document in train], cfg.vocabulary)
-    train_ids = encode(tokenizer, train).to(device)
-    held_out_ids = encode(tokenizer, held_out).to(device)
+    learned = [one for one in corpus if not one.held_out]
+    held_out = [one for one in corpus if one.held_out]
+    tokenizer = train_tokenizer([one.text for one in learned], cfg.vocabulary)
+    train_ids, held_out_ids = (encode(tokenizer, part).to(device) for part in (learned, held_out))
     baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
     recipe = Recipe(**{name: cfg[name] for name in Recipe.__dataclass_fields__})
     model: Any = build_model(cfg, tokenizer)
-    training = Training(
-        model.to(device),
-        recipe,
-        train_ids,
-        held_out_ids,
-        Path(cfg.checkpoints) / "last.pt",
-    )
+    checkpoint = Path(cfg.checkpoints) / "last.pt"
+    training = Training(model.to(device), recipe, train_ids, held_out_ids, checkpoint)
     print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
     with bar_on(RichConsole()) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=training.step)
-        for progress in training.run(cfg.stop_after):
-            bar.update(task, completed=progress.step)
-            bar.console.print(
-                f"step {progress.step}: train {progress.train_loss:.3f}, "
-                f"held out {progress.held_out_loss:.3f} nats"
-            )
+        for at in training.run(cfg.stop_after):
+            bar.update(task, completed=at["step"])
+            losses = f"train {at['train_loss']:.3f}, held out {at['held_out_loss']:.3f} nats"
+            bar.console.print(f"step {at['step']}: {losses}")
     if training.step < recipe.steps:
         print(f"stopped at step {training.step}; call again to go on")
         return
@@ -207,6 +193,13 @@ def main(cfg: DictConfig) -> None:
         f"unigram {summary['unigram_perplexity']:.1f}, least used expert "
         f"{summary['least_used_share']:.2f} of its fair share; exported to {cfg.export}"
     )
+
+
+@hydra.main(config_path="../../conf", config_name="scale_models", version_base="1.3")
+@command()
+def main(cfg: DictConfig) -> None:
+    """Train as the config says on the standard library's text; exit 2 for bad input."""
+    train(cfg, documents())
 
 
 if __name__ == "__main__":

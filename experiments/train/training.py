@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -45,43 +46,35 @@ class Recipe:
         return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
-@dataclass(frozen=True)
-class Progress:
-    """State of a run after `step` steps; losses in nats per token."""
-
-    step: int
-    train_loss: float
-    held_out_loss: float
-
-
 @dataclass
 class Training:
-    """One model, its optimizer, and the checkpoint they are kept in."""
+    """One model, its optimizer, and the checkpoint they are kept in.
+
+    `history` holds `step`, `train_loss` and `held_out_loss`, in nats per token, of each evaluation.
+    """
 
     model: PreTrainedModel
     recipe: Recipe
     train_ids: torch.Tensor
     held_out_ids: torch.Tensor
     checkpoint: Path
-    history: list[Progress] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
     step: int = 0
 
     def __post_init__(self) -> None:
         embedding = self.model.get_input_embeddings().weight
         decayed = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
         others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": self.recipe.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=self.recipe.learning_rate,
-            betas=(0.9, 0.95),
-        )
+        groups = [
+            {"params": decayed, "weight_decay": self.recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        rate = self.recipe.learning_rate
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
         if self.checkpoint.exists():
             self._restore()
 
-    def run(self, stop_after: int | None = None) -> Iterator[Progress]:
+    def run(self, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
         """Train to the end of the recipe, or to step `stop_after`; yield every evaluation."""
         last = min(self.recipe.steps, stop_after or self.recipe.steps)
         losses: list[float] = []
@@ -90,11 +83,11 @@ class Training:
             self.step += 1
             if self.step % self.recipe.evaluate_every == 0 or self.step == last:
                 held_out = self.held_out_loss(self.recipe.evaluate_sequences)
-                progress = Progress(self.step, sum(losses) / len(losses), held_out)
+                means = {"train_loss": sum(losses) / len(losses), "held_out_loss": held_out}
                 losses.clear()
-                self.history.append(progress)
+                self.history.append({"step": self.step, **means})
                 self._save()
-                yield progress
+                yield self.history[-1]
 
     @torch.no_grad()
     def held_out_loss(self, sequences: int | None = None) -> float:
@@ -148,18 +141,16 @@ class Training:
 
     def _batch(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self._step_seed)
-        length = self.recipe.sequence_length
-        starts = torch.randint(
-            len(self.train_ids) - length, (self.recipe.batch_sequences,), generator=generator
-        )
-        places = starts[:, None] + torch.arange(length)
-        return self.train_ids[places.to(self.train_ids.device)]
+        length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
+        starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
+        positions = starts[:, None] + torch.arange(length)
+        return self.train_ids[positions.to(self.train_ids.device)]
 
     def _save(self) -> None:
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
-            "history": [asdict(one) for one in self.history],
+            "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -179,7 +170,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.history = [Progress(**one) for one in state["history"]]
+        self.history = state["history"]
 
 
 def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> torch.Tensor:
@@ -199,10 +190,8 @@ def least_used_share(model: PreTrainedModel, windows: torch.Tensor, batch: int) 
     model.eval()
     for part in windows.split(batch):
         output = model(input_ids=part, use_cache=False, output_router_logits=True)
-        for layer, logits in enumerate(output.router_logits):
-            used = logits.reshape(-1, logits.shape[-1]).topk(top_k).indices.ravel()
-            if layer == len(counts):
-                counts.append(torch.zeros(logits.shape[-1], device=logits.device))
-            counts[layer] += torch.bincount(used, minlength=logits.shape[-1])
-    shares = torch.stack(counts)
+        logits = torch.stack([one.reshape(-1, one.shape[-1]) for one in output.router_logits])
+        used = torch.zeros(logits.shape, device=logits.device)
+        counts.append(used.scatter(-1, logits.topk(top_k).indices, 1.0).sum(1))
+    shares = torch.stack(counts).sum(0)
     return float((shares / shares.mean(dim=1, keepdim=True)).min())

@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.run.corpus import Document
 from experiments.run.weights import SCALE_MODELS
-from tests.command import run_module
+from experiments.train.scale_models import train
+from tests.command import ROOT, config
 
 TOY = (
-    "tokens=1024",
-    "sequence_length=128",
+    "tokens=256",
+    "sequence_length=32",
     "batch_sequences=1",
     "evaluate_every=4",
     "evaluate_sequences=2",
@@ -22,27 +24,28 @@ TOY = (
     "vocabulary=300",
     "model.scale.config.num_hidden_layers=2",
 )
+README = (ROOT / "README.md").read_text().split("\n\n")
+CORPUS = [Document(f"part {number}", "docs", (text,)) for number, text in enumerate(README)]
 
 
-def train(folder: Path, *arguments: str) -> str:
-    places = (f"checkpoints={folder / 'checkpoints'}", f"export={folder / 'model'}")
-    done = run_module("experiments.train.scale_models", *TOY, *places, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_command_stops_resumes_and_exports(tmp_path: Path) -> None:
-    assert "stopped at step 4" in train(tmp_path, "stop_after=4")
-    assert not (tmp_path / "model").exists()
-    assert "held-out perplexity" in train(tmp_path)
+def test_training_stops_resumes_and_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
+    overrides = (*TOY, f"checkpoints={tmp_path}", f"export={folder}")
+    train(config("scale_models", *overrides, "stop_after=4"), CORPUS)
+    assert "stopped at step 4" in capsys.readouterr().out
+    assert not folder.exists()
+    train(config("scale_models", *overrides), CORPUS)
+    assert "held-out perplexity" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size == 300
     assert (folder / "loss.png").stat().st_size > 0
     assert "loss.png" in (folder / "README.md").read_text()
-    history = json.loads((folder / "training.json").read_text())["history"]
-    assert [progress["step"] for progress in history] == [4, 8]
+    training = json.loads((folder / "training.json").read_text())
+    assert [progress["step"] for progress in training["history"]] == [4, 8]
+    assert 0 <= training["least_used_share"] < 1
 
 
 @pytest.mark.parametrize(

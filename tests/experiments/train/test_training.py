@@ -34,7 +34,7 @@ def test_stopped_and_resumed_equals_run_through(tmp_path: Path) -> None:
     through = training(tmp_path / "through.pt")
     history = list(through.run())
     stopped = training(tmp_path / "stopped.pt")
-    assert [progress.step for progress in stopped.run(stop_after=4)] == [2, 4]
+    assert [progress["step"] for progress in stopped.run(stop_after=4)] == [2, 4]
     resumed = training(tmp_path / "stopped.pt")
     assert resumed.step == 4
     list(resumed.run())
