@@ -23,8 +23,6 @@ from joblib.parallel import BACKENDS
 from experiments.errors import UserError, file_errors
 from finemoe.trace import TraceError
 
-CHECK_SECONDS = 0.5
-IDLE_SECONDS = 300
 KILLED = (
     "a worker process was killed, perhaps for want of memory; start again, with n_jobs=1 if it "
     "happens again"
@@ -74,7 +72,7 @@ def side_by_side(tasks: Sequence[Task], launcher: str, n_jobs: int) -> Generator
 def _cores(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
     # A worker whose memory grew is replaced, which is warned of; nothing is lost.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    executor = get_reusable_executor(n_jobs, timeout=IDLE_SECONDS, env=ENVIRONMENT)
+    executor = get_reusable_executor(n_jobs, timeout=300, env=ENVIRONMENT)
     try:
         yield partial(executor.submit, in_worker, os.getcwd(), os.getpid())
     except BaseException:
@@ -143,7 +141,7 @@ def end_with(owner: int) -> None:
 
     def watch() -> None:
         while os.getppid() == owner:
-            time.sleep(CHECK_SECONDS)
+            time.sleep(0.5)
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -52,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunStore:
-    """A results folder."""
+    """A results folder: where its parts lie, by a run's digest or an experiment's id."""
 
     root: Path
 
@@ -61,16 +61,16 @@ class RunStore:
         return self.root / "figures"
 
     def run(self, identity: str) -> Path:
-        """Return the folder of the run with this digest."""
         return self.root / "runs" / identity
 
     def record(self, identity: str) -> Path:
-        """Return the record of the run with this digest, which may not be there."""
         return self.run(identity) / RECORD
 
     def analysis(self, name: str) -> Path:
-        """Return the folder of an analysis."""
         return self.root / "analysis" / name
+
+    def experiment(self, name: str) -> Path:
+        return self.root / "experiments" / f"{name}.json"
 
     def complete(self, identity: str) -> bool:
         """Tell whether the run is there, of today's weights; UserError for a malformed record."""
@@ -99,10 +99,6 @@ class RunStore:
                         shutil.copyfile(path.parent / name, partial)
                 adopted += 1
         return adopted
-
-    def experiment(self, name: str) -> Path:
-        """Return the file that says what an experiment consists of."""
-        return self.root / "experiments" / f"{name}.json"
 
     def made(self, name: str, source: str) -> bool:
         """Tell whether the experiment was made of this source, and all it left is still there.

@@ -42,17 +42,6 @@ class Recording:
     """Whether a token goes to an expert, shape (L, N, J)."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the perceptrons are trained."""
-
-    hidden_units: int
-    epochs: int
-    tokens_per_step: int
-    learning_rate: float
-    seed: int
-
-
 class Recorder(ResidentPolicy):
     """Writes down the input and the K best experts of every gate."""
 
@@ -91,13 +80,16 @@ def record(model: OffloadedModel, requests: Sequence[Request], batch_size: int) 
     return recorder.recording()
 
 
-def train(recording: Recording, distance: int, training: Training) -> LearnedPredictor:
-    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d."""
+def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
+    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d.
+
+    `cfg` holds hidden_units, epochs, tokens_per_step, learning_rate and seed.
+    """
     sources = len(recording.hidden_states) - distance
     inputs = torch.from_numpy(recording.hidden_states[:sources])
     targets = torch.from_numpy(recording.chosen[distance:]).float()
-    tokens, units = inputs.shape[1], training.hidden_units
-    generator = torch.Generator().manual_seed(training.seed)
+    tokens, units = inputs.shape[1], cfg.hidden_units
+    generator = torch.Generator().manual_seed(cfg.seed)
 
     def weights(outputs: int, fan_in: int) -> Tensor:
         drawn = torch.randn(sources, outputs, fan_in, generator=generator)
@@ -106,9 +98,9 @@ def train(recording: Recording, distance: int, training: Training) -> LearnedPre
     up, down = weights(units, inputs.shape[2]), weights(targets.shape[2], units)
     up_bias = torch.zeros(sources, units, requires_grad=True)
     down_bias = torch.zeros(sources, targets.shape[2], requires_grad=True)
-    optimizer = torch.optim.Adam([up, up_bias, down, down_bias], lr=training.learning_rate)
-    for _ in range(training.epochs):
-        for rows in torch.randperm(tokens, generator=generator).split(training.tokens_per_step):
+    optimizer = torch.optim.Adam([up, up_bias, down, down_bias], lr=cfg.learning_rate)
+    for _ in range(cfg.epochs):
+        for rows in torch.randperm(tokens, generator=generator).split(cfg.tokens_per_step):
             hidden = torch.relu(inputs[:, rows] @ up.mT + up_bias[:, None])
             logits = hidden @ down.mT + down_bias[:, None]
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[:, rows])
@@ -144,8 +136,7 @@ def run(cfg: DictConfig) -> None:
     others = Dataset(cfg.kind, "documents that are not held out", learning)
     learned_from = _record(cfg, model, others, cfg.prompts)
     tested_on = _record(cfg, model, corpus_dataset("held out", cfg.kind), cfg.held_out_prompts)
-    training = Training(**{name: cfg[name] for name in Training.__dataclass_fields__})
-    predictor = train(learned_from, cfg.distance, training)
+    predictor = train(learned_from, cfg.distance, cfg)
     shape = model.offloaded.shape
     accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, shape.top_k)
     accuracy = float(np.mean(accuracies))

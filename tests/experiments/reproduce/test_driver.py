@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from experiments.errors import UserError
@@ -97,8 +99,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_hydras_own_syntax_is_expanded() -> None:
-    given = {"a": "1,2", "b": "choice(x,y)", "c": "range(1,4)", "d": "25%", "e": "'p,q'"}
-    assert sweeps.parse(f"{key}={value}" for key, value in given.items()) == {
+    assert sweeps.parse(["a=1,2", "b=choice(x,y)", "c=range(1,4)", "d=25%", "e='p,q'"]) == {
         "a": ["a=1", "a=2"],
         "b": ["b=x", "b=y"],
         "c": ["c=1", "c=2", "c=3"],
@@ -109,47 +110,57 @@ def test_hydras_own_syntax_is_expanded() -> None:
         sweeps.parse(["system"])
 
 
-def combined(params: dict[str, str], cells: list[list[str]], *user: str) -> list[str]:
-    swept = sweeps.parse(f"{key}={value}" for key, value in params.items())
-    found = sweeps.combine(swept, cells, sweeps.parse(user), {"system"})
-    return [" ".join(one) for one in found]
-
-
-PARAMS = {"system": "p,q", "memory_budget": "6,12"}
+PARAMS = ["system=p,q", "memory_budget=6,12"]
 CELLS = [["system=r", "system.x=1"], ["memory_budget=96"]]
 
 
-def test_cells_are_multiplied_with_what_they_do_not_set() -> None:
-    assert combined(PARAMS, CELLS) == [
-        "system=p memory_budget=6",
-        "system=p memory_budget=12",
-        "system=q memory_budget=6",
-        "system=q memory_budget=12",
-        "system=r memory_budget=6 system.x=1",
-        "system=r memory_budget=12 system.x=1",
-        "system=p memory_budget=96",
-        "system=q memory_budget=96",
-    ]
-    assert combined({}, CELLS) == ["system=r system.x=1", "memory_budget=96"]
-    assert combined({}, []) == [""]
-
-
-def test_a_users_override_replaces_the_sweep_of_its_key() -> None:
-    assert combined(PARAMS, CELLS, "memory_budget=24", "seed=1") == [
-        "system=p memory_budget=24 seed=1",
-        "system=q memory_budget=24 seed=1",
-        "system=r memory_budget=24 seed=1 system.x=1",
-    ]
-
-
-def test_a_users_choice_of_a_group_leaves_out_the_cells_of_others() -> None:
-    assert combined(PARAMS, CELLS, "system=r", "memory_budget=6") == [
-        "system=r memory_budget=6",
-        "system=r memory_budget=6 system.x=1",
-    ]
-    assert combined(PARAMS, CELLS[:1], "system=q", "memory_budget=6") == [
-        "system=q memory_budget=6"
-    ]
+@pytest.mark.parametrize(
+    ("params", "cells", "user", "expected"),
+    [
+        # Cells are multiplied with what they do not set.
+        (
+            PARAMS,
+            CELLS,
+            [],
+            [
+                "system=p memory_budget=6",
+                "system=p memory_budget=12",
+                "system=q memory_budget=6",
+                "system=q memory_budget=12",
+                "system=r memory_budget=6 system.x=1",
+                "system=r memory_budget=12 system.x=1",
+                "system=p memory_budget=96",
+                "system=q memory_budget=96",
+            ],
+        ),
+        ([], CELLS, [], ["system=r system.x=1", "memory_budget=96"]),
+        ([], [], [], [""]),
+        # A user's override replaces the sweep of its key.
+        (
+            PARAMS,
+            CELLS,
+            ["memory_budget=24", "seed=1"],
+            [
+                "system=p memory_budget=24 seed=1",
+                "system=q memory_budget=24 seed=1",
+                "system=r memory_budget=24 seed=1 system.x=1",
+            ],
+        ),
+        # A user's choice of a group leaves out the cells of others.
+        (
+            PARAMS,
+            CELLS,
+            ["system=r", "memory_budget=6"],
+            ["system=r memory_budget=6", "system=r memory_budget=6 system.x=1"],
+        ),
+        (PARAMS, CELLS[:1], ["system=q", "memory_budget=6"], ["system=q memory_budget=6"]),
+    ],
+)
+def test_params_cells_and_overrides_are_combined(
+    params: list[str], cells: list[list[str]], user: list[str], expected: list[str]
+) -> None:
+    combined = sweeps.combine(sweeps.parse(params), cells, sweeps.parse(user), {"system"})
+    assert [" ".join(one) for one in combined] == expected
 
 
 def test_figures_share_runs_by_digest(conf: Path) -> None:
@@ -157,22 +168,15 @@ def test_figures_share_runs_by_digest(conf: Path) -> None:
     assert list(known) == ["table9", "98", "99a"]
     first = sweeps.run_configs(known["98"], TINY, conf)
     second = sweeps.run_configs(known["99a"], TINY, conf)
-    cells = [(cfg.system.label, cfg.memory_budget) for cfg in first.values()]
-    assert cells == [
-        ("on_demand", 6),
-        ("on_demand", 12),
-        ("resident", 6),
-        ("resident", 12),
-        ("finemoe", 6),
-    ]
+    cells = [f"{cfg.system.label} {cfg.memory_budget}" for cfg in first.values()]
+    swept = ["on_demand 6", "on_demand 12", "resident 6", "resident 12"]
+    assert cells == [*swept, "finemoe 6"]
     assert list(first.values())[-1].system.search == "semantic"
     assert all("experiment" not in cfg for cfg in first.values())
     assert first.keys() & second.keys() == {list(first)[1]}
 
 
 def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
-    from hydra import compose, initialize_config_dir
-
     known = sweeps.available(conf)["98"]
     overrides = [*TINY, "system=finemoe", "memory_budget=12", "system.store_capacity=7"]
     ours = sweeps.run_configs(known, overrides, conf)
@@ -252,24 +256,18 @@ def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_no
     drawn = [one / "figures" / "98.csv" for one in (results, straight)]
     assert drawn[0].read_text() == drawn[1].read_text()
 
-    before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert reproduce(command(conf, results, traces), conf) == 0
     assert "nothing to run" in capsys.readouterr().out
-    after = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
-    assert {p: t for p, t in after.items() if p.is_file()} == {
-        p: t for p, t in before.items() if p.is_file()
-    }
+    after = {path: path.stat().st_mtime_ns for path in results.rglob("*") if path.is_file()}
+    assert after == before
 
     # A malformed record is named, and nothing is overwritten.
     broken = next(iter(kept))
     broken.write_text("{")
     assert reproduce(command(conf, results, traces), conf) == 2
-    assert (
-        capsys.readouterr().err == f"error: {broken} (Expecting property name enclosed in double "
-        "quotes: line 1 column 2 (char 1)) is no run record; choose another output= "
-        "or remove it\n"
-    )
+    assert capsys.readouterr().err.startswith(f"error: {broken} (Expecting property name")
     assert broken.read_text() == "{"
 
 
@@ -402,9 +400,12 @@ def fail(kind: str) -> None:
         raise {"bad": UserError, "broken": RuntimeError}[kind](f"{kind}\nsecond line")
 
 
-def check_ends(launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "n_jobs"), [("joblib", 1), ("joblib", 2), ("ray", 2)])
+def test_failures_come_back_from_workers(launcher: str, n_jobs: int) -> None:
+    if launcher == "ray":
+        pytest.importorskip("ray")
     tasks = [parallel.Task(kind, fail, (kind,)) for kind in ("well", "bad", "broken")]
-    ends = {one.name: one for one in parallel.side_by_side(tasks, launcher, 2)}
+    ends = {one.name: one for one in parallel.side_by_side(tasks, launcher, n_jobs)}
     assert ends["well"] == parallel.Ended("well")
     assert ends["bad"].bad_input
     assert not ends["broken"].bad_input
@@ -412,13 +413,17 @@ def check_ends(launcher: str) -> None:
     assert "second line" in str(ends["broken"].trace)
 
 
-def test_failures_come_back_from_workers() -> None:
-    check_ends("joblib")
+def die(quickly: bool) -> None:
+    if quickly:
+        os._exit(9)
 
 
-def test_failures_come_back_from_a_local_ray() -> None:
-    pytest.importorskip("ray")
-    check_ends("ray")
+def test_a_killed_worker_fails_its_task_and_is_replaced() -> None:
+    killed, after = parallel.Task("killed", die, (True,)), parallel.Task("after", die, (False,))
+    assert list(parallel.side_by_side([killed], "joblib", 2)) == [
+        parallel.Ended("killed", parallel.KILLED)
+    ]
+    assert list(parallel.side_by_side([after], "joblib", 2)) == [parallel.Ended("after")]
 
 
 def test_an_experiment_whose_figure_is_gone_is_made_again(tmp_path: Path) -> None:
