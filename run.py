@@ -73,7 +73,7 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))
             # What follows takes seconds to import.
-            from experiments.reproduce.tasks import log, recorded
+            from experiments.reproduce.run_store import log, recorded
             from experiments.run.console import Console
 
             record = recorded(cfg, Console(job=job))

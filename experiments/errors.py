@@ -10,20 +10,20 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import make_dataclass
+from typing import Any
 
 from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 BAD_INPUT = 2
 """The exit code of a command that was given what it cannot use."""
-PLACE = "choose another folder, such as with output="
+ELSEWHERE = "choose another folder, such as with output="
 REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EROFS: PLACE,
-    errno.EACCES: PLACE,
-    errno.EEXIST: PLACE,
-    errno.ENOTDIR: PLACE,
     errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR), ELSEWHERE),
 }
 """By the number of what the file system refuses."""
 
@@ -39,10 +39,11 @@ def say_starting() -> None:
 
 
 @contextmanager
-def command() -> Iterator[None]:
-    """Carry out a command: say bad input in one line and exit with 2, with 130 if interrupted."""
+def command(interrupted: str = "interrupted") -> Iterator[None]:
+    """Carry out a command: exit 2 after one line for bad input, 130 or 143 when stopped."""
     from finemoe.trace import TraceError
 
+    signal.signal(signal.SIGTERM, stop)
     try:
         with file_errors():
             yield
@@ -50,22 +51,41 @@ def command() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         raise SystemExit(exit_code(interrupt)) from None
 
 
 def words_given(
-    doc: str | None, defaults: Mapping[str, str], words: Sequence[str] | None = None
-) -> tuple[dict[str, str], list[str]]:
-    """Return a command's own ``key=value`` choices, and its other words; show `doc` for --help."""
+    doc: str | None, defaults: Mapping[str, Any], words: Sequence[str] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a command's own ``key=value`` choices, and its other words; show `doc` for --help.
+
+    A choice has the type of its default. Raises UserError for one that does not fit.
+    """
     given = sys.argv[1:] if words is None else words
     if not {"-h", "--help"}.isdisjoint(given):
         print((doc or "").replace("``", ""))
         print(*(f"default: {name}={value}" for name, value in defaults.items()), sep="\n")
         raise SystemExit(0)
     own = [word for word in given if word.partition("=")[0] in defaults and "=" in word]
-    chosen = {name: value for name, _, value in (word.partition("=") for word in own)}
-    return {**defaults, **chosen}, [word for word in given if word not in own]
+    chosen = dict(word.split("=", 1) for word in own)
+    typed = make_dataclass("Options", [(name, type(one), one) for name, one in defaults.items()])
+    try:
+        options: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(typed), chosen))
+    except OmegaConfBaseException as error:
+        told = f"{error.full_key}={chosen.get(str(error.full_key))}"
+        raise UserError(f"{told}: {str(error).splitlines()[0]}") from error
+    return options, [word for word in given if word not in own]
+
+
+def options_given(
+    doc: str | None, defaults: Mapping[str, Any], words: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the ``key=value`` choices of a command that takes no other word. Raises UserError."""
+    options, others = words_given(doc, defaults, words)
+    if others:
+        raise UserError(f"{others[0]}: give key=value of {', '.join(defaults)}; see --help")
+    return options
 
 
 @contextmanager

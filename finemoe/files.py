@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -28,6 +30,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if error.filename in (None, partial, str(partial)):
             error.filename = str(path)
         raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file that is either whole or not there."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def partial_name(path: Path) -> Path:

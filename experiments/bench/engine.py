@@ -7,146 +7,254 @@ nothing fails because of a time.
 from __future__ import annotations
 
 import os
-import statistics
+import random
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.bench.overheads import (
-    PREFETCH_DISTANCE,
-    SCALE_MODEL,
-    Check,
-    Load,
-    parsed,
-    print_checks,
-    request,
-    resident_overheads,
-    scale_model,
-    write_json,
-)
-from experiments.errors import command
+from experiments.errors import command, options_given
+from experiments.run.live import serve
 from experiments.run.records import provenance
-from experiments.run.serving import Server
+from experiments.run.schedule import Request
 from experiments.run.testbeds import emulated
+from experiments.run.weights import SCALE_MODELS, loading
 from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.files import write_json
 from finemoe.offload.device import EmulatedLink
-from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import LayerOutcome
+from finemoe.offload.policy import LayerOutcome, Policy
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
 
+SCALE_MODEL = SCALE_MODELS / "mixtral"
+PREFETCH_DISTANCE = 3
+"""d of Mixtral (section 6.1)."""
 FULL_EXPERT_BYTES = 352_321_536
 """One expert of Mixtral-8x7B in bf16."""
+MOST_OVERHEAD = 1.10
+"""Largest acceptable TPOT of the engine over that of plain transformers."""
 LINK_GB_S = 32.0
 CHUNK_MB = 32.0
 BUDGET_SHARE = 0.25
-CPU = torch.device("cpu")
+OPTIONS = {
+    "model": str(SCALE_MODEL),
+    "output": "outputs/bench.json",
+    "rounds": 7,  # repeats of each system
+    "tokens": 32,  # generated per prompt
+    "time_scale": 1.0,  # factor on the link's time
+    "threads": 1,  # torch's; searcher and link need cores as well
+}
 
 
-def link_rate(plain: PreTrainedModel, testbed: Testbed, load: Load) -> Check:
+@dataclass(frozen=True)
+class Check:
+    """One measured number and, if it has one, the bound that it should keep."""
+
+    name: str
+    value: float
+    unit: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bound is kept; None if the number has none."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+    @property
+    def target(self) -> str:
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
+        return "" if self.at_most is None else f"<= {self.at_most:g}"
+
+    def plain(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+
+@dataclass(frozen=True)
+class Load:
+    """One request of this shape is served in every round; round 0 only warms up."""
+
+    prompt_tokens: int = 37
+    new_tokens: int = 32
+    rounds: int = 7
+
+    def request(self, number: int, model: OffloadedModel) -> Request:
+        """Return a prompt of random tokens that depends on its number alone."""
+        vocabulary = range(model.model.config.vocab_size)
+        tokens = random.Random(number).choices(vocabulary, k=self.prompt_tokens)
+        return Request(number, tuple(tokens), self.new_tokens)
+
+
+def scale_model(folder: Path) -> PreTrainedModel:
+    """Return the model of a folder. Raises UserError if it has none."""
+    with loading(f"the model of {folder}", "give the folder of a scale model"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def two_policies(model: OffloadedModel, distance: int) -> dict[str, Policy]:
+    """Return the policy that does least, and the paper's."""
+    finemoe = FineMoEPolicy(model.shape, FineMoEOptions(distance))
+    return {"on_demand": OnDemandPolicy(model.shape), "finemoe": finemoe}
+
+
+# Engine over plain transformers -----------------------------------------------------------------
+
+
+class TokenTimes(BaseStreamer):
+    """Takes the time of every token that `generate` hands out, the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def plain_tpot(model: Any, experts: str, request: Request) -> float:
+    """Return the TPOT of `generate`, greedy, with an experts implementation, in seconds."""
+    model.set_experts_implementation(experts)
+    tokens = torch.tensor([request.prompt], device=model.device)
+    streamer = TokenTimes()
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=request.output_tokens,
+        streamer=streamer,
+    )
+    first, *others = streamer.times[1:]
+    return (others[-1] - first) / len(others)
+
+
+def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[Check]:
+    """Compare engine and `generate`, everything resident: medians of ratios within a round."""
+    plain: Any = scale_model(folder)
+    default: str = plain.config._experts_implementation
+    plain.to(device).generation_config.eos_token_id = None
+    plain.generation_config.pad_token_id = 0
+    model = OffloadedModel.from_model(scale_model(folder), device)
+    policies = two_policies(model, PREFETCH_DISTANCE)
+    baselines = {f"generate, {default}": default, "generate, eager": "eager"}
+    rounds = []
+    for number in range(load.rounds + 1):
+        request = load.request(number, model)
+        tpots: dict[str, Any] = {}
+        for name, experts in baselines.items():
+            tpots[name] = plain_tpot(plain, experts, request)
+        for name, policy in policies.items():
+            with resident_runtime(model, policy) as runtime:
+                tpots[name] = serve(runtime, [request])[0].tpot
+        rounds.append(tpots)
+    taken = pd.DataFrame(rounds[1:])
+    ratios = {f"TPOT {a} / {b}": taken[a] / taken[b] for a in policies for b in baselines}
+    return [
+        *(Check(name, float(one.median()), at_most=MOST_OVERHEAD) for name, one in ratios.items()),
+        *(Check(f"TPOT {name}", float(one.median()) * 1e3, "ms") for name, one in taken.items()),
+    ]
+
+
+# Links and iterations ---------------------------------------------------------------------------
+
+
+def link_rate(model: OffloadedModel, testbed: Testbed, load: Load) -> Check:
     """Return the emulated link's rate while copying over the configured one, budget one layer."""
-    model = OffloadedModel.from_model(plain, CPU)
-    slots = (model.shape.experts,)
-    policy = OnDemandPolicy(model.shape)
+    policy, slots = OnDemandPolicy(model.shape), (model.shape.experts,)
     runtime = offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES)
     with runtime:
-        Server(runtime).serve([request(0, load, model.model.config.vocab_size)])
+        serve(runtime, [load.request(0, model)])
     links = [link for link in runtime.links if isinstance(link, EmulatedLink)]
-    achieved = sum(link.copied_bytes for link in links) / sum(
-        link.copying_seconds for link in links
-    )
+    seconds = sum(link.copying_seconds for link in links)
+    achieved = sum(link.copied_bytes for link in links) / seconds
     configured = model.store.layout.nbytes / testbed.load_seconds(FULL_EXPERT_BYTES)
     return Check("emulated link, achieved / configured rate", achieved / configured, at_least=0.95)
 
 
-class IterationShares:
-    """Splits each iteration into FineMoE's synchronous work and the rest; a runtime listener."""
-
-    def __init__(self, runtime: LiveRuntime) -> None:
-        self._runtime = runtime
-        self._starts: list[tuple[float, float]] = []
-
-    def __call__(self, outcome: LayerOutcome) -> None:
-        if outcome.layer == 0:
-            self._starts.append((time.perf_counter(), self._runtime.phases.context_collection))
-
-    def decodes(self) -> list[tuple[float, float]]:
-        """Return (iteration, synchronous work) in seconds, from first gate to first gate."""
-        spans = zip(self._starts[1:], self._starts[2:], strict=False)
-        return [(end - begin, after - before) for (begin, before), (end, after) in spans]
-
-
-def synchronous_share(plain: PreTrainedModel, testbed: Testbed, load: Load) -> list[Check]:
+def synchronous_share(model: OffloadedModel, testbed: Testbed, load: Load) -> list[Check]:
     """Return FineMoE's synchronous work over the decode iteration at the paper's ratio."""
-    model = OffloadedModel.from_model(plain, CPU)
-    vocabulary = model.model.config.vocab_size
     policy = FineMoEPolicy(model.shape, FineMoEOptions(PREFETCH_DISTANCE))
     with resident_runtime(model, policy) as runtime:
-        server = Server(runtime)
-        for number in range(2):
-            server.serve([request(number, load, vocabulary)])
+        serve(runtime, [load.request(number, model) for number in range(2)])
         runtime.drain()
     policy.begin_serving()
     slots = (round(BUDGET_SHARE * model.shape.layers * model.shape.experts),)
     runtime = offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES)
-    shares = IterationShares(runtime)
-    runtime.listeners.append(shares)
+    first_gates: list[tuple[float, float]] = []
+
+    def listen(outcome: LayerOutcome) -> None:
+        if outcome.layer == 0:
+            first_gates.append((time.perf_counter(), runtime.phases.context_collection))
+
+    runtime.listeners.append(listen)
     with runtime:
-        Server(runtime).serve([request(2, load, vocabulary)])
-    decodes = shares.decodes()
-    share = statistics.median(work / iteration for iteration, work in decodes)
-    iteration, work = (statistics.median(column) * 1e3 for column in zip(*decodes, strict=True))
+        serve(runtime, [load.request(2, model)])
+    # From first gate to first gate, without the prefill's iteration.
+    iterations, work = np.diff(first_gates[1:], axis=0).T
+    share = float(np.median(work / iterations))
     return [
         Check("FineMoE synchronous work / decode iteration", share, at_most=0.01),
-        Check("decode iteration, 25 % of the experts", iteration, "ms"),
-        Check("of which synchronous work", work, "ms"),
+        Check("decode iteration, 25 % of the experts", float(np.median(iterations)) * 1e3, "ms"),
+        Check("of which synchronous work", float(np.median(work)) * 1e3, "ms"),
     ]
 
 
-def measure(folder: Path, resident: Load, offloaded: Load, time_scale: float) -> list[Check]:
-    """Run every measurement on the model of a folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    testbed = emulated(1, LINK_GB_S, 0, time_scale, CHUNK_MB, threads=None)
-    return [
-        *resident_overheads(lambda: scale_model(folder), device, resident),
-        link_rate(scale_model(folder), testbed, offloaded),
-        *synchronous_share(scale_model(folder), testbed, offloaded),
-    ]
+# Reports ----------------------------------------------------------------------------------------
+
+
+def print_checks(title: str, checks: Sequence[Check], console: Console) -> None:
+    """Print one row a check: what was measured, its target, and whether it is met."""
+    rows = Table("measured", "value", "target", "", title=title)
+    words = {True: "[green]met[/]", False: "[red]falls short[/]", None: ""}
+    for check in checks:
+        value = f"{check.value:.4g} {check.unit}".strip()
+        rows.add_row(check.name, value, check.target, words[check.met])
+    console.print(rows)
 
 
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    options = parsed(
-        "bench",
-        __doc__,
-        arguments,
-        model=(SCALE_MODEL, "folder of the model"),
-        output=(Path("outputs/bench.json"), "where the record goes"),
-        rounds=(Load.rounds, "repeats of each system"),
-        tokens=(Load.new_tokens, "generated per prompt"),
-        time_scale=(1.0, "factor on the link's time"),
-        threads=(1, "torch's; searcher and link need cores as well"),
-    )
-    torch.set_num_threads(options.threads)
-    resident = Load(new_tokens=options.tokens, rounds=options.rounds)
-    offloaded = Load(new_tokens=min(options.tokens, 12), rounds=1)
-    checks = measure(options.model, resident, offloaded, options.time_scale)
-    print_checks(f"Overheads ({options.threads} torch threads)", checks, Console())
+    options = options_given(__doc__, OPTIONS, arguments)
+    folder, tokens, threads = Path(options["model"]), options["tokens"], options["threads"]
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    testbed = emulated(1, LINK_GB_S, 0, options["time_scale"], CHUNK_MB, threads=None)
+    resident, offloaded = Load(37, tokens, options["rounds"]), Load(37, min(tokens, 12), 1)
+
+    def model() -> OffloadedModel:
+        return OffloadedModel.from_model(scale_model(folder), torch.device("cpu"))
+
+    checks = [
+        *resident_overheads(folder, device, resident),
+        link_rate(model(), testbed, offloaded),
+        *synchronous_share(model(), testbed, offloaded),
+    ]
+    print_checks(f"Overheads ({threads} torch threads)", checks, Console())
     record = {
-        "model": os.path.relpath(options.model),
-        "torch_threads": options.threads,
-        "time_scale": options.time_scale,
+        "model": os.path.relpath(folder),
+        "torch_threads": threads,
+        "time_scale": options["time_scale"],
         "checks": [check.plain() for check in checks],
         **provenance(),
     }
-    write_json(options.output, record)
-    print(f"written to {options.output}")
+    write_json(Path(options["output"]), record)
+    print(f"written to {options['output']}")
 
 
 if __name__ == "__main__":

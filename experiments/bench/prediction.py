@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.routed import softmax
 
-CHOICES = {
+OPTIONS = {
     "models": "mixtral,qwen,phi",
     "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed",
     "output": "",
@@ -43,24 +44,27 @@ PERCENTILE = 10
 """Of the calls: what is slower met another process."""
 
 
+@dataclass
 class RandomRouting:
     """Random inputs of one request's decode steps, at the size of a shape."""
 
-    def __init__(self, shape: ModelShape, hidden_states: bool) -> None:
-        self.shape = shape
-        self._hidden = hidden_states
-        self._random = np.random.default_rng(0)
+    shape: ModelShape
+    hidden_states: bool
+    """Whether gates come with their inputs."""
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def normal(self, *lengths: int) -> FloatArray:
+        return self.random.standard_normal(lengths, dtype=np.float32)
 
     def embeddings(self) -> FloatArray:
-        return self._random.standard_normal((1, self.shape.hidden_size), dtype=np.float32)
+        return self.normal(1, self.shape.hidden_size)
 
-    def gate(self, layer: int) -> tuple[FloatArray, Gate]:
-        """Return a gate's logits, and what a runtime makes of them."""
-        shape = self.shape
-        logits = self._random.standard_normal((1, shape.experts), dtype=np.float32)
-        activated = tuple(sorted(np.argpartition(-logits[0], shape.top_k)[: shape.top_k]))
-        hidden = self.embeddings() if self._hidden else None
-        return logits, Gate(layer, softmax(logits), activated, hidden)
+    def gate(self, layer: int, logits: FloatArray) -> Gate:
+        """Return what a runtime makes of a gate's logits."""
+        top_k = self.shape.top_k
+        activated = tuple(sorted(np.argpartition(-logits[0], top_k)[:top_k]))
+        hidden = self.embeddings() if self.hidden_states else None
+        return Gate(layer, softmax(logits), activated, hidden)
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
@@ -73,9 +77,7 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     policy: Policy = build(cfg.system, shape=shape)
     routing = RandomRouting(shape, policy.placement.hidden_states)
     if policy.set_gates:
-        weights = np.random.default_rng(1).standard_normal(
-            (shape.layers, shape.experts, shape.hidden_size), dtype=np.float32
-        )
+        weights = routing.normal(shape.layers, shape.experts, shape.hidden_size)
         policy.set_gates(GateWeights(weights))
     if policy.learn:
         teach(policy, routing)
@@ -85,7 +87,8 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
         iteration = Iteration(number, "decode", (REQUESTS,), (1,))
         embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings()))
         for layer in range(shape.layers):
-            logits, gate = routing.gate(layer)
+            logits = routing.normal(1, shape.experts)
+            gate = routing.gate(layer, logits)
             # A runtime takes the softmax as well.
             gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
         updates.append(micros(policy.end_iteration, iteration))
@@ -101,15 +104,17 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
 def teach(policy: Policy, routing: RandomRouting) -> None:
     """Show a policy the history of REQUESTS requests."""
     assert policy.learn
-    layers = range(routing.shape.layers)
-    for request in range(REQUESTS):
-        for step in range(STEPS):
-            iteration = Iteration(request * STEPS + step, "decode", (request,), (1,))
-            gates = [routing.gate(layer)[1] for layer in layers]
-            probabilities = np.stack([gate.probabilities for gate in gates])
-            stacked = Gates(probabilities, [gate.activated for gate in gates], None)
-            policy.learn(iteration, routing.embeddings(), stacked)
-        policy.end_request(request)
+    shape = routing.shape
+    for number in range(REQUESTS * STEPS):
+        request, step = divmod(number, STEPS)
+        iteration = Iteration(number, "decode", (request,), (1,))
+        logits = routing.normal(shape.layers, 1, shape.experts)
+        gates = [routing.gate(layer, logits[layer]) for layer in range(shape.layers)]
+        probabilities = np.stack([gate.probabilities for gate in gates])
+        stacked = Gates(probabilities, [gate.activated for gate in gates], None)
+        policy.learn(iteration, routing.embeddings(), stacked)
+        if step == STEPS - 1:
+            policy.end_request(request)
 
 
 def micros(call: Callable[..., object], *arguments: Any) -> float:
@@ -122,7 +127,7 @@ def micros(call: Callable[..., object], *arguments: Any) -> float:
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
-    bench(__doc__, CHOICES, arguments, prediction_times, "times", {"calls": CALLS})
+    bench(__doc__, OPTIONS, arguments, prediction_times, "times", {"calls": CALLS})
 
 
 if __name__ == "__main__":

@@ -13,30 +13,34 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from experiments import CONF, ROOT
-from experiments.errors import BAD_INPUT, UserError, exit_code, file_errors, stop, words_given
+from experiments.errors import BAD_INPUT, UserError, command, words_given
 from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Ended, Task, attempt, side_by_side
-from experiments.reproduce.run_store import ERROR, RunStore
-from experiments.reproduce.tasks import Plan, function, make, record_traces, run_one
+from experiments.reproduce.run_store import (
+    ERROR,
+    Plan,
+    RunStore,
+    function,
+    make,
+    record_traces,
+    run_one,
+)
 from experiments.run.console import bar_on
 from experiments.run.records import check_writable, other_code, read_record
 from experiments.run.tracking import is_logged, log_reproduction
@@ -44,30 +48,28 @@ from finemoe.files import atomic_write
 
 FAILED = 1
 WANDB_PROJECT = "finemoe"
+OPTIONS = {
+    "results": "outputs/reproduce",
+    "records": "",
+    "launcher": "joblib",
+    "n_jobs": os.cpu_count() or 1,
+    "mixed_modes": False,
+    "redraw": False,
+}
+"""What ``key=value`` sets of the reproduction itself; every other key is one of the runs'.
 
-
-@dataclass
-class Options:
-    """What ``key=value`` sets of the reproduction itself; every other key is one of the runs'."""
-
-    results: str = "outputs/reproduce"
-    records: str = ""
-    """Folder of records that sweeps left, to be taken instead of run again."""
-    launcher: str = "joblib"
-    n_jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
-    mixed_modes: bool = False
-    """Draw records of several modes in one figure, marked as such."""
-    redraw: bool = False
-    """Analyse and draw again what is complete."""
+Runs below `records`, which a sweep left, are taken instead of made again. `mixed_modes` lets one
+figure show records of several modes, marked as such; `redraw` makes again what is complete.
+"""
 
 
 class Reproduction:
     """One call of the command."""
 
     def __init__(
-        self, ids: Sequence[str], overrides: Sequence[str], options: Options, conf: Path
+        self, ids: Sequence[str], overrides: Sequence[str], options: Mapping[str, Any], conf: Path
     ) -> None:
-        self.options, self.store = options, RunStore(Path(options.results))
+        self.options, self.store = options, RunStore(Path(options["results"]))
         self.everything = "all" in ids
         self.log_to_wandb = "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
@@ -75,30 +77,33 @@ class Reproduction:
         self.began, self.done = time.monotonic(), Counter[str]()
         self.chosen = sweeps.chosen(ids, conf)
         check_writable(self.store.root, "results")
-        self.plans = self._unmade(overrides, conf)
-        if options.records:
+        source = sweeps.source([*overrides, f"mixed_modes={options['mixed_modes']}"], conf)
+        self.plans = [
+            self._plan(one, overrides, source, conf)
+            for one in self.chosen
+            if options["redraw"] or not self.store.made(one.id, source)
+        ]
+        if options["records"]:
             wanted = {digest for plan in self.plans for digest in plan.runs}
-            taken = self.store.adopt(Path(options.records), wanted)
-            self._say(f"taken from {escape(options.records)}: {taken} of {len(wanted)} runs")
+            taken = self.store.adopt(Path(options["records"]), wanted)
+            self._say(f"taken from {escape(options['records'])}: {taken} of {len(wanted)} runs")
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
-        if not self.plans:
-            self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
+        count = f"{len(self.plans)} of {len(self.chosen)} experiments"
+        if self.plans:
+            self._say(f"to do: {count}, {len(self.pending_runs)} runs")
         else:
-            self._say(
-                f"to do: {len(self.plans)} of {len(self.chosen)} experiments, "
-                f"{len(self.pending_runs)} runs"
-            )
+            self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
         self._say_whose_code()
         self._record_traces()
         self._run()
         self._draw()
         if self.everything and not self.failures:
             self._report()
-        took = round(time.monotonic() - self.began)
+        minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
         self._say(
-            f"{'[red]not done[/]' if self.failures else 'done'} in {took // 60} min {took % 60} s; "
+            f"{'[red]not done[/]' if self.failures else 'done'} in {minutes} min {seconds} s; "
             f"runs made: {self.done['runs']}, failures: {len(self.failures)}, experiments drawn: "
             f"{self.done['figures']} of {len(self.plans)}\nresults: {escape(str(self.store.root))}"
         )
@@ -108,17 +113,37 @@ class Reproduction:
 
     # Plan -------------------------------------------------------------------------------------
 
+    def _plan(
+        self, experiment: sweeps.Experiment, overrides: Sequence[str], source: str, conf: Path
+    ) -> Plan:
+        content: dict[str, Any] = {
+            "id": experiment.id,
+            "title": experiment.title,
+            "kind": "analysis" if experiment.analysis else "runs",
+            "overrides": list(overrides),
+            "mixed_modes": self.options["mixed_modes"],
+            "source": source,
+        }
+        if experiment.analysis is None:
+            runs = sweeps.run_configs(experiment, overrides, conf)
+            for digest, cfg in runs.items():
+                cfg.output = str(self.store.run(digest))
+            return Plan(experiment, {**content, "runs": list(runs)}, runs)
+        own, traced = sweeps.analysis_config(experiment, overrides, conf)
+        own.output = str(self.store.analysis(experiment.id))
+        return Plan(experiment, content, analysis=own, traced=traced)
+
     @cached_property
     def pending_runs(self) -> dict[str, DictConfig]:
-        """The runs that are missing, long ones first."""
+        """The runs that are missing, or not logged as their config asks; long ones first."""
         wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
-        missing = {one: cfg for one, cfg in wanted.items() if not self._finished(cfg, one)}
-        return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
 
-    def _finished(self, cfg: DictConfig, digest: str) -> bool:
-        """Tell whether a run is complete, and logged if its config asks for it."""
-        logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
-        return logged and self.store.complete(digest)
+        def finished(digest: str, cfg: DictConfig) -> bool:
+            logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
+            return logged and self.store.complete(digest)
+
+        missing = [item for item in wanted.items() if not finished(*item)]
+        return dict(sorted(missing, key=lambda item: (-length(item[1]), item[0])))
 
     def _say_whose_code(self) -> None:
         """Say how much of what is kept other code may have made."""
@@ -131,59 +156,31 @@ class Reproduction:
             what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
             self._say(f"{what}; give another results= to make them again")
 
-    def _unmade(self, overrides: Sequence[str], conf: Path) -> list[Plan]:
-        """Plan the experiments that were not made of these very configs."""
-        source = sweeps.source([*overrides, f"mixed_modes={self.options.mixed_modes}"], conf)
-        return [
-            self._plan(one, overrides, source, conf)
-            for one in self.chosen
-            if self.options.redraw or not self.store.made(one.id, source)
-        ]
-
-    def _plan(
-        self, experiment: sweeps.Experiment, overrides: Sequence[str], source: str, conf: Path
-    ) -> Plan:
-        content: dict[str, Any] = {
-            "id": experiment.id,
-            "title": experiment.title,
-            "kind": "analysis" if experiment.analysis else "runs",
-            "overrides": list(overrides),
-            "mixed_modes": self.options.mixed_modes,
-            "source": source,
-        }
-        if experiment.analysis is None:
-            configs = sweeps.run_configs(experiment, overrides, conf)
-            runs = {self.store.place(cfg): cfg for cfg in configs}
-            return Plan(experiment, {**content, "runs": list(runs)}, runs)
-        own, traced = sweeps.analysis_config(experiment, overrides, conf)
-        own.output = str(self.store.analysis(experiment.id))
-        return Plan(experiment, content, analysis=own, traced=traced)
-
     # Steps ------------------------------------------------------------------------------------
 
     def _record_traces(self) -> None:
         """Record every missing trace once; leave out the runs that a failure concerns."""
-        groups: dict[str, list[DictConfig]] = {}
-        wanted = [cfg for cfg in self.pending_runs.values() if replays(cfg)]
-        for plan in self.plans:
-            wanted += plan.traced.values()
-        for cfg in wanted:
-            groups.setdefault(routed(cfg), []).append(cfg)
+        replayed = {one: routed(cfg) for one, cfg in self.pending_runs.items() if replays(cfg)}
+        configs = [self.pending_runs[one] for one in replayed]
+        groups: dict[str, list[DictConfig]] = defaultdict(list)
+        for cfg in chain(configs, *(plan.traced.values() for plan in self.plans)):
+            groups[routed(cfg)].append(cfg)
         tasks = [Task(name, record_traces, (cfgs,)) for name, cfgs in groups.items()]
         failed = {ended.name for ended in self._stage("traces", tasks) if ended.error}
-        for name, cfg in list(self.pending_runs.items()):
-            if replays(cfg) and routed(cfg) in failed:
-                del self.pending_runs[name]
+        for one, name in replayed.items():
+            if name in failed:
+                del self.pending_runs[one]
 
     def _run(self) -> None:
         """Carry out the missing runs: simulated ones side by side, others alone, as they time."""
-        simulated: list[Task] = []
-        timed: list[Task] = []
-        digests = {f"{named(cfg)} ({one})": one for one, cfg in self.pending_runs.items()}
-        for name, one in digests.items():
-            cfg = self.pending_runs[one]
-            (simulated if in_virtual_time(cfg) else timed).append(Task(name, run_one, (cfg,)))
-        for ended in self._stage("runs", simulated, timed):
+        tasks: dict[bool, list[Task]] = {True: [], False: []}
+        digests = {}
+        for digest, cfg in self.pending_runs.items():
+            what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
+            name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
+            digests[name] = digest
+            tasks[in_virtual_time(cfg)].append(Task(name, run_one, (cfg,)))
+        for ended in self._stage("runs", tasks[True], tasks[False]):
             if ended.trace:
                 path = self.store.run(digests[ended.name]) / ERROR
                 # A run may fail because nothing can be written.
@@ -194,12 +191,12 @@ class Reproduction:
         """Analyse and draw; an experiment with a run missing is left out and said."""
         tasks = []
         for plan in self.plans:
+            name = f"experiment {plan.experiment.id}"
             missing = sum(not self.store.complete(one) for one in plan.runs)
             if missing:
-                name = plan.experiment.id
-                self._say(f"experiment {name}: not drawn, {missing} of its runs are missing")
-                continue
-            tasks.append(Task(f"experiment {plan.experiment.id}", make, (plan, self.store)))
+                self._say(f"{name}: not drawn, {missing} of its runs are missing")
+            else:
+                tasks.append(Task(name, make, (plan, self.store)))
         for ended in self._stage("figures", tasks):
             if not ended.error:
                 picture = self.store.figures / f"{ended.name.split()[-1]}.png"
@@ -211,9 +208,8 @@ class Reproduction:
         """Judge the claims and write the report, unless there is one of these results."""
         report = self.store.root / "REPORT.md"
         made = [self.store.experiment(one.id) for one in self.chosen]
-        made += (ROOT / "experiments" / "judge").glob(
-            "*.*"
-        )  # claims, their rules and the report's template
+        # Claims, their rules and the report's template.
+        made += (ROOT / "experiments" / "judge").glob("*.*")
         newest = max(path.stat().st_mtime_ns for path in made)
         if not report.exists() or report.stat().st_mtime_ns <= newest:
             function("experiments.judge.report.write")(ResultsFolder(self.store.root))
@@ -227,9 +223,12 @@ class Reproduction:
     def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
         done: list[Ended] = []
-        together = side_by_side(tasks, self.options.launcher, self.options.n_jobs)
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
-        with bar_on(self.console) as bar:
+        launcher, n_jobs = self.options["launcher"], self.options["n_jobs"]
+        with (
+            bar_on(self.console) as bar,
+            closing(side_by_side(tasks, launcher, n_jobs)) as together,
+        ):
             shown = bar.add_task(what, total=total)
             for ended in chain(together, map(attempt, alone)):
                 done.append(ended)
@@ -254,12 +253,6 @@ def routed(cfg: DictConfig) -> str:
     """Name the traces that one worker records one after another, so that none is recorded twice."""
     kind = "online" if "rate" in cfg.workload else "offline"
     return f"routing of {cfg.model.name} on {cfg.dataset.name} ({kind})"
-
-
-def named(cfg: DictConfig) -> str:
-    """Return what tells a run apart for a reader."""
-    what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
-    return f"{what}, memory_budget={cfg.memory_budget}"
 
 
 def in_virtual_time(cfg: DictConfig) -> bool:
@@ -291,41 +284,17 @@ def length(cfg: DictConfig) -> float:
     return float(requests) * float(tokens) / batch**0.5 * cfg.model.layers
 
 
-# The command ----------------------------------------------------------------------------------
-
-
-def split_words(words: Sequence[str] | None) -> tuple[list[str], Options, list[str]]:
-    """Return ids, own options and the overrides of runs; show --help. Raises UserError."""
+@command("interrupted; complete runs are kept: call again to go on")
+def main(words: Sequence[str] | None = None, conf: Path = CONF) -> None:
+    """Carry the command out; exit 1 if something failed, 2 for bad input, 130 if interrupted."""
     doc = f"{__doc__}\nexperiments: all {' '.join(sweeps.available())}"
-    chosen, others = words_given(
-        doc, {name: str(one) for name, one in vars(Options()).items()}, words
-    )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Options), chosen)
-        options: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        given = f"{error.full_key}={chosen.get(str(error.full_key))}"
-        raise UserError(f"{given}: {str(error).splitlines()[0]}") from error
-    if options.n_jobs < 1 or options.launcher not in LAUNCHERS:
+    options, others = words_given(doc, OPTIONS, words)
+    if options["n_jobs"] < 1 or options["launcher"] not in LAUNCHERS:
         raise UserError(f"give n_jobs of 1 or more, and launcher={' or '.join(LAUNCHERS)}")
     ids = [word for word in others if "=" not in word and not word.startswith("~")]
-    return ids, options, [word for word in others if word not in ids]
-
-
-def main(words: Sequence[str] | None = None, conf: Path = CONF) -> int:
-    """Carry the command out; return 0, 1 if something failed, 2 for bad input, 130 interrupted."""
-    try:
-        with file_errors():
-            ids, options, overrides = split_words(words)
-            return Reproduction(ids, overrides, options, conf).carry_out()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt as interrupt:
-        print("interrupted; complete runs are kept: call again to go on", file=sys.stderr)
-        return exit_code(interrupt)
+    overrides = [word for word in others if word not in ids]
+    sys.exit(Reproduction(ids, overrides, options, conf).carry_out())
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    sys.exit(main())
+    main()

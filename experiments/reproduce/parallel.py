@@ -9,31 +9,32 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from joblib import Parallel, delayed, parallel_config, register_parallel_backend
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib import register_parallel_backend
+from joblib.externals.loky import get_reusable_executor
 from joblib.parallel import BACKENDS
 
 from experiments.errors import UserError, file_errors
 from finemoe.trace import TraceError
 
-LAUNCHERS = ("joblib", "ray")
-CHECK_SECONDS = 0.5
-KILLED = "a worker process was killed, perhaps for want of memory"
-QUIET = {
+KILLED = (
+    "a worker process was killed, perhaps for want of memory; start again, with n_jobs=1 if it "
+    "happens again"
+)
+ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "MPLBACKEND": "Agg",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
 }
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A module-level function and what to call it with, in another process."""
 
     name: str
@@ -52,41 +53,35 @@ class Ended:
     """The traceback of an error that is nobody's bad input."""
 
 
-def side_by_side(tasks: Sequence[Task], launcher: str, n_jobs: int) -> Iterator[Ended]:
+def side_by_side(tasks: Sequence[Task], launcher: str, n_jobs: int) -> Generator[Ended, None, None]:
     """Yield how each task ended, as they end; no task's failure stops the others.
 
-    Every task has one thread. Raises UserError if the launcher's package is missing.
+    In other processes, where every task has one thread, unless there is but one job. Raises
+    UserError if the launcher's package is missing.
     """
-    if tasks:
-        yield from (_over_ray if launcher == "ray" else _over_cores)(tasks, n_jobs)
+    if not tasks or (launcher == "joblib" and n_jobs == 1):
+        yield from map(attempt, tasks)
+        return
+    with LAUNCHERS[launcher](n_jobs) as submit:
+        names = {submit(task): task.name for task in tasks}
+        for future in as_completed(names):
+            yield Ended(names[future], KILLED) if future.exception() else future.result()
 
 
-def _over_cores(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
-    left = {task.name for task in tasks}
-    with (
-        warnings.catch_warnings(),
-        parallel_config(
-            "loky",
-            n_jobs=n_jobs,
-            inner_max_num_threads=1,
-            initializer=settle,
-            initargs=(os.getcwd(), os.getpid()),
-        ),
-    ):
-        # joblib replaces a worker whose memory grew, and warns of it; nothing is lost.
-        warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-        parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all")
-        jobs = (delayed(attempt)(task) for task in tasks)
-        try:
-            for ended in parallel(jobs):
-                left.discard(ended.name)
-                yield ended
-        except TerminatedWorkerError:
-            for name in sorted(left):
-                yield Ended(name, f"{KILLED}; start again, with n_jobs=1 if it happens again")
+@contextmanager
+def _cores(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
+    # A worker whose memory grew is replaced, which is warned of; nothing is lost.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+    executor = get_reusable_executor(n_jobs, timeout=300, env=ENVIRONMENT)
+    try:
+        yield partial(executor.submit, in_worker, os.getcwd(), os.getpid())
+    except BaseException:
+        executor.shutdown(kill_workers=True)
+        raise
 
 
-def _over_ray(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
+@contextmanager
+def _ray(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
     try:
         import ray
     except ImportError as error:
@@ -97,19 +92,15 @@ def _over_ray(tasks: Sequence[Task], n_jobs: int) -> Iterator[Ended]:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
     remote = ray.remote(in_worker)
-    names = {remote.remote(task, os.getcwd()): task.name for task in tasks}
-    while names:
-        (ready,), _ = ray.wait(list(names), num_returns=1)
-        name = names.pop(ready)
-        try:
-            yield ray.get(ready)
-        except ray.exceptions.RayError:
-            yield Ended(name, f"{KILLED}; start again")
+    yield lambda task: remote.remote(os.getcwd(), None, task).future()
 
 
-def in_worker(task: Task, folder: str) -> Ended:
-    """Carry out a task in a worker process of Ray, in the folder where the user stands."""
-    settle(folder, None)
+LAUNCHERS = {"joblib": _cores, "ray": _ray}
+
+
+def in_worker(folder: str, owner: int | None, task: Task) -> Ended:
+    """Carry out a task in a worker process, in the folder where the user stands."""
+    settle(folder, owner)
     return attempt(task)
 
 
@@ -121,8 +112,8 @@ def attempt(task: Task) -> Ended:
     except (UserError, TraceError) as error:
         return Ended(task.name, str(error), bad_input=True)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        told = f"{type(error).__name__}: {lines[0]}"
+        first_line = str(error).strip().partition("\n")[0]
+        told = f"{type(error).__name__}: {first_line}"
         return Ended(task.name, told, trace=traceback.format_exc())
     return Ended(task.name)
 
@@ -132,7 +123,7 @@ def settle(folder: str, owner: int | None) -> None:
     """Make a fresh worker quiet, single-threaded, and end with its owner; once a process."""
     if owner is not None:
         end_with(owner)
-    os.environ.update(QUIET)
+    os.environ.update(ENVIRONMENT)
     os.chdir(folder)
     import torch
     import transformers
@@ -150,7 +141,7 @@ def end_with(owner: int) -> None:
 
     def watch() -> None:
         while os.getppid() == owner:
-            time.sleep(CHECK_SECONDS)
+            time.sleep(0.5)
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -20,7 +20,6 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from experiments.bench.overheads import write_json
 from experiments.errors import UserError, command
 from experiments.figures import analyses, charts, routing, style
 from experiments.figures.figure4 import rate_panels
@@ -28,6 +27,7 @@ from experiments.run.console import Console
 from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
 from experiments.run.weights import SCALE_MODELS
+from finemoe.files import write_json
 from finemoe.trace import TraceReader
 
 FAIR_SHARE_FLOOR = 0.2

@@ -1,4 +1,4 @@
-"""Where reproduced results lie: runs by digest, shared by all figures, and what was made of them.
+"""Where reproduced results lie, runs by digest and shared by all figures, and what makes them.
 
 <results>/runs/<digest>/run.json, requests.parquet    one run
 <results>/analysis/<id>/                              one analysis of routing traces
@@ -8,35 +8,51 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from experiments.reproduce.sweeps import digest
+from experiments.reproduce.sweeps import Experiment, digest
+from experiments.run.console import Console
 from experiments.run.records import (
     INDEX,
     RECORD,
     REQUESTS,
+    alone_in,
+    existing_record,
     of_these_weights,
+    other_code,
     provenance,
     read_checked,
     read_record,
 )
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, write_json
 
 ERROR = "error.txt"
 AUTO, SIMULATED = "experiments.run.testbeds.auto", "experiments.run.testbeds.simulated"
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What one experiment needs: runs by digest, or an analysis and its traces."""
+
+    experiment: Experiment
+    content: dict[str, Any]
+    """What its file under `experiments/` says, but for files and provenance."""
+    runs: dict[str, DictConfig] = field(default_factory=dict)
+    analysis: DictConfig | None = None
+    traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunStore:
-    """A results folder."""
+    """A results folder: where its parts lie, by a run's digest or an experiment's id."""
 
     root: Path
 
@@ -45,22 +61,16 @@ class RunStore:
         return self.root / "figures"
 
     def run(self, identity: str) -> Path:
-        """Return the folder of the run with this digest."""
         return self.root / "runs" / identity
 
     def record(self, identity: str) -> Path:
-        """Return the record of the run with this digest, which may not be there."""
         return self.run(identity) / RECORD
 
     def analysis(self, name: str) -> Path:
-        """Return the folder of an analysis."""
         return self.root / "analysis" / name
 
-    def place(self, cfg: DictConfig) -> str:
-        """Send the config's output to its folder; return its digest."""
-        identity = digest(cfg)
-        cfg.output = str(self.run(identity))
-        return identity
+    def experiment(self, name: str) -> Path:
+        return self.root / "experiments" / f"{name}.json"
 
     def complete(self, identity: str) -> bool:
         """Tell whether the run is there, of today's weights; UserError for a malformed record."""
@@ -78,23 +88,17 @@ class RunStore:
         adopted = 0
         for path in sorted(folder.rglob(RECORD)):
             record = read_record(path)
-            identity = digest(_as_simulated(record))
+            cfg = OmegaConf.create(record["config"])
+            if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
+                cfg.testbed._target_ = SIMULATED
+            identity = digest(cfg)
             if identity in wanted and not self.record(identity).exists():
-                self._copy(path.parent, identity)
+                # The record completes the run.
+                for name in (REQUESTS, RECORD):
+                    with atomic_write(self.run(identity) / name) as partial:
+                        shutil.copyfile(path.parent / name, partial)
                 adopted += 1
         return adopted
-
-    def _copy(self, source: Path, identity: str) -> None:
-        """Copy a run, its record last."""
-        for name in (REQUESTS, RECORD):
-            with atomic_write(self.run(identity) / name) as partial:
-                shutil.copyfile(source / name, partial)
-
-    # Experiments ------------------------------------------------------------------------------
-
-    def experiment(self, name: str) -> Path:
-        """Return the file that says what an experiment consists of."""
-        return self.root / "experiments" / f"{name}.json"
 
     def made(self, name: str, source: str) -> bool:
         """Tell whether the experiment was made of this source, and all it left is still there.
@@ -102,12 +106,12 @@ class RunStore:
         Raises UserError if a record of its runs is malformed.
         """
         try:
-            held = read_checked(self.experiment(name), INDEX, "experiment record")
+            index = read_checked(self.experiment(name), INDEX, "experiment record")
         except UserError:
             return False
-        files = [self.root / one for one in held.get("files", ())]
-        records = [self.record(one) for one in held.get("runs", ())]
-        if held.get("source") != source or not all(one.exists() for one in (*files, *records)):
+        files = [self.root / one for one in index.get("files", ())]
+        records = [self.record(one) for one in index.get("runs", ())]
+        if index.get("source") != source or not all(one.exists() for one in (*files, *records)):
             return False
         for path in records:
             read_record(path)
@@ -118,13 +122,72 @@ class RunStore:
         left = (*self.figures.glob(f"{name}.*"), *self.analysis(name).glob("*"))
         files = sorted(str(path.relative_to(self.root)) for path in left)
         whole = {**content, "files": files, "provenance": provenance()}
-        with atomic_write(self.experiment(name)) as partial:
-            partial.write_text(json.dumps(whole, indent=1) + "\n")
+        write_json(self.experiment(name), whole)
 
 
-def _as_simulated(record: Mapping[str, Any]) -> DictConfig:
-    """Return a record's config, with testbed=auto replaced by what it came to."""
-    cfg = OmegaConf.create(record["config"])
-    if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
-        cfg.testbed._target_ = SIMULATED
-    return cfg
+# What workers do; imports that take seconds are theirs ------------------------------------------
+
+
+def record_traces(configs: Sequence[DictConfig]) -> None:
+    """Record the traces that these configs need, each once. Raises UserError."""
+    from experiments.run.routing import kept_trace
+
+    for cfg in configs:
+        kept_trace(cfg, Console(quiet=True))
+
+
+def run_one(cfg: DictConfig) -> None:
+    """Carry out one run, and log it where its config says. Raises UserError."""
+    log(cfg, recorded(cfg, Console(quiet=True)))
+    (Path(cfg.output) / ERROR).unlink(missing_ok=True)
+
+
+def recorded(cfg: DictConfig, console: Console) -> dict[str, Any]:
+    """Return the complete record of this config, made now unless it is there. Raises UserError."""
+    from experiments.run.protocol import run
+
+    path = existing_record(cfg)
+    if path is None:
+        with alone_in(Path(cfg.output)):
+            # Another process may have made it meanwhile.
+            path = existing_record(cfg)
+            if path is None:
+                return run(cfg, console)
+    record = read_record(path)
+    console.skipped(path, other_code(record))
+    return record
+
+
+def log(cfg: DictConfig, record: dict[str, Any]) -> None:
+    """Log a complete record where its config says."""
+    from experiments.run.tracking import log_record
+
+    if cfg.logger.name == "wandb":
+        log_record(cfg.logger.project, Path(cfg.output), record)
+
+
+def make(plan: Plan, store: RunStore) -> None:
+    """Analyse, if it is an analysis, draw, and mark the experiment complete. Raises UserError."""
+    from experiments.judge.frame import run_frame
+    from experiments.run.routing import kept_trace
+
+    experiment = plan.experiment
+    drawn: Any = store.analysis(experiment.id)
+    if experiment.analysis:
+        paths = {key: kept_trace(one, Console(quiet=True)) for key, one in plan.traced.items()}
+        function(experiment.analysis)(plan.analysis, paths, drawn)
+    else:
+        drawn = run_frame([store.record(one) for one in plan.runs])
+    if experiment.draws:
+        store.figures.mkdir(parents=True, exist_ok=True)
+        function(experiment.draws)(drawn, store.figures, plan.content["mixed_modes"])
+    store.write_experiment(experiment.id, plan.content)
+
+
+def function(dotted: str) -> Callable[..., Any]:
+    """Return what ``module.name`` names; raise UserError if there is no such thing."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"no function {dotted}: {error}") from error

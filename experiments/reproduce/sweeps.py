@@ -1,8 +1,7 @@
 """From an experiment's file and a user's overrides to the configs of its runs.
 
-`conf/experiment/<name>.yaml` holds `experiment.id`, `hydra.sweeper.params` (multiplied out as a
-Hydra multirun does) and, for what no product says, `experiment.cells`: lists of overrides, each
-multiplied with the parameters that it does not set itself.
+`conf/experiment/<name>.yaml` holds `hydra.sweeper.params` (multiplied out as a Hydra multirun does)
+and `experiment.cells`: lists of overrides, each multiplied with the parameters it does not set.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,6 @@ from experiments.run.weights import fingerprint
 
 NO_MATTER = ("system", "memory_budget")
 """What routing does not depend on: an analysis passes over a sweep of it."""
-
-Overrides = tuple[str, ...]
 Sweep = dict[str, list[str]]
 """Overrides by key, one for each value of the key."""
 
@@ -45,21 +42,38 @@ class Experiment:
     name: str
     id: str
     title: str
-    draws: str | None
+    draws: str | None = None
     """Dotted name of the function that draws its figure."""
-    analysis: str | None
+    analysis: str | None = None
     """Dotted name of the function that analyses traces; None if the data are run records."""
-    models: tuple[str, ...]
-    datasets: tuple[str, ...]
+    models: Sequence[str] = ()
+    datasets: Sequence[str] = ()
     """Models and datasets whose traces are analysed."""
-    params: Mapping[str, str]
-    cells: tuple[Overrides, ...]
+    cells: Sequence[Sequence[str]] = ()
+    params: Sequence[str] = ()
+    """The overrides `key=values` that are multiplied out."""
 
 
 def available(conf: Path = CONF) -> dict[str, Experiment]:
     """Return all experiments by id: tables first, then figures by number."""
-    found = [_experiment(path) for path in (conf / "experiment").glob("*.yaml")]
-    return {one.id: one for one in sorted(found, key=lambda one: _order(one.id))}
+    read = [_experiment(path) for path in (conf / "experiment").glob("*.yaml")]
+    return {one.id: one for one in sorted(read, key=lambda one: _order(one.id))}
+
+
+def _experiment(path: Path) -> Experiment:
+    content: Any = OmegaConf.load(path)
+    own: Any = content.get("experiment") or {}
+    if "id" not in own or "title" not in own:
+        raise UserError(f"{path} is no experiment: it lacks experiment.id or experiment.title")
+    params = OmegaConf.select(content, "hydra.sweeper.params") or {}
+    known = {one.name: own[one.name] for one in fields(Experiment) if one.name in own}
+    known |= {"id": str(own.id), "name": path.stem}
+    return Experiment(**known, params=[f"{key}={value}" for key, value in params.items()])
+
+
+def _order(identity: str) -> tuple[bool, int, str]:
+    number = re.match(r"\d+", identity)
+    return number is not None, int(number.group()) if number else 0, identity
 
 
 def chosen(ids: Sequence[str], conf: Path = CONF) -> list[Experiment]:
@@ -74,33 +88,32 @@ def chosen(ids: Sequence[str], conf: Path = CONF) -> list[Experiment]:
 
 def run_configs(
     experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
-) -> list[DictConfig]:
-    """Return the configs of an experiment's runs, each once. Raises UserError."""
-    parsed = parse(overrides)
-    params = parse_params(experiment.params)
-    combinations = combine(params, experiment.cells, parsed, _groups(conf))
+) -> dict[str, DictConfig]:
+    """Return the configs of an experiment's runs by digest. Raises UserError."""
+    params, user = parse(experiment.params), parse(overrides)
+    combinations = combine(params, experiment.cells, user, _groups(conf))
     if not combinations:
         raise UserError(f"nothing of experiment {experiment.id} is left by {' '.join(overrides)}")
-    configs: dict[str, DictConfig] = {}
     with _composing(experiment, conf) as composed:
-        for combination in combinations:
-            cfg = _of_run(composed(combination))
-            configs.setdefault(digest(cfg), cfg)
-    return list(configs.values())
+        configs = [_of_run(composed(combination)) for combination in combinations]
+    return {digest(cfg): cfg for cfg in configs}
 
 
 def analysis_config(
     experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
 ) -> tuple[DictConfig, dict[tuple[str, str], DictConfig]]:
-    """Return an analysis's own config, and one a (model, dataset) whose trace it needs."""
+    """Return an analysis's own config, and those of the (model, dataset) whose traces it needs."""
     sweep = parse(overrides)
-    models = [value_of(one) for one in sweep.pop("model", ())] or list(experiment.models)
-    datasets = [value_of(one) for one in sweep.pop("dataset", ())] or list(experiment.datasets)
-    fixed = _single(experiment, sweep)
+    models = [_value(one) for one in sweep.pop("model", ())] or list(experiment.models)
+    datasets = [_value(one) for one in sweep.pop("dataset", ())] or list(experiment.datasets)
+    for key, values in list(sweep.items()):
+        if len(values) > 1 and key.split(".")[0] not in NO_MATTER:
+            raise UserError(f"experiment {experiment.id} takes one {key}, not {len(values)}")
+    fixed = [values[0] for values in sweep.values() if len(values) == 1]
     with _composing(experiment, conf) as composed:
         own = composed(fixed)
         traced = {
-            (model, dataset): _of_run(composed((*fixed, f"model={model}", f"dataset={dataset}")))
+            (model, dataset): _of_run(composed([*fixed, f"model={model}", f"dataset={dataset}"]))
             for model, dataset in itertools.product(models, datasets)
         }
     with open_dict(own):
@@ -112,28 +125,21 @@ def source(overrides: Sequence[str], conf: Path = CONF) -> str:
     """Return a digest over what an experiment is made of: files of `conf`, overrides, weights."""
     files = sorted(conf.glob("**/*.yaml"))
     texts = [(str(one.relative_to(conf)), one.read_text()) for one in files]
-    return digest_of([texts, overrides, _fingerprints(overrides, conf)])
+    defaults = OmegaConf.load(conf / "config.yaml")
+    kinds = [_value(one) for one in parse(overrides).get("weights", [])] or [str(defaults.weights)]
+    models = [OmegaConf.load(path) for path in sorted((conf / "model").glob("*.yaml"))]
+    # A seed among the overrides is in the digest as such.
+    prints = [fingerprint(model, kind, defaults.seed) for model in models for kind in kinds]
+    return _digest_of([texts, overrides, prints])
 
 
 def digest(cfg: DictConfig) -> str:
     """Return the identity of a run: 16 hex digits over all that its result depends on."""
-    return digest_of(comparable(cfg))
+    return _digest_of(comparable(cfg))
 
 
-def digest_of(plain: Any) -> str:
-    """Return 16 hex digits over plain data."""
-    packed = json.dumps(plain, sort_keys=True).encode()
-    return hashlib.sha256(packed).hexdigest()[:16]
-
-
-def _fingerprints(overrides: Sequence[str], conf: Path) -> list[str]:
-    """Return the fingerprint of every model's weights, whichever the experiment takes."""
-    chosen = parse(overrides)
-    plain = OmegaConf.load(conf / "config.yaml")
-    kinds = [value_of(one) for one in chosen.get("weights", [])] or [str(plain.weights)]
-    models = [OmegaConf.load(path) for path in sorted((conf / "model").glob("*.yaml"))]
-    # A seed among the overrides is in the digest as such.
-    return [fingerprint(model, kind, plain.seed) for model in models for kind in kinds]
+def _digest_of(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # Overrides ------------------------------------------------------------------------------------
@@ -148,48 +154,27 @@ def parse(overrides: Iterable[str]) -> Sweep:
         raise UserError(config_error(error)) from error
 
 
-def parse_params(params: Mapping[str, str]) -> Sweep:
-    """Expand `hydra.sweeper.params`."""
-    return parse(f"{key}={value}" for key, value in params.items())
-
-
 def combine(
     params: Sweep, cells: Sequence[Sequence[str]], user: Sweep, groups: Iterable[str]
-) -> list[Overrides]:
+) -> list[tuple[str, ...]]:
     """Return the lists of overrides that params, cells and the user's overrides stand for.
 
     A key of the user's replaces the sweep of that key. Cells are written for one choice of a group,
     so that the user's choice of a group leaves out the cells of another.
     """
     swept = {**params, **user}
-    combinations = product(swept) if params or not cells else []
-    for cell in cells:
-        own = _narrowed(parse(cell), user, groups)
-        if own is not None:
-            combinations += product({**swept, **own})
-    return list(dict.fromkeys(combinations))
+    products = [swept] if params or not cells else []
+    for cell in map(parse, cells):
+        for key in cell.keys() & user.keys():
+            both = [one for one in cell[key] if one in user[key]]
+            cell[key] = both if key in groups else user[key]
+        products.append({**swept, **cell})
+    combinations = (itertools.product(*one.values()) for one in products)
+    return list(dict.fromkeys(itertools.chain.from_iterable(combinations)))
 
 
-def product(sweep: Sweep) -> list[Overrides]:
-    """Return every combination of one override a key; the last key changes fastest."""
-    return list(itertools.product(*sweep.values()))
-
-
-def value_of(override: str) -> str:
-    """Return what stands right of the first ``=``."""
+def _value(override: str) -> str:
     return override.partition("=")[2]
-
-
-def _narrowed(cell: Sweep, user: Sweep, groups: Iterable[str]) -> Sweep | None:
-    """Return the cell as the user's overrides leave it, or None."""
-    own = dict(cell)
-    for key in cell.keys() & user.keys():
-        own[key] = user[key]
-        if key in groups:
-            own[key] = [one for one in cell[key] if one in user[key]]
-            if not own[key]:
-                return None
-    return own
 
 
 def _values(override: Override) -> list[str]:
@@ -203,35 +188,28 @@ def _values(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _single(experiment: Experiment, sweep: Sweep) -> Overrides:
-    fixed = []
-    for key, values in sweep.items():
-        if len(values) == 1:
-            fixed += values
-        elif key.split(".")[0] not in NO_MATTER:
-            raise UserError(f"experiment {experiment.id} takes one {key}, not {len(values)}")
-    return tuple(fixed)
-
-
 # Composition ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def _composing(experiment: Experiment, conf: Path) -> Iterator[Callable[[Overrides], DictConfig]]:
+def _composing(
+    experiment: Experiment, conf: Path
+) -> Iterator[Callable[[Sequence[str]], DictConfig]]:
     """Yield what returns the resolved config of an experiment under overrides, or UserError.
 
     Composing takes an eighth of a second, so that a sweep of plain values should not repeat it:
     they are set afterwards.
     """
+    groups = _groups(conf)
 
     @cache
-    def chosen(choices: Overrides) -> DictConfig:
+    def grouped(choices: tuple[str, ...]) -> DictConfig:
         return compose("config", [f"experiment={experiment.name}", "output=unset", *choices])
 
-    def composed(overrides: Overrides) -> DictConfig:
+    def composed(overrides: Sequence[str]) -> DictConfig:
         values = [one for one in overrides if _is_value(one, groups)]
         try:
-            cfg = chosen(tuple(one for one in overrides if one not in values)).copy()
+            cfg = grouped(tuple(one for one in overrides if one not in values)).copy()
             for one in OverridesParser.create().parse_overrides(values):
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             OmegaConf.resolve(cfg)
@@ -240,7 +218,6 @@ def _composing(experiment: Experiment, conf: Path) -> Iterator[Callable[[Overrid
             raise UserError(told) from error
         return cfg
 
-    groups = _groups(conf)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         yield composed
 
@@ -259,31 +236,3 @@ def _of_run(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         del cfg["experiment"]
     return cfg
-
-
-# Files ----------------------------------------------------------------------------------------
-
-
-def _experiment(path: Path) -> Experiment:
-    content = OmegaConf.load(path)
-    own = OmegaConf.select(content, "experiment")
-    if own is None or "id" not in own or "title" not in own:
-        raise UserError(f"{path} is no experiment: it lacks experiment.id or experiment.title")
-    params = OmegaConf.select(content, "hydra.sweeper.params") or {}
-    return Experiment(
-        path.stem,
-        str(own.id),
-        str(own.title),
-        own.get("draws"),
-        own.get("analysis"),
-        tuple(own.get("models") or ()),
-        tuple(own.get("datasets") or ()),
-        {str(key): str(value) for key, value in params.items()},
-        tuple(tuple(map(str, cell)) for cell in own.get("cells") or ()),
-    )
-
-
-def _order(identity: str) -> tuple[bool, int, str]:
-    """Sort tables before figures, figures by number and letter."""
-    number = re.match(r"\d+", identity)
-    return number is not None, int(number.group()) if number else 0, identity

@@ -24,24 +24,12 @@ from typing import Literal
 
 Kind = Literal["docs", "code"]
 
-EXCLUDED = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "idle_test",
-        "pydoc_data",
-        "encodings",
-        "ensurepip",
-        "lib2to3",
-        "lib-dynload",
-        "turtledemo",
-        "__pycache__",
-    ]
-)
+EXCLUDED = {
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "pydoc_data",
+    "encodings", "ensurepip", "lib2to3", "lib-dynload", "turtledemo", "__pycache__",
+}  # fmt: skip
 HELD_OUT_ONE_IN = 10
+DEFINITION = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -65,16 +53,14 @@ class Document:
 @cache
 def documents() -> tuple[Document, ...]:
     """Return every document of the running Python, sorted by kind and name."""
-    found = sorted(
-        [*_topic_documents(), *_module_documents()],
-        key=lambda document: (document.kind, document.name),
-    )
-    seen = {_body(p) for document in found if not document.held_out for p in document.passages}
-    return tuple(_without(document, seen) if document.held_out else document for document in found)
+    every = [*_topic_documents(), *_module_documents()]
+    seen = {_body(one) for document in every if not document.held_out for one in document.passages}
 
+    def unseen(document: Document) -> Document:
+        passages = tuple(one for one in document.passages if _body(one) not in seen)
+        return replace(document, passages=passages) if document.held_out else document
 
-def _without(document: Document, seen: set[str]) -> Document:
-    return replace(document, passages=tuple(p for p in document.passages if _body(p) not in seen))
+    return tuple(map(unseen, sorted(every, key=lambda document: (document.kind, document.name))))
 
 
 def _body(passage: str) -> str:
@@ -107,25 +93,21 @@ def _module_documents() -> Iterator[Document]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, ast.Module | DEFINITION):
         if text := ast.get_docstring(node):
             yield f"{name}\n\n{inspect.cleandoc(text)}"
         for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(child, DEFINITION):
                 yield from _docstrings(child, f"{name}.{child.name}")
 
 
 def _blocks(tree: ast.Module, source: str) -> Iterator[str]:
     """Yield the source cut before every top-level class or function."""
     lines = source.splitlines(keepends=True)
-    cuts = [0, *(_first_line(node) for node in tree.body if _is_definition(node)), len(lines)]
-    for start, stop in pairwise(cuts):
+    cuts = [0, *(_first_line(node) for node in tree.body if isinstance(node, DEFINITION))]
+    for start, stop in pairwise([*cuts, len(lines)]):
         if block := "".join(lines[start:stop]).strip("\n"):
             yield block
-
-
-def _is_definition(node: ast.AST) -> bool:
-    return isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def _first_line(node: ast.stmt) -> int:

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,11 @@ from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
-from experiments.run.schedule import Request, Served, Server, Step
-from experiments.run.traced import Script, traced_workload
+from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
+from experiments.run.traced import Script, TracedWorkload, traced_workload
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime
-from finemoe.offload.policy import LayerOutcome, Policy
+from finemoe.offload.policy import Iteration, LayerOutcome, Policy
 from finemoe.offload.timeline import Timeline
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
@@ -149,6 +149,28 @@ class LiveBackend:
             Context(cache, row, len(contexts), context.tokens)
             for row, context in enumerate(contexts)
         ]
+
+
+@dataclass(frozen=True)
+class PlainRuntime:
+    """Runs a model as it is: no policy, no budget."""
+
+    model: Any
+
+    def forward(self, iteration: Iteration, **inputs: Any) -> Any:
+        """Run one forward pass."""
+        return self.model(**inputs)
+
+    def end_request(self, request: int) -> None:
+        """Nothing was kept for a request."""
+
+    def drain(self) -> None:
+        """Nothing is under way."""
+
+
+def serve(runtime: Any, requests: Sequence[Request], size: int = 1) -> list[Served]:
+    """Serve requests through a runtime, in batches of `size`."""
+    return list(Server(LiveBackend(runtime)).serve(FixedBatches(requests, size)))
 
 
 def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCache:
@@ -288,7 +310,7 @@ class LiveSetup(Setup):
             return resident_runtime(self.model.offloaded, policy)
         return self.under_budget(policy)
 
-    def record_routing(self, console: Console) -> None:
+    def record_routing(self, path: Path, console: Console) -> None:
         from experiments.run.routing import record
 
         load, settings = self.workload, self.settings
@@ -299,7 +321,6 @@ class LiveSetup(Setup):
         if not settings.fixed:
             schedules = [settings.recording(load)]
         with self.unbounded() as runtime:
-            path = Path(self.cfg.output) / "trace.parquet"
             record(runtime, self.model, load, schedules, self.cfg.seed, path, console)
 
     def reference(self, console: Console) -> Reference | None:
@@ -389,15 +410,11 @@ class LiveSetup(Setup):
         return decode(list(served.request.prompt)), decode(list(served.tokens))
 
 
-@contextmanager
-def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Load the model, draw the workload, build the policy; raise UserError for what cannot be.
-
-    With `routing`, requests and routing are those of that trace: within the block the model's
-    gates are overruled.
-    """
+def load_setup(
+    cfg: DictConfig, testbed: Testbed, traced: TracedWorkload | None = None
+) -> LiveSetup:
+    """Load the model, draw the workload, build the policy; raise UserError for what cannot be."""
     settings = build(cfg.workload)
-    traced = traced_workload(cfg, settings, console) if cfg.routing else None
     if testbed.threads is not None:
         torch.set_num_threads(testbed.threads)
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
@@ -408,17 +425,29 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Liv
     full, devices = model.full_expert_bytes, len(testbed.devices)
     budget, slots = budget_slots(cfg, policy, full, shape, devices)
     _check_room(testbed, model, slots)
-    with ExitStack() as stack:
-        script = None
-        if traced is None:
-            load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
-        else:
-            load = traced.workload
-            gates = TracedGates(model.offloaded)
-            script = traced.script(gates, model.offloaded, policy)
-            stack.enter_context(gates)
-        load_store(cfg, policy)
-        yield LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget, script)
+    if traced:
+        load = traced.workload
+    else:
+        load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+    load_store(cfg, policy)
+    return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget)
+
+
+@contextmanager
+def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
+    """Yield the setup of a run; raise UserError for what cannot be.
+
+    With `routing`, requests and routing are those of that trace: within the block the model's
+    gates are overruled.
+    """
+    if not cfg.routing:
+        yield load_setup(cfg, testbed)
+        return
+    traced = traced_workload(cfg, build(cfg.workload), console)
+    setup = load_setup(cfg, testbed, traced)
+    with TracedGates(setup.model.offloaded) as gates:
+        setup.script = traced.script(gates, setup.model.offloaded, setup.policy)
+        yield setup
 
 
 def free_bytes(device: torch.device) -> int:

@@ -120,8 +120,8 @@ class Setup(ABC):
         """Return a backend that serves the history, with every expert resident if they fit."""
         raise NotImplementedError
 
-    def record_routing(self, console: Console) -> None:
-        """Leave a routing trace beside the record; only if the config asks for it."""
+    def record_routing(self, path: Path, console: Console) -> None:
+        """Record what history and measured requests route, if the backend can."""
 
     def reference(self, console: Console) -> Reference | None:
         """Serve warm-up and measured requests once; None if nothing asks for it."""
@@ -151,7 +151,7 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
         with prepare(cfg, console) as setup:
             console.announce(setup.description())
             if cfg.record:
-                setup.record_routing(console)
+                setup.record_routing(Path(cfg.output) / "trace.parquet", console)
             history = build_history(setup, console)
             reference = setup.reference(console) if setup.settings.fixed else None
             measurement = measure(setup, reference, console)

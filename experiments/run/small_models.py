@@ -13,13 +13,14 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
     "max_position_embeddings": 128,
     "eos_token_id": None,
     "pad_token_id": None,
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 4},
     "qwen2_moe": {
         "intermediate_size": 64,
         "moe_intermediate_size": 16,
@@ -27,36 +28,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "num_experts_per_tok": 3,
     },
-    "phimoe": {
-        "intermediate_size": 48,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "head_dim": 8,
-    },
-    "olmoe": {"intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2},
+    "phimoe": {"intermediate_size": 48, "num_local_experts": 6, "head_dim": 8},
+    "olmoe": {"intermediate_size": 48, "num_experts": 6},
     "deepseek_v2": {
         "intermediate_size": 64,
         "moe_intermediate_size": 16,
         "n_routed_experts": 6,
-        "num_experts_per_tok": 2,
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
         "num_key_value_heads": 4,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
+        **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 8),
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
         "topk_method": "greedy",
         "n_group": 1,
         "topk_group": 1,
     },
-    "gpt_oss": {
-        "intermediate_size": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "head_dim": 8,
-    },
+    "gpt_oss": {"intermediate_size": 16, "num_local_experts": 4, "head_dim": 8},
 }
 
 WEIGHT_STD = 0.2

@@ -18,13 +18,13 @@ from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_a
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, LogitsLog, free_bytes
+from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, free_bytes
 from experiments.run.metrics import KINDS
 from experiments.run.models import full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.schedule import Served, Server, Step
 from finemoe.offload.model import find_moe_layers, shape_of
-from finemoe.offload.policy import Iteration, Policy
+from finemoe.offload.policy import Policy
 from finemoe.offload.timeline import Timeline
 from finemoe.testbed import Testbed
 
@@ -42,23 +42,6 @@ NOT_APPLICABLE = (
     "phase_seconds",
 )
 """What a summary says of systems that have an expert cache."""
-
-
-@dataclass(frozen=True)
-class PlainRuntime:
-    """Runs a model as it is: no policy, no budget."""
-
-    model: Any
-
-    def forward(self, iteration: Iteration, **inputs: Any) -> Any:
-        """Run one forward pass."""
-        return self.model(**inputs)
-
-    def end_request(self, request: int) -> None:
-        """Nothing was kept for a request."""
-
-    def drain(self) -> None:
-        """Nothing is under way."""
 
 
 @dataclass

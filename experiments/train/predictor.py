@@ -23,19 +23,14 @@ from torch import Tensor
 from baselines.promoe import LearnedPredictor
 from baselines.resident import ResidentPolicy
 from experiments.errors import UserError, command
+from experiments.run.config import identity
 from experiments.run.datasets import Dataset, corpus_dataset, corpus_texts, draw_prompts
+from experiments.run.live import serve
 from experiments.run.models import LoadedModel, load_model
-from experiments.run.serving import Server, in_batches
-from experiments.run.workloads import Request
+from experiments.run.schedule import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import (
-    FloatArray,
-    Gate,
-    Iteration,
-    ModelShape,
-    Placement,
-)
+from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Placement
 
 
 @dataclass(frozen=True)
@@ -48,17 +43,6 @@ class Recording:
     """Whether a token goes to an expert, shape (L, N, J)."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the perceptrons are trained."""
-
-    hidden_units: int
-    epochs: int
-    tokens_per_step: int
-    learning_rate: float
-    seed: int
-
-
 class Recorder(ResidentPolicy):
     """Writes down the input and the K best experts of every gate."""
 
@@ -66,18 +50,16 @@ class Recorder(ResidentPolicy):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        self._shape = shape
-        self._hidden: list[list[FloatArray]] = [[] for _ in range(shape.layers)]
-        self._chosen: list[list[NDArray[np.bool_]]] = [[] for _ in range(shape.layers)]
+        self._top_k = shape.top_k
+        self._gates: list[list[Gate]] = [[] for _ in range(shape.layers)]
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> None:
-        assert gate.hidden_states is not None
-        self._hidden[gate.layer].append(gate.hidden_states)
-        self._chosen[gate.layer].append(best(gate.probabilities, self._shape.top_k))
+        self._gates[gate.layer].append(gate)
 
     def recording(self) -> Recording:
-        hidden = np.stack([np.concatenate(rows) for rows in self._hidden])
-        return Recording(hidden, np.stack([np.concatenate(rows) for rows in self._chosen]))
+        hidden = [np.concatenate([one.hidden_states for one in layer]) for layer in self._gates]
+        scores = [np.concatenate([one.probabilities for one in layer]) for layer in self._gates]
+        return Recording(np.stack(hidden), best(np.stack(scores), self._top_k))
 
 
 def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
@@ -92,19 +74,20 @@ def record(model: OffloadedModel, requests: Sequence[Request], batch_size: int) 
     """Serve requests and return what their gates saw and chose."""
     recorder = Recorder(model.shape)
     with resident_runtime(model, recorder) as runtime:
-        server = Server(runtime)
-        for batch in in_batches(requests, batch_size):
-            server.serve(batch)
+        serve(runtime, requests, batch_size)
     return recorder.recording()
 
 
-def train(recording: Recording, distance: int, training: Training) -> LearnedPredictor:
-    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d."""
+def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
+    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d.
+
+    `cfg` holds hidden_units, epochs, tokens_per_step, learning_rate and seed.
+    """
     sources = len(recording.hidden_states) - distance
     inputs = torch.from_numpy(recording.hidden_states[:sources])
     targets = torch.from_numpy(recording.chosen[distance:]).float()
-    tokens, units = inputs.shape[1], training.hidden_units
-    generator = torch.Generator().manual_seed(training.seed)
+    tokens, units = inputs.shape[1], cfg.hidden_units
+    generator = torch.Generator().manual_seed(cfg.seed)
 
     def weights(outputs: int, fan_in: int) -> Tensor:
         drawn = torch.randn(sources, outputs, fan_in, generator=generator)
@@ -113,9 +96,9 @@ def train(recording: Recording, distance: int, training: Training) -> LearnedPre
     up, down = weights(units, inputs.shape[2]), weights(targets.shape[2], units)
     up_bias = torch.zeros(sources, units, requires_grad=True)
     down_bias = torch.zeros(sources, targets.shape[2], requires_grad=True)
-    optimizer = torch.optim.Adam([up, up_bias, down, down_bias], lr=training.learning_rate)
-    for _ in range(training.epochs):
-        for rows in torch.randperm(tokens, generator=generator).split(training.tokens_per_step):
+    optimizer = torch.optim.Adam([up, up_bias, down, down_bias], lr=cfg.learning_rate)
+    for _ in range(cfg.epochs):
+        for rows in torch.randperm(tokens, generator=generator).split(cfg.tokens_per_step):
             hidden = torch.relu(inputs[:, rows] @ up.mT + up_bias[:, None])
             logits = hidden @ down.mT + down_bias[:, None]
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[:, rows])
@@ -130,15 +113,14 @@ def top_k_accuracy(
     predictor: LearnedPredictor, recording: Recording, distance: int, top_k: int
 ) -> list[float]:
     """Return, for each source layer, the share of activated experts among the K predicted."""
-    accuracies = []
-    for source in range(len(recording.hidden_states) - distance):
-        scores = predictor.logits(source, recording.hidden_states[source])
-        found = best(scores, top_k) & recording.chosen[source + distance]
-        accuracies.append(float(found.sum() / recording.chosen[source + distance].sum()))
+    accuracies: list[float] = []
+    for hidden, chosen in zip(recording.hidden_states, recording.chosen[distance:], strict=False):
+        scores = predictor.logits(len(accuracies), hidden)
+        accuracies.append(float((best(scores, top_k) & chosen).sum() / chosen.sum()))
     return accuracies
 
 
-def run(cfg: DictConfig) -> LearnedPredictor:
+def run(cfg: DictConfig) -> None:
     """Record, train, measure and save as the config says. Raises UserError."""
     for name in ("prompts", "held_out_prompts", "output_tokens", "batch_size", "hidden_units"):
         if cfg[name] < 1:
@@ -150,29 +132,26 @@ def run(cfg: DictConfig) -> LearnedPredictor:
     # No run draws its prompts from documents that are not held out.
     learning = corpus_texts(cfg.kind, held_out=False)
     others = Dataset(cfg.kind, "documents that are not held out", learning)
-    held_out = corpus_dataset("held out", cfg.kind)
     learned_from = _record(cfg, model, others, cfg.prompts)
-    tested_on = _record(cfg, model, held_out, cfg.held_out_prompts)
-    training = Training(**{name: cfg[name] for name in Training.__dataclass_fields__})
-    predictor = train(learned_from, cfg.distance, training)
-    top_k = model.offloaded.shape.top_k
-    accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, top_k)
+    tested_on = _record(cfg, model, corpus_dataset("held out", cfg.kind), cfg.held_out_prompts)
+    predictor = train(learned_from, cfg.distance, cfg)
+    shape = model.offloaded.shape
+    accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, shape.top_k)
+    accuracy = float(np.mean(accuracies))
     facts = {
-        "model": model.identity,
-        "held_out_top_k_accuracy": f"{np.mean(accuracies):.4f}",
-        "held_out_top_k_accuracy_by_layer": json.dumps([round(a, 4) for a in accuracies]),
+        "model": identity(cfg),
+        "held_out_top_k_accuracy": f"{accuracy:.4f}",
+        "held_out_top_k_accuracy_by_layer": json.dumps([round(one, 4) for one in accuracies]),
         "trained_tokens": str(learned_from.hidden_states.shape[1]),
         "held_out_tokens": str(tested_on.hidden_states.shape[1]),
     }
     path = Path(cfg.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     predictor.save(path, cfg.distance, facts)
-    chance = top_k / model.offloaded.shape.experts
     print(
-        f"{model.identity}, d={cfg.distance}: {float(np.mean(accuracies)):.1%} of activated experts"
-        f" predicted on held-out prompts (chance {chance:.1%}); saved to {path}"
+        f"{identity(cfg)}, d={cfg.distance}: {accuracy:.1%} of activated experts predicted on "
+        f"held-out prompts (chance {shape.top_k / shape.experts:.1%}); saved to {path}"
     )
-    return predictor
 
 
 def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:

@@ -12,8 +12,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-from dataclasses import asdict
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import hydra
@@ -31,12 +34,191 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments.errors import command
+from experiments.errors import UserError, command
 from experiments.run.console import bar_on
 from experiments.run.corpus import Document, documents
-from experiments.train.training import Recipe, Training, held_out_windows, least_used_share
+from finemoe.files import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run is made of, apart from model and text."""
+
+    tokens: int
+    sequence_length: int
+    batch_sequences: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    evaluate_every: int
+    evaluate_sequences: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.sequence_length * self.batch_sequences))
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to a tenth of the peak."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass
+class Training:
+    """One model, its optimizer, and the checkpoint they are kept in.
+
+    A step's batch depends only on the seed and the step number, so that a run that was stopped and
+    resumed ends with the weights of one that ran through. `history` holds `step`, `train_loss` and
+    `held_out_loss`, in nats per token, of each evaluation.
+    """
+
+    model: PreTrainedModel
+    recipe: Recipe
+    train_ids: torch.Tensor
+    held_out_ids: torch.Tensor
+    checkpoint: Path
+    history: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        embedding = self.model.get_input_embeddings().weight
+        decayed = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
+        others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
+        groups = [
+            {"params": decayed, "weight_decay": self.recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        rate = self.recipe.learning_rate
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+        if self.checkpoint.exists():
+            self._restore()
+
+    def run(self, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
+        """Train to the end of the recipe, or to step `stop_after`; yield every evaluation."""
+        last = min(self.recipe.steps, stop_after or self.recipe.steps)
+        losses: list[float] = []
+        while self.step < last:
+            losses.append(self._train_step())
+            self.step += 1
+            if self.step % self.recipe.evaluate_every == 0 or self.step == last:
+                held_out = self.held_out_loss(self.recipe.evaluate_sequences)
+                means = {"train_loss": sum(losses) / len(losses), "held_out_loss": held_out}
+                losses.clear()
+                self.history.append({"step": self.step, **means})
+                self._save()
+                yield self.history[-1]
+
+    @torch.no_grad()
+    def held_out_loss(self, sequences: int | None = None) -> float:
+        """Cross entropy in nats per token over evenly spaced held-out windows, or over all."""
+        windows = held_out_windows(self.held_out_ids, self.recipe.sequence_length, sequences)
+        self.model.eval()
+        losses = [
+            self.model(input_ids=batch, labels=batch, use_cache=False).loss
+            for batch in windows.split(self.recipe.batch_sequences)
+        ]
+        self.model.train()
+        return float(torch.stack(losses).mean())
+
+    def _train_step(self) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step)
+        # PhiMoE's router samples while it trains.
+        torch.manual_seed(self._step_seed)
+        batch = self._batch()
+        output = self.model(
+            input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
+        )
+        # The model's own loss pools the layers, so a single layer could still starve an expert.
+        loss = output.loss + self._balance_loss(output.router_logits)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float((output.loss - output.aux_loss * self._balance_weight).detach())
+
+    @property
+    def _step_seed(self) -> int:
+        return self.recipe.seed * 1_000_003 + self.step
+
+    @property
+    def _balance_weight(self) -> float:
+        return float(self.model.config.router_aux_loss_coef)
+
+    def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the family's own auxiliary load-balancing loss, layer by layer."""
+        family = sys.modules[type(self.model).__module__]
+        top_k = self.model.config.num_experts_per_tok
+        losses = [
+            family.load_balancing_loss_func((logits,), logits.shape[-1], top_k)
+            for logits in router_logits
+        ]
+        return self._balance_weight * torch.stack(losses).mean()
+
+    def _batch(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._step_seed)
+        length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
+        starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
+        positions = starts[:, None] + torch.arange(length)
+        return self.train_ids[positions.to(self.train_ids.device)]
+
+    def _save(self) -> None:
+        state = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with atomic_write(self.checkpoint) as partial:
+            torch.save(state, partial)
+
+    def _restore(self) -> None:
+        try:
+            state = torch.load(self.checkpoint, weights_only=True)
+            known = state["recipe"]
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, UnpicklingError) as error:
+            raise UserError(f"{self.checkpoint} is no checkpoint; remove it") from error
+        if known != asdict(self.recipe):
+            raise UserError(f"{self.checkpoint} is of another recipe; remove it to start over")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.history = state["history"]
+
+
+def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> torch.Tensor:
+    """Return evenly spaced windows of `length` tokens, or all that there are."""
+    whole = len(ids) // length
+    cut = ids[: whole * length].view(whole, length)
+    if windows is None or windows >= whole:
+        return cut
+    return cut[torch.linspace(0, whole - 1, windows).long()]
+
+
+@torch.no_grad()
+def least_used_share(model: PreTrainedModel, windows: torch.Tensor, batch: int) -> float:
+    """Return the use of the least used expert of any layer, relative to its fair share."""
+    top_k = model.config.num_experts_per_tok
+    counts: list[torch.Tensor] = []
+    model.eval()
+    for part in windows.split(batch):
+        output = model(input_ids=part, use_cache=False, output_router_logits=True)
+        logits = torch.stack([one.reshape(-1, one.shape[-1]) for one in output.router_logits])
+        used = torch.zeros(logits.shape, device=logits.device)
+        counts.append(used.scatter(-1, logits.topk(top_k).indices, 1.0).sum(1))
+    shares = torch.stack(counts).sum(0)
+    return float((shares / shares.mean(dim=1, keepdim=True)).min())
+
+
+# Text, model and export ------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -58,10 +240,8 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 def encode(tokenizer: PreTrainedTokenizerFast, chosen: list[Document]) -> torch.Tensor:
     """Return the documents as one row of token ids, each ended by the end-of-text token."""
-    ids: list[int] = []
-    for text_ids in tokenizer([document.text for document in chosen])["input_ids"]:
-        ids += [*text_ids, tokenizer.eos_token_id]
-    return torch.tensor(ids)
+    texts = tokenizer([document.text for document in chosen])["input_ids"]
+    return torch.tensor([token for text in texts for token in (*text, tokenizer.eos_token_id)])
 
 
 def unigram_loss(train_ids: torch.Tensor, held_out_ids: torch.Tensor, vocabulary: int) -> float:
@@ -93,7 +273,7 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
 def draw_loss(training: Training, baseline: float, path: Path) -> None:
     """Draw the loss curve of the run against the unigram baseline."""
     matplotlib.use("Agg")
-    history = pd.DataFrame([asdict(progress) for progress in training.history])
+    history = pd.DataFrame(training.history)
     history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
     named = {"train_loss": "training", "held_out_loss": "held out"}
     curves = history.set_index("tokens")[list(named)].rename(columns=named)
@@ -114,11 +294,8 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     loss = training.held_out_loss()
     model: Any = training.model
     model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(do_sample=False, **special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     windows = held_out_windows(training.held_out_ids, training.recipe.sequence_length, None)
@@ -132,7 +309,7 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
         "recipe": asdict(training.recipe),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "history": [asdict(progress) for progress in training.history],
+        "history": training.history,
     }
     (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     draw_loss(training, baseline, folder / "loss.png")
@@ -169,35 +346,25 @@ Train it again: `python -m experiments.train.scale_models model={name} tokens={s
 """
 
 
-@hydra.main(config_path="../../conf", config_name="scale_models", version_base="1.3")
-@command()
-def main(cfg: DictConfig) -> None:
-    """Train, resuming from a checkpoint if there is one, and export when done."""
+def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:
+    """Train on a corpus, resuming from a checkpoint if there is one, and export when done."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train = [document for document in documents() if not document.held_out]
-    held_out = [document for document in documents() if document.held_out]
-    tokenizer = train_tokenizer([document.text for document in train], cfg.vocabulary)
-    train_ids = encode(tokenizer, train).to(device)
-    held_out_ids = encode(tokenizer, held_out).to(device)
+    learned = [one for one in corpus if not one.held_out]
+    held_out = [one for one in corpus if one.held_out]
+    tokenizer = train_tokenizer([one.text for one in learned], cfg.vocabulary)
+    train_ids, held_out_ids = (encode(tokenizer, part).to(device) for part in (learned, held_out))
     baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
     recipe = Recipe(**{name: cfg[name] for name in Recipe.__dataclass_fields__})
     model: Any = build_model(cfg, tokenizer)
-    training = Training(
-        model.to(device),
-        recipe,
-        train_ids,
-        held_out_ids,
-        Path(cfg.checkpoints) / "last.pt",
-    )
+    checkpoint = Path(cfg.checkpoints) / "last.pt"
+    training = Training(model.to(device), recipe, train_ids, held_out_ids, checkpoint)
     print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
     with bar_on(RichConsole()) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=training.step)
-        for progress in training.run(cfg.stop_after):
-            bar.update(task, completed=progress.step)
-            bar.console.print(
-                f"step {progress.step}: train {progress.train_loss:.3f}, "
-                f"held out {progress.held_out_loss:.3f} nats"
-            )
+        for at in training.run(cfg.stop_after):
+            bar.update(task, completed=at["step"])
+            losses = f"train {at['train_loss']:.3f}, held out {at['held_out_loss']:.3f} nats"
+            bar.console.print(f"step {at['step']}: {losses}")
     if training.step < recipe.steps:
         print(f"stopped at step {training.step}; call again to go on")
         return
@@ -207,6 +374,13 @@ def main(cfg: DictConfig) -> None:
         f"unigram {summary['unigram_perplexity']:.1f}, least used expert "
         f"{summary['least_used_share']:.2f} of its fair share; exported to {cfg.export}"
     )
+
+
+@hydra.main(config_path="../../conf", config_name="scale_models", version_base="1.3")
+@command()
+def main(cfg: DictConfig) -> None:
+    """Train as the config says on the standard library's text; exit 2 for bad input."""
+    train(cfg, documents())
 
 
 if __name__ == "__main__":

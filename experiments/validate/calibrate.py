@@ -6,18 +6,227 @@ hardware runs in virtual time.
 
 from __future__ import annotations
 
+import copy
+import itertools
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
+import pandas as pd
 import transformers
 from omegaconf import DictConfig, OmegaConf
+from scipy.optimize import nnls
 
-from experiments.errors import command
+from experiments.errors import UserError, command
+from experiments.run.config import build
 from experiments.run.console import Console
+from experiments.run.live import LiveBackend, LiveSetup, load_setup
+from experiments.run.protocol import build_history
 from experiments.run.records import provenance
-from experiments.validate.calibration import Calibration
+from experiments.run.schedule import Server
+from experiments.validate.probe import (
+    Probe,
+    Sample,
+    collecting,
+    compute_samples,
+    predicting,
+    undisturbed,
+    waking,
+)
 from finemoe.files import atomic_write
+from finemoe.offload.device import EmulatedLink
+from finemoe.testbed import Testbed
+from finemoe.trace import TraceReader
+
+NEUTRAL = "on_demand"
+"""The system whose runs show waits and links alone: it predicts nothing."""
+DISTURBED = ("after_wait", "while_copying")
+Samples = dict[str, list[Sample]]
+"""By the part of a forward pass that they are of."""
+
+
+# Serving under observation ------------------------------------------------------------------------
+
+
+def as_run(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
+    """Return the config that run.py would have for one system of this command's."""
+    same = ("model", "dataset", "workload", "testbed", "weights", "seed", "output")
+    run: Any = {
+        **{name: cfg[name] for name in same},
+        **dict.fromkeys(("verify", "record", "timeline"), False),
+        "routing": None,
+        "system": cfg.systems[system],
+        "store": {"load": None, "save": None},
+        **changes,
+    }
+    return OmegaConf.create(run)
+
+
+def observed(setup: LiveSetup, console: Console) -> Probe:
+    """Serve warm-up and measured requests under the budget; return the times of the latter."""
+    build_history(setup, console)
+    policy = copy.deepcopy(setup.policy)
+    reference = setup.reference(console)
+    if reference is not None and policy.set_future_routing:
+        policy.set_future_routing(reference.routing)
+    probe, schedule = Probe(), setup.settings.schedule
+    with setup.under_budget(policy, probe) as runtime:
+        server = Server(LiveBackend(runtime, before=lambda step: probe.begin(step.iteration)))
+        list(server.serve(schedule(setup.workload.warmup)))
+        runtime.drain()
+        probe.begins.clear()
+        probe.spans.clear()
+        runtime.listeners.append(probe.gate)
+        list(server.serve(schedule(setup.workload.measured)))
+        runtime.drain()
+        for link in runtime.links:
+            if isinstance(link, EmulatedLink):
+                probe.lags += link.lags
+                probe.lag_seconds += link.lag_seconds
+    return probe
+
+
+# From times to costs ------------------------------------------------------------------------------
+
+
+def fitted(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
+    """Return base, per_token and the other columns asked for in microseconds, none below 0.
+
+    Least squares over the relative errors of the means of samples that agree in these columns.
+    """
+    named = {
+        "tokens": "per_token",
+        "context": "per_context",
+        "waited": "after_wait",
+        "copying": "while_copying",
+    }
+    names = ["base", "per_token", *columns]
+    frame = pd.DataFrame(samples).rename(columns=named).assign(base=1)
+    groups = [(key, undisturbed(one * 1e6)) for key, one in frame.groupby(names)["seconds"]]
+    means = np.array([np.mean(values) for _, values in groups])
+    weights = np.sqrt([len(values) for _, values in groups]) / np.maximum(means, 1e-3)
+    matrix = np.array([key for key, _ in groups], dtype=float)
+    solution, _ = nnls(matrix * weights[:, None], means * weights)
+    return {name: round(float(value), 4) for name, value in zip(names, solution, strict=True)}
+
+
+def _micros(seconds: float) -> float:
+    return round(seconds * 1e6, 2)
+
+
+# The calibration ----------------------------------------------------------------------------------
+
+
+class Calibration:
+    """Watches live runs of the config's systems and turns what it saw into a testbed.
+
+    Everything may be observed several times: then no single moment of the machine decides. Compute
+    is measured with every expert resident and, for each system, under small budgets, where waits
+    and copies disturb it; predictions and wake-ups under these alone. Raises UserError for a
+    testbed that cannot be calibrated.
+    """
+
+    def __init__(self, cfg: DictConfig, console: Console) -> None:
+        testbed = build(cfg.testbed)
+        if not isinstance(testbed, Testbed) or testbed.mode != "emulated":
+            name = cfg.testbed.get("name", "local")
+            raise UserError(f"testbed={name}: calibrate an emulated one")
+        if len(testbed.devices) > 1:
+            raise UserError("testbed.devices: calibrate one device; all share this machine's cores")
+        self._cfg, self._console, self._testbed = cfg, console, testbed
+        self._resident = _cut(load_setup(as_run(cfg, NEUTRAL, memory_budget="100%"), testbed))
+        self._layers = self._resident.model.offloaded.shape.layers
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.parquet"
+            self._resident.record_routing(path, console)
+            with TraceReader(path) as trace:
+                self._traced = {number: trace.request(number) for number in trace.numbers}
+        self._still: Samples = defaultdict(list)
+        self._disturbed: dict[str, Samples] = defaultdict(lambda: defaultdict(list))
+        self._probes: dict[str, Probe] = defaultdict(Probe)
+
+    def observe_resident(self) -> None:
+        """Serve with every expert resident."""
+        self._observe(self._resident, self._still)
+
+    def observe(self, system: str) -> None:
+        """Serve with a system at every budget."""
+        for budget in self._cfg.memory_budgets:
+            run = as_run(self._cfg, system, memory_budget=budget)
+            setup = _shortened(_cut(load_setup(run, self._testbed)))
+            self._probes[system] += self._observe(setup, self._disturbed[system])
+
+    def _observe(self, setup: LiveSetup, samples: Samples) -> Probe:
+        probe = observed(setup, self._console)
+        for part, taken in compute_samples(probe, self._traced, self._layers).items():
+            samples[part] += taken
+        return probe
+
+    def testbed(self) -> dict[str, Any]:
+        """Return the testbed as conf/testbed would hold it."""
+        testbed, probes = self._testbed, self._probes
+        load = testbed.load_seconds(self._resident.model.full_expert_bytes)
+        lags = sum(probe.lags for probe in probes.values())
+        lag_seconds = sum(probe.lag_seconds for probe in probes.values())
+        wake, resume = waking(probes[NEUTRAL], load) if NEUTRAL in probes else (0.0, 0.0)
+        collect = {system: _micros(collecting(probe)) for system, probe in probes.items()}
+        return {
+            "_target_": "experiments.run.testbeds.calibrated",
+            "name": str(self._cfg.name),
+            "model": str(self._cfg.model.name),
+            "devices": 1,
+            "link": {
+                "gb_s": testbed.link_gb_s,
+                "time_scale": testbed.time_scale,
+                "latency_us": _micros(testbed.link_latency_s * testbed.time_scale),
+                "wake_us": _micros(wake),
+                "lag_us": _micros(lag_seconds / lags if lags else 0.0),
+            },
+            "chunk_mb": testbed.chunk_bytes / 1e6,
+            "resume_us": _micros(resume),
+            "compute_us": self._compute(),
+            "collect_us": {"resident": 0.0, **collect},
+            "prediction_us": {
+                system: {k: _micros(v) for k, v in predicting(probe, self._layers).items()}
+                for system, probe in probes.items()
+            },
+        }
+
+    def _compute(self) -> dict[str, Any]:
+        still, context = self._still, ("per_context",)
+        compute: dict[str, Any] = {
+            "start": fitted(still["start"], context),
+            "finish": fitted(still["finish"], context),
+            "dense": {"resident": fitted(still["dense"], context)},
+            "expert": {"resident": fitted(still["expert"], ())},
+        }
+        for system, disturbed in self._disturbed.items():
+            for part, columns in (("dense", (*context, *DISTURBED)), ("expert", DISTURBED)):
+                compute[part][system] = fitted(still[part] + disturbed[part], columns)
+        return compute
+
+
+def _cut(setup: LiveSetup) -> LiveSetup:
+    """Give the measured prompts different lengths, which tell tokens, context and base apart."""
+    measured = [
+        replace(request, prompt=request.prompt[: max(2, len(request.prompt) * share // 8)])
+        for request, share in zip(setup.workload.measured, itertools.cycle((1, 8, 3)))
+    ]
+    return replace(setup, workload=replace(setup.workload, measured=tuple(measured)))
+
+
+def _shortened(setup: LiveSetup) -> LiveSetup:
+    """Leave the longest measured request: it asks for hundreds of predictions."""
+    longest = max(setup.workload.measured, key=lambda request: len(request.prompt))
+    return replace(setup, workload=replace(setup.workload, measured=(longest,)))
+
+
+# The command --------------------------------------------------------------------------------------
 
 
 def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:

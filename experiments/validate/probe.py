@@ -6,8 +6,8 @@ import itertools
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,15 +71,14 @@ class Probe:
     def gate(self, outcome: LayerOutcome) -> None:
         self.gates.append((outcome, time.perf_counter()))
 
-    def on(self, track: str) -> list[Span]:
+    def on(self, track: str | tuple[str, ...]) -> list[Span]:
         """Return the spans of the tracks whose names begin so, in order of their starts."""
         named = (span for span in self.spans if span.track.startswith(track))
         return sorted(named, key=lambda span: span.start)
 
     def waits(self) -> list[Span]:
         """Return when the model's thread slept, in order."""
-        waits = (span for track in WAITS for span in self.on(track))
-        return sorted((s for s in waits if s.end - s.start > SHORTEST_WAIT), key=lambda s: s.start)
+        return [span for span in self.on(WAITS) if span.end - span.start > SHORTEST_WAIT]
 
     def seconds(self, track: str) -> list[float]:
         return [span.end - span.start for span in self.on(track)]
@@ -87,37 +86,6 @@ class Probe:
     def __add__(self, later: Probe) -> Probe:
         added = ("begins", "gates", "spans", "lags", "lag_seconds")
         return Probe(*(getattr(self, name) + getattr(later, name) for name in added))
-
-
-class _Parts:
-    """Measures parts: each begins where the model's thread last did something else."""
-
-    def __init__(self, probe: Probe) -> None:
-        own = [s for s in probe.spans if s.own and s.track.startswith(STOPS)]
-        self._stops = sorted(
-            [s.end for s in own] + [at for _, at in probe.gates] + [at for _, at in probe.begins]
-        )
-        copies = probe.on("link")
-        self._copies = np.array([(span.start, span.end) for span in copies]).reshape(-1, 2).T
-        self._woken = [span.end for span in probe.waits()]
-        self._waits_before: dict[str, int] = {}
-
-    def measure(self, part: str, tokens: int, context: int, started: float, end: float) -> Sample:
-        """Return the sample of a part that was under way at `started` and ended at `end`."""
-        began = self._stops[bisect_right(self._stops, started) - 1]
-        waits = bisect_right(self._woken, began)
-        waited = waits > self._waits_before.get(part, waits)
-        self._waits_before[part] = waits
-        copying = self._copied(began, end) > (end - began) / 2
-        return Sample(tokens, context, end - began, waited, copying)
-
-    def before(self, at: float) -> float:
-        """Return the latest stop before `at`."""
-        return self._stops[bisect_left(self._stops, at) - 1]
-
-    def _copied(self, began: float, end: float) -> float:
-        starts, ends = self._copies
-        return float(np.clip(np.minimum(ends, end) - np.maximum(starts, began), 0, None).sum())
 
 
 def compute_samples(
@@ -128,37 +96,49 @@ def compute_samples(
     What passes between two experts counts for the second; the last iteration of all is left out.
     """
     samples: dict[str, list[Sample]] = defaultdict(list)
-    parts = _Parts(probe)
-    experts = iter(probe.on("device"))
-    steps: dict[int, int] = defaultdict(int)
-    gates = iter(probe.gates)
+    stops = _stops(probe)
+    copies = np.array([(span.start, span.end) for span in probe.on("link")]).reshape(-1, 2).T
+    woken = [span.end for span in probe.waits()]
+    waits_before: dict[str, int] = {}
+
+    def take(part: str, tokens: int, context: int, began: float, ended: float) -> None:
+        waits = bisect_right(woken, began)
+        waited = waits > waits_before.get(part, waits)
+        waits_before[part] = waits
+        copied = np.minimum(copies[1], ended) - np.maximum(copies[0], began)
+        copying = bool(np.clip(copied, 0, None).sum() > (ended - began) / 2)
+        samples[part].append(Sample(tokens, context, ended - began, waited, copying))
+
+    experts, gates = iter(probe.on("device")), iter(probe.gates)
+    steps: Counter[int] = Counter()
     for (iteration, _), (following, next_began) in itertools.pairwise(probe.begins):
         routed = [traced[number].steps[steps[number]] for number in iteration.requests]
         contexts = [traced[number].steps[0].tokens + steps[number] for number in iteration.requests]
-        for number in iteration.requests:
-            steps[number] += 1
+        steps.update(iteration.requests)
         tokens, context = sum(iteration.tokens), sum(contexts)
         counts = np.sum([step.counts for step in routed], axis=0)
-        dense = []
         for outcome, asked in itertools.islice(gates, layers):
-            dense.append(parts.measure("dense", tokens, context, parts.before(asked), asked))
+            take("dense", tokens, context, stops[bisect_left(stops, asked) - 1], asked)
             for _ in outcome.activated:
                 span = next(experts)
-                computed = int(counts[outcome.layer, _index(span)])
-                samples["expert"].append(parts.measure("expert", computed, 0, span.start, span.end))
-        first, *others = dense
-        samples["dense"] += others
-        seconds = first.seconds - float(np.mean([sample.seconds for sample in others]))
-        samples["start"].append(Sample(tokens, context, seconds))
+                # The runtime named it "expert LAYER.INDEX".
+                computed = int(counts[outcome.layer, int(span.name.rpartition(".")[2])])
+                began = stops[bisect_right(stops, span.start) - 1]
+                take("expert", computed, 0, began, span.end)
+        # The first dense part begins with what comes before any layer.
+        first = samples["dense"].pop(-layers)
+        others = [sample.seconds for sample in samples["dense"][1 - layers :]]
+        samples["start"].append(Sample(tokens, context, first.seconds - float(np.mean(others))))
         if following.phase == "decode":
-            ended = parts.before(next_began)
+            ended = stops[bisect_left(stops, next_began) - 1]
             samples["finish"].append(Sample(tokens, context, next_began - ended))
     return dict(samples)
 
 
-def _index(span: Span) -> int:
-    """Return the expert of a span that the runtime named "expert LAYER.INDEX"."""
-    return int(span.name.rpartition(".")[2])
+def _stops(probe: Probe) -> list[float]:
+    """Return when the model's thread last did something else: there, a part begins."""
+    own = [span.end for span in probe.spans if span.own and span.track.startswith(STOPS)]
+    return sorted(own + [at for _, at in (*probe.gates, *probe.begins)])
 
 
 def waking(probe: Probe, load_seconds: float) -> tuple[float, float]:
@@ -180,20 +160,21 @@ def waking(probe: Probe, load_seconds: float) -> tuple[float, float]:
         began = begins[bisect_left(begins, asked)]
         wakes.append(began - asked)
         # Fewer waits than loads: some arrived together, and which did is known of the first alone.
-        told = mine if len(mine) == missed else mine[:1]
-        resumes += [at - began - load_seconds * (place + 1) for place, at in enumerate(told)]
+        known = mine if len(mine) == missed else mine[:1]
+        resumes += [at - began - load_seconds * loads for loads, at in enumerate(known, 1)]
     if not wakes:
         raise UserError("no layer missed all its experts; lower memory_budgets")
     wake, resume = float(np.mean(undisturbed(wakes))), float(np.mean(undisturbed(resumes)))
     return max(0.0, wake), max(0.0, resume)
 
 
-def undisturbed(seconds: Sequence[float]) -> list[float]:
+def undisturbed(seconds: Iterable[float]) -> list[float]:
     """Return what is not beyond MOST_MEDIANS medians: there, another process had the core."""
-    median = float(np.median(seconds))
+    values = list(seconds)
+    median = float(np.median(values))
     # A difference of two times can be negative.
     most = max(median, MOST_MEDIANS * median)
-    return [one for one in seconds if one <= most]
+    return [one for one in values if one <= most]
 
 
 def collecting(probe: Probe) -> float:
@@ -210,14 +191,13 @@ def predicting(probe: Probe, layers: int) -> dict[str, float]:
     searches = probe.on("search")
     if not searches:
         return {}
-    search = [span.end - span.start for span in searches]
+    seconds = np.array([span.end - span.start for span in searches])
     begins = [span.start for span in searches]
     for issue in probe.on("prefetch_issue"):
-        search[bisect_right(begins, issue.start) - 1] += issue.end - issue.start
-    width = layers + 1
-    gates = [seconds for place, seconds in enumerate(search) if place % width]
+        seconds[bisect_right(begins, issue.start) - 1] += issue.end - issue.start
+    of_gates = np.arange(len(seconds)) % (layers + 1) > 0
     return {
-        "embeddings": float(np.mean(undisturbed(search[::width]))),
-        "gate": float(np.mean(undisturbed(gates))),
+        "embeddings": float(np.mean(undisturbed(seconds[~of_gates]))),
+        "gate": float(np.mean(undisturbed(seconds[of_gates]))),
         "update": sum(probe.seconds("update")) / len(probe.begins),
     }

@@ -1,21 +1,18 @@
 """Compare live runs with replays of their own routing: ``python -m experiments.validate``.
 
 Every system serves the same prompts live, over emulated links, at every budget, and others while
-its costs are observed; then the recorded routing is replayed in the virtual time of the testbed
-that the observations make.
+its costs are observed; the recorded routing is then replayed in the testbed that these make.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import transformers
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich import box
@@ -23,101 +20,46 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from experiments.bench.overheads import write_json
 from experiments.errors import UserError, command
-from experiments.run import simulation
+from experiments.run import replay
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.first_pass import first_pass
-from experiments.run.harness import build_history, measure
-from experiments.run.recording import record_setup
+from experiments.run.live import load_setup
+from experiments.run.protocol import Measurement, Setup, build_history, measure
 from experiments.run.records import provenance
-from experiments.run.run_record import Measurement
-from experiments.run.setup import prepare
-from experiments.validate.calibrate import write_testbed
-from experiments.validate.calibration import Calibration, as_run
+from experiments.validate.calibrate import Calibration, as_run, write_testbed
+from finemoe.files import write_json
 from finemoe.testbed import SimulatedTestbed, Testbed
-from finemoe.trace import TraceError, TraceReader
+from finemoe.trace import TraceError
 
 MOST_DEVIATION = 0.05
 """Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""
+Result = dict[str, float]
+"""What one run measured: `ttft_s` and `tpot_s`, means over requests, hits, late and misses."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one run measured; times are means over requests, in seconds."""
-
-    ttft_s: float
-    tpot_s: float
-    hits: int
-    late: int
-    misses: int
-
-    @classmethod
-    def of(cls, measurement: Measurement) -> Result:
-        """Return the result of a measurement whose answers are longer than one token."""
-        tpots = [one.tpot for one in measurement.served if one.tpot is not None]
-        ttft = statistics.fmean(one.ttft for one in measurement.served)
-        found = measurement.accesses.total
-        return cls(ttft, statistics.fmean(tpots), found.hits, found.late, found.misses)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One system at one budget (GB), live and replayed."""
-
-    system: str
-    budget: float
-    live: Result
-    """The middle one of the repeats, by TPOT; the faster of two."""
-    replay: Result
-    repeats: tuple[Result, ...] = ()
-    """All live runs of it."""
-
-    @classmethod
-    def of(cls, run: DictConfig, repeats: Sequence[Result], replay: Result) -> Comparison:
-        """Compare a replay with the middle repeat: its costs are means, of good and bad moments."""
-        ranked = sorted(repeats, key=lambda one: one.tpot_s)
-        live = ranked[(len(ranked) - 1) // 2]
-        return cls(run.system.label, float(run.memory_budget), live, replay, tuple(repeats))
-
-    @property
-    def ttft_ratio(self) -> float:
-        """Replay over live."""
-        return self.replay.ttft_s / self.live.ttft_s
-
-    @property
-    def tpot_ratio(self) -> float:
-        """Replay over live."""
-        return self.replay.tpot_s / self.live.tpot_s
-
-    @property
-    def met(self) -> bool:
-        """Whether both ratios keep the target."""
-        return all(abs(r - 1) <= MOST_DEVIATION for r in (self.ttft_ratio, self.tpot_ratio))
-
-    def plain(self) -> dict[str, Any]:
-        ratios = {"ttft_ratio": self.ttft_ratio, "tpot_ratio": self.tpot_ratio}
-        return {**asdict(self), **ratios, "met": self.met}
-
-
-def validate(cfg: DictConfig, console: Console) -> tuple[list[Comparison], dict[str, Any]]:
+def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return all comparisons, and the calibrated testbed they used. Raises UserError."""
     testbed = _emulated(cfg)
-    known = _known(cfg, testbed)
-    calibration = None if known else Calibration(_calibrate_config(cfg), console)
+    known: dict[str, Any] = _calibrated(cfg, testbed) if cfg.calibration else {}
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    asked = OmegaConf.create({**plain, **plain["calibrate"]})
+    calibration = None if known else Calibration(asked, console)
+    runs = {
+        system: [as_run(cfg, system, memory_budget=budget) for budget in cfg.budgets]
+        for system in cfg.systems
+    }
     path = Path(cfg.output) / "trace.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = next(iter(cfg.systems))
-    record_setup(prepare(as_run(cfg, first, memory_budget="100%"), testbed), path, console)
+    resident = as_run(cfg, next(iter(cfg.systems)), memory_budget="100%")
+    load_setup(resident, testbed).record_routing(path, console)
     try:
         # All that needs a quiet machine first.
-        rounds = [_round(cfg, testbed, calibration, console) for _ in range(cfg.repeats)]
+        rounds = [_round(runs, testbed, calibration, console) for _ in range(cfg.repeats)]
         calibrated = calibration.testbed() if calibration else known
         virtual = build(OmegaConf.create(calibrated))
-        with TraceReader(path) as trace:
-            runs = [run for system in cfg.systems for run in _runs(cfg, system)]
-            again = [_replay(run, virtual, trace, console) for run in runs]
+        each = [run for of_system in runs.values() for run in of_system]
+        replays = [_replay(run, virtual, path, console) for run in each]
     except TraceError as error:
         raise UserError(str(error)) from error
     finally:
@@ -125,7 +67,7 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[Comparison], dict[
     if calibration:
         write_testbed(Path(cfg.output) / "testbed.yaml", calibrated)
     lives = zip(*rounds, strict=True)
-    return list(map(Comparison.of, runs, lives, again)), calibrated
+    return list(map(comparison, each, lives, replays)), calibrated
 
 
 def _emulated(cfg: DictConfig) -> Testbed:
@@ -139,54 +81,17 @@ def _emulated(cfg: DictConfig) -> Testbed:
     return testbed
 
 
-def _runs(cfg: DictConfig, system: str) -> list[DictConfig]:
-    return [as_run(cfg, system, memory_budget=budget) for budget in cfg.budgets]
-
-
-def _round(
-    cfg: DictConfig, testbed: Testbed, calibration: Calibration | None, console: Console
-) -> list[Result]:
-    """Serve every case live once; the machine's speed drifts, so costs are observed in between."""
-    results = []
-    if calibration:
-        calibration.observe_resident()
-    for system in cfg.systems:
-        if calibration:
-            calibration.observe(system)
-        results += [_live(run, testbed, console) for run in _runs(cfg, system)]
-    return results
-
-
-def _live(run: DictConfig, testbed: Testbed, console: Console) -> Result:
-    setup = prepare(run, testbed)
-    build_history(setup, console)
-    return Result.of(measure(setup, first_pass(setup, console), console))
-
-
-def _replay(
-    run: DictConfig, testbed: SimulatedTestbed, trace: TraceReader, console: Console
-) -> Result:
-    prepared = simulation.prepare(run, testbed, trace)
-    simulation.teach(prepared, console)
-    return Result.of(simulation.measure(prepared, console))
-
-
-def _known(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
-    """Return the testbed of the file that the config names, if it names one."""
-    if cfg.calibration is None:
-        return {}
+def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
+    """Return the testbed of the file that the config names, if it is of the same links."""
     path = Path(cfg.calibration)
+    again = "run experiments.validate.calibrate"
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         cause = str(error).splitlines()[0]
-        raise UserError(
-            f"calibration={path}: {cause}; run experiments.validate.calibrate"
-        ) from error
+        raise UserError(f"calibration={path}: {cause}; {again}") from error
     if not isinstance(loaded, dict) or "compute_us" not in loaded:
-        raise UserError(
-            f"calibration={path} is no file of experiments.validate.calibrate; make one"
-        )
+        raise UserError(f"calibration={path} is no file of experiments.validate.calibrate; {again}")
     link = loaded["link"]
     if (link["gb_s"], link["time_scale"]) != (testbed.link_gb_s, testbed.time_scale):
         raise UserError(
@@ -196,42 +101,77 @@ def _known(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
     return loaded
 
 
-def _calibrate_config(cfg: DictConfig) -> DictConfig:
-    """Return conf/calibrate.yaml with this command's model, testbed and systems."""
-    asked = cfg.calibrate
-    chosen: Any = compose("calibrate", [f"dataset={asked.dataset}"])
-    OmegaConf.set_struct(chosen, False)
-    for group in ("model", "testbed", "systems"):
-        chosen[group] = cfg[group]
-    chosen.weights, chosen.seed = cfg.weights, asked.seed
-    chosen.memory_budgets = asked.memory_budgets
-    chosen.workload.prompts = asked.prompts
-    chosen.workload.output_tokens = asked.output_tokens
-    return chosen
+def _round(
+    runs: dict[str, list[DictConfig]],
+    testbed: Testbed,
+    calibration: Calibration | None,
+    console: Console,
+) -> list[Result]:
+    """Serve every case live once; the machine's speed drifts, so costs are observed in between."""
+    results = []
+    if calibration:
+        calibration.observe_resident()
+    for system, of_system in runs.items():
+        if calibration:
+            calibration.observe(system)
+        for run in of_system:
+            results.append(_served(load_setup(run, testbed), console))
+    return results
 
 
-# Reports ------------------------------------------------------------------------------------------
+def _replay(run: DictConfig, testbed: SimulatedTestbed, trace: Path, console: Console) -> Result:
+    run.routing = str(trace)
+    with replay.prepare(run, testbed, console) as setup:
+        return _served(setup, console)
 
 
-def table(comparisons: Sequence[Comparison]) -> Table:
+def _served(setup: Setup, console: Console) -> Result:
+    build_history(setup, console)
+    return result(measure(setup, setup.reference(console), console))
+
+
+def result(measurement: Measurement) -> Result:
+    """Return the result of a measurement whose answers are longer than one token."""
+    return {
+        "ttft_s": statistics.fmean(one.ttft for one in measurement.served),
+        "tpot_s": statistics.fmean(one.tpot for one in measurement.served if one.tpot is not None),
+        **measurement.accesses.over(measurement.accesses.counts),
+    }
+
+
+def comparison(run: DictConfig, repeats: Sequence[Result], replay: Result) -> dict[str, Any]:
+    """Compare a replay with the middle one of a system's live runs at one budget, by TPOT.
+
+    The costs are means of good and bad moments. Of two repeats, the faster one counts.
+    """
+    ranked = sorted(repeats, key=lambda one: one["tpot_s"])
+    live = ranked[(len(ranked) - 1) // 2]
+    ratios = {f"{time}_ratio": replay[f"{time}_s"] / live[f"{time}_s"] for time in ("ttft", "tpot")}
+    return {
+        "system": run.system.label,
+        "budget": float(run.memory_budget),
+        "live": live,
+        "replay": replay,
+        "repeats": list(repeats),
+        **ratios,
+        "met": all(abs(ratio - 1) <= MOST_DEVIATION for ratio in ratios.values()),
+    }
+
+
+def shown(comparisons: Sequence[dict[str, Any]]) -> Table:
     """Return one row a comparison."""
     rows = Table(title="replay against live (emulated)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows.add_column("system", no_wrap=True)
     for column in ("GB", "TTFT ms", "replay", "ratio", "TPOT ms", "replay", "ratio", "5 %"):
         rows.add_column(column, justify="right", no_wrap=True)
     for one in comparisons:
-        rows.add_row(
-            one.system,
-            f"{one.budget:g}",
-            *_times(one.live.ttft_s, one.replay.ttft_s),
-            *_times(one.live.tpot_s, one.replay.tpot_s),
-            "[green]met[/]" if one.met else "[red]no[/]",
-        )
+        cells = []
+        for time in ("ttft", "tpot"):
+            cells += [f"{one[kind][f'{time}_s'] * 1e3:.1f}" for kind in ("live", "replay")]
+            cells.append(f"{one[f'{time}_ratio']:.3f}")
+        met = "[green]met[/]" if one["met"] else "[red]no[/]"
+        rows.add_row(one["system"], f"{one['budget']:g}", *cells, met)
     return rows
-
-
-def _times(live: float, again: float) -> tuple[str, str, str]:
-    return f"{live * 1e3:.1f}", f"{again * 1e3:.1f}", f"{again / live:.3f}"
 
 
 @hydra.main(config_path="../../conf", config_name="validate", version_base="1.3")
@@ -240,12 +180,12 @@ def main(cfg: DictConfig) -> None:
     """Validate as the config says; exit 2 for bad input. Nothing fails because of a time."""
     transformers.logging.disable_progress_bar()
     comparisons, calibrated = validate(cfg, Console())
-    RichConsole().print(table(comparisons))
-    met = sum(one.met for one in comparisons)
+    RichConsole().print(shown(comparisons))
+    met = sum(one["met"] for one in comparisons)
     print(f"TTFT and TPOT within 5 %: {met} of {len(comparisons)}")
     path = Path(cfg.output) / "validate.json"
     record = {
-        "comparisons": [one.plain() for one in comparisons],
+        "comparisons": comparisons,
         "most_deviation": MOST_DEVIATION,
         "testbed": calibrated,
         "config": OmegaConf.to_container(cfg, resolve=True),

@@ -7,18 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy, promoe
 from experiments.run.schedule import Request
 from experiments.run.small_models import small_model
-from experiments.train.predictor import Recording, Training, record, top_k_accuracy, train
+from experiments.train.predictor import Recording, record, top_k_accuracy, train
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ExpertId, Gate, GateWeights, Iteration, ModelShape
 
 SHAPE = ModelShape(layers=4, experts=3, top_k=1, hidden_size=2)
 DECODE = Iteration(1, "decode", (0,), (1,))
 PREFILL = Iteration(0, "prefill", (0,), (2,))
-TRAINING = Training(hidden_units=16, epochs=60, tokens_per_step=32, learning_rate=1e-2, seed=0)
+TRAINING = OmegaConf.create(
+    {"hidden_units": 16, "epochs": 60, "tokens_per_step": 32, "learning_rate": 1e-2, "seed": 0}
+)
 
 
 def gate(layer: int, *inputs: list[float]) -> Gate:

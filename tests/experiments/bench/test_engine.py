@@ -13,8 +13,7 @@ import torch
 from experiments.bench import engine as bench
 from experiments.bench import prediction as prediction_bench
 from experiments.bench import replay as replay_bench
-from experiments.bench.overheads import Check
-from experiments.run.console import Console
+from experiments.bench.engine import Check
 from experiments.run.small_models import small_model
 
 
@@ -30,8 +29,8 @@ def test_no_overhead_is_negative_and_no_link_beats_its_rate(
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     model, output = tmp_path / "model", tmp_path / "out" / "bench.json"
     small_model("mixtral").save_pretrained(model)
-    options = {"model": model, "output": output, "rounds": 1, "tokens": 4, "time-scale": 0.01}
-    bench.main([f"--{name}={value}" for name, value in options.items()])
+    options = {"model": model, "output": output, "rounds": 1, "tokens": 4, "time_scale": 0.01}
+    bench.main([f"{name}={value}" for name, value in options.items()])
     values = {check["name"]: check["value"] for check in written(output)["checks"]}
     assert all(0 < value < math.inf for value in values.values())
     assert values["emulated link, achieved / configured rate"] <= 1.001
@@ -54,14 +53,13 @@ def test_a_check_is_met_only_within_its_bound(check: Check, met: bool | None) ->
 
 def test_a_replays_speed_is_of_the_layers_that_it_served(tmp_path: Path) -> None:
     lengths = ("workload.prompts=4", "workload.input_tokens=12", "workload.output_tokens=4")
-    places = (f"output={tmp_path}", f"traces={tmp_path}")
-    asked = {"models": "mixtral", "systems": "on_demand"}
-    (cfg,) = replay_bench.configs(asked, [*lengths, *places])
-    speed = replay_bench.replay_speed(cfg, Console(quiet=True))
+    chosen = ("models=mixtral", "systems=on_demand", f"traces={tmp_path}")
+    replay_bench.main([*lengths, *chosen, f"output={tmp_path / 'speeds.json'}"])
+    (speed,) = written(tmp_path / "speeds.json")["speeds"]
     # One request to warm up and one measured, of four tokens and 32 layers each.
-    assert speed.layer_steps == 2 * 4 * 32
-    assert speed.layer_steps_per_s == speed.layer_steps / speed.measure_s
-    assert min(speed.teach_s, speed.measure_s, speed.bound_s) > 0
+    assert speed["layer_steps"] == 2 * 4 * 32
+    assert speed["layer_steps_per_s"] == speed["layer_steps"] / speed["measure_s"]
+    assert min(speed["teach_s"], speed["measure_s"], speed["bound_s"]) > 0
 
 
 def test_every_call_of_every_system_is_timed(

@@ -16,7 +16,7 @@ def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Serv
 
 
 def counter(iterations: int) -> AccessCounter:
-    return AccessCounter({number: (0, 0, 0) for number in range(iterations)})
+    return AccessCounter(dict.fromkeys(range(iterations), (0, 0, 0)))
 
 
 def test_latencies_of_one_request() -> None:

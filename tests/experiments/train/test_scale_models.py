@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.errors import UserError
+from experiments.run.corpus import Document
+from experiments.run.small_models import small_model
 from experiments.run.weights import SCALE_MODELS
-from tests.command import run_module
+from experiments.train.scale_models import Recipe, Training, train
+from tests.command import ROOT, config
 
 TOY = (
-    "tokens=1024",
-    "sequence_length=128",
+    "tokens=256",
+    "sequence_length=32",
     "batch_sequences=1",
     "evaluate_every=4",
     "evaluate_sequences=2",
@@ -22,27 +27,28 @@ TOY = (
     "vocabulary=300",
     "model.scale.config.num_hidden_layers=2",
 )
+README = (ROOT / "README.md").read_text().split("\n\n")
+CORPUS = [Document(f"part {number}", "docs", (text,)) for number, text in enumerate(README)]
 
 
-def train(folder: Path, *arguments: str) -> str:
-    places = (f"checkpoints={folder / 'checkpoints'}", f"export={folder / 'model'}")
-    done = run_module("experiments.train.scale_models", *TOY, *places, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_command_stops_resumes_and_exports(tmp_path: Path) -> None:
-    assert "stopped at step 4" in train(tmp_path, "stop_after=4")
-    assert not (tmp_path / "model").exists()
-    assert "held-out perplexity" in train(tmp_path)
+def test_training_stops_resumes_and_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
+    overrides = (*TOY, f"checkpoints={tmp_path}", f"export={folder}")
+    train(config("scale_models", *overrides, "stop_after=4"), CORPUS)
+    assert "stopped at step 4" in capsys.readouterr().out
+    assert not folder.exists()
+    train(config("scale_models", *overrides), CORPUS)
+    assert "held-out perplexity" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size == 300
     assert (folder / "loss.png").stat().st_size > 0
     assert "loss.png" in (folder / "README.md").read_text()
-    history = json.loads((folder / "training.json").read_text())["history"]
-    assert [progress["step"] for progress in history] == [4, 8]
+    training = json.loads((folder / "training.json").read_text())
+    assert [progress["step"] for progress in training["history"]] == [4, 8]
+    assert 0 <= training["least_used_share"] < 1
 
 
 @pytest.mark.parametrize(
@@ -60,3 +66,64 @@ def test_the_shipped_model_has_the_paper_models_routing_shape(
     assert training["least_used_share"] > 0.2
     size = sum(path.stat().st_size for path in SCALE_MODELS.rglob("*") if path.is_file())
     assert size < 60e6
+
+
+RECIPE = Recipe(
+    tokens=6 * 2 * 16,
+    sequence_length=16,
+    batch_sequences=2,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    weight_decay=0.1,
+    evaluate_every=2,
+    evaluate_sequences=2,
+    seed=0,
+)
+
+
+def training(checkpoint: Path) -> Training:
+    ids = torch.randint(128, (500,), generator=torch.Generator().manual_seed(0))
+    model = small_model("mixtral", torch.float32)
+    return Training(model.train(), RECIPE, ids, ids[:64], checkpoint)
+
+
+def test_stopped_and_resumed_equals_run_through(tmp_path: Path) -> None:
+    through = training(tmp_path / "through.pt")
+    history = list(through.run())
+    stopped = training(tmp_path / "stopped.pt")
+    assert [progress["step"] for progress in stopped.run(stop_after=4)] == [2, 4]
+    resumed = training(tmp_path / "stopped.pt")
+    assert resumed.step == 4
+    list(resumed.run())
+    assert resumed.history == history
+    ours, theirs = through.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Harmful:
+    """Runs code when it is unpickled by whom nothing keeps from it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.place,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    torch.save(Harmful(tmp_path / "was here"), tmp_path / "a.pt")
+    with pytest.raises(UserError, match="is no checkpoint; remove it"):
+        training(tmp_path / "a.pt")
+    assert not (tmp_path / "was here").exists()
+
+
+def test_the_balance_loss_is_computed_layer_by_layer(tmp_path: Path) -> None:
+    run = training(tmp_path / "a.pt")
+    experts, weight = 4, run.model.config.router_aux_loss_coef
+    starving = torch.zeros(10, experts)
+    starving[:, :2] = 20.0
+    mirrored = starving.flip(-1)
+    even = torch.eye(experts).repeat(5, 1) * 20 + torch.eye(experts).roll(1, 1).repeat(5, 1) * 20
+    balanced = run._balance_loss((even, even)) / weight
+    one_sided = run._balance_loss((starving, mirrored)) / weight
+    assert one_sided > 1.5 * balanced

@@ -13,7 +13,7 @@ from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.validate import calibrate
-from experiments.validate.calibration import fitted
+from experiments.validate.calibrate import fitted
 from experiments.validate.probe import Sample
 from finemoe.testbed import SimulatedTestbed
 from tests.command import config

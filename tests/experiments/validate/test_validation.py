@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.validate.calibrate import write_testbed
-from experiments.validate.validation import Comparison, Result, validate
-from tests.command import config, run_module
+from experiments.validate.validation import comparison, validate
+from tests.command import composed, config, run_module
 
 TESTBED = {
     "_target_": "experiments.run.testbeds.calibrated",
@@ -78,8 +78,9 @@ def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
 
 
 def test_without_a_calibration_every_round_makes_one(tmp_path: Path) -> None:
-    small = ("calibrate.prompts=3", "calibrate.output_tokens=3", "calibrate.memory_budgets=[6]")
-    done = run_module(*COMMAND, "repeats=2", *small, f"output={tmp_path}")
+    small = ("calibrate.workload.prompts=3", "calibrate.workload.output_tokens=3")
+    budgets = "calibrate.memory_budgets=[6]"
+    done = run_module(*COMMAND, "repeats=2", *small, budgets, f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "validate.json").read_text())
     assert all(row["replay"]["tpot_s"] > 0 for row in record["comparisons"])
@@ -113,5 +114,6 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     ("ttft", "tpot", "met"), [(1.049, 0.951, True), (1.051, 1.0, False), (1.0, 0.949, False)]
 )
 def test_the_target_is_kept_by_both_times(ttft: float, tpot: float, met: bool) -> None:
-    live, again = Result(1.0, 1.0, 1, 0, 0), Result(ttft, tpot, 1, 0, 0)
-    assert Comparison("on_demand", 6.0, live, again).met is met
+    run = composed("system=on_demand", "memory_budget=6")
+    live, again = {"ttft_s": 1.0, "tpot_s": 1.0}, {"ttft_s": ttft, "tpot_s": tpot}
+    assert comparison(run, [live], again)["met"] is met

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from experiments.run.schedule import FixedBatches, Request, Server
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.run.replay import ReplayBackend
+from experiments.run.schedule import FixedBatches, Request, Server
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime
