@@ -20,11 +20,11 @@ def parse_budget(budget: float | str, full_expert_bytes: int, shape: ModelShape)
     Raises BudgetError if the text is none of these, or not above 0.
     """
     units = {"": GB, **UNITS, "%": full_expert_bytes * shape.layers * shape.experts / 100}
-    found = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?) ?(%|[kmg]i?b|)", str(budget).strip().lower())
+    match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?) ?(%|[kmg]i?b|)", str(budget).strip().lower())
     try:
-        if found is None:
+        if match is None:
             raise ValueError
-        return round(float(found[1]) * units[found[2]])
+        return round(float(match[1]) * units[match[2]])
     except (ValueError, OverflowError):
         raise BudgetError(
             f"memory_budget={budget} is neither a size nor a share: write 6, 6GB or 25%"

@@ -13,7 +13,7 @@ import pytest
 from finemoe.foreign_trace import COLUMNS, ForeignTrace
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceError, TraceReader, trace_writer
-from tests.finemoe.test_trace_file import assert_same
+from tests.finemoe.test_trace import assert_same
 
 # Two layers, four experts, two a token. Request 4 has a prompt of two tokens and decodes twice;
 # request 9 has a prompt of one token, and is written first.

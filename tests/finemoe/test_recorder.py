@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.run.serving import Server
 from experiments.run.small_models import FAMILIES
+from experiments.run.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration
@@ -22,36 +23,21 @@ PAPER = ("mixtral", "qwen2_moe", "phimoe")
 PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [60, 50, 40, 30, 20]])
 
 
-@torch.inference_mode()
 def serve(
-    model: OffloadedModel,
-    prompts: torch.Tensor,
-    recorder: Recorder | None,
-    numbers: tuple[int, ...],
-    steps: int = 3,
+    model: OffloadedModel, prompts: torch.Tensor, recorder: Recorder | None = None
 ) -> list[tuple[int, ...]]:
-    """Serve a batch greedily and return each request's tokens."""
-    tokens, cache, generated = prompts, None, []
+    """Serve a batch greedily as requests 7 and so on; return each request's tokens."""
+    requests = [Request(7 + n, tuple(prompt), 3) for n, prompt in enumerate(prompts.tolist())]
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        for step in range(steps):
-            phase: Any = "decode" if step else "prefill"
-            lengths = (tokens.shape[1],) * len(prompts)
-            iteration = Iteration(step, phase, numbers, lengths)
-            if recorder is not None:
-                recorder.begin(iteration)
-            output = runtime.forward(iteration, input_ids=tokens, cache=cache)
-            cache = output.cache
-            tokens = output.logits[:, -1].argmax(-1, keepdim=True)
-            generated.append(tokens[:, 0].tolist())
-    return [tuple(column) for column in zip(*generated, strict=True)]
+        server = Server(runtime, listeners=[] if recorder is None else [recorder.begin])
+        return [one.tokens for one in server.serve(requests)]
 
 
 def record(model: OffloadedModel, prompts: torch.Tensor) -> list[TracedRequest]:
-    numbers = tuple(range(7, 7 + len(prompts)))
     with Recorder(model) as recorder:
-        outputs = serve(model, prompts, recorder, numbers)
-    ids = [tuple(prompt.tolist()) for prompt in prompts]
-    return [recorder.finish(*part) for part in zip(numbers, ids, outputs, strict=True)]
+        outputs = serve(model, prompts, recorder)
+    parts = zip(prompts.tolist(), outputs, strict=True)
+    return [recorder.finish(7 + n, tuple(ids), output) for n, (ids, output) in enumerate(parts)]
 
 
 @pytest.mark.parametrize("family", PAPER)
@@ -116,10 +102,10 @@ def test_a_batch_is_shared_out_by_request() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_does_not_notice(family: str) -> None:
     model = offloaded(family)
-    unrecorded = serve(model, PROMPTS, None, (0, 1))
+    unrecorded = serve(model, PROMPTS)
     hooks = [len(module._forward_hooks) for module in model.model.modules()]
     with Recorder(model) as recorder:
-        assert serve(model, PROMPTS, recorder, (0, 1)) == unrecorded
+        assert serve(model, PROMPTS, recorder) == unrecorded
     assert [len(module._forward_hooks) for module in model.model.modules()] == hooks
     assert not any(module._forward_pre_hooks for module in model.experts)
 
@@ -130,7 +116,7 @@ def test_an_iteration_that_broke_off_is_forgotten() -> None:
         recorder.begin(Iteration(0, "prefill", (7,), (5,)))
         model.model.get_input_embeddings()(PROMPTS[0])
         model.gates[0](torch.zeros(5, 32, dtype=torch.bfloat16))
-        serve(model, PROMPTS[:1], recorder, (7,))
+        serve(model, PROMPTS[:1], recorder)
     assert [step.tokens for step in recorder.finish(7, (), ()).steps] == [5, 1, 1]
     with pytest.raises(KeyError):
         recorder.finish(7, (), ())
@@ -140,8 +126,8 @@ def test_an_iteration_that_broke_off_is_forgotten() -> None:
 def test_what_is_recorded_fits_the_type_that_it_names(tmp_path: Path, dtype: torch.dtype) -> None:
     model = offloaded("qwen2_moe", dtype)
     with Recorder(model) as recorder:
-        outputs = serve(model, PROMPTS, recorder, (0, 1))
+        serve(model, PROMPTS, recorder)
     assert f"torch.{recorder.dtype}" == str(dtype)
     header = TraceHeader(model.shape, recorder.dtype, CONTENTS)
     with trace_writer(tmp_path / "trace", header) as write:
-        write(recorder.finish(1, tuple(PROMPTS[1].tolist()), outputs[1]))
+        write(recorder.finish(8, (), ()))

@@ -37,7 +37,6 @@ from finemoe.expert_map import ExpertMapStore, StoreMismatch
 from finemoe.foreign_trace import COLUMNS, ForeignTrace, is_foreign
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import (
-    CHECKSUM_KEY,
     HEADER_KEY,
     TracedRequest,
     TraceError,
@@ -47,7 +46,7 @@ from finemoe.trace import (
 from tests.experiments.judge.test_claims import Results
 from tests.experiments.judge.test_frame import leave_run
 from tests.finemoe.test_foreign_trace import ROWS
-from tests.finemoe.test_trace_file import a_trace, assert_same
+from tests.finemoe.test_trace import a_trace, assert_same, write_trace
 from tests.fuzz import fuzzed
 
 GIGABYTE = 2**20  # of the KiB that getrusage counts
@@ -184,16 +183,6 @@ def odd_cells(draw: st.DrawFn, table: pa.Table) -> pa.Table:
             values[index] = draw(st.sampled_from([0, -1, 1, 2, 3, 2**31 - 1]))
         table = table.set_column(place, field, [pa.array(values, field.type)])
     return table
-
-
-def write_trace(path: Path, tables: list[pa.Table], header: Any) -> None:
-    packed = dumped(header)
-    checksums = {HEADER_KEY: packed, CHECKSUM_KEY: hashlib.sha256(packed).hexdigest().encode()}
-    plain = tables[0].schema.remove_metadata()
-    with pq.ParquetWriter(path, plain, store_schema=False) as writer:
-        writer.add_key_value_metadata(checksums)
-        for table in tables:
-            writer.write_table(table.replace_schema_metadata(None))
 
 
 @fuzzed(25)

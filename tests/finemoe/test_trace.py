@@ -211,31 +211,35 @@ def read_all(path: Path) -> list[TracedRequest]:
         return list(reader.requests())
 
 
+def write_trace(path: Path, tables: list[pa.Table], header: Any) -> None:
+    """Write a sound file of these row groups under a header, whatever it says."""
+    packed = json.dumps(header).encode()
+    checksum = hashlib.sha256(packed).hexdigest().encode()
+    schema = tables[0].schema.remove_metadata()
+    with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
+        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: checksum})
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(None))
+
+
 def rewrite(
     path: Path,
     groups: tuple[int, ...] = (0, 1),
     cell: tuple[str, int, bytes] | None = None,
     **fields: Any,
 ) -> None:
-    """Write a sound file of these row groups, with a cell or fields of the header changed."""
+    """Write these row groups again, with a cell or fields of the header changed."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(group) for group in groups]
+        header = json.loads(file.metadata.metadata[HEADER_KEY])
     if cell is not None:
         name, index, value = cell
         values = tables[0][name].to_pylist()
         values[index] = value
-        place = tables[0].column_names.index(name)
-        changed = pa.array(values, pa.binary())
-        tables[0] = tables[0].set_column(place, tables[0].schema.field(name), [changed])
+        column, field = tables[0].column_names.index(name), tables[0].schema.field(name)
+        tables[0] = tables[0].set_column(column, field, [pa.array(values, pa.binary())])
         fields["requests"] = [[n, 3, fingerprint(table)] for n, table in enumerate(tables)]
-    metadata = tables[0].schema.metadata or pq.read_metadata(path).metadata
-    header = json.dumps({**json.loads(metadata[HEADER_KEY]), **fields}).encode()
-    plain = tables[0].schema.remove_metadata()
-    with pq.ParquetWriter(path, plain, compression="zstd", store_schema=False) as writer:
-        checksum = hashlib.sha256(header).hexdigest().encode()
-        writer.add_key_value_metadata({HEADER_KEY: header, CHECKSUM_KEY: checksum})
-        for table in tables:
-            writer.write_table(table.replace_schema_metadata(None))
+    write_trace(path, tables, {**header, **fields})
 
 
 def test_row_groups_are_read_in_their_own_order_only(tmp_path: Path) -> None:
