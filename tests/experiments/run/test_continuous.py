@@ -147,13 +147,11 @@ class Watch(OnDemandPolicy):
         self.rows: list[tuple[Iteration, int]] = []
         self.ended: list[int] = []
 
-    def on_embeddings(self, iteration: Iteration, embeddings: Any) -> tuple[()]:
+    def on_embeddings(self, iteration: Iteration, embeddings: Any) -> None:
         self.rows.append((iteration, len(embeddings)))
-        return ()
 
-    def on_gate(self, iteration: Iteration, gate: Any) -> tuple[()]:
+    def on_gate(self, iteration: Iteration, gate: Any) -> None:
         self.rows.append((iteration, len(gate.probabilities)))
-        return ()
 
     def end_request(self, request: int) -> None:
         self.ended.append(request)

@@ -14,7 +14,7 @@ from finemoe.offload.cache import ExpertCache, Slot
 from finemoe.offload.experts import DeviceSlots
 from finemoe.offload.links import EmulatedLink, LinkSpeed
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.transfer import TransferQueue
+from finemoe.offload.transfer import PrefetchQueue, TransferQueue
 
 SLOT = Slot(0, 0)
 PLACE = 3
@@ -50,8 +50,8 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock, model: Offloaded
     size = model.store.layout.nbytes
     third = size // 3
     assert third * 3 == size
-    cache = ExpertCache(model.shape, (1,), keys=lambda _: np.zeros((3, 4)))
-    queue = TransferQueue(cache, 0, size, third)
+    cache = ExpertCache(model.shape, (1,), keys=lambda incoming, urgent: np.zeros((3, 4)))
+    queue = TransferQueue(cache, PrefetchQueue(cache), 0, size, third)
     slots = DeviceSlots(model.store, (1,), (torch.device("cpu"),))
 
     def start() -> None:

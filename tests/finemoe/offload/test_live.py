@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -30,13 +30,12 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    Prefetch,
-    PrefetchTable,
-    Wishes,
+    Priorities,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
 from tests.engine import offloaded
+from tests.finemoe.offload.states import asking
 
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
 PREFILL = Iteration(0, "prefill", (0,), (5,))
@@ -75,24 +74,22 @@ class Spy(OnDemandPolicy):
         self.threads: set[str] = set()
         self.gates: list[Gate] = []
         self.outcomes: list[LayerOutcome] = []
-        self.act: Callable[[], Sequence[Prefetch]] = tuple
+        self.act: Callable[[], Priorities | None] = lambda: None
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
         self.threads.add(threading.current_thread().name)
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> None:
         self._note(f"embeddings {embeddings.shape}")
-        return ()
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         self._note(f"gate {gate.layer}")
         self.gates.append(gate)
-        return self.act() if gate.layer == 0 else ()
+        return self.act() if gate.layer == 0 else None
 
-    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+    def end_iteration(self, iteration: Iteration) -> None:
         self._note("end")
-        return ()
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
@@ -169,8 +166,8 @@ class NextLayer(OnDemandPolicy):
 
     placement = Placement("critical_path")
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Sequence[Prefetch]:
-        return [Prefetch(ExpertId(1, 0), 1.0)] if gate.layer == 0 else ()
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+        return asking(self.shape, {(1, 0): 1.0}) if gate.layer == 0 else None
 
 
 def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
@@ -181,7 +178,7 @@ def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
 
     def await_prefetch(*_: object) -> None:
         def resident() -> bool:
-            return live.residency.cache.is_resident(live.model.shape.place(ExpertId(1, 0)))
+            return live.residency.cache.is_resident(live.model.shape.flat(ExpertId(1, 0)))
 
         with live._changed:
             arrived.append(live._changed.wait_for(resident, timeout=10))
@@ -222,9 +219,9 @@ class Guarded(deque[int]):
         self._check()
         return super().__iter__()
 
-    def append(self, place: int) -> None:
+    def append(self, flat: int) -> None:
         self._check()
-        super().append(place)
+        super().append(flat)
 
     def clear(self) -> None:
         self._check()
@@ -239,7 +236,7 @@ def test_what_two_threads_touch_is_touched_under_the_lock(
     model: OffloadedModel, prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Spy(model.shape, Placement(prediction, awaited=True))  # type: ignore[arg-type]
-    policy.act = lambda: [Prefetch(ExpertId(2, 0), 1.0)]
+    policy.act = lambda: asking(model.shape, {(2, 0): 1.0})
     live = runtime(model, policy, slots=1, devices=2)
     live._arrived = Guarded(live)
     calls: set[str] = set()
@@ -282,15 +279,15 @@ def ended(serve: Callable[[], None]) -> Exception | None:
 
 
 class TableAtTheEnd(OnDemandPolicy):
-    """Answers the last gate, when no layer is in time any more, with a table."""
+    """Answers the last gate as well, when no layer is in time any more."""
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
-        return PrefetchTable(np.ones((self.shape.layers, self.shape.experts)))
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
+        return np.ones((self.shape.layers, self.shape.experts))
 
 
 @pytest.mark.parametrize("prediction", ["background", "critical_path"])
 @pytest.mark.parametrize("awaited", [False, True])
-def test_a_table_that_comes_too_late_leaves_no_link_asleep(
+def test_an_answer_that_comes_too_late_leaves_no_link_asleep(
     model: OffloadedModel, prediction: str, awaited: bool
 ) -> None:
     policy = TableAtTheEnd(model.shape)
@@ -331,8 +328,8 @@ def test_an_expert_that_no_link_can_bring_is_an_error_at_once(model: OffloadedMo
         with runtime(model, OnDemandPolicy(model.shape), slots=4) as live:
             serve_and_drain(live)
             with live._lock:
-                for place in range(model.shape.size):
-                    live.residency.cache.pin(place)
+                for flat in range(model.shape.size):
+                    live.residency.cache.pin(flat)
             live.forward(Iteration(1, "prefill", (0,), (5,)), input_ids=PROMPT)
 
     assert "waits for an expert that no link can bring" in str(ended(serve))
