@@ -118,8 +118,14 @@ def _part(axes: Axes, y: int, part: dict[str, Any]) -> None:
     if math.isfinite(low):
         axes.plot([low, high], [y, y], "|-", color=colour, linewidth=1.0, markersize=8)
         end = max(end, high)
-    at = {"xy": (end, y), "xytext": (5, 0), "textcoords": "offset points"}
-    axes.annotate(_value(part), va="center", fontsize=7, **at)
+    axes.annotate(
+        _value(part),
+        (end, y),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+    )
 
 
 def _value(part: dict[str, Any]) -> str:

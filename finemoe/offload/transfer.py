@@ -216,6 +216,7 @@ class TransferQueue:
             if flat // self._per_layer != layer or flat % self._per_layer in but or transfer.urgent:
                 continue
             transfer.cancelled = True
+            self._prefetches.drop(flat)
             if not transfer.in_flight():
                 self._drop(transfer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +15,12 @@ from baselines.promoe import LearnedPredictor, ProMoEPolicy
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
-    Gate,
     Gates,
     GateWeights,
     Iteration,
     LayerOutcome,
     ModelShape,
     Policy,
-    PrefetchTable,
-    Wishes,
 )
 from tests.engine import OPTIONS, configured
 
@@ -64,7 +60,11 @@ def policy_of(case: Case, learned: bool = False) -> Policy:
         return draw.normal(size=size).astype(np.float32)
 
     biases = normal(shape.layers, shape.experts) if case.seed % 2 else None
-    policy.set_gates(GateWeights(normal(shape.layers, shape.experts, shape.hidden_size), biases))
+    gates = GateWeights(normal(shape.layers, shape.experts, shape.hidden_size), biases)
+    if policy.set_gates:
+        policy.set_gates(gates)
+    if policy.set_future_routing:
+        policy.set_future_routing([gates.activated for _, _, gates in routed(case)])
     if learned and isinstance(policy, ProMoEPolicy):
         sources, hidden, out = shape.layers, shape.hidden_size, shape.experts
         weights = (sources, 5, hidden), (sources, 5), (sources, out, 5), (sources, out)
@@ -87,45 +87,39 @@ def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, Gates]]:
         yield iteration, embeddings, Gates(rows, activated, hidden)
 
 
-def spoken(gates: Gates) -> Iterator[Gate]:
-    assert gates.hidden_states is not None
-    for layer, rows in enumerate(gates.probabilities):
-        yield Gate(layer, rows, gates.activated[layer], gates.hidden_states[layer])
-
-
-def plain(wishes: Wishes) -> object:
-    return wishes.priorities.tolist() if isinstance(wishes, PrefetchTable) else list(wishes)
-
-
 def answers(policy: Policy, case: Case, ahead: list[bool]) -> list[object]:
-    """Serve a case, told of the gates to come in some iterations; return all that is answered."""
-    incoming = ExpertId(0, 0)
-    told: list[object] = []
+    """Serve a case, predicted ahead in some iterations; return all that is answered."""
+    told: list[Any] = []
+
+    def ask_keys() -> None:
+        for urgent in (False, True):
+            told.append(policy.eviction_keys(ExpertId(0, 0), urgent).copy())
+
     for (iteration, embeddings, gates), early in zip(routed(case), ahead, strict=True):
-        told.append(plain(policy.on_embeddings(iteration, embeddings)))
-        if early:
-            policy.compute_ahead(iteration, gates)
-        for gate in spoken(gates):
-            outcome = LayerOutcome(iteration, gate.layer, gate.activated, (), ())
-            policy.on_outcome(outcome)
-            told.append(policy.eviction_keys(incoming).tolist())
-            told.append(plain(policy.on_gate(iteration, gate)))
-            told.append(policy.eviction_keys(incoming).tolist())
-        told.append(plain(policy.end_iteration(iteration)))
+        told.append(policy.on_embeddings(iteration, embeddings))
+        if early and policy.predict_ahead:
+            policy.predict_ahead(iteration, gates)
+        for layer, activated in enumerate(gates.activated):
+            policy.on_outcome(LayerOutcome(iteration, layer, activated, (), ()))
+            ask_keys()
+            told.append(policy.on_gate(iteration, gates.of(layer)))
+            ask_keys()
+        told.append(policy.end_iteration(iteration))
     for request in range(len(case.tokens[0])):
         policy.end_request(request)
-    return told
+    return [None if answer is None else answer.tolist() for answer in told]
 
 
-def kept(policy: Policy, path: Path) -> bytes:
-    policy.save(path / "history", "a model")
+def saved(policy: Policy, path: Path) -> bytes:
+    assert policy.history
+    policy.history.save(path / "history", "a model")
     return (path / "history").read_bytes()
 
 
-@pytest.mark.parametrize("system", [*LEARNING, "promoe", "mixtral_offload"])
+@pytest.mark.parametrize("system", OPTIONS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), ahead=st.lists(st.booleans(), min_size=5, max_size=5), learned=st.booleans())
-def test_what_is_computed_ahead_changes_no_answer(
+def test_predicting_ahead_changes_no_answer(
     system: str, data: st.DataObject, ahead: list[bool], learned: bool
 ) -> None:
     case = data.draw(cases(system))
@@ -136,18 +130,19 @@ def test_what_is_computed_ahead_changes_no_answer(
 @pytest.mark.parametrize("system", LEARNING)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_what_is_studied_is_remembered_as_if_it_were_served(
+def test_what_is_learned_is_remembered_as_if_it_were_served(
     system: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     case = data.draw(cases(system))
     folder = tmp_path_factory.mktemp("history")
     studious, served = policy_of(case), policy_of(case)
     answers(served, case, [False] * 5)
+    assert studious.learn
     for iteration, embeddings, gates in routed(case):
-        studious.study(iteration, embeddings, partial(spoken, gates))
+        studious.learn(iteration, embeddings, gates)
     for request in range(len(case.tokens[0])):
         studious.end_request(request)
-    assert kept(studious, folder) == kept(served, folder)
+    assert saved(studious, folder) == saved(served, folder)
     for policy in (studious, served):
         policy.begin_serving()
     after = case._replace(seed=case.seed ^ 1)

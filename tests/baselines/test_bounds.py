@@ -1,4 +1,4 @@
-"""Belady and the oracle: what they keep, what they wish for, and that nobody has more hits."""
+"""Belady and the oracle: what they keep, what they request, and that nobody has more hits."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    Prefetch,
+    Priorities,
     Routing,
-    Wishes,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
+from tests.finemoe.offload.states import asked, asking
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
@@ -38,7 +38,7 @@ EXPERT_BYTES, CHUNK_BYTES = 4, 1
 class Lfu(UsageTable, Policy):
     """Evicts the expert with the fewest visits."""
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return self.lfu_keys()
 
 
@@ -52,12 +52,14 @@ class Guessing(OnDemandPolicy):
         self.shape = shape
         self._rng = rng
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
-        layer = (gate.layer + 1) % self.shape.layers
-        return [Prefetch(ExpertId(layer, self._rng.randrange(self.shape.experts)), 1.0)]
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
+        return self._guess((gate.layer + 1) % self.shape.layers)
 
-    def end_iteration(self, iteration: Iteration) -> Wishes:
-        return [Prefetch(ExpertId(0, self._rng.randrange(self.shape.experts)), 1.0)]
+    def end_iteration(self, iteration: Iteration) -> Priorities:
+        return self._guess(0)
+
+    def _guess(self, layer: int) -> Priorities:
+        return asking(self.shape, {(layer, self._rng.randrange(self.shape.experts)): 1.0})
 
 
 class Engine:
@@ -88,12 +90,12 @@ class Engine:
             iteration = Iteration(number, "decode", (0,), (1,))
             self.residency.begin_iteration(iteration)
             if self._predicts:
-                self._wish(number, self.policy.on_embeddings(iteration, rows(1)))
+                self._request(number, self.policy.on_embeddings(iteration, rows(1)))
             for layer, activated in enumerate(layers):
                 self._prefetch()
                 self._layer(iteration, layer, activated)
             if self._predicts:
-                self._wish(number + 1, self.policy.end_iteration(iteration))
+                self._request(number + 1, self.policy.end_iteration(iteration))
         self.residency.cache.check_integrity()
         return self.outcomes
 
@@ -111,7 +113,7 @@ class Engine:
         self.outcomes.append(outcome)
         if self._predicts:
             gate = Gate(layer, rows(self.residency.shape.experts), activated, None)
-            self._wish(iteration.number, self.policy.on_gate(iteration, gate))
+            self._request(iteration.number, self.policy.on_gate(iteration, gate))
         done = [layer * self.residency.shape.experts + index for index in outcome.hits]
         waiting = len(outcome.late) + len(outcome.misses)
         if self._turns:
@@ -128,16 +130,16 @@ class Engine:
         for device in range(len(self.residency.queues)):
             while (chunk := self.residency.next_chunk(device)) is not None:
                 loaded = self.residency.chunk_done(device, chunk)
-                if loaded and self.residency.is_pinned(chunk.place):
-                    return [chunk.place]
+                if loaded and self.residency.cache.is_pinned(chunk.flat):
+                    return [chunk.flat]
                 if not chunk.urgent:
                     break
         return []
 
-    def _release(self, places: list[int]) -> None:
-        for place in places:
-            self.residency.release(place)
-        places.clear()
+    def _release(self, experts: list[int]) -> None:
+        for flat in experts:
+            self.residency.release(flat)
+        experts.clear()
 
     def _prefetch(self) -> None:
         for device in range(len(self.residency.queues)):
@@ -147,21 +149,22 @@ class Engine:
                     break
                 self.residency.chunk_done(device, chunk)
 
-    def _wish(self, number: int, wishes: Wishes) -> None:
-        self.residency.prefetch(number, wishes, self.residency.policy.on_gate)
+    def _request(self, number: int, priorities: Priorities | None) -> None:
+        self.residency.prefetch(number, priorities, self.residency.policy.on_gate)
 
 
 def rows(width: int) -> FloatArray:
     return np.zeros((1, width), dtype=np.float32)
 
 
-def ranked(wishes: Wishes) -> list[ExpertId]:
-    return [wish.expert for wish in sorted(wishes, key=lambda wish: -wish.priority)]
+def ranked(priorities: Priorities | None) -> list[tuple[int, int]]:
+    requests = asked(priorities)
+    return sorted(requests, key=lambda expert: -requests[expert])
 
 
-def foretold(policy: BeladyPolicy, routing: Routing) -> BeladyPolicy:
+def told(policy: BeladyPolicy, routing: Routing) -> BeladyPolicy:
     policy.begin_serving()
-    policy.foretell(routing)
+    policy.set_future_routing(routing)
     return policy
 
 
@@ -179,17 +182,17 @@ ROUTING: Routing = [[(0, 1), (2,)], [(0,), (3,)], [(1,), (2,)]]
 
 
 def test_the_keys_are_the_steps_of_the_next_uses() -> None:
-    policy = foretold(BeladyPolicy(SHAPE), ROUTING)
+    policy = told(BeladyPolicy(SHAPE), ROUTING)
     never = np.inf
-    keys = policy.eviction_keys(ExpertId(0, 0))
+    keys = policy.eviction_keys(ExpertId(0, 0), True)
     assert keys.tolist() == [[0, 0, never, never], [never, never, 1, 3]]
     Engine(policy, (8,)).serve(ROUTING[:1])
-    keys = policy.eviction_keys(ExpertId(0, 0))
+    keys = policy.eviction_keys(ExpertId(0, 0), True)
     assert keys.tolist() == [[2, 4, never, never], [never, never, 5, 3]]
 
 
 def test_belady_evicts_the_farthest_next_use() -> None:
-    engine = Engine(foretold(BeladyPolicy(SHAPE), ROUTING), (2,))
+    engine = Engine(told(BeladyPolicy(SHAPE), ROUTING), (2,))
     outcomes = engine.serve(ROUTING)
     # (1, 2) takes the slot of (0, 1), then (1, 3) that of (0, 0), which is never used again; after
     # that (0, 1) takes the slot of (1, 3) and (1, 2) is still there.
@@ -198,38 +201,38 @@ def test_belady_evicts_the_farthest_next_use() -> None:
 
 
 def test_a_repeat_goes_on_where_the_numbers_do() -> None:
-    policy = foretold(BeladyPolicy(SHAPE), [*ROUTING, *ROUTING])
+    policy = told(BeladyPolicy(SHAPE), [*ROUTING, *ROUTING])
     engine = Engine(policy, (2,))
     assert len(engine.serve(ROUTING, first=3)) == 6
     assert engine.hits == 2
-    assert np.isinf(policy.eviction_keys(ExpertId(0, 0))).all()
+    assert np.isinf(policy.eviction_keys(ExpertId(0, 0), True)).all()
 
 
-def test_routing_that_was_not_foretold_is_refused() -> None:
-    policy = foretold(BeladyPolicy(SHAPE), ROUTING)
-    with pytest.raises(ValueError, match=r"layer 0 of iteration 0 activated \(2,\), but \(0, 1\)"):
+def test_routing_that_was_not_told_is_refused() -> None:
+    policy = told(BeladyPolicy(SHAPE), ROUTING)
+    with pytest.raises(ValueError, match=r"layer 0 of iteration 0 activated \(2,\), not \(0, 1\)"):
         Engine(policy, (2,)).serve([[(2,), (2,)]])
-    with pytest.raises(ValueError, match="None was foretold"):
+    with pytest.raises(ValueError, match="not None"):
         Engine(policy, (2,)).serve(ROUTING[:1], first=3)
 
 
-def test_the_oracle_wishes_for_what_is_needed_soonest_and_not_there() -> None:
-    policy = foretold(OraclePolicy(SHAPE, lookahead=3), ROUTING)
+def test_the_oracle_requests_what_is_needed_soonest_and_not_there() -> None:
+    policy = told(OraclePolicy(SHAPE, lookahead=3), ROUTING)
     policy.on_load(ExpertId(0, 1))
-    wishes = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
-    assert ranked(wishes) == [(0, 0), (1, 2)]
+    requests = policy.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))
+    assert ranked(requests) == [(0, 0), (1, 2)]
     policy.on_evict(ExpertId(0, 1))
-    wishes = policy.on_gate(Iteration(0, "decode", (0,), (1,)), Gate(0, rows(4), (0, 1), None))
-    assert ranked(wishes) == [(0, 0), (0, 1), (1, 2)]
-    near = foretold(OraclePolicy(SHAPE, lookahead=2), ROUTING)
+    requests = policy.on_gate(Iteration(0, "decode", (0,), (1,)), Gate(0, rows(4), (0, 1), None))
+    assert ranked(requests) == [(0, 0), (0, 1), (1, 2)]
+    near = told(OraclePolicy(SHAPE, lookahead=2), ROUTING)
     assert ranked(near.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))) == [
         (0, 0),
         (0, 1),
     ]
 
 
-def test_the_oracle_wishes_for_one_iteration_at_a_time() -> None:
-    policy = foretold(OraclePolicy(SHAPE), ROUTING)
+def test_the_oracle_requests_one_iteration_at_a_time() -> None:
+    policy = told(OraclePolicy(SHAPE), ROUTING)
     now = Iteration(0, "decode", (0,), (1,))
     assert ranked(policy.on_embeddings(now, rows(1))) == [(0, 0), (0, 1), (1, 2)]
     policy.on_outcome(LayerOutcome(now, 0, (0, 1), (), ()))
@@ -239,24 +242,23 @@ def test_the_oracle_wishes_for_one_iteration_at_a_time() -> None:
 
 
 def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
-    policy = foretold(OraclePolicy(SHAPE), ROUTING)
-    expert = ExpertId(1, 2)
-    evictable = policy.eviction_keys(expert) > policy.eviction_floor(expert)
+    policy = told(OraclePolicy(SHAPE), ROUTING)
+    evictable = policy.eviction_keys(ExpertId(1, 2), False) > -np.inf
     # Needed at step 1: what is needed later, or never again, may go.
     assert evictable.tolist() == [[False, False, True, True], [True, True, False, True]]
 
 
 def test_the_oracle_gives_a_demanded_expert_the_slot_that_is_needed_last() -> None:
-    policy = foretold(OraclePolicy(SHAPE), [[(0,), (1, 2)], [(0,), (2,)]])
+    policy = told(OraclePolicy(SHAPE), [[(0,), (1, 2)], [(0,), (2,)]])
     engine = Engine(policy, (2,))
     # The slots hold (0, 0) and (1, 1), which nobody needs again, when (1, 2) is demanded.
     assert [o.hits for o in engine.serve([[(0,), (1, 2)]])] == [(), ()]
-    residents = [place for place in range(8) if engine.residency.cache.is_resident(place)]
+    residents = [flat for flat in range(8) if engine.residency.cache.is_resident(flat)]
     assert residents == [0, 6]
 
 
 def test_a_fast_link_leaves_the_oracle_no_miss_but_none_it_cannot_hold() -> None:
-    engine = Engine(foretold(OraclePolicy(SHAPE), ROUTING), (2,), chunks=100)
+    engine = Engine(told(OraclePolicy(SHAPE), ROUTING), (2,), chunks=100)
     assert all(outcome.hits == outcome.activated for outcome in engine.serve(ROUTING))
 
 
@@ -268,7 +270,7 @@ PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
 def test_no_system_without_prefetches_has_more_hits_than_belady(
     routing: Routing, slots: tuple[int, ...], turns: bool
 ) -> None:
-    belady = Engine(foretold(BeladyPolicy(SHAPE), routing), slots, turns=turns)
+    belady = Engine(told(BeladyPolicy(SHAPE), routing), slots, turns=turns)
     belady.serve(routing)
     for policy in (OnDemandPolicy(SHAPE), Lfu(SHAPE)):
         other = Engine(policy, slots, turns=turns)
@@ -281,7 +283,7 @@ def test_no_system_without_prefetches_has_more_hits_than_belady(
 def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
     routing: Routing, slots: tuple[int, ...]
 ) -> None:
-    engine = Engine(foretold(BeladyPolicy(SHAPE), routing), slots)
+    engine = Engine(told(BeladyPolicy(SHAPE), routing), slots)
     engine.serve(routing)
     assert engine.loads == sum(minimal_loads(routing, SHAPE, slots))
 
@@ -296,8 +298,8 @@ def test_no_policy_loads_less_than_the_bound(
         OnDemandPolicy(SHAPE),
         Lfu(SHAPE),
         Guessing(SHAPE, rng),
-        foretold(BeladyPolicy(SHAPE), routing),
-        foretold(OraclePolicy(SHAPE), routing),
+        told(BeladyPolicy(SHAPE), routing),
+        told(OraclePolicy(SHAPE), routing),
     ):
         engine = Engine(policy, slots, chunks, turns)
         engine.serve(routing)
@@ -310,13 +312,13 @@ def test_no_policy_has_more_hits_than_the_oracle(slots: tuple[int, ...], chunks:
     shape = ModelShape(layers=8, experts=8, top_k=2, hidden_size=1)
     rng = random.Random(0)
     routing = [[skewed(rng, shape) for _ in range(shape.layers)] for _ in range(20)]
-    oracle = Engine(foretold(OraclePolicy(shape), routing), slots, chunks, shape=shape)
+    oracle = Engine(told(OraclePolicy(shape), routing), slots, chunks, shape=shape)
     oracle.serve(routing)
     for policy in (
         OnDemandPolicy(shape),
         Lfu(shape),
         Guessing(shape, rng),
-        foretold(BeladyPolicy(shape), routing),
+        told(BeladyPolicy(shape), routing),
     ):
         other = Engine(policy, slots, chunks, shape=shape)
         other.serve(routing)

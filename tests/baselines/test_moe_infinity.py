@@ -21,6 +21,7 @@ from finemoe.offload.policy import (
     LayerOutcome,
     ModelShape,
 )
+from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=2)
 FIRST = np.array([[2, 0, 0, 0], [0, 2, 0, 0], [3, 1, 0, 0]], np.float32)
@@ -31,7 +32,7 @@ EMBEDDINGS = np.zeros((1, 2), np.float32)
 def policy(*stored: np.ndarray, **options: int | str | bool) -> MoEInfinityPolicy:
     made = moe_infinity(SHAPE, **{"early_layers": 1, **options})
     for matrix in stored:
-        made.collection.add(matrix, "similar")
+        made.collection.add(matrix)
     return made
 
 
@@ -46,9 +47,11 @@ def decode(*requests: int) -> Iteration:
     return Iteration(1, "decode", requests, (1,) * len(requests))
 
 
-def wishes(made: MoEInfinityPolicy, iteration: Iteration, spoken: Gate) -> dict[ExpertId, float]:
+def ranked(
+    made: MoEInfinityPolicy, iteration: Iteration, spoken: Gate
+) -> dict[tuple[int, int], float]:
     made.on_outcome(LayerOutcome(iteration, spoken.layer, spoken.activated, (), ()))
-    return {wish.expert: wish.priority for wish in made.on_gate(iteration, spoken)}
+    return asked(made.on_gate(iteration, spoken))
 
 
 def test_a_requests_matrix_counts_the_tokens_of_all_its_iterations() -> None:
@@ -71,74 +74,73 @@ def test_a_requests_matrix_counts_the_tokens_of_all_its_iterations() -> None:
 
 def test_the_nearest_matrix_ranks_all_later_layers() -> None:
     made = policy(SECOND, FIRST)
-    ranked = wishes(made, decode(0), gate(0, 0))
+    found = ranked(made, decode(0), gate(0, 0))
     # Ratio 1 one layer ahead of three, ratios 3/4 and 1/4 two ahead.
     expected = {(1, 1): 2 / 3, (2, 0): 3 / 4 / 3, (2, 1): 1 / 4 / 3}
-    assert ranked == pytest.approx(expected)
-    ranked = wishes(made, decode(0), gate(1, 1))
-    assert ranked == pytest.approx({(2, 0): 3 / 4 * 2 / 3, (2, 1): 1 / 4 * 2 / 3})
-    assert wishes(made, decode(0), gate(2, 0)) == {}
-    near = wishes(policy(FIRST, horizon=1), decode(0), gate(0, 0))
+    assert found == pytest.approx(expected)
+    found = ranked(made, decode(0), gate(1, 1))
+    assert found == pytest.approx({(2, 0): 3 / 4 * 2 / 3, (2, 1): 1 / 4 * 2 / 3})
+    assert ranked(made, decode(0), gate(2, 0)) == {}
+    near = ranked(policy(FIRST, horizon=1), decode(0), gate(0, 0))
     assert near == pytest.approx({(1, 1): 2 / 3})
 
 
 def test_the_code_decays_more_slowly_and_asks_for_the_rest_last() -> None:
     made = policy(FIRST, variant="code")
-    ranked = wishes(made, decode(0), gate(0, 0))
-    expected = {ExpertId(1, j): 1e-8 * 3 / 4 for j in range(4)}
-    expected |= {ExpertId(2, j): 1e-8 / 2 for j in range(4)}
-    expected |= {ExpertId(1, 1): 3 / 4, ExpertId(2, 0): 3 / 8, ExpertId(2, 1): 1 / 8}
-    assert ranked == pytest.approx(expected, rel=1e-5)
+    found = ranked(made, decode(0), gate(0, 0))
+    expected = {(1, j): 1e-8 * 3 / 4 for j in range(4)}
+    expected |= {(2, j): 1e-8 / 2 for j in range(4)}
+    expected |= {(1, 1): 3 / 4, (2, 0): 3 / 8, (2, 1): 1 / 8}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("variant", "predicted"), [("paper", {0, 1}), ("code", {2, 3})])
 def test_paper_and_code_compare_different_rows(variant: str, predicted: set[int]) -> None:
     made = policy(FIRST, SECOND, variant=variant)
     for layer, expert in enumerate((0, 1, 2)):
-        wishes(made, decode(0), gate(layer, expert))
+        ranked(made, decode(0), gate(layer, expert))
     # Twice as the first matrix, once as the second, which the code alone looks at after gate 1.
     made.on_embeddings(decode(0), EMBEDDINGS)
-    wishes(made, decode(0), gate(0, 0))
-    ranked = wishes(made, decode(0), gate(1, 1))
-    likely = {expert.index for expert, priority in ranked.items() if priority > 1e-6}
+    ranked(made, decode(0), gate(0, 0))
+    found = ranked(made, decode(0), gate(1, 1))
+    likely = {index for (_, index), priority in found.items() if priority > 1e-6}
     assert likely == predicted
 
 
 def test_a_batch_asks_for_what_any_request_wants() -> None:
     made = policy(FIRST, SECOND)
-    ranked = wishes(made, decode(0, 1), gate(1, 1, 2))
+    found = ranked(made, decode(0, 1), gate(1, 1, 2))
     share = {(2, 0): 3 / 4, (2, 1): 1 / 4, (2, 2): 1 / 2, (2, 3): 1 / 2}
-    assert ranked == pytest.approx({e: ratio * 2 / 3 for e, ratio in share.items()})
+    assert found == pytest.approx({e: ratio * 2 / 3 for e, ratio in share.items()})
 
 
 def test_popular_experts_come_first_for_the_early_layers() -> None:
     made = policy(FIRST, 5 * SECOND, early_layers=2)
     popular = made.on_embeddings(decode(0), EMBEDDINGS)
     # Layer 0: 10 of 12 tokens went to expert 2, and so in layer 1.
-    found = {wish.expert: wish.priority for wish in popular}
-    assert found == pytest.approx({(0, 2): 10 / 12 * 2 / 3, (1, 2): 10 / 12 / 3})
-    assert list(policy().on_embeddings(decode(0), EMBEDDINGS)) == []
+    assert asked(popular) == pytest.approx({(0, 2): 10 / 12 * 2 / 3, (1, 2): 10 / 12 / 3})
+    assert asked(policy().on_embeddings(decode(0), EMBEDDINGS)) == {}
 
 
 def test_a_full_collection_replaces_the_most_similar() -> None:
-    collection = MatrixCollection(SHAPE, 2)
-    collection.add(FIRST, "similar")
-    collection.add(SECOND, "similar")
+    collection = MatrixCollection(SHAPE, 2, "similar")
+    collection.add(FIRST)
+    collection.add(SECOND)
     near_first = FIRST + np.array([[0, 1, 0, 0]], np.float32)
-    assert collection.add(near_first, "similar") == 0
+    assert collection.add(near_first) == 0
     assert collection.popularity.tolist() == (near_first + SECOND).tolist()
 
 
 def test_a_full_collection_replaces_what_was_matched_least_while_serving() -> None:
-    collection = MatrixCollection(SHAPE, 3)
-    collection.add(FIRST, "unmatched")
+    collection = MatrixCollection(SHAPE, 3, "unmatched")
+    collection.add(FIRST)
     collection.keep_all()
-    collection.add(SECOND, "unmatched")
-    collection.add(FIRST, "unmatched")
+    collection.add(SECOND)
+    collection.add(FIRST)
     collection.matches[:] = [0, 3, 2]
-    assert collection.add(SECOND, "unmatched") == 2
+    assert collection.add(SECOND) == 2
     collection.keep_all()
-    assert collection.add(FIRST, "unmatched") is None
+    assert collection.add(FIRST) is None
 
 
 counts = st.lists(st.integers(0, 3), min_size=4, max_size=4)
@@ -151,10 +153,10 @@ counts = st.lists(st.integers(0, 3), min_size=4, max_size=4)
 def test_carried_sums_find_what_a_full_comparison_finds(
     stored: list[list[list[int]]], passes: list[list[list[int]]]
 ) -> None:
-    collection = MatrixCollection(SHAPE, 5)
+    collection = MatrixCollection(SHAPE, 5, "similar")
     request = RunningRequest(collection, "paper")
     for matrix, passed in zip(stored, passes, strict=False):
-        entry = collection.add(np.array(matrix, np.float32), "similar")
+        entry = collection.add(np.array(matrix, np.float32))
         assert entry is not None
         request.refresh(entry)
         request.begin_iteration()
@@ -169,8 +171,8 @@ def test_the_least_active_expert_leaves_and_front_layers_stay_longer() -> None:
     made = policy()
     prefill = Iteration(0, "prefill", (0,), (4,))
     made.on_embeddings(prefill, np.zeros((4, 2), np.float32))
-    wishes(made, prefill, gate(0, 0, 0, 0, 1))
-    keys = made.eviction_keys(ExpertId(0, 2))
+    ranked(made, prefill, gate(0, 0, 0, 0, 1))
+    keys = made.eviction_keys(ExpertId(0, 2), True)
     assert keys[0] == pytest.approx([-0.75, -0.25, 0, 0], abs=1e-5)
     # Not yet seen: uniform, damped by 1 - l / L.
     assert keys[1] == pytest.approx([-0.25 * 2 / 3] * 4, abs=1e-5)
@@ -181,9 +183,9 @@ def test_a_new_request_starts_with_its_own_activity() -> None:
     made = policy()
     for number in (0, 1):
         made.on_embeddings(decode(number), EMBEDDINGS)
-        wishes(made, decode(number), gate(number, 3))
+        ranked(made, decode(number), gate(number, 3))
         made.end_request(number)
-    assert made.eviction_keys(ExpertId(1, 0))[0] == pytest.approx([-0.25] * 4, abs=1e-5)
+    assert made.eviction_keys(ExpertId(1, 0), True)[0] == pytest.approx([-0.25] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize("eviction", ["activation", "lfu", "lru"])
@@ -192,22 +194,19 @@ def test_what_is_to_be_prefetched_leaves_last_and_never_for_a_lesser_prefetch(
 ) -> None:
     made = policy(FIRST, eviction=eviction)
     made.on_embeddings(decode(0), EMBEDDINGS)
-    wishes(made, decode(0), gate(0, 0))
-    keys = made.eviction_keys(ExpertId(0, 1))
+    ranked(made, decode(0), gate(0, 0))
+    keys = made.eviction_keys(ExpertId(0, 1), True)
     assert keys[1, 1] == pytest.approx(-PROTECTED - 2 / 3, abs=1e-6)
     assert keys[2, 0] == pytest.approx(-PROTECTED - 1 / 4, abs=1e-6)
     assert keys[1, 1] < keys[2, 0] < keys[2, 1] < -PROTECTED
     assert keys[1, 0] > -2
-    lesser = made.eviction_floor(ExpertId(2, 1))
-    assert keys[2, 0] < lesser < keys[1, 0]
-    better = made.eviction_floor(ExpertId(1, 1))
-    assert better == keys[1, 1]
     # What was once asked for, and is not wanted any more, takes no wanted expert's slot.
-    unwanted = made.eviction_floor(ExpertId(1, 2))
-    assert keys[2, 1] < unwanted < keys[1, 0]
+    for incoming, wanted in (((2, 1), (2, 1)), ((1, 1), (1, 1)), ((1, 2), (1, 0))):
+        kept = np.isinf(made.eviction_keys(ExpertId(*incoming), False))
+        assert (kept == (keys <= min(keys[wanted], -PROTECTED))).all()
     # Once a layer's gate has spoken, its experts are as evictable as others.
     made.on_outcome(LayerOutcome(decode(0), 1, (1,), (), ()))
-    assert made.eviction_keys(ExpertId(1, 2))[1, 1] > -2
+    assert made.eviction_keys(ExpertId(1, 2), True)[1, 1] > -2
 
 
 @pytest.mark.parametrize("eviction", ["lfu", "lru"])
@@ -215,10 +214,10 @@ def test_plain_orders_can_be_chosen(eviction: Literal["lfu", "lru"]) -> None:
     made = policy(eviction=eviction)
     for expert in (1, 1, 2):
         made.on_outcome(LayerOutcome(decode(0), 2, (expert,), (), ()))
-    keys = made.eviction_keys(ExpertId(2, 0))
+    keys = made.eviction_keys(ExpertId(2, 0), True)
     assert (keys[2, 1] < keys[2, 2]) == (eviction == "lfu")
     made.begin_serving()
-    assert (made.eviction_keys(ExpertId(2, 0)) == 0).all()
+    assert (made.eviction_keys(ExpertId(2, 0), True) == 0).all()
 
 
 def test_requests_enter_while_serving_only_if_it_grows() -> None:
@@ -226,7 +225,7 @@ def test_requests_enter_while_serving_only_if_it_grows() -> None:
         made = policy(online_growth=growing)
         for number in (0, 1):
             made.on_embeddings(decode(number), EMBEDDINGS)
-            wishes(made, decode(number), gate(0, 0))
+            ranked(made, decode(number), gate(0, 0))
             made.end_request(number)
             made.begin_serving()
         assert made.collection.size == (2 if growing else 1)
@@ -234,25 +233,25 @@ def test_requests_enter_while_serving_only_if_it_grows() -> None:
 
 def test_a_request_is_compared_with_one_that_ended_meanwhile() -> None:
     made = policy(SECOND)
-    wishes(made, decode(0), gate(0, 0))
+    ranked(made, decode(0), gate(0, 0))
     for layer, expert in enumerate((0, 1, 3)):
-        wishes(made, decode(1), gate(layer, expert))
+        ranked(made, decode(1), gate(layer, expert))
     made.end_request(1)
     made.on_embeddings(decode(0), EMBEDDINGS)
     # Request 0 shares layer 0 with request 1, and nothing with what was stored before.
-    assert wishes(made, decode(0), gate(1, 0)) == pytest.approx({(2, 3): 2 / 3})
+    assert ranked(made, decode(0), gate(1, 0)) == pytest.approx({(2, 3): 2 / 3})
 
 
 def test_a_saved_collection_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "matrices.safetensors"
-    policy(FIRST, SECOND).save(path, "this model")
+    policy(FIRST, SECOND).collection.save(path, "this model")
     loaded = policy()
-    loaded.load(path, "this model")
+    loaded.collection.load(path, "this model")
     assert loaded.collection.matrices.tolist() == [FIRST.tolist(), SECOND.tolist()]
     assert loaded.collection.popularity.tolist() == (FIRST + SECOND).tolist()
     with pytest.raises(StoreMismatch, match="for model_id 'this model', not 'another'"):
-        policy().load(path, "another")
+        policy().collection.load(path, "another")
     for wrong in (FIRST * -1, FIRST / 3, FIRST[1:]):
         save_file({"matrices": wrong[None]}, path, metadata={"model_id": "this model"})
         with pytest.raises(StoreMismatch, match="holds matrices"):
-            policy().load(path, "this model")
+            policy().collection.load(path, "this model")

@@ -14,7 +14,8 @@ from experiments.run.schedule import Request
 from experiments.run.small_models import small_model
 from experiments.train.predictor import Recording, record, top_k_accuracy, train
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import ExpertId, Gate, GateWeights, Iteration, ModelShape
+from finemoe.offload.policy import Gate, GateWeights, Iteration, ModelShape
+from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=4, experts=3, top_k=1, hidden_size=2)
 DECODE = Iteration(1, "decode", (0,), (1,))
@@ -40,25 +41,23 @@ def test_the_gate_at_the_stride_predicts_the_nearest_layer_first() -> None:
     policy = promoe(SHAPE, prefetch_distance=2)
     assert isinstance(policy, ProMoEPolicy)
     policy.set_gates(gates())
-    (near,) = policy.on_gate(DECODE, gate(0, [3, 0]))
-    (far,) = policy.on_gate(DECODE, gate(1, [3, 0]))
-    assert near.expert == ExpertId(2, 0)
-    assert far.expert == ExpertId(3, 1)
     # Softmax of (3, 0, -3), plus the layers that are left from the target on.
     best = 1 / (1 + np.exp(-3) + np.exp(-6))
-    assert [near.priority, far.priority] == pytest.approx([2 + best, 1 + best])
-    assert list(policy.on_gate(DECODE, gate(2, [3, 0]))) == []
+    near = asked(policy.on_gate(DECODE, gate(0, [3, 0])))
+    assert near == pytest.approx({(2, 0): 2 + best})
+    far = asked(policy.on_gate(DECODE, gate(1, [3, 0])))
+    assert far == pytest.approx({(3, 1): 1 + best})
+    assert policy.on_gate(DECODE, gate(2, [3, 0])) is None
 
 
 def test_tokens_are_united_and_extra_experts_added() -> None:
     policy = promoe(SHAPE, prefetch_distance=2)
     policy.set_gates(gates())
-    wishes = policy.on_gate(PREFILL, gate(0, [3, 0], [0, 2]))
-    assert [wish.expert.index for wish in wishes] == [0, 1]
+    both = policy.on_gate(PREFILL, gate(0, [3, 0], [0, 2]))
+    assert list(asked(both)) == [(2, 0), (2, 1)]
     more = promoe(SHAPE, prefetch_distance=2, extra=1)
     more.set_gates(gates())
-    wishes = more.on_gate(DECODE, gate(0, [3, 0]))
-    assert [wish.expert.index for wish in wishes] == [0, 1]
+    assert list(asked(more.on_gate(DECODE, gate(0, [3, 0])))) == [(2, 0), (2, 1)]
 
 
 def predictor() -> LearnedPredictor:
@@ -79,10 +78,8 @@ def test_a_saved_predictor_is_used_for_its_source_layer(tmp_path: Path) -> None:
     predictor().save(path, 2, {"model": "test"})
     options = ProMoEOptions(2, "learned", str(path))
     policy = ProMoEPolicy(SHAPE, options)
-    (wish,) = policy.on_gate(DECODE, gate(0, [3, 0]))
-    assert wish.expert == ExpertId(2, 0)
-    (wish,) = policy.on_gate(DECODE, gate(1, [3, 0]))
-    assert wish.expert == ExpertId(3, 2)
+    assert list(asked(policy.on_gate(DECODE, gate(0, [3, 0])))) == [(2, 0)]
+    assert list(asked(policy.on_gate(DECODE, gate(1, [3, 0])))) == [(3, 2)]
 
 
 def test_a_predictor_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from experiments.errors import UserError
-from experiments.run import setup, testbeds
+from experiments.run import live, testbeds
 from experiments.run.config import build, check
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, config, run_command
 
 
-def prepared(*overrides: str) -> setup.Setup:
+def prepared(*overrides: str) -> live.LiveSetup:
     cfg = composed(*overrides)
-    return setup.prepare(cfg, build(cfg.testbed))
+    return live.load_setup(cfg, build(cfg.testbed))
 
 
 def complaint(*overrides: str) -> str:
@@ -149,5 +149,5 @@ def test_a_mistake_is_refused_before_anything_is_loaded(overrides: str) -> None:
 
 
 def test_a_budget_beyond_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(live, "free_bytes", lambda device: 1_000_000)
     assert "lower memory_budget" in complaint("memory_budget=100%")

@@ -15,11 +15,10 @@ from torch import Tensor
 from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend
+from experiments.run.live import LiveBackend, PlainRuntime
 from experiments.run.protocol import run
 from experiments.run.schedule import FixedBatches, Request, Server
 from experiments.run.small_models import FAMILIES, small_model
-from experiments.run.zero import PlainRuntime
 from finemoe.offload.model import find_moe_layers
 from tests.command import SMALL, composed, run_command
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,10 +18,10 @@ from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
     ModelShape,
-    Prefetch,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
+from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
 OPTIONS = FineMoEOptions(prefetch_distance=2)
@@ -32,7 +31,7 @@ INCOMING = ExpertId(0, 0)
 
 DECODE = Iteration(0, "decode", (0,), (1,))
 LIKELY = (0.5, 0.25, 0.125, 0.125)
-Wishes = dict[tuple[int, int], float]
+Requests = dict[tuple[int, int], float]
 
 
 def array(*rows: object) -> FloatArray:
@@ -55,12 +54,6 @@ def policy_with(
     for embedding, expert_map in stored:
         policy.store.add(expert_map, embedding)
     return policy
-
-
-def wishes(prefetches: Sequence[Prefetch]) -> Wishes:
-    asked = {(p.expert.layer, p.expert.index): p.priority for p in prefetches}
-    assert len(asked) == len(prefetches), "an expert is asked for twice"
-    return asked
 
 
 def outcome(layer: int, *activated: int) -> LayerOutcome:
@@ -134,25 +127,25 @@ QUERY = array((7, 24))
 
 
 def test_paper_priorities_from_embeddings_count_from_before_the_first_layer() -> None:
-    asked = wishes(policy_with(OPTIONS, ONE).on_embeddings(DECODE, QUERY))
+    found = asked(policy_with(OPTIONS, ONE).on_embeddings(DECODE, QUERY))
     expected = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
-    assert asked == pytest.approx(expected)
+    assert found == pytest.approx(expected)
 
 
 def test_demo_priorities_from_embeddings_decay_over_the_band() -> None:
-    asked = wishes(policy_with(DEMO, ONE).on_embeddings(DECODE, QUERY))
-    expected: Wishes = {(layer, index): TAIL for layer in range(2) for index in range(4)}
+    found = asked(policy_with(DEMO, ONE).on_embeddings(DECODE, QUERY))
+    expected: Requests = {(layer, index): TAIL for layer in range(2) for index in range(4)}
     expected[0, 0] += 0.5 * (1 - 0 / 2)
     expected[1, 1] += 0.5 * (1 - 1 / 2)
-    assert asked == pytest.approx(expected)
+    assert found == pytest.approx(expected)
 
 
-def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Wishes:
+def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:
     """Observe stored rows up to `layer`, then `row` there, and return what is asked for."""
     policy.on_embeddings(DECODE, QUERY)
     for before in range(layer):
         policy.on_gate(DECODE, gate(before, policy.store.expert_map(0)[before]))
-    return wishes(policy.on_gate(DECODE, gate(layer, row)))
+    return asked(policy.on_gate(DECODE, gate(layer, row)))
 
 
 # A gate that puts all on expert 3 has cosine 0.125 / |LIKELY| = 0.125 / 0.5863 = 0.2132 with row
@@ -161,16 +154,16 @@ SURPRISE = (0, 0, 0, 1)
 
 
 # The demo's band starts at the target and ends at layer 3: 1 - 0/4 and 1 - 1/4 of two layers.
-DEMO_BAND: Wishes = {
+DEMO_BAND: Requests = {
     **{(layer, index): TAIL for layer in (2, 3) for index in range(4)},
     **{(2, 2): TAIL + 0.5, (2, 3): TAIL + 0.25},
     **{(3, 3): TAIL + 0.5 * 0.75, (3, 0): TAIL + 0.25 * 0.75},
 }
-ALL_LAYERS: Wishes = {
+ALL_LAYERS: Requests = {
     **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
     **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
 }
-AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Wishes]] = {
+AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Requests]] = {
     "the layer at the distance": (
         *({}, 0, SURPRISE),
         {(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
@@ -198,9 +191,9 @@ def test_a_gate_asks_for(case: str) -> None:
 
 def test_a_distance_beyond_the_model_predicts_every_layer_at_once() -> None:
     policy = policy_with(replace(OPTIONS, prefetch_distance=9), ONE)
-    asked = wishes(policy.on_embeddings(DECODE, array((1, 0))))
-    assert asked == pytest.approx({(layer, layer): 0.5 / (layer + 1) for layer in range(4)})
-    assert wishes(policy.on_gate(DECODE, gate(0, SURPRISE))) == {}
+    found = asked(policy.on_embeddings(DECODE, array((1, 0))))
+    assert found == pytest.approx({(layer, layer): 0.5 / (layer + 1) for layer in range(4)})
+    assert asked(policy.on_gate(DECODE, gate(0, SURPRISE))) == {}
 
 
 # Options --------------------------------------------------------------------------------------
@@ -218,19 +211,19 @@ TWO = ((array(1, 0), rolled(1)), (array(0, 1), rolled(0)))
     ],
 )
 def test_the_search_decides_who_predicts_which_layers(
-    search: Literal["both", "semantic", "trajectory"], first_layers: Wishes, third_layer: Wishes
+    search: Literal["both", "semantic", "trajectory"], first_layers: Requests, third_layer: Requests
 ) -> None:
     policy = policy_with(replace(OPTIONS, search=search), *TWO)
-    assert wishes(policy.on_embeddings(DECODE, array((1, 0)))) == pytest.approx(first_layers)
-    assert wishes(policy.on_gate(DECODE, gate(0, LIKELY))) == pytest.approx(third_layer)
+    assert asked(policy.on_embeddings(DECODE, array((1, 0)))) == pytest.approx(first_layers)
+    assert asked(policy.on_gate(DECODE, gate(0, LIKELY))) == pytest.approx(third_layer)
 
 
 @pytest.mark.parametrize("query", [(1, 0), (7, 24), (0, 1)])
 def test_top_k_selection_ignores_the_score(query: tuple[float, float]) -> None:
     shape = replace(SHAPE, top_k=2)
     policy = policy_with(replace(OPTIONS, selection="top_k"), ONE, shape=shape)
-    asked = wishes(policy.on_embeddings(DECODE, array(query)))
-    assert asked == pytest.approx({(0, 0): 0.5, (0, 1): 0.25, (1, 1): 0.25, (1, 2): 0.125})
+    found = asked(policy.on_embeddings(DECODE, array(query)))
+    assert found == pytest.approx({(0, 0): 0.5, (0, 1): 0.25, (1, 1): 0.25, (1, 2): 0.125})
 
 
 @pytest.mark.parametrize(("apart", "where"), [(True, "background"), (False, "critical_path")])
@@ -250,7 +243,7 @@ def serve(
     policy.on_embeddings(iteration, tokens)
     for layer in range(policy.shape.layers):
         policy.on_gate(iteration, Gate(layer, np.roll(rows, layer, axis=1), (0,), None))
-    assert policy.end_iteration(iteration) == ()
+    policy.end_iteration(iteration)
 
 
 def test_mean_aggregation_remembers_one_iteration_a_request() -> None:
@@ -281,10 +274,10 @@ def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> No
     )
     one_layer = replace(OPTIONS, prefetch_distance=1)
     mean = policy_with(one_layer, *stored)
-    assert wishes(mean.on_embeddings(prompt, TOKENS[:2])) == pytest.approx({(0, 2): 0.5})
+    assert asked(mean.on_embeddings(prompt, TOKENS[:2])) == pytest.approx({(0, 2): 0.5})
     token = policy_with(replace(one_layer, aggregation="token"), *stored)
-    asked = wishes(token.on_embeddings(prompt, TOKENS[:2]))
-    assert asked == pytest.approx({(0, 0): 0.5, (0, 1): 0.5})
+    found = asked(token.on_embeddings(prompt, TOKENS[:2]))
+    assert found == pytest.approx({(0, 0): 0.5, (0, 1): 0.5})
 
 
 @pytest.mark.parametrize(("online_growth", "size"), [(True, 2), (False, 1)])
@@ -301,24 +294,24 @@ def test_preparation_fills_the_store_and_serving_only_one_that_grows(
 
 def test_serving_begins_without_the_visits_of_the_preparation() -> None:
     policy = policy_with(OPTIONS)
-    fresh = policy.eviction_keys(INCOMING).copy()
+    fresh = policy.eviction_keys(INCOMING, True).copy()
     for _ in range(3):
         policy.on_outcome(outcome(1, 2))
     policy.begin_serving()
-    assert np.array_equal(policy.eviction_keys(INCOMING), fresh)
+    assert np.array_equal(policy.eviction_keys(INCOMING, True), fresh)
 
 
 def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
     # C = 1000: maps 1000 * 4 * 4 * 4; embeddings 1000 * 2 * 4 and norms 4 * 1000 * 4 on top.
-    assert policy_with(OPTIONS).memory_bytes() == {"maps": 64_000, "store": 88_000}
+    assert policy_with(OPTIONS).store.memory_bytes() == {"maps": 64_000, "store": 88_000}
 
 
 @pytest.mark.parametrize("options", [OPTIONS, replace(DEMO, horizon="all")])
 def test_an_empty_store_prefetches_nothing(options: FineMoEOptions) -> None:
     policy = policy_with(options)
-    assert wishes(policy.on_embeddings(DECODE, QUERY)) == {}
+    assert asked(policy.on_embeddings(DECODE, QUERY)) == {}
     for layer in range(4):
-        assert wishes(policy.on_gate(DECODE, gate(layer, LIKELY))) == {}
+        assert asked(policy.on_gate(DECODE, gate(layer, LIKELY))) == {}
 
 
 def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
@@ -327,10 +320,10 @@ def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
     policy = policy_with(OPTIONS, (array(24, 7), rolled(0)), (array(0, 1), other))
     # Query (4, -3) scores 75/125 = 0.6 with (24, 7): delta 0.4 takes one expert a layer.
     # Query (0, 1) scores 1 with (0, 1), and (1, 1) is asked for by both: 0.5 / 2 and 1 / 2.
-    asked = wishes(policy.on_embeddings(batch, array((4, -3), (0, 1))))
-    assert asked == pytest.approx({(0, 0): 0.5, (0, 2): 0.75, (1, 1): 0.5})
-    reverse = wishes(policy.on_embeddings(batch, array((0, 1), (4, -3))))
-    assert reverse == pytest.approx(asked)
+    found = asked(policy.on_embeddings(batch, array((4, -3), (0, 1))))
+    assert found == pytest.approx({(0, 0): 0.5, (0, 2): 0.75, (1, 1): 0.5})
+    reverse = asked(policy.on_embeddings(batch, array((0, 1), (4, -3))))
+    assert reverse == pytest.approx(found)
 
 
 def test_requests_of_a_batch_follow_their_own_trajectories() -> None:
@@ -338,8 +331,8 @@ def test_requests_of_a_batch_follow_their_own_trajectories() -> None:
     policy = policy_with(OPTIONS, *TWO)
     policy.on_embeddings(batch, array((1, 0), (1, 0)))
     rows = array(LIKELY, np.roll(LIKELY, 1))
-    asked = wishes(policy.on_gate(batch, Gate(0, rows, (0, 1), None)))
-    assert asked == pytest.approx({(2, 2): 0.25, (2, 3): 0.25})
+    found = asked(policy.on_gate(batch, Gate(0, rows, (0, 1), None)))
+    assert found == pytest.approx({(2, 2): 0.25, (2, 3): 0.25})
 
 
 # Eviction -------------------------------------------------------------------------------------
@@ -351,7 +344,7 @@ def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:
     for _ in range(3):
         policy.on_outcome(outcome(0, 0, 3))
     policy.on_outcome(outcome(3, 1))
-    keys = policy.eviction_keys(INCOMING)
+    keys = policy.eviction_keys(INCOMING, True)
     # Layer 0 expects (1/2, 1/4, 1/8, 1/8) and saw (3, 0, 0, 3) visits.
     assert keys[0] == pytest.approx([2 / 3, 4, 8, 8 / 3])
     # Layer 3 expects (1/4, 1/8, 1/8, 1/2) and saw (0, 1, 0, 0) visits.
@@ -362,7 +355,7 @@ def test_a_gate_revises_the_map_of_the_layers_from_its_target_on() -> None:
     policy = policy_with(OPTIONS, *TWO)
     policy.on_embeddings(DECODE, array((1, 0)))
     policy.on_gate(DECODE, gate(0, LIKELY))
-    keys = policy.eviction_keys(INCOMING)
+    keys = policy.eviction_keys(INCOMING, True)
     for layer, expected in enumerate([rolled(1), rolled(1), rolled(0), rolled(0)]):
         assert keys[layer] == pytest.approx(1 / expected[layer])
 
@@ -372,7 +365,7 @@ def test_a_gate_may_return_to_a_map_that_another_gate_left() -> None:
     policy.on_embeddings(DECODE, array((1, 0)))
     policy.on_gate(DECODE, gate(0, LIKELY))
     policy.on_gate(DECODE, gate(1, 10 * rolled(1)[1]))
-    keys = policy.eviction_keys(INCOMING)
+    keys = policy.eviction_keys(INCOMING, True)
     for layer, expected in enumerate([rolled(1), rolled(0), rolled(1), rolled(1)]):
         assert keys[layer] == pytest.approx(1 / expected[layer])
 
@@ -380,10 +373,10 @@ def test_a_gate_may_return_to_a_map_that_another_gate_left() -> None:
 def test_a_replaced_map_is_followed_where_the_old_one_was() -> None:
     policy = policy_with(replace(OPTIONS, store_capacity=1), ONE)
     policy.on_embeddings(DECODE, QUERY)
-    policy.compute_ahead(DECODE, Gates(rolled(1)[:, None], [(0,)] * 4, None))
+    policy.predict_ahead(DECODE, Gates(rolled(1)[:, None], [(0,)] * 4, None))
     policy.end_iteration(DECODE)
     policy.on_embeddings(replace(DECODE, number=1), QUERY)
-    assert policy.eviction_keys(INCOMING) == pytest.approx(1 / rolled(1))
+    assert policy.eviction_keys(INCOMING, True) == pytest.approx(1 / rolled(1))
 
 
 def test_a_batch_keeps_what_any_request_expects() -> None:
@@ -391,12 +384,12 @@ def test_a_batch_keeps_what_any_request_expects() -> None:
     policy = policy_with(OPTIONS, *TWO)
     policy.on_embeddings(batch, array((1, 0), (0, 1)))
     # Layer 0 of the two maps: (1/8, 1/2, 1/4, 1/8) and (1/2, 1/4, 1/8, 1/8).
-    assert policy.eviction_keys(INCOMING)[0] == pytest.approx([2, 2, 4, 8])
+    assert policy.eviction_keys(INCOMING, True)[0] == pytest.approx([2, 2, 4, 8])
 
 
 def eviction_order(policy: FineMoEPolicy) -> list[tuple[int, int]]:
     """Return the used experts, first to go first."""
-    keys = policy.eviction_keys(INCOMING)
+    keys = policy.eviction_keys(INCOMING, True)
     used = [(0, 0), (1, 1), (2, 2), (3, 3)]
     return sorted(used, key=lambda expert: float(keys[expert]), reverse=True)
 

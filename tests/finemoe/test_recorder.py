@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run.serving import Server
+from experiments.run.schedule import Request, Step
 from experiments.run.small_models import FAMILIES
-from experiments.run.workloads import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.trace import CONTENTS, TracedRequest, TraceHeader, trace_writer
 from tests.engine import offloaded
+from tests.engine import serve as together
 
 PAPER = ("mixtral", "qwen2_moe", "phimoe")
 PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [60, 50, 40, 30, 20]])
@@ -28,9 +28,13 @@ def serve(
 ) -> list[tuple[int, ...]]:
     """Serve a batch greedily as requests 7 and so on; return each request's tokens."""
     requests = [Request(7 + n, tuple(prompt), 3) for n, prompt in enumerate(prompts.tolist())]
+
+    def begin(step: Step) -> None:
+        if recorder is not None:
+            recorder.begin(step.iteration)
+
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        server = Server(runtime, listeners=[] if recorder is None else [recorder.begin])
-        return [one.tokens for one in server.serve(requests)]
+        return [one.tokens for one in together(runtime, requests, before=begin)]
 
 
 def record(model: OffloadedModel, prompts: torch.Tensor) -> list[TracedRequest]:

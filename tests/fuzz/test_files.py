@@ -298,8 +298,8 @@ def read_store(path: Path) -> list[Any]:
 
 
 def read_collection(path: Path) -> list[Any]:
-    collection = MatrixCollection(SHAPE, 4)
-    collection.load(path, "a model", "similar")
+    collection = MatrixCollection(SHAPE, 4, "similar")
+    collection.load(path, "a model")
     asked = np.ones((2, 3), np.float32)
     return [collection.matrices, collection.popularity, collection.similarity(asked)]
 

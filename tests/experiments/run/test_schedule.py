@@ -200,11 +200,9 @@ class Watch(OnDemandPolicy):
 
     def on_embeddings(self, iteration: Iteration, embeddings: Any) -> None:
         self.rows.append((iteration, len(embeddings)))
-        return None
 
     def on_gate(self, iteration: Iteration, gate: Any) -> None:
         self.rows.append((iteration, len(gate.probabilities)))
-        return None
 
     def end_request(self, request: int) -> None:
         self.ended.append(request)

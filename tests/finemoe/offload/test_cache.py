@@ -23,7 +23,7 @@ experts = st.sampled_from(EXPERTS)
 
 
 def at(layer: int, index: int) -> int:
-    return SHAPE.place(ExpertId(layer, index))
+    return SHAPE.flat(ExpertId(layer, index))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -39,8 +39,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.pins: Counter[int] = Counter()
         self.peak = 0
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
-        assert SHAPE.place(incoming) not in self.placed, (
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        assert SHAPE.flat(incoming) not in self.placed, (
             "keys are asked for an expert that has a slot"
         )
         return np.array([self.keys[expert] for expert in EXPERTS]).reshape(3, 4)
@@ -146,24 +146,11 @@ TestCacheAgainstModel = CacheMachine.TestCase
 
 def full_cache(keys: NDArray[np.float64], count: int) -> ExpertCache:
     """Hold the first `count` experts in as many slots of one device."""
-    cache = ExpertCache(SHAPE, [count], lambda incoming: keys)
+    cache = ExpertCache(SHAPE, [count], lambda incoming, urgent: keys)
     for expert in EXPERTS[:count]:
         cache.reserve(expert, urgent=False)
         cache.loaded(expert)
     return cache
-
-
-def test_a_prefetch_evicts_only_above_its_floor() -> None:
-    keys = np.array([[1.0, 2.0, 0.0, 0.0]] * 3)
-    floors = {ExpertId(2, 0): 2.0, ExpertId(2, 3): 1.5}
-    cache = ExpertCache(SHAPE, [2], lambda incoming: keys, floor=floors.__getitem__)
-    for expert in EXPERTS[:2]:
-        cache.reserve(expert, urgent=False)
-        cache.loaded(expert)
-    assert cache.reserve(at(2, 0), urgent=False) == NO_SLOT
-    assert cache.reserve(at(2, 3), urgent=False) == at(0, 1)
-    cache.loaded(at(2, 3))
-    assert cache.reserve(at(2, 0), urgent=True) == at(0, 0)
 
 
 def test_keys_that_are_updated_in_place_count_at_once() -> None:

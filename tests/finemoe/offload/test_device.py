@@ -11,7 +11,7 @@ import torch
 from finemoe.offload import device
 from finemoe.offload.cache import ExpertCache, Slot
 from finemoe.offload.device import DeviceSlots, EmulatedLink
-from finemoe.offload.transfer import TransferQueue
+from finemoe.offload.transfer import PrefetchQueue, TransferQueue
 from tests.engine import offloaded
 
 SLOT = Slot(0, 0)
@@ -44,8 +44,8 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     size = model.store.layout.nbytes
     third = size // 3
     assert third * 3 == size
-    cache = ExpertCache(model.shape, (1,), keys=lambda _: np.zeros((3, 4)))
-    queue = TransferQueue(cache, 0, size, third)
+    cache = ExpertCache(model.shape, (1,), keys=lambda incoming, urgent: np.zeros((3, 4)))
+    queue = TransferQueue(cache, PrefetchQueue(cache), 0, size, third)
     slots = DeviceSlots.allocate(model.store.layout, (1,), (torch.device("cpu"),))
 
     # A third of an expert takes a second.

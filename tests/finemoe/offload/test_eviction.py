@@ -14,7 +14,6 @@ from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.eviction import LayeredLruPolicy, Recency, UsageTable
 from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape
-from finemoe.offload.residency import MemoryPlan, Residency
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
 DECODE = Iteration(0, "decode", (0,), (1,))
@@ -23,7 +22,7 @@ A, B, C = ExpertId(0, 3), ExpertId(0, 1), ExpertId(1, 0)
 
 def keys(order: Recency) -> NDArray[np.float64]:
     asked = getattr(order, "eviction_keys", None)
-    return asked(C).copy() if asked else order.lru_keys().copy()
+    return asked(C, True).copy() if asked else order.lru_keys().copy()
 
 
 def by_pickle(order: Recency) -> Recency:
@@ -50,44 +49,14 @@ def test_a_copy_goes_its_own_way(kind: type[Recency], copied: Callable[[Recency]
     assert np.array_equal(keys(order), changed)
 
 
-def test_what_a_spared_layer_goes_through_shows_when_another_is() -> None:
+def test_what_a_protected_layer_goes_through_shows_when_another_is() -> None:
     order = Recency(SHAPE)
     order.on_load(B)
-    order.spare(0)
+    order.protect(0)
     order.on_load(A)
     order.on_load(C)
     assert (order.lru_keys()[0] == -np.inf).all()
-    order.spare(2)
+    order.protect(2)
     assert (order.lru_keys()[2] == -np.inf).all()
     found = order.lru_keys()
     assert found[C] < found[A] < found[B] < 0
-
-
-class Noting(OnDemandPolicy):
-    """Is told of loads as every policy may be."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape)
-        self.loads: list[ExpertId] = []
-
-    def on_load(self, expert: ExpertId) -> None:
-        super().on_load(expert)
-        self.loads.append(expert)
-
-
-@pytest.mark.parametrize("kind", [OnDemandPolicy, Noting])
-def test_the_engine_tells_of_loads(kind: type[OnDemandPolicy]) -> None:
-    policy = kind(SHAPE)
-    engine = Residency(SHAPE, MemoryPlan((2,), expert_bytes=1, chunk_bytes=1), policy)
-    for expert in (A, B):
-        engine.queues[0].demand(SHAPE.place(expert))
-        chunk = engine.next_chunk(0)
-        assert chunk is not None
-        assert engine.chunk_done(0, chunk)
-    engine.queues[0].demand(SHAPE.place(C))
-    assert engine.next_chunk(0) is not None
-    # If nobody had told of the loads, the one with the lower place would have gone.
-    assert not engine.cache.is_resident(SHAPE.place(A))
-    assert engine.cache.is_resident(SHAPE.place(B))
-    if isinstance(policy, Noting):
-        assert policy.loads == [A, B]

@@ -40,7 +40,7 @@ class Usage(Policy):
         self._order = order
         self._forgets = forgets
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return self.table.lru_keys() if self._order == "lru" else self.table.lfu_keys()
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
@@ -62,15 +62,15 @@ def our_hits(stream: Stream, shape: ModelShape, slots: int, policy: Policy) -> l
     cache = ExpertCache(shape, (slots,), policy.eviction_keys, policy.on_evict)
     hits = []
     for number, expert in enumerate(stream):
-        place = shape.place(expert)
-        hit = state(cache, place) is State.RESIDENT
+        flat = shape.flat(expert)
+        hit = state(cache, flat) is State.RESIDENT
         iteration = Iteration(number, "decode", (0,), (1,))
         found = (expert.index,)
         kinds = (found, (), ()) if hit else ((), (), found)
         policy.on_outcome(LayerOutcome(iteration, expert.layer, *kinds))
         if not hit:
-            assert cache.reserve(place, urgent=True) != NO_SLOT
-            cache.loaded(place)
+            assert cache.reserve(flat, urgent=True) != NO_SLOT
+            cache.loaded(flat)
             policy.on_load(expert)
         hits.append(hit)
     cache.check_integrity()
@@ -96,7 +96,7 @@ def lfu_that_forgets(shape: ModelShape, stream: Stream) -> Policy:
 
 def belady(shape: ModelShape, stream: Stream) -> Policy:
     policy = BeladyPolicy(shape)
-    policy.foretell(routing_of(stream, shape))
+    policy.set_future_routing(routing_of(stream, shape))
     return policy
 
 

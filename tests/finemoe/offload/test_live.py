@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -31,12 +31,11 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    Prefetch,
-    PrefetchTable,
-    Wishes,
+    Priorities,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from tests.engine import emulated, offloaded
+from tests.finemoe.offload.states import asking
 
 affinity: Callable[[int], set[int]] = getattr(os, "sched_getaffinity", lambda _: set())
 PROMPT = torch.tensor([[1, 2, 3, 4, 5]])
@@ -75,7 +74,7 @@ class Spy(OnDemandPolicy):
         self.cores: dict[str, set[int]] = {}
         self.gates: list[Gate] = []
         self.outcomes: list[LayerOutcome] = []
-        self.act: Callable[[Gate], Wishes] = lambda gate: ()
+        self.act: Callable[[Gate], Priorities | None] = lambda gate: None
 
     def _note(self, call: str = "") -> None:
         thread = threading.current_thread().name
@@ -83,18 +82,16 @@ class Spy(OnDemandPolicy):
         if call:
             self.calls.append((call, thread))
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Sequence[Prefetch]:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> None:
         self._note(f"embeddings {embeddings.shape}")
-        return ()
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Wishes:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         self._note(f"gate {gate.layer}")
         self.gates.append(gate)
         return self.act(gate)
 
-    def end_iteration(self, iteration: Iteration) -> Sequence[Prefetch]:
+    def end_iteration(self, iteration: Iteration) -> None:
         self._note("end")
-        return ()
 
     def on_load(self, expert: ExpertId) -> None:
         super().on_load(expert)
@@ -150,13 +147,13 @@ def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
 ) -> None:
     policy = Spy(model.shape, Placement("critical_path"))
     # Prefetched while layer 0 holds every slot.
-    policy.act = lambda gate: () if gate.layer else [Prefetch(ExpertId(1, 0), 1.0)]
+    policy.act = lambda gate: None if gate.layer else asking(model.shape, {(1, 0): 1.0})
     live = runtime(model, policy, slots=2)
     arrived: list[bool] = []
 
     def await_prefetch(*_: object) -> None:
         def resident() -> bool:
-            return live.residency.cache.is_resident(live.model.shape.place(ExpertId(1, 0)))
+            return live.residency.cache.is_resident(live.model.shape.flat(ExpertId(1, 0)))
 
         with live._changed:
             arrived.append(live._changed.wait_for(resident, timeout=10))
@@ -197,9 +194,9 @@ class Guarded(deque[int]):
         self._check()
         return super().__iter__()
 
-    def append(self, place: int) -> None:
+    def append(self, flat: int) -> None:
         self._check()
-        super().append(place)
+        super().append(flat)
 
     def clear(self) -> None:
         self._check()
@@ -214,7 +211,7 @@ def test_what_two_threads_touch_is_touched_under_the_lock(
     model: OffloadedModel, prediction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Spy(model.shape, Placement(prediction, awaited=True))  # type: ignore[arg-type]
-    policy.act = lambda gate: () if gate.layer else [Prefetch(ExpertId(2, 0), 1.0)]
+    policy.act = lambda gate: None if gate.layer else asking(model.shape, {(2, 0): 1.0})
     live = runtime(model, policy, slots=1, devices=2)
     live._arrived = Guarded(live)
     calls: set[str] = set()
@@ -263,12 +260,12 @@ def ended(serve: Callable[[], None]) -> Exception | None:
 
 @pytest.mark.parametrize("prediction", ["background", "critical_path"])
 @pytest.mark.parametrize("awaited", [False, True])
-def test_a_table_that_comes_too_late_leaves_no_link_asleep(
+def test_an_answer_that_comes_too_late_leaves_no_link_asleep(
     model: OffloadedModel, prediction: str, awaited: bool
 ) -> None:
     policy = Spy(model.shape, Placement(prediction, awaited=awaited))  # type: ignore[arg-type]
     # After the last gate no layer is in time any more.
-    policy.act = lambda gate: PrefetchTable(np.ones((model.shape.layers, model.shape.experts)))
+    policy.act = lambda gate: np.ones((model.shape.layers, model.shape.experts))
 
     def serve() -> None:
         with runtime(model, policy, slots=1, devices=2) as live:
@@ -305,8 +302,8 @@ def test_an_expert_that_no_link_can_bring_is_an_error_at_once(model: OffloadedMo
         with runtime(model, OnDemandPolicy(model.shape), slots=4) as live:
             serve_and_drain(live)
             with live._lock:
-                for place in range(model.shape.size):
-                    live.residency.cache.pin(place)
+                for flat in range(model.shape.size):
+                    live.residency.cache.pin(flat)
             live.forward(Iteration(1, "prefill", (0,), (5,)), input_ids=PROMPT)
 
     assert "waits for an expert that no link can bring" in str(ended(serve))

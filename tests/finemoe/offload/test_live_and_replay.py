@@ -87,7 +87,7 @@ def recorded(model: OffloadedModel, size: int) -> dict[int, TracedRequest]:
         }
 
 
-def foretold(trace: dict[int, TracedRequest], size: int) -> Routing:
+def future(trace: dict[int, TracedRequest], size: int) -> Routing:
     """Return the activated experts of every layer, iteration by iteration."""
     routing = []
     for batch in batches(size):
@@ -157,7 +157,7 @@ def test_live_and_replay_find_every_expert_alike(
     trace = recorded(model, size)
     policy = prepared(configured(system, model.shape), model)
     if policy.set_future_routing:
-        policy.set_future_routing(foretold(trace, size))
+        policy.set_future_routing(future(trace, size))
     seen = []
     budgets = DEVICES[devices]
     if devices > 1 and system in COUPLED:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.run.serving import PlainRuntime, Server
+from experiments.run.live import PlainRuntime
 from experiments.run.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime
-from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests
+from tests.engine import OPTIONS, configured, emulated, logits_of, offloaded, prepared, requests
 
 FEW: dict[str, dict[str, Any]] = {
     "finemoe": {"store_capacity": 3},
@@ -33,8 +33,7 @@ def test_every_budget_serves_the_same_logits(
     family: str, dtype: torch.dtype, batch: int, devices: int
 ) -> None:
     served = requests(batch, 7, output=5)
-    reference = Server(PlainRuntime(small_model(family, dtype)))
-    reference.serve(served)
+    expected = logits_of(PlainRuntime(small_model(family, dtype)), served)
     model = offloaded(family, dtype)
     shape = model.shape
     for total in {max(shape.top_k, devices), shape.size // 2, shape.size}:
@@ -44,8 +43,7 @@ def test_every_budget_serves_the_same_logits(
             testbed = emulated(devices, chunk_bytes=1024)
             nbytes = model.store.layout.nbytes
             with offloading_runtime(model, policy, testbed, slots, nbytes) as runtime:
-                server = Server(runtime)
-                server.serve(served)
-            assert len(server.logits) == len(reference.logits) == 5
-            assert all(map(torch.equal, server.logits, reference.logits))
+                logits = logits_of(runtime, served)
+            assert len(logits) == len(expected) == 5
+            assert all(map(torch.equal, logits, expected))
             runtime.residency.cache.check_integrity()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finemoe.offload.model_thread import Extra, ThreadCosts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,28 +22,29 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Policy,
-    Prefetch,
+    Priorities,
 )
-from finemoe.offload.replay import PredictionCosts, ReplayRuntime
+from finemoe.offload.replay import Extra, PredictionCosts, ReplayRuntime, ThreadCosts
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
 from finemoe.offload.timeline import trace_events
 from finemoe.offload.virtual_links import LinkRate
+from tests.finemoe.offload.states import asking
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=1, hidden_size=3)
 BYTES, CHUNK = 8, 2
 
 
 class Scripted(Policy):
-    """Wishes what the test says, after the gates it says."""
+    """Requests what the test says, after the gate of layer 0."""
 
-    def __init__(self, wishes: dict[int, list[Prefetch]], **placement: object) -> None:
+    def __init__(self, requests: dict[tuple[int, int], float], **placement: object) -> None:
         self.placement = Placement(**placement)  # type: ignore[arg-type]
-        self.wishes = wishes
+        self.requests = asking(SHAPE, requests) if requests else None
         self.usage = UsageTable(SHAPE)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> list[Prefetch]:
-        return self.wishes.get(gate.layer, [])
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+        return None if gate.layer else self.requests
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         self.usage.on_outcome(outcome)
@@ -52,7 +52,7 @@ class Scripted(Policy):
     def on_load(self, expert: ExpertId) -> None:
         self.usage.on_load(expert)
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return self.usage.lru_keys()
 
 
@@ -114,32 +114,32 @@ def test_resident_experts_compute_while_missing_ones_arrive() -> None:
 
 
 def test_a_prefetch_that_arrives_in_time_is_a_hit() -> None:
-    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
-    replay, outcomes = runtime(Scripted(wish, prediction="background"))
+    requests = {(1, 1): 1.0}
+    replay, outcomes = runtime(Scripted(requests, prediction="background"))
     # The link is free when expert 0 of layer 0 has arrived at 18; the prefetch arrives at 26.
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10 + 1)
     assert outcomes[1].hits == (1,)
 
 
 def test_a_late_prefetch_goes_on_where_it_stood() -> None:
-    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
+    requests = {(1, 1): 1.0}
     # The search ends at 24: at the gate of layer 1, at 29, five of eight bytes are there.
-    replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=14.0)
+    replay, outcomes = runtime(Scripted(requests, prediction="background"), gate_s=14.0)
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(32 + 1)
     assert outcomes[1].late == (1,)
 
 
 def test_prediction_on_the_critical_path_delays_the_layer() -> None:
-    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
-    replay, outcomes = runtime(Scripted(wish, prediction="critical_path"), gate_s=14.0)
+    requests = {(1, 1): 1.0}
+    replay, outcomes = runtime(Scripted(requests, prediction="critical_path"), gate_s=14.0)
     # The gate's own load runs meanwhile: 10, 14 to predict, 1 to compute, 10, 14, 1.
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50)
     assert outcomes[1].hits == (1,)
 
 
 def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
-    wish = {0: [Prefetch(ExpertId(1, j), 1.0) for j in range(4)]}
-    replay, outcomes = runtime(Scripted(wish, prediction="critical_path", awaited=True))
+    requests = {(1, j): 1.0 for j in range(4)}
+    replay, outcomes = runtime(Scripted(requests, prediction="critical_path", awaited=True))
     # Layer 0 ends when its own expert and then all four are there, at 10 + 8 + 32.
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50 + 10 + 1)
     assert outcomes[1].hits == (1,)
@@ -148,11 +148,11 @@ def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
 
 def test_awaiting_ends_when_no_slot_can_be_had() -> None:
     class Stubborn(Scripted):
-        def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+        def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
             return np.full((SHAPE.layers, SHAPE.experts), -np.inf)
 
-    wish = {0: [Prefetch(ExpertId(1, j), 1.0) for j in range(4)]}
-    replay, _ = runtime(Stubborn(wish, prediction="critical_path", awaited=True), slots=(2,))
+    requests = {(1, j): 1.0 for j in range(4)}
+    replay, _ = runtime(Stubborn(requests, prediction="critical_path", awaited=True), slots=(2,))
     assert replay.forward(routed(0, (0,), (0,))) == pytest.approx(10 + 8 + 8 + 11)
 
 
@@ -168,9 +168,9 @@ def test_awaiting_ends_when_no_slot_can_be_had() -> None:
     ],
 )
 def test_a_demand_waits_for_the_chunks_in_flight(in_flight: int, lag: float, turns: float) -> None:
-    wish = {0: [Prefetch(ExpertId(1, 3), 1.0)]}
+    requests = {(1, 3): 1.0}
     rate = LinkRate(1.0, chunks_in_flight=in_flight, lag=lag)
-    replay, outcomes = runtime(Scripted(wish, prediction="background"), gate_s=15.5, rate=rate)
+    replay, outcomes = runtime(Scripted(requests, prediction="background"), gate_s=15.5, rate=rate)
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(turns + 8 + 1)
     assert outcomes[1].misses == (1,)
     assert replay.residency.traffic().wasted == turns - 25.5
@@ -188,8 +188,8 @@ def test_an_idle_link_wakes_up_once_for_loads_that_follow_one_another() -> None:
 
 
 def test_a_prefetch_wakes_an_idle_link_and_keeps_a_busy_one_awake() -> None:
-    wish = {0: [Prefetch(ExpertId(1, 1), 1.0), Prefetch(ExpertId(1, 2), 0.5)]}
-    policy = Scripted(wish, prediction="background")
+    requests = {(1, 1): 1.0, (1, 2): 0.5}
+    policy = Scripted(requests, prediction="background")
     replay, outcomes = runtime(policy, gate_s=8.75, rate=LinkRate(1.0, wake=0.5))
     # Expert 0 is there at 18.5; the search ends at 18.75, so its loads run from 19.25 to 27.25 and
     # from there to 35.25, when the gate of layer 1, asked at 29.5, goes on.
@@ -209,8 +209,8 @@ def test_a_waiting_model_resumes_late_and_its_link_goes_on_meanwhile() -> None:
 
 
 def test_a_model_that_awaited_prefetches_resumes_late() -> None:
-    wish = {0: [Prefetch(ExpertId(1, j), 1.0) for j in range(4)]}
-    policy = Scripted(wish, prediction="critical_path", awaited=True)
+    requests = {(1, j): 1.0 for j in range(4)}
+    policy = Scripted(requests, prediction="critical_path", awaited=True)
     replay, _ = runtime(policy, thread=ThreadCosts(resume=0.25))
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50.25 + 10 + 1)
 
@@ -225,9 +225,9 @@ def test_parts_take_longer_after_a_wait_and_beside_a_copy() -> None:
 
 
 def test_a_prefetch_beside_it_slows_the_dense_part() -> None:
-    wish = {0: [Prefetch(ExpertId(1, 1), 1.0)]}
+    requests = {(1, 1): 1.0}
     thread = ThreadCosts(dense=Extra(while_copying=0.5))
-    replay, _ = runtime(Scripted(wish, prediction="background"), thread=thread)
+    replay, _ = runtime(Scripted(requests, prediction="background"), thread=thread)
     # The prefetch runs from 18 to 26, layer 1's dense part from 19 to 29.5.
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10.5 + 1)
 
@@ -297,20 +297,13 @@ def test_a_timeline_takes_spans_from_many_threads(tmp_path: Path) -> None:
 
 
 layers = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True).map(tuple)
-wishes = st.lists(
-    st.builds(
-        Prefetch,
-        st.builds(ExpertId, st.just(1), st.integers(0, 3)),
-        st.floats(0.1, 1.0, allow_nan=False),
-    ),
-    max_size=4,
-)
+asked_for = st.dictionaries(st.tuples(st.just(1), st.integers(0, 3)), st.floats(0.1, 1.0))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     trace=st.lists(st.tuples(layers, layers), min_size=1, max_size=6),
-    wish=wishes,
+    requests=asked_for,
     slots=st.sampled_from([(1,), (3,), (1, 1), (2, 1, 1)]),
     prediction=st.sampled_from(["background", "critical_path"]),
     awaited=st.booleans(),
@@ -319,14 +312,14 @@ wishes = st.lists(
 )
 def test_every_access_is_served_within_the_budget(
     trace: list[tuple[tuple[int, ...], tuple[int, ...]]],
-    wish: list[Prefetch],
+    requests: dict[tuple[int, int], float],
     slots: tuple[int, ...],
     prediction: str,
     awaited: bool,
     parallel: bool,
     gate_s: float,
 ) -> None:
-    policy = Scripted({0: wish}, prediction=prediction, awaited=awaited)
+    policy = Scripted(requests, prediction=prediction, awaited=awaited)
     replay, outcomes = runtime(policy, slots=slots, gate_s=gate_s, parallel=parallel)
     before = 0.0
     for number, activated in enumerate(trace):

@@ -1,4 +1,4 @@
-"""How gates and wishes become cache and queue operations, and how accesses are classified."""
+"""How gates and requests become cache and queue operations, and how accesses are classified."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from finemoe.offload.hooks import PolicyError
 from finemoe.offload.policy import (
     ExpertId,
     Iteration,
     LayerOutcome,
     ModelShape,
     Policy,
-    Prefetch,
-    PrefetchTable,
+    PolicyError,
+    Priorities,
 )
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.transfer import Traffic
-from tests.finemoe.offload.states import State, state
+from tests.finemoe.offload.states import State, asking, state
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 10, 5
@@ -42,7 +41,7 @@ class ListeningPolicy(Policy):
     def on_load(self, expert: ExpertId) -> None:
         self.loads.append(expert)
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return -np.arange(12.0).reshape(3, 4)
 
 
@@ -59,16 +58,16 @@ def iteration(number: int) -> Iteration:
     return Iteration(number, "decode", (0,), (1,))
 
 
-def wish(*experts: tuple[int, int]) -> list[Prefetch]:
+def ranked(*experts: tuple[int, int]) -> Priorities:
     """Ask for experts, the first one most."""
-    return [Prefetch(ExpertId(*expert), 1 / (rank + 1)) for rank, expert in enumerate(experts)]
+    return asking(SHAPE, {expert: 1 / (rank + 1) for rank, expert in enumerate(experts)})
 
 
 def ask(engine: Residency, number: int, *experts: tuple[int, int]) -> bool:
-    """Have the policy wish for experts; return whether a link is to look at that."""
+    """Have the policy request experts; return whether a link is to look at that."""
     woken: list[None] = []
     engine.wake = lambda: woken.append(None)
-    engine.prefetch(number, wish(*experts), engine.policy.on_gate)
+    engine.prefetch(number, ranked(*experts), engine.policy.on_gate)
     return bool(woken)
 
 
@@ -85,7 +84,7 @@ def copy_all(engine: Residency) -> list[ExpertId]:
     for device in range(len(engine.queues)):
         while (chunk := engine.next_chunk(device)) is not None:
             if engine.chunk_done(device, chunk):
-                loaded.append(engine.experts[chunk.place])
+                loaded.append(engine.experts[chunk.flat])
     engine.cache.check_integrity()
     return loaded
 
@@ -95,13 +94,12 @@ def kinds(outcome: LayerOutcome) -> tuple[tuple[int, ...], tuple[int, ...], tupl
 
 
 def requested(engine: Residency) -> list[ExpertId]:
-    places = range(SHAPE.size)
-    wanted = [p for p in places if engine.queues[engine.cache.device_of(p)].requested(p)]
-    return [engine.experts[place] for place in wanted]
+    queues, device = engine.queues, engine.cache.device_of
+    return [e for n, e in enumerate(engine.experts) if queues[device(n)].requested(n)]
 
 
 def at(layer: int, index: int) -> int:
-    return SHAPE.place(ExpertId(layer, index))
+    return SHAPE.flat(ExpertId(layer, index))
 
 
 def release(engine: Residency, layer: int, indices: Iterable[int]) -> None:
@@ -163,7 +161,7 @@ def test_a_gate_cancels_on_every_device() -> None:
     assert requested(engine) == [ExpertId(0, 3)]
 
 
-def test_wishes_for_layers_that_already_ran_are_dropped() -> None:
+def test_requests_for_layers_that_already_ran_are_dropped() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
     engine.gate(iteration(0), 0, ())
@@ -172,7 +170,7 @@ def test_wishes_for_layers_that_already_ran_are_dropped() -> None:
     assert requested(engine) == [ExpertId(2, 2)]
 
 
-def test_wishes_of_an_earlier_iteration_are_dropped() -> None:
+def test_requests_of_an_earlier_iteration_are_dropped() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
     engine.begin_iteration(iteration(1))
@@ -180,7 +178,7 @@ def test_wishes_of_an_earlier_iteration_are_dropped() -> None:
     assert requested(engine) == []
 
 
-def test_wishes_for_the_next_iteration_are_kept_until_it_runs() -> None:
+def test_requests_for_the_next_iteration_are_kept_until_it_runs() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
     for layer in range(3):
@@ -200,10 +198,10 @@ def test_everything_activated_is_pinned_until_its_release() -> None:
     copy(engine, 3)  # expert 0 is resident, expert 1 half copied, expert 2 neither
     engine.gate(iteration(0), 0, (0, 1, 2))
     activated = [at(0, index) for index in range(3)]
-    assert all(engine.is_pinned(place) for place in activated)
+    assert all(engine.cache.is_pinned(flat) for flat in activated)
     assert copy_all(engine) == [(0, 1)]
     engine.release(at(0, 0))
-    assert [engine.is_pinned(place) for place in activated] == [False, True, True]
+    assert [engine.cache.is_pinned(flat) for flat in activated] == [False, True, True]
     assert copy_all(engine) == [(0, 2)]
     assert state(engine.cache, at(0, 0)) is State.ABSENT
     assert state(engine.cache, at(0, 1)) is State.RESIDENT
@@ -263,14 +261,14 @@ def test_a_preload_fills_every_device_with_its_first_experts(
     slots: tuple[int, ...], expected: list[tuple[int, int]]
 ) -> None:
     engine = residency(*slots)
-    assert [engine.experts[place] for place in engine.preload()] == expected
+    assert [engine.experts[flat] for flat in engine.preload()] == expected
     engine.cache.check_integrity()
     assert engine.cache.occupied == sum(slots)
     assert all(state(engine.cache, at(*expert)) is State.RESIDENT for expert in expected)
     assert kinds(engine.gate(iteration(0), 0, (0,))) == ((0,), (), ())
 
 
-TABLE = PrefetchTable(np.ones((3, 4)))
+TABLE = np.ones((3, 4))
 
 
 @given(
@@ -290,7 +288,7 @@ def test_no_link_sleeps_while_it_has_something_to_do(
         if what == "t":
             engine.prefetch(now, TABLE, engine.policy.on_gate)
         elif what == "l":
-            engine.prefetch(now, wish((device, index)), engine.policy.on_gate)
+            engine.prefetch(now, ranked((device, index)), engine.policy.on_gate)
         elif what == "g" and not pinned:
             now, layer = (now + 1, 0) if layer == 2 else (now, layer + 1)
             engine.gate(iteration(now), layer, (index,))
@@ -309,11 +307,11 @@ def test_no_link_sleeps_while_it_has_something_to_do(
 @pytest.mark.parametrize(
     "answer",
     [
-        PrefetchTable(np.ones(12)),
-        PrefetchTable(np.full((3, 4), np.nan)),
-        [Prefetch(ExpertId(3, 0), 1.0)],
-        [Prefetch(ExpertId(0, 0), np.inf)],
-        [(0, 0, 1.0)],
+        np.ones(12),
+        np.ones((3, 4), np.float32),
+        np.full((3, 4), np.nan),
+        np.full((3, 4), np.inf),
+        np.ones((3, 4)).tolist(),
     ],
 )
 def test_an_answer_that_is_none_names_system_hook_and_layer(answer: Any) -> None:
@@ -329,7 +327,7 @@ class Answering(ListeningPolicy):
         super().__init__()
         self.keys = keys
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         if isinstance(self.keys, Exception):
             raise self.keys
         return self.keys
@@ -339,7 +337,7 @@ def evict(policy: Policy) -> None:
     """Have a prefetch of expert (1, 2) ask for the slot of expert (0, 0)."""
     engine = Residency(SHAPE, MemoryPlan((1,), EXPERT_BYTES, CHUNK_BYTES), policy)
     engine.preload()
-    engine.prefetch(0, wish((1, 2)), policy.on_gate)
+    engine.prefetch(0, ranked((1, 2)), policy.on_gate)
     engine.next_chunk(0)
 
 

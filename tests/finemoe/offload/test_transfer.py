@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import ExpertCache
+from finemoe.offload.cache import NOBODY, ExpertCache
 from finemoe.offload.policy import ExpertId, ModelShape
-from finemoe.offload.transfer import Chunk, Traffic, TransferQueue
+from finemoe.offload.transfer import Chunk, PrefetchQueue, Traffic, TransferQueue
 from tests.finemoe.offload.states import State, state
 
 SHAPE = ModelShape(layers=2, experts=3, top_k=1, hidden_size=1)
@@ -175,7 +176,7 @@ class Model:
 
 
 class TransferMachine(RuleBasedStateMachine):
-    """Wishes, gates, cancellations and up to two chunks in flight on every link."""
+    """Requests, gates, cancellations and up to two chunks in flight on every link."""
 
     @initialize(
         slots=st.lists(st.integers(1, 2), min_size=1, max_size=2),
@@ -184,15 +185,16 @@ class TransferMachine(RuleBasedStateMachine):
     def start(self, slots: list[int], chunk_bytes: int) -> None:
         self.model = Model(slots, chunk_bytes)
         self.cache = ExpertCache(SHAPE, slots, self.eviction_keys)
+        self.prefetches = PrefetchQueue(self.cache)
         self.queues = [
-            TransferQueue(self.cache, device, EXPERT_BYTES, chunk_bytes)
+            TransferQueue(self.cache, self.prefetches, device, EXPERT_BYTES, chunk_bytes)
             for device in range(len(slots))
         ]
         self.in_flight: list[deque[Chunk]] = [deque() for _ in slots]
         self.arrived: Counter[int] = Counter()
         self.handed_out = 0
 
-    def eviction_keys(self, incoming: ExpertId) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         return np.array([self.model.keys[expert] for expert in EXPERTS]).reshape(2, 3)
 
     def queue(self, expert: int) -> TransferQueue:
@@ -204,8 +206,7 @@ class TransferMachine(RuleBasedStateMachine):
 
     @rule(expert=experts, priority=priorities)
     def prefetch(self, expert: int, priority: float) -> None:
-        self.queue(expert).prefetch(expert, priority)
-        self.model.prefetch(expert, priority)
+        self.prefetch_all([priority * (other == expert) for other in EXPERTS])
 
     @rule(expert=experts, priority=priorities, chunks=st.integers(1, 2))
     def half_copy(self, expert: int, priority: float, chunks: int) -> None:
@@ -226,8 +227,9 @@ class TransferMachine(RuleBasedStateMachine):
 
     @rule(table=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6))
     def prefetch_all(self, table: list[float]) -> None:
+        self.prefetches.request(np.array(table), 0)
         for queue in self.queues:
-            queue.prefetch_all(np.array(table), 0)
+            queue.prioritize(np.array(table), 0)
         for expert, priority in zip(EXPERTS, table, strict=True):
             if priority:
                 self.model.prefetch(expert, priority)
@@ -235,6 +237,7 @@ class TransferMachine(RuleBasedStateMachine):
     @rule(layer=st.integers(0, 1), but=st.sets(st.integers(0, 2)))
     def cancel_layer(self, layer: int, but: set[int]) -> None:
         """As a gate does: what it chose of a layer is demanded if it is not there."""
+        self.prefetches.drop_layer(layer)
         for queue in self.queues:
             queue.cancel_layer(layer, but)
         for expert in EXPERTS:
@@ -242,11 +245,6 @@ class TransferMachine(RuleBasedStateMachine):
                 self.model.cancel(expert)
             elif expert // 3 == layer:
                 self.activate(expert)
-
-    @rule(expert=experts)
-    def cancel(self, expert: int) -> None:
-        self.queue(expert).cancel(expert)
-        self.model.cancel(expert)
 
     @precondition(lambda self: bool(self.releasable()))
     @rule(data=st.data())
@@ -269,25 +267,25 @@ class TransferMachine(RuleBasedStateMachine):
         if chunk is None:
             assert expected is None
             return False
-        assert (chunk.place, chunk.start, chunk.stop, chunk.urgent) == expected
+        assert (chunk.flat, chunk.start, chunk.stop, chunk.urgent) == expected
         assert chunk.urgent or not prompt
-        assert self.cache.slot(chunk.place) == chunk.slot
-        assert state(self.cache, chunk.place) is State.LOADING
+        assert self.cache.slot(chunk.flat) == chunk.slot
+        assert state(self.cache, chunk.flat) is State.LOADING
         self.handed_out += chunk.stop - chunk.start
         self.in_flight[device].append(chunk)
         return True
 
     def finish_chunk(self, device: int) -> None:
         chunk = self.in_flight[device].popleft()
-        assert self.cache.slot(chunk.place) == chunk.slot, "the slot was given away in flight"
-        assert chunk.start == self.arrived[chunk.place], "bytes came twice or out of order"
-        self.arrived[chunk.place] = chunk.stop
+        assert self.cache.slot(chunk.flat) == chunk.slot, "the slot was given away in flight"
+        assert chunk.start == self.arrived[chunk.flat], "bytes came twice or out of order"
+        self.arrived[chunk.flat] = chunk.stop
         loaded = self.queues[device].chunk_done(chunk)
-        assert loaded == self.model.chunk_done(chunk.place, chunk.stop)
+        assert loaded == self.model.chunk_done(chunk.flat, chunk.stop)
         if loaded:
-            assert self.arrived[chunk.place] == EXPERT_BYTES
-        if state(self.cache, chunk.place) is not State.LOADING:
-            del self.arrived[chunk.place]
+            assert self.arrived[chunk.flat] == EXPERT_BYTES
+        if state(self.cache, chunk.flat) is not State.LOADING:
+            del self.arrived[chunk.flat]
 
     def slot_can_be_had(self, device: int) -> bool:
         return bool(
@@ -365,12 +363,15 @@ TestTransfersAgainstModel = TransferMachine.TestCase
 # Single cases ---------------------------------------------------------------------------------
 
 CHUNK_BYTES = 4  # an expert of 10 bytes takes chunks of 4, 4 and 2
-A, B, C, D = EXPERTS[:4]
+A, B, C = EXPERTS[:3]
 
 
-def link(slots: int, keys: float = 0.0) -> tuple[ExpertCache, TransferQueue]:
-    cache = ExpertCache(SHAPE, [slots], lambda incoming: np.full((2, 3), keys))
-    return cache, TransferQueue(cache, 0, EXPERT_BYTES, CHUNK_BYTES)
+def link(slots: int, *requests: float) -> tuple[ExpertCache, TransferQueue]:
+    """Return a link with prefetch requests of these priorities for the first experts."""
+    cache = ExpertCache(SHAPE, [slots], lambda incoming, urgent: np.zeros((2, 3)))
+    prefetches = PrefetchQueue(cache)
+    prefetches.request(np.array([*requests, *[0.0] * (6 - len(requests))]), 0)
+    return cache, TransferQueue(cache, prefetches, 0, EXPERT_BYTES, CHUNK_BYTES)
 
 
 def begin(queue: TransferQueue) -> Chunk:
@@ -385,7 +386,7 @@ def copy(queue: TransferQueue, chunks: int = 1) -> list[tuple[int, int, int]]:
     for _ in range(chunks):
         chunk = begin(queue)
         queue.chunk_done(chunk)
-        copied.append((chunk.place, chunk.start, chunk.stop))
+        copied.append((chunk.flat, chunk.start, chunk.stop))
     return copied
 
 
@@ -394,14 +395,13 @@ def copy_all(queue: TransferQueue) -> list[int]:
     loaded = []
     while (chunk := queue.next_chunk()) is not None:
         if queue.chunk_done(chunk):
-            loaded.append(chunk.place)
+            loaded.append(chunk.flat)
     return loaded
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_demand_waits_for_the_chunks_in_flight_only(depth: int) -> None:
-    _, queue = link(slots=2)
-    queue.prefetch(A, 1.0)
+    _, queue = link(2, 1.0)
     in_flight = [begin(queue) for _ in range(depth)]
     queue.demand(B)
     for chunk in in_flight:
@@ -411,9 +411,7 @@ def test_a_demand_waits_for_the_chunks_in_flight_only(depth: int) -> None:
 
 
 def test_a_promoted_prefetch_goes_on_where_it_stood() -> None:
-    cache, queue = link(slots=2)
-    queue.prefetch(A, 1.0)
-    queue.prefetch(B, 0.5)
+    cache, queue = link(2, 1.0, 0.5)
     copy(queue)
     slot = cache.slot(A)
     queue.demand(B)
@@ -424,10 +422,9 @@ def test_a_promoted_prefetch_goes_on_where_it_stood() -> None:
 
 
 def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> None:
-    cache, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
+    cache, queue = link(1, 1.0)
     first, second = begin(queue), begin(queue)
-    queue.cancel(A)
+    queue.cancel_layer(0, ())
     assert not queue.requested(A)
     queue.chunk_done(first)
     assert state(cache, A) is State.LOADING
@@ -438,11 +435,52 @@ def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> Non
 
 
 def test_bytes_that_were_used_are_never_wasted() -> None:
-    _, queue = link(slots=1)
-    queue.prefetch(A, 1.0)
+    _, queue = link(1, 1.0)
     copy_all(queue)
     queue.used(A)
     queue.demand(B)
     queue.demand(C)
     copy_all(queue)
     assert queue.traffic == Traffic(prefetched=10, on_demand=20, wasted=0)
+
+
+# Prefetch requests ------------------------------------------------------------------------------
+
+WIDE = ModelShape(layers=3, experts=5, top_k=1, hidden_size=1)
+tables = st.lists(st.just(0.0) | priorities, min_size=15, max_size=15)
+steps: st.SearchStrategy[tuple[str, int, Any]] = st.one_of(
+    st.tuples(st.just("put"), st.integers(0, 14), priorities),
+    st.tuples(st.just("drop"), st.integers(0, 14), st.none()),
+    st.tuples(st.just("drop_layer"), st.integers(0, 2), st.none()),
+    st.tuples(st.just("request"), st.integers(0, 14), tables),
+    st.tuples(st.just("first"), st.just(0), st.none()),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(devices=st.integers(1, 4), loading=st.sets(st.integers(0, 14), max_size=4), data=st.data())
+def test_the_first_request_is_that_of_a_dictionary(
+    devices: int, loading: set[int], data: st.DataObject
+) -> None:
+    cache = ExpertCache(WIDE, [15] * devices, lambda incoming, urgent: np.zeros((3, 5)))
+    for flat in loading:
+        cache.reserve(flat, urgent=False)
+    queue, expected = PrefetchQueue(cache), dict[int, float]()
+    for kind, at, value in data.draw(st.lists(steps, max_size=30)):
+        if kind == "put":
+            queue.put(at, value)
+            expected[at] = value
+        elif kind == "drop":
+            queue.drop(at)
+            expected.pop(at, None)
+        elif kind == "drop_layer":
+            queue.drop_layer(at)
+            expected = {e: p for e, p in expected.items() if e // 5 != at}
+        elif kind == "request":
+            queue.request(np.array(value), at)
+            asked = {e: p for e, p in enumerate(value) if e >= at and p and e not in loading}
+            expected |= asked
+        for device in range(devices) if kind == "first" else ():
+            ranked = sorted((-p, e) for e, p in expected.items() if e % devices == device)
+            assert queue.first(device) == (ranked[0][1] if ranked else NOBODY)
+        assert [queue.priority(e) for e in range(15)] == [expected.get(e, 0) for e in range(15)]
