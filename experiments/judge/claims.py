@@ -75,10 +75,8 @@ class Verdict:
     unit: str = ""
     paper_says: str = ""
     ours_says: str = ""
-    measured: str = ""
-    """What `ours` is: a mean over cells, the least margin, the worst cell."""
-    bound: str = ""
-    """What the bound or an oracle would reach, where records say so."""
+    measured: str = ""  # what `ours` is, such as the mean over cells
+    bound: str = ""  # what the bound or an oracle would reach, where records say so
     mode: str = ""
     testbed: str = ""
     weights: str = ""
@@ -86,8 +84,7 @@ class Verdict:
     cells: tuple[str, ...] = ()
     paired: bool = True
     digests: tuple[str, ...] = ()
-    why: str = ""
-    """Why it does not hold, or holds weaker, from measurements; or what is missing."""
+    why: str = ""  # why it does not hold, or holds weaker, from measurements; or what is missing
 
 
 def load_claims(path: Path | None = None) -> list[Claim]:

@@ -1,7 +1,7 @@
-"""A claim is a function of a results folder, registered by `claim`.
+"""A claim is a function, registered by `claim`, from a results folder to a Finding.
 
-`runs` and `analysis` load the rows that it is about. `reductions`, `ranked`, `trend` and the other
-comparisons turn them into a Finding: a quantity in every cell, as bootstrap draws.
+`runs` and `analysis` load the rows that it is about; `reductions`, `ranked`, `trend` and the other
+comparisons turn these into what was measured in every cell, as bootstrap draws.
 """
 
 from __future__ import annotations
@@ -51,17 +51,12 @@ class Finding:
     """What the records say of a claim."""
 
     parts: list[Part]
-    rows: Rows
-    """The runs or rows of analyses that were compared."""
-    subject: Selector | None = None
-    """Which of `rows` the claim is about; all if None."""
+    rows: Rows  # that were compared
+    subject: Selector | None = None  # which of the rows the claim is about; all if None
     metrics: Names = ()
-    oracle: float | None = None
-    """The mean ratio of an oracle's metrics to the others'."""
-    share: bool = False
-    """Whether the number to judge is the parts' mean, not the worst of them."""
-    details: Names = ()
-    """Sentences on where a value comes from."""
+    oracle: float | None = None  # the mean ratio of an oracle's metrics to the others'
+    share: bool = False  # whether the parts' mean is judged, not the worst of them
+    details: Names = ()  # sentences on where a value comes from
 
     @property
     def cells(self) -> list[Cell]:
@@ -110,15 +105,12 @@ class Claim:
     section: str
     text: str
     paper: Any
-    """The paper's number, or the limit of a bound: a share, seconds, or in `unit`. For a trend
-    rises, falls or flat. By model or system where the claim is made of each."""
-    measure: Callable[..., Finding]
-    """Takes the results folder, and the model or system where `paper` is by these."""
-    unit: str = ""
-    """In which the number is shown. Shares are shown in % and seconds in ms if it says so."""
+    """The paper's number or limit (a share, seconds, or in `unit`), None for an order, and for a
+    trend rises, falls or flat. By model or system where the claim is made of each."""
+    measure: Callable[..., Finding]  # of the results folder, and of the model or system if of each
+    unit: str = ""  # in which numbers are shown: shares in %, seconds in ms, others as they are
     tolerance: float = 0.0
-    weaker: float | None = None
-    """The wider bound or tolerance, at which the claim holds weaker."""
+    weaker: float | None = None  # the wider bound or tolerance at which it holds weaker
     case: tuple[str, ...] = ()
 
     @property
@@ -129,17 +121,16 @@ class Claim:
         """Return a value in the claim's unit."""
         return f"{significant(value * self.scale, digits)} {self.unit}".strip()
 
-    def each(self) -> list[Claim]:
-        """Return the claim on each model or system; itself if it is on none."""
-        return [self._for(case) for case in self.paper] if isinstance(self.paper, dict) else [self]
-
-    def _for(self, case: str) -> Claim:
-        paper, system = self.paper[case], system_name(case)
-        text = self.text.format(
-            model=model_name(case), system=system, paper=self.number(paper, digits=6)
-        )
-        name = f"{self.id}-{system.lower()}"
-        return replace(self, id=name, text=text, paper=paper, case=(case,))
+    def each(self) -> Iterator[Claim]:
+        """Yield the claim on each model or system; itself if it is of none."""
+        if not isinstance(self.paper, dict):
+            yield self
+            return
+        for case, paper in self.paper.items():
+            names = {"model": model_name(case), "system": system_name(case)}
+            text = self.text.format(**names, paper=self.number(paper, digits=6))
+            name = f"{self.id}-{names['system'].lower()}"
+            yield replace(self, id=name, text=text, paper=paper, case=(case,))
 
 
 def claim(

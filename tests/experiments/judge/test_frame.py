@@ -15,9 +15,17 @@ from omegaconf import OmegaConf
 from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder, one_mode, run_frame
-from experiments.run.records import provenance, read_record, read_requests, write_record
+from experiments.run.records import read_record, read_requests, write_record
 from tests.command import ROOT
 
+PROVENANCE = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "python": "3.11.7",
+    "versions": {"torch": "2.13.0"},
+    "machine": {"cpu": "a cpu", "cores": 2, "memory_gb": 8.0, "gpus": [], "system": "Linux"},
+    "git_commit": "0123456789abcdef",
+    "git_dirty": False,
+}
 PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
 
 
@@ -70,25 +78,39 @@ def leave_run(
         "busy_seconds": 12.0,
         "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
     }
+    dataset = plain["dataset"]["name"]
+    return leave_record(folder, plain, table, summary, dataset, mode, 22.5)
+
+
+def leave_record(
+    folder: Path,
+    config: dict[str, Any],
+    requests: pd.DataFrame,
+    summary: dict[str, Any],
+    dataset: str,
+    mode: str,
+    budget_gb: float,
+) -> Path:
+    """Leave a complete run record; return it."""
     record = {
         "status": "complete",
         "mode": mode,
         "testbed": "6 x RTX 3090",
-        "system": plain["system"]["label"],
-        "model": plain["model"]["name"],
+        "system": config["system"]["label"],
+        "model": config["model"]["name"],
         "weights": "scale",
         "routing": "a trace",
-        "dataset": plain["dataset"]["name"],
+        "dataset": dataset,
         "dataset_source": "somewhere",
         "dataset_sha256": "ab" * 32,
-        "memory_budget_gb": 22.5,
+        "memory_budget_gb": budget_gb,
         "seed": 0,
         "summary": summary,
-        "config": plain,
-        **provenance(),
+        "config": config,
+        **PROVENANCE,
     }
-    folder.mkdir(parents=True)
-    return write_record(folder, record, table)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_record(folder, record, requests)
 
 
 def only(frame: pd.DataFrame) -> dict[str, Any]:
@@ -167,7 +189,7 @@ def test_no_records_are_an_empty_table() -> None:
 
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no run\.json"):
+    with pytest.raises(UserError, match=r"no run record; give folders"):
         run_frame([tmp_path])
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="is no run record"):

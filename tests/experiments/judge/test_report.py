@@ -97,10 +97,10 @@ def test_both_say_every_claim_and_its_verdict(results: Results) -> None:
 def test_both_say_what_the_systems_did(results: Results) -> None:
     _, page, markdown = written(results)
     table = system_table(results.folder.runs_of("10"))
-    assert [row[0] for row in table] == ["system", "DeepSpeed", "FineMoE"]
-    for row in table:
+    assert [*table["system"]] == ["DeepSpeed", "FineMoE"]
+    for row in [[*table], *table.to_numpy()]:
         assert f"| {' | '.join(row)} |\n" in markdown
-    for value in table[1]:
+    for value in table.iloc[0]:
         assert f"<td>{value}</td>" in page
     assert NOTE in markdown
     assert NOTE in html.unescape(page)
