@@ -508,8 +508,8 @@ from experiments.judge.findings import claim, reductions, runs
 
 @claim("reduction", "mine", "My thesis", paper={"promoe": 0.4})
 def cheaper(results, system):
-    """TPOT falls by {paper} against {system}."""
-    return reductions(runs(results, "mine"), ["tpot_s"], ["finemoe", system])
+    """TPOT of {system} is {paper} lower."""
+    return reductions(runs(results, "mine"), ["tpot_s"], [system, "finemoe"])
 '''
 
 
@@ -517,10 +517,11 @@ def test_a_claim_is_added_by_a_function_in_a_file_of_ones_own(
     results: Results, tmp_path: Path
 ) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    results.against("mine", [0.5] * 3, [1.0] * 3, "promoe")
+    results.against("mine", [1.0] * 3, [0.5] * 3, "promoe")
     *_, judged = write(results.folder, claims=tmp_path / "own.py")
-    assert (judged.id, judged.text) == ("cheaper-promoe", "TPOT falls by 40 % against ProMoE.")
+    assert (judged.id, judged.text) == ("cheaper-promoe", "TPOT of ProMoE is 40 % lower.")
     assert (judged.verdict, judged.paper) == (HOLDS, 40)
+    assert judged.bound == "ProMoE takes 1.25 times the least possible time"
     assert judged.ours == pytest.approx(50)
     assert f"| {judged.text} | **holds** |" in (results.root / "REPORT.md").read_text()
     (tmp_path / "own.py").write_text(OWN.replace("cheaper", "fig10_tpot"))
