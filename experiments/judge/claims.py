@@ -25,6 +25,7 @@ from experiments.judge.findings import (
     Part,
     Untestable,
     cell_name,
+    selector_name,
     significant,
 )
 from experiments.judge.frame import ResultsFolder
@@ -75,10 +76,8 @@ class Verdict:
     unit: str = ""
     paper_says: str = ""
     ours_says: str = ""
-    measured: str = ""
-    """What `ours` is: a mean over cells, the least margin, the worst cell."""
-    bound: str = ""
-    """What the bound or an oracle would reach, where records say so."""
+    measured: str = ""  # what `ours` is, such as the mean over cells
+    bound: str = ""  # what the bound or an oracle would reach, where records say so
     mode: str = ""
     testbed: str = ""
     weights: str = ""
@@ -86,8 +85,7 @@ class Verdict:
     cells: tuple[str, ...] = ()
     paired: bool = True
     digests: tuple[str, ...] = ()
-    why: str = ""
-    """Why it does not hold, or holds weaker, from measurements; or what is missing."""
+    why: str = ""  # why it does not hold, or holds weaker, from measurements; or what is missing
 
 
 def load_claims(path: Path | None = None) -> list[Claim]:
@@ -203,11 +201,11 @@ def decide(claim: Claim, finding: Finding) -> tuple[Draws, str, str]:
     label = "mean over cells" if len(finding.cells) > 1 else "one cell"
     if claim.kind == "value":
         return draws, label, _agrees(claim, draws)
-    paper = claim.paper
+    enough = claim.paper
     if claim.kind == "trend":
-        paper, label = STRONG_TREND, "mean rank correlation in the claimed direction"
+        enough, label = STRONG_TREND, "mean rank correlation in the claimed direction"
     low, high = limits(draws)
-    return draws, label, FAILS if low <= 0 else HOLDS if high >= paper else WEAKER
+    return draws, label, FAILS if low <= 0 else HOLDS if high >= enough else WEAKER
 
 
 def _keeps(claim: Claim, draws: Draws) -> str:
@@ -231,10 +229,10 @@ def _agrees(claim: Claim, draws: Draws) -> str:
 def _bound(claim: Claim, finding: Finding) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
     said = []
-    times = finding.subjects["bound_times"] if finding.subject else pd.Series(dtype=float)
-    times = times[times >= 1]
-    if len(times):
-        said.append(f"FineMoE takes {times.mean():.2f} times the least possible time")
+    if finding.subject:
+        times = finding.subjects["bound_times"]
+        mean, name = times[times >= 1].mean(), selector_name(finding.subject)
+        said += [f"{name} takes {mean:.2f} times the least possible time"] if mean > 0 else []
     if finding.oracle is not None and np.isfinite(finding.oracle):
         change = finding.oracle - 1
         reached = claim.number(-change if claim.kind == "reduction" else change)

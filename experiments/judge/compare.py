@@ -27,7 +27,7 @@ MEASURED = {
     "GB moved": "{:.0f}", "x bound": "{:.2f}",
 }  # fmt: skip
 SAID = (*PLACES, "memory_budget", "weights")
-"""Settings that say where results go, or that `_told` has."""
+"""Settings that say where results go, or that `_identity` has."""
 
 
 def find_records(folders: Sequence[Path]) -> list[Path]:
@@ -41,7 +41,7 @@ def find_records(folders: Sequence[Path]) -> list[Path]:
 def compare(paths: Sequence[Path], console: Console) -> None:
     """Print one row a run, by model, budget and system; `-` is what a record does not have."""
     records = [read_record(path) for path in paths]
-    runs = told_apart(paths, records)
+    runs = _settings(paths, records)
     ranked = sorted(runs.index, key=lambda one: [_order(value) for value in runs.loc[one]])
     runs = runs.loc[ranked].reset_index(drop=True).map(_shown)
     records = [records[one] for one in ranked]
@@ -67,18 +67,17 @@ def compare(paths: Sequence[Path], console: Console) -> None:
         console.print(f"commit {commit}: rows {', '.join(rows)}")
 
 
-def told_apart(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row a run: what it is of, and every other setting in which the runs differ."""
-    runs = pd.DataFrame(map(_told, paths, records), dtype=object)
+    runs = pd.DataFrame(map(_identity, paths, records), dtype=object)
     flat = [pd.json_normalize(record["config"]).iloc[0].to_dict() for record in records]
-    null = [{key: "null" for key, value in one.items() if value is None} for one in flat]
-    settings = pd.DataFrame([a | b for a, b in zip(flat, null, strict=True)], dtype=object)
-    for name, values in settings.items():
+    # An older record may lack a setting, which says nothing; None is a value.
+    null = [{key: "null" if value is None else value for key, value in one.items()} for one in flat]
+    for name, values in pd.DataFrame(null, dtype=object).items():
         group, short = str(name).split(".")[0], str(name).split(".")[-1]
-        # Two models, systems, ... differ in all their settings, which says nothing; nor does it
-        # when an older record lacks a setting.
+        # Two models, systems, ... differ in all their settings, which says nothing.
         among = runs[group] if group in runs else pd.Series(0, runs.index)
-        texts = values.map(_shown).where(values.map(_shown) != ABSENT)
+        texts = values.map(_shown).replace(ABSENT, None)
         if group not in SAID and texts.groupby(among).nunique().max() > 1:
             runs[name if short in runs else short] = values
     if runs.map(str).duplicated().any():
@@ -86,38 +85,38 @@ def told_apart(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> p
     return runs
 
 
-def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row a run of the columns MEASURED, as text."""
-    names = ["ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "hits", "late", "misses"]
-    names += ["bytes_on_demand", "bytes_prefetched", "bound.times"]
-    found = pd.json_normalize(summaries).reindex(columns=names).astype(float)
-    columns = (
-        found["ttft_s.mean"] * 1e3,
-        found["tpot_s.mean"] * 1e3,
-        found["expert_hit_rate"],
-        found["late"] / found[["hits", "late", "misses"]].sum(axis=1),
-        (found["bytes_on_demand"] + found["bytes_prefetched"]) / 1e9,
-        found["bound.times"].where(found["bound.times"] >= 1),
-    )
-    shown = zip(MEASURED.items(), columns, strict=True)
-    return pd.DataFrame(
-        {
-            name: [ABSENT if pd.isna(value) else form.format(value) for value in column]
-            for (name, form), column in shown
-        }
-    )
-
-
-def _told(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    names = identity(path, record)
-    budget = names["memory_budget_gb"]
+def _identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    run = identity(path, record)
+    budget = run["memory_budget_gb"]
     return {
-        "model": names["model"],
+        "model": run["model"],
         "budget_GB": budget and round(budget, 2),
-        "system": names["label"],
-        **{name: names[name] for name in ("dataset", "workload", "weights", "testbed", "mode")},
+        "system": run["label"],
+        **{name: run[name] for name in ("dataset", "workload", "weights", "testbed", "mode")},
         "lossless": {True: "yes", False: "NO"}.get(record["summary"]["lossless"], ABSENT),
     }
+
+
+def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row a run of the columns MEASURED, as text."""
+    counts = ["hits", "late", "misses"]
+    names = [*counts, "ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "bound.times"]
+    names += ["bytes_on_demand", "bytes_prefetched"]
+    facts = pd.json_normalize(summaries).reindex(columns=names).astype(float)
+    columns = {
+        "TTFT ms": facts["ttft_s.mean"] * 1e3,
+        "TPOT ms": facts["tpot_s.mean"] * 1e3,
+        "hit": facts["expert_hit_rate"],
+        "late": facts["late"] / facts[counts].sum(axis=1),
+        "GB moved": (facts["bytes_on_demand"] + facts["bytes_prefetched"]) / 1e9,
+        "x bound": facts["bound.times"].where(facts["bound.times"] >= 1),
+    }
+    return pd.DataFrame(
+        {
+            name: [ABSENT if pd.isna(one) else MEASURED[name].format(one) for one in values]
+            for name, values in columns.items()
+        }
+    )
 
 
 def _commit(record: Mapping[str, Any]) -> str:
@@ -145,9 +144,9 @@ def _words(row: pd.Series) -> str:
 def _table(cells: pd.DataFrame) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in cells:
-        right = name in ("#", *MEASURED)
-        justify: JustifyMethod = "right" if right else "left"
-        table.add_column(str(name), justify=justify, no_wrap=right, overflow="fold")
+        number = name in ("#", *MEASURED)
+        justify: JustifyMethod = "right" if number else "left"
+        table.add_column(str(name), justify=justify, no_wrap=number, overflow="fold")
     for row in cells.itertuples(index=False):
         table.add_row(*row)
     return table

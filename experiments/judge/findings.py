@@ -1,7 +1,7 @@
-"""A claim is a function of a results folder, registered by `claim`.
+"""A claim is a function, registered by `claim`, from a results folder to a Finding.
 
-`runs` and `analysis` load the rows that it is about. `reductions`, `ranked`, `trend` and the other
-comparisons turn them into a Finding: a quantity in every cell, as bootstrap draws.
+`runs` and `analysis` load the rows that it is about; `reductions`, `ranked`, `trend` and the other
+comparisons turn these into what was measured in every cell, as bootstrap draws.
 """
 
 from __future__ import annotations
@@ -51,17 +51,12 @@ class Finding:
     """What the records say of a claim."""
 
     parts: list[Part]
-    rows: Rows
-    """The runs or rows of analyses that were compared."""
-    subject: Selector | None = None
-    """Which of `rows` the claim is about; all if None."""
+    rows: Rows  # that were compared
+    subject: Selector | None = None  # which of the rows the claim is about; all if None
     metrics: Names = ()
-    oracle: float | None = None
-    """The mean ratio of an oracle's metrics to the others'."""
-    share: bool = False
-    """Whether the number to judge is the parts' mean, not the worst of them."""
-    details: Names = ()
-    """Sentences on where a value comes from."""
+    oracle: float | None = None  # the mean ratio of an oracle's metrics to the others'
+    share: bool = False  # whether the parts' mean is judged, not the worst of them
+    details: Names = ()  # sentences on where a value comes from
 
     @property
     def cells(self) -> list[Cell]:
@@ -110,15 +105,12 @@ class Claim:
     section: str
     text: str
     paper: Any
-    """The paper's number, or the limit of a bound: a share, seconds, or in `unit`. For a trend
-    rises, falls or flat. By model or system where the claim is made of each."""
-    measure: Callable[..., Finding]
-    """Takes the results folder, and the model or system where `paper` is by these."""
-    unit: str = ""
-    """In which the number is shown. Shares are shown in % and seconds in ms if it says so."""
+    """The paper's number or limit (a share, seconds, or in `unit`), None for an order, and for a
+    trend rises, falls or flat. By model or system where the claim is made of each."""
+    measure: Callable[..., Finding]  # of the results folder, and of the model or system if of each
+    unit: str = ""  # in which numbers are shown: shares in %, seconds in ms, others as they are
     tolerance: float = 0.0
-    weaker: float | None = None
-    """The wider bound or tolerance, at which the claim holds weaker."""
+    weaker: float | None = None  # the wider bound or tolerance at which it holds weaker
     case: tuple[str, ...] = ()
 
     @property
@@ -129,17 +121,16 @@ class Claim:
         """Return a value in the claim's unit."""
         return f"{significant(value * self.scale, digits)} {self.unit}".strip()
 
-    def each(self) -> list[Claim]:
-        """Return the claim on each model or system; itself if it is on none."""
-        return [self._for(case) for case in self.paper] if isinstance(self.paper, dict) else [self]
-
-    def _for(self, case: str) -> Claim:
-        paper, system = self.paper[case], system_name(case)
-        text = self.text.format(
-            model=model_name(case), system=system, paper=self.number(paper, digits=6)
-        )
-        name = f"{self.id}-{system.lower()}"
-        return replace(self, id=name, text=text, paper=paper, case=(case,))
+    def each(self) -> Iterator[Claim]:
+        """Yield the claim on each model or system; itself if it is of none."""
+        if not isinstance(self.paper, dict):
+            yield self
+            return
+        for case, paper in self.paper.items():
+            names = {"model": model_name(case), "system": system_name(case)}
+            text = self.text.format(**names, paper=self.number(paper, digits=6))
+            name = f"{self.id}-{names['system'].lower()}"
+            yield replace(self, id=name, text=text, paper=paper, case=(case,))
 
 
 def claim(
@@ -216,13 +207,14 @@ def _cells(
 def _measured(
     rows: Rows, metrics: Names, selectors: Sequence[Selector], by: Names = ()
 ) -> Iterator[tuple[Cell, str, list[Draws]]]:
-    """Yield each cell and metric with the draws of what the selectors choose."""
+    """Yield each cell and metric's name with the draws of what the selectors choose."""
     for cell, here in _cells(rows, by, selectors):
         for metric in metrics:
             if metric == "origin":
-                yield cell, metric, _origin_distances(here, cell, selectors)
+                draws = _origin_distances(here, cell, selectors)
             else:
-                yield cell, metric, [_draws(here, cell, one, metric) for one in selectors]
+                draws = [_draws(here, cell, one, metric) for one in selectors]
+            yield cell, quantity_name(metric), draws
 
 
 def _draws(rows: Rows, cell: Cell, selector: Selector, metric: str) -> Draws:
@@ -264,17 +256,15 @@ def _origin_distances(rows: Rows, cell: Cell, systems: Sequence[Selector]) -> li
     """
     points = []
     for system in systems:
-        chosen = select(rows, system)
-        if chosen.empty:
+        mine = [run for _, run in select(rows, system).iterrows()]
+        if not mine:
             raise Untestable(f"no record of {selector_name(system)} on {cell_name(cell)}")
-        points.append(
-            [(_run_draws(run, "tpot_s"), _footprint(run)) for _, run in chosen.iterrows()]
-        )
+        points.append([(_run_draws(run, "tpot_s"), _footprint(run)) for run in mine])
     seconds, sizes = zip(*itertools.chain(*points), strict=True)
     slowest, largest = np.max(seconds, axis=0), max(sizes)
     return [
-        np.min([np.hypot(one / slowest, size / largest) for one, size in some], axis=0)
-        for some in points
+        np.min([np.hypot(one / slowest, size / largest) for one, size in mine], axis=0)
+        for mine in points
     ]
 
 
@@ -297,21 +287,18 @@ def reductions(rows: Rows, metrics: Names, systems: Names) -> Finding:
 def _reductions(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Iterator[Part]:
     for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems, by):
         for other, draws in zip(systems[1:], theirs, strict=True):
-            yield (
-                f"{quantity_name(metric)} against {system_name(other)}",
-                cell,
-                1 - ratio(mine, draws),
-            )
+            yield f"{metric} against {system_name(other)}", cell, 1 - ratio(mine, draws)
 
 
 def increases(rows: Rows, metric: str, systems: Names) -> Finding:
     """Rises over each other's mean over cells, so that a cell near 0 cannot rule the mean."""
     parts: list[Part] = []
-    for other in systems[1:]:
-        measured = list(_measured(rows, [metric], [systems[0], other]))
-        usual = np.mean([theirs for _, _, (_, theirs) in measured], axis=0)
-        label = f"{quantity_name(metric)} against {system_name(other)}"
-        parts += [(label, cell, ratio(mine - their, usual)) for cell, _, (mine, their) in measured]
+    measured = list(_measured(rows, [metric], systems))
+    for number, other in enumerate(systems[1:], 1):
+        usual = np.mean([draws[number] for _, _, draws in measured], axis=0)
+        for cell, name, draws in measured:
+            rise = ratio(draws[0] - draws[number], usual)
+            parts.append((f"{name} against {system_name(other)}", cell, rise))
     oracle = _oracle_ratio(rows, [metric], systems)
     return Finding(parts, _of(rows, systems), systems[0], [metric], oracle)
 
@@ -340,7 +327,7 @@ def lowest(rows: Rows, metrics: Names, systems: Sequence[Selector]) -> Finding:
     """Margins by which the first system is below each other."""
     name, *names = map(selector_name, systems)
     parts = [
-        (f"{quantity_name(metric)}: {name} below {other}", cell, _margin(mine, draws))
+        (f"{metric}: {name} below {other}", cell, _margin(mine, draws))
         for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems)
         for other, draws in zip(names, theirs, strict=True)
     ]
@@ -351,8 +338,8 @@ def ranked(rows: Rows, metric: str, ranking: Sequence[Selector], by: Names = ())
     """Margins by which each of a ranking, from least to most, is below the next."""
     names = list(itertools.pairwise(map(selector_name, ranking)))
     parts = [
-        (f"{quantity_name(metric)}: {low} below {high}", cell, _margin(*pair))
-        for cell, _, draws in _measured(rows, [metric], ranking, by)
+        (f"{name}: {low} below {high}", cell, _margin(*pair))
+        for cell, name, draws in _measured(rows, [metric], ranking, by)
         for (low, high), pair in zip(names, itertools.pairwise(draws), strict=True)
     ]
     return Finding(parts, _of(rows, ranking), metrics=[metric])
@@ -367,7 +354,7 @@ def _margin(low: Draws, high: Draws) -> Draws:
 def share_lowest(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Finding:
     """The share of cells and metrics in which the first system is the lowest."""
     parts = [
-        (f"{quantity_name(metric)} lowest", cell, (mine < np.min(theirs, axis=0)).astype(float))
+        (f"{metric} lowest", cell, (mine < np.min(theirs, axis=0)).astype(float))
         for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems, by)
     ]
     return Finding(parts, _of(rows, systems), systems[0], metrics, share=True)
@@ -377,8 +364,8 @@ def changes(here: Rows, there: Rows, metric: str, systems: Names) -> Finding:
     """How far a metric of each system is from that of another experiment."""
     before = {cell: draws for cell, _, draws in _measured(there, [metric], systems)}
     parts = [
-        (f"{quantity_name(metric)} of {system_name(system)}", cell, np.abs(mine - theirs))
-        for cell, _, draws in _measured(here, [metric], systems)
+        (f"{name} of {system_name(system)}", cell, np.abs(mine - theirs))
+        for cell, name, draws in _measured(here, [metric], systems)
         for system, mine, theirs in zip(systems, draws, before[cell], strict=True)
     ]
     rows = pd.concat([_of(one, systems) for one in (here, there)])
@@ -439,7 +426,7 @@ def plateau(rows: Rows, x: str, value: str, after: float, by: Names = ()) -> Fin
 def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -> Finding:
     """A metric of a system, or a column of an analysis."""
     measured = _measured(rows, [metric], [system or {}], by)
-    parts = [(quantity_name(metric), cell, draws) for cell, _, (draws,) in measured]
+    parts = [(name, cell, draws) for cell, name, (draws,) in measured]
     if system:
         return Finding(parts, _of(rows, [system]), system, [metric])
     numbers = rows.select_dtypes("number").to_dict("records")
@@ -450,20 +437,18 @@ def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -
 def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
     """The setting at which a system's metric is least."""
     parts: list[Part] = []
-    details = []
-    what = quantity_name(metric)
+    details, what, setting = [], quantity_name(metric), quantity_name(x)
     for cell, here in _cells(rows):
         mine = select(here, system).sort_values(x)
         settings = mine[x].to_numpy(float)
         if not 2 <= len(set(settings)) == len(mine):
             count = f"{len(mine)} runs at {len(set(settings))} values of {x}"
             raise Untestable(f"{count} on {cell_name(cell)}")
-        draws = [_run_draws(run, metric) for _, run in mine.iterrows()]
-        least = settings[np.argmin(draws, axis=0)]
-        parts.append((f"{quantity_name(x)} with the lowest {what}", cell, least))
-        points = zip(settings, draws, strict=True)
-        curve = ", ".join(f"{at:g}: {1e3 * one[0]:.4g} ms" for at, one in points)
-        details.append(f"{what} by {quantity_name(x)} ({cell_name(cell)}): {curve}.")
+        draws = np.stack([_run_draws(run, metric) for _, run in mine.iterrows()])
+        parts.append((f"{setting} with the lowest {what}", cell, settings[draws.argmin(axis=0)]))
+        points = zip(settings, 1e3 * draws[:, 0], strict=True)
+        curve = ", ".join(f"{at:g}: {one:.4g} ms" for at, one in points)
+        details.append(f"{what} by {setting} ({cell_name(cell)}): {curve}.")
     return Finding(parts, _of(rows, [system]), system, [metric], details=details)
 
 

@@ -65,7 +65,9 @@ def by_system(runs: pd.DataFrame) -> Any:
 
 
 def _share(part: pd.Series[float], whole: pd.Series[float]) -> pd.Series[str]:
-    return (100 * part / whole.where(whole > 0)).map("{:.1f}".format, na_action="ignore").fillna("")
+    return (100 * part / whole.where(whole > 0)).map(
+        lambda one: "" if pd.isna(one) else f"{one:.1f}"
+    )
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,7 @@ def leave(folder: Path, **changed: Any) -> None:
     record = json.loads(SHIPPED.read_text())
     for path, value in changed.items():
         *outer, name = path.split(".")
-        inner = record
-        for one in outer:
-            inner = inner[one]
-        inner[name] = value
+        reduce(getitem, outer, record)[name] = value
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(record))
 

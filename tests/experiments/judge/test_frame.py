@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,17 @@ from omegaconf import OmegaConf
 from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder, one_mode, run_frame
-from experiments.run.records import provenance, read_record, read_requests, write_record
+from experiments.run.records import read_record, read_requests, write_record
 from tests.command import ROOT
 
+PROVENANCE = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "python": "3.11.7",
+    "versions": {"torch": "2.13.0"},
+    "machine": {"cpu": "a cpu", "cores": 2, "memory_gb": 8.0, "gpus": [], "system": "Linux"},
+    "git_commit": "0123456789abcdef",
+    "git_dirty": False,
+}
 PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
 
 
@@ -70,25 +79,39 @@ def leave_run(
         "busy_seconds": 12.0,
         "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
     }
+    dataset = plain["dataset"]["name"]
+    return leave_record(folder, plain, table, summary, dataset, mode, 22.5)
+
+
+def leave_record(
+    folder: Path,
+    config: dict[str, Any],
+    requests: pd.DataFrame,
+    summary: dict[str, Any],
+    dataset: str,
+    mode: str,
+    budget_gb: float,
+) -> Path:
+    """Leave a complete run record; return it."""
     record = {
         "status": "complete",
         "mode": mode,
         "testbed": "6 x RTX 3090",
-        "system": plain["system"]["label"],
-        "model": plain["model"]["name"],
+        "system": config["system"]["label"],
+        "model": config["model"]["name"],
         "weights": "scale",
         "routing": "a trace",
-        "dataset": plain["dataset"]["name"],
+        "dataset": dataset,
         "dataset_source": "somewhere",
         "dataset_sha256": "ab" * 32,
-        "memory_budget_gb": 22.5,
+        "memory_budget_gb": budget_gb,
         "seed": 0,
         "summary": summary,
-        "config": plain,
-        **provenance(),
+        "config": config,
+        **PROVENANCE,
     }
-    folder.mkdir(parents=True)
-    return write_record(folder, record, table)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_record(folder, record, requests)
 
 
 def only(frame: pd.DataFrame) -> dict[str, Any]:
@@ -120,26 +143,19 @@ def test_figures_have_the_intervals_of_claims_not_those_of_records(tmp_path: Pat
         assert (row[f"{metric}_low"], row[f"{metric}_high"]) == ends
 
 
-def test_iterations_are_counted_once_a_batch(tmp_path: Path) -> None:
-    leave_run(tmp_path / "a", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
-    row = only(run_frame([tmp_path / "a"]))
-    # Two batches of 11 iterations, of 2 and 6 seconds.
-    assert row["iterations"] == 22
-    assert row["iteration_s"] == pytest.approx(8 / 22)
-    assert row["iteration_s_low"] == pytest.approx(2 / 11)
-    assert row["iteration_s_high"] == pytest.approx(6 / 11)
-
-
-def test_requests_of_one_batch_are_no_independent_samples(tmp_path: Path) -> None:
+def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
+    tmp_path: Path,
+) -> None:
     leave_run(tmp_path / "two", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
     leave_run(tmp_path / "one", batches=(0, 0, 0), tpots=(0.1, 0.1, 0.1), hits=(1, 1, 1))
     two, one = run_frame([tmp_path / "two", tmp_path / "one"]).to_dict("records")
+    # Two batches of 11 iterations, of 2 and 6 seconds.
+    assert (two["iterations"], two["iteration_s"]) == (22, pytest.approx(8 / 22))
     # Only three resamples of two batches exist: the one, both, the other.
-    assert two["tpot_s_low"] == pytest.approx(0.1)
-    assert two["tpot_s_high"] == pytest.approx(0.3)
-    assert (two["hit_rate_low"], two["hit_rate_high"]) == pytest.approx((0.1, 0.3))
-    assert math.isnan(one["tpot_s_low"])
-    assert math.isnan(one["hit_rate_high"])
+    for name, ends in (("tpot_s", (0.1, 0.3)), ("hit_rate", (0.1, 0.3)),
+                       ("iteration_s", (2 / 11, 6 / 11))):  # fmt: skip
+        assert (two[f"{name}_low"], two[f"{name}_high"]) == pytest.approx(ends)
+        assert math.isnan(one[f"{name}_low"])
 
 
 @pytest.mark.parametrize(
@@ -162,12 +178,9 @@ def test_the_label_names_what_is_not_default(
     assert only(run_frame([tmp_path / "a"]))["label"] == label
 
 
-def test_no_records_are_an_empty_table() -> None:
-    assert run_frame([]).empty
-
-
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no run\.json"):
+    assert run_frame([]).empty
+    with pytest.raises(UserError, match=r"no run record; give folders"):
         run_frame([tmp_path])
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="is no run record"):
@@ -200,10 +213,7 @@ def test_records_that_no_run_leaves_are_refused(
 ) -> None:
     record = leave_run(tmp_path / "a")
     plain = json.loads(record.read_text())
-    part = plain
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = value
+    reduce(getitem, path[:-1], plain)[path[-1]] = value
     record.write_text(json.dumps(plain))
     with pytest.raises(UserError, match=rf"\({cause}.*\) is no run record") as caught:
         read_record(record)
