@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from experiments.judge.frame import one_mode
 from finemoe.files import atomic_write
 
 INTERVALS = "95 % bootstrap intervals of the mean"
-SHOWN_GAPS = 6
 REFERENCE_DASHES = (0, (3, 1.2))
 CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
 EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
@@ -63,12 +62,11 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) ->
             f"figure {figure}: no run records; run python -m experiments.reproduce {figure}"
         )
     one_mode(frame, f"figure {figure}", mixed_modes)
-    mixed = frame["mode"].nunique() > 1
     names = []
-    for row in rows_of(frame):
-        options = row["label"].removeprefix(row["system"]).strip()
-        notes = [note for note in (options, row["mode"] if mixed else "") if note]
-        names.append(system_name(row["system"]) + (f" ({', '.join(notes)})" if notes else ""))
+    for system, label, mode in frame[["system", "label", "mode"]].itertuples(index=False):
+        _, _, options = label.partition(" ")
+        notes = ", ".join(filter(None, (options, mode if frame["mode"].nunique() > 1 else "")))
+        names.append(system_name(system) + (f" ({notes})" if notes else ""))
     return frame.assign(series=names)
 
 
@@ -444,33 +442,23 @@ def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
 
     Values that are missing altogether are named once, without their combinations.
     """
-    present = {
-        column: [value for value in values if value in set(frame[column])]
-        for column, values in expected.items()
-    }
-    absent = [
-        _shown(column, value)
-        for column, values in expected.items()
-        for value in values
-        if value not in present[column]
-    ]
+    shown, present = [], []
+    for column, values in expected.items():
+        found = [value for value in values if value in set(frame[column])]
+        shown += [_shown(column, value) for value in values if value not in found]
+        present.append(found)
     have = set(frame[list(expected)].itertuples(index=False, name=None))
-    lacking = [cell for cell in itertools.product(*present.values()) if cell not in have]
-    shown = [" / ".join(map(_shown, expected, cell)) for cell in lacking[:SHOWN_GAPS]]
-    if len(lacking) > SHOWN_GAPS:
-        shown.append(f"{len(lacking) - SHOWN_GAPS} more")
-    return "; ".join([*absent, *shown])
+    lacking = [cell for cell in itertools.product(*present) if cell not in have]
+    shown += [" / ".join(map(_shown, expected, cell)) for cell in lacking[:6]]
+    if len(lacking) > 6:
+        shown.append(f"{len(lacking) - 6} more")
+    return "; ".join(shown)
 
 
 def _shown(column: str, value: Any) -> str:
-    shown: dict[str, Callable[[Any], str]] = {
-        "model": model_name,
-        "dataset": dataset_name,
-        "limit_gb": "{:g} GB".format,
-        "batch_size": "batch {:g}".format,
-        "prefetch_distance": "d = {:g}".format,
-    }
-    return shown.get(column, str)(value)
+    formats = {"limit_gb": "{:g} GB", "batch_size": "batch {:g}", "prefetch_distance": "d = {:g}"}
+    names = {"model": model_name, "dataset": dataset_name}
+    return names.get(column, formats.get(column, "{}").format)(value)
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:

@@ -25,11 +25,10 @@ PARTS = {
     "update": ("Store update", "asynchronous"),
 }
 """Part to its name and whether the model waits for it."""
-COLOURS = {"whole": "#222222", "synchronous": "#D55E00", "asynchronous": "#0072B2"}
-LEGEND = {
-    "whole iteration": COLOURS["whole"],
-    "synchronous: the model waits": COLOURS["synchronous"],
-    "asynchronous: beside the model": COLOURS["asynchronous"],
+KINDS = {
+    "whole": ("whole iteration", "#222222"),
+    "synchronous": ("synchronous: the model waits", "#D55E00"),
+    "asynchronous": ("asynchronous: beside the model", "#0072B2"),
 }
 LEAST_MS = 1e-2
 """Shorter parts, zero among them, are drawn here, at the left edge."""
@@ -64,8 +63,8 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
             variant = run["series"].removeprefix(style.system_name("finemoe"))
             axes.set_title(axes.get_title() + variant, pad=3)
         look = {"marker": "o", "linestyle": "-"}
-        shown = {name: {"color": colour, **look} for name, colour in LEGEND.items()}
-        charts.legend(figure, shown, columns=3 if columns > 1 else 1)
+        looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
+        charts.legend(figure, looks, columns=3 if columns > 1 else 1)
         data = pd.concat(parts, ignore_index=True)
         charts.save(figure, place, (ID, TITLE), frame, data, NOTES)
 
@@ -108,7 +107,7 @@ def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None
 
 
 def _part(axes: Axes, y: int, part: dict[str, Any]) -> None:
-    milliseconds, colour = part["milliseconds"], COLOURS[part["kind"]]
+    milliseconds, (_, colour) = part["milliseconds"], KINDS[part["kind"]]
     end = LEAST_MS
     if math.isfinite(milliseconds):
         end = max(milliseconds, LEAST_MS)
@@ -119,12 +118,7 @@ def _part(axes: Axes, y: int, part: dict[str, Any]) -> None:
         axes.plot([low, high], [y, y], "|-", color=colour, linewidth=1.0, markersize=8)
         end = max(end, high)
     axes.annotate(
-        _value(part),
-        (end, y),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=7,
+        _value(part), (end, y), (5, 0), textcoords="offset points", va="center", fontsize=7
     )
 
 

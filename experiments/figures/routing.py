@@ -7,7 +7,6 @@ Every predictor names K experts a layer, so that all are compared at equal cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from experiments.bootstrap import limits, weights
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import joined
-from finemoe.search import Match, TrajectorySearch, semantic_search
+from finemoe.search import TrajectorySearch, semantic_search
 from finemoe.trace import TracedRequest
 
 Values = NDArray[np.floating]
@@ -190,27 +189,23 @@ def binned(score: Values, rate: Values, request: NDArray[np.int64], bins: int) -
 # Searching the store ------------------------------------------------------------------------------
 
 
-class Matches(NamedTuple):
-    """The best stored iteration and its cosine, for every query."""
+class Searched(NamedTuple):
+    """What a filled store answers to the decode iterations of the measured requests.
 
-    entries: NDArray[np.intp]
-    scores: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What a filled store answers to the decode iterations of the measured requests."""
+    The best stored iteration and its cosine, by embedding (N,), and by trajectory, after the gate
+    of each layer by the rows up to it (L, N).
+    """
 
     store: ExpertMapStore
-    semantic: Matches
-    """By embedding, shape (N,)."""
-    trajectory: Matches
-    """After the gate of each layer, by the rows up to it, shape (L, N)."""
+    semantic: NDArray[np.intp]
+    semantic_scores: NDArray[np.float64]
+    trajectory: NDArray[np.intp]
+    trajectory_scores: NDArray[np.float64]
 
     def scores(self, distance: int) -> dict[str, NDArray[np.float64]]:
         """Return scores (N,) by search; a trajectory's are means over layers 0..L-1-d."""
-        ahead = self.trajectory.scores[: len(self.trajectory.scores) - distance]
-        return {"semantic": self.semantic.scores, "trajectory": ahead.mean(axis=0)}
+        ahead = self.trajectory_scores[: len(self.trajectory) - distance]
+        return {"semantic": self.semantic_scores, "trajectory": ahead.mean(axis=0)}
 
 
 def search(
@@ -223,13 +218,12 @@ def search(
     queries = measured.at(measured.decode)
     trajectory = TrajectorySearch(store, len(queries.maps))
     observed = [trajectory.observe(queries.maps[:, layer]) for layer in range(shape.layers)]
-    semantic = semantic_search(store, queries.embeddings)
-    return Searched(store, _matches(semantic), _matches(observed))
-
-
-def _matches(found: list[Match] | list[list[Match]]) -> Matches:
-    pairs = np.array(found, dtype=np.float64)
-    return Matches(pairs[..., 0].astype(np.intp), pairs[..., 1])
+    semantic, trajectories = (
+        np.array(semantic_search(store, queries.embeddings)),
+        np.array(observed),
+    )
+    pairs = semantic[:, 0].astype(int), semantic[:, 1]
+    return Searched(store, *pairs, trajectories[..., 0].astype(int), trajectories[..., 1])
 
 
 # Predictors ---------------------------------------------------------------------------------------
@@ -297,13 +291,13 @@ def target_gate(gates: GateWeights, measured: Iterations, top_k: int) -> Predict
 
 def semantic_map(searched: Searched, top_k: int) -> Predictor:
     """Predict all layers by the stored iteration of the most similar embedding (4.2.1)."""
-    chosen = _stored_experts(searched.store, top_k)[searched.semantic.entries]
+    chosen = _stored_experts(searched.store, top_k)[searched.semantic]
     return lambda distance: chosen[:, distance:]
 
 
 def trajectory_map(searched: Searched, top_k: int) -> Predictor:
     """Predict layer l by the stored iteration most similar up to layer l - d (4.2.2)."""
-    return _looked_up(_stored_experts(searched.store, top_k), searched.trajectory.entries)
+    return _looked_up(_stored_experts(searched.store, top_k), searched.trajectory)
 
 
 def top_experts(scores: Values | NDArray[np.signedinteger], top_k: int) -> Experts:

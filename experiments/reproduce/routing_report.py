@@ -7,7 +7,7 @@ every model and dataset, against uniform chance: on the terminal, as pictures an
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,6 @@ import hydra
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from rich import box
-from rich.console import Console as RichConsole
-from rich.table import Table
 
 from experiments.errors import UserError, command
 from experiments.figures import analyses, charts, routing, style
@@ -70,8 +67,8 @@ def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
     searched = routing.search(history, measured, shape, cfg.store_capacity, distance)
     named = routing.predictors(history, measured, searched, header.gates, shape.top_k)
     chance = shape.top_k / shape.experts
-    prompts = routing.load_balance(routed.at(~routed.decode))
-    balance = prompts.join(routing.load_balance(routed).add_suffix("_all"))
+    balance = routing.load_balance(routed.at(~routed.decode))
+    balance = balance.join(routing.load_balance(routed).add_suffix("_all"))
     tables = {
         "load_balance": _by_layer(balance, 1.0),
         "entropy": _by_layer(routing.entropies(routed), float(np.log(shape.experts))),
@@ -127,37 +124,23 @@ def shortcomings(
 # On the terminal ----------------------------------------------------------------------------------
 
 
-def print_subject(summary: Summary, tables: Tables, weights: str, console: RichConsole) -> None:
+def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
     """Print one table of the routing and one of the predictors, the best first."""
-    console.print(
-        f"[bold]{summary['model']} on {summary['dataset']}[/] ({weights} weights, "
-        f"{summary['layers']} x {summary['experts']}, top-{summary['top_k']})"
+    print(
+        f"\n{summary['model']} on {summary['dataset']} ({weights} weights, "
+        f"{summary['layers']} x {summary['experts']}, top-{summary['top_k']})\n"
     )
-    layers = _table("over layers", "mean", "least", "most", "uniform")
-    for (table, column), label in BY_LAYER.items():
-        values, uniform = tables[table][column], tables[table]["uniform"].iloc[0]
-        layers.add_row(label, *_numbers([values.mean(), values.min(), values.max(), uniform]))
-    console.print(layers)
+    layers = {}
+    for (name, column), label in BY_LAYER.items():
+        values, uniform = tables[name][column], tables[name]["uniform"].iloc[0]
+        layers[label] = [values.mean(), values.min(), values.max(), uniform]
+    heads = pd.Index(["mean", "least", "most", "uniform"], name="over layers")
+    print(pd.DataFrame(layers, heads).T.to_string(float_format="{:.3f}".format))
     rates = tables["hit_rates"].pivot(index="predictor", columns="distance", values="hit_rate")
     rates.loc["chance"] = summary["chance"]
-    predictors = _table("hit rate at d =", *map(str, rates.columns))
-    for name in rates.mean(axis=1).sort_values(ascending=False).index:
-        predictors.add_row(name, *_numbers(rates.loc[name]))
-    console.print(predictors)
-    for line in summary["shortcomings"]:
-        console.print(line, soft_wrap=True)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _numbers(values: Sequence[float] | pd.Series[float]) -> list[str]:
-    return [f"{value:.3f}" for value in values]
+    best = rates.mean(axis=1).sort_values(ascending=False).index
+    rates = rates.loc[best].rename_axis(index=None, columns="hit rate at d =")
+    print("", rates.to_string(float_format="{:.3f}".format), *summary["shortcomings"], sep="\n")
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -254,48 +237,39 @@ def subject_configs(cfg: DictConfig) -> Iterator[DictConfig]:
         yield OmegaConf.create({**plain, **chosen})
 
 
-def lacks_weights(cfg: DictConfig) -> bool:
-    """Tell whether the scale model that a subject's config asks for is not there."""
-    folder = SCALE_MODELS / cfg.model.name
-    return str(cfg.weights) == "scale" and not (folder / "config.json").exists()
-
-
 def report(cfg: DictConfig) -> None:
     """Investigate every model and dataset, print, and write the report. Raises UserError."""
-    terminal, folder = RichConsole(highlight=False), Path(cfg.output)
-    summaries: list[Summary] = []
-    by_subject: dict[tuple[str, str], Tables] = {}
+    found: dict[tuple[str, str], tuple[Summary, Tables]] = {}
     for one in subject_configs(cfg):
-        if lacks_weights(one):
-            terminal.print(f"skipped {one.model.name} on {one.dataset.name}: no scale weights yet")
+        model, dataset = one.model.name, one.dataset.name
+        config = SCALE_MODELS / model / "config.json"
+        if str(cfg.weights) == "scale" and not config.exists():
+            print(f"skipped {model} on {dataset}: no scale weights yet")
             continue
-        summary, tables = investigate(one, Console())
-        print_subject(summary, tables, str(cfg.weights), terminal)
-        summaries.append(summary)
-        by_subject[one.model.name, one.dataset.name] = tables
-    if not summaries:
+        found[model, dataset] = investigate(one, Console())
+        print_subject(*found[model, dataset], str(cfg.weights))
+    if not found:
         raise UserError(
             f"none of {', '.join(cfg.models)} has scale weights; train one with "
             "`python -m experiments.train.scale_models model=mixtral`, or choose other models="
         )
-    draw_tables(joined(by_subject), summaries, folder)
+    summaries = [summary for summary, _ in found.values()]
+    draw_tables(
+        {
+            name: analyses.joined({subject: tables[name] for subject, (_, tables) in found.items()})
+            for name in (*PICTURES, "hit_rates")
+        },
+        summaries,
+        Path(cfg.output),
+    )
     record = {
         "config": OmegaConf.to_container(cfg, resolve=False),
         "routing": "the model's own gates",
         "subjects": summaries,
         **provenance(),
     }
-    write_json(folder / "routing_report.json", record)
-    terminal.print(f"report: {folder / 'routing_report.json'}", soft_wrap=True)
-
-
-def joined(by_subject: Mapping[tuple[str, str], Tables]) -> Tables:
-    """Return each table over all subjects, with columns model and dataset in front."""
-    names = next(iter(by_subject.values()))
-    return {
-        name: analyses.joined({subject: own[name] for subject, own in by_subject.items()})
-        for name in names
-    }
+    write_json(Path(cfg.output) / "routing_report.json", record)
+    print(f"report: {cfg.output}/routing_report.json")
 
 
 @hydra.main(config_path="../../conf", config_name="routing_report", version_base="1.3")

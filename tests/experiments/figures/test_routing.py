@@ -23,30 +23,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy.stats import pearsonr
 
-from experiments.figures.routing import (
-    Iterations,
-    Predictor,
-    Searched,
-    binned,
-    consecutive_overlap,
-    correlation,
-    entropies,
-    entropy,
-    hit_rates,
-    hit_rates_by_distance,
-    iterations,
-    load_balance,
-    mean_with_interval,
-    popularity,
-    predictors,
-    previous_token,
-    request_counts,
-    search,
-    similarity_and_hits,
-    target_gate,
-    top_experts,
-    trajectory_map,
-)
+from experiments.figures import routing
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import TracedRequest
@@ -78,7 +55,7 @@ REQUESTS = (
 
 
 def test_iterations_are_laid_out_request_after_request() -> None:
-    routed = iterations(REQUESTS)
+    routed = routing.iterations(REQUESTS)
     assert routed.request.tolist() == [0, 0, 0, 1, 1, 1]
     assert routed.decode.tolist() == [False, True, True] * 2
     assert routed.counts[0].tolist() == [[2, 0, 0], [0, 1, 1]]
@@ -89,31 +66,35 @@ def test_iterations_are_laid_out_request_after_request() -> None:
 
 def test_nothing_recorded_is_refused() -> None:
     with pytest.raises(ValueError, match="no recorded request"):
-        iterations([])
+        routing.iterations([])
     bare = RoutedStep(1, np.ones((2, 3), int), None, None, None)
     with pytest.raises(ValueError, match="no gate logits"):
-        iterations([TracedRequest(0, (1,), (2,), (bare,))])
+        routing.iterations([TracedRequest(0, (1,), (2,), (bare,))])
 
 
 def test_load_balance() -> None:
-    routed = iterations(REQUESTS)
+    routed = routing.iterations(REQUESTS)
     # Layer 0: 3, 3 and 2 tokens of 8; layer 1: 4, 1 and 3.
-    balance = load_balance(routed)
+    balance = routing.load_balance(routed)
     np.testing.assert_allclose(balance["smallest"], [0.75, 0.375])
     np.testing.assert_allclose(balance["largest"], [1.125, 1.5])
-    prompts = load_balance(routed.at(~routed.decode))
+    prompts = routing.load_balance(routed.at(~routed.decode))
     np.testing.assert_allclose(prompts["smallest"], [0, 0.75])
     np.testing.assert_allclose(prompts["largest"], [1.5, 1.5])
 
 
 def test_overlap_leaves_out_the_step_from_prompt_to_answer() -> None:
-    np.testing.assert_allclose(consecutive_overlap(iterations(REQUESTS))["overlap"], [0.5, 1])
+    np.testing.assert_allclose(
+        routing.consecutive_overlap(routing.iterations(REQUESTS))["overlap"], [0.5, 1]
+    )
     steady = request(0, [[2, 2], [1, 1]], [[0], [2]], [[0], [2]])
-    np.testing.assert_allclose(consecutive_overlap(iterations([steady]))["overlap"], [1, 1])
+    np.testing.assert_allclose(
+        routing.consecutive_overlap(routing.iterations([steady]))["overlap"], [1, 1]
+    )
 
 
 def test_entropies() -> None:
-    found = entropies(iterations(REQUESTS))
+    found = routing.entropies(routing.iterations(REQUESTS))
     # Request 0 splits each layer 3 : 1, request 1 splits layer 0 2 : 2 and layer 1 4 : 0.
     np.testing.assert_allclose(found["coarse"], [(THREE_TO_ONE + LN2) / 2, THREE_TO_ONE / 2])
     np.testing.assert_allclose(found["fine_counts"], [0, 0], atol=1e-12)
@@ -125,41 +106,35 @@ WEIGHTS = arrays(np.int64, (4, 5), elements=st.integers(0, 50))
 
 @given(WEIGHTS)
 def test_entropy_is_between_none_and_uniform(weights: NDArray[np.int64]) -> None:
-    found = entropy(weights)
+    found = routing.entropy(weights)
     assert (found >= 0).all()
     assert (found <= math.log(5) + 1e-9).all()
-    np.testing.assert_allclose(entropy(weights * 3), found, atol=1e-12)
-
-
-def test_hit_rates() -> None:
-    predicted = np.array([[True, True, False], [False, False, True]])
-    activated = np.array([[True, False, True], [False, False, True]])
-    assert hit_rates(predicted, activated).tolist() == [0.5, 1.0]
+    np.testing.assert_allclose(routing.entropy(weights * 3), found, atol=1e-12)
 
 
 def test_an_interval_is_over_requests() -> None:
     request = np.repeat([0, 1, 2, 3], 100)
     alike = np.repeat([0.0, 0.0, 1.0, 1.0], 100)
-    mean, low, high = mean_with_interval(alike, request)
+    mean, low, high = routing.mean_with_interval(alike, request)
     # Four requests that differ, not 400 independent values, whose interval would be 0.45 to 0.55.
     assert (mean, low, high) == (0.5, 0.0, 1.0)
-    assert mean_with_interval(np.ones(400), request) == (1, 1, 1)
+    assert routing.mean_with_interval(np.ones(400), request) == (1, 1, 1)
 
 
 def test_correlation_is_pearsons() -> None:
     random = np.random.default_rng(1)
     x = random.normal(size=300)
     y = 0.5 * x + random.normal(size=300)
-    found, low, high = correlation(x, y, np.arange(300) % 30)
+    found, low, high = routing.correlation(x, y, np.arange(300) % 30)
     assert found == pytest.approx(pearsonr(x, y).statistic)
     assert low < found < high
-    assert correlation(x, 3 - 2 * x, np.arange(300) % 30)[0] == pytest.approx(-1)
-    assert np.isnan(correlation(x, np.ones(300), np.arange(300) % 30)).all()
+    assert routing.correlation(x, 3 - 2 * x, np.arange(300) % 30)[0] == pytest.approx(-1)
+    assert np.isnan(routing.correlation(x, np.ones(300), np.arange(300) % 30)).all()
 
 
 def test_bins_are_equally_wide() -> None:
     score, rate = np.array([0.0, 0.1, 0.9, 1.0]), np.array([0.0, 0.5, 0.5, 1.0])
-    found = binned(score, rate, np.array([0, 0, 1, 1]), bins=4)
+    found = routing.binned(score, rate, np.array([0, 0, 1, 1]), bins=4)
     assert found["count"].tolist() == [2, 2]
     np.testing.assert_allclose(found["score"], [0.05, 0.95])
     np.testing.assert_allclose(found["hit_rate"], [0.25, 0.75])
@@ -168,13 +143,13 @@ def test_bins_are_equally_wide() -> None:
 # Predictors ---------------------------------------------------------------------------------------
 
 
-def split() -> tuple[Iterations, Iterations]:
+def split() -> tuple[routing.Iterations, routing.Iterations]:
     """Return the first toy request as history, the second as measured."""
-    routed = iterations(REQUESTS)
+    routed = routing.iterations(REQUESTS)
     return routed.at(routed.request == 0), routed.at(routed.request == 1)
 
 
-def predicted(predictor: Predictor, distance: int) -> list[list[int]]:
+def predicted(predictor: routing.Predictor, distance: int) -> list[list[int]]:
     """Return the one expert predicted for each iteration and layer."""
     found = predictor(distance)
     assert (found.sum(axis=-1) == 1).all()
@@ -182,26 +157,26 @@ def predicted(predictor: Predictor, distance: int) -> list[list[int]]:
     return choices
 
 
-def searched(history: Iterations, measured: Iterations) -> Searched:
-    return search(history, measured, SHAPE, capacity=10, distance=1)
+def searched(history: routing.Iterations, measured: routing.Iterations) -> routing.Searched:
+    return routing.search(history, measured, SHAPE, capacity=10, distance=1)
 
 
 def test_popularity_is_the_historys() -> None:
     history, measured = split()
-    assert predicted(popularity(history, measured, 1), 0) == [[0, 2]] * 2
-    assert predicted(popularity(history, measured, 1), 1) == [[2]] * 2
+    assert predicted(routing.popularity(history, measured, 1), 0) == [[0, 2]] * 2
+    assert predicted(routing.popularity(history, measured, 1), 1) == [[2]] * 2
 
 
 def test_previous_token_starts_with_the_prompts_last() -> None:
     history, measured = split()
-    assert predicted(previous_token(measured, 1), 0) == [[2, 0], [1, 0]]
-    assert predicted(previous_token(history, 1), 0) == [[0, 1], [0, 2]]
+    assert predicted(routing.previous_token(measured, 1), 0) == [[2, 0], [1, 0]]
+    assert predicted(routing.previous_token(history, 1), 0) == [[0, 1], [0, 2]]
 
 
 def test_the_target_gate_sees_the_state_some_layers_earlier() -> None:
     _, measured = split()
-    assert predicted(target_gate(GATES, measured, 1), 0) == [[1, 0]] * 2
-    assert predicted(target_gate(GATES, measured, 1), 1) == [[1]] * 2
+    assert predicted(routing.target_gate(GATES, measured, 1), 0) == [[1, 0]] * 2
+    assert predicted(routing.target_gate(GATES, measured, 1), 1) == [[1]] * 2
 
 
 def test_request_counts_change_their_mind_as_the_request_goes_on() -> None:
@@ -210,7 +185,9 @@ def test_request_counts_change_their_mind_as_the_request_goes_on() -> None:
     past_a = request(0, [[0, 0], [2, 2]], [[0], [2]], [[0], [2]])
     past_b = request(1, [[1, 1], [0, 0]], [[1], [0]], [[1], [0]])
     now = request(0, [[0], [2]], [[1], [0]], [[1], [0]], [[1], [0]])
-    predictor = request_counts(iterations([past_a, past_b]), iterations([now]), 1)
+    predictor = routing.request_counts(
+        routing.iterations([past_a, past_b]), routing.iterations([now]), 1
+    )
     # Layer 1 at distance 1: seen are the tokens before and layer 0 of this one.
     # A's : B's matching choices are 2 : 1, then 2 : 3, then 2 : 5.
     assert predicted(predictor, 1) == [[2], [0], [0]]
@@ -221,27 +198,30 @@ def test_request_counts_change_their_mind_as_the_request_goes_on() -> None:
 def test_maps_by_embedding_and_by_trajectory() -> None:
     # Embedding and layer 0 of the query are both nearest to what the history's second token did.
     history, measured = split()
-    named = predictors(history, measured, searched(history, measured), GATES, 1)
+    named = routing.predictors(history, measured, searched(history, measured), GATES, 1)
     assert predicted(named["map, semantic"], 1) == [[2], [2]]
     assert predicted(named["map, trajectory"], 1) == [[2], [2]]
     assert len(named) == 6
-    assert len(predictors(history, measured, searched(history, measured), None, 1)) == 5
+    assert len(routing.predictors(history, measured, searched(history, measured), None, 1)) == 5
 
 
 def test_a_trajectory_is_known_only_up_to_the_layer_that_ran() -> None:
     # Stored: 1 | 1, then 0 | 2. The query 0 | 1 looks like the second after layer 0; after layer 1
     # both are as near, and the first wins.
-    history = iterations([request(0, [[1], [1]], [[0], [2]])])
-    measured = iterations([request(0, [[2], [0]], [[0], [1]])])
-    predictor = trajectory_map(searched(history, measured), 1)
+    history = routing.iterations([request(0, [[1], [1]], [[0], [2]])])
+    measured = routing.iterations([request(0, [[2], [0]], [[0], [1]])])
+    predictor = routing.trajectory_map(searched(history, measured), 1)
     assert predicted(predictor, 1) == [[2]]
     assert predicted(predictor, 0) == [[0, 1]]
 
 
 def test_hit_rates_by_distance() -> None:
     history, measured = split()
-    named = {"popularity": popularity(history, measured, 1), "last": previous_token(measured, 1)}
-    rates = hit_rates_by_distance(named, measured, range(5))
+    named = {
+        "popularity": routing.popularity(history, measured, 1),
+        "last": routing.previous_token(measured, 1),
+    }
+    rates = routing.hit_rates_by_distance(named, measured, range(5))
     found = {(row.predictor, row.distance): row.hit_rate for row in rates.itertuples()}
     # The measured request decodes 1 | 0 twice; distances of two and more leave no layer.
     assert found == {
@@ -255,18 +235,18 @@ def test_hit_rates_by_distance() -> None:
 def test_what_has_been_seen_before_is_found_again() -> None:
     _, measured = split()
     found = searched(measured, measured)
-    np.testing.assert_allclose(found.semantic.scores, 1, rtol=1e-6)
-    np.testing.assert_allclose(found.trajectory.scores, 1, rtol=1e-6)
-    pairs = similarity_and_hits(found, measured, 1, distance=1)
+    np.testing.assert_allclose(found.semantic_scores, 1, rtol=1e-6)
+    np.testing.assert_allclose(found.trajectory_scores, 1, rtol=1e-6)
+    pairs = routing.similarity_and_hits(found, measured, 1, distance=1)
     for name in ("semantic", "trajectory"):
         np.testing.assert_allclose(pairs[name][:2], 1)
 
 
 def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:
     # By embedding the past iteration is at right angles; both layers of it say something else.
-    history = iterations([request(0, [[0, 0], [1, 1]], [[0], [1]])])
-    measured = iterations([request(0, [[2], [1]], [[2], [1]])])
-    pairs = similarity_and_hits(searched(history, measured), measured, 1, distance=1)
+    history = routing.iterations([request(0, [[0, 0], [1, 1]], [[0], [1]])])
+    measured = routing.iterations([request(0, [[2], [1]], [[2], [1]])])
+    pairs = routing.similarity_and_hits(searched(history, measured), measured, 1, distance=1)
     assert [values.tolist() for values in pairs["semantic"]] == [[0], [0.5], [0]]
     # After layer 0 gates (1/2 1/4 1/4) and (1/4 1/4 1/2) have a cosine of 5/6; layer 1 is hit.
     score, rate, _ = pairs["trajectory"]
@@ -278,7 +258,7 @@ SCORES = arrays(np.float32, (3, 6), elements=st.floats(-10, 10, width=32))
 
 @given(SCORES, st.integers(1, 6))
 def test_the_chosen_are_the_largest(scores: NDArray[np.float32], top_k: int) -> None:
-    chosen = top_experts(scores, top_k)
+    chosen = routing.top_experts(scores, top_k)
     assert (chosen.sum(axis=-1) == top_k).all()
     for row, taken in zip(scores, chosen, strict=True):
         assert taken.all() or row[taken].min() >= row[~taken].max()
@@ -295,10 +275,10 @@ def test_hit_rates_are_shares_and_ordered(drawn: list[list[tuple[int, int]]]) ->
         request(n, *[[[first], [second]] for first, second in tokens])
         for n, tokens in enumerate(drawn)
     ]
-    routed = iterations(requests)
+    routed = routing.iterations(requests)
     history, measured = routed.at(routed.request == 0), routed.at(routed.request > 0)
-    named = predictors(history, measured, searched(history, measured), GATES, 1)
-    rates = hit_rates_by_distance(named, measured, range(1, 3))
+    named = routing.predictors(history, measured, searched(history, measured), GATES, 1)
+    rates = routing.hit_rates_by_distance(named, measured, range(1, 3))
     assert set(rates["distance"]) == {1}
     assert rates["hit_rate"].between(0, 1).all()
     assert (rates["low"] <= rates["hit_rate"] + 1e-9).all()
