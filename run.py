@@ -73,10 +73,10 @@ def serve(cfg: DictConfig, outcome: Outcome) -> None:
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))
             # What follows takes seconds to import.
-            from experiments.reproduce.run_store import log, recorded
+            from experiments.reproduce.run_store import ensure_record, log
             from experiments.run.console import Console
 
-            record = recorded(cfg, Console(job=job))
+            record = ensure_record(cfg, Console(job=job))
             outcome.tell(RECORDED)
             log(cfg, record)
     except UserError as error:

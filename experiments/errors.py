@@ -73,8 +73,8 @@ def words_given(
     try:
         options: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(typed), chosen))
     except OmegaConfBaseException as error:
-        told = f"{error.full_key}={chosen.get(str(error.full_key))}"
-        raise UserError(f"{told}: {str(error).splitlines()[0]}") from error
+        choice = f"{error.full_key}={chosen.get(str(error.full_key))}"
+        raise UserError(f"{choice}: {str(error).splitlines()[0]}") from error
     return options, [word for word in given if word not in own]
 
 
@@ -109,12 +109,12 @@ def config_error(error: Exception) -> str:
         return f"{error.override}: not key=value; a value with = or , is quoted: {quoted}"
     text = str(error).partition("Config search path")[0].replace("\n\t", " ")
     lines = (line.strip(" .") for line in text.splitlines())
-    told = "; ".join(line for line in lines if line and not line.startswith("object_type"))
+    cause = "; ".join(line for line in lines if line and not line.startswith("object_type"))
     launcher = re.search(r"hydra/launcher/(joblib|ray|submitit)", text)
     if launcher:
         extra = launcher[1].replace("submitit", "slurm")
-        return f"{told}; install it: pip install -e '.[{extra}]'"
-    return f"{told}; see --help"
+        return f"{cause}; install it: pip install -e '.[{extra}]'"
+    return f"{cause}; see --help"
 
 
 def stop(number: int, _: object) -> None:

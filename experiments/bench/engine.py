@@ -80,7 +80,7 @@ class Check:
             return f">= {self.at_least:g}"
         return "" if self.at_most is None else f"<= {self.at_most:g}"
 
-    def plain(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "met": self.met}
 
 
@@ -127,7 +127,7 @@ class TokenTimes(BaseStreamer):
         pass
 
 
-def plain_tpot(model: Any, experts: str, request: Request) -> float:
+def generate_tpot(model: Any, experts: str, request: Request) -> float:
     """Return the TPOT of `generate`, greedy, with an experts implementation, in seconds."""
     model.set_experts_implementation(experts)
     tokens = torch.tensor([request.prompt], device=model.device)
@@ -145,10 +145,10 @@ def plain_tpot(model: Any, experts: str, request: Request) -> float:
 
 def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[Check]:
     """Compare engine and `generate`, everything resident: medians of ratios within a round."""
-    plain: Any = scale_model(folder)
-    default: str = plain.config._experts_implementation
-    plain.to(device).generation_config.eos_token_id = None
-    plain.generation_config.pad_token_id = 0
+    unmodified: Any = scale_model(folder)
+    default: str = unmodified.config._experts_implementation
+    unmodified.to(device).generation_config.eos_token_id = None
+    unmodified.generation_config.pad_token_id = 0
     model = OffloadedModel.from_model(scale_model(folder), device)
     policies = two_policies(model, PREFETCH_DISTANCE)
     baselines = {f"generate, {default}": default, "generate, eager": "eager"}
@@ -157,7 +157,7 @@ def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[C
         request = load.request(number, model)
         tpots: dict[str, Any] = {}
         for name, experts in baselines.items():
-            tpots[name] = plain_tpot(plain, experts, request)
+            tpots[name] = generate_tpot(unmodified, experts, request)
         for name, policy in policies.items():
             with resident_runtime(model, policy) as runtime:
                 tpots[name] = serve(runtime, [request])[0].tpot
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         "model": os.path.relpath(folder),
         "torch_threads": threads,
         "time_scale": options["time_scale"],
-        "checks": [check.plain() for check in checks],
+        "checks": [check.as_dict() for check in checks],
         **provenance(),
     }
     write_json(Path(options["output"]), record)

@@ -101,8 +101,8 @@ def lossless(device: torch.device, sizes: Sizes) -> list[Check]:
     for family in FAMILIES:
         model = OffloadedModel.from_model(small_model(family), device)
         request = Load(prompt_tokens=7, new_tokens=5).request(0, model)
-        plain: Any = small_model(family)
-        expected = _logits(PlainRuntime(plain.to(device)), request)
+        eager: Any = small_model(family)
+        expected = _logits(PlainRuntime(eager.to(device)), request)
         shape, nbytes = model.shape, model.store.layout.nbytes
         for name, slots in (("smallest", shape.top_k), ("half", shape.layers * shape.experts // 2)):
             equal = True
@@ -131,25 +131,27 @@ def _testbed(device: torch.device, chunk_bytes: int) -> Testbed:
 # (b) The link's rate ----------------------------------------------------------------------------
 
 
-class CopyRig:
-    """Experts of one size on the host, two slots on the device, and the link between them."""
+def copies(device: torch.device, sizes: Sizes) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return two ways to copy experts of one size into two slots of the device.
 
-    def __init__(self, device: torch.device, sizes: Sizes) -> None:
-        pin = device.type == "cuda"
-        blocks = [host_block(sizes.expert_bytes, pin).fill_(1) for _ in range(2)]
-        layout = BlockLayout((), sizes.expert_bytes)
-        experts = [blocks[expert % 2] for expert in range(sizes.copies)]
-        self._store = HostStore(layout, experts, pinned=pin)
-        self._slots = DeviceSlots.allocate(layout, (2,), (device,))
-        self._sizes, self._device = sizes, device
+    Through a transfer queue and the link, as a runtime's thread does, and with one plain copy each.
+    """
+    pin = device.type == "cuda"
+    blocks = [host_block(sizes.expert_bytes, pin).fill_(1) for _ in range(2)]
+    experts = [blocks[expert % 2] for expert in range(sizes.copies)]
+    store = HostStore(BlockLayout((), sizes.expert_bytes), experts, pinned=pin)
+    slots = DeviceSlots.allocate(store.layout, (2,), (device,))
+    shape = ModelShape(1, sizes.copies, 1, 1)
+    plan = MemoryPlan((2,), sizes.expert_bytes, sizes.chunk_bytes)
 
-    def drive(self) -> None:
-        """Copy every expert through a transfer queue and the link, as a runtime's thread does."""
-        shape = ModelShape(1, self._sizes.copies, 1, 1)
-        plan = MemoryPlan((2,), self._sizes.expert_bytes, self._sizes.chunk_bytes)
+    def drive() -> None:
         queue = Residency(shape, plan, OnDemandPolicy(shape)).queues[0]
-        link = self._link()
-        for expert in range(self._sizes.copies):
+        link: Link
+        if device.type == "cuda":
+            link = CudaLink(store, slots, device)
+        else:
+            link = EmulatedLink(store, slots, float("inf"), 0.0)
+        for expert in range(sizes.copies):
             queue.demand(expert)
         in_flight: deque[Any] = deque()
         while (chunk := queue.next_chunk()) is not None or in_flight:
@@ -160,27 +162,21 @@ class CopyRig:
                 link.finish()
                 queue.chunk_done(in_flight.popleft())
 
-    def memcpy(self) -> None:
-        """Copy as many bytes with one plain copy an expert."""
-        for expert in range(self._sizes.copies):
-            target = self._slots.block(Slot(0, expert % 2))
-            target.copy_(self._store.blocks[expert], non_blocking=True)
+    def memcpy() -> None:
+        for expert in range(sizes.copies):
+            slots.block(Slot(0, expert % 2)).copy_(store.blocks[expert], non_blocking=True)
 
-    def _link(self) -> Link:
-        if self._device.type == "cuda":
-            return CudaLink(self._store, self._slots, self._device)
-        return EmulatedLink(self._store, self._slots, float("inf"), 0.0)
+    return drive, memcpy
 
 
 def rate(device: torch.device, sizes: Sizes) -> list[Check]:
     """Compare the link, driven through its queue, with plain copies of the same bytes."""
-    rig = CopyRig(device, sizes)
     gigabytes = sizes.expert_bytes * sizes.copies / GB
-    link, plain = sizes.timed(rig.drive), sizes.timed(rig.memcpy)
+    link, memcpy = map(sizes.timed, copies(device, sizes))
     return [
-        Check("link rate / plain copy rate", plain / link, at_least=0.95),
+        Check("link rate / plain copy rate", memcpy / link, at_least=0.95),
         Check("link rate", gigabytes / link, "GB/s"),
-        Check("plain copy rate", gigabytes / plain, "GB/s"),
+        Check("plain copy rate", gigabytes / memcpy, "GB/s"),
     ]
 
 
@@ -189,7 +185,7 @@ def rate(device: torch.device, sizes: Sizes) -> list[Check]:
 
 def overlap(device: torch.device, sizes: Sizes) -> list[Check]:
     """Run compute alone, copies alone and both at once; 1 is perfect overlap, 0 is none."""
-    rig = CopyRig(device, sizes)
+    drive, _ = copies(device, sizes)
     matrix = torch.ones(sizes.matrix, sizes.matrix, dtype=torch.bfloat16, device=device)
     times = 10
 
@@ -199,24 +195,24 @@ def overlap(device: torch.device, sizes: Sizes) -> list[Check]:
 
     def both() -> None:
         with ThreadPoolExecutor(1) as pool:
-            copying = pool.submit(rig.drive)
+            driven = pool.submit(drive)
             compute()
-            copying.result()
+            driven.result()
 
-    copies = sizes.timed(rig.drive)
+    copying = sizes.timed(drive)
     # As long as the copies take.
-    times = max(1, round(times * copies / sizes.timed(compute)))
+    times = max(1, round(times * copying / sizes.timed(compute)))
     alone, together = sizes.timed(compute), sizes.timed(both)
     return [
-        Check("overlap", (alone + copies - together) / min(alone, copies)),
+        Check("overlap", (alone + copying - together) / min(alone, copying)),
         Check("compute alone", alone * 1e3, "ms"),
-        Check("copy alone", copies * 1e3, "ms"),
+        Check("copy alone", copying * 1e3, "ms"),
         Check("both at once", together * 1e3, "ms"),
-        *_small_copies(rig, device),
+        *_small_copies(drive, device),
     ]
 
 
-def _small_copies(rig: CopyRig, device: torch.device) -> list[Check]:
+def _small_copies(drive: Callable[[], None], device: torch.device) -> list[Check]:
     """Return how long one token index takes to the device, with the link idle and busy."""
     index = torch.zeros(1, dtype=torch.long)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -231,11 +227,11 @@ def _small_copies(rig: CopyRig, device: torch.device) -> list[Check]:
 
     idle = [send() for _ in range(20)]
     with ThreadPoolExecutor(1) as pool:
-        copying = pool.submit(rig.drive)
+        driven = pool.submit(drive)
         busy = [send()]
-        while not copying.done():
+        while not driven.done():
             busy.append(send())
-        copying.result()
+        driven.result()
     return [
         Check("index to device, link idle", statistics.median(idle) * 1e3, "ms"),
         Check("index to device, link busy", statistics.median(busy) * 1e3, "ms"),
@@ -335,8 +331,8 @@ def run_parts(
             cause = f"{type(error).__name__}: {error}"
             console.print(f"{name} failed: {cause}", style="red", markup=False)
         passed = cause is None and all(check.met is not False for check in checks)
-        plain = [check.plain() for check in checks]
-        results[name] = {"passed": passed, "error": cause, "checks": plain}
+        measured = [check.as_dict() for check in checks]
+        results[name] = {"passed": passed, "error": cause, "checks": measured}
         _release(device)
     return results
 

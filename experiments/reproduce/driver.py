@@ -31,7 +31,7 @@ from experiments import CONF, ROOT
 from experiments.errors import BAD_INPUT, UserError, command, words_given
 from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import sweeps
-from experiments.reproduce.parallel import LAUNCHERS, Ended, Task, attempt, side_by_side
+from experiments.reproduce.parallel import LAUNCHERS, Outcome, Task, attempt, side_by_side
 from experiments.reproduce.run_store import (
     ERROR,
     Plan,
@@ -73,7 +73,7 @@ class Reproduction:
         self.everything = "all" in ids
         self.log_to_wandb = "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
-        self.failures: list[Ended] = []
+        self.failures: list[Outcome] = []
         self.began, self.done = time.monotonic(), Counter[str]()
         self.chosen = sweeps.chosen(ids, conf)
         check_writable(self.store.root, "results")
@@ -160,13 +160,13 @@ class Reproduction:
 
     def _record_traces(self) -> None:
         """Record every missing trace once; leave out the runs that a failure concerns."""
-        replayed = {one: routed(cfg) for one, cfg in self.pending_runs.items() if replays(cfg)}
+        replayed = {one: trace_group(cfg) for one, cfg in self.pending_runs.items() if replays(cfg)}
         configs = [self.pending_runs[one] for one in replayed]
         groups: dict[str, list[DictConfig]] = defaultdict(list)
         for cfg in chain(configs, *(plan.traced.values() for plan in self.plans)):
-            groups[routed(cfg)].append(cfg)
+            groups[trace_group(cfg)].append(cfg)
         tasks = [Task(name, record_traces, (cfgs,)) for name, cfgs in groups.items()]
-        failed = {ended.name for ended in self._stage("traces", tasks) if ended.error}
+        failed = {outcome.name for outcome in self._stage("traces", tasks) if outcome.error}
         for one, name in replayed.items():
             if name in failed:
                 del self.pending_runs[one]
@@ -180,12 +180,12 @@ class Reproduction:
             name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
             digests[name] = digest
             tasks[in_virtual_time(cfg)].append(Task(name, run_one, (cfg,)))
-        for ended in self._stage("runs", tasks[True], tasks[False]):
-            if ended.trace:
-                path = self.store.run(digests[ended.name]) / ERROR
+        for outcome in self._stage("runs", tasks[True], tasks[False]):
+            if outcome.trace:
+                path = self.store.run(digests[outcome.name]) / ERROR
                 # A run may fail because nothing can be written.
                 with suppress(OSError), atomic_write(path) as partial:
-                    partial.write_text(ended.trace)
+                    partial.write_text(outcome.trace)
 
     def _draw(self) -> None:
         """Analyse and draw; an experiment with a run missing is left out and said."""
@@ -197,12 +197,12 @@ class Reproduction:
                 self._say(f"{name}: not drawn, {missing} of its runs are missing")
             else:
                 tasks.append(Task(name, make, (plan, self.store)))
-        for ended in self._stage("figures", tasks):
-            if not ended.error:
-                picture = self.store.figures / f"{ended.name.split()[-1]}.png"
-                self._say(f"{ended.name}: {escape(str(picture))}")
-            if ended.trace:
-                self.console.print(ended.trace, style="dim", markup=False)
+        for outcome in self._stage("figures", tasks):
+            if not outcome.error:
+                picture = self.store.figures / f"{outcome.name.split()[-1]}.png"
+                self._say(f"{outcome.name}: {escape(str(picture))}")
+            if outcome.trace:
+                self.console.print(outcome.trace, style="dim", markup=False)
 
     def _report(self) -> None:
         """Judge the claims and write the report, unless there is one of these results."""
@@ -220,9 +220,9 @@ class Reproduction:
         if self.log_to_wandb:
             log_reproduction(WANDB_PROJECT, report)
 
-    def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Ended]:
+    def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Outcome]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
-        done: list[Ended] = []
+        done: list[Outcome] = []
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
         launcher, n_jobs = self.options["launcher"], self.options["n_jobs"]
         with (
@@ -230,13 +230,13 @@ class Reproduction:
             closing(side_by_side(tasks, launcher, n_jobs)) as together,
         ):
             shown = bar.add_task(what, total=total)
-            for ended in chain(together, map(attempt, alone)):
-                done.append(ended)
-                self.done[what] += not ended.error
+            for outcome in chain(together, map(attempt, alone)):
+                done.append(outcome)
+                self.done[what] += not outcome.error
                 bar.advance(shown)
-                if ended.error:
-                    self.failures.append(ended)
-                    self._say(f"[red]failed[/] {ended.name}: {escape(ended.error)}")
+                if outcome.error:
+                    self.failures.append(outcome)
+                    self._say(f"[red]failed[/] {outcome.name}: {escape(outcome.error)}")
                 # A log gets a line for every tenth instead of a bar.
                 if hidden and len(done) * 10 // total > (len(done) - 1) * 10 // total:
                     self._say(f"{what}: {len(done)} of {total}")
@@ -249,7 +249,7 @@ class Reproduction:
 # About configs --------------------------------------------------------------------------------
 
 
-def routed(cfg: DictConfig) -> str:
+def trace_group(cfg: DictConfig) -> str:
     """Name the traces that one worker records one after another, so that none is recorded twice."""
     kind = "online" if "rate" in cfg.workload else "offline"
     return f"routing of {cfg.model.name} on {cfg.dataset.name} ({kind})"

@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ended:
+class Outcome:
     """How a task ended: well, or with one line that says why not."""
 
     name: str
@@ -53,7 +53,9 @@ class Ended:
     """The traceback of an error that is nobody's bad input."""
 
 
-def side_by_side(tasks: Sequence[Task], launcher: str, n_jobs: int) -> Generator[Ended, None, None]:
+def side_by_side(
+    tasks: Sequence[Task], launcher: str, n_jobs: int
+) -> Generator[Outcome, None, None]:
     """Yield how each task ended, as they end; no task's failure stops the others.
 
     In other processes, where every task has one thread, unless there is but one job. Raises
@@ -65,7 +67,7 @@ def side_by_side(tasks: Sequence[Task], launcher: str, n_jobs: int) -> Generator
     with LAUNCHERS[launcher](n_jobs) as submit:
         names = {submit(task): task.name for task in tasks}
         for future in as_completed(names):
-            yield Ended(names[future], KILLED) if future.exception() else future.result()
+            yield Outcome(names[future], KILLED) if future.exception() else future.result()
 
 
 @contextmanager
@@ -98,24 +100,24 @@ def _ray(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
 LAUNCHERS = {"joblib": _cores, "ray": _ray}
 
 
-def in_worker(folder: str, owner: int | None, task: Task) -> Ended:
+def in_worker(folder: str, owner: int | None, task: Task) -> Outcome:
     """Carry out a task in a worker process, in the folder where the user stands."""
     settle(folder, owner)
     return attempt(task)
 
 
-def attempt(task: Task) -> Ended:
+def attempt(task: Task) -> Outcome:
     """Carry out a task; return how it ended."""
     try:
         with file_errors():
             task.function(*task.arguments)
     except (UserError, TraceError) as error:
-        return Ended(task.name, str(error), bad_input=True)
+        return Outcome(task.name, str(error), bad_input=True)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        told = f"{type(error).__name__}: {first_line}"
-        return Ended(task.name, told, trace=traceback.format_exc())
-    return Ended(task.name)
+        cause = f"{type(error).__name__}: {first_line}"
+        return Outcome(task.name, cause, trace=traceback.format_exc())
+    return Outcome(task.name)
 
 
 @cache

@@ -138,11 +138,11 @@ def record_traces(configs: Sequence[DictConfig]) -> None:
 
 def run_one(cfg: DictConfig) -> None:
     """Carry out one run, and log it where its config says. Raises UserError."""
-    log(cfg, recorded(cfg, Console(quiet=True)))
+    log(cfg, ensure_record(cfg, Console(quiet=True)))
     (Path(cfg.output) / ERROR).unlink(missing_ok=True)
 
 
-def recorded(cfg: DictConfig, console: Console) -> dict[str, Any]:
+def ensure_record(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Return the complete record of this config, made now unless it is there. Raises UserError."""
     from experiments.run.protocol import run
 

@@ -138,8 +138,8 @@ def digest(cfg: DictConfig) -> str:
     return _digest_of(comparable(cfg))
 
 
-def _digest_of(plain: Any) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+def _digest_of(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # Overrides ------------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def _composing(
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             OmegaConf.resolve(cfg)
         except (HydraException, OmegaConfBaseException) as error:
-            told = f"experiment {experiment.id}, {' '.join(overrides)}: {config_error(error)}"
-            raise UserError(told) from error
+            cause = f"experiment {experiment.id}, {' '.join(overrides)}: {config_error(error)}"
+            raise UserError(cause) from error
         return cfg
 
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):

@@ -120,8 +120,18 @@ def top_k_accuracy(
     return accuracies
 
 
-def run(cfg: DictConfig) -> None:
-    """Record, train, measure and save as the config says. Raises UserError."""
+def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
+    drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
+    requests = [
+        Request(number, prompt, cfg.output_tokens) for number, prompt in enumerate(drawn.prompts)
+    ]
+    return record(model.offloaded, requests, cfg.batch_size)
+
+
+@hydra.main(config_path="../../conf", config_name="train_predictor", version_base="1.3")
+@command()
+def main(cfg: DictConfig) -> None:
+    """Record, train, measure and save as the config says; exit 2 for bad input."""
     for name in ("prompts", "held_out_prompts", "output_tokens", "batch_size", "hidden_units"):
         if cfg[name] < 1:
             raise UserError(f"{name}={cfg[name]}: it starts at 1")
@@ -152,21 +162,6 @@ def run(cfg: DictConfig) -> None:
         f"{identity(cfg)}, d={cfg.distance}: {accuracy:.1%} of activated experts predicted on "
         f"held-out prompts (chance {shape.top_k / shape.experts:.1%}); saved to {path}"
     )
-
-
-def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
-    drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
-    requests = [
-        Request(number, prompt, cfg.output_tokens) for number, prompt in enumerate(drawn.prompts)
-    ]
-    return record(model.offloaded, requests, cfg.batch_size)
-
-
-@hydra.main(config_path="../../conf", config_name="train_predictor", version_base="1.3")
-@command()
-def main(cfg: DictConfig) -> None:
-    """Train as the config says; exit 2 for bad input."""
-    run(cfg)
 
 
 if __name__ == "__main__":

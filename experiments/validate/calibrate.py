@@ -32,11 +32,11 @@ from experiments.run.schedule import Server
 from experiments.validate.probe import (
     Probe,
     Sample,
-    collecting,
+    call_seconds,
+    collection_seconds,
     compute_samples,
-    predicting,
-    undisturbed,
-    waking,
+    wake_and_resume,
+    without_outliers,
 )
 from finemoe.files import atomic_write
 from finemoe.offload.device import EmulatedLink
@@ -53,7 +53,7 @@ Samples = dict[str, list[Sample]]
 # Serving under observation ------------------------------------------------------------------------
 
 
-def as_run(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
+def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     """Return the config that run.py would have for one system of this command's."""
     same = ("model", "dataset", "workload", "testbed", "weights", "seed", "output")
     run: Any = {
@@ -67,7 +67,15 @@ def as_run(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     return OmegaConf.create(run)
 
 
-def observed(setup: LiveSetup, console: Console) -> Probe:
+def emulated_testbed(cfg: DictConfig) -> Testbed:
+    """Return the config's testbed. Raises UserError if it is no emulated one."""
+    testbed = build(cfg.testbed)
+    if not isinstance(testbed, Testbed) or testbed.mode != "emulated":
+        raise UserError(f"testbed={cfg.testbed.get('name', 'local')}: use testbed=emulated")
+    return testbed
+
+
+def observe(setup: LiveSetup, console: Console) -> Probe:
     """Serve warm-up and measured requests under the budget; return the times of the latter."""
     build_history(setup, console)
     policy = copy.deepcopy(setup.policy)
@@ -94,7 +102,7 @@ def observed(setup: LiveSetup, console: Console) -> Probe:
 # From times to costs ------------------------------------------------------------------------------
 
 
-def fitted(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
+def fit(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
     """Return base, per_token and the other columns asked for in microseconds, none below 0.
 
     Least squares over the relative errors of the means of samples that agree in these columns.
@@ -107,7 +115,7 @@ def fitted(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float
     }
     names = ["base", "per_token", *columns]
     frame = pd.DataFrame(samples).rename(columns=named).assign(base=1)
-    groups = [(key, undisturbed(one * 1e6)) for key, one in frame.groupby(names)["seconds"]]
+    groups = [(key, without_outliers(one * 1e6)) for key, one in frame.groupby(names)["seconds"]]
     means = np.array([np.mean(values) for _, values in groups])
     weights = np.sqrt([len(values) for _, values in groups]) / np.maximum(means, 1e-3)
     matrix = np.array([key for key, _ in groups], dtype=float)
@@ -132,14 +140,12 @@ class Calibration:
     """
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
-        testbed = build(cfg.testbed)
-        if not isinstance(testbed, Testbed) or testbed.mode != "emulated":
-            name = cfg.testbed.get("name", "local")
-            raise UserError(f"testbed={name}: calibrate an emulated one")
+        testbed = emulated_testbed(cfg)
         if len(testbed.devices) > 1:
             raise UserError("testbed.devices: calibrate one device; all share this machine's cores")
         self._cfg, self._console, self._testbed = cfg, console, testbed
-        self._resident = _cut(load_setup(as_run(cfg, NEUTRAL, memory_budget="100%"), testbed))
+        resident = run_config(cfg, NEUTRAL, memory_budget="100%")
+        self._resident = _vary_lengths(load_setup(resident, testbed))
         self._layers = self._resident.model.offloaded.shape.layers
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.parquet"
@@ -157,12 +163,12 @@ class Calibration:
     def observe(self, system: str) -> None:
         """Serve with a system at every budget."""
         for budget in self._cfg.memory_budgets:
-            run = as_run(self._cfg, system, memory_budget=budget)
-            setup = _shortened(_cut(load_setup(run, self._testbed)))
+            run = run_config(self._cfg, system, memory_budget=budget)
+            setup = _longest_only(_vary_lengths(load_setup(run, self._testbed)))
             self._probes[system] += self._observe(setup, self._disturbed[system])
 
     def _observe(self, setup: LiveSetup, samples: Samples) -> Probe:
-        probe = observed(setup, self._console)
+        probe = observe(setup, self._console)
         for part, taken in compute_samples(probe, self._traced, self._layers).items():
             samples[part] += taken
         return probe
@@ -173,8 +179,8 @@ class Calibration:
         load = testbed.load_seconds(self._resident.model.full_expert_bytes)
         lags = sum(probe.lags for probe in probes.values())
         lag_seconds = sum(probe.lag_seconds for probe in probes.values())
-        wake, resume = waking(probes[NEUTRAL], load) if NEUTRAL in probes else (0.0, 0.0)
-        collect = {system: _micros(collecting(probe)) for system, probe in probes.items()}
+        wake, resume = wake_and_resume(probes[NEUTRAL], load) if NEUTRAL in probes else (0.0, 0.0)
+        collect = {system: _micros(collection_seconds(probe)) for system, probe in probes.items()}
         return {
             "_target_": "experiments.run.testbeds.calibrated",
             "name": str(self._cfg.name),
@@ -192,7 +198,7 @@ class Calibration:
             "compute_us": self._compute(),
             "collect_us": {"resident": 0.0, **collect},
             "prediction_us": {
-                system: {k: _micros(v) for k, v in predicting(probe, self._layers).items()}
+                system: {k: _micros(v) for k, v in call_seconds(probe, self._layers).items()}
                 for system, probe in probes.items()
             },
         }
@@ -200,18 +206,18 @@ class Calibration:
     def _compute(self) -> dict[str, Any]:
         still, context = self._still, ("per_context",)
         compute: dict[str, Any] = {
-            "start": fitted(still["start"], context),
-            "finish": fitted(still["finish"], context),
-            "dense": {"resident": fitted(still["dense"], context)},
-            "expert": {"resident": fitted(still["expert"], ())},
+            "start": fit(still["start"], context),
+            "finish": fit(still["finish"], context),
+            "dense": {"resident": fit(still["dense"], context)},
+            "expert": {"resident": fit(still["expert"], ())},
         }
         for system, disturbed in self._disturbed.items():
             for part, columns in (("dense", (*context, *DISTURBED)), ("expert", DISTURBED)):
-                compute[part][system] = fitted(still[part] + disturbed[part], columns)
+                compute[part][system] = fit(still[part] + disturbed[part], columns)
         return compute
 
 
-def _cut(setup: LiveSetup) -> LiveSetup:
+def _vary_lengths(setup: LiveSetup) -> LiveSetup:
     """Give the measured prompts different lengths, which tell tokens, context and base apart."""
     measured = [
         replace(request, prompt=request.prompt[: max(2, len(request.prompt) * share // 8)])
@@ -220,7 +226,7 @@ def _cut(setup: LiveSetup) -> LiveSetup:
     return replace(setup, workload=replace(setup.workload, measured=tuple(measured)))
 
 
-def _shortened(setup: LiveSetup) -> LiveSetup:
+def _longest_only(setup: LiveSetup) -> LiveSetup:
     """Leave the longest measured request: it asks for hundreds of predictions."""
     longest = max(setup.workload.measured, key=lambda request: len(request.prompt))
     return replace(setup, workload=replace(setup.workload, measured=(longest,)))

@@ -7,11 +7,12 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.errors import UserError
 from finemoe.offload.policy import Iteration, LayerOutcome
@@ -110,13 +111,7 @@ def compute_samples(
         samples[part].append(Sample(tokens, context, ended - began, waited, copying))
 
     experts, gates = iter(probe.on("device")), iter(probe.gates)
-    steps: Counter[int] = Counter()
-    for (iteration, _), (following, next_began) in itertools.pairwise(probe.begins):
-        routed = [traced[number].steps[steps[number]] for number in iteration.requests]
-        contexts = [traced[number].steps[0].tokens + steps[number] for number in iteration.requests]
-        steps.update(iteration.requests)
-        tokens, context = sum(iteration.tokens), sum(contexts)
-        counts = np.sum([step.counts for step in routed], axis=0)
+    for tokens, context, counts, next_began in _iterations(probe, traced):
         for outcome, asked in itertools.islice(gates, layers):
             take("dense", tokens, context, stops[bisect_left(stops, asked) - 1], asked)
             for _ in outcome.activated:
@@ -129,10 +124,24 @@ def compute_samples(
         first = samples["dense"].pop(-layers)
         others = [sample.seconds for sample in samples["dense"][1 - layers :]]
         samples["start"].append(Sample(tokens, context, first.seconds - float(np.mean(others))))
-        if following.phase == "decode":
+        if next_began is not None:
             ended = stops[bisect_left(stops, next_began) - 1]
             samples["finish"].append(Sample(tokens, context, next_began - ended))
     return dict(samples)
+
+
+def _iterations(
+    probe: Probe, traced: Mapping[int, TracedRequest]
+) -> Iterator[tuple[int, int, NDArray[Any], float | None]]:
+    """Yield tokens, context, tokens of each expert, and when a decode step followed, if one did."""
+    steps: Counter[int] = Counter()
+    for (iteration, _), (following, next_began) in itertools.pairwise(probe.begins):
+        routed = [traced[number].steps[steps[number]] for number in iteration.requests]
+        contexts = [traced[number].steps[0].tokens + steps[number] for number in iteration.requests]
+        steps.update(iteration.requests)
+        counts = np.sum([step.counts for step in routed], axis=0)
+        followed = next_began if following.phase == "decode" else None
+        yield sum(iteration.tokens), sum(contexts), counts, followed
 
 
 def _stops(probe: Probe) -> list[float]:
@@ -141,7 +150,7 @@ def _stops(probe: Probe) -> list[float]:
     return sorted(own + [at for _, at in (*probe.gates, *probe.begins)])
 
 
-def waking(probe: Probe, load_seconds: float) -> tuple[float, float]:
+def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
     """Return the seconds that an idle link takes to begin, and a waiting model to go on.
 
     The former from gates that find nothing, of a system that prefetches nothing, to the first
@@ -164,11 +173,11 @@ def waking(probe: Probe, load_seconds: float) -> tuple[float, float]:
         resumes += [at - began - load_seconds * loads for loads, at in enumerate(known, 1)]
     if not wakes:
         raise UserError("no layer missed all its experts; lower memory_budgets")
-    wake, resume = float(np.mean(undisturbed(wakes))), float(np.mean(undisturbed(resumes)))
+    wake, resume = (float(np.mean(without_outliers(one))) for one in (wakes, resumes))
     return max(0.0, wake), max(0.0, resume)
 
 
-def undisturbed(seconds: Iterable[float]) -> list[float]:
+def without_outliers(seconds: Iterable[float]) -> list[float]:
     """Return what is not beyond MOST_MEDIANS medians: there, another process had the core."""
     values = list(seconds)
     median = float(np.median(values))
@@ -177,13 +186,13 @@ def undisturbed(seconds: Iterable[float]) -> list[float]:
     return [one for one in values if one <= most]
 
 
-def collecting(probe: Probe) -> float:
+def collection_seconds(probe: Probe) -> float:
     """Return what handing over one context takes of the critical path, in seconds."""
     contexts = len(probe.begins) + len(probe.gates)
     return sum(probe.seconds("context_collection")) / contexts
 
 
-def predicting(probe: Probe, layers: int) -> dict[str, float]:
+def call_seconds(probe: Probe, layers: int) -> dict[str, float]:
     """Return what the policy's calls take, in seconds; one on_embeddings, then L on_gates.
 
     Each with the queueing of the prefetches that it led to, if it led to any.
@@ -197,7 +206,7 @@ def predicting(probe: Probe, layers: int) -> dict[str, float]:
         seconds[bisect_right(begins, issue.start) - 1] += issue.end - issue.start
     of_gates = np.arange(len(seconds)) % (layers + 1) > 0
     return {
-        "embeddings": float(np.mean(undisturbed(seconds[~of_gates]))),
-        "gate": float(np.mean(undisturbed(seconds[of_gates]))),
+        "embeddings": float(np.mean(without_outliers(seconds[~of_gates]))),
+        "gate": float(np.mean(without_outliers(seconds[of_gates]))),
         "update": sum(probe.seconds("update")) / len(probe.begins),
     }

@@ -27,7 +27,7 @@ from experiments.run.console import Console
 from experiments.run.live import load_setup
 from experiments.run.protocol import Measurement, Setup, build_history, measure
 from experiments.run.records import provenance
-from experiments.validate.calibrate import Calibration, as_run, write_testbed
+from experiments.validate.calibrate import Calibration, emulated_testbed, run_config, write_testbed
 from finemoe.files import write_json
 from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
@@ -40,18 +40,22 @@ Result = dict[str, float]
 
 def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return all comparisons, and the calibrated testbed they used. Raises UserError."""
-    testbed = _emulated(cfg)
+    if cfg.workload.output_tokens < 2:
+        raise UserError("workload.output_tokens: there is no TPOT below 2")
+    if cfg.repeats < 1:
+        raise UserError(f"repeats={cfg.repeats}: serve live at least once")
+    testbed = emulated_testbed(cfg)
     known: dict[str, Any] = _calibrated(cfg, testbed) if cfg.calibration else {}
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    asked = OmegaConf.create({**plain, **plain["calibrate"]})
-    calibration = None if known else Calibration(asked, console)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    calibrate = OmegaConf.create({**settings, **settings["calibrate"]})
+    calibration = None if known else Calibration(calibrate, console)
     runs = {
-        system: [as_run(cfg, system, memory_budget=budget) for budget in cfg.budgets]
+        system: [run_config(cfg, system, memory_budget=budget) for budget in cfg.budgets]
         for system in cfg.systems
     }
     path = Path(cfg.output) / "trace.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    resident = as_run(cfg, next(iter(cfg.systems)), memory_budget="100%")
+    resident = run_config(cfg, next(iter(cfg.systems)), memory_budget="100%")
     load_setup(resident, testbed).record_routing(path, console)
     try:
         # All that needs a quiet machine first.
@@ -68,17 +72,6 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
         write_testbed(Path(cfg.output) / "testbed.yaml", calibrated)
     lives = zip(*rounds, strict=True)
     return list(map(comparison, each, lives, replays)), calibrated
-
-
-def _emulated(cfg: DictConfig) -> Testbed:
-    if cfg.workload.output_tokens < 2:
-        raise UserError("workload.output_tokens: there is no TPOT below 2")
-    if cfg.repeats < 1:
-        raise UserError(f"repeats={cfg.repeats}: serve live at least once")
-    testbed = build(cfg.testbed)
-    if not isinstance(testbed, Testbed) or testbed.mode != "emulated":
-        raise UserError("validate compares with an emulated testbed; use testbed=emulated")
-    return testbed
 
 
 def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
@@ -158,7 +151,7 @@ def comparison(run: DictConfig, repeats: Sequence[Result], replay: Result) -> di
     }
 
 
-def shown(comparisons: Sequence[dict[str, Any]]) -> Table:
+def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> Table:
     """Return one row a comparison."""
     rows = Table(title="replay against live (emulated)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows.add_column("system", no_wrap=True)
@@ -180,7 +173,7 @@ def main(cfg: DictConfig) -> None:
     """Validate as the config says; exit 2 for bad input. Nothing fails because of a time."""
     transformers.logging.disable_progress_bar()
     comparisons, calibrated = validate(cfg, Console())
-    RichConsole().print(shown(comparisons))
+    RichConsole().print(comparison_rows(comparisons))
     met = sum(one["met"] for one in comparisons)
     print(f"TTFT and TPOT within 5 %: {met} of {len(comparisons)}")
     path = Path(cfg.output) / "validate.json"

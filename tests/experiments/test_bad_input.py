@@ -15,14 +15,10 @@ from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, config, run_command
 
 
-def prepared(*overrides: str) -> live.LiveSetup:
-    cfg = composed(*overrides)
-    return live.load_setup(cfg, build(cfg.testbed))
-
-
 def complaint(*overrides: str) -> str:
+    cfg = composed(*overrides)
     with pytest.raises(UserError) as caught:
-        prepared(*overrides)
+        live.load_setup(cfg, build(cfg.testbed))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -47,29 +43,23 @@ def test_pinning_without_a_core_to_spare() -> None:
         testbeds.emulated(1, 32.0, 10.0, 1.0, 32.0, threads=4096, pinned=True)
 
 
-def test_a_scale_model_that_is_not_shipped() -> None:
-    assert "weights=dummy" in complaint("model.name=other")
-
-
-def test_weights_that_need_a_network() -> None:
-    assert "Mixtral-8x7B-Instruct-v0.1: it is not in the cache" in complaint("weights=hub")
-
-
-def test_a_dataset_that_needs_a_network() -> None:
-    assert "dataset=docs" in complaint("dataset=lmsys")
-
-
-def test_prompts_shorter_than_asked_for() -> None:
-    message = complaint("workload.input_tokens=100000")
-    assert "lower workload.input_tokens" in message
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("model.name=other", "weights=dummy"),
+        ("weights=hub", "Mixtral-8x7B-Instruct-v0.1: it is not in the cache"),
+        ("dataset=lmsys", "dataset=docs"),
+        ("workload.input_tokens=100000", "lower workload.input_tokens"),
+    ],
+)
+def test_what_cannot_be_loaded(override: str, remedy: str) -> None:
+    assert remedy in complaint(override)
 
 
 def test_a_store_of_another_model(tmp_path: Path) -> None:
-    shape = ModelShape(32, 8, 2, 64)
-    store = ExpertMapStore(shape, capacity=2, prefetch_distance=3)
+    store = ExpertMapStore(ModelShape(32, 8, 2, 64), capacity=2, prefetch_distance=3)
     store.save(tmp_path / "maps.safetensors", "another model")
-    message = complaint(f"store.load={tmp_path / 'maps.safetensors'}")
-    assert "another model" in message
+    assert "another model" in complaint(f"store.load={tmp_path / 'maps.safetensors'}")
 
 
 MISTAKES = {

@@ -12,11 +12,11 @@ from experiments.validate.probe import (
     Probe,
     Sample,
     Span,
-    collecting,
+    call_seconds,
+    collection_seconds,
     compute_samples,
-    predicting,
-    undisturbed,
-    waking,
+    wake_and_resume,
+    without_outliers,
 )
 from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.offload.routed import RoutedStep
@@ -104,9 +104,9 @@ def test_links_wake_and_models_resume() -> None:
         Span("on_demand_wait", 10.0, 14.0),
     ]
     probe = Probe(gates=[(miss(DECODES[0], 0, 0, 1), 1.0), (half, 10.0)], spans=spans)
-    assert waking(probe, load_seconds=3.0) == pytest.approx((0.5, (0.25 + 0.5) / 2))
+    assert wake_and_resume(probe, load_seconds=3.0) == pytest.approx((0.5, (0.25 + 0.5) / 2))
     with pytest.raises(UserError, match="lower memory_budgets"):
-        waking(Probe(gates=[(half, 0.0)], spans=spans), 3.0)
+        wake_and_resume(Probe(gates=[(half, 0.0)], spans=spans), 3.0)
 
 
 def test_calls_of_a_policy_are_told_apart() -> None:
@@ -117,9 +117,9 @@ def test_calls_of_a_policy_are_told_apart() -> None:
     spans += [Span("update", 0.0, 4.0), Span("context_collection", 0.0, 3.0)]
     gates = [(hit(PREFILL, layer % 2), 0.0) for layer in range(4)]
     probe = Probe([(PREFILL, 0.0), (DECODES[0], 1.0)], gates, spans)
-    assert predicting(probe, layers=2) == {"embeddings": 6.0, "gate": 2.5, "update": 2.0}
-    assert collecting(probe) == 0.5
-    assert predicting(Probe(), layers=2) == {}
+    assert call_seconds(probe, layers=2) == {"embeddings": 6.0, "gate": 2.5, "update": 2.0}
+    assert collection_seconds(probe) == 0.5
+    assert call_seconds(Probe(), layers=2) == {}
 
 
 def test_a_probe_knows_its_own_thread_and_adds_up() -> None:
@@ -136,5 +136,5 @@ def test_a_probe_knows_its_own_thread_and_adds_up() -> None:
 
 
 def test_outliers_are_left_out_and_never_everything() -> None:
-    assert undisturbed([1.0, 2.0, 6.0, 6.1, 1.5]) == [1.0, 2.0, 6.0, 1.5]
-    assert undisturbed([-2.0, -1.0, 5.0]) == [-2.0, -1.0]
+    assert without_outliers([1.0, 2.0, 6.0, 6.1, 1.5]) == [1.0, 2.0, 6.0, 1.5]
+    assert without_outliers([-2.0, -1.0, 5.0]) == [-2.0, -1.0]

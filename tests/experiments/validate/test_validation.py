@@ -14,35 +14,22 @@ from experiments.validate.calibrate import write_testbed
 from experiments.validate.validation import comparison, validate
 from tests.command import composed, config, run_module
 
+LINE = {"base": 100.0, "per_token": 1.0}
+DISTURBED_LINE = {**LINE, "after_wait": 10.0, "while_copying": 5.0}
+DISTURBED = {"finemoe": DISTURBED_LINE, "on_demand": DISTURBED_LINE}
+LINK = {"gb_s": 32.0, "time_scale": 0.001, "latency_us": 50.0, "wake_us": 50.0, "lag_us": 20.0}
 TESTBED = {
     "_target_": "experiments.run.testbeds.calibrated",
     "name": "by hand",
     "model": "mixtral",
     "devices": 1,
-    "link": {
-        "gb_s": 32.0,
-        "time_scale": 0.001,
-        "latency_us": 50.0,
-        "wake_us": 50.0,
-        "lag_us": 20.0,
-    },
+    "link": LINK,
     "chunk_mb": 32.0,
     "resume_us": 100.0,
-    "compute_us": {
-        **{part: {"base": 100.0, "per_token": 1.0} for part in ("start", "finish")},
-        **{
-            part: {
-                name: {"base": 100.0, "per_token": 1.0, "after_wait": 10.0, "while_copying": 5.0}
-                for name in ("finemoe", "on_demand")
-            }
-            for part in ("dense", "expert")
-        },
-    },
+    "compute_us": {"start": LINE, "finish": LINE, "dense": DISTURBED, "expert": DISTURBED},
     "collect_us": {"finemoe": 10.0, "on_demand": 0.0},
     "prediction_us": {"finemoe": {"embeddings": 10.0, "gate": 10.0, "update": 10.0}},
 }
-
-
 OVERRIDES = (
     *(f"~system@systems.{n}" for n in ("moe_infinity", "promoe", "mixtral_offload", "deepspeed")),
     "budgets=[6]",
@@ -90,24 +77,26 @@ def test_without_a_calibration_every_round_makes_one(tmp_path: Path) -> None:
     assert OmegaConf.load(tmp_path / "testbed.yaml") == OmegaConf.create(testbed)
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    mine = f"calibration={tmp_path / 'mine.yaml'}"
-    write_testbed(tmp_path / "mine.yaml", TESTBED)
-    (tmp_path / "other.yaml").write_text("name: other\n")
-    for overrides, cause in (
-        ((mine, "testbed.time_scale=0.5"), "calibrated for links of 32.0 GB/s"),
-        (
-            (f"calibration={tmp_path / 'other.yaml'}",),
-            "is no file of experiments.validate.calibrate",
-        ),
-        (("calibration=nowhere.yaml",), "calibration=nowhere.yaml"),
-        ((mine, "workload.output_tokens=1"), "no TPOT below 2"),
-        ((mine, "repeats=0"), "repeats=0: serve live at least once"),
-        ((mine, "testbed=h100", "~testbed.time_scale", "~testbed.pinned"), "use testbed=emulated"),
-    ):
-        cfg = config("validate", *OVERRIDES, *overrides, f"output={tmp_path / 'out'}")
-        with pytest.raises(UserError, match=cause):
-            validate(cfg, Console())
+@pytest.mark.parametrize(
+    ("overrides", "cause"),
+    [
+        ("testbed.time_scale=0.5", "calibrated for links of 32.0 GB/s"),
+        ("calibration=other.yaml", "is no file of experiments.validate.calibrate"),
+        ("calibration=nowhere.yaml", "calibration=nowhere.yaml"),
+        ("workload.output_tokens=1", "no TPOT below 2"),
+        ("repeats=0", "repeats=0: serve live at least once"),
+        ("testbed=h100 ~testbed.time_scale ~testbed.pinned", "use testbed=emulated"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    overrides: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_testbed(Path("mine.yaml"), TESTBED)
+    Path("other.yaml").write_text("name: other\n")
+    cfg = config("validate", *OVERRIDES, "calibration=mine.yaml", *overrides.split(), "output=out")
+    with pytest.raises(UserError, match=cause):
+        validate(cfg, Console())
 
 
 @pytest.mark.parametrize(
