@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from experiments.judge.claims import judge
+from experiments.judge.frame import ResultsFolder
 from tests.command import ROOT, run_module
 
 RESULTS = ROOT / "results"
@@ -27,3 +29,11 @@ def test_every_committed_figure_stands_on_committed_records() -> None:
             record = json.loads((RESULTS / "runs" / digest / "run.json").read_text())
             assert record["status"] == "complete"
             assert record["mode"] == "simulated"
+
+
+def test_committed_verdicts_are_those_of_the_committed_records(tmp_path: Path) -> None:
+    for name in ("runs", "experiments", "analysis"):
+        (tmp_path / name).symlink_to(RESULTS / name)
+    judge(ResultsFolder(tmp_path))
+    for name in ("claims.json", "claims.csv"):
+        assert (tmp_path / name).read_text() == (RESULTS / name).read_text()

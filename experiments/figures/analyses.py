@@ -153,7 +153,7 @@ def analyse(
     `table` is given `cfg.experiment` as well. Raises UserError, as `subjects` does.
     """
     listed = list(subjects(cfg, traces))
-    tables = {(one.model, one.dataset): table(one, cfg.experiment) for one in listed}
+    tables = {(each.model, each.dataset): table(each, cfg.experiment) for each in listed}
     write_analysis(cfg, folder, name, joined(tables), listed)
 
 
@@ -196,7 +196,7 @@ def read_analysis(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 
 def save(
     figure: Figure,
-    place: Path,
+    output: Path,
     record: Mapping[str, Any],
     table: pd.DataFrame,
     shows: str,
@@ -216,4 +216,4 @@ def save(
         counted = f" ({measured} measured, the others history)" if split else ""
         origin = charts.served(listed, " of the real models' routing shapes")
         caption += f"; {origin}; n = {total} requests{counted} of each model and dataset"
-    charts.write(figure, table, place, record["id"], f"{caption}.")
+    charts.write(figure, table, output, record["id"], f"{caption}.")

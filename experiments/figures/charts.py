@@ -201,6 +201,11 @@ def width_of(models: Sequence[object]) -> float:
     return style.PAGE_INCHES if len(models) > 1 else style.COLUMN_INCHES
 
 
+def model_groups(models: Sequence[str]) -> dict[str, str]:
+    """Return the names of models in two lines, to stand below narrow bars."""
+    return {model: "\n".join(model_name(model).rsplit("-", 1)) for model in models}
+
+
 def panel_title(axes: Axes, model: str, dataset: str | None = None) -> None:
     """Name a panel after its model and, where there are several, its dataset."""
     axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""), pad=3)
@@ -247,24 +252,26 @@ def bars(
 ) -> None:
     """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
 
-    A bar for each series of `looks` that has a hatch, always at its place, so that a missing record
-    is a gap; those in `hollow` are not filled. Series without a hatch are lines across the groups.
+    A bar for each series of `looks` that has a hatch, always where it belongs, so that a missing
+    record is a gap; those in `hollow` are not filled. Others are lines across the groups.
     """
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
     width = 0.84 / len(solid)
     for name, look in looks.items():
-        rows = frame[(frame["series"] == name) & np.isfinite(frame[metric])]
+        rows = frame[frame["series"] == name]
         x = rows[by].map(centres).to_numpy(dtype=float)
         mean, spread = interval(rows, metric)
         if name not in solid:
             axes.hlines(mean, x - 0.46, x + 0.46, look["color"], REFERENCE_DASHES, lw=1.2, zorder=4)
             continue
-        x += (solid.index(name) - (len(solid) - 1) / 2) * width
+        x = x + (solid.index(name) - (len(solid) - 1) / 2) * width
         # An empty bar is not a gap.
-        for empty in x[mean == 0]:
-            axes.annotate("0", (empty, 0), ha="center", va="bottom", fontsize=7)
-        x, mean, spread = x[mean != 0], mean[mean != 0], spread[:, mean != 0]
+        for note, empty in (("0", mean == 0), ("n/a", np.isnan(mean))):
+            for centre in x[empty]:
+                axes.annotate(note, (centre, 0), ha="center", va="bottom", fontsize=7)
+        full = np.nan_to_num(mean) != 0
+        x, mean, spread = x[full], mean[full], spread[:, full]
         fill, edge = ("white", look["color"]) if name in hollow else (look["color"], "white")
         axes.bar(
             x, mean, width * 0.92, color=fill, edgecolor=edge, hatch=look["hatch"],
@@ -281,30 +288,6 @@ def bars(
         axes.set(ylim=(0, 103), yticks=range(0, 101, 20))
 
 
-def paired_bars(
-    axes: Axes,
-    frame: pd.DataFrame,
-    by: str,
-    metric: str,
-    looks: Mapping[str, Look],
-    models: Sequence[str],
-) -> None:
-    """Draw the two values of column `by` that have `looks` side by side for each model."""
-    for number, (name, look) in enumerate(looks.items()):
-        rows = frame[frame[by] == name.lower()].set_index("model").reindex(list(models))
-        x = np.arange(len(models)) + 0.4 * (number - 0.5)
-        mean, spread = interval(rows, metric)
-        whisker = {**CAPS, "ecolor": "#333333"}
-        axes.bar(x, mean, 0.38, color=look["color"], yerr=spread, error_kw=whisker)
-        for centre in x[np.isnan(mean)]:
-            axes.text(centre, 0.01, "n/a", ha="center", va="bottom", fontsize=6)
-    # In two lines below their bars.
-    names = ["\n".join(model_name(model).rsplit("-", 1)) for model in models]
-    axes.set_xticks(range(len(models)), names)
-    axes.tick_params(axis="x", length=0)
-    axes.grid(axis="x", visible=False)
-
-
 def lines(
     axes: Axes,
     frame: pd.DataFrame,
@@ -312,13 +295,14 @@ def lines(
     metric: str,
     looks: Mapping[str, Look],
     at: Sequence[float] | None = None,
+    by: str = "series",
 ) -> None:
-    """Draw the means of each series over `x`, with their intervals.
+    """Draw the means over `x` of each series, a value of column `by`, with their intervals.
 
     A line breaks at those values of `at` where its series has no record; None: the series' own.
     """
     for name, look in looks.items():
-        rows = frame[frame["series"] == name].sort_values(x)
+        rows = frame[frame[by] == name].sort_values(x)
         if at is not None:
             rows = rows.set_index(x).reindex(list(at)).rename_axis(x).reset_index()
         mean, spread = interval(rows, metric)
@@ -389,7 +373,7 @@ def model_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
 
 def save(
     figure: Figure,
-    place: Path,
+    output: Path,
     names: tuple[str, str],
     frame: pd.DataFrame,
     data: pd.DataFrame,
@@ -409,7 +393,7 @@ def save(
     unit = "" if share.endswith(("%", "sizes")) else " GB"
     least, most = int(frame["requests"].min()), int(frame["requests"].max())
     count = f"{least}" if least == most else f"{least} to {most}"
-    modes, testbeds = (", ".join(sorted(set(frame[one]))) for one in ("mode", "testbed"))
+    modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
     parts = [
         f"Figure {names[0]}: {names[1]}.",
         f"Mode: {modes}; testbed: {testbeds}; "
@@ -419,7 +403,7 @@ def save(
     ]
     if gap:
         parts.append(f"Not run, left out or drawn as gaps: {gap}.")
-    write(figure, data, place, names[0], " ".join(parts))
+    write(figure, data, output, names[0], " ".join(parts))
 
 
 def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.DataFrame:
@@ -444,9 +428,9 @@ def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
     """
     shown, present = [], []
     for column, values in expected.items():
-        found = [value for value in values if value in set(frame[column])]
-        shown += [_shown(column, value) for value in values if value not in found]
-        present.append(found)
+        here = [value for value in values if value in set(frame[column])]
+        shown += [_shown(column, value) for value in values if value not in here]
+        present.append(here)
     have = set(frame[list(expected)].itertuples(index=False, name=None))
     lacking = [cell for cell in itertools.product(*present) if cell not in have]
     shown += [" / ".join(map(_shown, expected, cell)) for cell in lacking[:6]]
@@ -474,15 +458,15 @@ def served(frame: pd.DataFrame, stand_ins: str) -> str:
     return f"weights: {listed}{small}; dataset{plural}: {', '.join(map(dataset_name, datasets))}"
 
 
-def write(figure: Figure, data: pd.DataFrame, place: Path, name: str, caption: str) -> None:
-    """Write `<place>/<name>` as png, pdf, csv (the data drawn) and txt (the caption).
+def write(figure: Figure, data: pd.DataFrame, output: Path, name: str, caption: str) -> None:
+    """Write `<output>/<name>` as png, pdf, csv (the data drawn) and txt (the caption).
 
     The same figure gives the same bytes on the same machine. Raises OSError.
     """
     for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-        with atomic_write(place / f"{name}.{kind}") as partial:
+        with atomic_write(output / f"{name}.{kind}") as partial:
             figure.savefig(partial, format=kind, dpi=300, metadata=metadata)
-    with atomic_write(place / f"{name}.csv") as partial:
+    with atomic_write(output / f"{name}.csv") as partial:
         data.to_csv(partial, index=False)
-    with atomic_write(place / f"{name}.txt") as partial:
+    with atomic_write(output / f"{name}.txt") as partial:
         partial.write_text(caption + "\n")

@@ -28,7 +28,7 @@ SYSTEM_NOTES = {
 
 
 def draw_overall(
-    names: tuple[str, str], frame: pd.DataFrame, place: Path, mixed_modes: bool = False
+    names: tuple[str, str], frame: pd.DataFrame, output: Path, mixed_modes: bool = False
 ) -> None:
     """Draw figure 10, or 13, which is the same on another testbed; `names`: id, title."""
     frame = charts.checked(frame, names[0], mixed_modes)
@@ -51,7 +51,7 @@ def draw_overall(
         charts.legend(figure, looks, "bar", 6, narrow=2)
         data = charts.drawn_data(frame, METRICS)
         series = charts.expected_series(frame)
-        charts.save(figure, place, names, frame, data, [*NOTES, *notes], series=series)
+        charts.save(figure, output, names, frame, data, [*NOTES, *notes], series=series)
 
 
 draw = partial(draw_overall, ("10", TITLE))

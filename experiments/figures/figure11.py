@@ -21,7 +21,7 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of the request tables of online runs."""
     frame = charts.checked(frame, ID, mixed_modes, workload="online")
     charts.single(frame, ID)
@@ -36,7 +36,7 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
         series = charts.expected_series(frame)
-        charts.save(figure, place, (ID, TITLE), frame, curves, NOTES, series=series)
+        charts.save(figure, output, (ID, TITLE), frame, curves, NOTES, series=series)
 
 
 def curve(run: dict[str, Any]) -> pd.DataFrame:

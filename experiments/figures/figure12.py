@@ -19,7 +19,7 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
     share = frame["memory_budget"].str.endswith("%")
@@ -38,4 +38,4 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
         charts.legend(figure, looks, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "limit_gb")
         expected = {"series": charts.expected_series(frame), "limit_gb": sorted({*LIMITS, *limits})}
-        charts.save(figure, place, (ID, TITLE), frame, data, NOTES, **expected)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, **expected)

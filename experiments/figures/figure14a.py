@@ -28,7 +28,7 @@ def draw_approaches(
     names: tuple[str, str],
     approaches: dict[str, tuple[str, dict[str, str]]],
     frame: pd.DataFrame,
-    place: Path,
+    output: Path,
     mixed_modes: bool = False,
 ) -> None:
     """Draw hit rates of `approaches`, one panel a dataset, models as groups; `names`: id, title.
@@ -55,7 +55,7 @@ def draw_approaches(
         charts.legend(figure, looks, "bar", 3)
         data = charts.drawn_data(frame, [METRIC], "approach")
         series = list(looks if frame["mode"].nunique() > 1 else approaches)
-        charts.save(figure, place, names, frame, data, NOTES, series=series)
+        charts.save(figure, output, names, frame, data, NOTES, series=series)
 
 
 def _approach(run: dict[str, Any], approaches: dict[str, tuple[str, dict[str, str]]]) -> str | None:

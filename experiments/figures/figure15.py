@@ -22,7 +22,7 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes, system="finemoe")
     frame["series"] = charts.named_after(frame["dataset"].map(style.dataset_name), frame)
@@ -44,4 +44,4 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
             charts.legend(figure, looks)
         data = charts.drawn_data(frame, METRICS, "prefetch_distance")
         asked = sorted({*range(1, 9), *distances})
-        charts.save(figure, place, (ID, TITLE), frame, data, NOTES, prefetch_distance=asked)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, prefetch_distance=asked)

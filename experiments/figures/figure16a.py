@@ -41,21 +41,19 @@ def capacities(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
 analyse = partial(analyses.analyse, name="capacity", table=capacities)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a line a model: searches down, datasets across, one scale a search."""
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
+    shift = frame["model"].map(models.index) - (len(models) - 1) / 2
+    apart = frame.assign(capacity=frame["capacity"] + DODGE * shift)
     size = style.COLUMN_INCHES, 2.9
     with charts.panels(list(style.SEARCHES), datasets, *size) as (figure, panels):
         for axes, search, dataset in panels:
-            rows = frame[frame["search"] == search.lower()]
-            for number, model in enumerate(models):
-                part = charts.part_of(rows, model, dataset)
-                x = part["capacity"] + DODGE * (number - (len(models) - 1) / 2)
-                mean, spread = charts.interval(part, "score")
-                caps: style.Look = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}
-                axes.errorbar(x, mean, spread, **looks[model], **caps, **charts.EDGE)
+            rows = apart[apart["search"] == search.lower()]
+            part = rows[rows["dataset"] == dataset]
+            charts.lines(axes, part, "capacity", "score", looks, by="model")
             # An automatic scale would blow up differences in the third digit.
             low = min(rows["low"].min(), 1 - NARROWEST)
             axes.set(ylim=(low - 0.05 * (1 - low), 1 + 0.02 * (1 - low)))
@@ -63,4 +61,4 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
             axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
         charts.label_once(figure, "Store capacity (iterations)", style.METRICS["score"][0])
         charts.model_legend(figure, looks)
-        analyses.save(figure, place, record, frame, SHOWS)
+        analyses.save(figure, output, record, frame, SHOWS)

@@ -20,7 +20,7 @@ NOTE = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of offline runs."""
     frame = charts.checked(frame, ID, mixed_modes, workload="offline")
     charts.single(frame, ID, "batch_size")
@@ -41,6 +41,6 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
         several = "s" if len(models) > 1 else ""
         notes = f"Model{several}: {', '.join(map(style.model_name, models))}.", NOTE
         charts.save(
-            figure, place, (ID, TITLE), frame, data, notes, model=models,
+            figure, output, (ID, TITLE), frame, data, notes, model=models,
             series=charts.expected_series(frame, SYSTEMS), batch_size=sorted({*SIZES, *groups}),
         )  # fmt: skip

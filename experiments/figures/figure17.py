@@ -42,7 +42,7 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes, system="finemoe", workload="offline")
     charts.single(frame, ID)
@@ -66,7 +66,7 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
         data = pd.concat(parts, ignore_index=True)
-        charts.save(figure, place, (ID, TITLE), frame, data, NOTES)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
 
 
 def parts_of(run: dict[str, Any]) -> pd.DataFrame:
@@ -92,8 +92,17 @@ def parts_of(run: dict[str, Any]) -> pd.DataFrame:
 
 def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None:
     """Draw one dot a part on a logarithmic axis, its value written beside it."""
-    for y, part in enumerate(charts.rows_of(parts)):
-        _part(axes, y, part)
+    y, colours = np.arange(len(parts)), [KINDS[kind][1] for kind in parts["kind"]]
+    end = parts["milliseconds"].clip(lower=LEAST_MS)
+    axes.hlines(y, LEAST_MS, end, colours, linewidth=0.8)
+    axes.scatter(end, y, 25, colours, linewidth=0, clip_on=False, zorder=3)
+    low, high = parts["milliseconds_low"], parts["milliseconds_high"]
+    axes.plot([low[0], high[0]], [0, 0], "|-", color=colours[0], linewidth=1.0, markersize=8)
+    right = parts[["milliseconds", "milliseconds_high"]].max(axis=1).fillna(0).clip(LEAST_MS)
+    for at, note in zip(
+        zip(right, y, strict=True), map(_value, charts.rows_of(parts)), strict=True
+    ):
+        axes.annotate(note, at, (5, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_xscale("log")
     decades = math.log10(longest / LEAST_MS)
     axes.set_xlim(LEAST_MS, LEAST_MS * 10 ** (ROOM * decades))
@@ -101,25 +110,9 @@ def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None
     axes.set_xticks(powers, [f"{power:g}" for power in powers])
     axes.minorticks_off()
     axes.set_ylim(len(parts) - 0.5, -0.5)
-    axes.set_yticks(range(len(PARTS)), [name if named else "" for name, _ in PARTS.values()])
+    axes.set_yticks(y, [name if named else "" for name, _ in PARTS.values()])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("Latency per iteration (ms)")
-
-
-def _part(axes: Axes, y: int, part: dict[str, Any]) -> None:
-    milliseconds, (_, colour) = part["milliseconds"], KINDS[part["kind"]]
-    end = LEAST_MS
-    if math.isfinite(milliseconds):
-        end = max(milliseconds, LEAST_MS)
-        axes.plot([LEAST_MS, end], [y, y], color=colour, linewidth=0.8)
-        axes.plot(end, y, "o", color=colour, markersize=4, clip_on=False, zorder=3)
-    low, high = part["milliseconds_low"], part["milliseconds_high"]
-    if math.isfinite(low):
-        axes.plot([low, high], [y, y], "|-", color=colour, linewidth=1.0, markersize=8)
-        end = max(end, high)
-    axes.annotate(
-        _value(part), (end, y), (5, 0), textcoords="offset points", va="center", fontsize=7
-    )
 
 
 def _value(part: dict[str, Any]) -> str:

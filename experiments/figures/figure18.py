@@ -39,7 +39,7 @@ def memory(name: str, capacities: list[int]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "capacity", "maps_mb", "total_mb"])
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a line a model on logarithmic axes: maps alone, and with embeddings."""
     record, frame = analyses.read_analysis(folder)
     looks = style.model_looks(style.ordered(frame["model"], style.MODELS))
@@ -62,4 +62,4 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
         figure.supxlabel("Store capacity (iterations)", fontsize=style.POINTS)
         charts.apart(figure)
         charts.model_legend(figure, looks)
-        analyses.save(figure, place, record, frame, SHOWS)
+        analyses.save(figure, output, record, frame, SHOWS)

@@ -19,7 +19,7 @@ NOTES = (
 )
 
 
-def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
     frame = frame.assign(memory_gb=(frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9)
@@ -41,4 +41,4 @@ def draw(frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> None:
         charts.legend(figure, looks, columns=6, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "memory_gb")
         series = charts.expected_series(frame, (*style.PAPER_SYSTEMS, "resident"))
-        charts.save(figure, place, (ID, TITLE), frame, data, NOTES, series=series)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, series=series)

@@ -47,7 +47,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 analyse = partial(analyses.analyse, name="heatmaps", table=heatmaps)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw the first model on the first dataset: layers down, experts across, one colour scale."""
     record, heat = analyses.read_analysis(folder)
     model, dataset = str(heat["model"][0]), str(heat["dataset"][0])
@@ -68,4 +68,4 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
         bar.set_label("Share of the layer")
         bar.outline.set_visible(False)
         names = {"model": style.model_name(model), "dataset": style.dataset_name(dataset)}
-        analyses.save(figure, place, record, heat, SHOWS.format(**names), split=False)
+        analyses.save(figure, output, record, heat, SHOWS.format(**names), split=False)

@@ -33,7 +33,13 @@ def entropies(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame
     routed, shape = subject.routed, subject.shape
     decoded, requests = routed.at(routed.decode), np.unique(routed.request)
     counts = np.stack([one.counts.sum(axis=0) for one in routed.by_request()])
-    gates = np.stack([_mean_gate(one) for one in routed.by_request()])
+    # The mean of gate probabilities over tokens, but for a factor.
+    gates = np.stack(
+        [
+            np.tensordot(one.counts[:, 0].sum(axis=-1), one.maps, axes=1)
+            for one in routed.by_request()
+        ]
+    )
     weights = {
         ("counts", "coarse"): (counts, requests),
         ("counts", "fine"): (decoded.counts, decoded.request),
@@ -48,24 +54,19 @@ def entropies(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame
     return frame.assign(uniform=np.log(shape.experts), ln_top_k=np.log(shape.top_k))
 
 
-def _mean_gate(request: routing.Iterations) -> np.ndarray:
-    """Return the sum over a request's tokens of their gate probabilities, shape (L, J)."""
-    tokens = request.counts[:, 0].sum(axis=-1)
-    return np.tensordot(tokens, request.maps, axes=1)
-
-
 analyse = partial(analyses.analyse, name="entropy", table=entropies)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw bars from zero: measures down, datasets across, ln J as a line over each model."""
     record, frame = analyses.read_analysis(folder)
+    frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
     top = frame["uniform"].max() * 1.05
     with charts.panels(list(MEASURES), datasets, style.COLUMN_INCHES, 2.9) as (figure, panels):
         for axes, measure, dataset in panels:
             rows = frame[(frame["measure"] == measure) & (frame["dataset"] == dataset)]
-            charts.paired_bars(axes, rows, "granularity", "nats", LOOKS, models)
+            charts.bars(axes, rows, "nats", "model", charts.model_groups(models), LOOKS)
             x = np.arange(len(models))
             uniform = rows[rows["granularity"] == "fine"].set_index("model")["uniform"]
             ends = x - 0.42, x + 0.42
@@ -76,4 +77,5 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
             axes.set_ylabel(f"Entropy of\n{MEASURES[measure]}\n(nats)")
             axes.label_outer()
         charts.legend(figure, LOOKS, "bar")
-        analyses.save(figure, place, record, frame, SHOWS, split=False)
+        data = frame.drop(columns="series")
+        analyses.save(figure, output, record, data, SHOWS, split=False)

@@ -38,7 +38,7 @@ def growth(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 analyse = partial(analyses.analyse, name="growth", table=growth)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a line a model with its band, datasets across."""
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
@@ -55,4 +55,4 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
             axes.label_outer()
         charts.apart(figure)
         charts.model_legend(figure, looks)
-        analyses.save(figure, place, record, frame, SHOWS, split=False)
+        analyses.save(figure, output, record, frame, SHOWS, split=False)

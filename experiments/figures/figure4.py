@@ -45,11 +45,11 @@ def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame
 analyse = partial(analyses.analyse, name="hit_rates", table=hit_rates)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw coarse and fine with their bands, models down and datasets across."""
     record, frame = analyses.read_analysis(folder)
     with rate_panels(frame, "granularity", LOOKS) as figure:
-        analyses.save(figure, place, record, frame, SHOWS)
+        analyses.save(figure, output, record, frame, SHOWS)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
 analyse = partial(analyses.analyse, name="similarity", table=similarity)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a line a model: datasets down, searches across, markers as large as their share."""
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
@@ -46,20 +46,19 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
     with charts.panels(datasets, list(style.SEARCHES), *size) as (figure, panels):
         charts.label_once(figure, "Similarity score (cosine)", style.METRICS["hit_rate"][0])
         for axes, dataset, search in panels:
-            rows = frame[frame["search"] == search.lower()]
+            rows = frame[(frame["search"] == search.lower()) & (frame["dataset"] == dataset)]
+            charts.lines(axes, rows, "score", "hit_rate", charts.unmarked(looks), by="model")
             for model, look in looks.items():
-                bins = charts.part_of(rows, model, dataset)
-                mean, spread = charts.interval(bins, "hit_rate")
-                line = {"color": look["color"], "lw": 0.9, "elinewidth": 0.6}
-                axes.errorbar(bins["score"], mean, spread, **line)
+                bins = rows[rows["model"] == model]
+                mean, _ = charts.interval(bins, "hit_rate")
                 area = LARGEST_MARKER * np.clip(bins["share"], 0.15, 1)
+                own = {"color": look["color"], "marker": look["marker"]}
                 axes.scatter(
-                    bins["score"], mean, area, color=look["color"], marker=look["marker"],
-                    edgecolor="white", linewidth=0.3, zorder=3,
-                )  # fmt: skip
+                    bins["score"], mean, area, edgecolor="white", linewidth=0.3, zorder=3, **own
+                )
             axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
             axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
             axes.locator_params(axis="x", nbins=4)
             axes.tick_params(labelbottom=True)
         charts.model_legend(figure, looks)
-        analyses.save(figure, place, record, frame, SHOWS)
+        analyses.save(figure, output, record, frame, SHOWS)

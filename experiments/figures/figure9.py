@@ -34,18 +34,20 @@ def coefficients(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFr
 analyse = partial(analyses.analyse, name="pearson", table=coefficients)
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a bar a search for each model, datasets across; n/a where nothing varies."""
     record, frame = analyses.read_analysis(folder)
+    frame["series"] = frame["search"].str.capitalize()
     models, datasets = charts.facets(frame)
     least = min(0.0, frame["low"].min() * 1.1, frame["pearson"].min() * 1.1)
     with charts.panels([""], datasets, style.COLUMN_INCHES, 1.9) as (figure, panels):
         for axes, _, dataset in panels:
             rows = frame[frame["dataset"] == dataset]
-            charts.paired_bars(axes, rows, "search", "pearson", style.SEARCHES, models)
+            groups = charts.model_groups(models)
+            charts.bars(axes, rows, "pearson", "model", groups, style.SEARCHES)
             axes.axhline(0, color="#333333", lw=0.6)
             axes.set_title(style.dataset_name(dataset), pad=3)
             axes.set(ylim=(least, 1), ylabel=style.METRICS["pearson"][0])
             axes.label_outer()
         charts.legend(figure, style.SEARCHES, "bar")
-        analyses.save(figure, place, record, frame, SHOWS)
+        analyses.save(figure, output, record, frame.drop(columns="series"), SHOWS)

@@ -49,7 +49,7 @@ def characteristics(name: str) -> dict[str, Any]:
     }
 
 
-def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
+def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw the table as a picture, one row a model; the CSV has the unrounded numbers."""
     record, frame = analyses.read_analysis(folder)
     rows = [_rounded(row) for row in charts.rows_of(frame)]
@@ -65,7 +65,7 @@ def draw(folder: Path, place: Path, mixed_modes: bool = False) -> None:
         for (row, _), cell in table.get_celld().items():
             cell.set_linewidth(0.6)
             cell.get_text().set_fontweight("bold" if row == 0 else "normal")
-        analyses.save(figure, place, record, frame, SHOWS)
+        analyses.save(figure, output, record, frame, SHOWS)
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, str]:

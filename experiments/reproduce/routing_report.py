@@ -201,8 +201,8 @@ PREDICTORS_SHOW = (
 )
 
 
-def draw_tables(tables: Tables, summaries: Sequence[Summary], place: Path) -> None:
-    """Draw every table of all subjects as `<place>/<name>`, its data beside it."""
+def draw_tables(tables: Tables, summaries: Sequence[Summary], output: Path) -> None:
+    """Draw every table of all subjects as `<output>/<name>`, its data beside it."""
     record = {"label": "Routing report", "mode": analyses.MODE, "subjects": summaries}
     for name, (title, label, columns, shows) in PICTURES.items():
         with charts.model_panels(tables[name], "Layer", label) as (figure, panels):
@@ -215,12 +215,12 @@ def draw_tables(tables: Tables, summaries: Sequence[Summary], place: Path) -> No
                 axes.set(ylim=(0, top), xlim=(0, tables[name]["layer"].max()))
             charts.legend(figure, dict(columns.values()), columns=2 if len(columns) == 4 else 3)
             named = {**record, "id": name, "title": title}
-            analyses.save(figure, place, named, tables[name], shows, split=False)
+            analyses.save(figure, output, named, tables[name], shows, split=False)
     rates = tables["hit_rates"]
     looks = {name: look for name, look in PREDICTORS.items() if name in set(rates["predictor"])}
     with rate_panels(rates, "predictor", looks) as figure:
         named = {**record, "id": "hit_rates", "title": "Expert hit rate of predictors"}
-        analyses.save(figure, place, named, rates, PREDICTORS_SHOW)
+        analyses.save(figure, output, named, rates, PREDICTORS_SHOW)
 
 
 # The command --------------------------------------------------------------------------------------
