@@ -49,8 +49,8 @@ class SimulatedTestbed:
     chunk_bytes: int
     """Bytes of an expert that are copied at once."""
     rate: LinkRate
-    costs: Callable[[Any, str, bool], CostModel]
-    """Returns the costs of a model (its config) under a system (its label), which may predict."""
+    costs: Callable[[Any, Any, bool], CostModel]
+    """Returns the costs of a model under a system (their configs), which may predict."""
     device_bytes: float = float("inf")
     """Memory of each device."""
     time_scale: float = 1.0

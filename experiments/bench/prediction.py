@@ -1,7 +1,7 @@
 """Measure what policies' calls take: python -m experiments.bench.prediction output=FILE.json
 
 Microseconds of one thread for each call of a decode step of one request, at the full size of the
-models' shapes: what `prediction_us` of conf/simulated.yaml holds. Routing and hidden states are
+models' shapes: what `prediction_us` of conf/system/ holds. Routing and hidden states are
 random, as times do not depend on them. `models=` and `systems=` choose what is measured,
 `output=FILE.json` leaves a record.
 """

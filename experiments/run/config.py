@@ -31,7 +31,7 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 
 S = TypeVar("S")
 
-DESCRIPTIONS = ("label", "lengths", "backend")
+DESCRIPTIONS = ("label", "lengths", "backend", "look", "prediction_us")
 """Keys of a config group's option that describe it and are no arguments of its target."""
 ARGUMENTS = ConfigDict(**CHECKED, arbitrary_types_allowed=True, protected_namespaces=())
 NAME = r"\w[\w.+-]*"
@@ -143,6 +143,7 @@ def _check_policy(
     if isinstance(testbed, SimulatedTestbed):
         _, slots = budget_slots(cfg, policy, expert_bytes, shape, testbed.devices)
         check_room(cfg, testbed, slots)
+        testbed.costs(cfg.model, cfg.system, True)
     else:
         budget_slots(cfg, policy, expert_bytes, shape, len(testbed.devices))
     load_store(cfg, policy)

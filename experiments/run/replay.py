@@ -232,7 +232,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         check_room(cfg, testbed, slots)
         load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
-        costs = testbed.costs(cfg.model, cfg.system.label, predicts)
+        costs = testbed.costs(cfg.model, cfg.system, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes)
         yield ReplaySetup(
             cfg, testbed, settings, load, policy, shape, slots, trace, costs, plan, budget

@@ -12,9 +12,10 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.config import build, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
@@ -115,15 +116,14 @@ def simulated(
     collect_us: Micros,
     chunk_mb: Megabytes,
     chunks_in_flight: Few,
-    prediction_us: Mapping[str, Mapping[str, PredictionMicros]],
 ) -> SimulatedTestbed:
     """Return hardware in virtual time, from the numbers that docs/testbeds.md explains."""
     bytes_per_second = link.gb_s * 1e9 * link.efficiency
     shared = host_memory_gb_s * 1e9
     rate = LinkRate(bytes_per_second, link.latency_us * 1e-6, shared, chunks_in_flight)
 
-    def costs(model: DictConfig, system: str, predicts: bool) -> RooflineCosts:
-        micros, source = _prediction(prediction_us, system, model.name, predicts)
+    def costs(model: DictConfig, system: DictConfig, predicts: bool) -> RooflineCosts:
+        micros, source = _prediction(system, model.name) if predicts else ({}, FREE)
         return RooflineCosts(
             accelerator,
             full_size(model),
@@ -138,23 +138,33 @@ def simulated(
     return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, room)
 
 
-def _prediction(
-    known: Mapping[str, Mapping[str, PredictionMicros]], system: str, model: str, predicts: bool
-) -> tuple[Mapping[Call, float], str]:
+def _prediction(system: Any, model: str) -> tuple[Mapping[Call, float], str]:
     """Return what each call of a system's policy costs on a model, and of what that was measured.
 
     What nobody measured costs, call by call, as much as the dearest that was: another model of the
     same system, or else any system. So nothing gains by being unknown.
     """
-    if not predicts:
-        return {}, FREE
-    if model in known.get(system, {}):
-        return known[system][model], f"{system} on {model}"
-    like = {system: known[system]} if known.get(system) else known
+    label, own = system.label, _measured(system)
+    if model in own:
+        return own[model], f"{label} on {model}"
+    others = [OmegaConf.load(path) for path in sorted(CONF.glob("system/*.yaml"))]
+    like = {label: own} if own else {one.label: _measured(one) for one in others}
     measured = [calls for models in like.values() for calls in models.values()]
-    dearest = {call: max(one.get(call, 0.0) for one in measured) for call in CALLS if measured}
-    source = ", ".join(like) or "nothing, so free"
-    return dearest, f"assumed, as nobody measured {system} on {model}: the dearest of {source}"
+    dearest = {call: max(one.get(call, 0.0) for one in measured) for call in CALLS}
+    source = ", ".join(name for name, models in like.items() if models)
+    return dearest, f"assumed, as nobody measured {label} on {model}: the dearest of {source}"
+
+
+def _measured(system: Any) -> dict[str, dict[Call, float]]:
+    """Return the microseconds of a system's calls by model, as its YAML has them."""
+    own = system.get("prediction_us")
+    values = {} if own is None else OmegaConf.to_container(own)
+    try:
+        return TypeAdapter(dict[str, dict[Call, Micros]]).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("prediction_us", *first["loc"])))
+        raise UserError(f"system.{key}={first['input']}: {first['msg']}") from error
 
 
 def calibrated(
@@ -190,7 +200,8 @@ def calibrated(
     except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"testbed {name}: {error}; {AGAIN}") from error
 
-    def costs(asked: DictConfig, system: str, predicts: bool) -> LinearCosts:
+    def costs(asked: DictConfig, system_cfg: DictConfig, predicts: bool) -> LinearCosts:
+        system = system_cfg.label
         if asked.name != model:
             raise UserError(
                 f"testbed {name} was calibrated with {model}, not {asked.name}; {AGAIN}"

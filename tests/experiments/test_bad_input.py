@@ -121,7 +121,7 @@ MISTAKES = {
     "testbed.time_scale=-1": "testbed.time_scale=-1",
     "testbed=a100 testbed.link.gb_s=inf": "testbed.link.gb_s=inf",
     "testbed=a100 testbed.accelerator.memory_gb_s=0": "testbed.accelerator.memory_gb_s=0",
-    "testbed=a100 testbed.prediction_us.finemoe.mixtral.gate=-5": "finemoe.mixtral.gate=-5",
+    "testbed=a100 system.prediction_us.mixtral.gate=-5": "prediction_us.mixtral.gate=-5",
 }
 
 

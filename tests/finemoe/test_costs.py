@@ -131,12 +131,16 @@ def test_more_tokens_context_or_requests_never_cost_less(
 # The testbeds in conf/ ----------------------------------------------------------------------------
 
 
+def system(name: str) -> Any:
+    return OmegaConf.load(CONF / "system" / f"{name}.yaml")
+
+
 def test_every_testbed_builds_and_prices_every_model(cfg: DictConfig) -> None:
     testbed = build(cfg.testbed)
     assert (testbed.mode, testbed.devices) == ("simulated", cfg.testbed.devices)
     for name in MODELS:
         model = OmegaConf.load(CONF / "model" / f"{name}.yaml")
-        costs: CostModel = testbed.costs(model, "finemoe", True)
+        costs: CostModel = testbed.costs(model, system("finemoe"), True)
         decode, prefill = costs.iteration((1,), (1000,)), costs.iteration((1000,), (1000,))
         assert isinstance(decode, IterationCosts)
         assert 0 < decode.dense < 2e-3
@@ -148,17 +152,18 @@ def test_every_testbed_builds_and_prices_every_model(cfg: DictConfig) -> None:
 
 def test_nothing_gains_by_being_unknown(cfg: DictConfig) -> None:
     testbed = build(cfg.testbed)
-    known = cfg.testbed.prediction_us
+    known = system("promoe").prediction_us
     model = OmegaConf.load(CONF / "model" / "mixtral.yaml")
     model.name = "another"
-    again = testbed.costs(model, "promoe", True)
-    assert again.prediction.gate == max(calls.gate for calls in known.promoe.values()) * 1e-6
+    again = testbed.costs(model, system("promoe"), True)
+    assert again.prediction.gate == max(calls.gate for calls in known.values()) * 1e-6
     assert again.prediction.update == 0
     assert again.prediction_source.startswith("assumed, as nobody measured promoe on another")
-    newcomer = testbed.costs(model, "newcomer", True).prediction
-    for system in PREDICTING:
+    newcomer = testbed.costs(model, OmegaConf.create({"label": "newcomer"}), True).prediction
+    for name_of_system in PREDICTING:
         for name in MODELS:
-            there = testbed.costs(OmegaConf.load(CONF / "model" / f"{name}.yaml"), system, True)
+            other = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+            there = testbed.costs(other, system(name_of_system), True)
             assert newcomer.gate >= there.prediction.gate
 
 

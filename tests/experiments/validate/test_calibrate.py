@@ -74,20 +74,25 @@ def test_a_calibration_becomes_a_testbed(tmp_path: Path) -> None:
     assert testbed.time_scale == 0.001
     assert testbed.rate.latency == pytest.approx(10e-6 * 0.001)
     assert testbed.rate.wake > 0
-    costs = testbed.costs(cfg.model, "finemoe", True)
+    costs = testbed.costs(cfg.model, OmegaConf.create({"label": "finemoe"}), True)
     decode, prefill = costs.iteration([1], [40]), costs.iteration([40], [40])
     assert 0 < decode.dense <= prefill.dense
     assert 0 < costs.expert(1) <= costs.expert(40)
     assert costs.thread.resume > 0
     assert costs.thread.dense.after_wait + costs.thread.dense.while_copying > 0
-    assert testbed.costs(cfg.model, "on_demand", True).thread.dense != costs.thread.dense
+    assert (
+        testbed.costs(cfg.model, OmegaConf.create({"label": "on_demand"}), True).thread.dense
+        != costs.thread.dense
+    )
     assert costs.collect > 0
     assert min(costs.prediction.embeddings, costs.prediction.gate, costs.prediction.update) > 0
-    assert testbed.costs(cfg.model, "on_demand", True).collect == 0
+    assert testbed.costs(cfg.model, OmegaConf.create({"label": "on_demand"}), True).collect == 0
     with pytest.raises(UserError, match="system=oracle; calibrate again"):
-        testbed.costs(cfg.model, "oracle", True)
+        testbed.costs(cfg.model, OmegaConf.create({"label": "oracle"}), True)
     with pytest.raises(UserError, match="with mixtral, not qwen"):
-        testbed.costs(OmegaConf.create({"name": "qwen"}), "finemoe", True)
+        testbed.costs(
+            OmegaConf.create({"name": "qwen"}), OmegaConf.create({"label": "finemoe"}), True
+        )
 
 
 @pytest.mark.parametrize(
