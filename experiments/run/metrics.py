@@ -21,7 +21,7 @@ from finemoe.offload.policy import LayerOutcome, Phase
 
 @dataclass
 class Accesses:
-    """Expert accesses by how the gate found the expert."""
+    """Expert accesses, by what the gate met: resident, on its way, or not requested."""
 
     hits: int = 0
     late: int = 0
