@@ -229,7 +229,7 @@ def _agrees(claim: Claim, draws: Draws) -> str:
 def _bound(claim: Claim, finding: Finding) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
     said = []
-    if finding.subject:
+    if finding.subject and finding.of_runs:
         times = finding.subjects["bound_times"]
         mean, name = times[times >= 1].mean(), selector_name(finding.subject)
         said += [f"{name} takes {mean:.2f} times the least possible time"] if mean > 0 else []
@@ -292,7 +292,7 @@ def _shown(claim: Claim, draws: Draws) -> str:
 
 def _room(claim: Claim, finding: Finding) -> Iterator[str]:
     """Say by how much the time served could be lowered at all, against each other system."""
-    if not finding.subject:
+    if not (finding.subject and finding.of_runs):
         return
     for name, runs in by_system(finding.rows):
         bounds, busy = runs[["bound_compute_s", "bound_link_s"]], runs["busy_s"].sum()

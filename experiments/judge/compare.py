@@ -39,7 +39,7 @@ def find_records(folders: Sequence[Path]) -> list[Path]:
 
 
 def compare(paths: Sequence[Path], console: Console) -> None:
-    """Print one row a run, by model, budget and system; `-` is what a record does not have."""
+    """Print one row per run, by model, budget and system; `-` is what a record does not have."""
     records = [read_record(path) for path in paths]
     runs = _settings(paths, records)
     ranked = sorted(runs.index, key=lambda one: [_order(value) for value in runs.loc[one]])
@@ -68,7 +68,7 @@ def compare(paths: Sequence[Path], console: Console) -> None:
 
 
 def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return one row a run: what it is of, and every other setting in which the runs differ."""
+    """Return one row per run: what it is of, and every other setting in which the runs differ."""
     runs = pd.DataFrame(map(_identity, paths, records), dtype=object)
     flat = [pd.json_normalize(record["config"]).iloc[0].to_dict() for record in records]
     # An older record may lack a setting, which says nothing; None is a value.
@@ -98,7 +98,7 @@ def _identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row a run of the columns MEASURED, as text."""
+    """Return one row per run of the columns MEASURED, as text."""
     counts = ["hits", "late", "misses"]
     names = [*counts, "ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "bound.times"]
     names += ["bytes_on_demand", "bytes_prefetched"]

@@ -1,4 +1,4 @@
-"""Run records as one table, a row a run: what figures, claims, the report and `compare` read."""
+"""Run records as one table, a row per run: what figures, claims, the report and `compare` read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NOT_OPTIONS = ("_target_", "label")
 
 
 def run_frame(records: Sequence[Path]) -> pd.DataFrame:
-    """Return one row a run, in the order of `records`, which are folders or their run.json.
+    """Return one row per run, in the order of `records`, which are folders or their run.json.
 
     Identity: `digest` (the folder's name), `system`, `label` (the system and its options that are
     not at their defaults), the OPTIONS, `model`, `dataset`, `memory_budget_gb`, `memory_budget` (as
@@ -53,7 +53,7 @@ def run_frame(records: Sequence[Path]) -> pd.DataFrame:
     each with `_low` and `_high` (95 % interval of the mean, NaN where nothing varied), the COUNTS,
     every `bytes_*`, `requests`, `iterations`, `busy_s`, `phase_*_s` (seconds in all),
     `bound_times` (time over the least possible), `bound_compute_s`, `bound_link_s`.
-    Whole: `record`, and `table`, its requests, one row a request. What a record does not have is
+    Whole: `record`, and `table`, its requests, one row per request. What a record does not have is
     NaN or None. Raises UserError for a path that holds no run record, or a damaged one.
     """
     paths = [path / RECORD if path.is_dir() else path for path in records]

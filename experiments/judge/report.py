@@ -185,7 +185,7 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
     packages = [f"{name} {number}" for one in origins for name, number in one["versions"].items()]
     traces = [f"a trace of {one['model']} with weights {one['weights']}" for one in subjects]
     dates = sorted(one["date"] for one in origins)
-    found = {
+    facts = {
         "records": f"{len(runs)} runs, {len(analyses)} analyses",
         "commit": _listed(map(_commit, origins)),
         "recorded": f"{dates[0]} to {dates[-1]}" if dates else "",
@@ -199,7 +199,7 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
         "machine": _listed(map(_machine, origins)),
         "versions": _listed([f"Python {one['python']}" for one in origins] + packages),
     }  # fmt: skip
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _listed(values: Iterable[str]) -> str:

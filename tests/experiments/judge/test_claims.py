@@ -504,7 +504,13 @@ def test_claims_cover_the_paper() -> None:
 
 
 OWN = '''
-from experiments.judge.findings import claim, reductions, runs
+from experiments.judge.findings import analysis, claim, lowest, reductions, runs
+
+@claim("order", "mine", "My thesis")
+def fine_first(results):
+    """Fine is below coarse."""
+    ranked = [{"granularity": "fine"}, {"granularity": "coarse"}]
+    return lowest(analysis(results, "mine", "entropy"), ["nats"], ranked)
 
 @claim("reduction", "mine", "My thesis", paper={"promoe": 0.4})
 def cheaper(results, system):
@@ -518,7 +524,10 @@ def test_a_claim_is_added_by_a_function_in_a_file_of_ones_own(
 ) -> None:
     (tmp_path / "own.py").write_text(OWN)
     results.against("mine", [1.0] * 3, [0.5] * 3, "promoe")
-    *_, judged = write(results.folder, claims=tmp_path / "own.py")
+    rows = {"model": "phi", "granularity": ["fine", "coarse"], "nats": [2.0, 1.0]}
+    results.analysis("mine", entropy=pd.DataFrame(rows))
+    *_, order, judged = write(results.folder, claims=tmp_path / "own.py")
+    assert (order.id, order.verdict, order.bound) == ("fine-first", FAILS, "")
     assert (judged.id, judged.text) == ("cheaper-promoe", "TPOT of ProMoE is 40 % lower.")
     assert (judged.verdict, judged.paper) == (HOLDS, 40)
     assert judged.bound == "ProMoE takes 1.25 times the least possible time"

@@ -32,7 +32,7 @@ PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0
 
 @lru_cache
 def config(*overrides: str) -> Any:
-    """Return the resolved config of a simulated run, as plain data; not to be changed."""
+    """Return the resolved config of a simulated run, as data; not to be changed."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", ["testbed=rtx3090x6", "output=unused", *overrides])
     return OmegaConf.to_container(composed, resolve=True)
@@ -47,7 +47,7 @@ def leave_run(
     mode: str = "simulated",
 ) -> Path:
     """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
-    plain = config(*overrides)
+    settings = config(*overrides)
     tokens = 11
     table = pd.DataFrame(
         {
@@ -79,8 +79,8 @@ def leave_run(
         "busy_seconds": 12.0,
         "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
     }
-    dataset = plain["dataset"]["name"]
-    return leave_record(folder, plain, table, summary, dataset, mode, 22.5)
+    dataset = settings["dataset"]["name"]
+    return leave_record(folder, settings, table, summary, dataset, mode, 22.5)
 
 
 def leave_record(
@@ -212,9 +212,9 @@ def test_records_that_no_run_leaves_are_refused(
     tmp_path: Path, path: list[str], value: Any, cause: str
 ) -> None:
     record = leave_run(tmp_path / "a")
-    plain = json.loads(record.read_text())
-    reduce(getitem, path[:-1], plain)[path[-1]] = value
-    record.write_text(json.dumps(plain))
+    content = json.loads(record.read_text())
+    reduce(getitem, path[:-1], content)[path[-1]] = value
+    record.write_text(json.dumps(content))
     with pytest.raises(UserError, match=rf"\({cause}.*\) is no run record") as caught:
         read_record(record)
     assert "\n" not in str(caught.value)
@@ -240,9 +240,9 @@ def test_request_tables_that_no_run_leaves_are_refused(
     change(table).to_parquet(record.parent / "requests.parquet", compression="zstd")
     with pytest.raises(UserError, match="is not what the run wrote; remove the folder"):
         read_record(record)
-    plain = {k: v for k, v in json.loads(record.read_text()).items() if k != "requests_sha256"}
-    record.write_text(json.dumps(plain))
-    assert read_record(record) == plain
+    content = {k: v for k, v in json.loads(record.read_text()).items() if k != "requests_sha256"}
+    record.write_text(json.dumps(content))
+    assert read_record(record) == content
     with pytest.raises(UserError, match=f"cannot be read .*{cause}.*; remove the folder"):
         run_frame([record])
 

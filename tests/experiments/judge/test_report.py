@@ -122,8 +122,8 @@ def test_each_claim_is_listed_under_its_verdict(results: Results) -> None:
     verdicts, page, _ = written(results)
     for name in VERDICTS:
         listed = page.split(f'<ul id="{name.replace(" ", "-")}">')[1].split("</ul>")[0]
-        found = re.findall(r'href="#([^"]+)"', listed)
-        assert sorted(found) == sorted(one.id for one in verdicts if one.verdict == name)
+        ids = re.findall(r'href="#([^"]+)"', listed)
+        assert sorted(ids) == sorted(one.id for one in verdicts if one.verdict == name)
 
 
 def test_a_long_why_is_folded_after_its_first_sentence_and_whole(results: Results) -> None:
