@@ -36,6 +36,8 @@ LONGEST_NAME = 255
 """In bytes, of a file or a folder."""
 PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
+DRAWN = ("colour", "marker")
+"""Settings of a system that only figures use."""
 AGAIN = "remove the folder and run it again"
 COLUMNS = {
     "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
@@ -132,9 +134,14 @@ ANALYSIS = part(
 
 
 def comparable(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config as plain data, without what only says where results go."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in plain.items() if key not in PLACES}
+    """Return the config as plain data, without what says where results go or how they look."""
+    return _comparable(OmegaConf.to_container(cfg, resolve=True))
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    system = {key: value for key, value in config["system"].items() if key not in DRAWN}
+    settings = {key: value for key, value in config.items() if key not in PLACES}
+    return {**settings, "system": system}
 
 
 def existing_record(cfg: DictConfig) -> Path | None:
@@ -148,7 +155,7 @@ def existing_record(cfg: DictConfig) -> Path | None:
     if record.exists():
         held = read_record(record)
         wanted = json.loads(json.dumps(comparable(cfg)))
-        if {key: value for key, value in held["config"].items() if key not in PLACES} == wanted:
+        if _comparable(held["config"]) == wanted:
             return record if of_these_weights(held) else None
         raise UserError(f"{folder} holds the record of another config; choose another output=")
     check_writable(folder, "output")

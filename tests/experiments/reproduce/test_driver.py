@@ -146,6 +146,9 @@ def test_figures_share_runs_by_digest(conf: Path) -> None:
     assert list(first.values())[-1].system.search == "semantic"
     assert all("experiment" not in cfg for cfg in first.values())
     assert first.keys() & second.keys() == {list(first)[1]}
+    digest, cfg = next(iter(first.items()))
+    cfg.system = {**cfg.system, "colour": "red", "marker": "o"}
+    assert sweeps.digest(cfg) == digest
 
 
 def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
