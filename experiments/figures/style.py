@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from experiments import CONF
+
 COLUMN_INCHES, PAGE_INCHES = 3.33, 7.0
 """Widths of a column and of a page of the paper's format."""
 POINTS = 7.5
 Look = dict[str, Any]
 """Colour, marker and line as matplotlib names them; a bar's has a hatch."""
 
-# Okabe and Ito's colours, told apart with any colour vision; grey and black for what is no system.
+_LOOKS = [(one.label, one.look) for one in map(OmegaConf.load, CONF.glob("system/*.yaml"))]
 SYSTEMS = {
-    "deepspeed": ("DeepSpeed", "#CC79A7", "v"),
-    "mixtral_offload": ("Mixtral-Offloading", "#E69F00", "s"),
-    "promoe": ("ProMoE", "#56B4E9", "D"),
-    "moe_infinity": ("MoE-Infinity", "#009E73", "^"),
-    "finemoe": ("FineMoE", "#D55E00", "o"),
-    "on_demand": ("On-demand", "#999999", "X"),
-    "belady": ("Belady", "#F0E442", "P"),
-    "oracle": ("Oracle", "#0072B2", "*"),
-    "resident": ("No offload", "#222222", "h"),
-    "deepspeed_zero": ("DeepSpeed ZeRO-3", "#7A4A65", "<"),
+    label: (look.name, look.colour, look.marker)
+    for label, look in sorted(_LOOKS, key=lambda pair: pair[1].order)
 }
 """Display names, colours and markers, in the order of drawing: as in the paper, then bounds."""
 PAPER_SYSTEMS = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "finemoe")

@@ -39,7 +39,7 @@ OPTIONS = ("search", "selection", "eviction", "predictor")
 """Ablation options of systems that figures tell apart; None where a system has no such option."""
 COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
 IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
-NOT_OPTIONS = ("_target_", "label")
+NOT_OPTIONS = ("_target_", "label", "look", "prediction_us")
 
 
 def run_frame(records: Sequence[Path]) -> pd.DataFrame:

@@ -36,7 +36,7 @@ LONGEST_NAME = 255
 """In bytes, of a file or a folder."""
 PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
-DRAWN = ("colour", "marker")
+DRAWN = ("look",)
 """Settings of a system that only figures use."""
 AGAIN = "remove the folder and run it again"
 COLUMNS = {
