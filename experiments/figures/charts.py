@@ -260,16 +260,17 @@ def bars(
     width = 0.84 / len(solid)
     for name, look in looks.items():
         rows = frame[frame["series"] == name]
-        x = rows[by].map(centres).to_numpy(dtype=float)
+        centre = rows[by].map(centres).to_numpy(dtype=float)
         mean, spread = interval(rows, metric)
         if name not in solid:
-            axes.hlines(mean, x - 0.46, x + 0.46, look["color"], REFERENCE_DASHES, lw=1.2, zorder=4)
+            ends = centre - 0.46, centre + 0.46
+            axes.hlines(mean, *ends, look["color"], REFERENCE_DASHES, lw=1.2, zorder=4)
             continue
-        x = x + (solid.index(name) - (len(solid) - 1) / 2) * width
+        x = centre + (solid.index(name) - (len(solid) - 1) / 2) * width
         # An empty bar is not a gap.
         for note, empty in (("0", mean == 0), ("n/a", np.isnan(mean))):
-            for centre in x[empty]:
-                axes.annotate(note, (centre, 0), ha="center", va="bottom", fontsize=7)
+            for position in x[empty]:
+                axes.annotate(note, (position, 0), ha="center", va="bottom", fontsize=7)
         full = np.nan_to_num(mean) != 0
         x, mean, spread = x[full], mean[full], spread[:, full]
         fill, edge = ("white", look["color"]) if name in hollow else (look["color"], "white")

@@ -50,7 +50,8 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     frame = frame.assign(order=frame["model"].map(models.index))
     runs = charts.rows_of(frame.sort_values(["order", "dataset", "series"], kind="stable"))
     parts = [parts_of(run) for run in runs]
-    longest = max(part["milliseconds_high"].max() for part in parts)
+    data = pd.concat(parts, ignore_index=True)
+    longest = data["milliseconds_high"].max()
     columns = min(3, len(runs))
     rows = math.ceil(len(runs) / columns)
     size = charts.width_of(runs), 0.3 + 1.75 * rows
@@ -65,7 +66,6 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
-        data = pd.concat(parts, ignore_index=True)
         charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
 
 
@@ -99,10 +99,9 @@ def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None
     low, high = parts["milliseconds_low"], parts["milliseconds_high"]
     axes.plot([low[0], high[0]], [0, 0], "|-", color=colours[0], linewidth=1.0, markersize=8)
     right = parts[["milliseconds", "milliseconds_high"]].max(axis=1).fillna(0).clip(LEAST_MS)
-    for at, note in zip(
-        zip(right, y, strict=True), map(_value, charts.rows_of(parts)), strict=True
-    ):
-        axes.annotate(note, at, (5, 0), textcoords="offset points", va="center", fontsize=7)
+    offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    for row, part in enumerate(charts.rows_of(parts)):
+        axes.annotate(_value(part), (right[row], row), fontsize=7, **offset)
     axes.set_xscale("log")
     decades = math.log10(longest / LEAST_MS)
     axes.set_xlim(LEAST_MS, LEAST_MS * 10 ** (ROOM * decades))

@@ -32,18 +32,15 @@ def entropies(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame
     """
     routed, shape = subject.routed, subject.shape
     decoded, requests = routed.at(routed.decode), np.unique(routed.request)
-    counts = np.stack([one.counts.sum(axis=0) for one in routed.by_request()])
-    # The mean of gate probabilities over tokens, but for a factor.
-    gates = np.stack(
-        [
-            np.tensordot(one.counts[:, 0].sum(axis=-1), one.maps, axes=1)
-            for one in routed.by_request()
-        ]
-    )
+    counts, gates = [], []
+    for one in routed.by_request():
+        tokens = one.counts[:, 0].sum(axis=-1)
+        counts.append(one.counts.sum(axis=0))
+        gates.append(np.tensordot(tokens, one.maps, axes=1))
     weights = {
-        ("counts", "coarse"): (counts, requests),
+        ("counts", "coarse"): (np.stack(counts), requests),
         ("counts", "fine"): (decoded.counts, decoded.request),
-        ("gate", "coarse"): (gates, requests),
+        ("gate", "coarse"): (np.stack(gates), requests),
         ("gate", "fine"): (decoded.maps, decoded.request),
     }
     rows = [
