@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from experiments import style
 from experiments.errors import UserError
-from experiments.figures import style
-from experiments.figures.style import POINTS, Look, dataset_name, model_name, system_name
 from experiments.judge.frame import one_mode
+from experiments.style import POINTS, Look, dataset_name, model_name, system_name
 from finemoe.files import atomic_write
 
 INTERVALS = "95 % bootstrap intervals of the mean"

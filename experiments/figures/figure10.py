@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 TITLE = "TTFT, TPOT and expert hit rate of all systems"
 METRICS = ("ttft_s", "tpot_s", "hit_rate")

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 ID = "11"
 TITLE = "Distribution of the end-to-end request latency, queueing included, online serving"

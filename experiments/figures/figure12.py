@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import NullLocator
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 ID = "12"
 TITLE = "TPOT against the memory limit of the expert cache"

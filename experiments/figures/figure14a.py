@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 TITLE = "Expert hit rate by the way of finding experts to prefetch"
 METRIC = "hit_rate"

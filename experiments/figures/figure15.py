@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 ID = "15"
 TITLE = "TTFT and TPOT of FineMoE against the prefetch distance d"

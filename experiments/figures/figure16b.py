@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 ID = "16b"
 TITLE = "TTFT and TPOT against the batch size"

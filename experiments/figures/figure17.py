@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 ID = "17"
 TITLE = "Mean latency of one iteration of FineMoE and of its parts"

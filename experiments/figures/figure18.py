@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, style
+from experiments import style
+from experiments.figures import analyses, charts
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 

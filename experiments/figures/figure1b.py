@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from experiments.figures import charts, style
+from experiments import style
+from experiments.figures import charts
 
 ID = "1b"
 TITLE = "End-to-end request latency against memory, all systems and no offloading"

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, style
+from experiments import style
+from experiments.figures import analyses, charts
 
 PANELS = {"coarse": "Coarse:\ncounts", "fine_counts": "Fine:\ncounts", "fine": "Fine:\ngate"}
 SHOWS = (

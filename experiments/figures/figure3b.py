@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, routing, style
+from experiments import style
+from experiments.figures import analyses, charts, routing
 
 MEASURES = {"counts": "activation counts", "gate": "gate probabilities"}
 LOOKS = style.GRANULARITIES

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, routing, style
+from experiments import style
+from experiments.figures import analyses, charts, routing
 
 SHOWS = (
     "Entropy of the activation counts of a request's first n decode iterations, mean over layers "

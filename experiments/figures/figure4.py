@@ -15,7 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, routing, style
+from experiments import style
+from experiments.figures import analyses, charts, routing
 
 LOOKS = {name.lower(): look for name, look in charts.unmarked(style.GRANULARITIES).items()}
 SHOWS = (

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, routing, style
+from experiments import style
+from experiments.figures import analyses, charts, routing
 
 LARGEST_MARKER = 60
 """Area in square points of a marker for all iterations."""

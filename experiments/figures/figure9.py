@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, style
+from experiments import style
+from experiments.figures import analyses, charts
 from experiments.figures.routing import correlation
 
 SHOWS = (

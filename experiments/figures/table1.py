@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.transforms import Bbox
 from omegaconf import DictConfig
 
-from experiments.figures import analyses, charts, style
+from experiments import style
+from experiments.figures import analyses, charts
 from experiments.run.config import full_size
 
 SHOWS = (

@@ -25,8 +25,8 @@ from experiments.bootstrap import (
     spearman,
     table_draws,
 )
-from experiments.figures.style import dataset_name, model_name, system_name
 from experiments.judge.frame import ResultsFolder
+from experiments.style import dataset_name, model_name, system_name
 
 Kind = Literal["reduction", "increase", "order", "trend", "at most", "at least", "value"]
 Rows = pd.DataFrame

@@ -20,11 +20,11 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from experiments.errors import UserError, command
-from experiments.figures.style import dataset_name, model_name, system_name
 from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge, write_text
 from experiments.judge.frame import ResultsFolder
 from experiments.judge.system_table import NOTE, system_table
 from experiments.run.records import read_table
+from experiments.style import dataset_name, model_name, system_name
 
 MARKDOWN, PAGE = "REPORT.md", "report.html"
 IDS = (

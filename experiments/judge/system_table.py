@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.figures.style import system_name
+from experiments.style import system_name
 
 NOTE = (
     "Sums over all models, datasets and budgets of the figure. Hit, late, miss: shares of the "

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import style
 from experiments.errors import UserError, command
-from experiments.figures import analyses, charts, routing, style
+from experiments.figures import analyses, charts, routing
 from experiments.figures.figure4 import rate_panels
 from experiments.run.console import Console
 from experiments.run.records import provenance
