@@ -107,8 +107,9 @@ def _check(values: dict[str, Any], cfg: DictConfig) -> None:
     testbed = build(cfg.testbed)
     if cfg.store.save and not settings.fixed:
         raise UserError("store.save keeps what history prompts left; use workload=offline for it")
-    check_system = _check_whole if cfg.system.get("backend") else _check_policy
-    check_system(cfg, settings, testbed)
+    target, _ = arguments(cfg.system, {"shape": None})
+    is_policy = "shape" in inspect.signature(target).parameters
+    (_check_policy if is_policy else _check_whole)(cfg, settings, testbed)
     if cfg.weights == "dummy":
         return
     source_of(cfg.model, cfg.weights)

@@ -1,0 +1,137 @@
+"""A system, a model, a workload and a backend from outside the project: one file and one YAML each.
+
+Figures and claims from outside are tested beside those of the project.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.command import record_of, run_command
+
+FILES = {
+    "conf/model/tiny.yaml": """
+name: tiny
+hub_id: nobody/tiny
+dtype: bfloat16
+layers: 2
+experts: 4
+top_k: 1
+hidden_size: 8
+expert_intermediate_size: 16
+prefetch_distance: 1
+dummy_tokenizer: mixtral
+full_size:
+  num_attention_heads: 2
+  num_key_value_heads: 2
+  head_dim: 4
+  shared_expert_intermediate_size: 0
+  vocab_size: 32
+""",
+    "conf/system/first.yaml": "_target_: outside.FirstPolicy\nlabel: first\n",
+    "conf/system/twice.yaml": """
+_target_: outside.FirstPolicy
+label: twice
+backend: outside.prepare_twice
+""",
+    "conf/workload/backwards.yaml": "_target_: outside.Backwards\n",
+    "outside.py": '''
+from contextlib import contextmanager
+from typing import ClassVar
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from experiments.run import replay
+from experiments.run.datasets import PromptSet
+from experiments.run.schedule import FixedBatches, Request
+from experiments.run.workloads import Workload, WorkloadSettings
+from finemoe.offload.policy import Policy
+
+
+class FirstPolicy(Policy):
+    """Evicts the last expert, so the first ones stay."""
+
+    def __init__(self, shape):
+        self._keys = np.arange(shape.size, dtype=float).reshape(shape.layers, shape.experts)
+
+    def eviction_keys(self, incoming, urgent):
+        return self._keys
+
+
+@dataclass(frozen=True)
+class Backwards(WorkloadSettings):
+    """All requests of the trace, the last one first."""
+
+    fixed: ClassVar[bool] = True
+
+    def check(self, seed):
+        pass
+
+    def draw(self, dataset, tokenizer, seed):
+        raise NotImplementedError
+
+    def recording(self, load):
+        raise NotImplementedError
+
+    def lengths(self, seed):
+        return {}
+
+    def traced(self, trace, seed):
+        requests = tuple(Request(number, (), 2) for number in sorted(trace.numbers, reverse=True))
+        return Workload(PromptSet("backwards", "outside", (), ""), (), (), requests)
+
+    def schedule(self, requests, history=False):
+        return FixedBatches(requests, 1)
+
+
+@contextmanager
+def prepare_twice(cfg, testbed, console):
+    """Yield a replay that serves everything twice."""
+    with replay.prepare(cfg, testbed, console) as setup:
+        setup.workload = Workload(setup.workload.prompts, (), (), setup.workload.measured * 2)
+        yield setup
+''',
+}
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outside")
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    rows = [
+        (request, phase, step, layer, 0, (request + layer) % 4, 1.0)
+        for request in range(3)
+        for step, phase in enumerate(("prefill", "decode"))
+        for layer in range(2)
+    ]
+    names = ["request", "phase", "step", "layer", "rank", "expert", "weight"]
+    pd.DataFrame(rows, columns=names).to_csv(folder / "routing.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize(("system", "order"), [("first", [2, 1, 0]), ("twice", [2, 1, 0] * 2)])
+def test_what_lies_outside_runs(outside: Path, system: str, order: list[int]) -> None:
+    output = outside / system
+    chosen = (
+        f"system={system}",
+        "model=tiny",
+        "weights=dummy",
+        "workload=backwards",
+        "testbed=a100",
+    )
+    places = (f"routing={outside / 'routing.csv'}", f"output={output}", "memory_budget=50%")
+    config = ("--config-dir", str(outside / "conf"))
+    done = run_command(*config, *chosen, *places, PYTHONPATH=str(outside))
+    assert done.returncode == 0, done.stderr
+    assert pd.read_parquet(output / "requests.parquet")["request"].tolist() == order
+    record = record_of(output)
+    assert (record["system"], record["model"]) == (system, "tiny")
+    assert record["dataset"] == "backwards"
+    # Two slots a layer's worth, of which the first experts keep theirs.
+    assert record["summary"]["hits"] > 0
