@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from experiments.errors import UserError
 from experiments.judge.claims import judge
 from experiments.judge.frame import ResultsFolder
+from experiments.run.records import RUNS, pack_runs, read_record, unpack_runs
 from tests.command import ROOT, run_module
 
 RESULTS = ROOT / "results"
@@ -21,19 +25,40 @@ def test_small_figures_made_again_equal_the_committed_ones(tmp_path: Path) -> No
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
 
 
-def test_every_committed_figure_stands_on_committed_records() -> None:
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The committed results, with their runs out of the archive."""
+    folder = tmp_path_factory.mktemp("results")
+    for name in ("experiments", "analysis", RUNS):
+        (folder / name).symlink_to(RESULTS / name)
+    unpack_runs(folder)
+    return folder
+
+
+def test_every_committed_figure_stands_on_records_of_the_archive(unpacked: Path) -> None:
     experiments = sorted((RESULTS / "experiments").glob("*.json"))
     assert len(experiments) == len(list((ROOT / "conf" / "experiment").glob("*.yaml")))
     for path in experiments:
         for digest in json.loads(path.read_text()).get("runs", []):
-            record = json.loads((RESULTS / "runs" / digest / "run.json").read_text())
-            assert record["status"] == "complete"
+            record = read_record(unpacked / "runs" / digest / "run.json")
             assert record["mode"] == "simulated"
 
 
-def test_committed_verdicts_are_those_of_the_committed_records(tmp_path: Path) -> None:
-    for name in ("runs", "experiments", "analysis"):
-        (tmp_path / name).symlink_to(RESULTS / name)
-    judge(ResultsFolder(tmp_path))
+def test_the_archive_is_the_same_bytes_again_and_a_damaged_one_is_refused(unpacked: Path) -> None:
+    copy = unpacked / "copy"
+    copy.mkdir()
+    (copy / "runs").symlink_to(unpacked / "runs")
+    pack_runs(copy)
+    archive = (copy / RUNS).read_bytes()
+    assert archive == (RESULTS / RUNS).read_bytes()
+    (copy / "runs").unlink()
+    (copy / RUNS).write_bytes(archive[: len(archive) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        unpack_runs(copy)
+    assert not (copy / "runs").exists()
+
+
+def test_committed_verdicts_are_those_of_the_committed_records(unpacked: Path) -> None:
+    judge(ResultsFolder(unpacked))
     for name in ("claims.json", "claims.csv"):
-        assert (tmp_path / name).read_text() == (RESULTS / name).read_text()
+        assert (unpacked / name).read_text() == (RESULTS / name).read_text()

@@ -25,6 +25,7 @@ from experiments.run.records import (
     read_record,
     read_requests,
     read_table,
+    unpack_runs,
 )
 
 PHASES = (
@@ -159,6 +160,7 @@ class ResultsFolder:
                 f"{root}: no such folder; run `python -m experiments.reproduce all` first"
             )
         self.root = root
+        unpack_runs(root)
 
     @cached_property
     def runs(self) -> pd.DataFrame:

@@ -42,7 +42,13 @@ from experiments.reproduce.run_store import (
     run_one,
 )
 from experiments.run.console import bar_on
-from experiments.run.records import check_writable, other_code, read_record
+from experiments.run.records import (
+    check_writable,
+    other_code,
+    pack_runs,
+    read_record,
+    unpack_runs,
+)
 from experiments.run.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
 
@@ -70,6 +76,7 @@ class Reproduction:
         self, ids: Sequence[str], overrides: Sequence[str], options: Mapping[str, Any], conf: Path
     ) -> None:
         self.options, self.store = options, RunStore(Path(options["results"]))
+        unpack_runs(self.store.root)
         self.everything = "all" in ids
         self.log_to_wandb = "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
@@ -212,7 +219,11 @@ class Reproduction:
         made += (ROOT / "experiments" / "judge").glob("*.*")
         newest = max(path.stat().st_mtime_ns for path in made)
         if not report.exists() or report.stat().st_mtime_ns <= newest:
-            function("experiments.judge.report.write")(ResultsFolder(self.store.root))
+            results = ResultsFolder(self.store.root)
+            function("experiments.judge.report.write")(results)
+            pack_runs(self.store.root)
+            with atomic_write(self.store.root / "records.parquet") as partial:
+                results.runs.drop(columns=["record", "table"]).to_parquet(partial, index=False)
         claims = json.loads((self.store.root / "claims.json").read_text())["claims"]
         verdicts = Counter(one["verdict"] for one in claims).most_common()
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")

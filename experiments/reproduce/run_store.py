@@ -1,6 +1,6 @@
 """Where reproduced results lie, runs by digest and shared by all figures, and what makes them.
 
-<results>/runs/<digest>/run.json, requests.parquet    one run
+<results>/runs/<digest>/run.json, requests.parquet    one run; all of them: runs.tar.xz
 <results>/analysis/<id>/                              one analysis of routing traces
 <results>/figures/<id>.png, .pdf, .csv, .txt          what was drawn
 <results>/experiments/<id>.json                       an experiment: written last

@@ -7,15 +7,18 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import lzma
 import os
 import platform
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -31,6 +34,8 @@ from finemoe.trace import UNREADABLE, check_size
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
+RUNS = "runs.tar.xz"
+"""All runs of a results folder."""
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
 LONGEST_NAME = 255
 """In bytes, of a file or a folder."""
@@ -361,3 +366,37 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+# All runs of a results folder in one file -------------------------------------------------------
+
+
+def pack_runs(root: Path) -> None:
+    """Put the runs of a results folder into one archive: the same bytes for the same runs."""
+
+    def same(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.mtime = member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        return member
+
+    with atomic_write(root / RUNS) as partial, tarfile.open(partial, "w:xz") as archive:
+        for path in sorted((root / "runs").glob("*/*")):
+            if path.name in (RECORD, REQUESTS):
+                archive.add(path, str(path.relative_to(root)), filter=same)
+
+
+def unpack_runs(root: Path) -> None:
+    """Unpack the archive of a results folder whose runs are not there; UserError if it is damaged.
+
+    Another process may do the same at the same time.
+    """
+    if (root / "runs").exists() or not (root / RUNS).exists():
+        return
+    with TemporaryDirectory(dir=root) as folder:
+        try:
+            with tarfile.open(root / RUNS) as archive:
+                archive.extractall(folder, filter="data")
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{root / RUNS} is damaged ({error}); make it again") from error
+        with suppress(OSError):
+            Path(folder, "runs").rename(root / "runs")
