@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fuzz lint bench reproduce gpu compiled clean
+.PHONY: help run test fuzz lint bench reproduce gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -34,14 +34,10 @@ bench: $(READY)  ## overheads of the engine, as ratios measured in one run
 	$(BIN)/python -m experiments.bench
 
 reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simulated
-	$(BIN)/python -m experiments.compiled_engine || echo "no C compiler: replays are interpreted"
 	$(BIN)/python -m experiments.reproduce all
 
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
 	$(BIN)/python -m experiments.bench.gpu
 
-compiled: $(READY)  ## compile the engine with Cython: the same replays in a fraction of the time
-	$(BIN)/python -m experiments.compiled_engine
-
-clean:  ## remove the environment, the compiled engine and what runs left
-	rm -rf $(VENV) outputs multirun build *.egg-info finemoe/offload/*.so
+clean:  ## remove the environment and what runs left
+	rm -rf $(VENV) outputs multirun build *.egg-info
