@@ -32,10 +32,6 @@ class MemoryPlan:
     expert_bytes: int
     chunk_bytes: int
 
-    @property
-    def budget_bytes(self) -> int:
-        return sum(self.slots) * self.expert_bytes
-
 
 class Residency:
     """Turns gates and prefetch requests into cache and queue operations; classifies accesses.
