@@ -30,6 +30,7 @@ from experiments.run.console import Console
 from experiments.run.records import provenance
 from experiments.run.routing_source import open_routing
 from experiments.run.simulation import bound, measure, prepare, teach
+from finemoe.offload import replay
 
 DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
 CHOICES = {
@@ -129,7 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
         speed = replay_speed(cfg, Console())
         return {**asdict(speed), "layer_steps_per_s": speed.layer_steps_per_s}
 
-    bench(__doc__, CHOICES, arguments, measure, "speeds", {})
+    compiled = replay.__file__.endswith(".so")
+    bench(__doc__, CHOICES, arguments, measure, "speeds", {"compiled": compiled})
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class ReplayRuntime:
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
         residency.wake = self._kick
-        self._thread = costs.thread
+        self._thread_costs = costs.thread
         self._dense_disturbed = self._expert_disturbed = False
         """Whether the model's thread waited since it last ran each part of a layer."""
         self._events: list[tuple[float, int, int | Callable[[], None]]] = []
@@ -147,7 +147,7 @@ class ReplayRuntime:
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
-            extra = self._extra(self._thread.dense, self._dense_disturbed)
+            extra = self._extra(self._thread_costs.dense, self._dense_disturbed)
             self._dense_disturbed = False
             self._advance(self.now + costs.dense + extra)
             self._layer(routed, layer, gates)
@@ -217,7 +217,7 @@ class ReplayRuntime:
     def _run_expert(self, flat: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(flat)
-        extra = self._extra(self._thread.expert, self._expert_disturbed)
+        extra = self._extra(self._thread_costs.expert, self._expert_disturbed)
         self._expert_disturbed = False
         seconds = self._expert_seconds(tokens) + extra
         began = max(self._devices_free[device], self.now)
@@ -261,7 +261,7 @@ class ReplayRuntime:
     def _resume(self) -> None:
         """Have the model's thread go on after a wait."""
         self._dense_disturbed = self._expert_disturbed = True
-        self._advance(self.now + self._thread.resume)
+        self._advance(self.now + self._thread_costs.resume)
 
     def _extra(self, extra: Extra, disturbed: bool) -> float:
         """Return the seconds that a part of a layer takes more now."""
