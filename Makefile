@@ -34,14 +34,15 @@ bench: $(READY)  ## overheads of the engine, as ratios measured in one run
 	$(BIN)/python -m experiments.bench
 
 reproduce: $(READY)  ## every figure and claim of the paper's evaluation, simulated
-	$(BIN)/python -m experiments.compiled_engine || echo "no C compiler: replays are interpreted"
+	$(MAKE) compiled || echo "no C compiler: replays are interpreted"
 	$(BIN)/python -m experiments.reproduce all
 
 gpu: $(READY)  ## everything that only a machine with CUDA can tell
 	$(BIN)/python -m experiments.bench.gpu
 
-compiled: $(READY)  ## compile the engine with Cython: the same replays in a fraction of the time
-	$(BIN)/python -m experiments.compiled_engine
+# Unchanged sources, one C file; without it they are interpreted.
+compiled: $(READY)  ## compile the engine with mypyc: the same replays about twice as fast
+	$(BIN)/mypyc $(addprefix finemoe/offload/,cache.py transfer.py residency.py virtual_links.py replay.py)
 
 clean:  ## remove the environment, the compiled engine and what runs left
-	rm -rf $(VENV) outputs multirun build *.egg-info finemoe/offload/*.so
+	rm -rf $(VENV) outputs multirun build *.egg-info finemoe/offload/*.so *__mypyc*.so

@@ -78,7 +78,8 @@ class OraclePolicy(BeladyPolicy):
         layer = max(self._step - number * self.shape.layers, 0)
         due = self._plan * self._absent
         due[:layer] = 0
-        due.reshape(-1)[due.reshape(-1).nonzero()[0][self._lookahead :]] = 0
+        if np.count_nonzero(due) > self._lookahead:
+            due.reshape(-1)[due.reshape(-1).nonzero()[0][self._lookahead :]] = 0
         return due
 
     def _set_plan(self, number: int) -> None:

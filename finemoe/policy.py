@@ -26,7 +26,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.options import CHECKED, Count, Flag
 from finemoe.search import Match, TrajectorySearch, nearest
-from finemoe.selection import Selector, Variant
+from finemoe.selection import Variant, divisors, select_experts, union_priorities
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -67,7 +67,6 @@ class FineMoEPolicy(Policy):
         self.placement = Placement("background" if options.asynchronous else "critical_path")
         self.distance = min(options.prefetch_distance, shape.layers)
         self.history = self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
-        self._selector = Selector(shape, options.variant, by_score=options.selection == "delta")
         self._growing = True
         self._by_maps = options.eviction == "finemoe"
         self._forget_use()
@@ -154,8 +153,8 @@ class FineMoEPolicy(Policy):
         targets = self.shape.layers - self.distance
         requests: list[Priorities | None] = [None] * self.shape.layers
         if targets:
-            divisors = self._selector.divisors(range(self.distance, self.distance + 1), now=0)
-            rows = self._select(matches[:targets], self.distance, divisors)
+            band = range(self.distance, self.distance + 1)
+            rows = self._select(matches[:targets], band, now=0)
             requests[:targets] = layer_requests(self.shape, self.distance, rows)
         return requests
 
@@ -170,18 +169,26 @@ class FineMoEPolicy(Policy):
         if not matches or not band:
             return None
         requests = np.zeros((self.shape.layers, self.shape.experts))
-        divisors = self._selector.divisors(band, now)
-        requests[band.start : band.stop] = self._select([matches] * len(band), band.start, divisors)
+        requests[band.start : band.stop] = self._select([matches] * len(band), band, now)
         return requests
 
-    def _select(
-        self, matches: list[list[Match]], first: int, divisors: NDArray[np.float64]
-    ) -> Priorities:
-        """Return priorities of the layers from `first` on, each by its own matches, (N, J)."""
+    def _select(self, matches: list[list[Match]], band: range, now: int) -> Priorities:
+        """Return priorities of the layers from the band's first on, by their matches, (N, J).
+
+        A band of one layer gives all of them its distance.
+        """
+        options, first = self.options, band.start
         found = np.array(matches, dtype=np.float64)
         entries, scores = found[..., 0].astype(np.intp), found[..., 1]
         layers = np.arange(first, first + len(matches))[:, None]
-        return self._selector.priorities(self.store.maps[layers, :, entries], scores, divisors)
+        probabilities = self.store.maps[layers, :, entries]
+        trusted = scores.ravel() if options.selection == "delta" else np.ones(scores.size)
+        flat = probabilities.reshape(-1, self.shape.experts)
+        chosen = select_experts(flat, trusted, self.shape.top_k, options.variant)
+        by = divisors(band, now, options.variant)
+        return union_priorities(
+            probabilities, chosen.reshape(probabilities.shape), by, options.variant
+        )
 
     # Cache ------------------------------------------------------------------------------------
 

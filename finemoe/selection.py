@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import SMALLEST_PRIORITY, FloatArray, ModelShape
+from finemoe.offload.policy import SMALLEST_PRIORITY, FloatArray, Priorities
 
 Variant = Literal["paper", "demo"]
 
@@ -44,41 +44,27 @@ def select_experts(
     return chosen
 
 
-class Selector:
-    """Turns what maps say of target layers, and how far they are trusted, into priorities."""
+def divisors(band: range, now: int, variant: Variant) -> NDArray[np.float64]:
+    """Return by what the probabilities of a band of layers are divided as priorities, (N,).
 
-    def __init__(self, shape: ModelShape, variant: Variant, by_score: bool) -> None:
-        self._shape = shape
-        self._variant: Variant = variant
-        self._by_score = by_score
+    l - l_now (section 4.5), or for the demo what makes a linear decay over the band.
+    """
+    layers = np.arange(band.start, band.stop, dtype=np.float64)
+    if variant == "paper":
+        return layers - now
+    return band.stop / (band.stop - (layers - band.start))
 
-    def divisors(self, band: range, now: int) -> NDArray[np.float64]:
-        """Return by what the probabilities of a band of layers are divided as priorities, (N,).
 
-        l - l_now (section 4.5), or for the demo what makes a linear decay over the band.
-        """
-        layers = np.arange(band.start, band.stop, dtype=np.float64)
-        if self._variant == "paper":
-            return layers - now
-        return band.stop / (band.stop - (layers - band.start))
+def union_priorities(
+    probabilities: FloatArray, chosen: NDArray[np.bool_], by: NDArray[np.float64], variant: Variant
+) -> Priorities:
+    """Return the priorities of the queries' union, (N, J); 0 for what is not to be prefetched.
 
-    def priorities(
-        self,
-        probabilities: FloatArray,
-        scores: NDArray[np.float64],
-        divisors: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        """Return the priorities of the queries' union, (N, J); 0 for what is not to be prefetched.
-
-        Takes probabilities (N, Q, J), scores (N, Q) and divisors (N,), or (1,) for all.
-        """
-        trusted = scores if self._by_score else np.ones_like(scores)
-        flat = probabilities.reshape(-1, self._shape.experts)
-        chosen = select_experts(flat, trusted.ravel(), self._shape.top_k, self._variant)
-        chosen = chosen.reshape(probabilities.shape)
-        priorities = probabilities / divisors[:, None, None]
-        if self._variant == "paper":
-            priorities = np.where(chosen, np.maximum(priorities, SMALLEST_PRIORITY), 0.0)
-        else:
-            priorities = np.where(chosen, priorities, 0.0) + TAIL_PRIORITY
-        return priorities.max(axis=1)
+    Takes probabilities and what is chosen of them (N, Q, J), and divisors (N,), or (1,) for all.
+    """
+    priorities = probabilities / by[:, None, None]
+    if variant == "paper":
+        priorities = np.where(chosen, np.maximum(priorities, SMALLEST_PRIORITY), 0.0)
+    else:
+        priorities = np.where(chosen, priorities, 0.0) + TAIL_PRIORITY
+    return priorities.max(axis=1)

@@ -29,6 +29,7 @@ from experiments.run.protocol import bound, build_history, measure
 from experiments.run.records import provenance
 from experiments.run.replay import prepare
 from finemoe.files import write_json
+from finemoe.offload import replay
 
 DEFAULTS = ("testbed=rtx3090x6", "workload=quick")
 OPTIONS = {
@@ -109,7 +110,8 @@ def bench(
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
-    bench(__doc__, OPTIONS, arguments, replay_speed, "speeds", {})
+    facts = {"compiled": str(replay.__file__).endswith(".so")}
+    bench(__doc__, OPTIONS, arguments, replay_speed, "speeds", facts)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ for layers wider than the slots, which run in waves, and for sets that are not r
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finemoe.offload.policy import ModelShape, Routing
@@ -57,11 +57,6 @@ class Roofline:
     link_s: float
     """Loads of a device times the seconds of one expert on its link, the largest over devices."""
 
-    @classmethod
-    def of(cls, compute_s: float, loads: Sequence[int], expert_s: float) -> Roofline:
-        """Return the roofline for `minimal_loads` and the seconds that one expert takes a link."""
-        return cls(compute_s, max(loads, default=0) * expert_s)
-
     @property
     def total(self) -> float:
         return max(self.compute_s, self.link_s)
@@ -93,14 +88,13 @@ def _fewest_loads(uses: Uses, slots: int, warm: bool) -> int:
     if uses and slots < 1:
         raise ValueError("a device that experts live on has no slot; raise memory_budget")
     stays = _Stays()
-    ends = _next_uses(uses)
     if warm:
         first = {e: step for step, experts in reversed(uses) for e in experts}
         for expert, step in first.items():
             stays.begin(expert, step)
         stays.keep(slots)
     loads = 0
-    for (_, experts), following in zip(uses, ends, strict=True):
+    for (_, experts), following in zip(uses, _next_uses(uses), strict=True):
         loads += sum(not stays.end(expert) for expert in experts)
         stays.keep(slots - 1)
         for expert, until in zip(experts, following, strict=True):
@@ -111,14 +105,12 @@ def _fewest_loads(uses: Uses, slots: int, warm: bool) -> int:
 
 
 def _next_uses(uses: Uses) -> list[list[int | None]]:
-    return list(_backwards(uses))[::-1]
-
-
-def _backwards(uses: Uses) -> Iterator[list[int | None]]:
+    found: list[list[int | None]] = []
     known: dict[int, int] = {}
     for step, experts in reversed(uses):
-        yield [known.get(expert) for expert in experts]
+        found.append([known.get(expert) for expert in experts])
         known.update((expert, step) for expert in experts)
+    return found[::-1]
 
 
 class _Stays:

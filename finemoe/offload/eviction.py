@@ -91,11 +91,12 @@ class LayeredLruPolicy(Recency, Policy):
 
     def forget(self) -> None:
         super().forget()
+        self._order = np.zeros((self.shape.layers, self.shape.experts))
+        """The last uses, and -inf for what was prefetched."""
+        self._ranks = np.zeros((self.shape.layers, 1))
+        """Twice the residents of each layer; the last uses, above -1, order experts inside."""
         self._keys = np.zeros((self.shape.layers, self.shape.experts))
-        self._ranks = [0.0] * self.shape.layers
         self._demanded: list[set[int]] = [set() for _ in range(self.shape.layers)]
-        self._incoming = 0
-        self._raise(0, 1.0)
 
     def begin_serving(self) -> None:
         self.forget()
@@ -104,20 +105,18 @@ class LayeredLruPolicy(Recency, Policy):
         super().on_outcome(outcome)
         layer = outcome.layer
         self._demanded[layer] = {*outcome.late, *outcome.misses}
-        np.add(self._recency[layer], self._ranks[layer], out=self._keys[layer])
+        self._order[layer] = self._recency[layer]
 
     def on_load(self, expert: ExpertId) -> None:
         super().on_load(expert)
         layer, index = expert
-        self._raise(layer, 2.0)
-        if index in self._demanded[layer]:
-            self._demanded[layer].remove(index)
-            self._keys[expert] = self._ranks[layer] + self._now
-        else:
-            self._keys[expert] = -math.inf
+        self._ranks[layer] += 2.0
+        demanded = index in self._demanded[layer]
+        self._demanded[layer].discard(index)
+        self._order[expert] = self._now if demanded else -math.inf
 
     def on_evict(self, expert: ExpertId) -> None:
-        self._raise(expert.layer, -2.0)
+        self._ranks[expert.layer] -= 2.0
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
@@ -125,13 +124,6 @@ class LayeredLruPolicy(Recency, Policy):
         This keeps the layers' shares equal within one, whatever the number of slots. Keys hold for
         residents.
         """
-        if incoming.layer != self._incoming:
-            self._raise(self._incoming, -1.0)
-            self._raise(incoming.layer, 1.0)
-            self._incoming = incoming.layer
+        np.add(self._order, self._ranks, out=self._keys)
+        self._keys[incoming.layer] += 1.0
         return self._keys
-
-    def _raise(self, layer: int, by: float) -> None:
-        """Change a layer's rank, twice its residents; recency, below 1, orders experts inside."""
-        self._ranks[layer] += by
-        self._keys[layer] += by

@@ -230,6 +230,7 @@ class Policy:
 
 # Calls of hooks -------------------------------------------------------------------------------
 
+FLOAT64 = np.dtype(np.float64)
 Hook = Callable[..., Any]
 """A bound method of a policy."""
 
@@ -262,7 +263,7 @@ def check_table(hook: Hook, layer: int, table: Any, shape: tuple[int, int]) -> N
     """Raise PolicyError unless a hook answered an array of float64 of this shape."""
     found = type(table).__name__
     if isinstance(table, np.ndarray):
-        if table.dtype == np.float64 and table.shape == shape:
+        if table.dtype == FLOAT64 and table.shape == shape:
             return
         found = f"an array of {table.dtype}, shape {table.shape}"
     raise refused(hook, layer, f"answered {found}; give an array of float64, shape {shape}")

@@ -117,7 +117,7 @@ class ReplayRuntime:
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
         residency.wake = self._kick
-        self._thread = costs.thread
+        self._thread_costs = costs.thread
         self._dense_disturbed = self._expert_disturbed = False
         """Whether the model's thread waited since it last ran each part of a layer."""
         self._events: list[tuple[float, int, int | Callable[[], None]]] = []
@@ -135,19 +135,22 @@ class ReplayRuntime:
         costs = self._costs.iteration(iteration.tokens, routed.contexts)
         predictions = self._costs.prediction
         began = self.now
+        gates = None
         self.residency.begin_iteration(iteration)
         if self._observed:
             self._collect()
-            call = partial(self._on_embeddings, routed)
+            hidden = routed.hidden_states if self.policy.placement.hidden_states else None
+            gates = Gates(routed.probabilities, routed.activated, hidden)
+            call = partial(self._on_embeddings, routed, gates)
             hook: Hook = self.policy.on_embeddings
             self._ask("search", predictions.embeddings, iteration.number, hook, -1, call)
             self._await_prefetches()
         self._advance(self.now + costs.start)
         for layer in range(self.residency.shape.layers):
-            extra = self._extra(self._thread.dense, self._dense_disturbed)
+            extra = self._extra(self._thread_costs.dense, self._dense_disturbed)
             self._dense_disturbed = False
             self._advance(self.now + costs.dense + extra)
-            self._layer(routed, layer)
+            self._layer(routed, layer, gates)
         self._advance(self.now + costs.finish)
         if self._observed:
             hook = self.policy.end_iteration
@@ -173,31 +176,26 @@ class ReplayRuntime:
 
     # One MoE layer ----------------------------------------------------------------------------
 
-    def _layer(self, routed: RoutedIteration, layer: int) -> None:
+    def _layer(self, routed: RoutedIteration, layer: int, gates: Gates | None) -> None:
         self._arrived.clear()
         activated = routed.activated[layer]
         outcome = self.residency.gate(routed.iteration, layer, activated)
         for listener in self.listeners:
             listener(outcome)
-        if self._observed:
+        if gates is not None:
             self._collect()
             seconds, hook = self._costs.prediction.gate, self.policy.on_gate
-            gate = self._gates(routed).of(layer)
-            call = partial(call_hook, hook, layer, routed.iteration, gate)
+            call = partial(call_hook, hook, layer, routed.iteration, gates.of(layer))
             self._ask("search", seconds, routed.iteration.number, hook, layer, call)
         self._compute(outcome, routed.counts[layer].tolist())
         self._await_prefetches()
 
-    def _gates(self, routed: RoutedIteration) -> Gates:
-        hidden = routed.hidden_states if self.policy.placement.hidden_states else None
-        return Gates(routed.probabilities, routed.activated, hidden)
-
-    def _on_embeddings(self, routed: RoutedIteration) -> Priorities | None:
+    def _on_embeddings(self, routed: RoutedIteration, gates: Gates) -> Priorities | None:
         answer: Priorities | None = call_hook(
             self.policy.on_embeddings, -1, routed.iteration, routed.embeddings
         )
         if self.policy.predict_ahead:
-            call_hook(self.policy.predict_ahead, -1, routed.iteration, self._gates(routed))
+            call_hook(self.policy.predict_ahead, -1, routed.iteration, gates)
         return answer
 
     def _compute(self, outcome: LayerOutcome, counts: list[int]) -> None:
@@ -219,7 +217,7 @@ class ReplayRuntime:
     def _run_expert(self, flat: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""
         device = self.residency.cache.device_of(flat)
-        extra = self._extra(self._thread.expert, self._expert_disturbed)
+        extra = self._extra(self._thread_costs.expert, self._expert_disturbed)
         self._expert_disturbed = False
         seconds = self._expert_seconds(tokens) + extra
         began = max(self._devices_free[device], self.now)
@@ -263,7 +261,7 @@ class ReplayRuntime:
     def _resume(self) -> None:
         """Have the model's thread go on after a wait."""
         self._dense_disturbed = self._expert_disturbed = True
-        self._advance(self.now + self._thread.resume)
+        self._advance(self.now + self._thread_costs.resume)
 
     def _extra(self, extra: Extra, disturbed: bool) -> float:
         """Return the seconds that a part of a layer takes more now."""

@@ -32,10 +32,6 @@ class MemoryPlan:
     expert_bytes: int
     chunk_bytes: int
 
-    @property
-    def budget_bytes(self) -> int:
-        return sum(self.slots) * self.expert_bytes
-
 
 class Residency:
     """Turns gates and prefetch requests into cache and queue operations; classifies accesses.
@@ -78,26 +74,28 @@ class Residency:
         Every activated expert stays pinned until `release`.
         """
         self._iteration, self._layer = iteration.number, layer
-        first = layer * self.shape.experts
+        first, queues, cache = layer * self.shape.experts, self.queues, self.cache
         hits: list[int] = []
         late: list[int] = []
         misses: list[int] = []
         for index in activated:
             flat = first + index
-            queue = self._queue(flat)
-            if self.cache.is_resident(flat):
+            queue = queues[flat % len(queues)]
+            if cache.is_resident(flat):
                 hits.append(index)
                 queue.used(flat)
             elif queue.requested(flat):
                 late.append(index)
             else:
                 misses.append(index)
-            self.cache.pin(flat)
+            cache.pin(flat)
         self._prefetches.drop_layer(layer)
-        for queue in self.queues:
-            queue.cancel_layer(layer, activated)
+        for queue in queues:
+            if queue.under_way:
+                queue.cancel_layer(layer, activated)
         for index in late + misses:
-            self._queue(first + index).demand(first + index)
+            flat = first + index
+            queues[flat % len(queues)].demand(flat)
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
         call_hook(self.policy.on_outcome, layer, outcome)
         if late or misses:
@@ -120,20 +118,26 @@ class Residency:
             first = self._layer + 1 if iteration_number == self._iteration else self.shape.layers
         if first == self.shape.layers:
             return
-        largest = float(priorities[first:].max())
+        start, flat = first * self.shape.experts, priorities.reshape(-1)
+        # NaN is the largest to argmax, which takes half as long as max.
+        largest = flat.item(start + int(flat[start:].argmax()))
         if not largest < math.inf:
             raise refused(hook, layer, "answered an infinite or NaN priority")
         if largest <= 0:
             return
-        start, flat = first * self.shape.experts, priorities.reshape(-1)
         self._prefetches.request(flat, start)
         for queue in self.queues:
-            queue.prioritize(flat, start)
+            queue.starved = False
+            if queue.under_way:
+                queue.prioritize(flat, start)
         self.wake()
 
     def settled(self) -> bool:
         """Tell whether no link has anything left that it could copy now."""
-        return all(queue.settled() for queue in self.queues)
+        for queue in self.queues:
+            if not queue.settled():
+                return False
+        return True
 
     @property
     def holds_everything(self) -> bool:
@@ -143,7 +147,9 @@ class Residency:
     def release(self, flat: int) -> None:
         """Unpin an expert whose layer is done with it."""
         self.cache.unpin(flat)
-        if self._queue(flat).retry():
+        queue = self.queues[flat % len(self.queues)]
+        if queue.starved:
+            queue.starved = False
             self.wake()
 
     def next_chunk(self, device: int) -> Chunk | None:
@@ -160,9 +166,6 @@ class Residency:
     def traffic(self) -> Traffic:
         """Return the bytes that crossed all links so far."""
         return sum((queue.traffic for queue in self.queues), Traffic())
-
-    def _queue(self, flat: int) -> TransferQueue:
-        return self.queues[flat % len(self.queues)]
 
 
 def _nobody_sleeps() -> None:

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from finemoe.offload.cache import NO_SLOT, NOBODY, ExpertCache, Slot
 from finemoe.offload.policy import ExpertId
 
+ZERO = np.zeros(())
+"""NumPy compares a small array with an array in a third of the time that a number takes."""
+
 
 @dataclass(slots=True, eq=False)
 class Chunk:
@@ -59,30 +62,17 @@ class Traffic:
 
 
 class PrefetchQueue:
-    """The prefetch requests of all links: a priority above 0 for each expert that is requested.
-
-    The first of a link has the highest priority; of equal ones the lowest index.
-    """
+    """The prefetch requests of all links: a priority above 0 for each expert that is requested."""
 
     def __init__(self, cache: ExpertCache) -> None:
         size, self._devices = cache.shape.size, len(cache.slots)
+        self.first = [NOBODY] * self._devices
+        """By link, the request of highest priority; of equal ones that of the lowest index."""
         self._per_layer = cache.shape.experts
         self._absent = np.frombuffer(cache.absent, dtype=bool)
         # One column a link, so that one search finds the first of all.
         self._by_link = np.zeros((-(-size // self._devices), self._devices))
         self._priorities = self._by_link.reshape(-1)[:size]
-        self._first = [NOBODY] * self._devices
-        self._stale = False
-
-    def first(self, device: int) -> int:
-        """Return the expert that a link is to prefetch first, or NOBODY."""
-        if self._stale:
-            self._stale = False
-            rows = self._by_link.argmax(axis=0).tolist()
-            for link, row in enumerate(rows):
-                found = self._by_link.item(row, link) > 0
-                self._first[link] = row * self._devices + link if found else NOBODY
-        return self._first[device]
 
     def priority(self, flat: int) -> float:
         """Return an expert's priority, 0 if it is not requested."""
@@ -94,28 +84,45 @@ class PrefetchQueue:
         A request that was there keeps its old priority if it has no new one.
         """
         asked = priorities[start:]
-        where = (asked > 0) & self._absent[start:]
-        np.copyto(self._priorities[start:], asked, where=where)
-        self._stale = True
+        where = (asked > ZERO) & self._absent[start:]
+        np.putmask(self._priorities[start:], where, asked)
+        self._find_first()
 
     def put(self, flat: int, priority: float) -> None:
         """Request one expert."""
         self._priorities[flat] = priority
-        self._stale = True
+        self._find_first_of(flat % self._devices)
 
     def drop(self, flat: int) -> None:
         """Forget the request for an expert, if there is one."""
         self._priorities[flat] = 0.0
-        if self._first[flat % self._devices] == flat:
-            self._stale = True
+        device = flat % self._devices
+        if self.first[device] == flat:
+            self._find_first_of(device)
 
     def drop_layer(self, layer: int) -> None:
         """Forget all requests for a layer."""
-        if not self._stale and max(self._first) == NOBODY:
+        if max(self.first) == NOBODY:
             return
         start = layer * self._per_layer
-        self._priorities[start : start + self._per_layer] = 0.0
-        self._stale = True
+        stop = start + self._per_layer
+        self._priorities[start:stop] = 0.0
+        for flat in self.first:
+            if start <= flat < stop:
+                self._find_first()
+                return
+
+    def _find_first(self) -> None:
+        for device, row in enumerate(self._by_link.argmax(axis=0).tolist()):
+            self._set_first(device, row)
+
+    def _find_first_of(self, device: int) -> None:
+        self._set_first(device, int(self._by_link[:, device].argmax()))
+
+    def _set_first(self, device: int, row: int) -> None:
+        # The last row may end beyond the experts, where nothing is requested.
+        found = self._by_link.item(row, device) > 0
+        self.first[device] = row * self._devices + device if found else NOBODY
 
 
 @dataclass(slots=True, eq=False)
@@ -150,41 +157,35 @@ class TransferQueue:
         """Whether the last call of `next_chunk` found transfers but no slot for them."""
         self.traffic = Traffic()
         """Bytes that crossed the link so far."""
+        self.under_way: dict[int, _Transfer] = {}
         self._cache = cache
         self._prefetches = prefetches
         self._device = device
         self._expert_bytes = expert_bytes
         self._chunk_bytes = chunk_bytes
         self._per_layer = cache.shape.experts
-        self._under_way: dict[int, _Transfer] = {}
         self._urgent: list[_Transfer] = []
         self._unused: dict[int, int] = {}
         """Prefetched bytes of residents that no gate asked for yet."""
 
     def is_empty(self) -> bool:
         """Tell whether nothing is under way or requested."""
-        return not self._under_way and self._prefetches.first(self._device) == NOBODY
+        return not self.under_way and self._prefetches.first[self._device] == NOBODY
 
     def settled(self) -> bool:
         """Tell whether nothing is under way and nothing queued can get a slot."""
         return self.is_empty() or (self.starved and not self._copying())
 
-    def retry(self) -> bool:
-        """Note that a slot may have become free; tell whether transfers waited for one."""
-        starved, self.starved = self.starved, False
-        return starved
-
     def requested(self, flat: int) -> bool:
         """Tell whether a copy of an expert is queued or under way, and wanted."""
-        transfer = self._under_way.get(flat)
+        transfer = self.under_way.get(flat)
         if transfer is None:
             return self._prefetches.priority(flat) > 0
         return not transfer.cancelled
 
     def prioritize(self, priorities: NDArray[np.float64], start: int) -> None:
         """Note new requests, see `PrefetchQueue.request`; transfers under way go by them too."""
-        self.starved = False
-        for flat, transfer in self._under_way.items():
+        for flat, transfer in self.under_way.items():
             priority = priorities.item(flat)
             if flat < start or priority <= 0:
                 continue
@@ -198,9 +199,9 @@ class TransferQueue:
 
     def demand(self, flat: int) -> None:
         """Queue an on-demand load, or promote a prefetch of the same expert to one."""
-        transfer = self._under_way.get(flat)
+        transfer = self.under_way.get(flat)
         if transfer is None:
-            transfer = self._under_way[flat] = _Transfer(flat, True, 0.0)
+            transfer = self.under_way[flat] = _Transfer(flat, True, 0.0)
         self.starved = False
         transfer.urgent, transfer.cancelled = True, False
         self._prefetches.drop(flat)
@@ -212,7 +213,7 @@ class TransferQueue:
 
         One with a chunk in flight ends when that chunk is done.
         """
-        for flat, transfer in list(self._under_way.items()):
+        for flat, transfer in list(self.under_way.items()):
             if flat // self._per_layer != layer or flat % self._per_layer in but or transfer.urgent:
                 continue
             transfer.cancelled = True
@@ -220,45 +221,22 @@ class TransferQueue:
             if not transfer.in_flight():
                 self._drop(transfer)
 
-    def next_chunk(self) -> Chunk | None:
-        """Return the chunk to copy now, taking a slot if it is a first one; None to wait."""
-        return self._next(self._chunk_bytes)
+    def next_chunk(self, whole: bool = False) -> Chunk | None:
+        """Return the chunk to copy now, taking a slot if it is a first one; None to wait.
 
-    def next_span(self) -> Chunk | None:
-        """Return all chunks that follow one another if nothing intervenes; see `cut`."""
-        return self._next(self._expert_bytes)
-
-    def cut(self, span: Chunk, stop: int) -> None:
-        """Take back the bytes of a prefetch's span from `stop` on, which were not sent."""
-        transfer = self._under_way[span.flat]
-        transfer.sent = stop
-        transfer.prefetched -= span.stop - stop
-        self.traffic.prefetched -= span.stop - stop
-        if transfer.urgent:
-            self._urgent.append(transfer)
-        elif not transfer.cancelled:
-            self._prefetches.put(span.flat, transfer.priority)
-        span.stop = stop
-
-    def gives_way(self, span: Chunk) -> bool:
-        """Tell whether something else than the rest of a prefetch's span is to be copied now."""
-        transfer = self._under_way[span.flat]
-        if self._urgent or transfer.urgent or transfer.cancelled:
-            return True
-        first = self._prefetches.first(self._device)
-        if first == NOBODY:
-            return False
-        priority = self._prefetches.priority(first)
-        return (priority, -first) > (transfer.priority, -span.flat)
-
-    def _next(self, at_most: int) -> Chunk | None:
+        With `whole` it spans all chunks that follow one another if nothing intervenes; see `cut`.
+        """
+        self.starved = False
+        if not self.under_way and self._prefetches.first[self._device] == NOBODY:
+            return None
         transfer = self._next_urgent() if self._urgent else self._next_prefetch()
-        self.starved = transfer is None and not self.is_empty()
         if transfer is None:
+            self.starved = not self.is_empty()
             return None
         assert transfer.slot is not None
         start = transfer.sent
-        stop = transfer.sent = min(start + at_most, self._expert_bytes)
+        stop = self._expert_bytes if whole else min(start + self._chunk_bytes, self._expert_bytes)
+        transfer.sent = stop
         if transfer.urgent:
             self.traffic.on_demand += stop - start
             if stop == self._expert_bytes:
@@ -270,12 +248,35 @@ class TransferQueue:
                 self._prefetches.drop(transfer.flat)
         return Chunk(transfer.flat, transfer.slot, start, stop, transfer.urgent)
 
+    def cut(self, span: Chunk, stop: int) -> None:
+        """Take back the bytes of a prefetch's span from `stop` on, which were not sent."""
+        transfer = self.under_way[span.flat]
+        transfer.sent = stop
+        transfer.prefetched -= span.stop - stop
+        self.traffic.prefetched -= span.stop - stop
+        if transfer.urgent:
+            self._urgent.append(transfer)
+        elif not transfer.cancelled:
+            self._prefetches.put(span.flat, transfer.priority)
+        span.stop = stop
+
+    def gives_way(self, span: Chunk) -> bool:
+        """Tell whether something else than the rest of a prefetch's span is to be copied now."""
+        transfer = self.under_way[span.flat]
+        if self._urgent or transfer.urgent or transfer.cancelled:
+            return True
+        first = self._prefetches.first[self._device]
+        if first == NOBODY:
+            return False
+        priority = self._prefetches.priority(first)
+        return (priority, -first) > (transfer.priority, -span.flat)
+
     def chunk_done(self, chunk: Chunk) -> bool:
         """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""
-        transfer = self._under_way[chunk.flat]
+        transfer = self.under_way[chunk.flat]
         transfer.done = chunk.stop
         if transfer.done == self._expert_bytes:
-            del self._under_way[chunk.flat]
+            del self.under_way[chunk.flat]
             self._cache.loaded(chunk.flat)
             if not transfer.urgent:
                 self._unused[chunk.flat] = transfer.prefetched
@@ -304,25 +305,25 @@ class TransferQueue:
         return first if self._take_slot(first) else None
 
     def _next_prefetch(self) -> _Transfer | None:
-        flat = self._prefetches.first(self._device)
+        flat = self._prefetches.first[self._device]
         if flat == NOBODY:
             return None
-        begun = self._under_way.get(flat)
+        begun = self.under_way.get(flat)
         if begun is not None:
             return begun
         transfer = _Transfer(flat, False, self._prefetches.priority(flat))
         if self._take_slot(transfer):
-            self._under_way[flat] = transfer
+            self.under_way[flat] = transfer
             return transfer
         unsent = (t for t in self._partials() if t.sent < self._expert_bytes)
         return next(unsent, None)
 
     def _copying(self) -> bool:
-        return any(transfer.in_flight() for transfer in self._under_way.values())
+        return any(transfer.in_flight() for transfer in self.under_way.values())
 
     def _partials(self) -> list[_Transfer]:
         """Return the half-copied prefetches, the first to go on with first."""
-        wanted = (t for t in self._under_way.values() if not t.urgent and not t.cancelled)
+        wanted = (t for t in self.under_way.values() if not t.urgent and not t.cancelled)
         return sorted(wanted, key=lambda t: (-t.priority, t.flat))
 
     def _take_slot(self, transfer: _Transfer) -> bool:
@@ -335,7 +336,7 @@ class TransferQueue:
 
     def _drop(self, transfer: _Transfer) -> None:
         """Forget a half-copied prefetch."""
-        del self._under_way[transfer.flat]
+        del self.under_way[transfer.flat]
         self._prefetches.drop(transfer.flat)
         self._cache.abandon(transfer.flat)
         self.traffic.wasted += transfer.prefetched

@@ -100,7 +100,7 @@ class VirtualLinks:
         return arrived
 
     def _start(self, device: int, lane: _Lane, now: float, wake: float) -> None:
-        span = self._queues[device].next_span()
+        span = self._queues[device].next_chunk(whole=True)
         if span is None:
             return
         self.copying += 1

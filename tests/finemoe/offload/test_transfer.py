@@ -482,5 +482,5 @@ def test_the_first_request_is_that_of_a_dictionary(
             expected |= asked
         for device in range(devices) if kind == "first" else ():
             ranked = sorted((-p, e) for e, p in expected.items() if e % devices == device)
-            assert queue.first(device) == (ranked[0][1] if ranked else NOBODY)
+            assert queue.first[device] == (ranked[0][1] if ranked else NOBODY)
         assert [queue.priority(e) for e in range(15)] == [expected.get(e, 0) for e in range(15)]
