@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console as RichConsole
-from rich.table import Table
 
 from experiments import CONF
 from experiments.errors import UserError, command, config_error, words_given
@@ -96,11 +95,7 @@ def bench(
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(config_error(error)) from None
     rows = [measure(cfg) for cfg in configs]
-    shown = Table(*rows[0])
-    for row in rows:
-        values = row.values()
-        shown.add_row(*(f"{one:,.2f}" if isinstance(one, float) else str(one) for one in values))
-    RichConsole().print(shown)
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:,.2f}".format))
     if options["output"]:
         record = {name: rows, "overrides": overrides, **facts, **provenance()}
         write_json(Path(options["output"]), record)
