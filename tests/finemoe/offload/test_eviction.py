@@ -1,4 +1,4 @@
-"""Orders of eviction: kept through copies, and told of loads in whichever way."""
+"""Orders of eviction: kept through copies, and a protected layer."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.transfer import PrefetchQueue, TransferQueue
 
 SLOT = Slot(0, 0)
-PLACE = 3
+FLAT = 3
 LATENCY = 0.5
 
 
@@ -61,7 +61,7 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock, model: Offloaded
 
     # A third of an expert takes a second.
     link = EmulatedLink(model.store, slots, LinkSpeed(float(third), LATENCY))
-    queue.demand(PLACE)
+    queue.demand(FLAT)
     start()
     link.finish()
     assert clock.now == pytest.approx(101.5)
@@ -73,7 +73,7 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock, model: Offloaded
     start()
     link.finish()
     assert clock.now == pytest.approx(103.5)
-    assert torch.equal(slots.block(SLOT), model.store.block(PLACE))
+    assert torch.equal(slots.block(SLOT), model.store.block(FLAT))
     assert link.lags == 2
     assert link.lag_seconds == pytest.approx(0.3)
     assert link.copied_bytes == size
@@ -81,8 +81,8 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock, model: Offloaded
     # After a pause it begins anew, and what the pause took is no lag.
     link.idle()
     clock.now = 200
-    cache.loaded(PLACE)
-    queue.demand(PLACE + 1)
+    cache.loaded(FLAT)
+    queue.demand(FLAT + 1)
     start()
     link.finish()
     assert clock.now == pytest.approx(201.5)
