@@ -434,16 +434,6 @@ def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> Non
     assert queue.traffic.wasted == 8
 
 
-def test_bytes_that_were_used_are_never_wasted() -> None:
-    _, queue = link(1, 1.0)
-    copy_all(queue)
-    queue.used(A)
-    queue.demand(B)
-    queue.demand(C)
-    copy_all(queue)
-    assert queue.traffic == Traffic(prefetched=10, on_demand=20, wasted=0)
-
-
 # Prefetch requests ------------------------------------------------------------------------------
 
 WIDE = ModelShape(layers=3, experts=5, top_k=1, hidden_size=1)
