@@ -1,4 +1,4 @@
-"""Belady: no prefetch, and perfect eviction, from the routing that is told beforehand.
+"""Belady: no prefetch, and perfect eviction, from the routing that is known beforehand.
 
 The expert whose next use is farthest leaves first, one that is never used again before all others
 (L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
@@ -57,7 +57,7 @@ class BeladyPolicy(Policy):
         self._next_use, self._following = uses(routing, self.shape)
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
-        """Move on to the next uses; ValueError if the layer did not route as told."""
+        """Move on to the next uses; ValueError if the layer routes otherwise."""
         if not self._routing:
             return
         self._check(outcome)

@@ -18,13 +18,13 @@ class ExpectedUse:
     """
 
     def __init__(self, shape: ModelShape) -> None:
-        places = (shape.layers, shape.experts)
+        table = (shape.layers, shape.experts)
         self._layers = shape.layers
         self._anything = np.float32(1 / shape.experts)
-        self._expected = np.full(places, self._anything, dtype=np.float64)
+        self._expected = np.full(table, self._anything, dtype=np.float64)
         self._visits = [[0] * shape.experts for _ in range(shape.layers)]
-        self._frequency = np.ones(places)
-        self._keys = np.empty(places)
+        self._frequency = np.ones(table)
+        self._keys = np.empty(table)
         self._revised = [0]
 
     def expect(self, probabilities: FloatArray, first: int) -> None:

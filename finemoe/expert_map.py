@@ -192,14 +192,14 @@ def read_arrays(
     """
     try:
         with safe_open(path, "numpy") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             arrays = [file.get_tensor(name) for name in shapes]
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         cause = str(error).splitlines()[0]
         raise StoreMismatch(f"{path} cannot be read as {', '.join(shapes)} ({cause})") from error
     for name, value in facts.items():
-        if told.get(name) != value:
-            raise StoreMismatch(f"{path} is for {name} {told.get(name)!r}, not {value!r}")
+        if metadata.get(name) != value:
+            raise StoreMismatch(f"{path} is for {name} {metadata.get(name)!r}, not {value!r}")
     sizes: dict[str, int] = {}
     for array, (name, shape) in zip(arrays, shapes.items(), strict=True):
         pairs = zip(shape, array.shape, strict=False)

@@ -42,7 +42,7 @@ class Residency:
     """
 
     def __init__(self, shape: ModelShape, plan: MemoryPlan, policy: Policy) -> None:
-        self.wake: Callable[[], object] = _nobody_sleeps
+        self.wake: Callable[[], object] = lambda: None
         self.shape = shape
         self.plan = plan
         self.policy = policy
@@ -166,7 +166,3 @@ class Residency:
     def traffic(self) -> Traffic:
         """Return the bytes that crossed all links so far."""
         return sum((queue.traffic for queue in self.queues), Traffic())
-
-
-def _nobody_sleeps() -> None:
-    pass

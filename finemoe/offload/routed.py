@@ -90,7 +90,7 @@ def softmax(logits: FloatArray) -> FloatArray:
 
 
 def _joined(what: str, parts: list[FloatArray | None], axis: int) -> FloatArray:
-    held = [part for part in parts if part is not None]
-    if len(held) < len(parts):
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
         raise ValueError(f"the trace holds no {what}, which this system needs")
-    return held[0] if len(held) == 1 else np.concatenate(held, axis=axis)
+    return present[0] if len(present) == 1 else np.concatenate(present, axis=axis)

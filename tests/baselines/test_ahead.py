@@ -89,25 +89,25 @@ def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, Gates]]:
 
 def answers(policy: Policy, case: Case, ahead: list[bool]) -> list[object]:
     """Serve a case, predicted ahead in some iterations; return all that is answered."""
-    told: list[Any] = []
+    answered: list[Any] = []
 
     def ask_keys() -> None:
         for urgent in (False, True):
-            told.append(policy.eviction_keys(ExpertId(0, 0), urgent).copy())
+            answered.append(policy.eviction_keys(ExpertId(0, 0), urgent).copy())
 
     for (iteration, embeddings, gates), early in zip(routed(case), ahead, strict=True):
-        told.append(policy.on_embeddings(iteration, embeddings))
+        answered.append(policy.on_embeddings(iteration, embeddings))
         if early and policy.predict_ahead:
             policy.predict_ahead(iteration, gates)
         for layer, activated in enumerate(gates.activated):
             policy.on_outcome(LayerOutcome(iteration, layer, activated, (), ()))
             ask_keys()
-            told.append(policy.on_gate(iteration, gates.of(layer)))
+            answered.append(policy.on_gate(iteration, gates.of(layer)))
             ask_keys()
-        told.append(policy.end_iteration(iteration))
+        answered.append(policy.end_iteration(iteration))
     for request in range(len(case.tokens[0])):
         policy.end_request(request)
-    return [None if answer is None else answer.tolist() for answer in told]
+    return [None if answer is None else answer.tolist() for answer in answered]
 
 
 def saved(policy: Policy, path: Path) -> bytes:
@@ -135,15 +135,15 @@ def test_what_is_learned_is_remembered_as_if_it_were_served(
 ) -> None:
     case = data.draw(cases(system))
     folder = tmp_path_factory.mktemp("history")
-    studious, served = policy_of(case), policy_of(case)
+    learner, served = policy_of(case), policy_of(case)
     answers(served, case, [False] * 5)
-    assert studious.learn
+    assert learner.learn
     for iteration, embeddings, gates in routed(case):
-        studious.learn(iteration, embeddings, gates)
+        learner.learn(iteration, embeddings, gates)
     for request in range(len(case.tokens[0])):
-        studious.end_request(request)
-    assert saved(studious, folder) == saved(served, folder)
-    for policy in (studious, served):
+        learner.end_request(request)
+    assert saved(learner, folder) == saved(served, folder)
+    for policy in (learner, served):
         policy.begin_serving()
     after = case._replace(seed=case.seed ^ 1)
-    assert answers(studious, after, [False] * 5) == answers(served, after, [False] * 5)
+    assert answers(learner, after, [False] * 5) == answers(served, after, [False] * 5)

@@ -126,18 +126,20 @@ ONE = (array(1, 0), rolled(0))
 QUERY = array((7, 24))
 
 
-def test_paper_priorities_from_embeddings_count_from_before_the_first_layer() -> None:
-    found = asked(policy_with(OPTIONS, ONE).on_embeddings(DECODE, QUERY))
-    expected = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
-    assert found == pytest.approx(expected)
+# The paper counts layers from before the first one, the demo decays over the band.
+PAPER_FIRST: Requests = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
+DEMO_FIRST: Requests = {
+    **{(layer, index): TAIL for layer in range(2) for index in range(4)},
+    **{(0, 0): TAIL + 0.5 * (1 - 0 / 2), (1, 1): TAIL + 0.5 * (1 - 1 / 2)},
+}
 
 
-def test_demo_priorities_from_embeddings_decay_over_the_band() -> None:
-    found = asked(policy_with(DEMO, ONE).on_embeddings(DECODE, QUERY))
-    expected: Requests = {(layer, index): TAIL for layer in range(2) for index in range(4)}
-    expected[0, 0] += 0.5 * (1 - 0 / 2)
-    expected[1, 1] += 0.5 * (1 - 1 / 2)
-    assert found == pytest.approx(expected)
+@pytest.mark.parametrize(
+    ("options", "expected"), [(OPTIONS, PAPER_FIRST), (DEMO, DEMO_FIRST)], ids=["paper", "demo"]
+)
+def test_priorities_from_embeddings(options: FineMoEOptions, expected: Requests) -> None:
+    found = policy_with(options, ONE).on_embeddings(DECODE, QUERY)
+    assert asked(found) == pytest.approx(expected)
 
 
 def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:

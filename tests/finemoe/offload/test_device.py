@@ -15,7 +15,7 @@ from finemoe.offload.transfer import PrefetchQueue, TransferQueue
 from tests.engine import offloaded
 
 SLOT = Slot(0, 0)
-PLACE = 3
+FLAT = 3
 LATENCY = 0.5
 
 
@@ -50,7 +50,7 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
 
     # A third of an expert takes a second.
     link = EmulatedLink(model.store, slots, float(third), LATENCY)
-    queue.demand(PLACE)
+    queue.demand(FLAT)
 
     def copy_until(due: float) -> None:
         chunk = queue.next_chunk()
@@ -64,14 +64,14 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     clock.now += 0.3
     copy_until(102.5)
     copy_until(103.5)
-    assert torch.equal(slots.block(SLOT), model.store.blocks[PLACE])
+    assert torch.equal(slots.block(SLOT), model.store.blocks[FLAT])
     assert (link.lags, link.copied_bytes) == (2, size)
     assert link.lag_seconds == pytest.approx(0.3)
     assert link.copying_seconds == pytest.approx(clock.now - 100)
     # After a pause it begins anew, and what the pause took is no lag.
     link.idle()
     clock.now = 200
-    cache.loaded(PLACE)
-    queue.demand(PLACE + 1)
+    cache.loaded(FLAT)
+    queue.demand(FLAT + 1)
     copy_until(201.5)
     assert link.lags == 2

@@ -176,15 +176,33 @@ def test_a_demand_waits_for_the_chunks_in_flight(in_flight: int, lag: float, tur
     assert replay.residency.traffic().wasted == turns - 25.5
 
 
-def test_every_transfer_adds_its_latency() -> None:
-    replay, _ = runtime(Scripted({}, prediction="none"), rate=LinkRate(1.0, latency=0.5))
-    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(10 + 17 + 1 + 10 + 8.5 + 1)
-
-
-def test_an_idle_link_wakes_up_once_for_loads_that_follow_one_another() -> None:
-    replay, _ = runtime(Scripted({}, prediction="none"), rate=LinkRate(1.0, wake=0.5))
+SHARED = LinkRate(1.0, shared_bytes_per_second=1.0)
+RATES = {
+    "every transfer adds its latency": (
+        *(LinkRate(1.0, latency=0.5), (8,), ((0, 1), (0,))),
+        10 + 17 + 1 + 10 + 8.5 + 1,
+    ),
     # Awake at 10.5, the link brings its two loads by 18.5 and 26.5; the next gate asks at 37.5.
-    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(26.5 + 1 + 10 + 8.5 + 1)
+    "an idle link wakes up once for loads that follow one another": (
+        *(LinkRate(1.0, wake=0.5), (8,), ((0, 1), (0,))),
+        26.5 + 1 + 10 + 8.5 + 1,
+    ),
+    # Experts 0 and 1 live on two devices: both arrive at 18 and are computed side by side.
+    "devices load over their own links": (LinkRate(1.0), (4, 4), ((0, 1), (0, 1)), 2 * 19),
+    # Together they get one byte a second: both arrive after 16; alone an expert takes 8.
+    "links share the host's bandwidth": (SHARED, (4, 4), ((0, 1), (0,)), 10 + 16 + 1 + 10 + 8 + 1),
+    # Device 0 brings experts 0 and 2, device 1 expert 1: half a byte a second each until 26, when
+    # 0 and 1 are there, then a whole one for expert 2.
+    "a link that stops leaves its share": (SHARED, (4, 4), ((0, 1, 2), (0,)), 26 + 8 + 1 + 19),
+}
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_links_take_their_time(case: str) -> None:
+    rate, slots, activated, seconds = RATES[case]
+    policy = Scripted({}, prediction="none")
+    replay, _ = runtime(policy, slots, rate, parallel=len(slots) > 1)
+    assert replay.forward(routed(0, *activated)) == pytest.approx(seconds)
 
 
 def test_a_prefetch_wakes_an_idle_link_and_keeps_a_busy_one_awake() -> None:
@@ -230,27 +248,6 @@ def test_a_prefetch_beside_it_slows_the_dense_part() -> None:
     replay, _ = runtime(Scripted(requests, prediction="background"), thread=thread)
     # The prefetch runs from 18 to 26, layer 1's dense part from 19 to 29.5.
     assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10.5 + 1)
-
-
-def test_devices_load_over_their_own_links_and_compute_together() -> None:
-    replay, _ = runtime(Scripted({}, prediction="none"), slots=(4, 4), parallel=True)
-    # Experts 0 and 1 live on two devices: both arrive at 18 and are computed side by side.
-    assert replay.forward(routed(0, (0, 1), (0, 1))) == pytest.approx(2 * 19)
-
-
-def test_links_share_the_bandwidth_of_the_host() -> None:
-    rate = LinkRate(1.0, shared_bytes_per_second=1.0)
-    replay, _ = runtime(Scripted({}, prediction="none"), slots=(4, 4), rate=rate, parallel=True)
-    # Together they get one byte a second: both arrive after 16; alone an expert takes 8.
-    assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(10 + 16 + 1 + 10 + 8 + 1)
-
-
-def test_a_link_that_stops_leaves_its_share_to_the_others() -> None:
-    rate = LinkRate(1.0, shared_bytes_per_second=1.0)
-    replay, _ = runtime(Scripted({}, prediction="none"), slots=(4, 4), rate=rate, parallel=True)
-    # Device 0 brings experts 0 and 2, device 1 expert 1: half a byte a second each until 26, when
-    # 0 and 1 are there, then a whole one for expert 2.
-    assert replay.forward(routed(0, (0, 1, 2), (0,))) == pytest.approx(26 + 8 + 1 + 19)
 
 
 def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:

@@ -133,15 +133,6 @@ def test_a_cancelled_prefetch_in_flight_is_a_miss_and_goes_on_where_it_stood() -
     assert engine.traffic() == Traffic(prefetched=5, on_demand=15, wasted=0)
 
 
-def test_late_and_missed_experts_are_demanded_before_other_prefetches() -> None:
-    engine = residency(4)
-    engine.begin_iteration(iteration(0))
-    ask(engine, 0, (1, 0), (0, 3))
-    engine.gate(iteration(0), 0, (1, 3))
-    assert copy_all(engine) == [ExpertId(0, 3), ExpertId(0, 1), ExpertId(1, 0)]
-    assert engine.traffic() == Traffic(prefetched=10, on_demand=20, wasted=0)
-
-
 def test_a_gate_cancels_the_prefetches_of_its_layer_that_it_did_not_choose() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))

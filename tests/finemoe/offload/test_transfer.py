@@ -249,7 +249,7 @@ class TransferMachine(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.releasable()))
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.let_go(data.draw(st.sampled_from(self.releasable())))
+        self.release_one(data.draw(st.sampled_from(self.releasable())))
 
     @rule(pick=st.integers(0, 1), moves=st.lists(st.booleans(), min_size=1, max_size=8))
     def drive(self, pick: int, moves: list[bool]) -> None:
@@ -298,7 +298,7 @@ class TransferMachine(RuleBasedStateMachine):
     def releasable(self) -> list[int]:
         return sorted(self.model.pinned & self.model.unused_bytes.keys())
 
-    def let_go(self, expert: int) -> None:
+    def release_one(self, expert: int) -> None:
         self.cache.unpin(expert)
         self.model.pinned.remove(expert)
 
@@ -343,7 +343,7 @@ class TransferMachine(RuleBasedStateMachine):
                 return
             releasable = self.releasable()
             assert releasable, "demands wait for each other"
-            self.let_go(releasable[0])
+            self.release_one(releasable[0])
 
     def copy_until_idle(self, device: int) -> None:
         moving = True
@@ -432,16 +432,6 @@ def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> Non
     queue.chunk_done(second)
     assert state(cache, A) is State.ABSENT
     assert queue.traffic.wasted == 8
-
-
-def test_bytes_that_were_used_are_never_wasted() -> None:
-    _, queue = link(1, 1.0)
-    copy_all(queue)
-    queue.used(A)
-    queue.demand(B)
-    queue.demand(C)
-    copy_all(queue)
-    assert queue.traffic == Traffic(prefetched=10, on_demand=20, wasted=0)
 
 
 # Prefetch requests ------------------------------------------------------------------------------
