@@ -24,7 +24,7 @@ from experiments import CONF
 from experiments.errors import UserError, command, config_error, words_given
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.protocol import bound, build_history, measure
+from experiments.run.protocol import Setup, build_history, measure
 from experiments.run.records import provenance
 from experiments.run.replay import prepare
 from finemoe.files import write_json
@@ -46,11 +46,11 @@ def replay_speed(cfg: DictConfig) -> dict[str, Any]:
     console = Console(quiet=True)
     with prepare(cfg, build(cfg.testbed), console) as setup:
         history_s = cpu_seconds(lambda: build_history(setup, console))
-        reference = setup.reference(console)
+        reference = setup.unoffloaded()
         # The faster of two: the first one also reads what the second finds in memory.
         run = lambda: measure(setup, reference, console)  # noqa: E731
         measured = [cpu_seconds(run) for _ in range(2)]
-        bound_s = cpu_seconds(lambda: bound(setup, setup.reference(console)))
+        bound_s = cpu_seconds(lambda: Setup.bound(setup, setup.unoffloaded()))
     steps = len(reference.routing) * setup.shape.layers
     return {
         "model": cfg.model.name,

@@ -131,6 +131,16 @@ class Setup(ABC):
         """Return the least seconds for so many loads over each link; None if not known."""
         return None
 
+    def bound(self, reference: Reference | None) -> Roofline | None:
+        """Return the least time the measured requests could take; None without what it needs."""
+        if reference is None or reference.compute_s is None:
+            return None
+        loads = minimal_loads(reference.routing, self.shape, self.slots, reference.measured_from)
+        link_s, repeats = self.link_seconds(loads), self.settings.repeats
+        if link_s is None:
+            return None
+        return Roofline(reference.compute_s * repeats, link_s * repeats)
+
     def watch(self, backend: Backend) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""
         return None
@@ -155,7 +165,7 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
             history = build_history(setup, console)
             reference = setup.reference(console) if setup.settings.fixed else None
             measurement = measure(setup, reference, console)
-            lossless, limit = setup.lossless(console), bound(setup, reference)
+            lossless, limit = setup.lossless(console), setup.bound(reference)
             requests = request_table(measurement.served, measurement.accesses)
             facts = setup.facts(measurement)
             # What a backend has none of is missing from both.
@@ -239,17 +249,6 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
 def history_bytes(policy: Policy) -> dict[str, int]:
     """Return the host memory that a policy's history takes, by what it holds."""
     return policy.history.memory_bytes() if policy.history else {}
-
-
-def bound(setup: Setup, reference: Reference | None) -> Roofline | None:
-    """Return the least time the measured requests could take; None without what it needs."""
-    if reference is None or reference.compute_s is None:
-        return None
-    loads = minimal_loads(reference.routing, setup.shape, setup.slots, reference.measured_from)
-    link_s, repeats = setup.link_seconds(loads), setup.settings.repeats
-    if link_s is None:
-        return None
-    return Roofline(reference.compute_s * repeats, link_s * repeats)
 
 
 # The record ---------------------------------------------------------------------------------------

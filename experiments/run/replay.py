@@ -5,18 +5,22 @@ Nothing is computed, so nothing can be verified: `lossless` is not set.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.run.config import budget_slots, build, check_room, full_size, load_store
+from experiments.run.config import budget_slots, build, check_room, full_size, load_store, plain
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
 from experiments.run.routing import open_routing
 from experiments.run.schedule import Request, Server, Step
+from finemoe.files import write_json
+from finemoe.offload.bounds import Roofline
 from finemoe.offload.policy import Gates, Policy
 from finemoe.offload.replay import CostModel, ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
@@ -174,7 +178,25 @@ class ReplaySetup(Setup):
         runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
         yield ReplayBackend(self.trace.request, runtime=runtime)
 
-    def reference(self, console: Console) -> Reference:
+    def reference(self, console: Console) -> Reference | None:
+        return self.unoffloaded() if self.policy.set_future_routing else None
+
+    def bound(self, reference: Reference | None) -> Roofline | None:
+        """Return the least time, which is kept beside a kept trace for every other system."""
+        if not self.settings.fixed:
+            return None
+        of = [self.slots, *(plain(self.cfg[name]) for name in ("testbed", "model", "workload"))]
+        digest = hashlib.sha256(json.dumps([self.trace.path.name, *of]).encode()).hexdigest()[:16]
+        path = self.trace.path.parent / "bounds" / f"{digest}.json"
+        with suppress(OSError, ValueError, TypeError):
+            return Roofline(**json.loads(path.read_text()))
+        limit = super().bound(reference or self.unoffloaded())
+        if limit is not None and not self.cfg.routing:
+            write_json(path, asdict(limit))
+        return limit
+
+    def unoffloaded(self) -> Reference:
+        """Return what warm-up and measured requests route, and the seconds of compute alone."""
         load, settings = self.workload, self.settings
         backend = Unoffloaded(self.trace.request, costs=self.costs, devices=len(self.slots))
         server = Server(backend)
