@@ -48,6 +48,7 @@ class OraclePolicy(BeladyPolicy):
         self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
         self._planned = -1
         self._plan = np.zeros(self._absent.shape)
+        self._later = np.empty(self._absent.shape)
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         self._go_to(iteration.number * self.shape.layers)
@@ -67,8 +68,12 @@ class OraclePolicy(BeladyPolicy):
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         """Farthest next use; a prefetch keeps what is needed no later than itself."""
-        keys = self._next_use
-        return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
+        keys, (layer, index) = self._next_use, incoming
+        if urgent:
+            return keys
+        self._later.fill(-np.inf)
+        np.copyto(self._later, keys, where=keys > keys[layer, index : index + 1])
+        return self._later
 
     def _requests(self, number: int) -> Priorities:
         """Request the absent experts that iteration `number` is still to use, soonest first."""
