@@ -1,4 +1,4 @@
-"""Everything around the engine: harness, datasets, metrics, run records, scale models."""
+"""Everything around the engine; docs/structures.md says what lies where."""
 
 import sys
 from pathlib import Path
