@@ -263,11 +263,6 @@ class LiveSetup(Setup):
             return True
         return self.shape.size * model.store.layout.nbytes < 0.9 * free_bytes(model.device)
 
-    @property
-    def history_words(self) -> str:  # type: ignore[override]
-        where = "with everything resident" if self.resident else "under the budget"
-        return f"served {where}"
-
     def description(self) -> tuple[str, ...]:
         testbed, prompts = self.testbed, self.workload.prompts
         line = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
@@ -293,9 +288,10 @@ class LiveSetup(Setup):
             yield self.backend(runtime)
 
     @contextmanager
-    def learning(self, policy: Policy) -> Iterator[LiveBackend]:
+    def learning(self, policy: Policy) -> Iterator[tuple[LiveBackend, str]]:
+        where = "with everything resident" if self.resident else "under the budget"
         with self.unbounded(policy) as runtime:
-            yield self.backend(runtime)
+            yield self.backend(runtime), f"served {where}"
 
     def under_budget(self, policy: Policy, timeline: Timeline | None = None) -> LiveRuntime:
         """Return a runtime that serves under the memory budget."""

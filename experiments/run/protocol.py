@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -91,8 +91,6 @@ class MeasuredBackend(Backend, Protocol):
 class Setup(ABC):
     """One prepared run: what the protocol needs to know of what serves."""
 
-    history_words: ClassVar[str] = "served with everything resident"
-
     cfg: DictConfig
     testbed: Testbed | SimulatedTestbed
     settings: WorkloadSettings
@@ -116,8 +114,8 @@ class Setup(ABC):
     ) -> AbstractContextManager[MeasuredBackend]:
         """Return a backend with an empty cache, which serves under the memory budget."""
 
-    def learning(self, policy: Policy) -> AbstractContextManager[Backend]:
-        """Return a backend that serves the history, with every expert resident if they fit."""
+    def learning(self, policy: Policy) -> AbstractContextManager[tuple[Backend, str]]:
+        """Return a backend that serves the history, and in words how it does."""
         raise NotImplementedError
 
     def record_routing(self, path: Path, console: Console) -> None:
@@ -200,8 +198,10 @@ def build_history(setup: Setup, console: Console) -> str:
     if setup.cfg.store.load:
         came = "loaded"
     elif policy.learn and requests:
-        came = setup.history_words
-        with setup.learning(policy) as backend, console.progress("history", len(requests)) as bar:
+        with (
+            setup.learning(policy) as (backend, came),
+            console.progress("history", len(requests)) as bar,
+        ):
             for _ in Server(backend).serve(setup.settings.schedule(requests, history=True)):
                 bar(1)
             backend.drain()

@@ -146,8 +146,6 @@ class ReplayBackend(TracedSteps):
 class ReplaySetup(Setup):
     """A trace, and the costs of serving it on a simulated testbed."""
 
-    history_words: ClassVar[str] = "replayed with everything resident"
-
     testbed: SimulatedTestbed
     policy: Policy
     trace: Trace
@@ -165,8 +163,8 @@ class ReplaySetup(Setup):
         )
 
     @contextmanager
-    def learning(self, policy: Policy) -> Iterator[Lessons]:
-        yield Lessons(self.trace.request, policy=policy)
+    def learning(self, policy: Policy) -> Iterator[tuple[Lessons, str]]:
+        yield Lessons(self.trace.request, policy=policy), "replayed with everything resident"
 
     @contextmanager
     def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
