@@ -123,13 +123,14 @@ class LiveBackend:
         contexts = self._together([self._contexts[number] for number in numbers])
         lengths = torch.tensor([[context.tokens] for context in contexts], device=device)
         longest = max(context.tokens for context in contexts)
-        padded = any(context.tokens < longest for context in contexts)
-        columns = torch.arange(longest + 1, device=device)
+        mask = None
+        if any(context.tokens < longest for context in contexts):
+            mask = (torch.arange(longest + 1, device=device) >= longest - lengths).long()
         output = self.runtime.forward(
             step.iteration,
             input_ids=torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device),
             position_ids=lengths,
-            attention_mask=(columns >= longest - lengths).long() if padded else None,
+            attention_mask=mask,
             cache=contexts[0].cache,
             use_cache=True,
             logits_to_keep=1,
