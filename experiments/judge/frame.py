@@ -11,12 +11,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
 from experiments import CONF
 from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
+from experiments.figures.style import system_name
 from experiments.run.records import (
     ANALYSIS,
     INDEX,
@@ -27,14 +29,8 @@ from experiments.run.records import (
     read_table,
 )
 
-PHASES = (
-    "context_collection",
-    "on_demand_wait",
-    "prefetch_wait",
-    "search",
-    "prefetch_issue",
-    "update",
-)
+PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
+PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")
 """Ablation options of systems that figures tell apart; None where a system has no such option."""
 COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
@@ -145,6 +141,18 @@ def _estimates(
         row |= {metric: mean}
         row[f"{metric}_low"], row[f"{metric}_high"] = ends or (math.nan, math.nan)
     return row
+
+
+def by_system(runs: pd.DataFrame) -> Any:
+    """Group the runs by system and, where they differ, by the option that tells them apart."""
+    several = runs["testbed"].nunique() > 1
+    differ = runs.groupby("system")[[*OPTIONS]].nunique(dropna=False).gt(1)
+    names = []
+    for run in runs.to_dict("records"):
+        options = [f"{one}={run[one]}" for one in OPTIONS if differ.loc[run["system"], one]]
+        name = system_name(run["system"]) + (f" ({', '.join(options)})" if options else "")
+        names.append(f"{name} on {run['testbed']}" if several else name)
+    return runs.groupby(np.array(names), sort=False)
 
 
 # A results folder ---------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Write the report of a results folder: ``python -m experiments.judge.report results=<folder>``.
 
-`REPORT.md` links the figures; `report.html` is one file with everything in it, readable on a phone
-and printed. Both say the same: each claim with its verdict, each figure with its caption and data,
-and where all of it came from. The same records give the same report but for the time of writing.
+`REPORT.md` links the figures; `report.html` is one file with everything in it. Both say the same,
+and the same records give the same report but for the time of writing.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from experiments.errors import UserError, command
 from experiments.figures.style import dataset_name, model_name, system_name
-from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge, write_text
-from experiments.judge.frame import ResultsFolder
-from experiments.judge.system_table import NOTE, system_table
+from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
+from experiments.judge.frame import PREDICTION, ResultsFolder, by_system
 from experiments.run.records import read_table
+from finemoe.files import atomic_write
 
 MARKDOWN, PAGE = "REPORT.md", "report.html"
 IDS = (
@@ -59,6 +59,14 @@ TERMS = {
     "system can avoid to move, over their links.",
 }
 """What the reports' words mean. Both print this."""
+SYSTEMS_NOTE = (
+    "Sums over all models, datasets and budgets of the figure. Hit, late, miss: shares of the "
+    "experts asked for that were resident, on their way, not requested. Ahead and on demand: what "
+    "a request copies; in vain: of what was copied ahead. The others are shares of the time "
+    "served: waits of the model; predictions, searches and their book-keeping, also where they "
+    "run beside the model; the fewest loads that any system needs, on the busiest link; compute "
+    "alone."
+)
 
 
 def write(
@@ -66,8 +74,8 @@ def write(
 ) -> list[Verdict]:
     """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
-    Raises UserError if the folder is unreadable or cannot be written to, or if a figure in it is no
-    image.
+    Raises UserError if the folder is unreadable or if a figure in it is no image, OSError if the
+    folder cannot be written to.
     """
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
@@ -80,36 +88,34 @@ def write(
         "sections": sections,
         "claims": {name: [one for one in in_order if one.verdict == name] for name in VERDICTS},
         "total": len(verdicts),
-        "modes": _listed(one.mode for one in verdicts if one.mode),
-        "weights": _listed(one.weights for one in verdicts if one.weights),
+        "modes": _listed(one.mode for one in verdicts),
+        "weights": _listed(one.weights for one in verdicts),
         "rules": RULES,
         "terms": TERMS,
-        "systems_note": NOTE,
+        "systems_note": SYSTEMS_NOTE,
         "short": SHORT,
         "provenance": _provenance(results),
         "runs": _run_table(results.runs),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    for name, escape in ((MARKDOWN, False), (PAGE, True)):
-        write_text(results.root / name, _render(name, content, escape))
+    for name in (MARKDOWN, PAGE):
+        with atomic_write(results.root / name) as partial:
+            partial.write_text(_render(name, content) + "\n")
     return verdicts
 
 
-def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
+def _render(name: str, content: Mapping[str, Any]) -> str:
+    page = name == PAGE
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=escape,
+        autoescape=page,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=None if escape else _without_tags,
+        finalize=None if page else _without_tags,
     )
-    environment.filters |= {"slug": _slug, "cell": _markdown_cell, "sentences": _sentences}
-    return environment.get_template(f"report_template{Path(name).suffix}").render(content) + "\n"
-
-
-def _slug(verdict: str) -> str:
-    return verdict.replace(" ", "-")
+    environment.filters |= {"cell": _markdown_cell, "sentences": _sentences}
+    return environment.get_template(f"report_template{Path(name).suffix}").render(content)
 
 
 def _without_tags(value: Any) -> Any:
@@ -173,6 +179,47 @@ def _shown(value: Any) -> str:
     return text[:DIGEST] if whole_digest else text
 
 
+def system_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row of text per system; empty without runs. See SYSTEMS_NOTE for the columns."""
+    if runs.empty:
+        return pd.DataFrame()
+    groups = by_system(runs)
+    sums = groups.sum(numeric_only=True)
+    asked = sums[["hits", "late", "misses"]].sum(axis=1)
+    copied = sums.reindex(columns=["bytes_prefetched", "bytes_wasted", "bytes_on_demand"])
+    ahead, wasted, on_demand = (copied[name] / 1e9 for name in copied.fillna(0))
+    # A run below its bound has none.
+    bounded = groups["bound_times"].agg(lambda times: times.ge(1).all()).astype(bool)
+    bounds = sums[["bound_link_s", "bound_compute_s"]].where(bounded, axis=0)
+    predicts = sums[[f"phase_{one}_s" for one in PREDICTION]].sum(axis=1)
+    columns = {
+        "hit, %": sums["hits"] / asked,
+        "late, %": sums["late"] / asked,
+        "miss, %": sums["misses"] / asked,
+        "ahead, GB": ahead / sums["requests"],
+        "in vain, %": wasted / ahead,
+        "on demand, GB": on_demand / sums["requests"],
+        "waits for experts, %": sums["phase_on_demand_wait_s"] / sums["busy_s"],
+        "waits for prefetches, %": sums["phase_prefetch_wait_s"] / sums["busy_s"],
+        "predicts, %": predicts / sums["busy_s"],
+        "least loads, %": bounds["bound_link_s"] / sums["busy_s"],
+        "compute, %": bounds["bound_compute_s"] / sums["busy_s"],
+    }
+    texts = {
+        name: values.map(_share if "%" in name else _number) for name, values in columns.items()
+    }
+    return pd.DataFrame({"system": sums.index, **texts})
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}" if np.isfinite(value) else ""
+
+
+def _number(value: float) -> str:
+    """Return a number of three digits or more, never with an exponent where it is large."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
 # Where it came from -------------------------------------------------------------------------------
 
 
@@ -203,7 +250,7 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
 
 
 def _listed(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values)))
+    return ", ".join(sorted({one for one in values if one}))
 
 
 def _commit(origin: Mapping[str, Any]) -> str:
