@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.bootstrap import Draws, interval, limits, ratio
+from experiments.bootstrap import Draws, cell_mean, interval, limits, ratio
 from experiments.errors import UserError, command, options_given
 from experiments.judge import paper
 from experiments.judge.findings import (
@@ -173,9 +173,15 @@ def _judged(claim: Claim, finding: Finding, mixed_modes: bool) -> dict[str, Any]
     }
 
 
+def _means(finding: Finding) -> dict[str, Draws]:
+    """Return each comparison over all its cells."""
+    labels = dict.fromkeys(label for label, _, _ in finding.parts)
+    return {one: cell_mean([d for label, _, d in finding.parts if label == one]) for one in labels}
+
+
 def decide(claim: Claim, finding: Finding) -> tuple[Draws, str, str]:
     """Return the number that the verdict is about, what it is, and the verdict by `RULES`."""
-    means, every = finding.comparisons, [draws for _, _, draws in finding.parts]
+    means, every = _means(finding), [draws for _, _, draws in finding.parts]
     if not every:
         raise Untestable("nothing to compare")
     if claim.kind == "order":
@@ -232,7 +238,7 @@ def _bound(claim: Claim, finding: Finding) -> str:
 
 
 def _why(claim: Claim, finding: Finding) -> Iterator[str]:
-    means, parts = finding.comparisons, sorted(finding.parts, key=lambda part: float(part[2][0]))
+    means, parts = _means(finding), sorted(finding.parts, key=lambda part: float(part[2][0]))
     if claim.paper == "flat":
         yield from (f"The {label} is {_shown(claim, draws)}." for label, draws in means.items())
     elif claim.kind in ("order", "trend"):

@@ -16,15 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.bootstrap import (
-    Draws,
-    cell_mean,
-    constant,
-    ratio,
-    request_draws,
-    spearman,
-    table_draws,
-)
+from experiments.bootstrap import Draws, constant, ratio, request_draws, spearman, table_draws
 from experiments.figures.style import dataset_name, model_name, system_name
 from experiments.judge.frame import ResultsFolder
 
@@ -68,14 +60,6 @@ class Finding:
     @property
     def subjects(self) -> Rows:
         return self.rows if self.subject is None else select(self.rows, self.subject)
-
-    @property
-    def comparisons(self) -> dict[str, Draws]:
-        """Each comparison over all its cells."""
-        by_label = defaultdict(list)
-        for label, _, draws in self.parts:
-            by_label[label].append(draws)
-        return {label: cell_mean(draws) for label, draws in by_label.items()}
 
     @property
     def paired(self) -> bool:
@@ -368,15 +352,16 @@ def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -
 # Curves: what happens to a value as a setting, the last of its cell, rises ------------------------
 
 
-def _curves(finding: Finding, x: str, points: int = 3) -> Iterator[tuple[str, Cell, Any, Draws]]:
+def _curves(finding: Finding, x: str, points: int = 3) -> Iterator[tuple[str, Cell, Draws, Draws]]:
+    """Yield what is measured, its cell, settings, and draws, shape (settings, 1 + RESAMPLES)."""
     curves = defaultdict(list)
-    for label, (*cell, at), draws in finding.parts:
-        curves[label, tuple(cell)].append((at, draws))
+    for label, cell, draws in finding.parts:
+        curves[label, cell[:-1]].append((cell[-1], draws))
     for (label, cell), curve in curves.items():
         if len(curve) < points:
             raise Untestable(f"{len(curve)} values of {x} make no curve")
-        at, draws = zip(*curve, strict=True)
-        yield label, cell, np.array(at, float), np.stack(draws)
+        settings = np.array([float(at) for at, _ in curve])
+        yield label, cell, settings, np.stack([draws for _, draws in curve])
 
 
 def trend(rows: Rows, x: str, value: str, direction: str, by: Names = ()) -> Finding:
@@ -397,7 +382,7 @@ def trend_of_reductions(
 def _trend(finding: Finding, x: str, direction: str, what: str = "") -> Finding:
     sign, setting = (1.0 if direction == "rises" else -1.0), quantity_name(x)
     parts = [
-        (f"{what}{label} {direction} with {setting}", cell, sign * spearman(at, draws))
+        (f"{what}{label} {direction} with {setting}", cell, sign * spearman([*at], [*draws]))
         for label, cell, at, draws in _curves(finding, x)
     ]
     return replace(finding, parts=parts)

@@ -73,8 +73,7 @@ def _row(path: Path) -> dict[str, Any]:
     summary, names = record["summary"], identity(path, record)
     phases, bound = summary.get("phase_seconds") or {}, summary.get("bound") or {}
     counts = (*COUNTS, *(key for key in summary if key.startswith("bytes_")))
-    row = {
-        **names,
+    numbers = {
         **_estimates(summary, requests, names),
         **{key: summary.get(key) for key in counts},
         "requests": len(requests),
@@ -82,8 +81,8 @@ def _row(path: Path) -> dict[str, Any]:
         **{f"phase_{name}_s": phases.get(name) for name in PHASES},
         **{f"bound_{name}": bound.get(name) for name in ("times", "compute_s", "link_s")},
     }
-    numbers = {key: math.nan for key in row.keys() - names.keys() if row[key] is None}
-    return row | numbers | {"record": record, "table": requests}
+    known = {key: math.nan if one is None else one for key, one in numbers.items()}
+    return {**names, **known, "record": record, "table": requests}
 
 
 def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +140,12 @@ def _estimates(
         row |= {metric: mean}
         row[f"{metric}_low"], row[f"{metric}_high"] = ends or (math.nan, math.nan)
     return row
+
+
+def commit(origin: Mapping[str, Any], digits: int | None = None) -> str:
+    """Return the commit that a record or an analysis was made by, and whether it was changed."""
+    changed = " with uncommitted changes" if origin.get("git_dirty") else ""
+    return f"{str(origin.get('git_commit') or 'unknown')[:digits]}{changed}"
 
 
 def by_system(runs: pd.DataFrame) -> Any:

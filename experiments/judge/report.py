@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from experiments.errors import UserError, command
 from experiments.figures.style import dataset_name, model_name, system_name
 from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
-from experiments.judge.frame import PREDICTION, ResultsFolder, by_system
+from experiments.judge.frame import PREDICTION, ResultsFolder, by_system, commit
 from experiments.run.records import read_table
 from finemoe.files import atomic_write
 
@@ -38,35 +38,8 @@ DATA_ROWS = 60
 DIGEST = 12
 PIXELS_PER_CSS_PIXEL = 2.4
 """Pixels of a figure at 300 dpi to a CSS pixel: its 8-point type is then as large as a table's."""
-SHORT = 60
-"""A first sentence of fewer characters is shown with the second; the others are folded."""
 BROAD = 600
 """A figure of more CSS pixels scrolls on a phone rather than shrinks."""
-TERMS = {
-    "measured": "the model ran on CUDA devices; experts came over PCIe from page-locked memory.",
-    "emulated": "the model ran on the CPU; each expert was copied, paced to a PCIe link.",
-    "simulated": "a routing trace was replayed in virtual time, with the live policy, cache and "
-    "queue; compute and links cost what a roofline over the full-size model says, or, on a "
-    "calibrated testbed, what was measured.",
-    "analysis of routing traces": "counted from the recorded choices of the gates; no time enters.",
-    "computed from the models' published shapes": "arithmetic on layers, experts and hidden "
-    "sizes; nothing ran.",
-    "scale weights": "small trained members of the paper's model families with the paper models' "
-    "routing shapes; bytes moved are those of the full-size models.",
-    "TTFT, TPOT": "the time to the first token, and the time per output token after it.",
-    "cell": "one combination of what a claim ranges over, mostly a model and a dataset.",
-    "bound": "the least possible time: the longer of compute alone and of the bytes that no "
-    "system can avoid to move, over their links.",
-}
-"""What the reports' words mean. Both print this."""
-SYSTEMS_NOTE = (
-    "Sums over all models, datasets and budgets of the figure. Hit, late, miss: shares of the "
-    "experts asked for that were resident, on their way, not requested. Ahead and on demand: what "
-    "a request copies; in vain: of what was copied ahead. The others are shares of the time "
-    "served: waits of the model; predictions, searches and their book-keeping, also where they "
-    "run beside the model; the fewest loads that any system needs, on the busiest link; compute "
-    "alone."
-)
 
 
 def write(
@@ -91,11 +64,8 @@ def write(
         "modes": _listed(one.mode for one in verdicts),
         "weights": _listed(one.weights for one in verdicts),
         "rules": RULES,
-        "terms": TERMS,
-        "systems_note": SYSTEMS_NOTE,
-        "short": SHORT,
         "provenance": _provenance(results),
-        "runs": _run_table(results.runs),
+        "runs": results.runs if results.runs.empty else _run_table(results.runs),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     for name in (MARKDOWN, PAGE):
@@ -105,26 +75,18 @@ def write(
 
 
 def _render(name: str, content: Mapping[str, Any]) -> str:
-    page = name == PAGE
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=page,
+        autoescape=name == PAGE,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=None if page else _without_tags,
+        # Markdown is kept from taking what a record says for a tag.
+        finalize=None if name == PAGE else lambda one: str(one).replace("<", "&lt;"),
     )
-    environment.filters |= {"cell": _markdown_cell, "sentences": _sentences}
+    environment.filters["sentences"] = _sentences
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
     return environment.get_template(f"report_template{Path(name).suffix}").render(content)
-
-
-def _without_tags(value: Any) -> Any:
-    """Keep Markdown from taking what a record says for a tag."""
-    return value.replace("<", "&lt;") if isinstance(value, str) else value
-
-
-def _markdown_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _sentences(text: str) -> list[str]:
@@ -174,9 +136,7 @@ def _picture(path: Path) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
-    text = str(value)
-    whole_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return text[:DIGEST] if whole_digest else text
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1", str(value))
 
 
 def system_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -186,8 +146,9 @@ def system_table(runs: pd.DataFrame) -> pd.DataFrame:
     groups = by_system(runs)
     sums = groups.sum(numeric_only=True)
     asked = sums[["hits", "late", "misses"]].sum(axis=1)
-    copied = sums.reindex(columns=["bytes_prefetched", "bytes_wasted", "bytes_on_demand"])
-    ahead, wasted, on_demand = (copied[name] / 1e9 for name in copied.fillna(0))
+    ahead, wasted, on_demand = (
+        sums.get(f"bytes_{name}", 0 * asked) / 1e9 for name in ("prefetched", "wasted", "on_demand")
+    )
     # A run below its bound has none.
     bounded = groups["bound_times"].agg(lambda times: times.ge(1).all()).astype(bool)
     bounds = sums[["bound_link_s", "bound_compute_s"]].where(bounded, axis=0)
@@ -234,7 +195,7 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
     dates = sorted(one["date"] for one in origins)
     facts = {
         "records": f"{len(runs)} runs, {len(analyses)} analyses",
-        "commit": _listed(map(_commit, origins)),
+        "commit": _listed(map(commit, origins)),
         "recorded": f"{dates[0]} to {dates[-1]}" if dates else "",
         "mode": _listed(one["mode"] for one in [*runs, *analyses]),
         "testbed": _listed(run["testbed"] for run in runs),
@@ -253,11 +214,6 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(sorted({one for one in values if one}))
 
 
-def _commit(origin: Mapping[str, Any]) -> str:
-    changed = " with uncommitted changes" if origin.get("git_dirty") else ""
-    return f"{origin.get('git_commit') or 'unknown'}{changed}"
-
-
 def _machine(origin: Mapping[str, Any]) -> str:
     one = origin["machine"]
     gpus = f", {', '.join(one['gpus'])}" if one["gpus"] else ", no accelerator"
@@ -265,19 +221,15 @@ def _machine(origin: Mapping[str, Any]) -> str:
 
 
 def _run_table(runs: pd.DataFrame) -> pd.DataFrame:
-    if runs.empty:
-        return pd.DataFrame()
-    return pd.DataFrame(
-        {
-            "digest": runs["digest"].str[:DIGEST],
-            "system": runs["system"].map(system_name),
-            "model": runs["model"].map(model_name),
-            "dataset": runs["dataset"].map(dataset_name),
-            "GB": runs["memory_budget_gb"].map("{:.3g}".format),
-            **{name: runs[name] for name in ("testbed", "mode", "seed")},
-            "commit": [str(one.get("git_commit") or "unknown")[:DIGEST] for one in runs["record"]],
-        }
-    )
+    names = ["digest", "system", "model", "dataset", "GB", "testbed", "mode", "seed", "commit"]
+    return runs.assign(
+        digest=runs["digest"].str[:DIGEST],
+        system=runs["system"].map(system_name),
+        model=runs["model"].map(model_name),
+        dataset=runs["dataset"].map(dataset_name),
+        GB=runs["memory_budget_gb"].map("{:.3g}".format),
+        commit=[str(one.get("git_commit") or "unknown")[:DIGEST] for one in runs["record"]],
+    )[names]
 
 
 @command()
