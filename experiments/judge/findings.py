@@ -260,25 +260,20 @@ def reductions(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Fi
     """By how much the first system lowers each metric, as a share of each other's."""
     keys, draws = _measured(rows, metrics, systems, by)
     lowered = 1 - ratio(draws[:, :1], draws[:, 1:])
-    parts = _parts(keys, lowered, _against(systems))
-    oracle = _oracle_ratio(rows, metrics, systems)
-    return Finding(parts, _of(rows, systems), metrics, systems[0], oracle)
+    parts = _parts(keys, lowered, [f" against {system_name(other)}" for other in systems[1:]])
+    return Finding(parts, _of(rows, systems), metrics, systems[0], _oracle(rows, metrics, systems))
 
 
 def increases(rows: Rows, metric: str, systems: Names) -> Finding:
     """Rises over each other's mean over cells, so that a cell near 0 cannot rule the mean."""
     keys, draws = _measured(rows, [metric], systems)
     risen = ratio(draws[:, :1] - draws[:, 1:], draws[:, 1:].mean(axis=0))
-    parts = _parts(keys, risen, _against(systems))
-    oracle = _oracle_ratio(rows, [metric], systems)
+    parts = _parts(keys, risen, [f" against {system_name(other)}" for other in systems[1:]])
+    oracle = _oracle(rows, [metric], systems)
     return Finding(parts, _of(rows, systems), [metric], systems[0], oracle)
 
 
-def _against(systems: Names) -> Names:
-    return [f" against {system_name(other)}" for other in systems[1:]]
-
-
-def _oracle_ratio(rows: Rows, metrics: Names, systems: Names) -> float | None:
+def _oracle(rows: Rows, metrics: Names, systems: Names) -> float | None:
     try:
         _, draws = _measured(rows, metrics, ["oracle", *systems[1:]])
     except Untestable:
