@@ -158,8 +158,9 @@ def select(rows: Rows, wanted: Selector) -> Rows:
         if name not in rows:
             return rows.iloc[:0]
         sought = rows[name].max() if value == LAST else value
-        away = pd.to_numeric(rows[name], errors="coerce") - pd.to_numeric(sought, errors="coerce")
-        rows = rows[(away.abs() < 1e-6) | (rows[name].astype(str) == str(sought))]
+        numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        near = (numbers - pd.to_numeric(sought, errors="coerce")).abs() < 1e-6
+        rows = rows[near | (rows[name].astype(str) == str(sought))]
     return rows
 
 
@@ -269,8 +270,9 @@ def increases(rows: Rows, metric: str, systems: Names) -> Finding:
     keys, draws = _measured(rows, [metric], systems)
     risen = ratio(draws[:, :1] - draws[:, 1:], draws[:, 1:].mean(axis=0))
     parts = _parts(keys, risen, [f" against {system_name(other)}" for other in systems[1:]])
-    oracle = _oracle(rows, [metric], systems)
-    return Finding(parts, _of(rows, systems), [metric], systems[0], oracle)
+    return Finding(
+        parts, _of(rows, systems), [metric], systems[0], _oracle(rows, [metric], systems)
+    )
 
 
 def _oracle(rows: Rows, metrics: Names, systems: Names) -> float | None:
@@ -402,7 +404,8 @@ def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
     parts, details = [], []
     for label, cell, at, draws in _curves(finding, x, points=2):
         parts.append((f"{setting} with the lowest {label}", cell, at[draws.argmin(axis=0)]))
-        curve = ", ".join(f"{x:g}: {1e3 * y:.4g} ms" for x, y in zip(at, draws[:, 0], strict=True))
+        points = zip(at, 1e3 * draws[:, 0], strict=True)
+        curve = ", ".join(f"{one:g}: {ms:.4g} ms" for one, ms in points)
         details.append(f"{label} by {setting} ({cell_name(cell)}): {curve}.")
     return replace(finding, parts=parts, details=details)
 
