@@ -23,7 +23,9 @@ ELSEWHERE = "choose another folder, such as with output="
 REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR), ELSEWHERE),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), ELSEWHERE
+    ),
 }
 """By the number of what the file system refuses."""
 

@@ -6,18 +6,17 @@ yours as well. `RULES` says when each holds. Writes `<results>/claims.json` and 
 
 from __future__ import annotations
 
-import json
 import runpy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.bootstrap import Draws, interval, limits, ratio
-from experiments.errors import UserError, command, words_given
+from experiments.bootstrap import Draws, cell_mean, interval, limits, ratio
+from experiments.errors import UserError, command, options_given
 from experiments.judge import paper
 from experiments.judge.findings import (
     Claim,
@@ -28,16 +27,17 @@ from experiments.judge.findings import (
     selector_name,
     significant,
 )
-from experiments.judge.frame import ResultsFolder
-from experiments.judge.system_table import by_system
-from finemoe.files import atomic_write
+from experiments.judge.frame import ResultsFolder, by_system
+from finemoe.files import atomic_write, write_json
 
 HOLDS, WEAKER, FAILS = "holds", "holds weaker", "does not hold"
 UNTESTABLE = "not testable here"
 VERDICTS = (HOLDS, WEAKER, FAILS, UNTESTABLE)
 STRONG_TREND = 0.8
 FLAT = 0.25
+ROUNDING = 1e-9
 SHOWN_PARTS = 4
+OPTIONS = {"results": "results", "mixed_modes": False, "claims": ""}
 
 RULES = {
     "reduction": "holds: the 95 % interval contains or exceeds the paper's value and lies above 0; "
@@ -68,7 +68,7 @@ class Verdict:
     experiment: str
     kind: str
     text: str
-    verdict: str
+    verdict: str = UNTESTABLE
     paper: float | None = None
     ours: float | None = None
     low: float | None = None
@@ -107,123 +107,117 @@ def judge(
     """Judge every claim, write claims.json and claims.csv into the folder, return the verdicts.
 
     A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
-    UserError if the folder is unreadable or cannot be written to.
+    UserError if the folder is unreadable, OSError if it cannot be written to.
     """
     verdicts = [judge_one(claim, results, mixed_modes) for claim in load_claims(claims)]
     rows = [asdict(one) for one in verdicts]
-    text = json.dumps({"rules": RULES, "claims": rows}, indent=1, allow_nan=False) + "\n"
-    write_text(results.root / "claims.json", text)
-    frame = pd.DataFrame(rows)
-    for name in ("cells", "digests"):
-        frame[name] = frame[name].map("; ".join)
-    write_text(results.root / "claims.csv", frame.to_csv(index=False))
+    write_json(results.root / "claims.json", {"rules": RULES, "claims": rows})
+    texts = [one | {name: "; ".join(one[name]) for name in ("cells", "digests")} for one in rows]
+    with atomic_write(results.root / "claims.csv") as partial:
+        pd.DataFrame(texts).to_csv(partial, index=False)
     return verdicts
 
 
 def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -> Verdict:
     """Return the verdict on one claim."""
-    try:
-        finding = claim.measure(results, *claim.case)
-        modes = finding.distinct("mode")
-        if len(modes) > 1 and not mixed_modes:
-            mixed = f"its records mix the modes {', '.join(modes)}"
-            raise Untestable(f"{mixed}: judge one mode, or ask for mixed_modes=true", "")
-        draws, measured, verdict = decide(claim, finding)
-        if not np.isfinite(draws[0]):
-            raise Untestable(f"{measured}: not a finite number, as a baseline's value is 0", "")
-    except Untestable as error:
-        cause, experiment = (*error.args, claim.experiment)[:2]
-        remedy = f"run python -m experiments.reproduce {experiment}" if experiment else ""
-        why = ": ".join(filter(None, (cause, remedy)))
-        return Verdict(**_said(claim), verdict=UNTESTABLE, why=why)
-    except KeyError as error:
-        return Verdict(**_said(claim), verdict=UNTESTABLE, why=f"its records have no {error}")
-    ends = [end * claim.scale for end in interval(draws) or ()]
-    between = " to ".join(map(significant, ends)) or "no interval"
-    low, high = ends or (None, None)
-    return Verdict(
-        **_said(claim),
-        verdict=verdict,
-        ours=float(draws[0]) * claim.scale,
-        low=low,
-        high=high,
-        ours_says=f"{claim.number(draws[0])} ({between})",
-        measured=measured,
-        bound=_bound(claim, finding),
-        mode=" + ".join(modes),
-        testbed=", ".join(finding.distinct("testbed")),
-        weights=", ".join(finding.distinct("weights")),
-        requests=int(finding.subjects["requests"].sum()) if finding.of_runs else 0,
-        cells=tuple(map(cell_name, finding.cells)),
-        paired=finding.paired,
-        digests=tuple(finding.distinct("digest")),
-        why="" if verdict == HOLDS else " ".join(_why(claim, finding)),
-    )
-
-
-def _said(claim: Claim) -> dict[str, Any]:
-    """Return what the paper says."""
     number = None if isinstance(claim.paper, str | None) else claim.paper
     says = claim.paper if number is None else claim.number(number, digits=6)
     bound = claim.kind in ("at most", "at least")
+    untestable = Verdict(
+        id=claim.id,
+        section=claim.section,
+        experiment=claim.experiment,
+        kind="bound" if bound else claim.kind,
+        text=claim.text,
+        paper=None if number is None else number * claim.scale,
+        unit=claim.unit,
+        paper_says=f"{claim.kind} {says}" if bound else says or "every margin above 0",
+    )
+    try:
+        return replace(untestable, **_judged(claim, claim.measure(results), mixed_modes))
+    except KeyError as error:
+        return replace(untestable, why=f"its records have no {error}")
+    except Untestable as error:
+        cause, experiment = (*error.args, claim.experiment)[:2]
+        remedy = f"run python -m experiments.reproduce {experiment}" if experiment else ""
+        return replace(untestable, why=": ".join(filter(None, (cause, remedy))))
+
+
+def _judged(claim: Claim, finding: Finding, mixed_modes: bool) -> dict[str, Any]:
+    modes = finding.distinct("mode")
+    if len(modes) > 1 and not mixed_modes:
+        mixed = f"its records mix the modes {', '.join(modes)}"
+        raise Untestable(f"{mixed}: judge one mode, or ask for mixed_modes=true", "")
+    draws, measured, verdict = decide(claim, finding)
+    if not np.isfinite(draws[0]):
+        raise Untestable(f"{measured}: not a finite number, as a baseline's value is 0", "")
+    ends = [end * claim.scale for end in interval(draws) or ()]
+    between = " to ".join(map(significant, ends)) or "no interval"
+    low, high = ends or (None, None)
     return {
-        **{name: getattr(claim, name) for name in ("id", "section", "experiment", "text", "unit")},
-        "kind": "bound" if bound else claim.kind,
-        "paper": None if number is None else number * claim.scale,
-        "paper_says": f"{claim.kind} {says}" if bound else says or "every margin above 0",
+        "verdict": verdict,
+        "ours": float(draws[0]) * claim.scale,
+        "low": low,
+        "high": high,
+        "ours_says": f"{claim.number(draws[0])} ({between})",
+        "measured": measured,
+        "bound": _bound(claim, finding),
+        "mode": " + ".join(modes),
+        "testbed": ", ".join(finding.distinct("testbed")),
+        "weights": ", ".join(finding.distinct("weights")),
+        "requests": int(finding.subjects["requests"].sum()) if finding.of_runs else 0,
+        "cells": tuple(map(cell_name, finding.cells)),
+        "paired": finding.paired,
+        "digests": tuple(finding.distinct("digest")),
+        "why": "" if verdict == HOLDS else " ".join(_why(claim, finding)),
     }
+
+
+def _means(finding: Finding) -> dict[str, Draws]:
+    """Return each comparison over all its cells."""
+    labels = dict.fromkeys(label for label, _, _ in finding.parts)
+    return {one: cell_mean([d for label, _, d in finding.parts if label == one]) for one in labels}
 
 
 def decide(claim: Claim, finding: Finding) -> tuple[Draws, str, str]:
     """Return the number that the verdict is about, what it is, and the verdict by `RULES`."""
-    means, every = finding.comparisons, [draws for _, _, draws in finding.parts]
+    means, every = _means(finding), [draws for _, _, draws in finding.parts]
     if not every:
         raise Untestable("nothing to compare")
     if claim.kind == "order":
-        least = min(means, key=lambda one: float(means[one][0]))
-        clear = all(limits(draws)[0] > 0 for draws in means.values())
-        everywhere = all(draws[0] > 0 for draws in every)
-        verdict = FAILS if not clear else HOLDS if everywhere else WEAKER
-        return means[least], f"least margin, {least}", verdict
-    if claim.paper == "flat":
+        least, draws = min(means.items(), key=lambda one: float(one[1][0]))
+        measured = f"least margin, {least}"
+        weaker = all(limits(one)[0] > 0 for one in means.values())
+        holds = weaker and all(one[0] > 0 for one in every)
+    elif claim.paper == "flat":
         before, beyond, *_ = means.values()
         draws = np.where(before > 0, ratio(beyond, before), 1.0)
+        measured = "slope beyond over slope before"
         low, high = limits(draws)
-        bent = limits(before)[0] > 0 and high < 1
-        verdict = FAILS if not bent else HOLDS if low <= FLAT else WEAKER
-        return draws, "slope beyond over slope before", verdict
-    if claim.kind in ("at most", "at least"):
-        label = "share of the comparisons" if finding.share else "worst cell"
-        worst = np.max if claim.kind == "at most" else np.min
+        weaker = limits(before)[0] > 0 and high < 1
+        holds = weaker and low <= FLAT
+    elif claim.kind in ("at most", "at least"):
+        sign, worst = (-1.0, np.max) if claim.kind == "at most" else (1.0, np.min)
         draws = np.mean(every, axis=0) if finding.share else worst(every, axis=0)
-        return draws, label, _keeps(claim, draws)
-    draws = np.mean(list(means.values()), axis=0)
-    label = "mean over cells" if len(finding.cells) > 1 else "one cell"
-    if claim.kind == "value":
-        return draws, label, _agrees(claim, draws)
-    enough = claim.paper
-    if claim.kind == "trend":
-        enough, label = STRONG_TREND, "mean rank correlation in the claimed direction"
-    low, high = limits(draws)
-    return draws, label, FAILS if low <= 0 else HOLDS if high >= enough else WEAKER
-
-
-def _keeps(claim: Claim, draws: Draws) -> str:
-    sign = -1.0 if claim.kind == "at most" else 1.0
-    worst = min(sign * end for end in limits(draws))
-    if worst >= sign * claim.paper:
-        return HOLDS
-    weakly = claim.weaker is not None and worst > sign * claim.weaker
-    return WEAKER if weakly or sign * draws[0] >= sign * claim.paper else FAILS
-
-
-def _agrees(claim: Claim, draws: Draws) -> str:
-    rounding, distance = 1e-9, abs(draws[0] - claim.paper)
-    low, high = limits(draws)
-    if low <= claim.paper <= high or distance <= claim.tolerance + rounding:
-        return HOLDS
-    wide = 0.1 * abs(claim.paper) if claim.weaker is None else claim.weaker
-    return WEAKER if distance <= wide + rounding else FAILS
+        measured = "share of the comparisons" if finding.share else "worst cell"
+        low = min(sign * end for end in limits(draws))
+        holds = low >= sign * claim.paper
+        weaker = sign * draws[0] >= sign * claim.paper
+        weaker |= claim.weaker is not None and low > sign * claim.weaker
+    else:
+        draws = np.mean(list(means.values()), axis=0)
+        measured = "mean over cells" if len(finding.cells) > 1 else "one cell"
+        low, high = limits(draws)
+        if claim.kind == "value":
+            distance, wide = abs(draws[0] - claim.paper) - ROUNDING, claim.weaker
+            weaker = distance <= (0.1 * abs(claim.paper) if wide is None else wide)
+            holds = low <= claim.paper <= high or distance <= claim.tolerance
+        else:
+            trend = claim.kind == "trend"
+            measured = "mean rank correlation in the claimed direction" if trend else measured
+            weaker = low > 0
+            holds = weaker and high >= (STRONG_TREND if trend else claim.paper)
+    return draws, measured, HOLDS if holds else WEAKER if weaker else FAILS
 
 
 def _bound(claim: Claim, finding: Finding) -> str:
@@ -244,22 +238,9 @@ def _bound(claim: Claim, finding: Finding) -> str:
 
 
 def _why(claim: Claim, finding: Finding) -> Iterator[str]:
-    yield from _spread(claim, finding)
-    if claim.kind == "value":
-        yield from finding.details
-    if claim.kind in ("reduction", "order") and "hit_rate" not in finding.metrics:
-        yield from _room(claim, finding)
-    if not finding.paired:
-        unpaired = "The systems did not serve the same requests"
-        yield f"{unpaired}, so the interval is that of unpaired runs."
-
-
-def _spread(claim: Claim, finding: Finding) -> Iterator[str]:
-    """Say which comparisons fail, over the cells and in single ones."""
-    means, parts = finding.comparisons, sorted(finding.parts, key=lambda part: float(part[2][0]))
+    means, parts = _means(finding), sorted(finding.parts, key=lambda part: float(part[2][0]))
     if claim.paper == "flat":
-        for label, draws in means.items():
-            yield f"The {label} is {_shown(claim, draws)}."
+        yield from (f"The {label} is {_shown(claim, draws)}." for label, draws in means.items())
     elif claim.kind in ("order", "trend"):
         unclear = [label for label, draws in means.items() if limits(draws)[0] <= 0]
         yield f"{len(means) - len(unclear)} of {len(means)} comparisons are clear over the cells."
@@ -275,6 +256,13 @@ def _spread(claim: Claim, finding: Finding) -> Iterator[str]:
             )
     elif len(parts) > 1:
         yield f"From cell to cell it goes from {_listed(claim, [parts[0], parts[-1]], ' to ')}."
+    if claim.kind == "value":
+        yield from finding.details
+    if claim.kind in ("reduction", "order") and "hit_rate" not in finding.metrics:
+        yield from _room(claim, finding)
+    if not finding.paired:
+        unpaired = "The systems did not serve the same requests"
+        yield f"{unpaired}, so the interval is that of unpaired runs."
 
 
 def _listed(claim: Claim, parts: list[Part], between: str = "; ") -> str:
@@ -306,37 +294,19 @@ def _room(claim: Claim, finding: Finding) -> Iterator[str]:
         yield f"{text} {100 * room:.1f} %{end}"
 
 
-# Files and command --------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raise UserError if it cannot be written."""
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(text)
-    except OSError as error:
-        cause = f"cannot write to {path.parent}: {error.strerror}"
-        raise UserError(f"{cause}; choose another results=") from error
-
-
 def arguments(doc: str | None) -> tuple[ResultsFolder, bool, Path | None]:
     """Return results folder, mixed_modes and claims of `key=value` words; UserError for others."""
-    options, others = words_given(doc, {"results": "results", "mixed_modes": "false", "claims": ""})
-    if others:
-        raise UserError(f"{others[0]}: give results=<folder>, claims=<file.py>, mixed_modes=true")
-    if options["mixed_modes"] not in ("true", "false"):
-        raise UserError(f"mixed_modes={options['mixed_modes']}: choose true or false")
+    options = options_given(doc, OPTIONS)
     own = Path(options["claims"]) if options["claims"] else None
-    return ResultsFolder(Path(options["results"])), options["mixed_modes"] == "true", own
+    return ResultsFolder(Path(options["results"])), options["mixed_modes"], own
 
 
 @command()
 def main() -> None:
     """Judge and print one line a claim; exit 2 for bad input."""
     for one in judge(*arguments(__doc__)):
-        print(
-            f"{one.verdict:>17}  {one.id}: paper {one.paper_says}, here {one.ours_says or one.why}"
-        )
+        said = one.ours_says or one.why
+        print(f"{one.verdict:>17}  {one.id}: paper {one.paper_says}, here {said}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from experiments.errors import UserError, command, words_given
-from experiments.judge.frame import identity
+from experiments.judge.frame import commit, identity
 from experiments.run.records import PLACES, RECORD, read_record
 
 ABSENT = "-"
@@ -26,8 +26,14 @@ MEASURED = {
     "TTFT ms": "{:.1f}", "TPOT ms": "{:.1f}", "hit": "{:.1%}", "late": "{:.1%}",
     "GB moved": "{:.0f}", "x bound": "{:.2f}",
 }  # fmt: skip
+NUMBERS = [
+    "hits", "late", "misses", "ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "bound.times",
+    "bytes_on_demand", "bytes_prefetched",
+]  # fmt: skip
+IDENTITY = {"model": "model", "memory_budget_gb": "budget_GB", "label": "system"}
+IDENTITY |= {name: name for name in ("dataset", "workload", "weights", "testbed", "mode")}
 SAID = (*PLACES, "memory_budget", "weights")
-"""Settings that say where results go, or that `_identity` has."""
+"""Settings that say where results go, or that IDENTITY has."""
 
 
 def find_records(folders: Sequence[Path]) -> list[Path]:
@@ -45,12 +51,12 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     ranked = sorted(runs.index, key=lambda one: [_order(value) for value in runs.loc[one]])
     runs = runs.loc[ranked].reset_index(drop=True).map(_shown)
     records = [records[one] for one in ranked]
-    commits = pd.Series(map(_commit, records), name="commit")
+    commits = pd.Series([commit(record, digits=7) for record in records], name="commit")
     numbers = pd.Series(range(1, len(records) + 1), name="#").map(str)
     parts = [numbers] if commits.nunique() > 1 else []
     facts = pd.concat([runs, commits], axis=1)
-    shared = [name for name in facts if facts[name].nunique() == 1]
-    said = [f"{name} {facts[name][0]}" for name in shared if facts[name][0] != ABSENT]
+    shared = facts.columns[facts.nunique() == 1]
+    said = [f"{name} {one}" for name, one in facts[shared].iloc[0].items() if one != ABSENT]
     console.print(f"runs: {len(records)}; {', '.join(said)}")
     own = runs.drop(columns=shared, errors="ignore")
     measured = _measured([record["summary"] for record in records])
@@ -63,13 +69,17 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     console.print(table)
     if any((record["summary"].get("bound") or {}).get("times", 1) < 1 for record in records):
         console.print("x bound: below 1 is none; compute alone was timed on a busy machine")
-    for commit, rows in numbers.groupby(commits, sort=False) if parts else ():
-        console.print(f"commit {commit}: rows {', '.join(rows)}")
+    for name, rows in numbers.groupby(commits, sort=False) if parts else ():
+        console.print(f"commit {name}: rows {', '.join(rows)}")
 
 
 def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return one row per run: what it is of, and every other setting in which the runs differ."""
-    runs = pd.DataFrame(map(_identity, paths, records), dtype=object)
+    every = pd.DataFrame(map(identity, paths, records), dtype=object)
+    runs = every[[*IDENTITY]].set_axis(list(IDENTITY.values()), axis=1)
+    runs["budget_GB"] = runs["budget_GB"].map(lambda one: one and round(one, 2))
+    lossless = {True: "yes", False: "NO", None: ABSENT}
+    runs["lossless"] = [lossless[record["summary"]["lossless"]] for record in records]
     flat = [pd.json_normalize(record["config"]).iloc[0].to_dict() for record in records]
     # An older record may lack a setting, which says nothing; None is a value.
     null = [{key: "null" if value is None else value for key, value in one.items()} for one in flat]
@@ -85,43 +95,19 @@ def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd
     return runs
 
 
-def _identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    run = identity(path, record)
-    budget = run["memory_budget_gb"]
-    return {
-        "model": run["model"],
-        "budget_GB": budget and round(budget, 2),
-        "system": run["label"],
-        **{name: run[name] for name in ("dataset", "workload", "weights", "testbed", "mode")},
-        "lossless": {True: "yes", False: "NO"}.get(record["summary"]["lossless"], ABSENT),
-    }
-
-
 def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     """Return one row per run of the columns MEASURED, as text."""
-    counts = ["hits", "late", "misses"]
-    names = [*counts, "ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "bound.times"]
-    names += ["bytes_on_demand", "bytes_prefetched"]
-    facts = pd.json_normalize(summaries).reindex(columns=names).astype(float)
+    facts = pd.json_normalize(summaries).reindex(columns=NUMBERS).astype(float)
     columns = {
         "TTFT ms": facts["ttft_s.mean"] * 1e3,
         "TPOT ms": facts["tpot_s.mean"] * 1e3,
         "hit": facts["expert_hit_rate"],
-        "late": facts["late"] / facts[counts].sum(axis=1),
+        "late": facts["late"] / facts[["hits", "late", "misses"]].sum(axis=1),
         "GB moved": (facts["bytes_on_demand"] + facts["bytes_prefetched"]) / 1e9,
         "x bound": facts["bound.times"].where(facts["bound.times"] >= 1),
     }
-    return pd.DataFrame(
-        {
-            name: [ABSENT if pd.isna(one) else MEASURED[name].format(one) for one in values]
-            for name, values in columns.items()
-        }
-    )
-
-
-def _commit(record: Mapping[str, Any]) -> str:
-    changed = " with uncommitted changes" if record.get("git_dirty") else ""
-    return f"{str(record.get('git_commit') or 'unknown')[:7]}{changed}"
+    texts = {name: values.map(MEASURED[name].format) for name, values in columns.items()}
+    return pd.DataFrame(texts).where(pd.DataFrame(columns).notna(), ABSENT)
 
 
 def _order(value: Any) -> tuple[bool, Any]:

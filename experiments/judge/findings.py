@@ -11,24 +11,15 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.bootstrap import (
-    Draws,
-    cell_mean,
-    constant,
-    ratio,
-    request_draws,
-    spearman,
-    table_draws,
-)
+from experiments.bootstrap import Draws, constant, ratio, request_draws, spearman, table_draws
 from experiments.judge.frame import ResultsFolder
 from experiments.style import dataset_name, model_name, system_name
 
-Kind = Literal["reduction", "increase", "order", "trend", "at most", "at least", "value"]
 Rows = pd.DataFrame
 """Rows of a `run_frame`, or of a CSV of an analysis."""
 Names = Sequence[str]
@@ -52,8 +43,8 @@ class Finding:
 
     parts: list[Part]
     rows: Rows  # that were compared
+    metrics: Names
     subject: Selector | None = None  # which of the rows the claim is about; all if None
-    metrics: Names = ()
     oracle: float | None = None  # the mean ratio of an oracle's metrics to the others'
     share: bool = False  # whether the parts' mean is judged, not the worst of them
     details: Names = ()  # sentences on where a value comes from
@@ -71,24 +62,14 @@ class Finding:
         return self.rows if self.subject is None else select(self.rows, self.subject)
 
     @property
-    def comparisons(self) -> dict[str, Draws]:
-        """Each comparison over all its cells."""
-        by_label = defaultdict(list)
-        for label, _, draws in self.parts:
-            by_label[label].append(draws)
-        return {label: cell_mean(draws) for label, draws in by_label.items()}
-
-    @property
     def paired(self) -> bool:
         """Whether the runs of each model and dataset served the same requests."""
         if not self.of_runs:
             return True
-        served = self.rows["table"].map(
-            lambda table: str(sorted(zip(table["request"], table["output_tokens"], strict=True)))
-        )
-        return bool(
-            served.groupby([self.rows["model"], self.rows["dataset"]]).nunique().eq(1).all()
-        )
+        columns = ["request", "output_tokens"]
+        served = [str(sorted(table[columns].to_numpy().tolist())) for table in self.rows["table"]]
+        groups = self.rows.assign(served=served).groupby(["model", "dataset"])
+        return bool(groups["served"].nunique().eq(1).all())
 
     def distinct(self, column: str) -> list[str]:
         """Return the different values of a column, none if there is no such column."""
@@ -100,7 +81,7 @@ class Claim:
     """One claim: what was claimed, and how to measure it."""
 
     id: str
-    kind: Kind
+    kind: str  # reduction, increase, order, trend, at most, at least or value
     experiment: str
     section: str
     text: str
@@ -111,7 +92,6 @@ class Claim:
     unit: str = ""  # in which numbers are shown: shares in %, seconds in ms, others as they are
     tolerance: float = 0.0
     weaker: float | None = None  # the wider bound or tolerance at which it holds weaker
-    case: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -130,11 +110,12 @@ class Claim:
             names = {"model": model_name(case), "system": system_name(case)}
             text = self.text.format(**names, paper=self.number(paper, digits=6))
             name = f"{self.id}-{names['system'].lower()}"
-            yield replace(self, id=name, text=text, paper=paper, case=(case,))
+            measure: Any = lambda results, case=case: self.measure(results, case)  # noqa: E731
+            yield replace(self, id=name, text=text, paper=paper, measure=measure)
 
 
 def claim(
-    kind: Kind, experiment: str, section: str, paper: Any = None, **options: Any
+    kind: str, experiment: str, section: str, paper: Any = None, **options: Any
 ) -> Callable[[Callable[..., Finding]], Claim]:
     """Make a claim of a function, named as the function is; its docstring is the claim's text.
 
@@ -177,28 +158,14 @@ def select(rows: Rows, wanted: Selector) -> Rows:
         if name not in rows:
             return rows.iloc[:0]
         sought = rows[name].max() if value == LAST else value
-        rows = rows.loc[[_same(one, sought) for one in rows[name]]]
+        numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        near = (numbers - pd.to_numeric(sought, errors="coerce")).abs() < 1e-6
+        rows = rows[near | (rows[name].astype(str) == str(sought))]
     return rows
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    try:
-        return abs(float(value) - float(wanted)) < 1e-6
-    except (TypeError, ValueError):
-        return str(value) == str(wanted)
 
 
 def _of(rows: Rows, selectors: Sequence[Selector]) -> Rows:
     return pd.concat([select(rows, one) for one in selectors]).drop_duplicates("digest")
-
-
-def _cells(
-    rows: Rows, by: Names = (), compared: Sequence[Selector] = ()
-) -> list[tuple[Cell, Rows]]:
-    """Return the rows by model and dataset, unless these are compared, and by `by`."""
-    keys = {key for one in compared if not isinstance(one, str) for key in one}
-    names = [name for name in ("model", "dataset") if name in {*rows.columns} - keys]
-    return list(rows.groupby([*names, *by], dropna=False))
 
 
 # Quantities ---------------------------------------------------------------------------------------
@@ -206,32 +173,44 @@ def _cells(
 
 def _measured(
     rows: Rows, metrics: Names, selectors: Sequence[Selector], by: Names = ()
-) -> Iterator[tuple[Cell, str, list[Draws]]]:
-    """Yield each cell and metric's name with the draws of what the selectors choose."""
-    for cell, here in _cells(rows, by, selectors):
+) -> tuple[list[tuple[Cell, str]], Draws]:
+    """Return cells, each with every metric, and draws, shape (these, selectors, 1 + RESAMPLES).
+
+    A cell is a model and dataset, unless these are compared, and a value of each of `by`.
+    """
+    compared = {key for one in selectors if not isinstance(one, str) for key in one}
+    names = [name for name in ("model", "dataset") if name in {*rows.columns} - compared]
+    keys, draws = [], []
+    for cell, here in rows.groupby([*names, *by], dropna=False):
+        chosen = [select(here, one) for one in selectors]
         for metric in metrics:
+            keys.append((cell, metric))
             if metric == "origin":
-                draws = _origin_distances(here, cell, selectors)
+                draws.append(_origin_distances(chosen, cell, selectors))
             else:
-                draws = [_draws(here, cell, one, metric) for one in selectors]
-            yield cell, quantity_name(metric), draws
+                pairs = zip(chosen, selectors, strict=True)
+                draws.append(np.stack([_draws(*pair, cell, metric) for pair in pairs]))
+    return keys, np.stack(draws)
 
 
-def _draws(rows: Rows, cell: Cell, selector: Selector, metric: str) -> Draws:
-    chosen = select(rows, selector)
+def _draws(chosen: Rows, selector: Selector, cell: Cell, metric: str) -> Draws:
     if len(chosen) != 1:
-        count = f"{len(chosen)} records" if len(chosen) else "no record"
-        raise Untestable(f"{count} of {selector_name(selector)} on {cell_name(cell)}")
+        raise _count(chosen, selector, cell)
     if "table" in chosen:
         return _run_draws(chosen.iloc[0], metric)
     values = () if isinstance(selector, str) else selector.values()
     return table_draws(chosen.iloc[0], metric, (*cell, *values))
 
 
+def _count(chosen: Rows, selector: Selector, cell: Cell) -> Untestable:
+    count = f"{len(chosen)} records" if len(chosen) else "no record"
+    return Untestable(f"{count} of {selector_name(selector)} on {cell_name(cell)}")
+
+
 def _run_draws(run: pd.Series[Any], metric: str) -> Draws:
     """Return a metric of one run, its requests resampled; sync_s and sync_share are one number."""
-    if metric in ("sync_s", "sync_share"):
-        over = run["busy_s"] if metric == "sync_share" else run["iterations"]
+    over = {"sync_s": run["iterations"], "sync_share": run["busy_s"]}.get(metric)
+    if over is not None:
         if not over > 0:
             raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
         return constant(_synchronous_seconds(run) / over)
@@ -249,67 +228,59 @@ def _synchronous_seconds(run: pd.Series[Any]) -> float:
     return float(np.nansum([run[f"phase_{name}_s"] for name in names]))
 
 
-def _origin_distances(rows: Rows, cell: Cell, systems: Sequence[Selector]) -> list[Draws]:
+def _origin_distances(chosen: list[Rows], cell: Cell, systems: Sequence[Selector]) -> Draws:
     """Return distances from the origin of TPOT and footprint, each over the largest of them.
 
-    Of a system that ran at several budgets it is that of the nearest.
+    A footprint is the experts in slots at the peak, and what is never offloaded. Of a system that
+    ran at several budgets it is the nearest run that counts.
     """
-    points = []
-    for system in systems:
-        mine = [run for _, run in select(rows, system).iterrows()]
-        if not mine:
-            raise Untestable(f"no record of {selector_name(system)} on {cell_name(cell)}")
-        points.append([(_run_draws(run, "tpot_s"), _footprint(run)) for run in mine])
-    seconds, sizes = zip(*itertools.chain(*points), strict=True)
-    slowest, largest = np.max(seconds, axis=0), max(sizes)
-    return [
-        np.min([np.hypot(one / slowest, size / largest) for one, size in mine], axis=0)
-        for mine in points
-    ]
-
-
-def _footprint(run: pd.Series[Any]) -> float:
-    """Return bytes on the devices: experts in slots at the peak, and what is never offloaded."""
-    summary = run["record"]["summary"]
-    return float(summary["peak_slot_bytes"] + summary["dense_bytes"])
+    for mine, system in zip(chosen, systems, strict=True):
+        if mine.empty:
+            raise _count(mine, system, cell)
+    every = pd.concat(chosen)
+    seconds = np.stack([_run_draws(run, "tpot_s") for _, run in every.iterrows()])
+    summaries = [record["summary"] for record in every["record"]]
+    sizes = np.array([float(one["peak_slot_bytes"] + one["dense_bytes"]) for one in summaries])
+    distances = np.hypot(seconds / seconds.max(axis=0), (sizes / sizes.max())[:, None])
+    return np.minimum.reduceat(distances, np.cumsum([0, *map(len, chosen[:-1])]), axis=0)
 
 
 # Comparisons: each returns what it measured in every cell -----------------------------------------
 
 
-def reductions(rows: Rows, metrics: Names, systems: Names) -> Finding:
+def _parts(keys: list[tuple[Cell, str]], draws: Draws, names: Names = ("",)) -> list[Part]:
+    """Name comparisons, shape (cells and metrics, names, 1 + RESAMPLES)."""
+    return [
+        (quantity_name(metric) + name, cell, one)
+        for (cell, metric), compared in zip(keys, draws, strict=True)
+        for name, one in zip(names, compared, strict=True)
+    ]
+
+
+def reductions(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Finding:
     """By how much the first system lowers each metric, as a share of each other's."""
-    oracle = _oracle_ratio(rows, metrics, systems)
-    parts = list(_reductions(rows, metrics, systems))
-    return Finding(parts, _of(rows, systems), systems[0], metrics, oracle)
-
-
-def _reductions(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Iterator[Part]:
-    for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems, by):
-        for other, draws in zip(systems[1:], theirs, strict=True):
-            yield f"{metric} against {system_name(other)}", cell, 1 - ratio(mine, draws)
+    keys, draws = _measured(rows, metrics, systems, by)
+    lowered = 1 - ratio(draws[:, :1], draws[:, 1:])
+    parts = _parts(keys, lowered, [f" against {system_name(other)}" for other in systems[1:]])
+    return Finding(parts, _of(rows, systems), metrics, systems[0], _oracle(rows, metrics, systems))
 
 
 def increases(rows: Rows, metric: str, systems: Names) -> Finding:
     """Rises over each other's mean over cells, so that a cell near 0 cannot rule the mean."""
-    parts: list[Part] = []
-    measured = list(_measured(rows, [metric], systems))
-    for number, other in enumerate(systems[1:], 1):
-        usual = np.mean([draws[number] for _, _, draws in measured], axis=0)
-        for cell, name, draws in measured:
-            rise = ratio(draws[0] - draws[number], usual)
-            parts.append((f"{name} against {system_name(other)}", cell, rise))
-    oracle = _oracle_ratio(rows, [metric], systems)
-    return Finding(parts, _of(rows, systems), systems[0], [metric], oracle)
+    keys, draws = _measured(rows, [metric], systems)
+    risen = ratio(draws[:, :1] - draws[:, 1:], draws[:, 1:].mean(axis=0))
+    parts = _parts(keys, risen, [f" against {system_name(other)}" for other in systems[1:]])
+    return Finding(
+        parts, _of(rows, systems), [metric], systems[0], _oracle(rows, [metric], systems)
+    )
 
 
-def _oracle_ratio(rows: Rows, metrics: Names, systems: Names) -> float | None:
+def _oracle(rows: Rows, metrics: Names, systems: Names) -> float | None:
     try:
-        measured = list(_measured(rows, metrics, ["oracle", *systems[1:]]))
+        _, draws = _measured(rows, metrics, ["oracle", *systems[1:]])
     except Untestable:
         return None
-    ratios = [oracle[0] / one[0] for _, _, (oracle, *rest) in measured for one in rest]
-    return float(np.mean(ratios))
+    return float(ratio(draws[:, :1, 0], draws[:, 1:, 0]).mean())
 
 
 def smaller(here: Finding, there: Finding) -> Finding:
@@ -320,29 +291,25 @@ def smaller(here: Finding, there: Finding) -> Finding:
         for label, cell, draws in here.parts
         if (label, cell) in theirs
     ]
-    return Finding(parts, pd.concat([here.rows, there.rows]), here.subject, here.metrics)
+    return Finding(parts, pd.concat([here.rows, there.rows]), here.metrics, here.subject)
 
 
 def lowest(rows: Rows, metrics: Names, systems: Sequence[Selector]) -> Finding:
     """Margins by which the first system is below each other."""
-    name, *names = map(selector_name, systems)
-    parts = [
-        (f"{metric}: {name} below {other}", cell, _margin(mine, draws))
-        for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems)
-        for other, draws in zip(names, theirs, strict=True)
-    ]
-    return Finding(parts, _of(rows, systems), systems[0], metrics)
+    name, *others = map(selector_name, systems)
+    keys, draws = _measured(rows, metrics, systems)
+    margins = _margin(draws[:, :1], draws[:, 1:])
+    parts = _parts(keys, margins, [f": {name} below {other}" for other in others])
+    return Finding(parts, _of(rows, systems), metrics, systems[0])
 
 
 def ranked(rows: Rows, metric: str, ranking: Sequence[Selector], by: Names = ()) -> Finding:
     """Margins by which each of a ranking, from least to most, is below the next."""
-    names = list(itertools.pairwise(map(selector_name, ranking)))
-    parts = [
-        (f"{name}: {low} below {high}", cell, _margin(*pair))
-        for cell, name, draws in _measured(rows, [metric], ranking, by)
-        for (low, high), pair in zip(names, itertools.pairwise(draws), strict=True)
-    ]
-    return Finding(parts, _of(rows, ranking), metrics=[metric])
+    pairs = itertools.pairwise(map(selector_name, ranking))
+    keys, draws = _measured(rows, [metric], ranking, by)
+    margins = _margin(draws[:, :-1], draws[:, 1:])
+    parts = _parts(keys, margins, [f": {low} below {high}" for low, high in pairs])
+    return Finding(parts, _of(rows, ranking), [metric])
 
 
 def _margin(low: Draws, high: Draws) -> Draws:
@@ -353,103 +320,94 @@ def _margin(low: Draws, high: Draws) -> Draws:
 
 def share_lowest(rows: Rows, metrics: Names, systems: Names, by: Names = ()) -> Finding:
     """The share of cells and metrics in which the first system is the lowest."""
-    parts = [
-        (f"{metric} lowest", cell, (mine < np.min(theirs, axis=0)).astype(float))
-        for cell, metric, (mine, *theirs) in _measured(rows, metrics, systems, by)
-    ]
-    return Finding(parts, _of(rows, systems), systems[0], metrics, share=True)
+    keys, draws = _measured(rows, metrics, systems, by)
+    best = (draws[:, :1] < draws[:, 1:].min(axis=1, keepdims=True)).astype(float)
+    parts = _parts(keys, best, [" lowest"])
+    return Finding(parts, _of(rows, systems), metrics, systems[0], share=True)
 
 
 def changes(here: Rows, there: Rows, metric: str, systems: Names) -> Finding:
     """How far a metric of each system is from that of another experiment."""
-    before = {cell: draws for cell, _, draws in _measured(there, [metric], systems)}
-    parts = [
-        (f"{name} of {system_name(system)}", cell, np.abs(mine - theirs))
-        for cell, name, draws in _measured(here, [metric], systems)
-        for system, mine, theirs in zip(systems, draws, before[cell], strict=True)
-    ]
+    keys, draws = _measured(here, [metric], systems)
+    before = dict(zip(*_measured(there, [metric], systems), strict=True))
+    moved = np.abs(draws - np.stack([before[key] for key in keys]))
+    parts = _parts(keys, moved, [f" of {system_name(system)}" for system in systems])
     rows = pd.concat([_of(one, systems) for one in (here, there)])
-    return Finding(parts, rows, systems[0], [metric])
+    return Finding(parts, rows, [metric], systems[0])
+
+
+def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -> Finding:
+    """A metric of a system, or a column of an analysis."""
+    parts = _parts(*_measured(rows, [metric], [system or {}], by))
+    if system:
+        return Finding(parts, _of(rows, [system]), [metric], system)
+    numbers = rows.select_dtypes("number").to_dict("records")
+    computed = (", ".join(f"{name} = {one:.4g}" for name, one in row.items()) for row in numbers)
+    return Finding(parts, rows, [metric], details=[f"It follows from {one}." for one in computed])
+
+
+# Curves: what happens to a value as a setting, the last of its cell, rises ------------------------
+
+
+def _curves(finding: Finding, x: str, points: int = 3) -> Iterator[tuple[str, Cell, Draws, Draws]]:
+    """Yield what is measured, its cell, settings, and draws, shape (settings, 1 + RESAMPLES)."""
+    curves = defaultdict(list)
+    for label, cell, draws in finding.parts:
+        curves[label, cell[:-1]].append((cell[-1], draws))
+    for (label, cell), curve in curves.items():
+        if len(curve) < points:
+            raise Untestable(f"{len(curve)} values of {x} make no curve")
+        settings = np.array([float(at) for at, _ in curve])
+        yield label, cell, settings, np.stack([draws for _, draws in curve])
 
 
 def trend(rows: Rows, x: str, value: str, direction: str, by: Names = ()) -> Finding:
     """Rank correlations of an analysis's value with x."""
     # The points of a curve are of the same requests: drawn one by one they would lose their order.
-    curves = {
-        (quantity_name(value), cell): list(zip(here[x], map(constant, here[value]), strict=True))
-        for cell, here in _cells(rows, by)
-    }
-    return Finding(_correlations(curves, x, direction), rows)
+    fixed = rows.drop(columns=["low", "high"], errors="ignore")
+    return _trend(values(fixed, value, by=[*by, x]), x, direction)
 
 
 def trend_of_reductions(
     rows: Rows, x: str, metrics: Names, systems: Names, direction: str
 ) -> Finding:
     """Rank correlations of the first system's reductions with a setting."""
-    curves = defaultdict(list)
-    for label, (*cell, at), draws in _reductions(rows, metrics, systems, [x]):
-        curves[f"reduction of {label}", tuple(cell)].append((at, draws))
-    parts = _correlations(curves, x, direction)
-    return Finding(parts, _of(rows, systems), systems[0], metrics)
+    finding = reductions(rows, metrics, systems, [x])
+    return replace(_trend(finding, x, direction, "reduction of "), oracle=None)
 
 
-def _correlations(
-    curves: Mapping[tuple[str, Cell], list[tuple[float, Draws]]], x: str, direction: str
-) -> list[Part]:
-    sign, parts = (1.0 if direction == "rises" else -1.0), []
-    for (what, cell), points in curves.items():
-        if len(points) < 3:
-            raise Untestable(f"{len(points)} values of {x} make no trend")
-        label = f"{what} {direction} with {quantity_name(x)}"
-        parts.append((label, cell, sign * spearman(*zip(*points, strict=True))))
-    return parts
+def _trend(finding: Finding, x: str, direction: str, what: str = "") -> Finding:
+    sign, setting = (1.0 if direction == "rises" else -1.0), quantity_name(x)
+    parts = [
+        (f"{what}{label} {direction} with {setting}", cell, sign * spearman([*at], [*draws]))
+        for label, cell, at, draws in _curves(finding, x)
+    ]
+    return replace(finding, parts=parts)
 
 
 def plateau(rows: Rows, x: str, value: str, after: float, by: Names = ()) -> Finding:
     """Slopes of an analysis's value up to a point, and beyond it."""
-    parts: list[Part] = []
-    what = f"slope of {quantity_name(value)}"
-    for cell, here in _cells(rows, by):
-        points = [row for _, row in here.sort_values(x).iterrows()]
-        at = [row[x] for row in points]
-        if len(at) < 3 or not at[0] < after < at[-1]:
-            raise Untestable(f"{len(at)} values of {x} do not reach from below {after:g} beyond")
-        bend = min(range(1, len(at) - 1), key=lambda i: abs(at[i] - after))
-        y = [table_draws(row, value, (*cell, row[x])) for row in points]
-        before = (y[bend] - y[0]) / (at[bend] - at[0])
-        beyond = (y[-1] - y[bend]) / (at[-1] - at[bend])
-        parts.append((f"{what} up to {at[bend]:g}", cell, before))
-        parts.append((f"{what} beyond {at[bend]:g}", cell, beyond))
-    return Finding(parts, rows)
-
-
-def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -> Finding:
-    """A metric of a system, or a column of an analysis."""
-    measured = _measured(rows, [metric], [system or {}], by)
-    parts = [(name, cell, draws) for cell, name, (draws,) in measured]
-    if system:
-        return Finding(parts, _of(rows, [system]), system, [metric])
-    numbers = rows.select_dtypes("number").to_dict("records")
-    computed = (", ".join(f"{name} = {one:.4g}" for name, one in row.items()) for row in numbers)
-    return Finding(parts, rows, details=[f"It follows from {one}." for one in computed])
+    finding, parts = values(rows, value, by=[*by, x]), []
+    for label, cell, at, draws in _curves(finding, x):
+        if not at[0] < after < at[-1]:
+            raise Untestable(f"values of {x} do not reach from below {after:g} beyond")
+        bend = 1 + int(np.abs(at[1:-1] - after).argmin())
+        for where, (start, end) in (("up to", (0, bend)), ("beyond", (bend, -1))):
+            slope = (draws[end] - draws[start]) / (at[end] - at[start])
+            parts.append((f"slope of {label} {where} {at[bend]:g}", cell, slope))
+    return replace(finding, parts=parts)
 
 
 def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
     """The setting at which a system's metric is least."""
-    parts: list[Part] = []
-    details, what, setting = [], quantity_name(metric), quantity_name(x)
-    for cell, here in _cells(rows):
-        mine = select(here, system).sort_values(x)
-        settings = mine[x].to_numpy(float)
-        if not 2 <= len(set(settings)) == len(mine):
-            count = f"{len(mine)} runs at {len(set(settings))} values of {x}"
-            raise Untestable(f"{count} on {cell_name(cell)}")
-        draws = np.stack([_run_draws(run, metric) for _, run in mine.iterrows()])
-        parts.append((f"{setting} with the lowest {what}", cell, settings[draws.argmin(axis=0)]))
-        points = zip(settings, 1e3 * draws[:, 0], strict=True)
-        curve = ", ".join(f"{at:g}: {one:.4g} ms" for at, one in points)
-        details.append(f"{what} by {setting} ({cell_name(cell)}): {curve}.")
-    return Finding(parts, _of(rows, [system]), system, [metric], details=details)
+    finding, setting = values(rows, metric, system, by=[x]), quantity_name(x)
+    parts, details = [], []
+    for label, cell, at, draws in _curves(finding, x, points=2):
+        parts.append((f"{setting} with the lowest {label}", cell, at[draws.argmin(axis=0)]))
+        points = zip(at, 1e3 * draws[:, 0], strict=True)
+        curve = ", ".join(f"{one:g}: {ms:.4g} ms" for one, ms in points)
+        details.append(f"{label} by {setting} ({cell_name(cell)}): {curve}.")
+    return replace(finding, parts=parts, details=details)
 
 
 # Names --------------------------------------------------------------------------------------------

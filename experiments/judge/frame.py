@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
@@ -27,15 +28,10 @@ from experiments.run.records import (
     read_table,
     unpack_runs,
 )
+from experiments.style import system_name
 
-PHASES = (
-    "context_collection",
-    "on_demand_wait",
-    "prefetch_wait",
-    "search",
-    "prefetch_issue",
-    "update",
-)
+PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
+PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")
 """Ablation options of systems that figures tell apart; None where a system has no such option."""
 COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
@@ -78,8 +74,7 @@ def _row(path: Path) -> dict[str, Any]:
     summary, names = record["summary"], identity(path, record)
     phases, bound = summary.get("phase_seconds") or {}, summary.get("bound") or {}
     counts = (*COUNTS, *(key for key in summary if key.startswith("bytes_")))
-    row = {
-        **names,
+    numbers = {
         **_estimates(summary, requests, names),
         **{key: summary.get(key) for key in counts},
         "requests": len(requests),
@@ -87,8 +82,8 @@ def _row(path: Path) -> dict[str, Any]:
         **{f"phase_{name}_s": phases.get(name) for name in PHASES},
         **{f"bound_{name}": bound.get(name) for name in ("times", "compute_s", "link_s")},
     }
-    numbers = {key: math.nan for key in row.keys() - names.keys() if row[key] is None}
-    return row | numbers | {"record": record, "table": requests}
+    known = {key: math.nan if one is None else one for key, one in numbers.items()}
+    return {**names, **known, "record": record, "table": requests}
 
 
 def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +141,24 @@ def _estimates(
         row |= {metric: mean}
         row[f"{metric}_low"], row[f"{metric}_high"] = ends or (math.nan, math.nan)
     return row
+
+
+def commit(origin: Mapping[str, Any], digits: int | None = None) -> str:
+    """Return the commit that a record or an analysis was made by, and whether it was changed."""
+    changed = " with uncommitted changes" if origin.get("git_dirty") else ""
+    return f"{str(origin.get('git_commit') or 'unknown')[:digits]}{changed}"
+
+
+def by_system(runs: pd.DataFrame) -> Any:
+    """Group the runs by system and, where they differ, by the option that tells them apart."""
+    several = runs["testbed"].nunique() > 1
+    differ = runs.groupby("system")[[*OPTIONS]].nunique(dropna=False).gt(1)
+    names = []
+    for run in runs.to_dict("records"):
+        options = [f"{one}={run[one]}" for one in OPTIONS if differ.loc[run["system"], one]]
+        name = system_name(run["system"]) + (f" ({', '.join(options)})" if options else "")
+        names.append(f"{name} on {run['testbed']}" if several else name)
+    return runs.groupby(np.array(names), sort=False)
 
 
 # A results folder ---------------------------------------------------------------------------------

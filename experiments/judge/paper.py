@@ -5,8 +5,8 @@ Shares are fractions here and per cent in reports; an order has no number of its
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
+from scipy.special import entr
 
 from experiments.judge.findings import (
     LAST,
@@ -89,8 +89,7 @@ def row_entropies(heatmaps: pd.DataFrame) -> pd.DataFrame:
     long = heatmaps.melt(kept, ["coarse", "fine"], "granularity", "share")
     keys = [name for name in long if name not in ("expert", "share")]
     share = long["share"] / long.groupby(keys)["share"].transform("sum")
-    terms = np.where(share > 0, -share * np.log(share.where(share > 0, 1.0)), 0.0)
-    return long.assign(nats=terms).groupby(keys)["nats"].sum().reset_index()
+    return long.assign(nats=entr(share)).groupby(keys)["nats"].sum().reset_index()
 
 
 @claim("order", "3b", "Figure 3b")

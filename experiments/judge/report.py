@@ -1,8 +1,7 @@
 """Write the report of a results folder: ``python -m experiments.judge.report results=<folder>``.
 
-`REPORT.md` links the figures; `report.html` is one file with everything in it, readable on a phone
-and printed. Both say the same: each claim with its verdict, each figure with its caption and data,
-and where all of it came from. The same records give the same report but for the time of writing.
+`REPORT.md` links the figures; `report.html` is one file with everything in it. Both say the same,
+and the same records give the same report but for the time of writing.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from experiments.errors import UserError, command
-from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge, write_text
-from experiments.judge.frame import ResultsFolder
-from experiments.judge.system_table import NOTE, system_table
+from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
+from experiments.judge.frame import PREDICTION, ResultsFolder, by_system, commit
 from experiments.run.records import read_table
 from experiments.style import dataset_name, model_name, system_name
+from finemoe.files import atomic_write
 
 MARKDOWN, PAGE = "REPORT.md", "report.html"
 IDS = (
@@ -38,27 +38,8 @@ DATA_ROWS = 60
 DIGEST = 12
 PIXELS_PER_CSS_PIXEL = 2.4
 """Pixels of a figure at 300 dpi to a CSS pixel: its 8-point type is then as large as a table's."""
-SHORT = 60
-"""A first sentence of fewer characters is shown with the second; the others are folded."""
 BROAD = 600
 """A figure of more CSS pixels scrolls on a phone rather than shrinks."""
-TERMS = {
-    "measured": "the model ran on CUDA devices; experts came over PCIe from page-locked memory.",
-    "emulated": "the model ran on the CPU; each expert was copied, paced to a PCIe link.",
-    "simulated": "a routing trace was replayed in virtual time, with the live policy, cache and "
-    "queue; compute and links cost what a roofline over the full-size model says, or, on a "
-    "calibrated testbed, what was measured.",
-    "analysis of routing traces": "counted from the recorded choices of the gates; no time enters.",
-    "computed from the models' published shapes": "arithmetic on layers, experts and hidden "
-    "sizes; nothing ran.",
-    "scale weights": "small trained members of the paper's model families with the paper models' "
-    "routing shapes; bytes moved are those of the full-size models.",
-    "TTFT, TPOT": "the time to the first token, and the time per output token after it.",
-    "cell": "one combination of what a claim ranges over, mostly a model and a dataset.",
-    "bound": "the least possible time: the longer of compute alone and of the bytes that no "
-    "system can avoid to move, over their links.",
-}
-"""What the reports' words mean. Both print this."""
 
 
 def write(
@@ -66,8 +47,8 @@ def write(
 ) -> list[Verdict]:
     """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
-    Raises UserError if the folder is unreadable or cannot be written to, or if a figure in it is no
-    image.
+    Raises UserError if the folder is unreadable or if a figure in it is no image, OSError if the
+    folder cannot be written to.
     """
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
@@ -80,45 +61,32 @@ def write(
         "sections": sections,
         "claims": {name: [one for one in in_order if one.verdict == name] for name in VERDICTS},
         "total": len(verdicts),
-        "modes": _listed(one.mode for one in verdicts if one.mode),
-        "weights": _listed(one.weights for one in verdicts if one.weights),
+        "modes": _listed(one.mode for one in verdicts),
+        "weights": _listed(one.weights for one in verdicts),
         "rules": RULES,
-        "terms": TERMS,
-        "systems_note": NOTE,
-        "short": SHORT,
         "provenance": _provenance(results),
-        "runs": _run_table(results.runs),
+        "runs": results.runs if results.runs.empty else _run_table(results.runs),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    for name, escape in ((MARKDOWN, False), (PAGE, True)):
-        write_text(results.root / name, _render(name, content, escape))
+    for name in (MARKDOWN, PAGE):
+        with atomic_write(results.root / name) as partial:
+            partial.write_text(_render(name, content) + "\n")
     return verdicts
 
 
-def _render(name: str, content: Mapping[str, Any], escape: bool) -> str:
+def _render(name: str, content: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=escape,
+        autoescape=name == PAGE,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=None if escape else _without_tags,
+        # Markdown is kept from taking what a record says for a tag.
+        finalize=None if name == PAGE else lambda one: str(one).replace("<", "&lt;"),
     )
-    environment.filters |= {"slug": _slug, "cell": _markdown_cell, "sentences": _sentences}
-    return environment.get_template(f"report_template{Path(name).suffix}").render(content) + "\n"
-
-
-def _slug(verdict: str) -> str:
-    return verdict.replace(" ", "-")
-
-
-def _without_tags(value: Any) -> Any:
-    """Keep Markdown from taking what a record says for a tag."""
-    return value.replace("<", "&lt;") if isinstance(value, str) else value
-
-
-def _markdown_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    environment.filters["sentences"] = _sentences
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    return environment.get_template(f"report_template{Path(name).suffix}").render(content)
 
 
 def _sentences(text: str) -> list[str]:
@@ -168,9 +136,49 @@ def _picture(path: Path) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
-    text = str(value)
-    whole_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return text[:DIGEST] if whole_digest else text
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1", str(value))
+
+
+def system_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return a row of text per system; empty without runs. See SYSTEMS_NOTE for the columns."""
+    if runs.empty:
+        return pd.DataFrame()
+    groups = by_system(runs)
+    sums = groups.sum(numeric_only=True)
+    asked = sums[["hits", "late", "misses"]].sum(axis=1)
+    ahead, wasted, on_demand = (
+        sums.get(f"bytes_{name}", 0 * asked) / 1e9 for name in ("prefetched", "wasted", "on_demand")
+    )
+    # A run below its bound has none.
+    bounded = groups["bound_times"].agg(lambda times: times.ge(1).all()).astype(bool)
+    bounds = sums[["bound_link_s", "bound_compute_s"]].where(bounded, axis=0)
+    predicts = sums[[f"phase_{one}_s" for one in PREDICTION]].sum(axis=1)
+    columns = {
+        "hit, %": sums["hits"] / asked,
+        "late, %": sums["late"] / asked,
+        "miss, %": sums["misses"] / asked,
+        "ahead, GB": ahead / sums["requests"],
+        "in vain, %": wasted / ahead,
+        "on demand, GB": on_demand / sums["requests"],
+        "waits for experts, %": sums["phase_on_demand_wait_s"] / sums["busy_s"],
+        "waits for prefetches, %": sums["phase_prefetch_wait_s"] / sums["busy_s"],
+        "predicts, %": predicts / sums["busy_s"],
+        "least loads, %": bounds["bound_link_s"] / sums["busy_s"],
+        "compute, %": bounds["bound_compute_s"] / sums["busy_s"],
+    }
+    texts = {
+        name: values.map(_share if "%" in name else _number) for name, values in columns.items()
+    }
+    return pd.DataFrame({"system": sums.index, **texts})
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}" if np.isfinite(value) else ""
+
+
+def _number(value: float) -> str:
+    """Return a number of three digits or more, never with an exponent where it is large."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 # Where it came from -------------------------------------------------------------------------------
@@ -187,7 +195,7 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
     dates = sorted(one["date"] for one in origins)
     facts = {
         "records": f"{len(runs)} runs, {len(analyses)} analyses",
-        "commit": _listed(map(_commit, origins)),
+        "commit": _listed(map(commit, origins)),
         "recorded": f"{dates[0]} to {dates[-1]}" if dates else "",
         "mode": _listed(one["mode"] for one in [*runs, *analyses]),
         "testbed": _listed(run["testbed"] for run in runs),
@@ -203,12 +211,7 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
 
 
 def _listed(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values)))
-
-
-def _commit(origin: Mapping[str, Any]) -> str:
-    changed = " with uncommitted changes" if origin.get("git_dirty") else ""
-    return f"{origin.get('git_commit') or 'unknown'}{changed}"
+    return ", ".join(sorted({one for one in values if one}))
 
 
 def _machine(origin: Mapping[str, Any]) -> str:
@@ -218,19 +221,15 @@ def _machine(origin: Mapping[str, Any]) -> str:
 
 
 def _run_table(runs: pd.DataFrame) -> pd.DataFrame:
-    if runs.empty:
-        return pd.DataFrame()
-    return pd.DataFrame(
-        {
-            "digest": runs["digest"].str[:DIGEST],
-            "system": runs["system"].map(system_name),
-            "model": runs["model"].map(model_name),
-            "dataset": runs["dataset"].map(dataset_name),
-            "GB": runs["memory_budget_gb"].map("{:.3g}".format),
-            **{name: runs[name] for name in ("testbed", "mode", "seed")},
-            "commit": [str(one.get("git_commit") or "unknown")[:DIGEST] for one in runs["record"]],
-        }
-    )
+    names = ["digest", "system", "model", "dataset", "GB", "testbed", "mode", "seed", "commit"]
+    return runs.assign(
+        digest=runs["digest"].str[:DIGEST],
+        system=runs["system"].map(system_name),
+        model=runs["model"].map(model_name),
+        dataset=runs["dataset"].map(dataset_name),
+        GB=runs["memory_budget_gb"].map("{:.3g}".format),
+        commit=[str(one.get("git_commit") or "unknown")[:DIGEST] for one in runs["record"]],
+    )[names]
 
 
 @command()

@@ -27,7 +27,6 @@ PROVENANCE = {
     "git_commit": "0123456789abcdef",
     "git_dirty": False,
 }
-PHASES = {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0}
 
 
 @lru_cache
@@ -48,20 +47,15 @@ def leave_run(
 ) -> Path:
     """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
     settings = config(*overrides)
-    tokens = 11
-    table = pd.DataFrame(
-        {
-            "request": range(len(batches)),
-            "batch": batches,
-            "input_tokens": 5,
-            "output_tokens": tokens,
-            "ttft_s": [10 * tpot for tpot in tpots],
-            "tpot_s": tpots,
-            "e2el_s": [20 * tpot for tpot in tpots],
-            "hits": hits,
-            "late": [4] * len(batches),
-            "misses": [6 - hit for hit in hits],
-        }
+    table = pd.DataFrame({"request": range(len(batches)), "batch": batches, "tpot_s": tpots})
+    table = table.assign(
+        input_tokens=5,
+        output_tokens=11,
+        ttft_s=10 * table["tpot_s"],
+        e2el_s=20 * table["tpot_s"],
+        hits=hits,
+        late=4,
+        misses=[6 - hit for hit in hits],
     )
     summary: dict[str, Any] = {
         name: {"mean": float(table[name].mean()), "ci95": [0.0, 99.0]}
@@ -75,7 +69,7 @@ def leave_run(
         "slot_budget_bytes": 25_000_000_000,
         "dense_bytes": 3_000_000_000,
         "lossless": None,
-        "phase_seconds": PHASES,
+        "phase_seconds": {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0},
         "busy_seconds": 12.0,
         "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
     }
@@ -93,23 +87,11 @@ def leave_record(
     budget_gb: float,
 ) -> Path:
     """Leave a complete run record; return it."""
-    record = {
-        "status": "complete",
-        "mode": mode,
-        "testbed": "6 x RTX 3090",
-        "system": config["system"]["label"],
-        "model": config["model"]["name"],
-        "weights": "scale",
-        "routing": "a trace",
-        "dataset": dataset,
-        "dataset_source": "somewhere",
-        "dataset_sha256": "ab" * 32,
-        "memory_budget_gb": budget_gb,
-        "seed": 0,
-        "summary": summary,
-        "config": config,
-        **PROVENANCE,
-    }
+    record: dict[str, Any] = {"summary": summary, "config": config, "status": "complete"}
+    record |= {"system": config["system"]["label"], "model": config["model"]["name"], "seed": 0}
+    record |= {"testbed": "6 x RTX 3090", "weights": "scale", "routing": "a trace", "mode": mode}
+    record |= {"dataset": dataset, "dataset_source": "somewhere", "dataset_sha256": "ab" * 32}
+    record |= {"memory_budget_gb": budget_gb, **PROVENANCE}
     folder.mkdir(parents=True, exist_ok=True)
     return write_record(folder, record, requests)
 
@@ -122,16 +104,15 @@ def only(frame: pd.DataFrame) -> dict[str, Any]:
 def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     path = leave_run(tmp_path / "abc", "memory_budget=25%")
     row = only(run_frame([tmp_path / "abc"]))
-    assert (row["digest"], row["system"], row["label"]) == ("abc", "finemoe", "finemoe")
-    assert (row["model"], row["dataset"], row["mode"]) == ("mixtral", "docs", "simulated")
-    assert (row["memory_budget"], row["memory_budget_gb"]) == ("25%", 22.5)
-    assert (row["batch_size"], row["prefetch_distance"], row["store_capacity"]) == (1, 3, 1000)
-    assert row["tpot_s"] == pytest.approx(0.2)
-    assert row["hit_rate"] == pytest.approx(0.2)
-    assert (row["hits"], row["late"], row["misses"], row["bytes_prefetched"]) == (6, 12, 12, 7)
-    assert (row["bound_times"], row["busy_s"], row["phase_on_demand_wait_s"]) == (3.0, 12.0, 6.0)
+    expected: dict[str, Any] = {"digest": "abc", "system": "finemoe", "label": "finemoe"}
+    expected |= {"model": "mixtral", "dataset": "docs", "mode": "simulated", "path": str(path)}
+    expected |= {"memory_budget": "25%", "memory_budget_gb": 22.5, "batch_size": 1}
+    expected |= {"prefetch_distance": 3, "store_capacity": 1000, "bytes_prefetched": 7}
+    expected |= {"hits": 6, "late": 12, "misses": 12, "bound_times": 3.0, "busy_s": 12.0}
+    assert {key: row[key] for key in expected} == expected
+    assert [row[key] for key in ("tpot_s", "hit_rate")] == pytest.approx([0.2, 0.2])
+    assert row["phase_on_demand_wait_s"] == 6.0
     assert math.isnan(row["phase_search_s"])
-    assert row["path"] == str(path)
 
 
 def test_figures_have_the_intervals_of_claims_not_those_of_records(tmp_path: Path) -> None:
@@ -159,22 +140,19 @@ def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "label"),
+    ("system", "options", "label"),
     [
-        (["system=finemoe", "system.prefetch_distance=3"], "finemoe"),
-        (["system=finemoe", "system.eviction=lru"], "finemoe eviction=lru"),
-        (
-            ["system=finemoe", "system.search=trajectory", "system.selection=top_k"],
-            "finemoe search=trajectory selection=top_k",
-        ),
-        (["system=promoe", "system.prefetch_distance=5"], "promoe prefetch_distance=5"),
-        (["system=on_demand"], "on_demand"),
+        ("finemoe", ["prefetch_distance=3"], "finemoe"),
+        ("finemoe", ["search=trajectory", "selection=top_k"], "finemoe search=trajectory "
+         "selection=top_k"),
+        ("promoe", ["prefetch_distance=5"], "promoe prefetch_distance=5"),
+        ("on_demand", [], "on_demand"),
     ],
-)
+)  # fmt: skip
 def test_the_label_names_what_is_not_default(
-    tmp_path: Path, overrides: list[str], label: str
+    tmp_path: Path, system: str, options: list[str], label: str
 ) -> None:
-    leave_run(tmp_path / "a", *overrides)
+    leave_run(tmp_path / "a", f"system={system}", *(f"system.{one}" for one in options))
     assert only(run_frame([tmp_path / "a"]))["label"] == label
 
 
