@@ -355,8 +355,9 @@ def test_plateau(results: Results, ends: Sequence[float], verdict: str) -> None:
 )
 def test_bound(results: Results, pearson: float, low: float, high: float, verdict: str) -> None:
     """At least 0.5; weaker if the interval excludes 0. The table's interval is the verdict's."""
-    row = {"model": "phi", "dataset": "docs", "search": "semantic", "pearson": pearson}
-    results.analysis("9", pearson=pd.DataFrame([row | {"low": low, "high": high}]))
+    row = {"model": "phi", "dataset": "docs", "method": "pairs", "search": "semantic"}
+    table = pd.DataFrame([row]).assign(pearson=pearson, low=low, high=high)
+    results.analysis("9", pearson=table)
     judged = results.verdict("fig9-pearson")
     assert (judged.verdict, judged.ours) == (verdict, pearson)
     assert (judged.low, judged.high) == pytest.approx((low, high), abs=0.02)
