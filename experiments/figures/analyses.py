@@ -13,10 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import CONF
@@ -29,6 +27,8 @@ from finemoe.trace import TraceReader
 
 MODE = "analysis of routing traces"
 FACTS_MODE = "computed from the models' published shapes"
+METHODS = {"pairs": "All pairs", "matches": "Best match"}
+"""Figures 8 and 9 by the paper's method, all pairs of prompts, and by what the store answers."""
 KEPT = 6
 """Three models on two datasets: what one process keeps, so that it reads each trace once."""
 
@@ -95,12 +95,22 @@ def read_routing(path: Path) -> tuple[ModelShape, Mapping[str, Any], routing.Ite
 
 
 @lru_cache(maxsize=KEPT)
-def similarity_pairs(
-    subject: Subject, capacity: int
-) -> dict[str, tuple[routing.Values, routing.Values, NDArray[np.int64]]]:
-    """Return score, hit rate and request of every measured decode iteration, by search."""
+def compared(
+    subject: Subject, capacity: int, point: str
+) -> dict[tuple[str, str], routing.Comparison]:
+    """Return pairs of all prompts, and matches of measured iterations, by method and search.
+
+    Raises UserError if `point` is none of `routing.POINTS`.
+    """
+    if point not in routing.POINTS:
+        known = ", ".join(routing.POINTS)
+        raise UserError(f"experiment.point={point} is unknown; choose one of {known}")
     searched, top_k = subject.searched(capacity), subject.shape.top_k
-    return routing.similarity_and_hits(searched, subject.measured, top_k, subject.distance)
+    pairs = routing.compared_prompts(subject.routed, point, top_k)
+    matches = routing.compared_matches(searched, subject.measured, top_k, subject.distance)
+    return {("pairs", search): values for search, values in pairs.items()} | {
+        ("matches", search): values for search, values in matches.items()
+    }
 
 
 def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:

@@ -1,8 +1,12 @@
-"""Figure 8: mean expert hit rate against semantic and against trajectory similarity."""
+"""Figure 8: mean expert hit rate against semantic and against trajectory similarity (4.2.3).
+
+By the paper's method, over all pairs of prompts, and by ours: what a match predicts.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +17,46 @@ from experiments import style
 from experiments.figures import analyses, charts, routing
 
 LARGEST_MARKER = 60
-"""Area in square points of a marker for all iterations."""
+"""Area in square points of a marker that stands for everything."""
 SHOWS = (
-    "Hit rate of the K likeliest experts of the best match, mean in equally wide bins of its "
-    "score; the area of a marker is the bin's share of decode iterations (smallest size: 15 % and "
+    "Mean hit rate in equally wide bins of similarity. All pairs, the paper's method: each prompt "
+    "is one embedding and one map; the share that two have in common of their K likeliest experts. "
+    "Best match: the hit rate, in a decode iteration, of the K likeliest experts of the stored map "
+    "that its search found. The area of a marker is the bin's share (smallest size: 15 % and "
     "below). Whiskers: 95 % bootstrap intervals over requests, none where a bin holds one request."
 )
 
 
 def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return the hit rate of a match's K likeliest experts in equally wide bins of its score.
+    """Return mean hit rates in equally wide bins of similarity, by method and search.
 
-    By search, with intervals, how many iterations a bin holds, and their share.
+    With intervals, how many pairs or iterations a bin holds, and their share.
     """
-    frames = []
-    pairs = analyses.similarity_pairs(subject, experiment.store_capacity)
-    for search, (score, hits, request) in pairs.items():
+    frames = {}
+    compared = analyses.compared(subject, experiment.store_capacity, experiment.point)
+    for key, (score, hits, request) in compared.items():
         bins = routing.binned(score, hits, request, experiment.bins)
-        bins.insert(0, "search", search)
-        frames.append(bins.assign(share=bins["count"] / bins["count"].sum()))
-    return pd.concat(frames)
+        frames[key] = bins.assign(share=bins["count"] / bins["count"].sum())
+    return pd.concat(frames, names=["method", "search"]).reset_index(["method", "search"])
 
 
 analyse = partial(analyses.analyse, name="similarity", table=similarity)
 
 
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a line a model: datasets down, searches across, markers as large as their share."""
+    """Draw a line a model: methods and datasets down, searches across; markers show the share."""
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
-    size = style.COLUMN_INCHES, 0.6 + 1.15 * len(datasets)
-    with charts.panels(datasets, list(style.SEARCHES), *size) as (figure, panels):
+    down = list(product(analyses.METHODS, datasets))
+    size = style.COLUMN_INCHES, 0.6 + 1.05 * len(down)
+    with charts.panels(down, list(style.SEARCHES), *size) as (figure, panels):
         charts.label_once(figure, "Similarity score (cosine)", style.METRICS["hit_rate"][0])
-        for axes, dataset, search in panels:
-            rows = frame[(frame["search"] == search.lower()) & (frame["dataset"] == dataset)]
+        for axes, (method, dataset), search in panels:
+            shown = {"method": method, "dataset": dataset, "search": search.lower()}
+            rows = frame[(frame[list(shown)] == pd.Series(shown)).all(axis=1)]
+            if search == "Semantic":
+                axes.set_ylabel(analyses.METHODS[method])
             charts.lines(axes, rows, "score", "hit_rate", charts.unmarked(looks), by="model")
             for model, look in looks.items():
                 bins = rows[rows["model"] == model]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist
 
 from experiments.bootstrap import limits, weights
 from finemoe.expert_map import ExpertMapStore
@@ -24,6 +25,10 @@ Values = NDArray[np.floating]
 Experts = NDArray[np.bool_]
 Predictor = Callable[[int], Experts]
 """From a distance d to the experts predicted for layers d..L-1, shape (N, L - d, J)."""
+Comparison = tuple[Values, Values, NDArray[np.int64]]
+"""Similarity and hit rate, (N,), and the request of each (N,), or the two that it is of (N, 2)."""
+POINTS = {"prefill": slice(1), "first_decode": slice(1, 2), "request": slice(None)}
+"""Which iterations of a request are its prompt's data point; the paper does not say (4.2.3)."""
 
 
 class Iterations(NamedTuple):
@@ -147,7 +152,8 @@ def mean_with_interval(values: Values, request: NDArray[np.int64]) -> tuple[floa
 def correlation(x: Values, y: Values, request: NDArray[np.int64]) -> tuple[float, float, float]:
     """Return Pearson's coefficient of x and y (N,) and its 95 % interval (figure 9).
 
-    The bootstrap draws whole requests. NaN where x or y does not vary.
+    The bootstrap draws whole requests; `request` is (N,), or (N, 2) where values are of pairs. NaN
+    where x or y does not vary.
     """
     # Centred first, or the sums of squares lose what little the values vary.
     x, y = x - x.mean(), y - y.mean()
@@ -163,11 +169,20 @@ def _bootstrapped(
     terms: list[Values], request: NDArray[np.int64], statistic: Callable[[Values], Values]
 ) -> tuple[float, float, float]:
     """Return a statistic of sums over terms (N,), and its 95 % interval over drawn requests."""
-    _, position = np.unique(request, return_inverse=True)
-    sums = np.stack([np.bincount(position, weights=term) for term in terms])
+    units, position = np.unique(request, return_inverse=True)
+    counts = weights(len(units), "requests")[1:]
+    if request.ndim == 2:
+        # A pair counts as often as both of its requests are drawn, a request with itself never.
+        sums = np.zeros((len(terms), len(units), len(units)))
+        sums[:, *position.reshape(request.shape).T] = terms
+        resampled = (counts @ sums * counts).sum(axis=-1)
+        sums = sums.sum(axis=-1)
+    else:
+        sums = np.stack([np.bincount(position, weights=term) for term in terms])
+        resampled = sums @ counts.T
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(statistic(sums.sum(axis=-1)))
-        drawn = statistic(sums @ weights(sums.shape[1], "requests")[1:].T)
+        drawn = statistic(resampled)
     low, high = limits(np.concatenate([[value], drawn[np.isfinite(drawn)]]))
     return value, low, high
 
@@ -349,10 +364,29 @@ def hit_rates_by_distance(
     return pd.DataFrame(rows, columns=["predictor", "distance", "hit_rate", "low", "high"])
 
 
-def similarity_and_hits(
+def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Comparison]:
+    """Return all pairs of prompts, each of them one data point, as the paper's figures 8 and 9 do.
+
+    A point is an embedding and a map, means over the iterations that `point`, one of POINTS, says.
+    Similarity is the cosine of the embeddings or of the whole maps; the hit rate is the share that
+    two maps have in common of their K likeliest experts, mean over layers, so it is symmetric.
+    """
+    own = POINTS[point]
+    requests = [one for one in routed.by_request() if len(one.request[own])]
+    embeddings = np.stack([one.embeddings[own].mean(axis=0) for one in requests])
+    maps = np.stack([one.maps[own].mean(axis=0) for one in requests])
+    chosen = top_experts(maps, top_k)
+    first, second = np.triu_indices(len(requests), 1)
+    hits = hit_rates(chosen[first], chosen[second]).mean(axis=1)
+    pairs = np.stack([first, second], axis=1)
+    by_search = {"semantic": embeddings, "trajectory": maps.reshape(len(maps), -1)}
+    return {name: (1 - pdist(points, "cosine"), hits, pairs) for name, points in by_search.items()}
+
+
+def compared_matches(
     searched: Searched, measured: Iterations, top_k: int, distance: int
-) -> dict[str, tuple[Values, Values, NDArray[np.int64]]]:
-    """Return score, hit rate and request (N,) of decode iterations, by search (figures 8, 9).
+) -> dict[str, Comparison]:
+    """Return each decode iteration and its best match in the store (figures 8, 9).
 
     A semantic match is judged over all layers, a trajectory `distance` layers after each score. The
     K likeliest experts of the matched map count as predicted; rates are means over layers.
@@ -362,9 +396,9 @@ def similarity_and_hits(
         "semantic": semantic_map(searched, top_k)(0),
         "trajectory": trajectory_map(searched, top_k)(distance),
     }
-    pairs: dict[str, tuple[Values, Values, NDArray[np.int64]]] = {}
+    compared: dict[str, Comparison] = {}
     for search, scores in searched.scores(distance).items():
         chosen = predicted[search]
         activated = queries.counts[:, -chosen.shape[1] :] > 0
-        pairs[search] = scores, hit_rates(chosen, activated).mean(axis=1), queries.request
-    return pairs
+        compared[search] = scores, hit_rates(chosen, activated).mean(axis=1), queries.request
+    return compared

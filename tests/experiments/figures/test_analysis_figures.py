@@ -158,6 +158,11 @@ def test_table_1_is_the_papers(
     ("name", "overrides", "message"),
     [
         ("figure9", ["experiment.datasets=[docs]"], "no routing trace of qwen on docs"),
+        (
+            "figure8",
+            ["experiment.models=[mixtral]", "experiment.datasets=[docs]", "experiment.point=last"],
+            "choose one of prefill",
+        ),
         ("figure3a", ["workload.history_share=0.01"], "leaves no history"),
         ("table1", ["experiment.models=[mixtrel]"], "choose some of mixtral"),
     ],

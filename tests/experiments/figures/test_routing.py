@@ -23,6 +23,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy.stats import pearsonr
 
+from experiments.bootstrap import weights
 from experiments.figures import routing
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
@@ -237,7 +238,7 @@ def test_what_has_been_seen_before_is_found_again() -> None:
     found = searched(measured, measured)
     np.testing.assert_allclose(found.semantic_scores, 1, rtol=1e-6)
     np.testing.assert_allclose(found.trajectory_scores, 1, rtol=1e-6)
-    pairs = routing.similarity_and_hits(found, measured, 1, distance=1)
+    pairs = routing.compared_matches(found, measured, 1, distance=1)
     for name in ("semantic", "trajectory"):
         np.testing.assert_allclose(pairs[name][:2], 1)
 
@@ -246,11 +247,67 @@ def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:
     # By embedding the past iteration is at right angles; both layers of it say something else.
     history = routing.iterations([request(0, [[0, 0], [1, 1]], [[0], [1]])])
     measured = routing.iterations([request(0, [[2], [1]], [[2], [1]])])
-    pairs = routing.similarity_and_hits(searched(history, measured), measured, 1, distance=1)
+    pairs = routing.compared_matches(searched(history, measured), measured, 1, distance=1)
     assert [values.tolist() for values in pairs["semantic"]] == [[0], [0.5], [0]]
     # After layer 0 gates (1/2 1/4 1/4) and (1/4 1/4 1/2) have a cosine of 5/6; layer 1 is hit.
     score, rate, _ = pairs["trajectory"]
     assert (score.tolist(), rate.tolist()) == (pytest.approx([5 / 6]), [1])
+
+
+@pytest.mark.parametrize(
+    ("point", "top_k", "semantic", "hits", "pearson"),
+    [
+        # Embeddings 1 0 0, 1/2 1/2 0 and 0 1 0. The three pairs, AB, AC and BC, share expert 0 in
+        # layer 0, expert 2 in layer 1, and nothing.
+        ("prefill", 1, [0.5**0.5, 0, 0.5**0.5], [0.5, 0.5, 0], (-0.5, 0.5)),
+        # Of two experts B's second is one of A's and C's: 0 1 | 0 2 against 0 1 | 0 1.
+        ("prefill", 2, [0.5**0.5, 0, 0.5**0.5], [0.75, 1, 0.75], (-1, 1)),
+        # The first decoded token: 0 | 0, 0 | 1 and 2 | 0.
+        ("first_decode", 1, [1, 0, 0], [0.5, 0.5, 0], (0.5, 1)),
+    ],
+)
+def test_pairs_of_prompts_by_hand(
+    point: str,
+    top_k: int,
+    semantic: list[float],
+    hits: list[float],
+    pearson: tuple[float, float],
+) -> None:
+    requests = [
+        request(0, [[0, 0], [2, 2]], [[0], [0]], [[1], [1]]),
+        request(1, [[0, 1], [0, 0]], [[0], [1]]),
+        request(2, [[1, 1], [2, 2]], [[2], [0]]),
+    ]
+    found = routing.compared_prompts(routing.iterations(requests), point, top_k)
+    for search, coefficient in zip(("semantic", "trajectory"), pearson, strict=True):
+        score, rate, pairs = found[search]
+        assert pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
+        assert rate.tolist() == hits
+        assert pearsonr(score, rate).statistic == pytest.approx(coefficient)
+        assert routing.correlation(score, rate, pairs)[0] == pytest.approx(coefficient)
+    assert found["semantic"][0] == pytest.approx(semantic, abs=1e-6)
+    if point == "prefill":
+        # A = 4 2 2 | 2 2 4, B = 3 3 2 | 4 2 2 and C = 2 4 2 | 2 2 4, in eighths.
+        across = 42 / math.sqrt(48 * 46)
+        assert found["trajectory"][0] == pytest.approx([across, 44 / 48, across])
+
+
+def test_a_request_is_the_mean_of_its_iterations() -> None:
+    # Embeddings (2 1 0)/3 and (1 2 0)/3; prefills and decodes swapped, so the same experts.
+    requests = [request(n, [[n, n], [2, 2]], [[0], [2]], [[1], [2]]) for n in (0, 1)]
+    found = routing.compared_prompts(routing.iterations(requests), "request", 2)
+    assert found["semantic"][0] == pytest.approx([0.8])
+    assert found["trajectory"][1].tolist() == [1]
+
+
+def test_an_interval_over_pairs_draws_requests() -> None:
+    rate = np.random.default_rng(1).random(10)
+    pairs = np.stack(np.triu_indices(5, 1), axis=1)
+    counts = weights(5, "requests")[1:]
+    counted = counts[:, pairs[:, 0]] * counts[:, pairs[:, 1]]
+    means = (counted @ rate)[counted.any(axis=1)] / counted.sum(axis=1)[counted.any(axis=1)]
+    expected = rate.mean(), *np.percentile(means, [2.5, 97.5])
+    assert routing.mean_with_interval(rate, pairs) == pytest.approx(expected)
 
 
 SCORES = arrays(np.float32, (3, 6), elements=st.floats(-10, 10, width=32))

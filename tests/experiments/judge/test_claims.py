@@ -270,7 +270,7 @@ CELL = {"model": "mixtral", "dataset": "docs"}
 ANALYSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fig3a-structure": ("3a", "heatmaps", {"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1]}),
     "fig4-falls": ("4", "hit_rates", {"granularity": "fine", "distance": range(5)}),
-    "fig9-pearson": ("9", "pearson", {"search": "semantic"}),
+    "fig9-pearson": ("9", "pearson", {"method": "pairs", "search": "semantic"}),
     "fig16a-plateau": ("16a", "capacity", {"search": "semantic", "capacity": [500, 1000, 1500]}),
     "table1-inactive-share-mixtral": ("table1", "models", {}),
     "table1-inactive-share-qwen": ("table1", "models", {}),
