@@ -151,7 +151,6 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
     Raises UserError for a value or a key that the target's annotations refuse.
     """
     values = values_of(cfg)
-    given = {key: value for key, value in values.items() if key not in DESCRIPTIONS}
     name = str(values.get("_target_"))
     module, _, attribute = name.rpartition(".")
     try:
@@ -169,12 +168,13 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
     except NameError:
         # A type that only type checkers import: what it annotates is not checked.
         hints = {}
-    named = [one for one in signature if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     fields = {
         one.name: (hints.get(one.name, Any), ... if one.default is one.empty else one.default)
-        for one in named
-        if one.name not in extra
+        for one in signature
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and one.name not in extra
     }
+    # A testbed takes prediction_us; a system's describes it.
+    given = {key: one for key, one in values.items() if key in fields or key not in DESCRIPTIONS}
     free = any(one.kind is one.VAR_KEYWORD for one in signature)
     valid = checked(schema("allow" if free else "forbid", **fields), given, _key(cfg))
     return partial(target, **{key: getattr(valid, key) for key in given}, **extra)

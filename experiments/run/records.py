@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -165,13 +164,13 @@ def check_writable(folder: Path, option: str) -> None:
 def new_folder(parent: Path) -> Path:
     """Make a folder named by the date and the second, which no other process gets."""
     named = parent / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    named.parent.mkdir(parents=True, exist_ok=True)
-    for count in itertools.count():
+    count = 0
+    while True:
         folder = named.with_name(f"{named.name}-{count}") if count else named
         with suppress(FileExistsError):
-            folder.mkdir()
-            break
-    return folder
+            folder.mkdir(parents=True)
+            return folder
+        count += 1
 
 
 def sweep_folder(parent: Path, overrides: str) -> Path:
@@ -208,11 +207,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_checked(path: Path, schema: type[BaseModel], due: str) -> dict[str, Any]:
-    """Return a JSON object as it is; UserError if it is unreadable or does not fit the schema."""
+def read_checked(path: Path, kind: type[BaseModel], due: str) -> dict[str, Any]:
+    """Return a JSON object as it is; UserError if it is unreadable or does not fit its schema."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        schema.model_validate(content)
+        kind.model_validate(content)
         return content
     except ValidationError as error:
         first = error.errors()[0]

@@ -85,11 +85,10 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
     import torch
 
     there = torch.cuda.device_count()
-    if not there:
-        raise UserError("testbed=local needs a CUDA device and finds none; use testbed=emulated")
-    if devices is not None and devices > there:
+    if there < (devices or 1):
         raise UserError(
-            f"testbed.devices={devices}, but this machine has {there} CUDA devices; lower it"
+            f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}; lower "
+            "testbed.devices or use testbed=emulated"
         )
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = f"{len(chosen)} x {torch.cuda.get_device_name(chosen[0])}"
