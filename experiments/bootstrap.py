@@ -1,9 +1,7 @@
-"""The bootstrap: every quantity is an array whose first entry is the estimate.
+"""The bootstrap: a quantity is an array, first its estimate, then its resamples.
 
-The other entries are the quantity in resamples, so that differences, ratios and averages of
-quantities are plain array arithmetic and their 95 % interval is two percentiles. Two runs that
-served the same requests of a dataset are resampled alike, request by request: they are paired.
-Averages over (model, dataset) cells draw cells, and requests within each.
+So differences, ratios and averages are array arithmetic. Runs that served the same requests of a
+dataset are resampled alike: they are paired. Averages over cells draw cells, and requests in each.
 """
 
 from __future__ import annotations

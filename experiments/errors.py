@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 from typing import Any
 
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -45,16 +45,21 @@ def command(interrupted: str = "interrupted") -> Iterator[None]:
     """Carry out a command: exit 2 after one line for bad input, 130 or 143 when stopped."""
     from finemoe.trace import TraceError
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         with file_errors():
             yield
-    except (UserError, TraceError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, TraceError, HydraException, OmegaConfBaseException) as error:
+        own = isinstance(error, UserError | TraceError)
+        print(f"error: {error if own else config_error(error)}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except KeyboardInterrupt as interrupt:
         print(interrupted, file=sys.stderr)
-        raise SystemExit(exit_code(interrupt)) from None
+        raise SystemExit(128 + (interrupt.args or (signal.SIGINT,))[0]) from None
+
+
+def _stop(number: int, _: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def words_given(
@@ -117,13 +122,3 @@ def config_error(error: Exception) -> str:
         extra = launcher[1].replace("submitit", "slurm")
         return f"{cause}; install it: pip install -e '.[{extra}]'"
     return f"{cause}; see --help"
-
-
-def stop(number: int, _: object) -> None:
-    """Handle a signal, such as SIGTERM, as an interrupt of the terminal."""
-    raise KeyboardInterrupt(number)
-
-
-def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the exit code of a command that a signal stopped: 130 when interrupted."""
-    return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, StrictBool, StrictStr
+from pydantic import ConfigDict, Field, StrictBool, StrictStr, create_model
 
 CHECKED = ConfigDict(allow_inf_nan=False, extra="forbid")
 
@@ -21,3 +21,14 @@ Rate = Annotated[Number, Field(ge=1e-3, le=1e9)]
 """GB/s, TFLOP/s, GB: far below the least and above the most that any hardware has."""
 Micros = Annotated[Number, Field(ge=0, le=1e9)]
 """Microseconds, at most a quarter of an hour."""
+
+
+def schema(extra: Literal["ignore", "allow", "forbid"] = "ignore", /, **fields: Any) -> Any:
+    """Return a model with a type for each field, or a pair of type and default."""
+    config = ConfigDict(
+        allow_inf_nan=False, extra=extra, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+    types: dict[str, Any] = {
+        key: kind if isinstance(kind, tuple) else (kind, ...) for key, kind in fields.items()
+    }
+    return create_model("Options", __config__=config, **types)

@@ -1,11 +1,8 @@
 """Text that every Python installation carries: the standard library's documentation and source.
 
-Recipe: every ``.py`` file of the standard library outside `EXCLUDED` gives one ``code`` document
-(its source) and one ``docs`` document (its docstrings, each under its qualified name); every topic
-of the language reference (`pydoc_data.topics`) gives one ``docs`` document. A tenth of the
-documents, chosen by a hash of their name, is held out. A file's source and docstrings share a
-name, so held-out docstrings are never seen inside training source; and a passage that stands in a
-training document too (topics quote each other) is dropped from the held-out ones.
+Every ``.py`` file gives its source and its docstrings, every topic of the language reference its
+text. A tenth of the documents, by a hash of their name, is held out: a file's source and docstrings
+together, and without passages that stand in a training document too.
 """
 
 from __future__ import annotations
@@ -53,14 +50,14 @@ class Document:
 @cache
 def documents() -> tuple[Document, ...]:
     """Return every document of the running Python, sorted by kind and name."""
-    every = [*_topic_documents(), *_module_documents()]
+    every = sorted(_all_documents(), key=lambda document: (document.kind, document.name))
     seen = {_body(one) for document in every if not document.held_out for one in document.passages}
 
     def unseen(document: Document) -> Document:
         passages = tuple(one for one in document.passages if _body(one) not in seen)
         return replace(document, passages=passages) if document.held_out else document
 
-    return tuple(map(unseen, sorted(every, key=lambda document: (document.kind, document.name))))
+    return tuple(map(unseen, every))
 
 
 def _body(passage: str) -> str:
@@ -68,13 +65,10 @@ def _body(passage: str) -> str:
     return passage.split("\n\n", 1)[-1].strip()
 
 
-def _topic_documents() -> Iterator[Document]:
+def _all_documents() -> Iterator[Document]:
     for name, text in topics.items():
         paragraphs = tuple(part for part in text.split("\n\n") if part.strip())
         yield Document(f"topics/{name}", "docs", paragraphs)
-
-
-def _module_documents() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from reprlib import repr as short
 from typing import Annotated, Any
@@ -23,6 +25,8 @@ from experiments.run.weights import hub_access, loading
 
 TURNS = ("conversation", "conversations")
 HUMANS = ("user", "human")
+PASSAGE_END = "\n\n"
+SUFFIXES = (".json", ".jsonl", ".parquet")
 PARQUET_ROWS = 100
 """Read at a time."""
 SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
@@ -55,17 +59,12 @@ def corpus_dataset(name: str, kind: Kind) -> Dataset:
 
 def corpus_texts(kind: str, held_out: bool) -> tuple[str, ...]:
     """Return passages of a kind: of held-out documents, or of those that models learned from."""
-    texts = [
-        passage.strip()
-        for document in documents()
-        if document.kind == kind and document.held_out == held_out
-        for passage in document.passages
-    ]
-    return tuple(dict.fromkeys(texts))
+    wanted = (one for one in documents() if (one.kind, one.held_out) == (kind, held_out))
+    return tuple(dict.fromkeys(text.strip() for one in wanted for text in one.passages))
 
 
 def _there(path: str) -> str:
-    if Path(path).suffix in READERS and not Path(path).is_file():
+    if Path(path).suffix in SUFFIXES and not Path(path).is_file():
         raise ValueError("there is no file; give dataset.path a json, jsonl or parquet file")
     return path
 
@@ -84,22 +83,22 @@ def conversations(
     unreadable, or no row is left.
     """
     file = Path(path)
-    rows = _local_rows(file) if file.suffix in READERS else _hub_rows(path, split, data_files)
-    texts, read, skipped, first = dict[str, None](), 0, 0, "no rows"
-    for place, row in rows:
+    rows = _local_rows(file) if file.suffix in SUFFIXES else _hub_rows(path, split, data_files)
+    texts, causes, read = dict[str, None](), list[str](), 0
+    for where, row in rows:
         read += 1
         try:
             texts[_first_turn(row)] = None
         except ValueError as error:
-            skipped += 1
-            first = f"{place}: {error}" if skipped == 1 else first
+            causes.append(f"{where}: {error}")
     if not texts:
-        raise UserError(f"{path} holds no usable prompt: {first}")
-    if not skipped:
-        return Dataset(name, path, tuple(texts))
-    told = f"skipped {skipped} row{'s' * (skipped > 1)}"
-    print(f"{told} of {path}: {first}", file=sys.stderr)
-    return Dataset(name, f"{path} ({told} of {read})", tuple(texts))
+        raise UserError(f"{path} holds no usable prompt: {[*causes, 'no rows'][0]}")
+    source = path
+    if causes:
+        skipped = f"skipped {len(causes)} row{'s' * (len(causes) > 1)}"
+        print(f"{skipped} of {path}: {causes[0]}", file=sys.stderr)
+        source = f"{path} ({skipped} of {read})"
+    return Dataset(name, source, tuple(texts))
 
 
 def draw_prompts(
@@ -110,8 +109,6 @@ def draw_prompts(
     The tokenizer's chat template, where it has one, is counted in. Raises UserError if too few
     texts are that long.
     """
-    if min(input_tokens, count) < 1:
-        raise UserError("workload.prompts and workload.input_tokens start at 1")
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
@@ -121,19 +118,52 @@ def draw_prompts(
         )
     texts = list(dataset.texts)
     random.Random(seed).shuffle(texts)
-    prompts: list[tuple[int, ...]] = []
-    for text in texts:
-        if len(prompts) == count:
-            break
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= room:
-            prompts.append((*before, *ids[:room], *after))
+    tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    long = ((*before, *ids[:room], *after) for ids in tokens if len(ids) >= room)
+    prompts = list(islice(long, count))
     if len(prompts) < count:
         raise UserError(
             f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the "
             f"{input_tokens} input tokens asked for, {count} are needed; lower "
             "workload.input_tokens or workload.prompts"
         )
+    return prompt_set(dataset, prompts)
+
+
+def prompts_of(
+    lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
+) -> tuple[PromptSet, int]:
+    """Return one prompt of exactly each length, and how many passes over the texts that took.
+
+    A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
+    prompt goes on with the next text, so that no text is used twice before all were; where the
+    first starts, and which request gets which run, is drawn by seed. The chat template is counted
+    in; a prompt without room for it and one more token goes without. Raises UserError if the texts
+    hold no token.
+    """
+    before, after = template(tokenizer)
+    order, draw = list(range(len(lengths))), random.Random(seed)
+    draw.shuffle(order)
+    start, used, some = draw.randrange(len(dataset.texts)), 0, False
+    texts = cycle((*dataset.texts[start:], *dataset.texts[:start]))
+    prompts: dict[int, tuple[int, ...]] = {}
+    for index in order:
+        room = lengths[index] - len(before) - len(after)
+        wanted = room if room >= 1 else lengths[index]
+        tokens: list[int] = []
+        while len(tokens) < wanted:
+            tokens += tokenizer(next(texts) + PASSAGE_END, add_special_tokens=False)["input_ids"]
+            used, some = used + 1, some or bool(tokens)
+            if used >= len(dataset.texts) and not some:
+                raise UserError(f"the texts of {dataset.name} hold no token")
+        tokens = tokens[:wanted]
+        prompts[index] = (*before, *tokens, *after) if room >= 1 else tuple(tokens)
+    passes = math.ceil(used / len(dataset.texts))
+    return prompt_set(dataset, [prompts[index] for index in range(len(lengths))]), passes
+
+
+def prompt_set(dataset: Dataset, prompts: list[tuple[int, ...]]) -> PromptSet:
+    """Return prompts with their hash and where they come from."""
     digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
     return PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
 
@@ -158,9 +188,9 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, each with its place; a row that cannot be parsed as its error."""
+    """Yield the rows of a file, each with its line or number."""
     try:
-        yield from READERS[path.suffix](path)
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise UserError(
             f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}; mend or replace it"
@@ -168,29 +198,22 @@ def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read a list of rows, or one row, or else one row a line."""
+    """Read a list of rows, or one row, or else one row per line: what is no JSON as its error."""
     content = path.read_bytes()
-    try:
-        document = json.loads(content)
-    except ValueError:
-        if content.lstrip().startswith(b"["):
-            raise
-        yield from _json_lines(path)
+    document = _parsed(content)
+    if isinstance(document, Exception):
+        if path.suffix == ".json" and content.lstrip().startswith(b"["):
+            raise document
+        lines = enumerate(content.split(b"\n"), 1)
+        yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
         return
     rows = document if isinstance(document, list) else [document]
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _parsed(line)
-
-
-def _parsed(line: bytes) -> Any:
+def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         return error
 
@@ -198,15 +221,12 @@ def _parsed(line: bytes) -> Any:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        held = [name for name in TURNS if name in names]
-        if not held:
+        columns = [name for name in TURNS if name in names]
+        if not columns:
             raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
-        batches = file.iter_batches(PARQUET_ROWS, columns=held)
+        batches = file.iter_batches(PARQUET_ROWS, columns=columns)
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-READERS = {".json": _json_rows, ".jsonl": _json_lines, ".parquet": _parquet_rows}
 
 
 def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:

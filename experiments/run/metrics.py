@@ -44,19 +44,19 @@ class AccessCounter:
         return dict(zip(KINDS, map(sum, zip(*counts, strict=True)), strict=True))
 
     def summary(self) -> dict[str, Any]:
-        """Return counts and hit rates, in all and by phase."""
-        by_phase = {}
-        for name in get_args(Phase):
-            accesses = self.over(number for number, phase in self.phases.items() if phase == name)
-            by_phase[name] = {**accesses, "expert_hit_rate": _hit_rate(accesses)}
-        total = self.over(self.counts)
-        return {"expert_hit_rate": _hit_rate(total), **total, "phases": by_phase}
+        """Return counts and hit rates, in all and by phase; the rate is None without an access."""
 
+        def rated(iterations: Iterable[int]) -> dict[str, Any]:
+            accesses = self.over(iterations)
+            total = sum(accesses.values())
+            return {**accesses, "expert_hit_rate": accesses["hits"] / total if total else None}
 
-def _hit_rate(accesses: dict[str, int]) -> float | None:
-    """Return hits over all accesses; None without any."""
-    total = sum(accesses.values())
-    return accesses["hits"] / total if total else None
+        phases = {
+            name: rated(number for number, phase in self.phases.items() if phase == name)
+            for name in get_args(Phase)
+        }
+        total = rated(self.counts)
+        return {"expert_hit_rate": total["expert_hit_rate"], **total, "phases": phases}
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
@@ -90,20 +90,18 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
     """
     rows = []
     for one in served:
-        row = {
-            "request": one.request.number,
-            "batch": one.batch,
-            "input_tokens": len(one.request.prompt),
-            "output_tokens": len(one.tokens),
-            "ttft_s": one.ttft,
-            "tpot_s": one.tpot,
-            "e2el_s": one.e2el,
-        }
-        if one.request.arrival is not None:
-            row |= {"arrival_s": one.request.arrival, "queueing_s": one.queueing}
+        request = one.request
+        waited = {"arrival_s": request.arrival, "queueing_s": one.queueing}
         rows.append(
             {
-                **row,
+                "request": request.number,
+                "batch": one.batch,
+                "input_tokens": len(request.prompt),
+                "output_tokens": len(one.tokens),
+                "ttft_s": one.ttft,
+                "tpot_s": one.tpot,
+                "e2el_s": one.e2el,
+                **(waited if request.arrival is not None else {}),
                 **counter.over(one.iterations),
                 "itl_s": list(one.itl),
                 "tokens": list(one.tokens),

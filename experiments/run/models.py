@@ -12,8 +12,9 @@ from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 
+from experiments import CONF
 from experiments.errors import UserError
-from experiments.run.weights import MODELS, SCALE_MODELS, hub_access, loading, source_of
+from experiments.run.weights import SCALE_MODELS, hub_access, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 
 if TYPE_CHECKING:
@@ -71,15 +72,16 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     """
     import transformers
 
-    whole = None if weights == "dummy" else load_plain(cfg, weights)
-    with loading(f"weights={weights}", "choose another model"):
-        if whole is None:
+    if weights == "dummy":
+        with loading(f"weights={weights}", "choose another model"):
             offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 SCALE_MODELS / cfg.dummy_tokenizer
             )
-        else:
-            offloaded, tokenizer = OffloadedModel.from_model(whole[0], device), whole[1]
+    else:
+        model, tokenizer = load_plain(cfg, weights)
+        with loading(f"weights={weights}", "choose another model"):
+            offloaded = OffloadedModel.from_model(model, device)
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
 
@@ -107,7 +109,7 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     import transformers
 
-    wanted, dtype = _facts(cfg), getattr(torch, cfg.dtype)
+    wanted, dtype = [OmegaConf.select(cfg, key) for key in FACTS], getattr(torch, cfg.dtype)
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
         if source is None:
@@ -120,27 +122,25 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
         size = experts.down_proj[0].numel() // shape.hidden_size
-    found = (config.model_type, *astuple(shape), size)
-    compared = zip(wanted[: 4 if weights == "scale" else None], found, strict=False)
+    facts = (config.model_type, *astuple(shape), size)
+    compared = zip(wanted[: 4 if weights == "scale" else None], facts, strict=False)
     if any(want not in (None, has) for want, has in compared):
         raise UserError(
-            f"weights={weights} hold {DESCRIPTION.format(*found)}, model={cfg.name} is "
-            f"{DESCRIPTION.format(*wanted)}; {_better(found, Path(source or ''))}"
+            f"weights={weights} hold {DESCRIPTION.format(*facts)}, model={cfg.name} is "
+            f"{DESCRIPTION.format(*wanted)}; {_better(facts, Path(source or ''))}"
         )
     return model
 
 
-def _facts(cfg: Any) -> tuple[Any, ...]:
-    """Return what a model's YAML says of FACTS, None where it says nothing."""
-    return tuple(OmegaConf.select(cfg, key) for key in FACTS)
-
-
-def _better(found: tuple[Any, ...], folder: Path) -> str:
+def _better(facts: tuple[Any, ...], folder: Path) -> str:
     """Return what to do about weights that are not the model's."""
     if folder.resolve().parent == SCALE_MODELS:
         return f"use model={folder.name} weights=scale, trained with experiments.train.scale_models"
-    fitting = [path.stem for path in MODELS if _facts(OmegaConf.load(path)) == found]
-    return f"use model={fitting[0]}" if fitting else "write a YAML for them in conf/model"
+    known = {path.stem: OmegaConf.load(path) for path in sorted(CONF.glob("model/*.yaml"))}
+    for name, model in known.items():
+        if facts == tuple(OmegaConf.select(model, key) for key in FACTS):
+            return f"use model={name}"
+    return "write a YAML for them in conf/model"
 
 
 def _tokenizer(source: str, outline: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import lzma
 import os
@@ -24,12 +23,13 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from experiments import ROOT
 from experiments.errors import UserError
 from experiments.run.weights import fingerprint
 from finemoe.files import atomic_write, partial_name
+from finemoe.options import Flag, schema
 from finemoe.trace import UNREADABLE, check_size
 
 RECORD = "run.json"
@@ -41,8 +41,6 @@ LONGEST_NAME = 255
 """In bytes, of a file or a folder."""
 PLACES = ("output", "logger", "traces", "experiment")
 """Settings that say where results go, not what they are."""
-DRAWN = ("look",)
-"""Settings of a system that only figures use."""
 AGAIN = "remove the folder and run it again"
 COLUMNS = {
     "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
@@ -71,81 +69,71 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def part(**fields: Any) -> Any:
-    """Return a schema: a type for each field, or a pair of type and default."""
-    config = ConfigDict(strict=True, allow_inf_nan=False)
-    return create_model("Part", __config__=config, **fields)
-
-
-def optional(kind: Any, *names: str) -> dict[str, Any]:
-    """Return fields of a type, or None, that may be left out."""
-    return dict.fromkeys(names, (kind | None, None))
-
-
-AMOUNT: Any = Annotated[float, Field(ge=0, le=LARGEST)]
-COUNT: Any = Annotated[int, Field(ge=0, le=10**18)]
-TEXT: Any = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+AMOUNT: Any = Annotated[float, Field(strict=True, ge=0, le=LARGEST)]
+COUNT: Any = Annotated[int, Field(strict=True, ge=0, le=10**18)]
+TEXT: Any = Annotated[str, Field(strict=True, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 NAME: Any = Annotated[TEXT, Field(min_length=1, max_length=200), AfterValidator(_inside)]
-PAIR: Any = Annotated[list[AMOUNT], Field(min_length=2, max_length=2)]
-LATENCY = part(mean=AMOUNT, ci95=PAIR | None)
-SUMMARY = part(
-    lossless=bool | None,
+LATENCY = schema(
+    mean=AMOUNT, ci95=Annotated[list[AMOUNT], Field(min_length=2, max_length=2)] | None
+)
+SUMMARY = schema(
+    lossless=Flag | None,
     dense_bytes=COUNT,
-    **optional(LATENCY, "ttft_s", "tpot_s", "e2el_s"),
-    **optional(AMOUNT, "expert_hit_rate"),
-    **optional(COUNT, "hits", "late", "misses", "slot_budget_bytes"),
-    **optional(COUNT, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
-    **optional(dict[TEXT, AMOUNT], "phase_seconds"),
-    **optional(part(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT), "bound"),
+    **dict.fromkeys(("ttft_s", "tpot_s", "e2el_s"), (LATENCY | None, None)),
+    **dict.fromkeys(("hits", "late", "misses", "slot_budget_bytes"), (COUNT | None, None)),
+    **dict.fromkeys(("bytes_prefetched", "bytes_on_demand", "bytes_wasted"), (COUNT | None, None)),
+    expert_hit_rate=(AMOUNT | None, None),
+    phase_seconds=(dict[TEXT, AMOUNT] | None, None),
+    bound=(schema(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT) | None, None),
     busy_seconds=(AMOUNT, 0.0),
 )
-MACHINE = part(cpu=TEXT, cores=COUNT | None, memory_gb=AMOUNT, gpus=list[TEXT], system=TEXT)
-PROVENANCE = {
-    **{"date": TEXT, "python": TEXT, "versions": dict[TEXT, TEXT], "machine": MACHINE},
-    **optional(TEXT, "git_commit"),
-    **optional(bool, "git_dirty"),
+PROVENANCE: dict[str, Any] = {
+    "date": TEXT,
+    "python": TEXT,
+    "versions": dict[TEXT, TEXT],
+    "machine": schema(cpu=TEXT, cores=COUNT | None, memory_gb=AMOUNT, gpus=list[TEXT], system=TEXT),
+    "git_commit": (TEXT | None, None),
+    "git_dirty": (Flag | None, None),
 }
-CONFIG = part(
+CONFIG = schema(
     **dict.fromkeys(("system", "workload", "testbed"), dict[TEXT, Any]),
-    model=part(name=NAME, hub_id=TEXT, prefetch_distance=COUNT),
+    model=schema(name=NAME, hub_id=TEXT, prefetch_distance=COUNT),
     memory_budget=AMOUNT | TEXT,
     weights=TEXT,
     seed=COUNT,
 )
-TOLD = (
-    "system", "model", "dataset", "dataset_source", "dataset_sha256", "testbed", "weights",
-    "routing",
-)  # fmt: skip
-RUN_RECORD = part(
+RUN_RECORD = schema(
     status=Literal["complete"],
     mode=Literal["measured", "emulated", "simulated"],
-    **dict.fromkeys(TOLD, TEXT),
-    **optional(TEXT, "weights_fingerprint", "requests_sha256"),
+    **dict.fromkeys(("system", "model", "testbed", "weights", "routing"), TEXT),
+    **dict.fromkeys(("dataset", "dataset_source", "dataset_sha256"), TEXT),
+    **dict.fromkeys(("weights_fingerprint", "requests_sha256"), (TEXT | None, None)),
     memory_budget_gb=AMOUNT | None,
     seed=COUNT,
     summary=SUMMARY,
     config=Annotated[dict[str, Any], AfterValidator(_resolved)],
     **PROVENANCE,
 )
-INDEX = part(title=(TEXT, ""), source=(TEXT, ""), runs=(list[NAME], []), files=(list[TEXT], []))
-SUBJECT = part(model=TEXT, dataset=TEXT, weights=TEXT, requests=COUNT, measured_requests=COUNT)
-ANALYSIS = part(
+INDEX = schema(title=(TEXT, ""), source=(TEXT, ""), runs=(list[NAME], []), files=(list[TEXT], []))
+SUBJECT: Any = schema(
+    model=TEXT, dataset=TEXT, weights=TEXT, requests=COUNT, measured_requests=COUNT
+)
+ANALYSIS = schema(
     id=NAME,
     **dict.fromkeys(("label", "title", "mode"), TEXT),
-    subjects=list[SUBJECT],  # type: ignore[valid-type]
+    subjects=list[SUBJECT],
     tables=list[NAME],
-    provenance=part(**PROVENANCE),
+    provenance=schema(**PROVENANCE),
 )
 
 
-def comparable(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config as plain data, without what says where results go or how they look."""
-    return _comparable(OmegaConf.to_container(cfg, resolve=True))
-
-
-def _comparable(config: Any) -> dict[str, Any]:
-    system = {key: value for key, value in config["system"].items() if key not in DRAWN}
+def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what says where results go or how figures draw its system."""
+    config: Any = cfg
+    if isinstance(cfg, DictConfig):
+        config = OmegaConf.to_container(cfg, resolve=True)
     settings = {key: value for key, value in config.items() if key not in PLACES}
+    system = {key: value for key, value in config["system"].items() if key != "look"}
     return {**settings, "system": system}
 
 
@@ -156,15 +144,14 @@ def existing_record(cfg: DictConfig) -> Path | None:
     if the folder holds another run's record, or cannot be written to.
     """
     folder = Path(cfg.output)
-    record = folder / RECORD
-    if record.exists():
-        held = read_record(record)
-        wanted = json.loads(json.dumps(comparable(cfg)))
-        if _comparable(held["config"]) == wanted:
-            return record if of_these_weights(held) else None
+    path = folder / RECORD
+    if not path.exists():
+        check_writable(folder, "output")
+        return None
+    record = read_record(path)
+    if comparable(record["config"]) != json.loads(json.dumps(comparable(cfg))):
         raise UserError(f"{folder} holds the record of another config; choose another output=")
-    check_writable(folder, "output")
-    return None
+    return path if of_these_weights(record) else None
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -182,13 +169,13 @@ def check_writable(folder: Path, option: str) -> None:
 def new_folder(parent: Path) -> Path:
     """Make a folder named by the date and the second, which no other process gets."""
     named = parent / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    named.parent.mkdir(parents=True, exist_ok=True)
-    for count in itertools.count():
+    count = 0
+    while True:
         folder = named.with_name(f"{named.name}-{count}") if count else named
         with suppress(FileExistsError):
-            folder.mkdir()
-            break
-    return folder
+            folder.mkdir(parents=True)
+            return folder
+        count += 1
 
 
 def sweep_folder(parent: Path, overrides: str) -> Path:
@@ -225,12 +212,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_checked(path: Path, schema: type[BaseModel], due: str) -> dict[str, Any]:
-    """Return a JSON object as it is; UserError if it is unreadable or does not fit the schema."""
+def read_checked(path: Path, kind: type[BaseModel], due: str) -> dict[str, Any]:
+    """Return a JSON object as it is; UserError if it is unreadable or does not fit its schema."""
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
-        schema.model_validate(plain)
-        return plain
+        content: dict[str, Any] = json.loads(path.read_text())
+        kind.model_validate(content)
+        return content
     except ValidationError as error:
         first = error.errors()[0]
         cause = f"{'.'.join(map(str, first['loc']))!a}: {first['msg']}"
@@ -255,7 +242,7 @@ def read_requests(record: Path) -> pd.DataFrame:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
             table: pd.DataFrame = file.read().to_pandas()
-        wrong = [name for name, least in COLUMNS.items() if not _is_amount(table, name, least)]
+        wrong = [name for name, share in COLUMNS.items() if not _is_amount(table, name, share)]
         if wrong or table.empty:
             raise ValueError(f"no numbers as {', '.join(wrong)}" if wrong else "no requests")
         table = table.reindex(columns=table.columns.union([*COLUMNS], sort=False))
@@ -265,13 +252,13 @@ def read_requests(record: Path) -> pd.DataFrame:
     return table
 
 
-def _is_amount(table: pd.DataFrame, name: str, least: float) -> bool:
+def _is_amount(table: pd.DataFrame, name: str, share: float) -> bool:
     """Tell whether a column has numbers from 0 up in at least this share of its rows, only."""
     if name not in table:
-        return least == 0
-    held = table[name].dropna()
-    numbers = held.dtype.kind in "iuf" and bool(held.between(0, LARGEST).all())
-    return len(held) >= least * len(table) and (held.empty or numbers)
+        return share == 0
+    values = table[name].dropna()
+    numbers = values.dtype.kind in "iuf" and bool(values.between(0, LARGEST).all())
+    return len(values) >= share * len(table) and (values.empty or numbers)
 
 
 def _sha256(path: Path) -> str | None:
@@ -284,11 +271,10 @@ def _sha256(path: Path) -> str | None:
 def of_these_weights(record: Mapping[str, Any]) -> bool:
     """Tell whether a run record is of the weights that its config names today."""
     config = record["config"]
-    try:
+    with suppress(OSError):
         now = fingerprint(config["model"], str(config["weights"]), config["seed"])
-    except OSError:
-        return False
-    return bool(record.get("weights_fingerprint") == now)
+        return bool(record.get("weights_fingerprint") == now)
+    return False
 
 
 def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -> Path:
@@ -303,69 +289,55 @@ def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -
 
 def provenance() -> dict[str, Any]:
     """Return what a number depends on beyond the config: versions, machine, commit, date."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": machine(),
+        "machine": {
+            "cpu": named[0] if named else platform.processor(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(pages / 1e9, 1),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "system": platform.platform(),
+        },
         **git_state(),
     }
 
 
 def other_code(record: Mapping[str, Any]) -> str | None:
     """Say which code made a record if it may be other than today's; None if it is the same."""
-    names = "git_commit", "git_dirty"
-    made, now = ([facts.get(name) for name in names] for facts in (record, git_state()))
+    made, now = ((one.get("git_commit"), one.get("git_dirty")) for one in (record, git_state()))
     if made == now and not now[1]:
         return None
-    told = (f"{str(commit)[:9]}{' with changes' * bool(dirty)}" for commit, dirty in (made, now))
-    return "made by commit {}, now {}; delete it to run again".format(*told)
-
-
-def machine() -> dict[str, Any]:
-    """Return processor, cores, memory and accelerators of this machine."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(pages / 1e9, 1),
-        "gpus": gpus,
-        "system": platform.platform(),
-    }
+    old, new = (
+        f"{str(commit)[:9]}{' with changes' * bool(dirty)}" for commit, dirty in (made, now)
+    )
+    return f"made by commit {old}, now {new}; delete it to run again"
 
 
 @cache
 def git_state() -> dict[str, Any]:
     """Return the commit of the project and whether its files, but for results, differ from it."""
-    root = ROOT
 
-    def git(*arguments: str) -> str | None:
+    def git(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
 
-    # What runs write there changes no later run.
-    status = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"
-    )
+    # What runs write to results changes no later run.
+    status = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
     dirty = None if status is None else bool(status)
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 # All runs of a results folder in one file -------------------------------------------------------

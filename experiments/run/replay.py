@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.run.config import budget_slots, build, check_room, full_size, load_store, plain
+from experiments.run.config import budget_slots, build, check_room, full_size, load_store, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
 from experiments.run.routing import open_routing
@@ -183,7 +183,7 @@ class ReplaySetup(Setup):
         """Return the least time, which is kept beside a kept trace for every other system."""
         if not self.settings.fixed:
             return None
-        of = [self.slots, *(plain(self.cfg[name]) for name in ("testbed", "model", "workload"))]
+        of = [self.slots, *(values_of(self.cfg[name]) for name in ("testbed", "model", "workload"))]
         digest = hashlib.sha256(json.dumps([self.trace.path.name, *of]).encode()).hexdigest()[:16]
         path = self.trace.path.parent / "bounds" / f"{digest}.json"
         with suppress(OSError, ValueError, TypeError):

@@ -1,8 +1,4 @@
-"""The testbeds that conf/testbed names.
-
-`local` is what is there, `emulated` paces real copies, `simulated` is hardware in virtual time, and
-`calibrated` is this machine's own emulated testbed in virtual time.
-"""
+"""The testbeds of conf/testbed: what is there, real copies that are paced, and virtual time."""
 
 from __future__ import annotations
 
@@ -12,16 +8,16 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from experiments import CONF
 from experiments.errors import UserError
-from experiments.run.config import build, full_size
+from experiments.run.config import build, checked, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
 from finemoe.offload.replay import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
-from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text
+from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
 MB = 1_000_000
@@ -31,9 +27,6 @@ FREE = "none: a bound, or a system that predicts nothing"
 Few = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Megabytes = Annotated[Number, Field(ge=0.1, le=1e6)]
 Call = Literal["embeddings", "gate", "update"]
-CALLS: tuple[Call, ...] = get_args(Call)
-PredictionMicros = Mapping[Call, Micros]
-LinkNumber = Literal["gb_s", "time_scale", "latency_us", "wake_us", "lag_us"]
 SystemMicros = Mapping[str, Micros]
 
 
@@ -77,10 +70,7 @@ def emulated(
 
 
 def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
-    """Return as many of this thread's cores as the model has threads, and those that are left.
-
-    Raises UserError if none are left, or the system lets nobody choose.
-    """
+    """Return cores for the model's threads, and those left; UserError if there are none."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if threads >= len(cores):
         raise UserError(
@@ -95,11 +85,10 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
     import torch
 
     there = torch.cuda.device_count()
-    if not there:
-        raise UserError("testbed=local needs a CUDA device and finds none; use testbed=emulated")
-    if devices is not None and devices > there:
+    if there < (devices or 1):
         raise UserError(
-            f"testbed.devices={devices}, but this machine has {there} CUDA devices; lower it"
+            f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}; lower "
+            "testbed.devices or use testbed=emulated"
         )
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = f"{len(chosen)} x {torch.cuda.get_device_name(chosen[0])}"
@@ -147,36 +136,31 @@ def _prediction(system: Any, model: str) -> tuple[Mapping[Call, float], str]:
     label, own = system.label, _measured(system)
     if model in own:
         return own[model], f"{label} on {model}"
-    others = [OmegaConf.load(path) for path in sorted(CONF.glob("system/*.yaml"))]
-    like = {label: own} if own else {one.label: _measured(one) for one in others}
+    systems = [system] if own else map(OmegaConf.load, sorted(CONF.glob("system/*.yaml")))
+    like = {one.label: _measured(one) for one in systems}
     measured = [calls for models in like.values() for calls in models.values()]
-    dearest = {call: max(one.get(call, 0.0) for one in measured) for call in CALLS}
+    dearest = {call: max(one.get(call, 0.0) for one in measured) for call in get_args(Call)}
     source = ", ".join(name for name, models in like.items() if models)
     return dearest, f"assumed, as nobody measured {label} on {model}: the dearest of {source}"
 
 
 def _measured(system: Any) -> dict[str, dict[Call, float]]:
     """Return the microseconds of a system's calls by model, as its YAML has them."""
-    own = system.get("prediction_us")
-    values = {} if own is None else OmegaConf.to_container(own)
-    try:
-        return TypeAdapter(dict[str, dict[Call, Micros]]).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("prediction_us", *first["loc"])))
-        raise UserError(f"system.{key}={first['input']}: {first['msg']}") from error
+    kind = schema(prediction_us=(dict[str, dict[Call, Micros]] | None, None))
+    values: Any = OmegaConf.to_container(system)
+    return checked(kind, values, "system").prediction_us or {}
 
 
 def calibrated(
     name: str,
     model: str,
     devices: Few,
-    link: Mapping[LinkNumber, Micros],
+    link: Mapping[Literal["gb_s", "time_scale", "latency_us", "wake_us", "lag_us"], Micros],
     chunk_mb: Megabytes,
     resume_us: Micros,
     compute_us: Mapping[str, Mapping[str, Micros | SystemMicros]],
     collect_us: SystemMicros,
-    prediction_us: Mapping[str, PredictionMicros],
+    prediction_us: Mapping[str, Mapping[Call, Micros]],
 ) -> SimulatedTestbed:
     """Return the testbed that `python -m experiments.validate.calibrate` wrote.
 

@@ -14,8 +14,6 @@ from experiments.run.records import RECORD, REQUESTS
 
 WAIT_SECONDS = 10
 """For an answer of W&B."""
-Log = Callable[[Any], None]
-"""Logs to a run of W&B."""
 
 
 def is_logged(result: Path) -> bool:
@@ -34,8 +32,10 @@ def log_record(project: str, folder: Path, record: dict[str, Any]) -> None:
         run.summary.update(record["summary"])
         run.log({"requests": wandb.Table(dataframe=table)})
 
-    tags = [record["mode"], record["weights"]]
-    _log(folder / RECORD, log, project, name=_name(record), config=record["config"], tags=tags)
+    budget = record["memory_budget_gb"]
+    size = "no budget" if budget is None else f"{budget:.1f}GB"
+    name, tags = f"{record['system']}-{record['model']}-{size}", [record["mode"], record["weights"]]
+    _log(folder / RECORD, log, project, name=name, config=record["config"], tags=tags)
 
 
 def log_reproduction(project: str, report: Path) -> None:
@@ -53,7 +53,7 @@ def log_reproduction(project: str, report: Path) -> None:
     _log(report, log, project, name="reproduction")
 
 
-def _log(result: Path, log: Log, project: str, **facts: Any) -> None:
+def _log(result: Path, log: Callable[[Any], None], project: str, **facts: Any) -> None:
     """Log a result and mark it so; if W&B fails, the result stays, and one line says why."""
     if is_logged(result) or _mode() == "disabled":
         return
@@ -64,8 +64,8 @@ def _log(result: Path, log: Log, project: str, **facts: Any) -> None:
         settings = wandb.Settings(
             silent=True, init_timeout=WAIT_SECONDS, finish_timeout=60, finish_timeout_raises=True
         )
-        place: dict[str, Any] = {"dir": str(result.parent), "mode": _mode()}
-        with wandb.init(project=project, settings=settings, **place, **facts) as run:
+        facts |= {"dir": str(result.parent), "mode": _mode()}
+        with wandb.init(project=project, settings=settings, **facts) as run:
             log(run)
         _mark(result).touch()
     except Exception as error:
@@ -77,12 +77,6 @@ def _log(result: Path, log: Log, project: str, **facts: Any) -> None:
 
 def _mark(result: Path) -> Path:
     return result.parent / "wandb" / "logged"
-
-
-def _name(record: dict[str, Any]) -> str:
-    budget = record["memory_budget_gb"]
-    held = "no budget" if budget is None else f"{budget:.1f}GB"
-    return f"{record['system']}-{record['model']}-{held}"
 
 
 def _mode() -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
@@ -16,13 +15,11 @@ from typing import Any
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import logging
-from omegaconf import OmegaConf
 
-from experiments import CONF, ROOT
+from experiments import ROOT
 from experiments.errors import UserError
 
 SCALE_MODELS = ROOT / "experiments" / "scale"
-MODELS = sorted(CONF.glob("model/*.yaml"))
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
 LARGE = 2**30
 """From this size in bytes on, a file is told by its size and time of change: reading takes long."""
@@ -35,14 +32,18 @@ def fingerprint(model: Any, weights: str, seed: int) -> str:
     over the revision that this machine holds, if it holds one; of dummies over their seed.
     """
     if weights == "dummy":
-        told = [("dummy", str(seed))]
+        facts = [("dummy", str(seed))]
     elif weights == "hub":
-        told = [(model["hub_id"], _revision(model["hub_id"]))]
+        name = "models--" + model["hub_id"].replace("/", "--")
+        reference = Path(constants.HF_HUB_CACHE, name, "refs", "main")
+        revision = reference.read_text().strip() if reference.exists() else "unknown"
+        facts = [(model["hub_id"], revision)]
     else:
-        folder = folder_of(model, weights)
-        found = sorted(path for pattern in OF_A_MODEL for path in folder.glob(pattern))
-        told = [(path.name, _content(path)) for path in found]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        folder = folder_of(model, weights).resolve()
+        paths = sorted(path for pattern in OF_A_MODEL for path in folder.glob(pattern))
+        stats = [(path, path.stat()) for path in paths]
+        facts = [(path.name, _digest(path, one.st_size, one.st_mtime_ns)) for path, one in stats]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def folder_of(model: Any, weights: str) -> Path:
@@ -56,7 +57,6 @@ def source_of(model: Any, weights: str) -> str:
         return str(model.hub_id)
     path = folder_of(model, weights)
     if (path / "config.json").exists():
-        _check_family(model, path)
         return str(path)
     if weights == "scale":
         raise UserError(
@@ -65,20 +65,6 @@ def source_of(model: Any, weights: str) -> str:
             "weights=hub or a local folder"
         )
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
-
-
-def _check_family(model: Any, folder: Path) -> None:
-    """Refuse weights of another family of conf/model at a glance; what else is amiss takes longer.
-
-    Raises UserError.
-    """
-    with suppress(OSError, ValueError, AttributeError):
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
-        wanted = model.scale.config.model_type
-        known = {OmegaConf.load(path).scale.config.model_type: path.stem for path in MODELS}
-        if found != wanted and found in known:
-            told = f"weights={folder} hold a {found} model, while model={model.name} is a {wanted}"
-            raise UserError(f"{told}; use model={known[found]}")
 
 
 @contextmanager
@@ -128,16 +114,6 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         elif any(isinstance(one, RepositoryNotFoundError) for one in causes):
             remedy = "check its name, ask for access on its page and run `hf auth login`"
         raise UserError(f"cannot load {what}: {cause.rstrip(' .')}; {remedy}") from error
-
-
-def _revision(hub_id: str) -> str:
-    reference = Path(constants.HF_HUB_CACHE, "models--" + hub_id.replace("/", "--"), "refs", "main")
-    return reference.read_text().strip() if reference.exists() else "unknown"
-
-
-def _content(path: Path) -> str:
-    stat = path.stat()
-    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @cache

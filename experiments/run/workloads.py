@@ -7,24 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
+import pandas as pd
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from experiments.errors import UserError
-from experiments.run.arrivals import Arrival, Process, generated, read_azure_trace, sampled
-from experiments.run.datasets import Dataset, PromptSet, draw_prompts, template
+from experiments.run.datasets import Dataset, PromptSet, draw_prompts, prompts_of
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Request, Schedule, Served
 from finemoe.options import CHECKED, Count, Number, Text, Whole
 from finemoe.trace import Trace, TraceError
 
-PASSAGE_END = "\n\n"
-UNKNOWN = "unknown: a foreign trace"
+Process = Literal["poisson", "trace"]
+
+TIME, INPUT, OUTPUT = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
+LONGEST = 2**31
+CONVERSATIONS = {"input_tokens": (6.6333, 0.9852, 14050), "output_tokens": (5.0190, 0.8590, 1000)}
+"""Mean and standard deviation of ln tokens over the conversation trace of 2023, and its largest.
+
+Log-normal lengths are a stand-in: the trace has several modes (Kolmogorov-Smirnov distance 0.16
+and 0.18), and the logarithms of a row's two lengths correlate by 0.09, which is left out.
+"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Offline(WorkloadSettings):
             )
         if self.warmup > cut:
             raise UserError(
-                f"workload.warmup={self.warmup}, but there are {cut} history prompts; lower it"
+                f"workload.warmup={self.warmup} of {cut} history prompts; set workload.warmup={cut}"
             )
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
         return Workload(prompts, history, history[: self.warmup], measured)
@@ -168,23 +178,16 @@ class Online(WorkloadSettings):
         self.plan(seed)
 
     def draw(self, dataset: Dataset, tokenizer: Any, seed: int) -> Workload:
-        plan = self.plan(seed)
-        lengths = [arrival.input_tokens for arrival in plan]
-        prompts, passes = prompts_of(lengths, dataset, tokenizer, seed)
-        digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
-        drawn = PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
-        requests = tuple(
-            Request(number, prompt, arrival.output_tokens, arrival.seconds)
-            for number, (prompt, arrival) in enumerate(zip(prompts, plan, strict=True))
-        )
-        return Workload(drawn, (), (), requests, passes)
+        requests = self._requests(seed)
+        lengths = [request.input_tokens or 0 for request in requests]
+        drawn, passes = prompts_of(lengths, dataset, tokenizer, seed)
+        pairs = zip(requests, drawn.prompts, strict=True)
+        measured = (replace(one, prompt=prompt, input_tokens=None) for one, prompt in pairs)
+        return Workload(drawn, (), (), tuple(measured), passes)
 
     def traced(self, trace: Trace, seed: int) -> Workload:
-        requests = tuple(
-            Request(number, (), one.output_tokens, one.seconds, one.input_tokens)
-            for number, one in enumerate(self.plan(seed))
-        )
-        return Workload(origin(trace), (), (), requests, trace.header.provenance.get("passes"))
+        passes = trace.header.provenance.get("passes")
+        return Workload(origin(trace), (), (), self._requests(seed), passes)
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return ContinuousBatches(requests, self.max_batch_size)
@@ -196,11 +199,22 @@ class Online(WorkloadSettings):
         return ContinuousBatches(waiting, self.recording_batch)
 
     def lengths(self, seed: int) -> dict[str, Any]:
-        return {"online": [(one.input_tokens, one.output_tokens) for one in self.plan(seed)]}
+        return {"online": self.plan(seed)[["input_tokens", "output_tokens"]].to_numpy().tolist()}
 
-    def plan(self, seed: int) -> list[Arrival]:
-        """Draw arrivals and lengths by seed, in order of time; UserError for a bad trace."""
-        return [self._capped(arrival) for arrival in self._drawn(seed)]
+    def plan(self, seed: int) -> pd.DataFrame:
+        """Draw arrivals and lengths by seed, as `read_azure_trace` has them, under the caps."""
+        rows = self._drawn(seed)
+        return rows.assign(
+            input_tokens=rows["input_tokens"].clip(upper=self.max_input_tokens),
+            output_tokens=rows["output_tokens"].clip(upper=self.max_output_tokens),
+        )
+
+    def _requests(self, seed: int) -> tuple[Request, ...]:
+        plan = self.plan(seed)
+        columns = (plan[name] for name in ("output_tokens", "seconds", "input_tokens"))
+        return tuple(
+            Request(number, (), *row) for number, row in enumerate(zip(*columns, strict=True))
+        )
 
     def arrivals(
         self, load: Workload, served: Sequence[Served], positions: int | None, seed: int
@@ -226,7 +240,7 @@ class Online(WorkloadSettings):
             "max_batch_size": self.max_batch_size,
             "max_input_tokens": self.max_input_tokens,
             "max_output_tokens": self.max_output_tokens,
-            "shortened": sum(self._capped(one) != one for one in self._drawn(seed)),
+            "shortened": int((self.plan(seed) != self._drawn(seed)).any(axis=1).sum()),
             "max_positions": positions,
             "positions_beyond": positions and sum(length > positions for length in lengths),
             "rate": self.rate,
@@ -234,77 +248,109 @@ class Online(WorkloadSettings):
             "served_rate": len(served) / max(ends),
         }
 
-    def _drawn(self, seed: int) -> tuple[Arrival, ...]:
+    def _drawn(self, seed: int) -> pd.DataFrame:
         if self.trace is None:
             return generated(self.requests, self.rate, seed)
         rows = read_azure_trace(Path(self.trace))
         return sampled(rows, self.requests, self.rate, self.arrival, seed)
-
-    def _capped(self, arrival: Arrival) -> Arrival:
-        return Arrival(
-            arrival.seconds,
-            min(arrival.input_tokens, self.max_input_tokens or arrival.input_tokens),
-            min(arrival.output_tokens, self.max_output_tokens or arrival.output_tokens),
-        )
 
 
 def origin(trace: Trace) -> PromptSet:
     """Return what a trace says of where its prompts come from, without them."""
     said = trace.header.provenance
     names = ("dataset", "dataset_source", "dataset_sha256")
-    dataset, source, sha256 = (str(said.get(name, UNKNOWN)) for name in names)
+    dataset, source, sha256 = (str(said.get(name, "unknown: a foreign trace")) for name in names)
     return PromptSet(dataset, source, (), sha256)
 
 
-def prompts_of(
-    lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
-) -> tuple[list[tuple[int, ...]], int]:
-    """Return one prompt of exactly each length, and how many passes over the texts that took.
+# Arrivals and lengths -----------------------------------------------------------------------------
 
-    A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
-    prompt goes on with the next text, so that no text is used twice before all were; where the
-    first starts, and which request gets which run, is drawn by seed. The chat template is counted
-    in; a prompt without room for it and one more token goes without. Raises UserError if the texts
-    hold no token.
+
+def read_azure_trace(path: Path) -> pd.DataFrame:
+    """Return `seconds` since the first request, `input_tokens`, `output_tokens`, in order of time.
+
+    Raises UserError, with the line where it applies, for a file that is missing, empty or no
+    table, lacks a column, or has an unreadable time or a length that is no whole number from 1.
     """
-    before, after = template(tokenizer)
-    order = list(range(len(lengths)))
-    draw = random.Random(seed)
-    draw.shuffle(order)
-    walk = _Walk(dataset, tokenizer, draw.randrange(len(dataset.texts)))
-    prompts: dict[int, tuple[int, ...]] = {}
-    for index in order:
-        room = lengths[index] - len(before) - len(after)
-        if room >= 1:
-            prompts[index] = (*before, *walk.take(room), *after)
-        else:
-            prompts[index] = walk.take(lengths[index])
-    return [prompts[index] for index in range(len(lengths))], walk.passes
+    rows = _rows(path)
+    times = pd.to_datetime(rows[TIME], format="ISO8601", utc=True, errors="coerce")
+    _refuse(path, rows[TIME], times.isna(), "no time")
+    trace: dict[str, Any] = {"seconds": (times - times.min()).dt.total_seconds()}
+    for column, name in ((INPUT, "input_tokens"), (OUTPUT, "output_tokens")):
+        numbers = pd.to_numeric(rows[column], errors="coerce")
+        whole = numbers.between(1, LONGEST) & (numbers % 1 == 0)
+        _refuse(path, rows[column], ~whole, "no length, a whole number from 1")
+        trace[name] = numbers.astype(int)
+    return pd.DataFrame(trace).sort_values("seconds", kind="stable", ignore_index=True)
 
 
-class _Walk:
-    """Goes through the texts of a dataset, round and round, and counts the rounds."""
+def sampled(
+    trace: pd.DataFrame, count: int, rate: float, process: Process, seed: int
+) -> pd.DataFrame:
+    """Sample `count` rows without replacement, kept in order of time, to arrive at `rate` a second.
 
-    def __init__(self, dataset: Dataset, tokenizer: Any, start: int) -> None:
-        self.passes = 0
-        self._dataset, self._tokenizer = dataset, tokenizer
-        self._passages = self._rounds(start)
+    The first arrives at 0. With "poisson" the gaps are exponential of mean 1 / rate; with "trace"
+    they are the sampled rows' own, stretched alike so that their mean is 1 / rate. Raises UserError
+    if the trace has too few rows, or no time passes between the sampled ones.
+    """
+    if count > len(trace):
+        raise UserError(
+            f"the trace has {len(trace)} requests, {count} are asked for; lower workload.requests"
+        )
+    rows = trace.iloc[sorted(random.Random(seed).sample(range(len(trace)), count))]
+    if process == "poisson":
+        return rows.assign(seconds=poisson(count, rate, seed))
+    times = rows["seconds"] - rows["seconds"].iloc[0]
+    span = times.iloc[-1]
+    if count > 1 and span == 0:
+        raise UserError("the sampled requests all arrive at once; set workload.arrival=poisson")
+    return rows.assign(seconds=times * ((count - 1) / rate / span if span else 0.0))
 
-    def take(self, tokens: int) -> tuple[int, ...]:
-        """Return exactly so many tokens, from the start of the next text on."""
-        taken: list[int] = []
-        while len(taken) < tokens:
-            taken += next(self._passages)
-        return tuple(taken[:tokens])
 
-    def _rounds(self, start: int) -> Iterator[list[int]]:
-        texts = self._dataset.texts
-        while True:
-            self.passes += 1
-            tokens = 0
-            for text in (*texts[start:], *texts[:start]):
-                ids = self._tokenizer(text + PASSAGE_END, add_special_tokens=False)["input_ids"]
-                tokens += len(ids)
-                yield ids
-            if not tokens:
-                raise UserError(f"the texts of {self._dataset.name} hold no token")
+def generated(count: int, rate: float, seed: int) -> pd.DataFrame:
+    """Return Poisson arrivals at `rate` a second, with lengths like the conversation trace's."""
+    generator = np.random.default_rng(seed)
+    lengths = {
+        name: np.rint(generator.lognormal(mean, std, count)).clip(1, largest).astype(int)
+        for name, (mean, std, largest) in CONVERSATIONS.items()
+    }
+    return pd.DataFrame({"seconds": poisson(count, rate, seed), **lengths})
+
+
+def poisson(count: int, rate: float, seed: int) -> list[float]:
+    """Return `count` arrival times in seconds, the first 0, of a Poisson process."""
+    # A stream of its own: the same seed gives the same times whatever the lengths come from.
+    gaps = np.random.default_rng([seed, 1]).exponential(1 / rate, count - 1)
+    return [0.0, *np.cumsum(gaps).tolist()]
+
+
+def _rows(path: Path) -> pd.DataFrame:
+    """Return the rows as text, indexed by their line in the file, without blank lines."""
+    try:
+        with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
+            rows = pd.read_csv(
+                path, dtype=str, skip_blank_lines=False, index_col=False, compression=None
+            )
+    except OSError as error:
+        raise UserError(f"cannot read the trace {path}: {error.strerror}") from error
+    except (ValueError, pd.errors.ParserWarning) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"the trace {path} is no CSV table: {cause}") from error
+    missing = [column for column in (TIME, INPUT, OUTPUT) if column not in rows]
+    if missing:
+        raise UserError(
+            f"the trace {path} lacks {', '.join(missing)}; its first line must name "
+            f"{TIME}, {INPUT} and {OUTPUT}"
+        )
+    rows.index += 2
+    rows = rows.dropna(how="all")
+    if rows.empty:
+        raise UserError(f"the trace {path} has no requests below its header")
+    return rows
+
+
+def _refuse(path: Path, texts: pd.Series, wrong: pd.Series, why: str) -> None:
+    """Raise UserError for the first wrong value, if there is one."""
+    for line, text in texts[wrong].items():
+        value = "an empty field" if pd.isna(text) else repr(text)
+        raise UserError(f"line {line} of {path}: {value} as {texts.name} is {why}")

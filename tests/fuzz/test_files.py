@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import math
 import resource
@@ -30,11 +31,11 @@ from experiments.errors import UserError
 from experiments.judge.frame import run_frame
 from experiments.judge.report import write
 from experiments.reproduce.run_store import RunStore
-from experiments.run.arrivals import read_azure_trace
 from experiments.run.datasets import conversations
 from experiments.run.records import of_these_weights, read_record
+from experiments.run.workloads import read_azure_trace
 from finemoe.expert_map import ExpertMapStore, StoreMismatch
-from finemoe.foreign_trace import COLUMNS, ForeignTrace, is_foreign
+from finemoe.foreign_trace import ForeignTrace, is_foreign
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import (
     HEADER_KEY,
@@ -201,23 +202,14 @@ def test_traces_rewritten_with_odd_values(folder: Path, data: st.DataObject) -> 
 @fuzzed(25)
 @given(st.data())
 def test_foreign_traces(folder: Path, data: st.DataObject) -> None:
-    lines = [line.split(",") for line in ROWS.splitlines()]
-    columns: dict[str, list[Any]] = {
-        name: [line[i] for line in lines[1:]] for i, name in enumerate(lines[0])
-    }
-    for name in columns:
-        if name != "phase":
-            columns[name] = [float(x) if "." in x else int(x) for x in columns[name]]
+    columns: Any = pd.read_csv(io.StringIO(ROWS)).to_dict("list")
     for _ in range(data.draw(st.integers(0, 3))):
         name = data.draw(st.sampled_from(list(columns)))
-        index = data.draw(st.integers(0, len(lines) - 2))
+        index = data.draw(st.integers(0, len(columns[name]) - 1))
         columns[name][index] = data.draw(odd_numbers | odd_texts | st.none())
     name = data.draw(st.sampled_from(["t.csv", "t.parquet"]))
-    if name == "t.csv":
-        cells = [list(columns), *map(list, zip(*columns.values(), strict=True))]
-        content = comma_separated(cells)
-    else:
-        content = foreign_parquet(columns)
+    cells = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    content = comma_separated(cells) if name == "t.csv" else foreign_parquet(columns)
     if data.draw(st.booleans()):
         content = data.draw(damaged(content))
     path = folder / name
@@ -246,8 +238,12 @@ def foreign_parquet(columns: dict[str, list[Any]]) -> bytes:
             arrays[name] = pa.array([ascii(x) if isinstance(x, dict | list) else x for x in values])
         except (pa.ArrowException, OverflowError, ValueError, TypeError):
             arrays[name] = pa.array([ascii(value) for value in values])
+    return parquet(pa.table(arrays))
+
+
+def parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(arrays), sink)
+    pq.write_table(table, sink)
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -278,18 +274,6 @@ def arrays(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def store_arrays() -> dict[str, Any]:
-    maps = np.random.default_rng(0).dirichlet(np.ones(3), (5, 2)).astype(np.float32)
-    embeddings = np.eye(5, 4, dtype=np.float32)
-    return {"maps": maps, "embeddings": embeddings}
-
-
-def predictor_arrays() -> dict[str, Any]:
-    draw = np.random.default_rng(0)
-    shapes = {"up": (1, 6, 4), "up_bias": (1, 6), "down": (1, 3, 6), "down_bias": (1, 3)}
-    return {name: draw.normal(size=one).astype(np.float32) for name, one in shapes.items()}
-
-
 def read_store(path: Path) -> list[Any]:
     store = ExpertMapStore(SHAPE, 4, 1)
     store.load(path, "a model")
@@ -308,10 +292,13 @@ def read_predictor(path: Path) -> list[Any]:
     return [LearnedPredictor.load(path, SHAPE, 1).logits(0, np.ones((2, 4), np.float32))]
 
 
+random = np.random.default_rng(0)
+MAPS = {"maps": random.dirichlet(np.ones(3), (5, 2)), "embeddings": np.eye(5, 4)}
+PREDICTOR = {"up": (1, 6, 4), "up_bias": (1, 6), "down": (1, 3, 6), "down_bias": (1, 3)}
 LOADERS: list[tuple[Callable[[Path], list[Any]], dict[str, Any]]] = [
-    (read_store, store_arrays()),
-    (read_collection, {"matrices": np.arange(24, dtype=np.float32).reshape(4, 2, 3)}),
-    (read_predictor, predictor_arrays()),
+    (read_store, MAPS),
+    (read_collection, {"matrices": np.arange(24).reshape(4, 2, 3)}),
+    (read_predictor, {name: random.normal(size=shape) for name, shape in PREDICTOR.items()}),
 ]
 
 
@@ -323,6 +310,7 @@ def test_stores_and_predictors(
 ) -> None:
     path = folder / "arrays.safetensors"
     told = data.draw(st.sampled_from([{"model_id": "a model", "distance": "1"}] * 4 + [{}]))
+    good = {name: array.astype(np.float32) for name, array in good.items()}
     save_file(data.draw(arrays(good)), path, metadata=told)
     if not data.draw(st.integers(0, 3)):
         path.write_bytes(data.draw(damaged(path.read_bytes())))
@@ -333,45 +321,29 @@ def test_stores_and_predictors(
 # Datasets and arrivals ----------------------------------------------------------------------------
 
 TURN = {"from": "human", "value": "a text"}
-texts = odd_texts | st.text(max_size=5)
-turns = st.one_of(
-    st.fixed_dictionaries({}, optional={
-        "from": st.sampled_from(["human", "user", "gpt"]) | odd, "value": texts | odd,
-        "role": st.sampled_from(["user", "human", "assistant"]) | odd, "content": texts | odd,
-    }),
-    st.just(TURN), odd,
-)  # fmt: skip
-rows = st.one_of(
-    st.fixed_dictionaries({}, optional={
-        "conversation": st.lists(turns, max_size=3) | odd,
-        "conversations": st.lists(turns, max_size=3) | odd, "other": odd,
-    }),
-    st.just({"conversations": [TURN]}), odd,
-)  # fmt: skip
+ROLE = {"role": "user", "content": "another text"}
+CONVERSATIONS = [{"conversations": [{"from": "gpt"}, TURN]}, {"conversation": [ROLE]}] * 2
 
 
 def strings(tree: Any) -> Iterator[str]:
     """Yield every text under a key by which a turn may have it."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if key in ("value", "content") and isinstance(value, str):
-                yield value.strip()
-            yield from strings(value)
-    elif isinstance(tree, list):
-        for value in tree:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if key in ("value", "content") and isinstance(value, str):
+            yield value.strip()
+        if isinstance(value, dict | list):
             yield from strings(value)
 
 
 @fuzzed(25)
 @given(data=st.data())
 def test_datasets(folder: Path, data: st.DataObject) -> None:
-    held = data.draw(st.lists(rows, max_size=4))
+    held = data.draw(mutated(CONVERSATIONS).filter(lambda tree: isinstance(tree, list)))
     suffix = data.draw(st.sampled_from(["json", "jsonl", "parquet"]))
-    content = dumped(held)
-    if suffix == "jsonl":
-        content = b"\n".join(map(dumped, held))
-    if suffix == "parquet":
-        content = conversations_parquet(held)
+    content = {
+        "json": dumped(held),
+        "jsonl": b"\n".join(map(dumped, held)),
+        "parquet": conversations_parquet(held),
+    }[suffix]
     whole = data.draw(st.booleans())
     path = folder / f"rows.{suffix}"
     path.write_bytes(content if whole else data.draw(damaged(content)))
@@ -392,14 +364,10 @@ def conversations_parquet(held: list[Any]) -> bytes:
 
     column = []
     for row in held:
-        said = row.get("conversations") if isinstance(row, dict) else None
-        turns = [one for one in said if isinstance(one, dict)] if isinstance(said, list) else None
-        names = ("from", "value")
-        column.append(turns and [{name: text(one.get(name)) for name in names} for one in turns])
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"conversations": pa.array(column, pa.list_(turn))}), sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+        turns = row.get("conversations") if isinstance(row, dict) else None
+        turns = [one for one in turns if isinstance(one, dict)] if isinstance(turns, list) else []
+        column.append([{key: text(one.get(key)) for key in ("from", "value")} for one in turns])
+    return parquet(pa.table({"conversations": pa.array(column, pa.list_(turn))}))
 
 
 ARRIVALS = [
@@ -423,14 +391,15 @@ def test_arrivals(folder: Path, data: st.DataObject) -> None:
         content = data.draw(damaged(content))
     path = folder / f"arrivals.{data.draw(st.sampled_from(['csv', 'gz', 'zip']))}"
     path.write_bytes(content)
-    found = read_or_refused(lambda: read_azure_trace(path), UserError) or ()
-    times = [one.seconds for one in found]
-    assert times == sorted(times)
-    assert all(math.isfinite(one) and one >= 0 for one in times)
-    for one in found:
-        for tokens in (one.input_tokens, one.output_tokens):
-            assert type(tokens) is int
-            assert 1 <= tokens <= 2**31
+    trace = read_or_refused(lambda: read_azure_trace(path), UserError)
+    if trace is not None:
+        assert trace["seconds"].is_monotonic_increasing
+        assert np.isfinite(trace).all(axis=None)
+        assert trace["seconds"].iloc[0] == 0
+        lengths = trace[["input_tokens", "output_tokens"]]
+        assert (lengths.dtypes == np.int64).all()
+        assert lengths.ge(1).all(axis=None)
+        assert lengths.le(2**31).all(axis=None)
 
 
 # Records ------------------------------------------------------------------------------------------
@@ -438,8 +407,7 @@ def test_arrivals(folder: Path, data: st.DataObject) -> None:
 
 @cache
 def good_record(folder: Path) -> tuple[dict[str, Any], bytes]:
-    path = leave_run(folder / "run")
-    record = json.loads(path.read_text())
+    record = json.loads(leave_run(folder / "run").read_text())
     return record, (folder / "run" / "requests.parquet").read_bytes()
 
 
@@ -449,19 +417,22 @@ def read_run(folder: Path) -> pd.DataFrame:
     return run_frame([folder])
 
 
-@fuzzed(25)
+@fuzzed(50)
 @given(data=st.data())
-def test_run_records(folder: Path, data: st.DataObject) -> None:
+def test_run_records_and_their_request_tables(folder: Path, data: st.DataObject) -> None:
     record, table = good_record(folder)
-    content = dumped(data.draw(mutated(record)))
-    if not data.draw(st.integers(0, 4)):
-        content = data.draw(damaged(content))
+    if data.draw(st.booleans()):
+        content = dumped(data.draw(mutated(record)))
+        if not data.draw(st.integers(0, 4)):
+            content = data.draw(damaged(content))
+    else:
+        table = data.draw(odd_requests(table))
+        record = {key: value for key, value in record.items() if key != "requests_sha256"}
+        sha256 = hashlib.sha256(table).hexdigest()
+        content = dumped(record | data.draw(st.sampled_from([{}, {"requests_sha256": sha256}])))
     (folder / "run" / "run.json").write_bytes(content)
     (folder / "run" / "requests.parquet").write_bytes(table)
-    check_frame(read_or_refused(lambda: read_run(folder / "run"), UserError))
-
-
-def check_frame(frame: pd.DataFrame | None) -> None:
+    frame = read_or_refused(lambda: read_run(folder / "run"), UserError)
     if frame is not None:
         (row,) = frame.to_dict("records")
         assert 0 <= row["tpot_s"] < math.inf or math.isnan(row["tpot_s"])
@@ -469,25 +440,16 @@ def check_frame(frame: pd.DataFrame | None) -> None:
         assert row["requests"] > 0
 
 
-@fuzzed(25)
-@given(data=st.data())
-def test_request_tables(folder: Path, data: st.DataObject) -> None:
-    record, good = good_record(folder)
+@st.composite
+def odd_requests(draw: st.DrawFn, good: bytes) -> bytes:
     columns = pq.read_table(pa.BufferReader(good)).to_pydict()
-    for _ in range(data.draw(st.integers(0, 2))):
-        name = data.draw(st.sampled_from(list(columns)))
-        columns[name][data.draw(st.integers(0, 2))] = data.draw(odd)
-        if not data.draw(st.integers(0, 3)):
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from(list(columns)))
+        columns[name][draw(st.integers(0, 2))] = draw(odd)
+        if not draw(st.integers(0, 3)):
             del columns[name]
     content = foreign_parquet(columns)
-    if data.draw(st.booleans()):
-        content = data.draw(damaged(content))
-    sha256 = hashlib.sha256(content).hexdigest()
-    plain = {key: value for key, value in record.items() if key != "requests_sha256"}
-    told = data.draw(st.sampled_from([{}, {"requests_sha256": sha256}]))
-    (folder / "run" / "run.json").write_bytes(dumped({**plain, **told}))
-    (folder / "run" / "requests.parquet").write_bytes(content)
-    check_frame(read_or_refused(lambda: read_run(folder / "run"), UserError))
+    return draw(damaged(content)) if draw(st.booleans()) else content
 
 
 @fuzzed(2)
@@ -502,7 +464,3 @@ def test_results_folders(tmp_path_factory: pytest.TempPathFactory, data: st.Data
     else:
         path.write_bytes(data.draw(damaged(path.read_bytes())))
     read_or_refused(lambda: write(results.folder), UserError)
-
-
-def test_the_fuzzed_columns_are_those_of_foreign_traces() -> None:
-    assert ROWS.splitlines()[0].split(",") == COLUMNS.names

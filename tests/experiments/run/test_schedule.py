@@ -66,16 +66,12 @@ class Hours:
     def drain(self) -> None:
         pass
 
+    def shown(self) -> list[tuple[float, str, tuple[int, ...], tuple[int, ...]]]:
+        return [(t, one.phase, one.iteration.requests, one.generated) for one, t, _ in self.steps]
+
 
 def lengths(prefill: float, decode: float) -> Callable[[Step], float]:
     return lambda step: prefill if step.phase == "prefill" else decode
-
-
-def shown(backend: Hours) -> list[tuple[float, str, tuple[int, ...], tuple[int, ...]]]:
-    return [
-        (begin, step.phase, step.iteration.requests, step.generated)
-        for step, begin, _ in backend.steps
-    ]
 
 
 def test_continuous_batches_worked_out_by_hand() -> None:
@@ -83,7 +79,7 @@ def test_continuous_batches_worked_out_by_hand() -> None:
     backend = Hours(lengths(2.0, 1.0))
     server = Server(backend, iterations=5)
     served = list(server.serve(ContinuousBatches(requests, 2)))
-    assert shown(backend) == [
+    assert backend.shown() == [
         (1.0, "prefill", (7,), (0,)),
         (3.0, "prefill", (8,), (0,)),  # leaves at once, which makes room for 9
         (5.0, "prefill", (9,), (0,)),
@@ -104,7 +100,7 @@ def test_fixed_batches_worked_out_by_hand() -> None:
     backend = Hours(lengths(3.0, 1.0), now=10.0)
     server = Server(backend, batches=4)
     served = list(server.serve(FixedBatches(requests, 2)))
-    assert shown(backend) == [
+    assert backend.shown() == [
         (10.0, "prefill", (0, 1), (0, 0)),
         (13.0, "decode", (0, 1), (1, 1)),
         (14.0, "prefill", (2,), (0,)),
@@ -154,9 +150,8 @@ def check_borders(
         running = [one for one in here if made[one.number]]
         waiting = [one for one in here if not made[one.number]]
         assert step.number == number
-        assert begin == max(last_end, min(one.arrival or 0.0 for one in left)), (
-            "idle though one waits"
-        )
+        earliest = min(one.arrival or 0.0 for one in left)
+        assert begin == max(last_end, earliest), "idle though one waits"
         if waiting and len(running) < room:
             assert step.phase == "prefill"
             assert len(step.requests) == 1
@@ -281,12 +276,10 @@ def test_caches_are_merged_only_when_members_change() -> None:
         for step, cache in zip(steps, caches, strict=True)
         if step.phase == "decode"
     ]
-    same = [a is b for (who, a), (them, b) in pairwise(decodes) if who == them]
-    other = [a is b for (who, a), (them, b) in pairwise(decodes) if who != them]
-    assert len(same) > 5
-    assert all(same)
-    assert len(other) > 3
-    assert not any(other)
+    kept = Counter((who == them, a is b) for (who, a), (them, b) in pairwise(decodes))
+    assert kept[True, True] > 5
+    assert kept[False, False] > 3
+    assert kept[True, False] == kept[False, True] == 0
 
 
 def test_a_wrong_logit_is_noticed() -> None:

@@ -19,12 +19,8 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint in two shards, with a predictor of its routing beside it."""
     folder = tmp_path / "toy"
     folder.mkdir()
-    for name in (
-        "config.json",
-        "model-1.safetensors",
-        "model-2.safetensors",
-        "predictor.safetensors",
-    ):
+    names = ("config.json", "model-1.safetensors", "model-2.safetensors", "predictor.safetensors")
+    for name in names:
         (folder / name).write_bytes(name.encode())
     return folder
 
@@ -33,25 +29,20 @@ def of(folder: Path) -> str:
     return fingerprint(MODEL, str(folder), 0)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model-1.safetensors", "model-2.safetensors"])
-def test_every_file_of_the_model_counts(folder: Path, name: str) -> None:
-    before = of(folder)
-    assert before == of(folder)
-    (folder / name).write_bytes(b"!" * len(name))
-    changed = of(folder)
-    (folder / name).unlink()
-    assert len({before, changed, of(folder), of(folder / "nowhere")}) == 4
-
-
-def test_content_counts_and_nothing_else_does(folder: Path) -> None:
+def test_every_file_of_the_model_counts_and_nothing_else(folder: Path) -> None:
     before = of(folder)
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes())
     (folder / "predictor.safetensors").write_bytes(b"another")
+    assert fingerprint(MODEL, str(folder), 1) == of(folder) == before
+    folder = folder.rename(folder.with_name("moved"))
     assert of(folder) == before
-    assert fingerprint(MODEL, str(folder), 1) == before
-    moved = folder.rename(folder.with_name("moved"))
-    assert of(moved) == before
+    for name in ("config.json", "model-1.safetensors", "model-2.safetensors"):
+        before = of(folder)
+        (folder / name).write_bytes(b"!" * len(name))
+        changed = of(folder)
+        (folder / name).unlink()
+        assert len({before, changed, of(folder)}) == 3
 
 
 def test_scale_weights_are_those_in_the_models_folder(
@@ -72,22 +63,18 @@ def test_a_large_file_is_told_by_its_change_alone(
     assert len({small, large, of(folder)}) == 3
 
 
-def test_dummies_are_their_seed() -> None:
-    assert fingerprint(MODEL, "dummy", 0) == fingerprint(MODEL, "dummy", 0)
-    assert fingerprint(MODEL, "dummy", 0) != fingerprint(MODEL, "dummy", 1)
-
-
-def test_hub_weights_are_the_revision_that_is_here(
+def test_dummies_are_their_seed_and_hub_weights_the_revision_that_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     reference = tmp_path / "models--someone--toy" / "refs" / "main"
-    found = {fingerprint(MODEL, "hub", 0), fingerprint({**MODEL, "hub_id": "other/toy"}, "hub", 0)}
+    marks = {fingerprint(MODEL, "dummy", seed) for seed in (0, 1, 1)}
+    marks |= {fingerprint({**MODEL, "hub_id": one}, "hub", 0) for one in ("someone/toy", "other/x")}
     reference.parent.mkdir(parents=True)
     for revision in ("abc", "def"):
         reference.write_text(revision)
-        found.add(fingerprint(MODEL, "hub", 0))
-    assert len(found) == 4
+        marks.add(fingerprint(MODEL, "hub", 0))
+    assert len(marks) == 6
 
 
 def test_it_takes_no_torch() -> None:

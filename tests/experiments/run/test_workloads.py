@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.run.arrivals import (
-    CONVERSATION_INPUT,
-    CONVERSATION_OUTPUT,
-    Arrival,
+from experiments.run.datasets import Dataset, prompts_of
+from experiments.run.schedule import Served
+from experiments.run.weights import SCALE_MODELS
+from experiments.run.workloads import (
+    CONVERSATIONS,
+    Online,
+    Workload,
     generated,
     read_azure_trace,
     sampled,
 )
-from experiments.run.datasets import Dataset
-from experiments.run.schedule import Served
-from experiments.run.weights import SCALE_MODELS
-from experiments.run.workloads import Online, Workload, prompts_of
 from tests.command import ROOT
 
 SHARED = ROOT.parent / "shared"
@@ -33,16 +33,9 @@ GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
 TEXTS = tuple(f"Text {number} tells of the number {number}." for number in range(7))
 DATASET = Dataset("test", "made up", TEXTS)
 
-needs_traces = pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared")
-
-
-def azure(kind: str) -> Path:
-    return SHARED / "data" / f"AzureLLMInferenceTrace_{kind}.csv"
-
 
 def settings(**changed: Any) -> Online:
-    conf = OmegaConf.load(ROOT / "conf" / "workload" / "online.yaml")
-    values: Any = OmegaConf.to_container(conf)
+    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "workload" / "online.yaml"))
     del values["_target_"]
     return Online(**{**values, **changed})
 
@@ -52,60 +45,58 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
 
 
-@needs_traces
+@pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared")
 def test_the_generators_lengths_are_fitted_to_the_conversation_trace() -> None:
-    trace = read_azure_trace(azure("conv"))
-    for fit, lengths in (
-        (CONVERSATION_INPUT, [row.input_tokens for row in trace]),
-        (CONVERSATION_OUTPUT, [row.output_tokens for row in trace]),
-    ):
-        logarithms = np.log(lengths)
-        assert fit.mean == round(logarithms.mean(), 4)
-        assert fit.std == round(logarithms.std(), 4)
-        assert fit.largest == max(lengths)
+    trace = read_azure_trace(SHARED / "data" / "AzureLLMInferenceTrace_conv.csv")
+    for name, fit in CONVERSATIONS.items():
+        logarithms = np.log(trace[name])
+        # The maximum-likelihood deviation.
+        parameters = logarithms.mean().round(4), logarithms.std(ddof=0).round(4)
+        assert fit == (*parameters, trace[name].max())
 
 
 def test_generated_lengths_and_gaps_follow_their_distributions() -> None:
-    arrivals = generated(20_000, 2.91, seed=0)
-    inputs = [arrival.input_tokens for arrival in arrivals]
-    outputs = [arrival.output_tokens for arrival in arrivals]
-    assert np.mean(inputs) == pytest.approx(1228, rel=0.03)
-    assert np.mean(outputs) == pytest.approx(213, rel=0.03)
-    assert np.median(inputs) == pytest.approx(math.exp(6.6333), rel=0.03)
-    assert (min(inputs), max(inputs)) >= (1, 5000)
-    assert max(inputs) <= 14050
-    assert max(outputs) == 1000
-    gaps = np.diff([arrival.seconds for arrival in arrivals])
+    rows = generated(20_000, 2.91, seed=0)
+    assert rows["input_tokens"].mean() == pytest.approx(1228, rel=0.03)
+    assert rows["output_tokens"].mean() == pytest.approx(213, rel=0.03)
+    assert rows["input_tokens"].median() == pytest.approx(math.exp(6.6333), rel=0.03)
+    assert rows["seconds"].iloc[0] == 0
+    assert rows["input_tokens"].between(1, 14050).all()
+    assert rows["output_tokens"].max() == 1000
+    gaps = rows["seconds"].diff().dropna()
     assert gaps.mean() == pytest.approx(1 / 2.91, rel=0.03)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.05)
-    assert arrivals[0].seconds == 0
-    assert arrivals == generated(20_000, 2.91, seed=0)
-    assert arrivals[:9] != generated(9, 2.91, seed=1)
+    assert rows.equals(generated(20_000, 2.91, seed=0))
+    assert not rows[:9].equals(generated(9, 2.91, seed=1))
+
+
+def trace_of(*rows: tuple[float, int, int]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["seconds", "input_tokens", "output_tokens"])
 
 
 def test_a_trace_keeps_its_rhythm_at_another_rate() -> None:
-    trace = tuple(Arrival(seconds, 1, 1) for seconds in (5.0, 6.0, 9.0, 15.0))
-    times = [arrival.seconds for arrival in sampled(trace, 4, 3.0, "trace", seed=0)]
-    assert times == pytest.approx([0.0, 0.1, 0.4, 1.0])
+    trace = trace_of(*((seconds, 1, 1) for seconds in (5.0, 6.0, 9.0, 15.0)))
+    times = sampled(trace, 4, 3.0, "trace", seed=0)["seconds"]
+    assert times.tolist() == pytest.approx([0.0, 0.1, 0.4, 1.0])
 
 
 @pytest.mark.parametrize("process", ["trace", "poisson"])
 def test_sampled_rows_keep_both_lengths_and_none_is_taken_twice(process: Any) -> None:
-    trace = tuple(Arrival(float(n), n + 1, 2 * n + 1) for n in range(1000))
+    trace = trace_of(*((float(n), n + 1, 2 * n + 1) for n in range(1000)))
     rows = sampled(trace, 300, 2.91, process, seed=3)
-    assert all(row.output_tokens == 2 * row.input_tokens - 1 for row in rows)
-    assert len({row.input_tokens for row in rows}) == 300
-    assert [row.seconds for row in rows] == sorted(row.seconds for row in rows)
-    assert rows[0].seconds == 0
-    assert 299 / rows[-1].seconds == pytest.approx(2.91, rel=0.2)
-    assert rows == sampled(trace, 300, 2.91, process, seed=3)
-    assert rows != sampled(trace, 300, 2.91, process, seed=4)
+    assert (rows["output_tokens"] == 2 * rows["input_tokens"] - 1).all()
+    assert rows["input_tokens"].nunique() == 300
+    assert rows["seconds"].is_monotonic_increasing
+    assert rows["seconds"].iloc[0] == 0
+    assert 299 / rows["seconds"].iloc[-1] == pytest.approx(2.91, rel=0.2)
+    assert rows.equals(sampled(trace, 300, 2.91, process, seed=3))
+    assert not rows.equals(sampled(trace, 300, 2.91, process, seed=4))
 
 
 def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(f"{HEADER}2024-05-10 00:00:02+00:00,5,6\n2024-05-10 00:00:00.5+00:00,7,8\n\n")
-    assert read_azure_trace(path) == (Arrival(0.0, 7, 8), Arrival(1.5, 5, 6))
+    assert read_azure_trace(path).equals(trace_of((0.0, 7, 8), (1.5, 5, 6)))
 
 
 @pytest.mark.parametrize(
@@ -131,48 +122,47 @@ def test_a_malformed_trace_is_refused_in_one_line(text: str, message: str, tmp_p
 
 
 def test_a_trace_too_short_or_without_time_is_refused() -> None:
-    trace = (Arrival(1.0, 1, 1),) * 3
+    trace = trace_of(*[(1.0, 1, 1)] * 3)
     with pytest.raises(UserError, match="has 3 requests, 4 are asked for"):
         sampled(trace, 4, 1.0, "poisson", seed=0)
     with pytest.raises(UserError, match="all arrive at once"):
         sampled(trace, 2, 1.0, "trace", seed=0)
-    assert sampled(trace, 1, 1.0, "trace", seed=0) == (Arrival(0.0, 1, 1),)
+    assert sampled(trace, 1, 1.0, "trace", seed=0)["seconds"].tolist() == [0.0]
+
+
+def drawn(tokenizer: Any, lengths: list[int], seed: int = 0) -> tuple[tuple[int, ...], ...]:
+    return prompts_of(lengths, DATASET, tokenizer, seed)[0].prompts
 
 
 def test_prompts_have_exactly_their_lengths_and_use_every_text_once_a_pass(tokenizer: Any) -> None:
     texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
-    longest = max(map(len, texts))
-    prompts, passes = prompts_of([longest + 1] * 3, DATASET, tokenizer, seed=0)
-    assert passes == 1
-    begins = [i for i, text in enumerate(texts) for p in prompts if p[:9] == tuple(text[:9])]
-    assert len(set(begins)) == 3
     lengths = [1, 500, 2, 37]
-    prompts, passes = prompts_of(lengths, DATASET, tokenizer, seed=0)
-    assert [len(prompt) for prompt in prompts] == lengths
-    assert passes > 1
+    assert [len(prompt) for prompt in drawn(tokenizer, lengths)] == lengths
+    assert prompts_of(lengths, DATASET, tokenizer, 0)[1] > 1
+    two_texts = [max(map(len, texts)) + 1] * 3
+    begins = [
+        text[:9] for p in drawn(tokenizer, two_texts) for text in texts if text[:9] == [*p[:9]]
+    ]
+    assert len(set(map(tuple, begins))) == 3
+    assert prompts_of(two_texts, DATASET, tokenizer, 0)[1] == 1
 
 
 def test_the_seed_draws_the_first_text_and_who_gets_which(tokenizer: Any) -> None:
     texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
     shortest = min(map(len, texts))
     begins = [tuple(text[:shortest]) for text in texts]
-    assert len(set(begins)) == len(TEXTS)
-
-    def drawn(count: int, seed: int) -> list[int]:
-        prompts, _ = prompts_of([shortest] * count, DATASET, tokenizer, seed)
-        return [begins.index(prompt) for prompt in prompts]
-
-    assert len({drawn(1, seed)[0] for seed in range(10)}) > 3
-    everything = [drawn(len(TEXTS), seed) for seed in range(5)]
-    assert all(sorted(order) == list(range(len(TEXTS))) for order in everything)
-    steps = {(b - a) % len(TEXTS) for order in everything for a, b in pairwise(order)}
+    assert len({drawn(tokenizer, [shortest], seed)[0] for seed in range(10)}) > 3
+    prompts = [drawn(tokenizer, [shortest] * len(TEXTS), seed) for seed in range(5)]
+    assert all(set(one) == set(begins) for one in prompts)
+    orders = [[begins.index(prompt) for prompt in one] for one in prompts]
+    steps = {(b - a) % len(TEXTS) for order in orders for a, b in pairwise(order)}
     assert steps != {1}, "neighbours in time would always share a document"
 
 
 def test_a_prompt_too_short_for_the_chat_template_goes_without() -> None:
     chat: Any = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
     chat.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}answer:"
-    (short, long), _ = prompts_of([2, 30], DATASET, chat, seed=0)
+    short, long = drawn(chat, [2, 30])
     assert (len(short), len(long)) == (2, 30)
     assert "<u>" not in chat.decode(list(short))
     assert chat.decode(list(long)).startswith("<u>")
