@@ -147,7 +147,7 @@ def test_figures_share_runs_by_digest(conf: Path) -> None:
     assert all("experiment" not in cfg for cfg in first.values())
     assert first.keys() & second.keys() == {list(first)[1]}
     digest, cfg = next(iter(first.items()))
-    cfg.system = {**cfg.system, "colour": "red", "marker": "o"}
+    cfg.system = {**cfg.system, "look": {"name": "other", "colour": "red", "marker": "o"}}
     assert sweeps.digest(cfg) == digest
 
 
