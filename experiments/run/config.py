@@ -48,6 +48,7 @@ class Options(BaseModel):
 
     weights: Text
     memory_budget: Number | int | Text
+    protect: Flag
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)]
     verify: Flag
     record: Flag

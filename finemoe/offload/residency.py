@@ -31,6 +31,10 @@ class MemoryPlan:
     slots: tuple[int, ...]
     expert_bytes: int
     chunk_bytes: int
+    protect: bool = False
+    """Whether what a policy asked for, and has or gets, is kept until its layer's gate speaks: it
+    leaves for no prefetch, and for an on-demand load last. MoE-Infinity's scheduler passes over the
+    candidates of a prefetch (core/prefetch/task_scheduler.cpp, `candidates_`)."""
 
 
 class Residency:
@@ -90,6 +94,8 @@ class Residency:
                 misses.append(index)
             cache.pin(flat)
         self._prefetches.drop_layer(layer)
+        if self.plan.protect:
+            cache.protected[first : first + self.shape.experts] = False
         for queue in queues:
             if queue.under_way:
                 queue.cancel_layer(layer, activated)
@@ -98,7 +104,9 @@ class Residency:
             queues[flat % len(queues)].demand(flat)
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
         call_hook(self.policy.on_outcome, layer, outcome)
-        if late or misses:
+        if self.plan.protect:
+            self._look_again()
+        elif late or misses:
             self.wake()
         return outcome
 
@@ -126,10 +134,17 @@ class Residency:
         if largest <= 0:
             return
         self._prefetches.request(flat, start)
+        if self.plan.protect:
+            self.cache.protected[start:] |= flat[start:] > 0
         for queue in self.queues:
-            queue.starved = False
             if queue.under_way:
                 queue.prioritize(flat, start)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Have links look for something to do that found nothing before."""
+        for queue in self.queues:
+            queue.starved = False
         self.wake()
 
     def settled(self) -> bool:
