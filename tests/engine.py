@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "selection": ["delta", "top_k"],
         "eviction": ["finemoe", "lru", "lfu"],
         "horizon": ["single", "all"],
-        "aggregation": ["mean", "token"],
+        "aggregation": ["mean", "token", "demo"],
         "online_growth": [True, False],
         "asynchronous": [True, False],
     },

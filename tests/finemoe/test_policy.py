@@ -262,8 +262,11 @@ def test_mean_aggregation_remembers_one_iteration_a_request() -> None:
     assert policy.store.maps[3].transpose() == pytest.approx(array((0.5, 0, 0, 0.5), (0, 1, 0, 0)))
 
 
-def test_token_aggregation_remembers_one_iteration_a_token() -> None:
-    policy = policy_with(replace(OPTIONS, aggregation="token"))
+@pytest.mark.parametrize("aggregation", ["token", "demo"])
+def test_token_aggregation_remembers_one_iteration_a_token(
+    aggregation: Literal["token", "demo"],
+) -> None:
+    policy = policy_with(replace(OPTIONS, aggregation=aggregation))
     serve(policy, PREFILL, TOKENS, ROWS)
     assert policy.store.size == 3
     assert policy.store.embeddings.transpose() == pytest.approx(array((1, 0), (0, 1), (0, 1)))
@@ -284,6 +287,26 @@ def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> No
     token = policy_with(replace(one_layer, aggregation="token"), *stored)
     found = asked(token.on_embeddings(prompt, TOKENS[:2]))
     assert found == pytest.approx({(0, 0): 0.5, (0, 1): 0.5})
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "first", "second"),
+    [
+        # The mean embedding (1, 1) is as near to either entry, of which the first counts; the mean
+        # row (1/2, 1/2, 0, 0) is nearer to entry 0 (dot product 3/8, with entry 1 5/16).
+        ("mean", {(0, 0): 0.5}, {(1, 1): 0.5}),
+        ("token", {(0, 0): 0.5, (0, 1): 0.5}, {(1, 1): 0.5, (1, 2): 0.5}),
+        ("demo", {(0, 0): 0.5, (0, 1): 0.5}, {(1, 2): 0.5}),
+    ],
+)
+def test_aggregation_says_who_searches_by_embedding_and_who_by_trajectory(
+    aggregation: Literal["mean", "token", "demo"], first: Requests, second: Requests
+) -> None:
+    stored = ((array(1, 0), rolled(0)), (array(0, 1), rolled(1)))
+    options = replace(OPTIONS, prefetch_distance=1, aggregation=aggregation, selection="top_k")
+    policy, prompt = policy_with(options, *stored), Iteration(0, "prefill", (7,), (2,))
+    assert asked(policy.on_embeddings(prompt, TOKENS[:2])) == pytest.approx(first)
+    assert asked(policy.on_gate(prompt, Gate(0, ROWS[:2], (0, 1), None))) == pytest.approx(second)
 
 
 @pytest.mark.parametrize(("online_growth", "size"), [(True, 2), (False, 1)])
