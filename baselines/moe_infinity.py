@@ -3,8 +3,8 @@
 A request's expert activation matrix (EAM, L x J) counts its tokens per expert, over its prompt and
 its decoded tokens. Finished requests' matrices form a collection of bounded size. After every gate
 the running request's matrix is compared with all of them, and the nearest one's activation ratios,
-damped by how far ahead a layer lies, rank what is prefetched. Prediction is on the critical path,
-copies are not (section 6.1 of the FineMoE paper).
+damped by how far ahead a layer lies, rank what is prefetched. Prediction is on the critical path
+(section 6.1 of the FineMoE paper); whether copies are is `prefetching`.
 
 File names below are those of the original code, TorchMoE/MoE-Infinity. `variant` chooses where its
 description and its code differ:
@@ -64,6 +64,12 @@ class MoEInfinityOptions:
     variant: Variant = "paper"
     eviction: Literal["activation", "lfu", "lru"] = "activation"
     """Activation ratio x layer decay (expert_priority_score.py), or plain counts or recency."""
+    prefetching: Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"] = (
+        "asynchronous"
+    )
+    """Whether a layer waits for prefetches. In its code copies are asynchronous; the FineMoE paper
+    calls them synchronous (6.1), every layer waiting for them (4.3), but not for how many: all that
+    are asked for, or K of the next layer, or K of the layer `early_layers` ahead."""
     horizon: Count | None = None
     """Layers ahead that are asked for; None: all that are left, as the originals do."""
     online_growth: Flag = True
@@ -73,11 +79,16 @@ class MoEInfinityOptions:
 class MoEInfinityPolicy(Policy):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
 
-    placement = Placement("critical_path")
-
     def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
         self.shape = shape
         self.options = options
+        ahead = {"awaited_next_layer": 1, "awaited_at_distance": options.early_layers}
+        few = ahead.get(options.prefetching)
+        self.placement = Placement(
+            "critical_path",
+            awaited=options.prefetching != "asynchronous",
+            awaits=(few, shape.top_k) if few else None,
+        )
         replace: Literal["similar", "unmatched"] = (
             "similar" if options.variant == "paper" else "unmatched"
         )

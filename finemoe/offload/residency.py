@@ -58,6 +58,8 @@ class Residency:
             for device in range(len(plan.slots))
         ]
         self._iteration = self._layer = -1
+        self._awaited: list[int] = []
+        """Whom the last answer has the model wait for, if not for everybody."""
 
     def preload(self) -> list[int]:
         """Make residents of the first experts of every device, as many as fit; return them."""
@@ -117,6 +119,7 @@ class Residency:
 
         An error names the hook that answered, and the layer it was asked about.
         """
+        self._awaited = []
         if priorities is None:
             return
         shape = (self.shape.layers, self.shape.experts)
@@ -134,12 +137,22 @@ class Residency:
         if largest <= 0:
             return
         self._prefetches.request(flat, start)
+        if self.policy.placement.awaits:
+            self._awaited = self._most_wanted(priorities, layer, *self.policy.placement.awaits)
         if self.plan.protect:
             self.cache.protected[start:] |= flat[start:] > 0
         for queue in self.queues:
             if queue.under_way:
                 queue.prioritize(flat, start)
         self._look_again()
+
+    def _most_wanted(self, priorities: Priorities, layer: int, ahead: int, count: int) -> list[int]:
+        """Return up to `count` experts that are requested for the layer so far ahead."""
+        target = layer + ahead
+        if target >= self.shape.layers:
+            return []
+        best = (-priorities[target]).argsort(kind="stable")[:count].tolist()
+        return [target * self.shape.experts + j for j in best if priorities[target, j] > 0]
 
     def _look_again(self) -> None:
         """Have links look for something to do that found nothing before."""
@@ -153,6 +166,14 @@ class Residency:
             if not queue.settled():
                 return False
         return True
+
+    def arrived(self) -> bool:
+        """Tell whether whoever the placement awaits is there, or cannot come now."""
+        if self.policy.placement.awaits is None:
+            return self.settled()
+        queues = self.queues
+        of = [(queues[flat % len(queues)], flat) for flat in self._awaited]
+        return all(queue.settled() or not queue.requested(flat) for queue, flat in of)
 
     @property
     def holds_everything(self) -> bool:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,15 +167,28 @@ def kinds(outcomes: Sequence[LayerOutcome]) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("protect", [False, True])
-@pytest.mark.parametrize("system", OPTIONS)
+@pytest.mark.parametrize(
+    ("system", "options", "protect"),
+    [
+        *((system, {}, protect) for system in OPTIONS for protect in (False, True)),
+        ("finemoe", {"aggregation": "demo"}, True),
+        ("mixtral_offload", {"prefetching": "asynchronous", "experts": 1}, False),
+        ("moe_infinity", {"prefetching": "awaited"}, True),
+        ("moe_infinity", {"prefetching": "awaited_next_layer"}, False),
+    ],
+)
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("size", [1, 3])
 def test_live_and_replay_find_every_expert_alike(
-    model: OffloadedModel, system: str, devices: int, size: int, protect: bool
+    model: OffloadedModel,
+    system: str,
+    options: dict[str, Any],
+    devices: int,
+    size: int,
+    protect: bool,
 ) -> None:
     trace = recorded(model, size)
-    policy = prepared(configured(system, model.shape), model)
+    policy = prepared(configured(system, model.shape, **options), model)
     if policy.set_future_routing:
         policy.set_future_routing(future(trace, size))
     seen = []

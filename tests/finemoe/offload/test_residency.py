@@ -16,6 +16,7 @@ from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
     ModelShape,
+    Placement,
     Policy,
     PolicyError,
     Priorities,
@@ -267,6 +268,36 @@ def test_a_gate_wakes_links_that_found_everybody_protected() -> None:
     engine.gate(iteration(0), 0, ())
     assert woken
     assert copy_all(engine) == [(1, 0)]
+
+
+def test_of_what_is_requested_only_the_most_wanted_of_a_layer_are_awaited() -> None:
+    policy = ListeningPolicy()
+    policy.placement = Placement("critical_path", awaited=True, awaits=(2, 1))
+    engine = Residency(SHAPE, MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES), policy)
+    engine.begin_iteration(iteration(0))
+    # Before layer 0, two layers ahead is layer 1: of (1, 2) and (1, 1) the first is awaited.
+    engine.prefetch(0, ranked((0, 0), (1, 2), (1, 1)), policy.on_embeddings)
+    copy(engine, 3)
+    assert not engine.arrived()
+    copy(engine, 1)
+    assert engine.arrived()
+    assert not engine.settled()
+    # After layer 1 there is no layer so far ahead, and without an answer nobody to wait for.
+    engine.gate(iteration(0), 1, ())
+    engine.prefetch(0, ranked((2, 0)), policy.on_gate, 1)
+    assert engine.arrived()
+    engine.prefetch(0, None, policy.on_gate, 0)
+    assert engine.arrived()
+
+
+def test_an_awaited_expert_that_finds_no_slot_is_not_waited_for() -> None:
+    policy = ListeningPolicy()
+    policy.placement = Placement("critical_path", awaited=True, awaits=(1, 2))
+    engine = Residency(SHAPE, MemoryPlan((1,), EXPERT_BYTES, CHUNK_BYTES, True), policy)
+    engine.begin_iteration(iteration(0))
+    engine.prefetch(0, ranked((0, 0), (0, 1)), policy.on_embeddings)
+    assert copy_all(engine) == [(0, 0)]
+    assert engine.arrived()
 
 
 def test_traffic_is_the_sum_over_links() -> None:
