@@ -173,6 +173,7 @@ def kinds(outcomes: Sequence[LayerOutcome]) -> dict[str, int]:
         *((system, {}, protect) for system in OPTIONS for protect in (False, True)),
         ("finemoe", {"aggregation": "demo"}, True),
         ("mixtral_offload", {"prefetching": "asynchronous", "experts": 1}, False),
+        ("promoe", {"prefill": "code"}, True),
         ("moe_infinity", {"prefetching": "awaited"}, True),
         ("moe_infinity", {"prefetching": "awaited_next_layer"}, False),
     ],
