@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "mixtral_offload": {"prefetching": ["awaited", "asynchronous"], "experts": [None, 1]},
     "deepspeed": {},
     "on_demand": {},
+    "lfu": {"counts": ["kept", "forgotten"]},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }
