@@ -46,7 +46,7 @@ from finemoe.options import CHECKED, Count, Flag
 UNSEEN_RATIO = 1e-8
 """What the code adds to every ratio before the decay (expert_predictor.py)."""
 SMALLEST_ACTIVITY = 1e-6
-"""What the code adds to every factor of the cache priority (expert_priority_score.py)."""
+"""Added to an activation ratio, so that layers tell even unused experts apart."""
 PROTECTED = 1e9
 """Above the magnitude of any other eviction key: what is to be prefetched leaves after all else."""
 
@@ -63,7 +63,10 @@ class MoEInfinityOptions:
     """Matrices in the collection (`trace_capacity` in moe_infinity/utils/config.py)."""
     variant: Variant = "paper"
     eviction: Literal["activation", "lfu", "lru"] = "activation"
-    """Activation ratio x layer decay (expert_priority_score.py), or plain counts or recency."""
+    """Our own reading of its cache, the running requests' activation ratio x layer decay, or plain
+    counts or recency. The code has no one answer: its scheduler evicts the most visited first
+    (core/prefetch/task_scheduler.cpp), its later dispatcher the least visited, and the product of
+    three factors in expert_priority_score.py, visits among them, is called by nobody."""
     prefetching: Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"] = (
         "asynchronous"
     )
@@ -82,12 +85,12 @@ class MoEInfinityPolicy(Policy):
     def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
         self.shape = shape
         self.options = options
-        ahead = {"awaited_next_layer": 1, "awaited_at_distance": options.early_layers}
-        few = ahead.get(options.prefetching)
+        few = {"awaited_next_layer": 1, "awaited_at_distance": options.early_layers}
+        distance = few.get(options.prefetching)
         self.placement = Placement(
             "critical_path",
             awaited=options.prefetching != "asynchronous",
-            awaits=(few, shape.top_k) if few else None,
+            awaits=(distance, shape.top_k) if distance else None,
         )
         replace: Literal["similar", "unmatched"] = (
             "similar" if options.variant == "paper" else "unmatched"
@@ -257,7 +260,7 @@ class MoEInfinityPolicy(Policy):
     def _activity_keys(self, tokens: FloatArray, first: int = 0) -> FloatTable:
         """Return eviction keys of layers `first` on, from all requests' tokens (layers, J).
 
-        The smallest activation ratio x (1 - l / L) leaves, from expert_priority_score.py.
+        The smallest (activation ratio + 1e-6) x (1 - l / L) leaves.
         """
         shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
         activity = shares.astype(np.float64) + SMALLEST_ACTIVITY
