@@ -59,7 +59,7 @@ class Residency:
         ]
         self._iteration = self._layer = -1
         self._awaited: list[int] = []
-        """Whom the last answer has the model wait for, if not for everybody."""
+        """Whom the answer to the last gate has the model wait for, if not for everybody."""
 
     def preload(self) -> list[int]:
         """Make residents of the first experts of every device, as many as fit; return them."""
@@ -72,14 +72,14 @@ class Residency:
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:
-        self._iteration, self._layer = iteration.number, -1
+        self._iteration, self._layer, self._awaited = iteration.number, -1, []
 
     def gate(self, iteration: Iteration, layer: int, activated: Sequence[int]) -> LayerOutcome:
         """Pin what the gate chose, demand what is missing, and cancel the layer's other prefetches.
 
         Every activated expert stays pinned until `release`.
         """
-        self._iteration, self._layer = iteration.number, layer
+        self._iteration, self._layer, self._awaited = iteration.number, layer, []
         first, queues, cache = layer * self.shape.experts, self.queues, self.cache
         hits: list[int] = []
         late: list[int] = []
@@ -119,7 +119,6 @@ class Residency:
 
         An error names the hook that answered, and the layer it was asked about.
         """
-        self._awaited = []
         if priorities is None:
             return
         shape = (self.shape.layers, self.shape.experts)

@@ -282,11 +282,16 @@ def test_of_what_is_requested_only_the_most_wanted_of_a_layer_are_awaited() -> N
     copy(engine, 1)
     assert engine.arrived()
     assert not engine.settled()
-    # After layer 1 there is no layer so far ahead, and without an answer nobody to wait for.
-    engine.gate(iteration(0), 1, ())
-    engine.prefetch(0, ranked((2, 0)), policy.on_gate, 1)
+    # Until the next gate is answered there is nobody to wait for; then it is (2, 0).
+    engine.prefetch(0, ranked((1, 3)), policy.on_embeddings)
+    assert not engine.arrived()
+    engine.gate(iteration(0), 0, ())
     assert engine.arrived()
-    engine.prefetch(0, None, policy.on_gate, 0)
+    engine.prefetch(0, ranked((1, 0), (2, 0)), policy.on_gate, 0)
+    assert not engine.arrived()
+    # After layer 1 there is no layer so far ahead.
+    engine.gate(iteration(0), 1, ())
+    engine.prefetch(0, ranked((2, 1)), policy.on_gate, 1)
     assert engine.arrived()
 
 
