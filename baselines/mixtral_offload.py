@@ -4,22 +4,47 @@ Speculation and cache are those of its paper; its quantisation is left out, so r
 lossless, and so are the staging buffers of its code, whose place the engine's slots take. The
 cache follows src/expert_cache.py of dvmazur/mixtral-offloading: each layer is an eviction group of
 its own with as many experts on the device as any other (src/build_model.py), least recently used
-first out. As the FineMoE paper runs it (section 6.1), prefetches are synchronous.
+first out.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import validate_call
+
 from baselines.speculation import SpeculatingPolicy
 from finemoe.offload.policy import ModelShape, Placement
+from finemoe.options import CHECKED, Count
 
 DISTANCE = 1
 """Layers that the guess looks ahead (section 6.1 of the FineMoE paper)."""
 
 
 class MixtralOffloadPolicy(SpeculatingPolicy):
-    """After each gate waits for the top-K that the next gate would choose for the same input."""
+    """After each gate asks for the top-K that the next gate would choose for the same input.
 
-    placement = Placement("critical_path", hidden_states=True, awaited=True)
+    A layer waits for them (`awaited`: the FineMoE paper calls its prefetches synchronous, 4.3 and
+    6.2) or goes on (`asynchronous`: they overlap with compute in its own report). At most `experts`
+    are asked for a layer, 1 or 2 in the report; None: K of every token.
+    """
 
-    def __init__(self, shape: ModelShape) -> None:
+    @validate_call(config=CHECKED)
+    def __init__(
+        self,
+        shape: ModelShape,
+        prefetching: Literal["awaited", "asynchronous"] = "awaited",
+        experts: Count | None = None,
+    ) -> None:
         super().__init__(shape, DISTANCE, shape.top_k)
+        awaited = prefetching == "awaited"
+        self.placement = Placement("critical_path", hidden_states=True, awaited=awaited)
+        self._most = experts
+
+    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        best = (-probabilities).argsort(axis=1, kind="stable")[:, : self._most]
+        kept = np.zeros(probabilities.shape)
+        np.put_along_axis(kept, best, np.take_along_axis(probabilities, best, axis=1), axis=1)
+        return kept

@@ -3,8 +3,8 @@
 A request's expert activation matrix (EAM, L x J) counts its tokens per expert, over its prompt and
 its decoded tokens. Finished requests' matrices form a collection of bounded size. After every gate
 the running request's matrix is compared with all of them, and the nearest one's activation ratios,
-damped by how far ahead a layer lies, rank what is prefetched. Prediction is on the critical path,
-copies are not (section 6.1 of the FineMoE paper).
+damped by how far ahead a layer lies, rank what is prefetched. Prediction is on the critical path
+(section 6.1 of the FineMoE paper); whether copies are is `prefetching`.
 
 File names below are those of the original code, TorchMoE/MoE-Infinity. `variant` chooses where its
 description and its code differ:
@@ -46,7 +46,7 @@ from finemoe.options import CHECKED, Count, Flag
 UNSEEN_RATIO = 1e-8
 """What the code adds to every ratio before the decay (expert_predictor.py)."""
 SMALLEST_ACTIVITY = 1e-6
-"""What the code adds to every factor of the cache priority (expert_priority_score.py)."""
+"""Added to an activation ratio, so that layers tell even unused experts apart."""
 PROTECTED = 1e9
 """Above the magnitude of any other eviction key: what is to be prefetched leaves after all else."""
 
@@ -63,7 +63,16 @@ class MoEInfinityOptions:
     """Matrices in the collection (`trace_capacity` in moe_infinity/utils/config.py)."""
     variant: Variant = "paper"
     eviction: Literal["activation", "lfu", "lru"] = "activation"
-    """Activation ratio x layer decay (expert_priority_score.py), or plain counts or recency."""
+    """Our own reading of its cache, the running requests' activation ratio x layer decay, or plain
+    counts or recency. The code has no one answer: its scheduler evicts the most visited first
+    (core/prefetch/task_scheduler.cpp), its later dispatcher the least visited, and the product of
+    three factors in expert_priority_score.py, visits among them, is called by nobody."""
+    prefetching: Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"] = (
+        "asynchronous"
+    )
+    """Whether a layer waits for prefetches. In its code copies are asynchronous; the FineMoE paper
+    calls them synchronous (6.1), every layer waiting for them (4.3), but not for how many: all that
+    are asked for, or K of the next layer, or K of the layer `early_layers` ahead."""
     horizon: Count | None = None
     """Layers ahead that are asked for; None: all that are left, as the originals do."""
     online_growth: Flag = True
@@ -73,11 +82,16 @@ class MoEInfinityOptions:
 class MoEInfinityPolicy(Policy):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
 
-    placement = Placement("critical_path")
-
     def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
         self.shape = shape
         self.options = options
+        few = {"awaited_next_layer": 1, "awaited_at_distance": options.early_layers}
+        distance = few.get(options.prefetching)
+        self.placement = Placement(
+            "critical_path",
+            awaited=options.prefetching != "asynchronous",
+            awaits=(distance, shape.top_k) if distance else None,
+        )
         replace: Literal["similar", "unmatched"] = (
             "similar" if options.variant == "paper" else "unmatched"
         )
@@ -246,7 +260,7 @@ class MoEInfinityPolicy(Policy):
     def _activity_keys(self, tokens: FloatArray, first: int = 0) -> FloatTable:
         """Return eviction keys of layers `first` on, from all requests' tokens (layers, J).
 
-        The smallest activation ratio x (1 - l / L) leaves, from expert_priority_score.py.
+        The smallest (activation ratio + 1e-6) x (1 - l / L) leaves.
         """
         shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
         activity = shares.astype(np.float64) + SMALLEST_ACTIVITY

@@ -2,10 +2,10 @@
 
 `predictor=gate` applies layer l + d's own gate to it, as the prototype that the FineMoE paper
 compares with (section 6.1); `predictor=learned` a small MLP per layer, trained offline, as the
-ProMoE paper does (`python -m experiments.train.predictor`). Predictions start with layer d: nothing
-is prefetched for the d layers before it. Its chunked prefetch, early preemption, and order of
-experts by arrival are the engine's, and every system has them. Its cache is least recently used
-per layer; layers have equal shares.
+ProMoE paper does (`python -m experiments.train.predictor`). Predictions start with layer d, unless
+the last token tells of the first d layers (`prefill=code`). Its chunked prefetch, early preemption,
+and order of experts by arrival are the engine's, and every system has them. Its cache is least
+recently used per layer; layers have equal shares.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as checked
 from safetensors.numpy import save
 
-from baselines.speculation import SpeculatingPolicy
+from baselines.speculation import SpeculatingPolicy, likeliest
 from finemoe.expert_map import StoreMismatch, read_arrays
 from finemoe.files import atomic_write
-from finemoe.offload.policy import FloatArray, ModelShape, Placement
+from finemoe.offload.policy import (
+    FloatArray,
+    Gate,
+    Gates,
+    Iteration,
+    ModelShape,
+    Placement,
+    Priorities,
+)
 from finemoe.options import CHECKED, Count, Text, Whole
 
 
@@ -36,6 +44,11 @@ class ProMoEOptions:
     predictor: Literal["gate", "learned"] = "gate"
     predictor_path: Text | None = None
     """File of the learned predictor."""
+    prefill: Literal["predicted", "code"] = "predicted"
+    """Whether every prompt token predicts, as "stride-based" reads, or none, as in its code
+    (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the last
+    layer's output of a decoded token predict the first d layers of the next one
+    (`layer_predict_replace_first_input_with_last_output`); here the input of its last MoE block."""
     extra: Whole = 0
     """Experts prefetched per token beyond the K that a layer activates."""
 
@@ -108,6 +121,33 @@ class ProMoEPolicy(SpeculatingPolicy):
         if options.predictor == "learned":
             path = Path(options.predictor_path or "")
             self._learned = LearnedPredictor.load(path, shape, options.prefetch_distance)
+        self._last: FloatArray | None = None
+        """Input (T, h) of the last layer's gate, if the next token's first layers go by it."""
+
+    def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
+        if not self._skips(iteration):
+            super().predict_ahead(iteration, gates)
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+        if self._skips(iteration):
+            return None
+        self._last = gate.hidden_states
+        return super().on_gate(iteration, gate)
+
+    def end_iteration(self, iteration: Iteration) -> Priorities | None:
+        """By their own gates: no learned predictor has its source in the token before."""
+        if self.options.prefill == "predicted" or self._last is None:
+            return None
+        assert self._gates is not None
+        firsts = range(min(self._distance, self.shape.layers))
+        logits = np.stack([self._gates.logits(layer, self._last) for layer in firsts])
+        requests = np.zeros((self.shape.layers, self.shape.experts))
+        requests[: len(firsts)] = self._rank(0, likeliest(logits, self._count))
+        self._last = None
+        return requests
+
+    def _skips(self, iteration: Iteration) -> bool:
+        return self.options.prefill == "code" and iteration.phase == "prefill"
 
     def _logits(self, first: int, hidden_states: FloatArray) -> FloatArray:
         if self._learned is None:

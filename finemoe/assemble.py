@@ -18,6 +18,7 @@ def offloading_runtime(
     slots: tuple[int, ...],
     full_expert_bytes: int,
     timeline: Timeline | None = None,
+    protect: bool = False,
 ) -> LiveRuntime:
     """Return a runtime whose experts live in `slots` (per device) and arrive over links.
 
@@ -25,7 +26,7 @@ def offloading_runtime(
     """
     layout, devices = model.store.layout, testbed.devices
     chunks = -(-full_expert_bytes // testbed.chunk_bytes)
-    plan = MemoryPlan(slots, layout.nbytes, -(-layout.nbytes // chunks))
+    plan = MemoryPlan(slots, layout.nbytes, -(-layout.nbytes // chunks), protect)
     residency = Residency(model.shape, plan, policy)
     memory = DeviceSlots.allocate(layout, slots, devices)
     if residency.holds_everything:

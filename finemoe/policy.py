@@ -47,8 +47,10 @@ class FineMoEOptions:
     """Figure 14b."""
     horizon: Literal["single", "all"] = "single"
     """After the gate of layer l, predict layer l + d (paper) or all layers from there (demo)."""
-    aggregation: Literal["mean", "token"] = "mean"
-    """A request's iteration is one query, the mean over its tokens, or one query a token (demo)."""
+    aggregation: Literal["mean", "token", "demo"] = "mean"
+    """What queries and enters the store of a prompt: the mean over its tokens (section 4.2.3: "each
+    prompt generates one data point"), or every token. `demo` searches by every token's embedding,
+    as `token` does, but follows the trajectory of each request's last token alone."""
     online_growth: Flag = True
     """Whether iterations enter the store while serving, beyond the prompts that prepared it."""
     asynchronous: Flag = True
@@ -58,7 +60,8 @@ class FineMoEOptions:
 class FineMoEPolicy(Policy):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
-    Q counts the queries of an iteration: its requests, or its tokens.
+    Q counts what an iteration enters into the store: its requests, or its tokens. The trajectories
+    of all Q are searched for, or of the demo's last tokens.
     """
 
     def __init__(self, shape: ModelShape, options: FineMoEOptions) -> None:
@@ -99,7 +102,8 @@ class FineMoEPolicy(Policy):
         if not self.store.size:
             return None
         if self.options.search != "semantic":
-            self._trajectory = TrajectorySearch(self.store, len(self._embeddings))
+            batch = len(self._trajectories(iteration, self._embeddings))
+            self._trajectory = TrajectorySearch(self.store, batch)
         if self.options.search == "trajectory":
             self._use.expect_anything()
             return None
@@ -113,7 +117,7 @@ class FineMoEPolicy(Policy):
         if self._trajectory is None:
             matches = [self._semantic] * self.shape.layers
         else:
-            matches = self._trajectory.observe_all(self._rows)
+            matches = self._trajectory.observe_all(self._trajectories(iteration, self._rows))
         self._ahead = list(zip(map(_entries, matches), self._all_requests(matches), strict=True))
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
@@ -122,7 +126,7 @@ class FineMoEPolicy(Policy):
             entries, requests = self._ahead[layer]
         else:
             self._rows[layer] = self._queries(iteration, gate.probabilities)
-            matches = self._search(layer)
+            matches = self._search(iteration, layer)
             entries, requests = _entries(matches), self._requests(matches, layer)
         self._expect(entries, layer + self.distance)
         return requests
@@ -130,19 +134,27 @@ class FineMoEPolicy(Policy):
     def end_iteration(self, iteration: Iteration) -> None:
         if self._growing:
             dots = None if self._trajectory is None else self._trajectory.dots
+            if dots is not None and len(dots) < len(self._embeddings):
+                dots = None
             self.store.add_all(self._rows, self._embeddings, self._cosines, dots)
 
     def _queries(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
         """Return one row a query, (..., T, n) to (..., Q, n): a request's mean, or every token."""
-        if self.options.aggregation == "token" or rows.shape[-2] == len(iteration.requests):
+        if self.options.aggregation != "mean" or rows.shape[-2] == len(iteration.requests):
             return rows
         return np.stack([rows[..., r, :].mean(axis=-2) for r in iteration.rows()], axis=-2)
 
-    def _search(self, layer: int) -> list[Match]:
+    def _trajectories(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
+        """Return those of the rows (..., Q, n) whose trajectories are searched for."""
+        if self.options.aggregation != "demo":
+            return rows
+        return rows[..., [r.stop - 1 for r in iteration.rows()], :]
+
+    def _search(self, iteration: Iteration, layer: int) -> list[Match]:
         """Return the queries' matches once the gate of `layer` has spoken, if there are any."""
         if self._trajectory is None:
             return self._semantic
-        return self._trajectory.observe(self._rows[layer])
+        return self._trajectory.observe(self._trajectories(iteration, self._rows[layer]))
 
     # Prefetches -------------------------------------------------------------------------------
 

@@ -47,12 +47,13 @@ def select_experts(
 def divisors(band: range, now: int, variant: Variant) -> NDArray[np.float64]:
     """Return by what the probabilities of a band of layers are divided as priorities, (N,).
 
-    l - l_now (section 4.5), or for the demo what makes a linear decay over the band.
+    l - l_now (section 4.5), or for the demo what makes its decay over the band, which starts at
+    layer `start` and ends before layer `end`: 1 - (l - start) / (end + 1).
     """
     layers = np.arange(band.start, band.stop, dtype=np.float64)
     if variant == "paper":
         return layers - now
-    return band.stop / (band.stop - (layers - band.start))
+    return (band.stop + 1) / (band.stop + 1 - (layers - band.start))
 
 
 def union_priorities(

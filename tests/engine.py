@@ -14,7 +14,8 @@ from experiments.run.schedule import FixedBatches, Request, Served, Server
 from experiments.run.small_models import small_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import ModelShape, Policy
+from finemoe.offload.policy import Iteration, LayerOutcome, ModelShape, Policy, Priorities
+from finemoe.offload.residency import Residency
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 from tests.command import ROOT
@@ -30,7 +31,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "selection": ["delta", "top_k"],
         "eviction": ["finemoe", "lru", "lfu"],
         "horizon": ["single", "all"],
-        "aggregation": ["mean", "token"],
+        "aggregation": ["mean", "token", "demo"],
         "online_growth": [True, False],
         "asynchronous": [True, False],
     },
@@ -39,13 +40,19 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "capacity": [1, 4],
         "variant": ["paper", "code"],
         "eviction": ["activation", "lfu", "lru"],
+        "prefetching": ["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"],
         "horizon": [None, 1],
         "online_growth": [True, False],
     },
-    "promoe": {"prefetch_distance": [1, 2, 3], "extra": [0, 1]},
-    "mixtral_offload": {},
+    "promoe": {
+        "prefetch_distance": [1, 2, 3],
+        "prefill": ["predicted", "code"],
+        "extra": [0, 1],
+    },
+    "mixtral_offload": {"prefetching": ["awaited", "asynchronous"], "experts": [None, 1]},
     "deepspeed": {},
     "on_demand": {},
+    "lfu": {"counts": ["kept", "forgotten"]},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }
@@ -60,6 +67,57 @@ def offloaded(
 
 def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:
     return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
+
+
+def breaches(residency: Residency) -> list[tuple[int, int]]:
+    """Watch what `protect` promises; return who broke it, (victim, incoming), as it happens.
+
+    What is asked for before its layer's gate speaks leaves for no prefetch, and on demand only if
+    nobody else can.
+    """
+    cache, asked, found = residency.cache, set[int](), list[tuple[int, int]]()
+    now = (-1, -1)
+    begin, prefetch, gate = residency.begin_iteration, residency.prefetch, residency.gate
+    reserve = cache.reserve
+
+    def begun(iteration: Iteration) -> None:
+        nonlocal now
+        now = (iteration.number, -1)
+        begin(iteration)
+
+    def prefetched(number: int, priorities: Priorities | None, *hook: Any) -> None:
+        if priorities is not None:
+            layers, _ = priorities.nonzero()
+            wanted = priorities.reshape(-1).nonzero()[0].tolist()
+            asked.update(
+                flat
+                for flat, layer in zip(wanted, layers.tolist(), strict=True)
+                if (number, layer) > now
+            )
+        prefetch(number, priorities, *hook)
+
+    def gated(iteration: Iteration, layer: int, activated: tuple[int, ...]) -> LayerOutcome:
+        nonlocal now
+        now = (iteration.number, layer)
+        asked.difference_update([f for f in asked if residency.experts[f].layer == layer])
+        return gate(iteration, layer, activated)
+
+    def reserved(flat: int, urgent: bool) -> int:
+        device = cache.device_of(flat)
+        movable = {
+            other
+            for other in range(device, residency.shape.size, len(cache.slots))
+            if cache.is_resident(other) and not cache.is_pinned(other)
+        }
+        victim = reserve(flat, urgent)
+        if victim in asked and not (urgent and movable <= asked):
+            found.append((victim, flat))
+        return victim
+
+    for name, watched in (("begin_iteration", begun), ("prefetch", prefetched), ("gate", gated)):
+        setattr(residency, name, watched)
+    setattr(cache, "reserve", reserved)  # noqa: B010
+    return found
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:

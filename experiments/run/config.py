@@ -49,6 +49,7 @@ OPTIONS = schema(
     logger=dict[Literal["name", "project"], NAME],
     weights=Text,
     memory_budget=Number | int | Text,
+    protect=Flag,
     seed=Annotated[int, Field(strict=True, ge=0, lt=2**63)],
     verify=Flag,
     record=Flag,

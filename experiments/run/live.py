@@ -298,7 +298,8 @@ class LiveSetup(Setup):
         """Return a runtime that serves under the memory budget."""
         full = self.model.full_expert_bytes
         model = self.model.offloaded
-        return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline)
+        protect = bool(self.cfg.protect)
+        return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline, protect)
 
     def unbounded(self, policy: Policy | None = None) -> LiveRuntime:
         """Return a runtime with every expert resident if they fit, else one under the budget."""

@@ -253,7 +253,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
-        plan = MemoryPlan(slots, full, testbed.chunk_bytes)
+        plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
         yield ReplaySetup(
             cfg, testbed, settings, load, policy, shape, slots, trace, costs, plan, budget
         )

@@ -58,7 +58,7 @@ def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     same = ("model", "dataset", "workload", "testbed", "weights", "seed", "output")
     run: Any = {
         **{name: cfg[name] for name in same},
-        **dict.fromkeys(("verify", "record", "timeline"), False),
+        **dict.fromkeys(("protect", "verify", "record", "timeline"), False),
         "routing": None,
         "system": cfg.systems[system],
         "store": {"load": None, "save": None},

@@ -50,6 +50,8 @@ class ExpertCache:
         self.peak_occupied = 0
         self.absent = bytearray(b"\1") * shape.size
         """Whether an expert has no slot; for reading only."""
+        self.protected: NDArray[np.bool_] = np.zeros(shape.size, dtype=bool)
+        """Who leaves for no prefetch, and for an on-demand load only if nobody else can."""
         self._devices = len(slots)
         self._keys = keys
         self._on_evict = on_evict
@@ -60,6 +62,9 @@ class ExpertCache:
         self._evictable = bytearray(shape.size)
         marks = np.frombuffer(self._evictable, dtype=bool)
         self._evictable_of = [marks[device :: self._devices] for device in range(self._devices)]
+        self._protected_of = [
+            self.protected[device :: self._devices] for device in range(self._devices)
+        ]
         self._free = [
             [Slot(device, index) for index in reversed(range(count))]
             for device, count in enumerate(slots)
@@ -159,7 +164,9 @@ class ExpertCache:
         incoming = self._experts[flat]
         self._take_keys(call_hook(self._keys, incoming.layer, incoming, urgent), incoming)
         device = flat % self._devices
-        evictable = self._evictable_of[device].nonzero()[0]
+        evictable = (self._evictable_of[device] > self._protected_of[device]).nonzero()[0]
+        if urgent and not len(evictable):
+            evictable = self._evictable_of[device].nonzero()[0]
         if not len(evictable):
             return NOBODY
         keys = self._flat_keys[device :: self._devices][evictable]

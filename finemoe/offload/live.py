@@ -337,7 +337,7 @@ class LiveRuntime:
 
     def _await_prefetches(self) -> None:
         if self.policy.placement.awaited:
-            self._await("prefetch_wait", self.residency.settled)
+            self._await("prefetch_wait", self.residency.arrived)
 
     def _await(self, phase: str, condition: Callable[[], Any]) -> Any:
         """Wait until a condition holds and return it; RuntimeError if no link can bring that."""

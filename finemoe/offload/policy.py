@@ -136,6 +136,9 @@ class Placement:
     """Whether the system keeps all experts on the device, whatever the budget."""
     awaited: bool = False
     """Whether a layer ends only when the requested prefetches have arrived, or cannot."""
+    awaits: tuple[int, int] | None = None
+    """How many layers ahead and how many experts: nobody else is awaited than the most wanted ones
+    of that layer. None: all that is requested."""
 
 
 @dataclass(frozen=True)

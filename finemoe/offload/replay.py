@@ -251,8 +251,8 @@ class ReplayRuntime:
         if not self.policy.placement.awaited:
             return
         began = self.now
-        if not self.residency.settled():
-            while not self.residency.settled():
+        if not self.residency.arrived():
+            while not self.residency.arrived():
                 self._step()
             self._resume()
         self.phases.prefetch_wait += self.now - began

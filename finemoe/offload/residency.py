@@ -31,6 +31,10 @@ class MemoryPlan:
     slots: tuple[int, ...]
     expert_bytes: int
     chunk_bytes: int
+    protect: bool = False
+    """Whether what a policy asked for, and has or gets, is kept until its layer's gate speaks: it
+    leaves for no prefetch, and for an on-demand load last. MoE-Infinity's scheduler passes over the
+    candidates of a prefetch (core/prefetch/task_scheduler.cpp, `candidates_`)."""
 
 
 class Residency:
@@ -54,6 +58,8 @@ class Residency:
             for device in range(len(plan.slots))
         ]
         self._iteration = self._layer = -1
+        self._awaited: list[int] = []
+        """Whom the answer to the last gate has the model wait for, if not for everybody."""
 
     def preload(self) -> list[int]:
         """Make residents of the first experts of every device, as many as fit; return them."""
@@ -66,14 +72,14 @@ class Residency:
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:
-        self._iteration, self._layer = iteration.number, -1
+        self._iteration, self._layer, self._awaited = iteration.number, -1, []
 
     def gate(self, iteration: Iteration, layer: int, activated: Sequence[int]) -> LayerOutcome:
         """Pin what the gate chose, demand what is missing, and cancel the layer's other prefetches.
 
         Every activated expert stays pinned until `release`.
         """
-        self._iteration, self._layer = iteration.number, layer
+        self._iteration, self._layer, self._awaited = iteration.number, layer, []
         first, queues, cache = layer * self.shape.experts, self.queues, self.cache
         hits: list[int] = []
         late: list[int] = []
@@ -90,6 +96,8 @@ class Residency:
                 misses.append(index)
             cache.pin(flat)
         self._prefetches.drop_layer(layer)
+        if self.plan.protect:
+            cache.protected[first : first + self.shape.experts] = False
         for queue in queues:
             if queue.under_way:
                 queue.cancel_layer(layer, activated)
@@ -98,7 +106,9 @@ class Residency:
             queues[flat % len(queues)].demand(flat)
         outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
         call_hook(self.policy.on_outcome, layer, outcome)
-        if late or misses:
+        if self.plan.protect:
+            self._look_again()
+        elif late or misses:
             self.wake()
         return outcome
 
@@ -126,10 +136,27 @@ class Residency:
         if largest <= 0:
             return
         self._prefetches.request(flat, start)
+        if self.policy.placement.awaits:
+            self._awaited = self._most_wanted(priorities, layer, *self.policy.placement.awaits)
+        if self.plan.protect:
+            self.cache.protected[start:] |= flat[start:] > 0
         for queue in self.queues:
-            queue.starved = False
             if queue.under_way:
                 queue.prioritize(flat, start)
+        self._look_again()
+
+    def _most_wanted(self, priorities: Priorities, layer: int, ahead: int, count: int) -> list[int]:
+        """Return up to `count` experts that are requested for the layer so far ahead."""
+        target = layer + ahead
+        if target >= self.shape.layers:
+            return []
+        best = (-priorities[target]).argsort(kind="stable")[:count].tolist()
+        return [target * self.shape.experts + j for j in best if priorities[target, j] > 0]
+
+    def _look_again(self) -> None:
+        """Have links look for something to do that found nothing before."""
+        for queue in self.queues:
+            queue.starved = False
         self.wake()
 
     def settled(self) -> bool:
@@ -138,6 +165,14 @@ class Residency:
             if not queue.settled():
                 return False
         return True
+
+    def arrived(self) -> bool:
+        """Tell whether whoever the placement awaits is there, or cannot come now."""
+        if self.policy.placement.awaits is None:
+            return self.settled()
+        queues = self.queues
+        of = [(queues[flat % len(queues)], flat) for flat in self._awaited]
+        return all(queue.settled() or not queue.requested(flat) for queue, flat in of)
 
     @property
     def holds_everything(self) -> bool:

@@ -122,6 +122,23 @@ def test_popular_experts_come_first_for_the_early_layers() -> None:
     assert asked(policy().on_embeddings(decode(0), EMBEDDINGS)) == {}
 
 
+@pytest.mark.parametrize(
+    ("prefetching", "awaited", "awaits"),
+    [
+        ("asynchronous", False, None),
+        ("awaited", True, None),
+        ("awaited_next_layer", True, (1, 1)),
+        ("awaited_at_distance", True, (2, 1)),
+    ],
+)
+def test_prefetches_are_awaited_as_the_option_says(
+    prefetching: str, awaited: bool, awaits: tuple[int, int] | None
+) -> None:
+    placement = policy(prefetching=prefetching, early_layers=2).placement
+    assert (placement.prediction, placement.awaited) == ("critical_path", awaited)
+    assert placement.awaits == awaits
+
+
 def test_a_full_collection_replaces_the_most_similar() -> None:
     collection = MatrixCollection(SHAPE, 2, "similar")
     collection.add(FIRST)

@@ -60,6 +60,24 @@ def test_tokens_are_united_and_extra_experts_added() -> None:
     assert list(asked(more.on_gate(DECODE, gate(0, [3, 0])))) == [(2, 0), (2, 1)]
 
 
+def test_with_prefill_code_no_prompt_predicts_and_a_token_does_the_nexts_first_layers() -> None:
+    policy, weights = promoe(SHAPE, prefetch_distance=2, prefill="code"), gates()
+    weights.weight[:2] = [[1, 0], [0, 1], [-1, -1]], [[0, 1], [1, 0], [-1, -1]]
+    policy.set_gates(weights)
+    for layer in range(4):
+        assert policy.on_gate(PREFILL, gate(layer, [3, 0], [0, 2])) is None
+    assert policy.end_iteration(PREFILL) is None
+    assert list(asked(policy.on_gate(DECODE, gate(0, [3, 0])))) == [(2, 0)]
+    for layer in (1, 2, 3):
+        policy.on_gate(DECODE, gate(layer, [3, 0] if layer < 3 else [0, 3]))
+    # Softmax of (0, 3, -3) at layer 0, of (3, 0, -3) at layer 1, plus the layers left: 4 and 3.
+    best = 1 / (1 + np.exp(-3) + np.exp(-6))
+    assert asked(policy.end_iteration(DECODE)) == pytest.approx(
+        {(0, 1): 4 + best, (1, 0): 3 + best}
+    )
+    assert promoe(SHAPE, prefetch_distance=2).end_iteration(DECODE) is None
+
+
 def predictor() -> LearnedPredictor:
     up = np.array([[[1, 0], [0, 1]], [[1, 0], [0, 1]]], np.float32)
     down = np.array([[[1, 0], [0, 1], [0, 0]], [[0, 0], [0, 1], [1, 0]]], np.float32)

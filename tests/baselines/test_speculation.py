@@ -58,6 +58,19 @@ def test_the_next_layers_gate_is_applied_to_this_layers_input() -> None:
     assert policy.on_gate(DECODE, last) is None
 
 
+def test_at_most_so_many_experts_a_layer_are_asked_for_whatever_the_tokens() -> None:
+    weight = np.zeros((3, 4, 2), np.float32)
+    weight[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
+    inputs = np.array([[2, 1], [-1, -3]], np.float32)
+    gate = Gate(0, np.full((2, 4), 0.25, np.float32), (0, 1, 2, 3), inputs)
+    # Logits (2, 1, -2, -1) and (-1, -3, 1, 3): the second token's expert 3 is the surest, then 0.
+    for most, expected in ((None, {0, 1, 2, 3}), (1, {3}), (2, {0, 3})):
+        policy = MixtralOffloadPolicy(SMALL, "asynchronous", most)
+        assert not policy.placement.awaited
+        policy.set_gates(GateWeights(weight))
+        assert set(asked(policy.on_gate(DECODE, gate))) == {(1, index) for index in expected}
+
+
 events = st.lists(
     st.tuples(st.sampled_from(["use", "demand", "come"]), st.integers(0, 2), st.integers(0, 3)),
     max_size=60,

@@ -20,7 +20,7 @@ from finemoe.offload.policy import (
     ModelShape,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
-from finemoe.selection import Variant, select_experts
+from finemoe.selection import Variant, divisors, select_experts
 from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
@@ -130,7 +130,7 @@ QUERY = array((7, 24))
 PAPER_FIRST: Requests = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
 DEMO_FIRST: Requests = {
     **{(layer, index): TAIL for layer in range(2) for index in range(4)},
-    **{(0, 0): TAIL + 0.5 * (1 - 0 / 2), (1, 1): TAIL + 0.5 * (1 - 1 / 2)},
+    **{(0, 0): TAIL + 0.5 * (1 - 0 / 3), (1, 1): TAIL + 0.5 * (1 - 1 / 3)},
 }
 
 
@@ -140,6 +140,10 @@ DEMO_FIRST: Requests = {
 def test_priorities_from_embeddings(options: FineMoEOptions, expected: Requests) -> None:
     found = policy_with(options, ONE).on_embeddings(DECODE, QUERY)
     assert asked(found) == pytest.approx(expected)
+
+
+def test_the_demos_decay_at_a_distance_of_three() -> None:
+    assert 1 / divisors(range(3), -1, "demo") == pytest.approx([1, 0.75, 0.5])
 
 
 def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:
@@ -155,11 +159,11 @@ def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:
 SURPRISE = (0, 0, 0, 1)
 
 
-# The demo's band starts at the target and ends at layer 3: 1 - 0/4 and 1 - 1/4 of two layers.
+# The demo's band starts at the target and ends before layer 4: 1 - 0/5 and 1 - 1/5 of two layers.
 DEMO_BAND: Requests = {
     **{(layer, index): TAIL for layer in (2, 3) for index in range(4)},
     **{(2, 2): TAIL + 0.5, (2, 3): TAIL + 0.25},
-    **{(3, 3): TAIL + 0.5 * 0.75, (3, 0): TAIL + 0.25 * 0.75},
+    **{(3, 3): TAIL + 0.5 * 0.8, (3, 0): TAIL + 0.25 * 0.8},
 }
 ALL_LAYERS: Requests = {
     **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
@@ -258,8 +262,11 @@ def test_mean_aggregation_remembers_one_iteration_a_request() -> None:
     assert policy.store.maps[3].transpose() == pytest.approx(array((0.5, 0, 0, 0.5), (0, 1, 0, 0)))
 
 
-def test_token_aggregation_remembers_one_iteration_a_token() -> None:
-    policy = policy_with(replace(OPTIONS, aggregation="token"))
+@pytest.mark.parametrize("aggregation", ["token", "demo"])
+def test_token_aggregation_remembers_one_iteration_a_token(
+    aggregation: Literal["token", "demo"],
+) -> None:
+    policy = policy_with(replace(OPTIONS, aggregation=aggregation))
     serve(policy, PREFILL, TOKENS, ROWS)
     assert policy.store.size == 3
     assert policy.store.embeddings.transpose() == pytest.approx(array((1, 0), (0, 1), (0, 1)))
@@ -280,6 +287,26 @@ def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> No
     token = policy_with(replace(one_layer, aggregation="token"), *stored)
     found = asked(token.on_embeddings(prompt, TOKENS[:2]))
     assert found == pytest.approx({(0, 0): 0.5, (0, 1): 0.5})
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "first", "second"),
+    [
+        # The mean embedding (1, 1) is as near to either entry, of which the first counts; the mean
+        # row (1/2, 1/2, 0, 0) is nearer to entry 0 (dot product 3/8, with entry 1 5/16).
+        ("mean", {(0, 0): 0.5}, {(1, 1): 0.5}),
+        ("token", {(0, 0): 0.5, (0, 1): 0.5}, {(1, 1): 0.5, (1, 2): 0.5}),
+        ("demo", {(0, 0): 0.5, (0, 1): 0.5}, {(1, 2): 0.5}),
+    ],
+)
+def test_aggregation_says_who_searches_by_embedding_and_who_by_trajectory(
+    aggregation: Literal["mean", "token", "demo"], first: Requests, second: Requests
+) -> None:
+    stored = ((array(1, 0), rolled(0)), (array(0, 1), rolled(1)))
+    options = replace(OPTIONS, prefetch_distance=1, aggregation=aggregation, selection="top_k")
+    policy, prompt = policy_with(options, *stored), Iteration(0, "prefill", (7,), (2,))
+    assert asked(policy.on_embeddings(prompt, TOKENS[:2])) == pytest.approx(first)
+    assert asked(policy.on_gate(prompt, Gate(0, ROWS[:2], (0, 1), None))) == pytest.approx(second)
 
 
 @pytest.mark.parametrize(("online_growth", "size"), [(True, 2), (False, 1)])

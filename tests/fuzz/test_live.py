@@ -28,7 +28,16 @@ from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing
-from tests.engine import OPTIONS, configured, emulated, logits_of, offloaded, prepared, requests
+from tests.engine import (
+    OPTIONS,
+    breaches,
+    configured,
+    emulated,
+    logits_of,
+    offloaded,
+    prepared,
+    requests,
+)
 from tests.engine import serve as served
 from tests.fuzz import fuzzed
 
@@ -74,6 +83,7 @@ class Case:
     link_gb_s: float
     chunk_bytes: int
     history: bool
+    protect: bool
     switch_s: float
 
 
@@ -114,6 +124,7 @@ def cases(draw: st.DrawFn) -> Case:
         link_gb_s=draw(st.sampled_from([0.5, 5.0, 100.0])),
         chunk_bytes=draw(st.sampled_from([512, 2048, 10**6])),
         history=draw(st.booleans()),
+        protect=draw(st.booleans()),
         switch_s=draw(st.sampled_from([1e-6, 1e-5, 5e-3])),
     )
 
@@ -134,10 +145,13 @@ def serve(case: Case, policy: Policy) -> None:
     testbed = emulated(len(case.slots), case.link_gb_s, case.chunk_bytes)
     stored = model.store.layout.nbytes
     logits, _ = expected(case.family, case.batch, case.length)
-    with offloading_runtime(model, policy, testbed, case.slots, stored) as runtime:
+    runtime = offloading_runtime(model, policy, testbed, case.slots, stored, None, case.protect)
+    broken = breaches(runtime.residency)
+    with runtime:
         computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()
     assert all(map(torch.equal, computed, logits))
+    assert not (case.protect and broken)
     assert len(computed) == len(logits)
     runtime.residency.cache.check_integrity()
     assert runtime.residency.cache.peak_occupied <= sum(case.slots)

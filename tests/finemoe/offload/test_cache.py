@@ -55,6 +55,10 @@ class CacheMachine(RuleBasedStateMachine):
     def rank(self, expert: int, key: float) -> None:
         self.keys[expert] = key
 
+    @rule(expert=experts, protected=st.booleans())
+    def protect(self, expert: int, protected: bool) -> None:
+        self.cache.protected[expert] = protected
+
     @rule(expert=experts, urgent=st.booleans())
     def reserve(self, expert: int, urgent: bool) -> None:
         if expert in self.placed:
@@ -64,8 +68,11 @@ class CacheMachine(RuleBasedStateMachine):
         neighbours = self.neighbours(expert)
         has_room = len(neighbours) < self.slots[self.device(expert)]
         assert self.cache.has_room(self.device(expert)) == has_room
-        allowed = {e for e in neighbours & self.residents if not self.pins[e]}
-        if not urgent:
+        evictable = {e for e in neighbours & self.residents if not self.pins[e]}
+        allowed = {e for e in evictable if not self.cache.protected[e]}
+        if urgent and not allowed:
+            allowed = evictable
+        elif not urgent:
             allowed = {e for e in allowed if self.keys[e] > -np.inf}
         evicted = self.cache.reserve(expert, urgent)
         if evicted == NO_SLOT:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from baselines.deepspeed import DeepSpeedPolicy
+from baselines.lfu import LfuPolicy
 from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.eviction import LayeredLruPolicy, Recency, UsageTable
 from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape
@@ -24,7 +26,7 @@ def keys(order: Recency) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize(
-    "kind", [Recency, UsageTable, LayeredLruPolicy, OnDemandPolicy, DeepSpeedPolicy]
+    "kind", [Recency, UsageTable, LayeredLruPolicy, OnDemandPolicy, LfuPolicy, DeepSpeedPolicy]
 )
 def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
     order = kind(SHAPE)
@@ -39,6 +41,20 @@ def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
     assert not np.array_equal(changed, before)
     order.on_load(B)
     assert np.array_equal(keys(order), changed)
+
+
+@pytest.mark.parametrize(("counts", "first"), [("kept", B), ("forgotten", A)])
+def test_lfu_keeps_or_forgets_the_count_of_what_left(
+    counts: Literal["kept", "forgotten"], first: ExpertId
+) -> None:
+    order = LfuPolicy(SHAPE, counts)
+    for index in (A.index, A.index, A.index, B.index, B.index):
+        order.on_outcome(LayerOutcome(DECODE, 0, (), (), (index,)))
+    assert keys(order)[A] < keys(order)[B]
+    # A leaves and comes back: its fourth use, or its first, against B's two.
+    order.on_evict(A)
+    order.on_outcome(LayerOutcome(DECODE, 0, (), (), (A.index,)))
+    assert max(A, B, key=lambda expert: keys(order)[expert]) == first
 
 
 def test_what_a_protected_layer_goes_through_shows_when_another_is() -> None:

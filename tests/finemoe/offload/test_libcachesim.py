@@ -3,24 +3,23 @@
 Requests come one at a time and every expert has unit size, so both sides must agree on every hit.
 Their LFUs differ in one rule. Both break ties of frequency by recency (libCacheSim appends an
 object to the list of its new frequency and evicts from the head), but it forgets the frequency of
-what it evicts (libCacheSim/cache/eviction/LFU.c), while `UsageTable.visits` counts on: the paper
-calls freq the cache visit count (section 4.5) and names no reset. So LFU is compared with visits
-set to zero on eviction, and a stream worked out by hand shows where remembering makes a difference.
+what it evicts (libCacheSim/cache/eviction/LFU.c), while `LfuPolicy` counts on unless it is told to
+forget. So LFU is compared forgetting, and a stream worked out by hand shows where remembering makes
+a difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from baselines.belady import BeladyPolicy
+from baselines.lfu import LfuPolicy
+from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.cache import NO_SLOT, ExpertCache
-from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape, Policy
 from tests.finemoe.offload.states import State, state
 
@@ -30,28 +29,6 @@ SHAPE = ModelShape(layers=3, experts=5, top_k=1, hidden_size=1)
 NEVER = 2**63 - 1
 
 Stream = Sequence[ExpertId]
-
-
-class Usage(Policy):
-    """Evicts by one order of a `UsageTable`; visits may be forgotten on eviction."""
-
-    def __init__(self, shape: ModelShape, order: str, forgets: bool = False) -> None:
-        self.table = UsageTable(shape)
-        self._order = order
-        self._forgets = forgets
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self.table.lru_keys() if self._order == "lru" else self.table.lfu_keys()
-
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        self.table.on_outcome(outcome)
-
-    def on_load(self, expert: ExpertId) -> None:
-        self.table.on_load(expert)
-
-    def on_evict(self, expert: ExpertId) -> None:
-        if self._forgets:
-            self.table.visits[expert] = 0
 
 
 def our_hits(stream: Stream, shape: ModelShape, slots: int, policy: Policy) -> list[bool]:
@@ -83,15 +60,15 @@ def routing_of(stream: Stream, shape: ModelShape) -> list[list[tuple[int, ...]]]
 
 
 def lru(shape: ModelShape, stream: Stream) -> Policy:
-    return Usage(shape, "lru")
+    return OnDemandPolicy(shape)
 
 
 def lfu(shape: ModelShape, stream: Stream) -> Policy:
-    return Usage(shape, "lfu")
+    return LfuPolicy(shape)
 
 
 def lfu_that_forgets(shape: ModelShape, stream: Stream) -> Policy:
-    return Usage(shape, "lfu", forgets=True)
+    return LfuPolicy(shape, "forgotten")
 
 
 def belady(shape: ModelShape, stream: Stream) -> Policy:

@@ -203,7 +203,7 @@ class Guarded(deque[int]):
         super().clear()
 
 
-GUARDED = ("begin_iteration", "gate", "prefetch", "settled", "release", "next_chunk", "chunk_done")
+GUARDED = ("begin_iteration", "gate", "prefetch", "arrived", "release", "next_chunk", "chunk_done")
 
 
 @pytest.mark.parametrize("prediction", ["background", "critical_path"])

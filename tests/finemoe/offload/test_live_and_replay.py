@@ -12,9 +12,13 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.replay import ReplayBackend
@@ -29,7 +33,16 @@ from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest
-from tests.engine import OPTIONS, configured, emulated, offloaded, prepared, requests, serve
+from tests.engine import (
+    OPTIONS,
+    breaches,
+    configured,
+    emulated,
+    offloaded,
+    prepared,
+    requests,
+    serve,
+)
 
 DEVICES: dict[int, list[tuple[int, ...]]] = {
     1: [(2,), (5,), (9,), (12,)],
@@ -73,6 +86,7 @@ def batches(size: int) -> list[list[Request]]:
     return [requests(size, 4, first, OUTPUT) for first in (0, 10, 20)]
 
 
+@cache
 def recorded(model: OffloadedModel, size: int) -> dict[int, TracedRequest]:
     """Return what every request routes, by its number."""
     with (
@@ -98,20 +112,22 @@ def future(trace: dict[int, TracedRequest], size: int) -> Routing:
 
 
 def live(
-    model: OffloadedModel, policy: Policy, slots: tuple[int, ...], size: int
+    model: OffloadedModel, policy: Policy, slots: tuple[int, ...], size: int, protect: bool
 ) -> tuple[list[LayerOutcome], MemoryPlan]:
     """Serve for real, in lockstep; return how experts were found, and the plan."""
     testbed = emulated(len(slots), link_gb_s=100.0)
     lockstep, found = Lockstep(), list[LayerOutcome]()
     stored = model.store.layout.nbytes
-    runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep)
+    runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep, protect)
     runtime.listeners.append(found.append)
+    broken = breaches(runtime.residency)
     lockstep.runtime = runtime
     hooks = [gate.register_forward_pre_hook(lockstep.settle) for gate in model.gates]
     with runtime:
         serve(runtime, *batches(size))
     for hook in hooks:
         hook.remove()
+    assert not (protect and broken)
     return found, runtime.residency.plan
 
 
@@ -121,8 +137,9 @@ def replayed(
     policy: Policy,
     plan: MemoryPlan,
     size: int,
+    rate: float = COPY_RATE,
 ) -> list[LayerOutcome]:
-    """Replay the trace with links that are fast against everything else."""
+    """Replay the trace, with links that are fast against everything else if nothing is said."""
     line = Line(SLOW)
     prediction = PredictionCosts(embeddings=SLOW, gate=SLOW, update=SLOW)
     if policy.placement.prediction == "background":
@@ -132,12 +149,14 @@ def replayed(
     residency = Residency(shape, plan, policy)
     if residency.holds_everything:
         residency.preload()
-    runtime = ReplayRuntime(policy, residency, costs, LinkRate(COPY_RATE))
+    broken = breaches(residency)
+    runtime = ReplayRuntime(policy, residency, costs, LinkRate(rate))
     found: list[LayerOutcome] = []
     runtime.listeners.append(found.append)
     server = Server(ReplayBackend(trace.__getitem__, runtime=runtime))
     for batch in batches(size):
         list(server.serve(FixedBatches(batch, size)))
+    assert not (plan.protect and broken)
     return found
 
 
@@ -148,14 +167,29 @@ def kinds(outcomes: Sequence[LayerOutcome]) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("system", OPTIONS)
+@pytest.mark.parametrize(
+    ("system", "options", "protect"),
+    [
+        *((system, {}, protect) for system in OPTIONS for protect in (False, True)),
+        ("finemoe", {"aggregation": "demo"}, True),
+        ("mixtral_offload", {"prefetching": "asynchronous", "experts": 1}, False),
+        ("promoe", {"prefill": "code"}, True),
+        ("moe_infinity", {"prefetching": "awaited"}, True),
+        ("moe_infinity", {"prefetching": "awaited_next_layer"}, False),
+    ],
+)
 @pytest.mark.parametrize("devices", DEVICES)
 @pytest.mark.parametrize("size", [1, 3])
 def test_live_and_replay_find_every_expert_alike(
-    model: OffloadedModel, system: str, devices: int, size: int
+    model: OffloadedModel,
+    system: str,
+    options: dict[str, Any],
+    devices: int,
+    size: int,
+    protect: bool,
 ) -> None:
     trace = recorded(model, size)
-    policy = prepared(configured(system, model.shape), model)
+    policy = prepared(configured(system, model.shape, **options), model)
     if policy.set_future_routing:
         policy.set_future_routing(future(trace, size))
     seen = []
@@ -163,7 +197,7 @@ def test_live_and_replay_find_every_expert_alike(
     if devices > 1 and system in COUPLED:
         budgets = [budgets[0], budgets[-1]]
     for slots in budgets:
-        found, plan = live(model, copy.deepcopy(policy), slots, size)
+        found, plan = live(model, copy.deepcopy(policy), slots, size, protect)
         again = replayed(trace, model.shape, copy.deepcopy(policy), plan, size)
         assert found == again, (slots, kinds(found), kinds(again))
         assert len(found) == len(batches(size)) * OUTPUT * model.shape.layers
@@ -171,3 +205,23 @@ def test_live_and_replay_find_every_expert_alike(
     # The comparison is of something: budgets differ, and the smallest one misses or is late.
     assert seen[0]["hits"] < seen[-1]["hits"]
     assert seen[0]["late"] + seen[0]["misses"] > 0
+
+
+@pytest.mark.parametrize("system", OPTIONS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_is_protected_leaves_for_no_prefetch_before_its_layers_gate_spoke(
+    model: OffloadedModel, system: str, data: st.DataObject
+) -> None:
+    """`replayed` asserts it; links may be of any speed."""
+    size = data.draw(st.sampled_from([1, 2]))
+    slots = data.draw(st.sampled_from([(2,), (5,), (9,), (3, 2, 2), (1, 1)]))
+    rate = data.draw(st.sampled_from([1e2, 1e4, 1e5, COPY_RATE]))
+    options = {name: data.draw(st.sampled_from(values)) for name, values in OPTIONS[system].items()}
+    trace = recorded(model, size)
+    policy = prepared(configured(system, model.shape, **options), model)
+    if policy.set_future_routing:
+        policy.set_future_routing(future(trace, size))
+    stored = model.store.layout.nbytes
+    plan = MemoryPlan(slots, stored, stored // 3, protect=True)
+    replayed(trace, model.shape, policy, plan, size, rate)

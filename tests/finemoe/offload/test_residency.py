@@ -16,6 +16,7 @@ from finemoe.offload.policy import (
     Iteration,
     LayerOutcome,
     ModelShape,
+    Placement,
     Policy,
     PolicyError,
     Priorities,
@@ -45,8 +46,9 @@ class ListeningPolicy(Policy):
         return -np.arange(12.0).reshape(3, 4)
 
 
-def residency(*slots: int) -> Residency:
-    return Residency(SHAPE, MemoryPlan(slots, EXPERT_BYTES, CHUNK_BYTES), ListeningPolicy())
+def residency(*slots: int, protect: bool = False) -> Residency:
+    plan = MemoryPlan(slots, EXPERT_BYTES, CHUNK_BYTES, protect)
+    return Residency(SHAPE, plan, ListeningPolicy())
 
 
 def listener(engine: Residency) -> ListeningPolicy:
@@ -231,6 +233,78 @@ def test_the_policy_is_told_of_every_outcome_and_load() -> None:
     assert listener(engine).loads == [ExpertId(0, 2), ExpertId(0, 3), ExpertId(1, 1)]
 
 
+@pytest.mark.parametrize("protect", [False, True])
+def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: bool) -> None:
+    """The policy's keys alone evict the lowest expert first."""
+    engine = residency(2, protect=protect)
+    engine.begin_iteration(iteration(0))
+    ask(engine, 0, (1, 0))
+    copy_all(engine)
+    ask(engine, 0, (1, 0), (1, 1), (2, 2))
+    # Expert (1, 0) is asked for although it is there; the second slot goes to (1, 1).
+    assert copy_all(engine) == ([(1, 1)] if protect else [(1, 1), (2, 2)])
+    if not protect:
+        return
+    # On demand (1, 0) goes, as nobody else can; what is left waits for the gate of layer 1.
+    engine.gate(iteration(0), 0, (3,))
+    assert copy_all(engine) == [(0, 3)]
+    assert state(engine.cache, at(1, 0)) is State.ABSENT
+    release(engine, 0, (3,))
+    # Now (0, 3) can go, of the higher key, and does so for the prefetch of (2, 2).
+    assert copy_all(engine) == [(2, 2)]
+    # The gate of layer 1 does not choose (1, 1), which then leaves before the protected (2, 2).
+    engine.gate(iteration(0), 1, (3,))
+    assert copy_all(engine) == [(1, 3)]
+    assert state(engine.cache, at(2, 2)) is State.RESIDENT
+
+
+def test_a_gate_wakes_links_that_found_everybody_protected() -> None:
+    engine = residency(1, protect=True)
+    engine.begin_iteration(iteration(0))
+    ask(engine, 0, (0, 0), (1, 0))
+    assert copy_all(engine) == [(0, 0)]
+    woken: list[None] = []
+    engine.wake = lambda: woken.append(None)
+    engine.gate(iteration(0), 0, ())
+    assert woken
+    assert copy_all(engine) == [(1, 0)]
+
+
+def test_of_what_is_requested_only_the_most_wanted_of_a_layer_are_awaited() -> None:
+    policy = ListeningPolicy()
+    policy.placement = Placement("critical_path", awaited=True, awaits=(2, 1))
+    engine = Residency(SHAPE, MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES), policy)
+    engine.begin_iteration(iteration(0))
+    # Before layer 0, two layers ahead is layer 1: of (1, 2) and (1, 1) the first is awaited.
+    engine.prefetch(0, ranked((0, 0), (1, 2), (1, 1)), policy.on_embeddings)
+    copy(engine, 3)
+    assert not engine.arrived()
+    copy(engine, 1)
+    assert engine.arrived()
+    assert not engine.settled()
+    # Until the next gate is answered there is nobody to wait for; then it is (2, 0).
+    engine.prefetch(0, ranked((1, 3)), policy.on_embeddings)
+    assert not engine.arrived()
+    engine.gate(iteration(0), 0, ())
+    assert engine.arrived()
+    engine.prefetch(0, ranked((1, 0), (2, 0)), policy.on_gate, 0)
+    assert not engine.arrived()
+    # After layer 1 there is no layer so far ahead.
+    engine.gate(iteration(0), 1, ())
+    engine.prefetch(0, ranked((2, 1)), policy.on_gate, 1)
+    assert engine.arrived()
+
+
+def test_an_awaited_expert_that_finds_no_slot_is_not_waited_for() -> None:
+    policy = ListeningPolicy()
+    policy.placement = Placement("critical_path", awaited=True, awaits=(1, 2))
+    engine = Residency(SHAPE, MemoryPlan((1,), EXPERT_BYTES, CHUNK_BYTES, True), policy)
+    engine.begin_iteration(iteration(0))
+    engine.prefetch(0, ranked((0, 0), (0, 1)), policy.on_embeddings)
+    assert copy_all(engine) == [(0, 0)]
+    assert engine.arrived()
+
+
 def test_traffic_is_the_sum_over_links() -> None:
     engine = residency(1, 1, 1)
     engine.begin_iteration(iteration(0))
@@ -262,14 +336,15 @@ def test_a_preload_fills_every_device_with_its_first_experts(
 TABLE = np.ones((3, 4))
 
 
+@pytest.mark.parametrize("protect", [False, True])
 @given(
     slots=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     steps=st.lists(st.tuples(st.sampled_from("tlgrc"), st.integers(0, 2), st.integers(0, 3))),
 )
 def test_no_link_sleeps_while_it_has_something_to_do(
-    slots: list[int], steps: list[tuple[str, int, int]]
+    protect: bool, slots: list[int], steps: list[tuple[str, int, int]]
 ) -> None:
-    engine = residency(*slots)
+    engine = residency(*slots, protect=protect)
     asleep: set[int] = set()
     engine.wake = asleep.clear
     pinned: list[int] = []

@@ -1,0 +1,36 @@
+"""LFU: no prediction, no prefetch; the expert with the fewest uses leaves the cache."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import validate_call
+
+from finemoe.offload.eviction import UsageTable
+from finemoe.offload.policy import ExpertId, ModelShape, Policy
+from finemoe.options import CHECKED
+
+
+class LfuPolicy(UsageTable, Policy):
+    """Loads an expert when its gate has chosen it; of equal counts the least recently used goes.
+
+    Counts are `kept` when an expert leaves (section 4.5 of the FineMoE paper speaks of the cache
+    visit count and of no reset), or `forgotten`, as in the authors' demo and in libCacheSim.
+    """
+
+    @validate_call(config=CHECKED)
+    def __init__(self, shape: ModelShape, counts: Literal["kept", "forgotten"] = "kept") -> None:
+        super().__init__(shape)
+        self._forgets = counts == "forgotten"
+
+    def begin_serving(self) -> None:
+        self.forget()
+
+    def on_evict(self, expert: ExpertId) -> None:
+        if self._forgets:
+            self.visits[expert] = 0
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        return self.lfu_keys()
