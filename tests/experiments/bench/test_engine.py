@@ -59,7 +59,7 @@ def test_a_replays_speed_is_of_the_layers_that_it_served(tmp_path: Path) -> None
     # One request to warm up and one measured, of four tokens and 32 layers each.
     assert speed["layer_steps"] == 2 * 4 * 32
     assert speed["layer_steps_per_s"] == speed["layer_steps"] / speed["measure_s"]
-    assert min(speed["teach_s"], speed["measure_s"], speed["bound_s"]) > 0
+    assert min(speed["history_s"], speed["measure_s"], speed["bound_s"]) > 0
 
 
 def test_every_call_of_every_system_is_timed(
