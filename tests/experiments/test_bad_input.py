@@ -112,7 +112,7 @@ MISTAKES = {
     "workload.output_tokens=0": "workload.output_tokens=0",
     "workload.history_share=1.0": "less than 1",
     "workload.history_share=0.9": "none to measure",
-    "workload.history_share=0": "workload.warmup=1, but there are 0 history prompts",
+    "workload.history_share=0": "set workload.warmup=0",
     "workload=online workload.rate=nan": "workload.rate=nan",
     "workload=online workload.requests=0": "workload.requests=0",
     "workload=online workload.max_batch_size=0": "workload.max_batch_size=0",
