@@ -239,7 +239,6 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
                     for served in server.serve(settings.schedule(load.measured)):
                         measurement.served.append(served)
                         bar(1)
-                    backend.drain()
                 measurement.busy_seconds += server.busy_seconds
                 batches, iterations = server.batches, server.iterations
     measurement.served.sort(key=lambda served: served.batch)
