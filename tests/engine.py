@@ -51,6 +51,11 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "extra": [0, 1],
     },
     "mixtral_offload": {"prefetching": ["awaited", "asynchronous"], "experts": [None, 1]},
+    "in_searcher": {
+        "predictor": ["speculation", "hit_count"],
+        "prefetch_distance": [1, 3],
+        "eviction": ["lru", "lfu"],
+    },
     "deepspeed": {},
     "on_demand": {},
     "lfu": {"counts": ["kept", "forgotten"]},

@@ -13,15 +13,20 @@ from experiments.figures import charts
 
 TITLE = "Expert hit rate by the way of finding experts to prefetch"
 METRIC = "hit_rate"
-# Maps grow darker with each feature; the others have the colours of their systems.
+SPECULATE, HIT_COUNT = "#56B4E9", "#009E73"
+IN_SEARCHER, MAP = {"system": "in_searcher"}, {"system": "finemoe", "eviction": "lru"}
+# Maps grow darker with each feature; a whole system has the colour of its prediction, and a hatch.
 APPROACHES = {
-    "Speculate": ("#56B4E9", {"system": "promoe", "predictor": "gate"}),
-    "Hit count": ("#009E73", {"system": "moe_infinity"}),
-    "Map (T)": ("#F9C9A3", {"system": "finemoe", "search": "trajectory", "selection": "top_k"}),
-    "Map (T+S)": ("#EE8A45", {"system": "finemoe", "search": "both", "selection": "top_k"}),
-    "Map (T+S+δ)": ("#B34700", {"system": "finemoe", "search": "both", "selection": "delta"}),
+    "Speculate": (SPECULATE, {**IN_SEARCHER, "predictor": "speculation"}),
+    "Speculate (ProMoE)": (SPECULATE, {"system": "promoe", "predictor": "gate"}),
+    "Hit count": (HIT_COUNT, {**IN_SEARCHER, "predictor": "hit_count"}),
+    "Hit count (MoE-Infinity)": (HIT_COUNT, {"system": "moe_infinity"}),
+    "Map (T)": ("#F9C9A3", {**MAP, "search": "trajectory", "selection": "top_k"}),
+    "Map (T+S)": ("#EE8A45", {**MAP, "search": "both", "selection": "top_k"}),
+    "Map (T+S+δ)": ("#B34700", {**MAP, "search": "both", "selection": "delta"}),
 }
-"""Each approach of the paper: its colour, and the system and options that stand for it."""
+"""Each approach of the paper, all in FineMoE's searcher, and the whole systems that two come from:
+its colour, and the system and options that stand for it."""
 NOTES = (f"Error bars: {charts.INTERVALS}, batches resampled.",)
 
 
@@ -42,8 +47,9 @@ def draw_approaches(
     frame["series"] = charts.named_after(frame["approach"], frame)
     charts.single(frame, names[0])
     models, datasets = charts.facets(frame)
-    base = {name: (colour, "") for name, (colour, _) in approaches.items()}
-    looks = charts.variants(frame, "approach", base)
+    colours = {name: colour for name, (colour, _) in approaches.items()}
+    frame["colour"] = frame["approach"].map(colours)
+    looks = charts.variants(frame, "colour", {colour: (colour, "") for colour in colours.values()})
     groups = {model: style.model_name(model) for model in models}
     size = style.COLUMN_INCHES, 0.65 + 1.35 * len(datasets)
     with charts.panels(datasets, [METRIC], *size) as (figure, panels):

@@ -443,6 +443,8 @@ _OPTIONS = {
     "eviction=lru": "LRU caching",
     "eviction=lfu": "LFU caching",
     "eviction=finemoe": "its own caching",
+    "predictor=speculation": "speculation",
+    "predictor=hit_count": "hit count",
 }
 
 

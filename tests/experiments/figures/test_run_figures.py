@@ -23,7 +23,7 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "11": (("system=finemoe", "+workload.rate=1"), ("system=promoe", "+workload.rate=1")),
     "12": (("memory_budget=6",), ("memory_budget=12",), ("memory_budget=6", "system=promoe")),
     "13": (("system=finemoe",), ("system=finemoe", "dataset=code")),
-    "14a": (("system=moe_infinity",), ("system.search=trajectory", "system.selection=top_k"), ()),
+    "14a": (("system=moe_infinity",), ("system=in_searcher",), ("system.eviction=lru",)),
     "14b": (("system.eviction=lru",), ("system.eviction=lfu",), ()),
     "15": (("system.prefetch_distance=1",), ("system.prefetch_distance=8",)),
     "16b": (("workload.batch_size=1",), ("workload.batch_size=8",)),
@@ -115,12 +115,20 @@ def test_the_oracle_of_figure_10_is_a_line_and_no_system(
     assert len(saved[1].axes[0].patches) == 1
 
 
-def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(tmp_path: Path) -> None:
+def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(
+    tmp_path: Path, saved: list[Figure]
+) -> None:
     cells = config("config", "experiment=figure14a").experiment.cells
-    frame = frame_of(tmp_path, *map(tuple, cells), ("system.eviction=lru",))
+    others = (), ("system=in_searcher", "system.eviction=lfu")
+    frame = frame_of(tmp_path, *map(tuple, cells), *others)
     approaches = drawn("14a", frame, tmp_path).set_index("digest")["approach"].sort_index()
     expected = ["Speculate", "Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
+    expected += ["Speculate (ProMoE)", "Hit count (MoE-Infinity)"]
     assert approaches.to_dict() == {f"run{n}": name for n, name in enumerate(expected)}
+    # A whole system has the colour of its prediction, and alone a hatch.
+    bars = saved[0].axes[0].patches
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, True, False, True, *[False] * 3]
+    assert len({bar.get_facecolor() for bar in bars}) == 5
 
 
 def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:

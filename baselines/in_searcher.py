@@ -1,0 +1,115 @@
+"""Predictions of other systems in FineMoE's searcher (section 6.5, Figure 14a).
+
+Asked in the background, after the gate of layer l, for layer l + d alone: the K likeliest experts
+of each query, with FineMoE's priorities, into one cache for all layers. A query is a token for
+speculation, a request for the hit count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import validate_call
+
+from baselines.moe_infinity import FloatTable, MoEInfinityOptions, MoEInfinityPolicy
+from baselines.speculation import SpeculatingPolicy
+from finemoe.offload.eviction import UsageTable
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    LayerOutcome,
+    ModelShape,
+    Placement,
+    Policy,
+    Priorities,
+)
+from finemoe.options import CHECKED, Count
+from finemoe.selection import divisors, select_experts, union_priorities
+
+Eviction = Literal["lru", "lfu"]
+"""The orders of FineMoE's cache that need no map."""
+
+
+class InSearcherPolicy(Policy):
+    """FineMoE's cache around the predictions of the other base."""
+
+    shape: ModelShape
+
+    def _evict_by(self, eviction: Eviction) -> None:
+        self._eviction = eviction
+        self._used = UsageTable(self.shape)
+
+    def begin_serving(self) -> None:
+        super().begin_serving()
+        self._used.forget()
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        self._used.on_outcome(outcome)
+
+    def on_load(self, expert: ExpertId) -> None:
+        self._used.on_load(expert)
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        return self._used.lru_keys() if self._eviction == "lru" else self._used.lfu_keys()
+
+
+class SpeculationInSearcher(InSearcherPolicy, SpeculatingPolicy):
+    """The gate of layer l + d reads the input of layer l; the first d layers are not predicted."""
+
+    placement = Placement("background", hidden_states=True)
+
+    def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
+        super().__init__(shape, distance, shape.top_k)
+        self._evict_by(eviction)
+
+    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        return probabilities / self._distance
+
+
+class HitCountInSearcher(InSearcherPolicy, MoEInfinityPolicy):
+    """Activation ratios of the nearest matrix; the popular experts of the first d layers."""
+
+    def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
+        super().__init__(shape, MoEInfinityOptions(early_layers=distance))
+        self.placement = Placement("background")
+        self._evict_by(eviction)
+
+    def _popular_experts(self) -> Priorities:
+        wanted = np.zeros((self.shape.layers, self.shape.experts))
+        early = self.collection.popularity[: self.options.early_layers]
+        if self.collection.size:
+            shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
+            wanted[: len(early)] = self._likeliest(shares[:, None], range(len(early)), now=-1)
+        return wanted
+
+    def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
+        distance = self.options.early_layers
+        first, last = layers.start + distance, min(layers.stop + distance, self.shape.layers)
+        steps = np.arange(max(last - first, 0))
+        ratios = [self.collection.ratios(e[: len(steps)])[steps, first + steps] for e in nearest]
+        likeliest = self._likeliest(np.stack(ratios, axis=1), range(distance, distance + 1), now=0)
+        wanted = np.zeros((layers.stop - layers.start, self.shape.layers, self.shape.experts))
+        wanted[steps, first + steps] = likeliest
+        return wanted
+
+    def _likeliest(self, probabilities: FloatArray, band: range, now: int) -> Priorities:
+        """Return priorities (N, J) of each query's K likeliest experts, by ratios (N, Q, J)."""
+        flat = probabilities.reshape(-1, self.shape.experts)
+        chosen = select_experts(flat, np.ones(len(flat)), self.shape.top_k)
+        by = divisors(band, now, "paper")
+        return union_priorities(probabilities, chosen.reshape(probabilities.shape), by, "paper")
+
+
+@validate_call(config=CHECKED)
+def in_searcher(
+    shape: ModelShape,
+    predictor: Literal["speculation", "hit_count"],
+    prefetch_distance: Count,
+    eviction: Eviction = "lru",
+) -> InSearcherPolicy:
+    """Return the policy that conf/system/in_searcher.yaml describes; ValueError for bad options."""
+    kinds = {"speculation": SpeculationInSearcher, "hit_count": HitCountInSearcher}
+    return kinds[predictor](shape, prefetch_distance, eviction)
