@@ -337,8 +337,9 @@ def legend(
     kind: str = "line",
     columns: int = 5,
     narrow: int | None = None,
+    hollow: Collection[str] = (),
 ) -> None:
-    """Put one legend above all panels; `kind` is bar or line.
+    """Put one legend above all panels; `kind` is bar or line; bars in `hollow` are not filled.
 
     In `columns` columns, or `narrow` ones where the figure is narrower than a page.
     """
@@ -347,8 +348,9 @@ def legend(
     handles: list[Any] = []
     for name, look in looks.items():
         if kind == "bar" and "hatch" in look:
-            edge = "white" if look["hatch"] else look["color"]
-            drawn = {"facecolor": look["color"], "hatch": look["hatch"], "edgecolor": edge}
+            edge = "white" if look["hatch"] and name not in hollow else look["color"]
+            fill = "white" if name in hollow else look["color"]
+            drawn = {"facecolor": fill, "hatch": look["hatch"], "edgecolor": edge}
             handles.append(Patch(**drawn, label=name))
         else:
             handles.append(Line2D([], [], **_line(look), label=name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,24 @@ TITLE = "Expert hit rate by the way of finding experts to prefetch"
 METRIC = "hit_rate"
 SPECULATE, HIT_COUNT = "#56B4E9", "#009E73"
 IN_SEARCHER, MAP = {"system": "in_searcher"}, {"system": "finemoe", "eviction": "lru"}
-# Maps grow darker with each feature; a whole system has the colour of its prediction, and a hatch.
+# Maps grow darker with each feature; whole systems have the colours of their predictions.
 APPROACHES = {
     "Speculate": (SPECULATE, {**IN_SEARCHER, "predictor": "speculation"}),
-    "Speculate (ProMoE)": (SPECULATE, {"system": "promoe", "predictor": "gate"}),
     "Hit count": (HIT_COUNT, {**IN_SEARCHER, "predictor": "hit_count"}),
-    "Hit count (MoE-Infinity)": (HIT_COUNT, {"system": "moe_infinity"}),
     "Map (T)": ("#F9C9A3", {**MAP, "search": "trajectory", "selection": "top_k"}),
     "Map (T+S)": ("#EE8A45", {**MAP, "search": "both", "selection": "top_k"}),
     "Map (T+S+δ)": ("#B34700", {**MAP, "search": "both", "selection": "delta"}),
+    "ProMoE": (SPECULATE, {"system": "promoe", "predictor": "gate"}),
+    "MoE-Infinity": (HIT_COUNT, {"system": "moe_infinity"}),
 }
-"""Each approach of the paper, all in FineMoE's searcher, and the whole systems that two come from:
-its colour, and the system and options that stand for it."""
-NOTES = (f"Error bars: {charts.INTERVALS}, batches resampled.",)
+"""Each approach of the paper, then whole systems: its colour, and the system and options that stand
+for it."""
+WHOLE = ("ProMoE", "MoE-Infinity")
+NOTE = (
+    "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions differ. Hollow: "
+    "whole systems, in the colours of their predictions."
+)
+INTERVALS = f"Error bars: {charts.INTERVALS}, batches resampled."
 
 
 def draw_approaches(
@@ -36,10 +42,12 @@ def draw_approaches(
     frame: pd.DataFrame,
     output: Path,
     mixed_modes: bool = False,
+    whole: Sequence[str] = (),
 ) -> None:
     """Draw hit rates of `approaches`, one panel a dataset, models as groups; `names`: id, title.
 
-    A run belongs to the approach whose system and options it has; other runs are left out.
+    A run belongs to the approach whose system and options it has; other runs are left out. Those in
+    `whole` are drawn hollow.
     """
     of_runs = [_approach(run, approaches) for run in charts.rows_of(frame)]
     frame = frame.assign(approach=pd.Series(of_runs, index=frame.index, dtype=object))
@@ -47,22 +55,23 @@ def draw_approaches(
     frame["series"] = charts.named_after(frame["approach"], frame)
     charts.single(frame, names[0])
     models, datasets = charts.facets(frame)
-    colours = {name: colour for name, (colour, _) in approaches.items()}
-    frame["colour"] = frame["approach"].map(colours)
-    looks = charts.variants(frame, "colour", {colour: (colour, "") for colour in colours.values()})
+    base = {name: (colour, "") for name, (colour, _) in approaches.items()}
+    looks = charts.variants(frame, "approach", base)
+    hollow = set(frame.loc[frame["approach"].isin(whole), "series"])
     groups = {model: style.model_name(model) for model in models}
     size = style.COLUMN_INCHES, 0.65 + 1.35 * len(datasets)
     with charts.panels(datasets, [METRIC], *size) as (figure, panels):
         for axes, dataset, _ in panels:
             part = frame[frame["dataset"] == dataset]
-            charts.bars(axes, part, METRIC, "model", groups, looks)
+            charts.bars(axes, part, METRIC, "model", groups, looks, hollow)
             axes.set_ylabel(style.METRICS[METRIC][0])
             if len(datasets) > 1:
                 axes.set_title(style.dataset_name(dataset), pad=3)
-        charts.legend(figure, looks, "bar", 3)
+        charts.legend(figure, looks, "bar", 3, hollow=hollow)
         data = charts.drawn_data(frame, [METRIC], "approach")
         series = list(looks if frame["mode"].nunique() > 1 else approaches)
-        charts.save(figure, output, names, frame, data, NOTES, series=series)
+        notes = [NOTE, INTERVALS] if hollow else [INTERVALS]
+        charts.save(figure, output, names, frame, data, notes, series=series)
 
 
 def _approach(run: dict[str, Any], approaches: dict[str, tuple[str, dict[str, str]]]) -> str | None:
@@ -75,4 +84,4 @@ def _approach(run: dict[str, Any], approaches: dict[str, tuple[str, dict[str, st
     return None
 
 
-draw = partial(draw_approaches, ("14a", TITLE), APPROACHES)
+draw = partial(draw_approaches, ("14a", TITLE), APPROACHES, whole=WHOLE)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -123,12 +124,16 @@ def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(
     frame = frame_of(tmp_path, *map(tuple, cells), *others)
     approaches = drawn("14a", frame, tmp_path).set_index("digest")["approach"].sort_index()
     expected = ["Speculate", "Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
-    expected += ["Speculate (ProMoE)", "Hit count (MoE-Infinity)"]
+    expected += ["ProMoE", "MoE-Infinity"]
     assert approaches.to_dict() == {f"run{n}": name for n, name in enumerate(expected)}
-    # A whole system has the colour of its prediction, and alone a hatch.
-    bars = saved[0].axes[0].patches
-    assert [bool(bar.get_hatch()) for bar in bars] == [False, True, False, True, *[False] * 3]
-    assert len({bar.get_facecolor() for bar in bars}) == 5
+    # A whole system is hollow, in the colour of its prediction.
+    *filled, promoe, moe_infinity = saved[0].axes[0].patches
+    assert [to_hex(bar.get_facecolor()) for bar in (promoe, moe_infinity)] == ["#ffffff"] * 2
+    edges = [to_hex(bar.get_edgecolor()) for bar in (promoe, moe_infinity)]
+    assert edges == [to_hex(bar.get_facecolor()) for bar in filled[:2]]
+    assert len({bar.get_facecolor() for bar in filled}) == 5
+    entries = saved[0].legends[0].get_patches()
+    assert [to_hex(entry.get_facecolor()) for entry in entries].count("#ffffff") == 2
 
 
 def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
