@@ -183,7 +183,8 @@ class ReplaySetup(Setup):
         """Return the least time, which is kept beside a kept trace for every other system."""
         if not self.settings.fixed:
             return None
-        of = [self.slots, *(values_of(self.cfg[name]) for name in ("testbed", "model", "workload"))]
+        model = {**values_of(self.cfg.model), "prefetch_distance": None}
+        of = [self.slots, model, *(values_of(self.cfg[name]) for name in ("testbed", "workload"))]
         digest = hashlib.sha256(json.dumps([self.trace.path.name, *of]).encode()).hexdigest()[:16]
         path = self.trace.path.parent / "bounds" / f"{digest}.json"
         with suppress(OSError, ValueError, TypeError):
