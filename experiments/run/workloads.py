@@ -278,8 +278,8 @@ def prompted(load: Workload, trace: Trace) -> Workload:
     def of(requests: Sequence[Request]) -> tuple[Request, ...]:
         return tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
 
-    parts = {name: of(getattr(load, name)) for name in ("history", "warmup", "measured")}
-    return replace(load, **parts)
+    history, warmup, measured = map(of, (load.history, load.warmup, load.measured))
+    return replace(load, history=history, warmup=warmup, measured=measured)
 
 
 def origin(trace: Trace) -> PromptSet:
