@@ -38,8 +38,7 @@ class AccessCounter:
         more = len(outcome.hits), len(outcome.late), len(outcome.misses)
         self.counts[number] = hits + more[0], late + more[1], misses + more[2]
         self.phases[number] = phase
-        if sum(more) > self.largest[phase]:
-            self.largest[phase] = sum(more)
+        self.largest[phase] = max(self.largest[phase], sum(more))
 
     def over(self, iterations: Iterable[int]) -> dict[str, int]:
         """Return the accesses of some iterations, by kind."""
