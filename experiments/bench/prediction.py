@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig
@@ -26,6 +26,7 @@ from finemoe.offload.policy import (
     GateWeights,
     Iteration,
     ModelShape,
+    Phase,
     Policy,
 )
 from finemoe.offload.routed import softmax
@@ -95,7 +96,7 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
 
 def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str, float]:
     """Return the microseconds of a policy's calls in an iteration of one request."""
-    shape, phase = routing.shape, "decode" if tokens == 1 else "prefill"
+    shape, phase = routing.shape, cast(Phase, "decode" if tokens == 1 else "prefill")
     calls = CALLS if tokens == 1 else CALLS // 10
     embeddings, gates, updates = [], np.zeros((calls, shape.layers)), []
     for number in range(calls):

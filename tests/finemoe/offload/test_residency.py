@@ -57,6 +57,17 @@ def listener(engine: Residency) -> ListeningPolicy:
     return engine.policy
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_an_answer_takes_back_earlier_requests_if_the_placement_says_so(replaces: bool) -> None:
+    engine = residency(4)
+    engine.policy.placement = Placement("background", replaces=replaces)
+    ask(engine, 0, (1, 0), (1, 1))
+    copy(engine, 1)
+    ask(engine, 0, (2, 0))
+    # What is under way goes on.
+    assert requested(engine) == ([(1, 0), (2, 0)] if replaces else [(1, 0), (1, 1), (2, 0)])
+
+
 def iteration(number: int) -> Iteration:
     return Iteration(number, "decode", (0,), (1,))
 
