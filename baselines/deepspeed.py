@@ -8,11 +8,9 @@ The expert cache, least recently used first out, was added by that paper for fai
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.policy import (
-    ExpertId,
     FloatArray,
     Gate,
     Iteration,
@@ -36,8 +34,3 @@ class DeepSpeedPolicy(OnDemandPolicy):
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         return self._layers[gate.layer + 1] if gate.layer + 1 < self.shape.layers else None
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        """Least recently used; a layer that is being fetched does not push itself out."""
-        self.protect(incoming.layer)
-        return self._recency

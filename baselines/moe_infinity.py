@@ -47,8 +47,6 @@ UNSEEN_RATIO = 1e-8
 """What the code adds to every ratio before the decay (expert_predictor.py)."""
 SMALLEST_ACTIVITY = 1e-6
 """Added to an activation ratio, so that layers tell even unused experts apart."""
-PROTECTED = 1e9
-"""Above the magnitude of any other eviction key: what is to be prefetched leaves after all else."""
 
 FloatTable = NDArray[np.float64]
 
@@ -62,13 +60,13 @@ class MoEInfinityOptions:
     capacity: Count = 1000
     """Matrices in the collection (`trace_capacity` in moe_infinity/utils/config.py)."""
     variant: Variant = "paper"
-    eviction: Literal["activation", "lfu", "lru"] = "activation"
-    """Our own reading of its cache, the running requests' activation ratio x layer decay, or plain
-    counts or recency. The code has no one answer: its scheduler evicts the most visited first
-    (core/prefetch/task_scheduler.cpp), its later dispatcher the least visited, and the product of
-    three factors in expert_priority_score.py, visits among them, is called by nobody."""
+    eviction: Literal["lfu", "scheduler", "activation", "lru"] = "lfu"
+    """Who leaves: the least visited (section 6.1 of the FineMoE paper, and the code's dispatcher of
+    2025), the most visited (its live scheduler, core/prefetch/task_scheduler.cpp), the least active
+    (our own: the running requests' activation ratio x layer decay, two of the three factors of
+    expert_priority_score.py, which nobody calls), or the least recently used."""
     prefetching: Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"] = (
-        "asynchronous"
+        "awaited_next_layer"
     )
     """Whether a layer waits for prefetches. In its code copies are asynchronous; the FineMoE paper
     calls them synchronous (6.1), every layer waiting for them (4.3), but not for how many: all that
@@ -116,11 +114,7 @@ class MoEInfinityPolicy(Policy):
         self._usage = UsageTable(self.shape)
         self._served: tuple[int, ...] = ()
         self._activity = self._unseen.copy()
-        """Eviction keys of all experts, but for what was requested."""
-        self._keys = self._unseen.copy()
-        self._now = -1
-        self._wanted: Priorities | None = None
-        """What is asked for and `_keys` do not show yet."""
+        """Eviction keys by how active an expert is."""
         self._ahead: list[tuple[Priorities | None, FloatTable]] = []
 
     def begin_serving(self) -> None:
@@ -147,7 +141,6 @@ class MoEInfinityPolicy(Policy):
             self._activity = np.where(seen, self._activity_keys(tokens), self._unseen)
         if self._popular[0] != self.collection.additions:
             self._popular = (self.collection.additions, self._popular_experts())
-        self._now, self._wanted = -1, self._popular[1]
         self._ahead = []
         return self._popular[1]
 
@@ -162,10 +155,6 @@ class MoEInfinityPolicy(Policy):
             layers = slice(gate.layer, gate.layer + 1)
             ((wanted, activity),) = self._answers(iteration, layers, gates)
         self._activity[gate.layer] = activity
-        if wanted is None:
-            self._keys[gate.layer] = activity
-        else:
-            self._wanted = wanted
         return wanted
 
     def end_request(self, request: int) -> None:
@@ -267,42 +256,18 @@ class MoEInfinityPolicy(Policy):
         return -activity * self._front[first : first + len(tokens)]
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
-        """Protect no longer what was to be prefetched until now."""
-        if self.options.eviction != "activation":
-            self._usage.on_outcome(outcome)
-        self._now = outcome.layer
-        self._keys[: self._now + 1] = self._activity[: self._now + 1]
+        self._usage.on_outcome(outcome)
 
     def on_load(self, expert: ExpertId) -> None:
-        if self.options.eviction != "activation":
-            self._usage.on_load(expert)
+        self._usage.on_load(expert)
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> FloatTable:
-        """Evict the least active, or by the order that was chosen; last what is to be prefetched.
-
-        Of the latter the least wanted leaves first, and for a prefetch only what is wanted less:
-        the code does not evict its cache candidates (core/prefetch/task_scheduler.cpp).
-        """
-        self._protect()
-        keys = self._keys
-        if self.options.eviction != "activation":
-            lru = self.options.eviction == "lru"
-            order = self._usage.lru_keys() if lru else self._usage.lfu_keys()
-            keys = np.where(keys <= -PROTECTED, keys, order)
-        if urgent:
-            return keys
-        floor = min(self._keys.item(incoming), -PROTECTED)
-        return np.where(keys > floor, keys, -np.inf)
-
-    def _protect(self) -> None:
-        """Have the keys of what was asked for last, and did not run yet, show that."""
-        wanted, self._wanted = self._wanted, None
-        if wanted is None:
-            return
-        later = self._now + 1
-        protected = -PROTECTED - wanted[later:]
-        self._keys[:] = self._activity
-        np.copyto(self._keys[later:], protected, where=wanted[later:] > 0)
+        eviction = self.options.eviction
+        if eviction == "activation":
+            return self._activity
+        if eviction == "scheduler":
+            return self._usage.visits
+        return self._usage.lru_keys() if eviction == "lru" else self._usage.lfu_keys()
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:

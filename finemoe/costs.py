@@ -123,6 +123,8 @@ class RooflineCosts(Costs):
 
     accelerator: Accelerator
     model: FullSizeModel
+    layer: float = 0.0
+    """Seconds that a host adds to each layer."""
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         """Return the costs for a batch: each request's tokens now, and those it attends to.
@@ -140,7 +142,7 @@ class RooflineCosts(Costs):
         )
         return IterationCosts(
             start=self.accelerator.seconds(embedding, 0, START_KERNELS) + sync,
-            dense=dense + sync,
+            dense=dense + sync + self.layer,
             finish=self._product(model.head_parameters, len(tokens), FINISH_KERNELS) + sync,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import FloatArray, LayerOutcome, ModelShape
+from finemoe.offload.policy import ExpertId, FloatArray, LayerOutcome, ModelShape
 
 SMALLEST_PROBABILITY = 1e-9
 
@@ -58,3 +58,15 @@ class ExpectedUse:
             np.multiply(self._expected[first:], self._frequency[first:], out=keys)
             np.reciprocal(keys, out=keys)
         return self._keys
+
+
+class WholeUse(ExpectedUse):
+    """The demo's keys: p * freq as an integer; the least goes, of equal ones the first."""
+
+    def forget(self, expert: ExpertId) -> None:
+        """Count an expert's visits anew."""
+        self._visits[expert.layer][expert.index] = 0
+        self._frequency[expert] = 1
+
+    def keys(self) -> NDArray[np.float64]:
+        return -np.floor(self._expected * self._frequency)

@@ -83,6 +83,9 @@ class ForeignTrace(Trace):
     def __exit__(self, *_: object) -> None:
         """Nothing is open any more."""
 
+    def _prompt(self, number: int) -> tuple[int, ...]:
+        return ()
+
     def _request(self, number: int) -> TracedRequest:
         rows, shape = self._groups.get_group(number), self.header.shape
         numbers, steps = np.unique(rows["step"], return_inverse=True)

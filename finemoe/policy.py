@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
-from finemoe.expected_use import ExpectedUse
+from finemoe.expected_use import ExpectedUse, WholeUse
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
@@ -43,14 +43,15 @@ class FineMoEOptions:
     """Figure 14a: T+S, S alone for every layer, or T alone."""
     selection: Literal["delta", "top_k"] = "delta"
     """Similarity-aware (section 4.3) or always K experts."""
-    eviction: Literal["finemoe", "lru", "lfu"] = "finemoe"
-    """Figure 14b."""
-    horizon: Literal["single", "all"] = "single"
-    """After the gate of layer l, predict layer l + d (paper) or all layers from there (demo)."""
-    aggregation: Literal["mean", "token", "demo"] = "mean"
+    eviction: Literal["finemoe", "demo", "lru", "lfu"] = "finemoe"
+    """Figure 14b; `demo` takes p * freq as an integer, and freq is 0 once an expert has left."""
+    horizon: Literal["single", "all", "demo"] = "single"
+    """After the gate of layer l, predict layer l + d (4.2.2), all layers from there on, or all but
+    that one, as the demo does."""
+    aggregation: Literal["mean", "token", "demo"] = "token"
     """What queries and enters the store of a prompt: the mean over its tokens (section 4.2.3: "each
-    prompt generates one data point"), or every token. `demo` searches by every token's embedding,
-    as `token` does, but follows the trajectory of each request's last token alone."""
+    prompt generates one data point"), or every token. `demo` remembers every token and searches by
+    each request's last one: its queue is emptied by every search, so that the last one stands."""
     online_growth: Flag = True
     """Whether iterations enter the store while serving, beyond the prompts that prepared it."""
     asynchronous: Flag = True
@@ -60,18 +61,23 @@ class FineMoEOptions:
 class FineMoEPolicy(Policy):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
-    Q counts what an iteration enters into the store: its requests, or its tokens. The trajectories
-    of all Q are searched for, or of the demo's last tokens.
+    Q counts what an iteration enters into the store: its requests, or its tokens. All Q search, or
+    the last token of each request, as in the demo.
     """
 
     def __init__(self, shape: ModelShape, options: FineMoEOptions) -> None:
         self.shape = shape
         self.options = options
-        self.placement = Placement("background" if options.asynchronous else "critical_path")
+        self.placement = Placement(
+            "background" if options.asynchronous else "critical_path",
+            by_token=options.aggregation != "mean",
+            replaces=options.aggregation == "demo",
+        )
         self.distance = min(options.prefetch_distance, shape.layers)
+        self._ahead_of_gate = self.distance + (options.horizon == "demo")
         self.history = self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
         self._growing = True
-        self._by_maps = options.eviction == "finemoe"
+        self._by_maps = options.eviction in ("finemoe", "demo")
         self._forget_use()
         self._begin(np.empty((0, shape.hidden_size), dtype=np.float32))
 
@@ -102,13 +108,13 @@ class FineMoEPolicy(Policy):
         if not self.store.size:
             return None
         if self.options.search != "semantic":
-            batch = len(self._trajectories(iteration, self._embeddings))
+            batch = len(self._searching(iteration, self._embeddings))
             self._trajectory = TrajectorySearch(self.store, batch)
         if self.options.search == "trajectory":
             self._use.expect_anything()
             return None
         self._cosines = self.store.cosines(self._embeddings)
-        self._semantic = nearest(self._cosines)
+        self._semantic = nearest(self._searching(iteration, self._cosines))
         self._expect(_entries(self._semantic), 0)
         return self._band(self._semantic, range(self.distance), now=-1)
 
@@ -117,7 +123,7 @@ class FineMoEPolicy(Policy):
         if self._trajectory is None:
             matches = [self._semantic] * self.shape.layers
         else:
-            matches = self._trajectory.observe_all(self._trajectories(iteration, self._rows))
+            matches = self._trajectory.observe_all(self._searching(iteration, self._rows))
         self._ahead = list(zip(map(_entries, matches), self._all_requests(matches), strict=True))
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
@@ -128,7 +134,7 @@ class FineMoEPolicy(Policy):
             self._rows[layer] = self._queries(iteration, gate.probabilities)
             matches = self._search(iteration, layer)
             entries, requests = _entries(matches), self._requests(matches, layer)
-        self._expect(entries, layer + self.distance)
+        self._expect(entries, layer + self._ahead_of_gate)
         return requests
 
     def end_iteration(self, iteration: Iteration) -> None:
@@ -144,8 +150,8 @@ class FineMoEPolicy(Policy):
             return rows
         return np.stack([rows[..., r, :].mean(axis=-2) for r in iteration.rows()], axis=-2)
 
-    def _trajectories(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
-        """Return those of the rows (..., Q, n) whose trajectories are searched for."""
+    def _searching(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
+        """Return those of the rows (..., Q, n) that search."""
         if self.options.aggregation != "demo":
             return rows
         return rows[..., [r.stop - 1 for r in iteration.rows()], :]
@@ -154,13 +160,13 @@ class FineMoEPolicy(Policy):
         """Return the queries' matches once the gate of `layer` has spoken, if there are any."""
         if self._trajectory is None:
             return self._semantic
-        return self._trajectory.observe(self._trajectories(iteration, self._rows[layer]))
+        return self._trajectory.observe(self._searching(iteration, self._rows[layer]))
 
     # Prefetches -------------------------------------------------------------------------------
 
     def _all_requests(self, matches: list[list[Match]]) -> list[Priorities | None]:
         """Return what each gate asks for by its matches, all gates at once if that can be."""
-        if self.options.horizon == "all" or not matches[0]:
+        if self.options.horizon != "single" or not matches[0]:
             return [self._requests(found, layer) for layer, found in enumerate(matches)]
         targets = self.shape.layers - self.distance
         requests: list[Priorities | None] = [None] * self.shape.layers
@@ -172,8 +178,8 @@ class FineMoEPolicy(Policy):
 
     def _requests(self, matches: list[Match], layer: int) -> Priorities | None:
         """Return what the gate of `layer` asks for by its matches."""
-        first = layer + self.distance
-        last = self.shape.layers if self.options.horizon == "all" else first + 1
+        first = layer + self._ahead_of_gate
+        last = first + 1 if self.options.horizon == "single" else self.shape.layers
         return self._band(matches, range(first, min(last, self.shape.layers)), now=layer)
 
     def _band(self, matches: list[Match], band: range, now: int) -> Priorities | None:
@@ -205,7 +211,7 @@ class FineMoEPolicy(Policy):
     # Cache ------------------------------------------------------------------------------------
 
     def _forget_use(self) -> None:
-        self._use = ExpectedUse(self.shape)
+        self._use = (WholeUse if self.options.eviction == "demo" else ExpectedUse)(self.shape)
         self._usage = UsageTable(self.shape)
 
     def _expect(self, entries: set[int], first: int) -> None:
@@ -228,6 +234,10 @@ class FineMoEPolicy(Policy):
     def on_load(self, expert: ExpertId) -> None:
         if not self._by_maps:
             self._usage.on_load(expert)
+
+    def on_evict(self, expert: ExpertId) -> None:
+        if isinstance(self._use, WholeUse):
+            self._use.forget(expert)
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
         if self._by_maps:

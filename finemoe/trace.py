@@ -117,12 +117,23 @@ class Trace(ABC):
 
     def request(self, number: int) -> TracedRequest:
         """Return one request; its arrays may be views of one buffer each, not to be written to."""
-        if number not in self._rows:
-            raise self._error(f"has no request {number}, only {len(self)} others")
+        self._check_known(number)
         return self._request(number)
+
+    def prompt(self, number: int) -> tuple[int, ...]:
+        """Return one request's prompt, and read no more; empty if the trace does not say it."""
+        self._check_known(number)
+        return self._prompt(number)
 
     @abstractmethod
     def _request(self, number: int) -> TracedRequest: ...
+
+    @abstractmethod
+    def _prompt(self, number: int) -> tuple[int, ...]: ...
+
+    def _check_known(self, number: int) -> None:
+        if number not in self._rows:
+            raise self._error(f"has no request {number}, only {len(self)} others")
 
     def _error(self, what: str) -> TraceError:
         return TraceError(f"{self.path}: {what}")
@@ -456,13 +467,24 @@ class TraceReader(Trace):
             prompt, output = (_tokens(table, name) for name in ("prompt", "output"))
             return TracedRequest(number, prompt, output, self._steps(table))
 
-    def _row_group(self, number: int, group: int, steps: int, crc32: int) -> pa.Table:
+    def _prompt(self, number: int) -> tuple[int, ...]:
+        group, steps, _ = self._rows[number]
+        with reading(self.path, f"request {number} "):
+            self._check_group(group, steps)
+            table = self._file.read_row_group(group, ["prompt"], use_threads=False)
+            return _tokens(table, "prompt")
+
+    def _check_group(self, group: int, steps: int) -> None:
+        """Raise ValueError for a group that is not as announced, or whose bytes fill memory."""
         # Checked before anything of that size is allocated.
         stored = self._file.metadata.row_group(group)
         if stored.num_rows != steps:
             raise ValueError("another number of steps than the header says")
         columns = map(stored.column, range(stored.num_columns))
         check_size(stored.total_byte_size, sum(column.total_compressed_size for column in columns))
+
+    def _row_group(self, number: int, group: int, steps: int, crc32: int) -> pa.Table:
+        self._check_group(group, steps)
         table = self._file.read_row_group(group, use_threads=False)
         if len(table) != steps or fingerprint(table) != crc32:
             raise ValueError("content that its checksum does not match")

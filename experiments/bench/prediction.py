@@ -1,9 +1,9 @@
 """Measure what policies' calls take: python -m experiments.bench.prediction output=FILE.json
 
 Microseconds of one thread for each call of a decode step of one request, at the full size of the
-models' shapes: what `prediction_us` of conf/system/ holds. Routing and hidden states are
-random, as times do not depend on them. `models=` and `systems=` choose what is measured,
-`output=FILE.json` leaves a record.
+models' shapes, and what it takes more for every other token of a prompt: what `prediction_us` of
+conf/system/ holds. Routing and hidden states are random, as times do not depend on them. `models=`
+and `systems=` choose what is measured, `output=FILE.json` leaves a record.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig
@@ -26,6 +26,7 @@ from finemoe.offload.policy import (
     GateWeights,
     Iteration,
     ModelShape,
+    Phase,
     Policy,
 )
 from finemoe.offload.routed import softmax
@@ -40,13 +41,16 @@ REQUESTS = 45
 STEPS = 23
 """Iterations of each: 45 x 23 fill FineMoE's store of 1,000 maps."""
 CALLS = 250
+"""Of a decode step, and a tenth as many of a prefill."""
+PROMPT = 37
+"""Tokens of a prompt: the mean of LMSYS-Chat-1M (section 6.1)."""
 PERCENTILE = 10
 """Of the calls: what is slower met another process."""
 
 
 @dataclass
 class RandomRouting:
-    """Random inputs of one request's decode steps, at the size of a shape."""
+    """Random inputs of one request's iterations, at the size of a shape."""
 
     shape: ModelShape
     hidden_states: bool
@@ -56,21 +60,23 @@ class RandomRouting:
     def normal(self, *lengths: int) -> FloatArray:
         return self.random.standard_normal(lengths, dtype=np.float32)
 
-    def embeddings(self) -> FloatArray:
-        return self.normal(1, self.shape.hidden_size)
+    def embeddings(self, tokens: int) -> FloatArray:
+        return self.normal(tokens, self.shape.hidden_size)
 
     def gate(self, layer: int, logits: FloatArray) -> Gate:
         """Return what a runtime makes of a gate's logits."""
         top_k = self.shape.top_k
-        activated = tuple(sorted(np.argpartition(-logits[0], top_k)[:top_k]))
-        hidden = self.embeddings() if self.hidden_states else None
+        chosen = np.argpartition(-logits, top_k, axis=1)[:, :top_k]
+        activated = tuple(np.unique(chosen).tolist())
+        hidden = self.embeddings(len(logits)) if self.hidden_states else None
         return Gate(layer, softmax(logits), activated, hidden)
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     """Teach a policy a history of full length, then time its calls.
 
-    Returns microseconds of one call: of the embeddings, of a gate with its softmax, of the update.
+    Returns microseconds of one call: of the embeddings, of a gate with its softmax, of the update,
+    and of each for one more token.
     """
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
@@ -82,22 +88,30 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     if policy.learn:
         teach(policy, routing)
     policy.begin_serving()
-    embeddings, gates, updates = [], np.zeros((CALLS, shape.layers)), []
-    for number in range(CALLS):
-        iteration = Iteration(number, "decode", (REQUESTS,), (1,))
-        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings()))
+    one, prompt = (call_times(policy, routing, tokens) for tokens in (1, PROMPT))
+    more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
+    rounded = {call: round(us, 1) for call, us in (one | more).items()}
+    return {"model": model.name, "system": cfg.system.label, **rounded}
+
+
+def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str, float]:
+    """Return the microseconds of a policy's calls in an iteration of one request."""
+    shape, phase = routing.shape, cast(Phase, "decode" if tokens == 1 else "prefill")
+    calls = CALLS if tokens == 1 else CALLS // 10
+    embeddings, gates, updates = [], np.zeros((calls, shape.layers)), []
+    for number in range(calls):
+        iteration = Iteration(number, phase, (REQUESTS,), (tokens,))
+        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings(tokens)))
         for layer in range(shape.layers):
-            logits = routing.normal(1, shape.experts)
+            logits = routing.normal(tokens, shape.experts)
             gate = routing.gate(layer, logits)
             # A runtime takes the softmax as well.
             gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
         updates.append(micros(policy.end_iteration, iteration))
     return {
-        "model": model.name,
-        "system": cfg.system.label,
-        "embeddings": round(float(np.percentile(embeddings, PERCENTILE)), 1),
-        "gate": round(float(np.percentile(gates, PERCENTILE, axis=0).mean()), 1),
-        "update": round(float(np.percentile(updates, PERCENTILE)), 1),
+        "embeddings": float(np.percentile(embeddings, PERCENTILE)),
+        "gate": float(np.percentile(gates, PERCENTILE, axis=0).mean()),
+        "update": float(np.percentile(updates, PERCENTILE)),
     }
 
 
@@ -112,7 +126,7 @@ def teach(policy: Policy, routing: RandomRouting) -> None:
         gates = [routing.gate(layer, logits[layer]) for layer in range(shape.layers)]
         probabilities = np.stack([gate.probabilities for gate in gates])
         stacked = Gates(probabilities, [gate.activated for gate in gates], None)
-        policy.learn(iteration, routing.embeddings(), stacked)
+        policy.learn(iteration, routing.embeddings(1), stacked)
         if step == STEPS - 1:
             policy.end_request(request)
 

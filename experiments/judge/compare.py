@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from rich import box
@@ -20,6 +20,7 @@ from rich.table import Table
 from experiments.errors import UserError, command, words_given
 from experiments.judge.frame import commit, identity
 from experiments.run.records import PLACES, RECORD, read_record
+from finemoe.offload.policy import Phase
 
 ABSENT = "-"
 MEASURED = {
@@ -67,6 +68,8 @@ def compare(paths: Sequence[Path], console: Console) -> None:
         words = pd.Series([_words(row) for _, row in own.iterrows()], name="run")
         table = _table(pd.concat([*parts, words, measured], axis=1))
     console.print(table)
+    if unions := _unions([record["summary"] for record in records]):
+        console.print(f"experts of a step over a layer's slots: {unions}")
     if any((record["summary"].get("bound") or {}).get("times", 1) < 1 for record in records):
         console.print("x bound: below 1 is none; compute alone was timed on a busy machine")
     for name, rows in numbers.groupby(commits, sort=False) if parts else ():
@@ -108,6 +111,17 @@ def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     }
     texts = {name: values.map(MEASURED[name].format) for name, values in columns.items()}
     return pd.DataFrame(texts).where(pd.DataFrame(columns).notna(), ABSENT)
+
+
+def _unions(summaries: list[dict[str, Any]]) -> str:
+    """Say for each phase how `union_over_capacity` ranges over the runs that have it."""
+    facts, parts = pd.json_normalize(summaries), list[str]()
+    for phase in get_args(Phase):
+        name = f"phases.{phase}.union_over_capacity.mean"
+        if name in facts:
+            ends = dict.fromkeys(f"{one:.2f}" for one in facts[name].agg(["min", "max"]))
+            parts.append(f"{phase} {' to '.join(ends)}")
+    return ", ".join(parts)
 
 
 def _order(value: Any) -> tuple[bool, Any]:

@@ -104,9 +104,9 @@ def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def system_label(system: str, config: Mapping[str, Any]) -> str:
-    """Return the system's name and each option that is not at its default."""
+    """Return the system's name and each option that is not at its default, `protect` as well."""
     defaults = _defaults(system, json.dumps(config["model"]))
-    options = config["system"].items()
+    options = {**config["system"], "protect": config.get("protect", False)}.items()
     changed = [f"{k}={v}" for k, v in options if v != defaults.get(k, v) and k not in NOT_OPTIONS]
     return " ".join([system, *changed])
 
@@ -117,9 +117,10 @@ def _defaults(system: str, model: str) -> dict[str, Any]:
     path = {one.stem: one for one in (CONF / "system").glob("*.yaml")}.get(system)
     if path is None:
         return {}
-    composed = OmegaConf.create({"system": OmegaConf.load(path), "model": json.loads(model)})
-    options: Any = OmegaConf.to_container(composed.system, resolve=True)
-    return options
+    reading = OmegaConf.load(CONF / "reading" / "prototype.yaml")
+    parts = {"system": OmegaConf.load(path), "model": json.loads(model), "reading": reading}
+    options: Any = OmegaConf.to_container(OmegaConf.create(parts).system, resolve=True)
+    return options | {"protect": reading.protect}
 
 
 def _estimates(

@@ -131,8 +131,18 @@ class Reproduction:
             "mixed_modes": self.options["mixed_modes"],
             "source": source,
         }
-        if experiment.analysis is None:
+        if experiment.readings:
+            views = sweeps.reading_configs(experiment, overrides, conf)
+            runs = {
+                key: cfg for of in views.values() for one in of.values() for key, cfg in one.items()
+            }
+            content["views"] = {
+                name: {identity: list(one) for identity, one in of.items()}
+                for name, of in views.items()
+            }
+        elif experiment.analysis is None:
             runs = sweeps.run_configs(experiment, overrides, conf)
+        if experiment.readings or experiment.analysis is None:
             for digest, cfg in runs.items():
                 cfg.output = str(self.store.run(digest))
             return Plan(experiment, {**content, "runs": list(runs)}, runs)

@@ -10,9 +10,9 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class Experiment:
     cells: Sequence[Sequence[str]] = ()
     params: Sequence[str] = ()
     """The overrides `key=values` that are multiplied out."""
+    readings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Overrides by the name of what they stand for: `of` is run under each of them."""
+    of: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The experiments, by id, and what narrows them."""
 
 
 def available(conf: Path = CONF) -> dict[str, Experiment]:
@@ -71,9 +75,11 @@ def _experiment(path: Path) -> Experiment:
     return Experiment(**known, params=[f"{key}={value}" for key, value in params.items()])
 
 
-def _order(identity: str) -> tuple[bool, int, str]:
+def _order(identity: str) -> tuple[int, int, str]:
+    """Tables, then figures, then what is of them."""
     number = re.match(r"\d+", identity)
-    return number is not None, int(number.group()) if number else 0, identity
+    kind = 1 if number else 0 if identity.startswith("table") else 2
+    return kind, int(number.group()) if number else 0, identity
 
 
 def chosen(ids: Sequence[str], conf: Path = CONF) -> list[Experiment]:
@@ -90,13 +96,36 @@ def run_configs(
     experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
 ) -> dict[str, DictConfig]:
     """Return the configs of an experiment's runs by digest. Raises UserError."""
-    params, user = parse(experiment.params), parse(overrides)
-    combinations = combine(params, experiment.cells, user, _groups(conf))
-    if not combinations:
-        raise UserError(f"nothing of experiment {experiment.id} is left by {' '.join(overrides)}")
+    return _configs(experiment, {"": overrides}, conf)[""]
+
+
+def reading_configs(
+    experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
+) -> dict[str, dict[str, dict[str, DictConfig]]]:
+    """Return the configs of runs by digest, under each reading of each experiment it is of."""
+    known = available(conf)
+    found: dict[str, dict[str, dict[str, DictConfig]]] = {name: {} for name in experiment.readings}
+    for identity, narrowed in experiment.of.items():
+        lists = {name: [*narrowed, *own, *overrides] for name, own in experiment.readings.items()}
+        for name, configs in _configs(known[identity], lists, conf).items():
+            found[name][identity] = configs
+    return found
+
+
+def _configs(
+    experiment: Experiment, lists: Mapping[str, Sequence[str]], conf: Path
+) -> dict[str, dict[str, DictConfig]]:
+    """Return the configs of an experiment's runs by digest, under each list of overrides."""
+    params, groups, found = parse(experiment.params), _groups(conf), {}
     with _composing(experiment, conf) as composed:
-        configs = [_of_run(composed(combination)) for combination in combinations]
-    return {digest(cfg): cfg for cfg in configs}
+        for name, overrides in lists.items():
+            combinations = combine(params, experiment.cells, parse(overrides), groups)
+            if not combinations:
+                what = f"experiment {experiment.id} is left by {' '.join(overrides)}"
+                raise UserError(f"nothing of {what}")
+            configs = [_of_run(composed(combination)) for combination in combinations]
+            found[name] = {digest(cfg): cfg for cfg in configs}
+    return found
 
 
 def analysis_config(

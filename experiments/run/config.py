@@ -46,6 +46,7 @@ OPTIONS = schema(
     dataset=schema(name=NAME),
     workload=dict[str, Any],
     testbed=dict[str, Any],
+    reading=dict[str, Any],
     logger=dict[Literal["name", "project"], NAME],
     weights=Text,
     memory_budget=Number | int | Text,

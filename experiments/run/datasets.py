@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise, takewhile
 from pathlib import Path
 from reprlib import repr as short
 from typing import Annotated, Any
@@ -166,6 +166,18 @@ def prompt_set(dataset: Dataset, prompts: list[tuple[int, ...]]) -> PromptSet:
     """Return prompts with their hash and where they come from."""
     digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
     return PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
+
+
+def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
+    """Return of each prompt how many first tokens it shares with the other that shares most."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    shared = [0] * len(prompts)
+    # In sorted order, that other one is a neighbour.
+    for one, other in pairwise(order):
+        pairs = zip(prompts[one], prompts[other], strict=False)
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared[one], shared[other] = max(shared[one], length), length
+    return shared
 
 
 def template(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -29,13 +29,16 @@ class AccessCounter:
     """Of each iteration, in the order of KINDS."""
     phases: dict[int, Phase] = field(default_factory=dict)
     """Of the iterations."""
+    largest: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0))
+    """The most experts that an iteration of a phase activated in one layer."""
 
     def __call__(self, outcome: LayerOutcome) -> None:
-        number = outcome.iteration.number
+        number, phase = outcome.iteration.number, outcome.iteration.phase
         hits, late, misses = self.counts.get(number, (0, 0, 0))
         more = len(outcome.hits), len(outcome.late), len(outcome.misses)
         self.counts[number] = hits + more[0], late + more[1], misses + more[2]
-        self.phases[number] = outcome.iteration.phase
+        self.phases[number] = phase
+        self.largest[phase] = max(self.largest[phase], sum(more))
 
     def over(self, iterations: Iterable[int]) -> dict[str, int]:
         """Return the accesses of some iterations, by kind."""
@@ -43,18 +46,29 @@ class AccessCounter:
         counts = [none, *(self.counts.get(number, none) for number in iterations)]
         return dict(zip(KINDS, map(sum, zip(*counts, strict=True)), strict=True))
 
-    def summary(self) -> dict[str, Any]:
-        """Return counts and hit rates, in all and by phase; the rate is None without an access."""
+    def summary(self, slots: int, layers: int) -> dict[str, Any]:
+        """Return counts and hit rates, in all and by phase; the rate is None without an access.
+
+        `union_over_capacity` of a phase tells how many experts an iteration activates in a layer,
+        all its tokens together, over the `slots / layers` that are a layer's share of the cache:
+        mean and maximum over iterations and layers, None without an access. Above 1, one step of
+        one layer alone is more than its share holds.
+        """
 
         def rated(iterations: Iterable[int]) -> dict[str, Any]:
             accesses = self.over(iterations)
             total = sum(accesses.values())
             return {**accesses, "expert_hit_rate": accesses["hits"] / total if total else None}
 
-        phases = {
-            name: rated(number for number, phase in self.phases.items() if phase == name)
-            for name in get_args(Phase)
-        }
+        def of(name: Phase) -> dict[str, Any]:
+            numbers = [number for number, phase in self.phases.items() if phase == name]
+            facts, largest, union = rated(numbers), self.largest[name], None
+            if largest:
+                mean = sum(facts[kind] for kind in KINDS) / len(numbers) / slots
+                union = {"mean": mean, "max": largest * layers / slots}
+            return {**facts, "union_over_capacity": union}
+
+        phases = {name: of(name) for name in get_args(Phase)}
         total = rated(self.counts)
         return {"expert_hit_rate": total["expert_hit_rate"], **total, "phases": phases}
 

@@ -168,7 +168,7 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
             facts = setup.facts(measurement)
             # What a backend has none of is missing from both.
             requests[[kind for kind in KINDS if kind in facts["summary"]]] = None
-            summary = _summary(facts, measurement, limit, lossless)
+            summary = _summary(setup, facts, measurement, limit, lossless)
             summary |= latency_summary(requests, setup.workload.prompts.dataset)
             record = run_record(setup, history, measurement.served, facts, summary)
             path = write_record(Path(cfg.output), record, requests)
@@ -274,6 +274,7 @@ def run_record(
         "dataset": load.prompts.dataset,
         "dataset_source": load.prompts.source,
         "dataset_sha256": load.prompts.sha256,
+        "shared_prefix": load.shared_prefix(),
         "slots": list(setup.slots),
         "time_scale": setup.testbed.time_scale,
         "seed": cfg.seed,
@@ -298,6 +299,7 @@ def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int]
 
 
 def _summary(
+    setup: Setup,
     facts: Mapping[str, Any],
     measurement: Measurement,
     limit: Roofline | None,
@@ -307,7 +309,7 @@ def _summary(
     larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
     moved = asdict(measurement.traffic).items()
     return {
-        **measurement.accesses.summary(),
+        **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
         "lossless": lossless,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],

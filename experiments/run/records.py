@@ -39,8 +39,8 @@ RUNS = "runs.tar.xz"
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
 LONGEST_NAME = 255
 """In bytes, of a file or a folder."""
-PLACES = ("output", "logger", "traces", "experiment")
-"""Settings that say where results go, not what they are."""
+PLACES = ("output", "logger", "traces", "experiment", "reading")
+"""Settings that say where results go, or what other settings took, not what results are."""
 AGAIN = "remove the folder and run it again"
 COLUMNS = {
     "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,

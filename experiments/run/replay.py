@@ -19,6 +19,7 @@ from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
 from experiments.run.routing import open_routing
 from experiments.run.schedule import Request, Server, Step
+from experiments.run.workloads import prompted
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
 from finemoe.offload.policy import Gates, Policy
@@ -183,7 +184,8 @@ class ReplaySetup(Setup):
         """Return the least time, which is kept beside a kept trace for every other system."""
         if not self.settings.fixed:
             return None
-        of = [self.slots, *(values_of(self.cfg[name]) for name in ("testbed", "model", "workload"))]
+        model = {**values_of(self.cfg.model), "prefetch_distance": None}
+        of = [self.slots, model, *(values_of(self.cfg[name]) for name in ("testbed", "workload"))]
         digest = hashlib.sha256(json.dumps([self.trace.path.name, *of]).encode()).hexdigest()[:16]
         path = self.trace.path.parent / "bounds" / f"{digest}.json"
         with suppress(OSError, ValueError, TypeError):
@@ -239,7 +241,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         settings = replace(settings, repeats=1)
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape
-        load = settings.traced(trace, cfg.seed)
+        load = prompted(settings.traced(trace, cfg.seed), trace)
         policy: Policy = build(cfg.system, shape=shape)
         placement = policy.placement
         contents = ("logits", "embeddings") if placement.prediction != "none" else ()

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run.config import build
+from experiments.run.config import build, values_of
 from experiments.run.console import Console
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.records import check_writable, provenance
@@ -66,11 +66,14 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
 
 
 def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:
+    model = values_of(cfg.model)
+    # Routing does not depend on it.
+    del model["prefetch_distance"]
     asked = {
-        "model": OmegaConf.to_container(cfg.model, resolve=True),
+        "model": model,
         "weights": str(cfg.weights),
         "fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
-        "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
+        "dataset": values_of(cfg.dataset),
         "seed": cfg.seed,
         **settings.lengths(cfg.seed),
     }

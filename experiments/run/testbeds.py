@@ -26,7 +26,7 @@ FREE = "none: a bound, or a system that predicts nothing"
 
 Few = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Megabytes = Annotated[Number, Field(ge=0.1, le=1e6)]
-Call = Literal["embeddings", "gate", "update"]
+Call = Literal["embeddings", "gate", "update", "embeddings_token", "gate_token", "update_token"]
 SystemMicros = Mapping[str, Micros]
 
 
@@ -105,6 +105,7 @@ def simulated(
     collect_us: Micros,
     chunk_mb: Megabytes,
     chunks_in_flight: Few,
+    layer_us: Micros,
 ) -> SimulatedTestbed:
     """Return hardware in virtual time, from the numbers that docs/testbeds.md explains."""
     bytes_per_second = link.gb_s * 1e9 * link.efficiency
@@ -121,6 +122,7 @@ def simulated(
             parallel=devices > 1,
             collect=collect_us * 1e-6 + accelerator.sync_us * 1e-6,
             hop=hop_us * 1e-6 if devices > 1 else 0.0,
+            layer=layer_us * 1e-6,
         )
 
     room = accelerator.memory_gb * 1e9

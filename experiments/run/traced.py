@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
@@ -12,8 +11,8 @@ from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.replay import traced_request
 from experiments.run.routing import open_routing
-from experiments.run.schedule import Request, Step
-from experiments.run.workloads import Workload, WorkloadSettings
+from experiments.run.schedule import Step
+from experiments.run.workloads import Workload, WorkloadSettings, prompted
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy
 from finemoe.trace import TracedRequest, TraceError, TraceHeader
@@ -100,13 +99,4 @@ def traced_workload(
                 f"{trace.path}: has prompts of {min(lengths)} to {max(lengths)} tokens, which make "
                 "no batch; set workload.batch_size=1 workload.history_batch_size=1"
             )
-
-        def prompted(requests: Sequence[Request]) -> tuple[Request, ...]:
-            return tuple(
-                Request(one.number, traced[one.number].prompt, one.output_tokens)
-                for one in requests
-            )
-
-        parts = [prompted(part) for part in (load.history, load.warmup, load.measured)]
-        workload = Workload(load.prompts, parts[0], parts[1], parts[2])
-        return TracedWorkload(cfg, trace.header, workload, traced)
+        return TracedWorkload(cfg, trace.header, prompted(load, trace), traced)

@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from experiments.errors import UserError
-from experiments.run.datasets import Dataset, PromptSet, draw_prompts, prompts_of
+from experiments.run.datasets import Dataset, PromptSet, draw_prompts, prompts_of, shared_prefixes
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Request, Schedule, Served
 from finemoe.options import CHECKED, Count, Number, Text, Whole
 from finemoe.trace import Trace, TraceError
@@ -47,6 +47,23 @@ class Workload:
     measured: tuple[Request, ...]
     passes: int | None = 1
     """How often the prompts went through the dataset's texts; above 1, text is used again."""
+
+    def shared_prefix(self) -> dict[str, float] | None:
+        """Return how long a prefix the measured prompts share with any other, history included.
+
+        In tokens, a chat template's included, and as the mean share of a prompt; None without the
+        prompts, which foreign traces lack.
+        """
+        lengths = [len(one.prompt) for one in self.measured]
+        if not all(lengths):
+            return None
+        prompts = [one.prompt for one in (*self.measured, *self.history)]
+        shared = shared_prefixes(prompts)[: len(lengths)]
+        return {
+            "mean_tokens": float(np.mean(shared)),
+            "longest_tokens": max(shared),
+            "mean_share": float(np.divide(shared, lengths).mean()),
+        }
 
 
 class WorkloadSettings(ABC):
@@ -253,6 +270,16 @@ class Online(WorkloadSettings):
             return generated(self.requests, self.rate, seed)
         rows = read_azure_trace(Path(self.trace))
         return sampled(rows, self.requests, self.rate, self.arrival, seed)
+
+
+def prompted(load: Workload, trace: Trace) -> Workload:
+    """Return a workload with the prompts that a trace holds."""
+
+    def of(requests: Sequence[Request]) -> tuple[Request, ...]:
+        return tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
+
+    history, warmup, measured = map(of, (load.history, load.warmup, load.measured))
+    return replace(load, history=history, warmup=warmup, measured=measured)
 
 
 def origin(trace: Trace) -> PromptSet:

@@ -139,6 +139,10 @@ class Placement:
     awaits: tuple[int, int] | None = None
     """How many layers ahead and how many experts: nobody else is awaited than the most wanted ones
     of that layer. None: all that is requested."""
+    by_token: bool = True
+    """Whether a call of the policy takes longer for each token of the iteration."""
+    replaces: bool = False
+    """Whether an answer takes back whatever was requested before and did not start."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,21 @@ class PredictionCosts:
     embeddings: float = 0.0
     gate: float = 0.0
     update: float = 0.0
+    # On top, for every token of the iteration but one.
+    embeddings_token: float = 0.0
+    gate_token: float = 0.0
+    update_token: float = 0.0
+
+    def of(self, tokens: int) -> PredictionCosts:
+        """Return what the calls take in an iteration of so many tokens."""
+        more = tokens - 1
+        if not more:
+            return self
+        return PredictionCosts(
+            self.embeddings + more * self.embeddings_token,
+            self.gate + more * self.gate_token,
+            self.update + more * self.update_token,
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,8 @@ class ReplayRuntime:
         """Run one iteration; return the time at which its tokens are there."""
         iteration = routed.iteration
         costs = self._costs.iteration(iteration.tokens, routed.contexts)
-        predictions = self._costs.prediction
+        by_token = self.policy.placement.by_token
+        predictions = self._costs.prediction.of(sum(iteration.tokens) if by_token else 1)
         began = self.now
         gates = None
         self.residency.begin_iteration(iteration)
@@ -150,7 +166,7 @@ class ReplayRuntime:
             extra = self._extra(self._thread_costs.dense, self._dense_disturbed)
             self._dense_disturbed = False
             self._advance(self.now + costs.dense + extra)
-            self._layer(routed, layer, gates)
+            self._layer(routed, layer, gates, predictions.gate)
         self._advance(self.now + costs.finish)
         if self._observed:
             hook = self.policy.end_iteration
@@ -176,7 +192,9 @@ class ReplayRuntime:
 
     # One MoE layer ----------------------------------------------------------------------------
 
-    def _layer(self, routed: RoutedIteration, layer: int, gates: Gates | None) -> None:
+    def _layer(
+        self, routed: RoutedIteration, layer: int, gates: Gates | None, seconds: float
+    ) -> None:
         self._arrived.clear()
         activated = routed.activated[layer]
         outcome = self.residency.gate(routed.iteration, layer, activated)
@@ -184,7 +202,7 @@ class ReplayRuntime:
             listener(outcome)
         if gates is not None:
             self._collect()
-            seconds, hook = self._costs.prediction.gate, self.policy.on_gate
+            hook = self.policy.on_gate
             call = partial(call_hook, hook, layer, routed.iteration, gates.of(layer))
             self._ask("search", seconds, routed.iteration.number, hook, layer, call)
         self._compute(outcome, routed.counts[layer].tolist())

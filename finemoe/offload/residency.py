@@ -135,6 +135,8 @@ class Residency:
             raise refused(hook, layer, "answered an infinite or NaN priority")
         if largest <= 0:
             return
+        if self.policy.placement.replaces:
+            self._prefetches.clear()
         self._prefetches.request(flat, start)
         if self.policy.placement.awaits:
             self._awaited = self._most_wanted(priorities, layer, *self.policy.placement.awaits)

@@ -88,6 +88,10 @@ class PrefetchQueue:
         np.putmask(self._priorities[start:], where, asked)
         self._find_first()
 
+    def clear(self) -> None:
+        """Forget all requests."""
+        self._priorities[:] = 0.0
+
     def put(self, flat: int, priority: float) -> None:
         """Request one expert."""
         self._priorities[flat] = priority

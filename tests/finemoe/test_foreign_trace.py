@@ -69,6 +69,7 @@ def test_requests_by_hand(path: Path) -> None:
     assert trace.numbers == (4, 9)
     four, nine = trace.requests()
     assert (four.number, four.prompt, four.output) == (4, (), ())
+    assert trace.prompt(4) == ()
     assert [step.tokens for step in four.steps] == [2, 1, 1]
     assert [step.counts.tolist() for step in four.steps] == [
         [[2, 1, 0, 1], [0, 1, 2, 0]],

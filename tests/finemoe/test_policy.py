@@ -24,7 +24,7 @@ from finemoe.selection import Variant, divisors, select_experts
 from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
-OPTIONS = FineMoEOptions(prefetch_distance=2)
+OPTIONS = FineMoEOptions(prefetch_distance=2, aggregation="mean")
 DEMO = replace(OPTIONS, variant="demo")
 TAIL = 1e-6
 INCOMING = ExpertId(0, 0)
@@ -169,6 +169,7 @@ ALL_LAYERS: Requests = {
     **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
     **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
 }
+BEYOND: Requests = {expert: p for expert, p in ALL_LAYERS.items() if expert[0] == 3}
 AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Requests]] = {
     "the layer at the distance": (
         *({}, 0, SURPRISE),
@@ -178,6 +179,7 @@ AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Requests]] = {
     "no layer that does not exist": ({}, 2, SURPRISE, {}),
     "no layer that does not exist, horizon all": ({"horizon": "all"}, 3, SURPRISE, {}),
     "every layer from the distance on": ({"horizon": "all"}, 0, SURPRISE, ALL_LAYERS),
+    "all but the layer at the distance": ({"horizon": "demo"}, 0, SURPRISE, BEYOND),
     "the demo, decaying": ({"variant": "demo", "horizon": "all"}, 0, SURPRISE, DEMO_BAND),
     "the demo, a single target": (
         *({"variant": "demo"}, 1, np.roll(LIKELY, 1)),
@@ -296,10 +298,10 @@ def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> No
         # row (1/2, 1/2, 0, 0) is nearer to entry 0 (dot product 3/8, with entry 1 5/16).
         ("mean", {(0, 0): 0.5}, {(1, 1): 0.5}),
         ("token", {(0, 0): 0.5, (0, 1): 0.5}, {(1, 1): 0.5, (1, 2): 0.5}),
-        ("demo", {(0, 0): 0.5, (0, 1): 0.5}, {(1, 2): 0.5}),
+        ("demo", {(0, 1): 0.5}, {(1, 2): 0.5}),
     ],
 )
-def test_aggregation_says_who_searches_by_embedding_and_who_by_trajectory(
+def test_aggregation_says_who_searches(
     aggregation: Literal["mean", "token", "demo"], first: Requests, second: Requests
 ) -> None:
     stored = ((array(1, 0), rolled(0)), (array(0, 1), rolled(1)))
@@ -307,6 +309,26 @@ def test_aggregation_says_who_searches_by_embedding_and_who_by_trajectory(
     policy, prompt = policy_with(options, *stored), Iteration(0, "prefill", (7,), (2,))
     assert asked(policy.on_embeddings(prompt, TOKENS[:2])) == pytest.approx(first)
     assert asked(policy.on_gate(prompt, Gate(0, ROWS[:2], (0, 1), None))) == pytest.approx(second)
+
+
+def test_the_demo_takes_back_what_it_asked_for_before() -> None:
+    for aggregation in ("mean", "token", "demo"):
+        options = replace(OPTIONS, aggregation=aggregation)
+        placement = policy_with(options).placement
+        assert placement.replaces == (aggregation == "demo")
+        # A prompt's mean is one query, however long it is.
+        assert placement.by_token == (aggregation != "mean")
+
+
+def test_the_demo_evicts_by_whole_numbers_that_start_anew() -> None:
+    policy = policy_with(replace(OPTIONS, eviction="demo"), (array(1, 0), rolled(0)))
+    policy.on_embeddings(DECODE, array((1, 0)))
+    # p = 0.5, 0.25, 0.125, 0.125: after four uses p x freq is 2, 1, 0 and 0.
+    for _ in range(4):
+        policy.on_outcome(outcome(0, 0, 1, 2))
+    assert policy.eviction_keys(INCOMING, True)[0].tolist() == [-2, -1, 0, 0]
+    policy.on_evict(ExpertId(0, 0))
+    assert policy.eviction_keys(INCOMING, True)[0].tolist() == [0, -1, 0, 0]
 
 
 @pytest.mark.parametrize(("online_growth", "size"), [(True, 2), (False, 1)])

@@ -114,6 +114,7 @@ def test_what_is_written_is_read(
             assert_same(found, due)
         for due in reversed(requests):
             assert_same(reader.request(due.number), due)
+            assert reader.prompt(due.number) == due.prompt
 
 
 @given(hnp.arrays(np.uint16, st.integers(1, 50)))
@@ -287,6 +288,7 @@ def test_unfit_headers_are_refused(tmp_path: Path, fields: dict[str, Any], messa
         ("counts", 0, b"\2\0" * 6, "counts do not add up"),
         ("logits", 1, b"\xc0\x7f" * 6, "logits hold values that are NaN or infinite"),
         ("prompt", 0, b"\xff" * 12, "a prompt .* with a token id below 0"),
+        ("prompt", 0, bytes(2**27), "bytes that unpack to 134,2"),
         ("output", 0, bytes(2**27), "bytes that unpack to 134,2"),
     ],
 )
@@ -297,6 +299,9 @@ def test_values_that_no_model_routes_are_refused(
     rewrite(tmp_path / "t", cell=(name, index, value))
     with pytest.raises(TraceError, match=message):
         read_all(tmp_path / "t")
+    if name == "prompt":
+        with TraceReader(tmp_path / "t") as reader, pytest.raises(TraceError, match=message):
+            reader.prompt(0)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -317,5 +322,6 @@ def test_what_a_system_needs(tmp_path: Path) -> None:
         reader.require(["logits", "hidden_states"], gates=True)
     with pytest.raises(TraceError, match="of 2 layers, 3 experts, top 1, not 2 layers, 4 experts"):
         reader.require(shape=dataclasses.replace(SHAPE, experts=4))
-    with pytest.raises(TraceError, match="has no request 4, only 1 others"):
-        reader.request(4)
+    for read in (reader.request, reader.prompt):
+        with pytest.raises(TraceError, match="has no request 4, only 1 others"):
+            read(4)

@@ -73,6 +73,17 @@ def test_what_is_below_one_is_no_bound(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_a_step_over_a_layers_slots_is_said_as_a_range_over_the_runs(tmp_path: Path) -> None:
+    said = "experts of a step over a layer's slots: "
+    leave(tmp_path / "older")
+    assert said not in compare(tmp_path).stdout
+    for name, mean in (("a", 1.0), ("b", 0.25)):
+        union = {"mean": mean, "max": 2.0}
+        changed = {"summary.phases.prefill.union_over_capacity": union}
+        leave(tmp_path / name, **changed, **{"summary.phases.decode.union_over_capacity": None})
+    assert f"{said}prefill 0.25 to 1.00\n" in compare(tmp_path).stdout
+
+
 def test_names_in_records_cannot_steer_the_terminal(tmp_path: Path) -> None:
     leave(tmp_path / "a", model="[/b]:smile:")
     assert "[/b]:smile:" in compare(tmp_path).stdout

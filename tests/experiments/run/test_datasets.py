@@ -9,11 +9,19 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from experiments.errors import UserError
 from experiments.run.corpus import documents
-from experiments.run.datasets import Dataset, conversations, corpus_dataset, draw_prompts
+from experiments.run.datasets import (
+    Dataset,
+    conversations,
+    corpus_dataset,
+    draw_prompts,
+    shared_prefixes,
+)
 from experiments.run.weights import SCALE_MODELS
 
 TEXTS = ("What is the capital of France, and how many live there?", "Tell me about whales.")
@@ -50,6 +58,22 @@ def test_prompts_have_exactly_the_tokens_asked_for_and_depend_on_the_seed(tokeni
     assert {len(prompt) for prompt in first.prompts} == {37}
     assert first == draw_prompts(dataset, tokenizer, 20, 37, seed=0)
     assert first.sha256 != draw_prompts(dataset, tokenizer, 20, 37, seed=1).sha256
+
+
+PROMPTS = st.lists(st.lists(st.integers(0, 2), max_size=6).map(tuple), max_size=12)
+
+
+@given(PROMPTS)
+def test_a_shared_prefix_is_the_longest_with_any_other_prompt(
+    prompts: list[tuple[int, ...]],
+) -> None:
+    def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+        return max(n for n in range(min(len(one), len(other)) + 1) if one[:n] == other[:n])
+
+    assert shared_prefixes(prompts) == [
+        max((common(one, other) for j, other in enumerate(prompts) if j != i), default=0)
+        for i, one in enumerate(prompts)
+    ]
 
 
 def test_a_chat_template_is_counted_in(tokenizer: Any) -> None:

@@ -50,6 +50,10 @@ def test_on_demand_misses_the_same_experts_live_and_replayed(live: Path, tmp_pat
     ours, theirs = replayed["summary"], record_of(live)["summary"]
     for name in ("hits", "late", "misses", "bytes_on_demand", "bytes_prefetched"):
         assert ours[name] == theirs[name]
+    # The union of a step over a layer's share of the cache is among them.
+    assert ours["phases"] == theirs["phases"]
+    assert ours["phases"]["decode"]["union_over_capacity"]["max"] > 0
+    assert replayed["shared_prefix"] == record_of(live)["shared_prefix"]
     assert (replayed["mode"], ours["lossless"]) == ("simulated", None)
     assert ours["bound"]["times"] >= 1
 
@@ -83,6 +87,7 @@ def test_a_foreign_table_of_activations_will_do_for_on_demand(live: Path, tmp_pa
     own = replay(tmp_path / "own", live / "trace.parquet", *asked)
     foreign = replay(tmp_path / "foreign", tmp_path / "foreign.csv", *asked)
     assert foreign["routing"] == "a foreign trace, foreign.csv"
+    assert foreign["shared_prefix"] is None
     for name in ("hits", "late", "misses", "ttft_s", "tpot_s"):
         assert foreign["summary"][name] == own["summary"][name]
     done = run_command(

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.run.datasets import Dataset, prompts_of
-from experiments.run.schedule import Served
+from experiments.run.datasets import Dataset, PromptSet, prompts_of
+from experiments.run.schedule import Request, Served
 from experiments.run.weights import SCALE_MODELS
 from experiments.run.workloads import (
     CONVERSATIONS,
@@ -196,3 +196,17 @@ def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
     other = load(1, max_input_tokens=40)[1]
     assert len({one["sha256"] for one in (said, of_longer, other)}) == 3
     assert (longer, of_longer) == load(max_input_tokens=40)
+
+
+def test_measured_prompts_share_prefixes_with_one_another_and_with_the_history() -> None:
+    def of(*prompts: tuple[int, ...]) -> tuple[Request, ...]:
+        return tuple(Request(number, prompt, 1) for number, prompt in enumerate(prompts))
+
+    nowhere = PromptSet("", "", (), "")
+    # What prompts of the history share among themselves does not count.
+    history, measured = of((7, 7, 7, 7), (7, 7, 7, 7), (1, 2, 3, 5)), of((1, 2, 3, 4), (1, 2, 9, 9))
+    found = Workload(nowhere, history, history[:1], measured).shared_prefix()
+    assert found == {"mean_tokens": 2.5, "longest_tokens": 3, "mean_share": 0.625}
+    found = Workload(nowhere, (), (), measured).shared_prefix()
+    assert found == {"mean_tokens": 2.0, "longest_tokens": 2, "mean_share": 0.5}
+    assert Workload(nowhere, (), (), of((), ())).shared_prefix() is None

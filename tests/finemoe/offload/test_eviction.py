@@ -1,4 +1,4 @@
-"""Orders of eviction: kept through copies, and a protected layer."""
+"""Orders of eviction, kept through copies."""
 
 from __future__ import annotations
 
@@ -55,16 +55,3 @@ def test_lfu_keeps_or_forgets_the_count_of_what_left(
     order.on_evict(A)
     order.on_outcome(LayerOutcome(DECODE, 0, (), (), (A.index,)))
     assert max(A, B, key=lambda expert: keys(order)[expert]) == first
-
-
-def test_what_a_protected_layer_goes_through_shows_when_another_is() -> None:
-    order = Recency(SHAPE)
-    order.on_load(B)
-    order.protect(0)
-    order.on_load(A)
-    order.on_load(C)
-    assert (order.lru_keys()[0] == -np.inf).all()
-    order.protect(2)
-    assert (order.lru_keys()[2] == -np.inf).all()
-    found = order.lru_keys()
-    assert found[C] < found[A] < found[B] < 0

@@ -56,16 +56,16 @@ class Scripted(Policy):
         return self.usage.lru_keys()
 
 
-def routed(number: int, *activated: tuple[int, ...]) -> RoutedIteration:
-    """Return an iteration of one token whose layers activate these experts."""
+def routed(number: int, *activated: tuple[int, ...], tokens: int = 1) -> RoutedIteration:
+    """Return an iteration whose layers activate these experts, all of one token."""
     counts = np.zeros((SHAPE.layers, SHAPE.experts), dtype=np.int64)
     for layer, indices in enumerate(activated):
         counts[layer, list(indices)] = 1
     step = RoutedStep(
-        tokens=1,
+        tokens=tokens,
         counts=counts,
-        logits=np.zeros((SHAPE.layers, 1, SHAPE.experts), dtype=np.float32),
-        embeddings=np.zeros((1, 3), dtype=np.float32),
+        logits=np.zeros((SHAPE.layers, tokens, SHAPE.experts), dtype=np.float32),
+        embeddings=np.zeros((tokens, 3), dtype=np.float32),
         hidden_states=None,
     )
     return joined(number, (0,), (step,), (5,))
@@ -76,6 +76,7 @@ def runtime(
     slots: tuple[int, ...] = (8,),
     rate: LinkRate | None = None,
     gate_s: float = 0.0,
+    gate_token_s: float = 0.0,
     parallel: bool = False,
     thread: ThreadCosts | None = None,
 ) -> tuple[ReplayRuntime, list[LayerOutcome]]:
@@ -85,7 +86,7 @@ def runtime(
         dense=Line(10.0),
         finish=Line(0.0),
         expert_line=Line(1.0),
-        prediction=PredictionCosts(gate=gate_s),
+        prediction=PredictionCosts(gate=gate_s, gate_token=gate_token_s),
         parallel=parallel,
         thread=thread or ThreadCosts(),
     )
@@ -94,6 +95,15 @@ def runtime(
     outcomes: list[LayerOutcome] = []
     replay.listeners.append(outcomes.append)
     return replay, outcomes
+
+
+def test_calls_take_longer_for_every_other_token() -> None:
+    costs = PredictionCosts(1.0, 2.0, 3.0, embeddings_token=0.5, gate_token=0.25)
+    assert costs.of(1) is costs
+    assert costs.of(5) == PredictionCosts(3.0, 3.0, 3.0)
+    replay, _ = runtime(Scripted({}, prediction="critical_path"), gate_s=2.0, gate_token_s=4.0)
+    # Two layers of 10 to the gate, 2 + 2 * 4 for its three tokens while a load takes 8, and 1.
+    assert replay.forward(routed(0, (0,), (1,), tokens=3)) == pytest.approx(2 * 21)
 
 
 def test_misses_wait_for_the_link_and_hits_do_not() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.policy import (
     ExpertId,
     Iteration,
@@ -54,6 +55,17 @@ def residency(*slots: int, protect: bool = False) -> Residency:
 def listener(engine: Residency) -> ListeningPolicy:
     assert isinstance(engine.policy, ListeningPolicy)
     return engine.policy
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_an_answer_takes_back_earlier_requests_if_the_placement_says_so(replaces: bool) -> None:
+    engine = residency(4)
+    engine.policy.placement = Placement("background", replaces=replaces)
+    ask(engine, 0, (1, 0), (1, 1))
+    copy(engine, 1)
+    ask(engine, 0, (2, 0))
+    # What is under way goes on.
+    assert requested(engine) == ([(1, 0), (2, 0)] if replaces else [(1, 0), (1, 1), (2, 0)])
 
 
 def iteration(number: int) -> Iteration:
@@ -207,6 +219,56 @@ def test_a_layer_wider_than_the_budget_is_served_as_experts_are_released() -> No
     release(engine, 2, (1, 0))
     assert copy_all(engine) == [ExpertId(2, 2), ExpertId(2, 3)]
     assert engine.cache.peak_occupied == 2
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_a_layers_experts_are_asked_for_at_once(slots: int) -> None:
+    """K + 1 of them, as many as the cache holds or one more; one by one LRU finds others."""
+
+    def warm() -> Residency:
+        policy = OnDemandPolicy(SHAPE)
+        engine = Residency(SHAPE, MemoryPlan((slots,), EXPERT_BYTES, CHUNK_BYTES), policy)
+        for index in (3, 1, 2)[-slots:]:
+            alone(engine, index)
+        return engine
+
+    def alone(engine: Residency, index: int) -> bool:
+        hits = engine.gate(iteration(0), 0, (index,)).hits
+        copy_all(engine)
+        release(engine, 0, (index,))
+        return bool(hits)
+
+    engine = warm()
+    assert kinds(engine.gate(iteration(0), 0, (0, 1, 2))) == ((1, 2), (), (0,))
+    # For the miss nobody of the layer leaves before it is done.
+    assert copy_all(engine) == ([(0, 0)] if slots == 3 else [])
+    assert all(state(engine.cache, at(0, index)) is State.RESIDENT for index in (1, 2))
+    engine = warm()
+    assert [alone(engine, index) for index in (0, 1, 2)] == [False, slots == 3, slots == 3]
+
+
+@given(
+    slots=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    before=st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 3)))),
+    chosen=st.sets(st.integers(0, 3)),
+)
+def test_hits_are_what_was_there_before_the_gate_and_stay_until_released(
+    slots: list[int], before: list[tuple[int, set[int]]], chosen: set[int]
+) -> None:
+    policy = OnDemandPolicy(SHAPE)
+    engine = Residency(SHAPE, MemoryPlan(tuple(slots), EXPERT_BYTES, CHUNK_BYTES), policy)
+    for layer, indices in before:
+        waiting = set(engine.gate(iteration(0), layer, sorted(indices)).activated)
+        while waiting:
+            copy_all(engine)
+            there = {j for j in waiting if engine.cache.is_resident(at(layer, j))}
+            release(engine, layer, there)
+            waiting -= there
+    there = {j for j in chosen if engine.cache.is_resident(at(0, j))}
+    outcome = engine.gate(iteration(0), 0, sorted(chosen))
+    assert kinds(outcome) == (tuple(sorted(there)), (), tuple(sorted(chosen - there)))
+    copy_all(engine)
+    assert all(engine.cache.is_resident(at(0, j)) for j in there)
 
 
 def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:

@@ -1,0 +1,82 @@
+"""Every claim about runs under every reading of what the paper leaves open (docs/fidelity.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.judge.claims import HOLDS, UNTESTABLE, WEAKER, judge_one, load_claims
+from experiments.judge.frame import ResultsFolder
+from finemoe.files import atomic_write
+
+DEFAULT = "default"
+"""The reading that all others are compared with."""
+TABLE = "verdicts.csv"
+View = Mapping[str, Sequence[str]]
+"""Digests of an experiment's runs, by its id."""
+
+
+class Reading(ResultsFolder):
+    """The runs of one reading, taken for those of the paper's experiments."""
+
+    def __init__(self, runs: pd.DataFrame, view: View) -> None:
+        self.runs, self._view = runs.set_axis(runs["digest"].tolist()), view
+
+    def index(self, experiment: str) -> dict[str, Any]:
+        return {"runs": self._view.get(experiment, ())}
+
+    def analysis_record(self, experiment: str) -> dict[str, Any]:
+        return {}
+
+
+def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path, _: Any = None) -> None:
+    """Leave a row for each claim and reading in <folder>/verdicts.csv; see `verdicts`."""
+    table = verdicts(runs, views)
+    with atomic_write(folder / TABLE) as partial:
+        table.to_csv(partial, index=False)
+
+
+def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
+    """Judge every claim that the default reading's runs decide under every reading.
+
+    Returns claim, experiment, section, text, reading, `touched` (whether the runs are others than
+    by default), verdict, and ours, low, high and paper in `unit`.
+    """
+    default, rows = views[DEFAULT], []
+    readings = {name: Reading(runs, view) for name, view in views.items()}
+    for claim in load_claims():
+        usual = judge_one(claim, readings[DEFAULT])
+        if usual.verdict == UNTESTABLE:
+            continue
+        for name, view in views.items():
+            touched = set(view[claim.experiment]) != set(default[claim.experiment])
+            one = judge_one(claim, readings[name]) if touched else usual
+            rows.append(
+                {
+                    "claim": claim.id,
+                    "experiment": claim.experiment,
+                    "section": claim.section,
+                    "text": claim.text,
+                    "reading": name,
+                    "touched": touched,
+                    **{key: getattr(one, key) for key in NUMBERS},
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+NUMBERS = ("verdict", "ours", "low", "high", "paper", "unit", "mode", "why")
+
+
+def summary(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the claims that hold, fully or weaker, under every reading, under some, and none."""
+    held = table.assign(held=table["verdict"].isin([HOLDS, WEAKER])).groupby("claim", sort=False)
+    every, some = held["held"].all(), held["held"].any()
+    return {
+        "every": every.index[every].tolist(),
+        "some": some.index[some & ~every].tolist(),
+        "none": some.index[~some].tolist(),
+    }
