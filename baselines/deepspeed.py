@@ -7,10 +7,14 @@ The expert cache, least recently used first out, was added by that paper for fai
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+from numpy.typing import NDArray
 
 from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.policy import (
+    ExpertId,
     FloatArray,
     Gate,
     Iteration,
@@ -27,6 +31,7 @@ class DeepSpeedPolicy(OnDemandPolicy):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
+        self._keys = np.empty((shape.layers, shape.experts))
         self._layers = np.eye(shape.layers)[:, :, None].repeat(shape.experts, axis=2)
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
@@ -34,3 +39,9 @@ class DeepSpeedPolicy(OnDemandPolicy):
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         return self._layers[gate.layer + 1] if gate.layer + 1 < self.shape.layers else None
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        """Least recently used; a layer that is being fetched does not push itself out."""
+        np.copyto(self._keys, self._recency)
+        self._keys[incoming.layer] = -math.inf
+        return self._keys

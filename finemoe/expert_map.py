@@ -13,7 +13,6 @@ from safetensors.numpy import save
 from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, ModelShape
 
-EVERYTHING = slice(None)
 TOLERANCE = 1e-2
 """How far what adds up to 1 may be from it, rounded as it is."""
 LARGEST = 2.0**24
@@ -69,14 +68,14 @@ class ExpertMapStore:
 
     # Similarity -------------------------------------------------------------------------------
 
-    def cosines(self, embeddings: FloatArray, entries: slice = EVERYTHING) -> FloatArray:
+    def cosines(self, embeddings: FloatArray) -> FloatArray:
         """Return score_sem of embeddings (B, h) with every stored one, shape (B, size)."""
-        cosines: FloatArray = unit(embeddings) @ self.embeddings[:, entries]
+        cosines: FloatArray = unit(embeddings) @ self.embeddings
         return cosines
 
-    def running_dots(self, rows: FloatArray, entries: slice = EVERYTHING) -> FloatArray:
+    def running_dots(self, rows: FloatArray) -> FloatArray:
         """Return dot products with every stored map over rows 0..l, (L, B, J) to (L, B, size)."""
-        dots: FloatArray = np.matmul(rows, self.maps[:, :, entries])
+        dots: FloatArray = np.matmul(rows, self.maps)
         # One layer after the other, as a search adds them up; np.cumsum takes five times as long.
         for earlier, later in itertools.pairwise(dots):
             later += earlier
@@ -88,21 +87,27 @@ class ExpertMapStore:
         embeddings: FloatArray,
         cosines: FloatArray | None = None,
         dots: FloatArray | None = None,
-        entries: slice = EVERYTHING,
     ) -> FloatArray:
         """Return RDY of new iterations, rows (L, B, J), with every stored one, shape (B, size).
 
         `cosines` and `dots` over all layers, both (B, size), spare their computation.
         """
         if cosines is None:
-            cosines = self.cosines(embeddings, entries)
+            cosines = self.cosines(embeddings)
         if dots is None:
-            dots = self.running_dots(rows, entries)[-1]
+            dots = self.running_dots(rows)[-1]
         maps = rows.swapaxes(0, 1).reshape(len(embeddings), -1)
-        norms = np.sqrt(np.vecdot(maps, maps))[:, None] * self.prefix_norms[-1, entries]
+        norms = np.sqrt(np.vecdot(maps, maps))[:, None] * self.prefix_norms[-1]
         share = self._semantic_share
         redundancy: FloatArray = share * cosines + (1 - share) * (dots / norms)
         return redundancy
+
+    def _among(self, rows: FloatArray, embeddings: FloatArray) -> FloatArray:
+        """Return RDY of iterations, rows (L, B, J), with each other, shape (B, B)."""
+        maps = unit(rows.swapaxes(0, 1).reshape(len(embeddings), -1))
+        directions, share = unit(embeddings), self._semantic_share
+        among: FloatArray = share * (directions @ directions.T) + (1 - share) * (maps @ maps.T)
+        return among
 
     # Growth -----------------------------------------------------------------------------------
 
@@ -126,17 +131,14 @@ class ExpertMapStore:
         overflows = size + batch > self.capacity
         if overflows:
             redundancy[:, :size] = self.redundancy(rows, embeddings, cosines, dots)
+        among = self._among(rows, embeddings) if overflows and batch > 1 else None
         entries = []
         for one, embedding in enumerate(unit(embeddings)):
             entry = self._vacate(redundancy[one])
             self._put(entry, rows[:, one], embedding)
             entries.append(entry)
-            rest = slice(one + 1, batch)
-            if overflows and rest.start < batch:
-                new = slice(entry, entry + 1)
-                redundancy[rest, new] = self.redundancy(
-                    rows[:, rest], embeddings[rest], entries=new
-                )
+            if among is not None:
+                redundancy[one + 1 :, entry] = among[one + 1 :, one]
         return entries
 
     def _vacate(self, redundancy: FloatArray) -> int:

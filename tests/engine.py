@@ -30,8 +30,8 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "variant": ["paper", "demo"],
         "search": ["both", "semantic", "trajectory"],
         "selection": ["delta", "top_k"],
-        "eviction": ["finemoe", "lru", "lfu"],
-        "horizon": ["single", "all"],
+        "eviction": ["finemoe", "demo", "lru", "lfu"],
+        "horizon": ["single", "all", "demo"],
         "aggregation": ["mean", "token", "demo"],
         "online_growth": [True, False],
         "asynchronous": [True, False],
@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "early_layers": [1, 3],
         "capacity": [1, 4],
         "variant": ["paper", "code"],
-        "eviction": ["activation", "lfu", "lru"],
+        "eviction": ["lfu", "scheduler", "activation", "lru"],
         "prefetching": ["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"],
         "horizon": [None, 1],
         "online_growth": [True, False],
@@ -155,7 +155,8 @@ def configured(system: str, shape: ModelShape, **options: Any) -> Policy:
     """Return the policy that a system's YAML describes, with options changed."""
     facts = {"name": "small", "prefetch_distance": DISTANCE}
     option = OmegaConf.load(ROOT / "conf" / "system" / f"{system}.yaml")
-    cfg = OmegaConf.create({"model": facts, "system": option})
+    reading = OmegaConf.load(ROOT / "conf" / "reading" / "prototype.yaml")
+    cfg = OmegaConf.create({"model": facts, "system": option, "reading": reading})
     cfg.system.update(options)
     policy: Policy = build(cfg.system, shape=shape)
     return policy

@@ -97,7 +97,7 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
 def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str, float]:
     """Return the microseconds of a policy's calls in an iteration of one request."""
     shape, phase = routing.shape, cast(Phase, "decode" if tokens == 1 else "prefill")
-    calls = CALLS if tokens == 1 else CALLS // 10
+    calls = CALLS if tokens == 1 else -(-CALLS // 10)
     embeddings, gates, updates = [], np.zeros((calls, shape.layers)), []
     for number in range(calls):
         iteration = Iteration(number, phase, (REQUESTS,), (tokens,))

@@ -55,10 +55,11 @@ Samples = dict[str, list[Sample]]
 
 def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     """Return the config that run.py would have for one system of this command's."""
-    same = ("model", "dataset", "workload", "testbed", "weights", "seed", "output")
+    same = ("model", "dataset", "workload", "testbed", "reading", "weights", "seed", "output")
     run: Any = {
         **{name: cfg[name] for name in same},
-        **dict.fromkeys(("protect", "verify", "record", "timeline"), False),
+        "protect": cfg.reading.protect,
+        **dict.fromkeys(("verify", "record", "timeline"), False),
         "routing": None,
         "system": cfg.systems[system],
         "store": {"load": None, "save": None},
