@@ -19,7 +19,7 @@ RESAMPLES = 2000
 Draws = NDArray[np.float64]
 """Shape (1 + RESAMPLES,): the estimate, then its resamples."""
 
-LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "itl_s", "queueing_s")
+LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "service_s", "itl_s", "queueing_s")
 RATIOS = {
     "hit_rate": (["hits"], ["hits", "late", "misses"]),
     "iteration_s": (["e2el_s"], ["output_tokens"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from experiments import style
 from experiments.figures import charts
 
 ID = "11"
-TITLE = "Distribution of the end-to-end request latency, queueing included, online serving"
+TITLE = "Distribution of the request latency, with and without queueing, online serving"
+LATENCIES = {"service_s": "Service time (s)", "e2el_s": "Queueing and service (s)"}
 NOTES = (
     "Bands: 95 % simultaneous (Dvoretzky-Kiefer-Wolfowitz), as if requests were independent; "
     "those that queue together are not, so the true ones may be wider.",
@@ -27,28 +29,38 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     frame = charts.checked(frame, ID, mixed_modes, workload="online")
     charts.single(frame, ID)
     looks = charts.unmarked(charts.looks(frame))
-    curves = pd.concat(map(curve, charts.rows_of(frame)), ignore_index=True)
-    labels = style.METRICS["e2el_s"][0], "Share of requests"
-    with charts.dataset_panels(curves, *labels) as (figure, panels):
-        for axes, part in panels:
+    curves = pd.concat(
+        [curve(run, latency) for run in charts.rows_of(frame) for latency in LATENCIES],
+        ignore_index=True,
+    )
+    models, datasets = charts.facets(frame)
+    rows = list(itertools.product(datasets, LATENCIES))
+    size = charts.width_of(models), 0.6 + 1.5 * len(rows)
+    with charts.panels(rows, models, *size) as (figure, panels):
+        for axes, (dataset, latency), model in panels:
+            part = charts.part_of(curves[curves["latency"] == latency], model, dataset)
             for name, look in looks.items():
                 _steps(axes, part[part["series"] == name], look)
-            axes.set_ylim(0, 1.005)
+            if latency == "service_s":
+                charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
+            label = "Share of requests" if model == models[0] else ""
+            axes.set(xlabel=LATENCIES[latency], ylabel=label, ylim=(0, 1.005))
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
         series = charts.expected_series(frame)
         charts.save(figure, output, (ID, TITLE), frame, curves, NOTES, series=series)
 
 
-def curve(run: dict[str, Any]) -> pd.DataFrame:
-    """Return the steps of a run's empirical distribution: latency, share and its 95 % band."""
-    latency = np.sort(run["table"]["e2el_s"].to_numpy(dtype=float))
-    share = np.arange(1, len(latency) + 1) / len(latency)
+def curve(run: dict[str, Any], latency: str) -> pd.DataFrame:
+    """Return the steps of a run's empirical distribution: seconds, share and its 95 % band."""
+    seconds = np.sort(run["table"][latency].to_numpy(dtype=float))
+    share = np.arange(1, len(seconds) + 1) / len(seconds)
     # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
-    reach = math.sqrt(math.log(2 / 0.05) / (2 * len(latency)))
+    reach = math.sqrt(math.log(2 / 0.05) / (2 * len(seconds)))
     columns = {
         **{key: run[key] for key in ("model", "dataset", "series")},
-        "e2el_s": latency,
+        "latency": latency,
+        "seconds": seconds,
         "share": share,
         "share_low": np.clip(share - reach, 0, 1),
         "share_high": np.clip(share + reach, 0, 1),
@@ -60,8 +72,8 @@ def curve(run: dict[str, Any]) -> pd.DataFrame:
 def _steps(axes: Axes, part: pd.DataFrame, look: style.Look) -> None:
     if part.empty:
         return
-    latency, colour = part["e2el_s"].to_numpy(), look["color"]
-    from_zero = np.r_[latency[0], latency], np.r_[0.0, part["share"]]
+    seconds, colour = part["seconds"].to_numpy(), look["color"]
+    from_zero = np.r_[seconds[0], seconds], np.r_[0.0, part["share"]]
     axes.step(*from_zero, where="post", color=colour, linestyle=look["linestyle"])
     ends = part["share_low"], part["share_high"]
-    axes.fill_between(latency, *ends, step="post", color=colour, alpha=0.13, lw=0)
+    axes.fill_between(seconds, *ends, step="post", color=colour, alpha=0.13, lw=0)

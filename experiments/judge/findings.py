@@ -416,6 +416,7 @@ _NAMES = {
     "ttft_s": "TTFT",
     "tpot_s": "TPOT",
     "e2el_s": "end-to-end latency",
+    "service_s": "service time",
     "hit_rate": "expert hit rate",
     "sync_s": "synchronous overhead an iteration",
     "sync_share": "synchronous share of the time served",

@@ -50,8 +50,9 @@ def run_frame(records: Sequence[Path]) -> pd.DataFrame:
     each with `_low` and `_high` (95 % interval of the mean, NaN where nothing varied), the COUNTS,
     every `bytes_*`, `requests`, `iterations`, `busy_s`, `phase_*_s` (seconds in all),
     `bound_times` (time over the least possible), `bound_compute_s`, `bound_link_s`.
-    Whole: `record`, and `table`, its requests, one row per request. What a record does not have is
-    NaN or None. Raises UserError for a path that holds no run record, or a damaged one.
+    Whole: `record`, and `table`, its requests, one row per request, with `service_s`, the latency
+    without the queueing. What a record does not have is NaN or None. Raises UserError for a path
+    that holds no run record, or a damaged one.
     """
     paths = [path / RECORD if path.is_dir() else path for path in records]
     absent = [path for path in paths if not path.is_file()]
@@ -71,6 +72,7 @@ def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
 
 def _row(path: Path) -> dict[str, Any]:
     record, requests = read_record(path), read_requests(path)
+    requests["service_s"] = requests["e2el_s"] - requests.get("queueing_s", 0.0)
     summary, names = record["summary"], identity(path, record)
     phases, bound = summary.get("phase_seconds") or {}, summary.get("bound") or {}
     counts = (*COUNTS, *(key for key in summary if key.startswith("bytes_")))

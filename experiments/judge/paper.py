@@ -35,6 +35,7 @@ PAPER_SYSTEMS = ("finemoe", "deepspeed", "mixtral_offload", "promoe", "moe_infin
 EXPERT_SYSTEMS = ("finemoe", "mixtral_offload", "promoe", "moe_infinity")
 """Those that load single experts; DeepSpeed loads whole layers."""
 LATENCIES = ("ttft_s", "tpot_s")
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 GRANULARITIES = ({"granularity": "fine"}, {"granularity": "coarse"})
 
 
@@ -204,8 +205,14 @@ def fig10_hits(results: ResultsFolder, system: str) -> Finding:
 @claim("order", "11", "Section 6.2, Figure 11")
 def fig11_cdf(results: ResultsFolder) -> Finding:
     """Online, FineMoE's CDF of end-to-end latency lies left of every baseline's."""
-    quantiles = [f"e2el_s@{level}" for level in (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)]
-    return lowest(runs(results, "11"), quantiles, PAPER_SYSTEMS)
+    # The paper's requests take 40 to 200 s at 2.91 a second: with queueing they would take hours.
+    return lowest(runs(results, "11"), [f"service_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
+
+
+@claim("order", "11", "Section 6.2, Figure 11")
+def fig11_queueing(results: ResultsFolder) -> Finding:
+    """The same with the time that a request queues, which "end-to-end" includes elsewhere."""
+    return lowest(runs(results, "11"), [f"e2el_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
 
 
 @claim(

@@ -15,6 +15,7 @@ from finemoe.files import atomic_write
 DEFAULT = "default"
 """The reading that all others are compared with."""
 TABLE = "verdicts.csv"
+NUMBERS = ("verdict", "ours", "low", "high", "paper", "unit", "mode", "why")
 View = Mapping[str, Sequence[str]]
 """Digests of an experiment's runs, by its id."""
 
@@ -27,9 +28,6 @@ class Reading(ResultsFolder):
 
     def index(self, experiment: str) -> dict[str, Any]:
         return {"runs": self._view.get(experiment, ())}
-
-    def analysis_record(self, experiment: str) -> dict[str, Any]:
-        return {}
 
 
 def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path, _: Any = None) -> None:
@@ -48,6 +46,8 @@ def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
     default, rows = views[DEFAULT], []
     readings = {name: Reading(runs, view) for name, view in views.items()}
     for claim in load_claims():
+        if claim.experiment not in default:
+            continue
         usual = judge_one(claim, readings[DEFAULT])
         if usual.verdict == UNTESTABLE:
             continue
@@ -66,9 +66,6 @@ def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-NUMBERS = ("verdict", "ours", "low", "high", "paper", "unit", "mode", "why")
 
 
 def summary(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from experiments.errors import UserError, command
+from experiments.judge import readings
 from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
 from experiments.judge.frame import PREDICTION, ResultsFolder, by_system, commit
 from experiments.run.records import read_table
@@ -29,9 +30,10 @@ from finemoe.files import atomic_write
 MARKDOWN, PAGE = "REPORT.md", "report.html"
 IDS = (
     "table1", "1b", "3a", "3b", "3c", "4", "8", "9", "10", "11", "12", "13", "14a", "14b", "15",
-    "16a", "16b", "17", "18",
+    "16a", "16b", "17", "18", "readings", "unknowns",
 )  # fmt: skip
 """Experiments in the paper's order."""
+NAMES = {"table1": "Table 1", "readings": "Readings", "unknowns": "Unknowns"}
 HEADLINES = ("Abstract", "Talk")
 DATA_ROWS = 60
 """A figure's data is shown up to so many rows; the CSV beside it has them all."""
@@ -59,6 +61,7 @@ def write(
     content = {
         "headlines": headlines,
         "sections": sections,
+        "readings": _readings(results),
         "claims": {name: [one for one in in_order if one.verdict == name] for name in VERDICTS},
         "total": len(verdicts),
         "modes": _listed(one.mode for one in verdicts),
@@ -72,6 +75,12 @@ def write(
         with atomic_write(results.root / name) as partial:
             partial.write_text(_render(name, content) + "\n")
     return verdicts
+
+
+def _readings(results: ResultsFolder) -> dict[str, list[str]]:
+    """Return which claims hold under every reading, some, and none; empty where none was judged."""
+    path = results.root / "analysis" / "readings" / readings.TABLE
+    return readings.summary(read_table(path)) if path.exists() else {}
 
 
 def _render(name: str, content: Mapping[str, Any]) -> str:
@@ -107,14 +116,14 @@ def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> 
     about = results.index(name) or results.analysis_record(name)
     return {
         "id": name,
-        "name": f"Table {name[5:]}" if name.startswith("table") else f"Figure {name}",
+        "name": NAMES.get(name) or f"Figure {name}",
         "title": about.get("title", ""),
         "caption": caption.read_text(errors="replace").strip() if caption.exists() else "",
         "picture": _picture(picture) if picture.exists() else None,
         "made": picture.exists() or csv.exists(),
         "data": data.head(DATA_ROWS).map(_shown),
         "left_out": max(0, len(data) - DATA_ROWS),
-        "systems": system_table(results.runs_of(name)),
+        "systems": system_table(pd.DataFrame() if "views" in about else results.runs_of(name)),
         "verdicts": [one for one in verdicts if one.experiment == name],
     }
 
