@@ -81,6 +81,7 @@ def breaches(residency: Residency) -> list[tuple[int, int]]:
     What is asked for before its layer's gate speaks leaves for no prefetch, and on demand only if
     nobody else can.
     """
+    shape = residency.shape
     cache, asked, found = residency.cache, set[int](), list[tuple[int, int]]()
     now = (-1, -1)
     begin, prefetch, gate = residency.begin_iteration, residency.prefetch, residency.gate
@@ -92,7 +93,8 @@ def breaches(residency: Residency) -> list[tuple[int, int]]:
         begin(iteration)
 
     def prefetched(number: int, priorities: Priorities | None, *hook: Any) -> None:
-        if priorities is not None:
+        # A faulty answer is refused by the engine.
+        if getattr(priorities, "shape", None) == (shape.layers, shape.experts):
             layers, _ = priorities.nonzero()
             wanted = priorities.reshape(-1).nonzero()[0].tolist()
             asked.update(

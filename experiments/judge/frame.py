@@ -108,7 +108,10 @@ def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def system_label(system: str, config: Mapping[str, Any]) -> str:
     """Return the system's name and each option that is not at its default, `protect` as well."""
     defaults = _defaults(system, json.dumps(config["model"]))
-    options = {**config["system"], "protect": config.get("protect", False)}.items()
+    options = {
+        **config["system"],
+        "protect": config.get("protect", defaults.get("protect")),
+    }.items()
     changed = [f"{k}={v}" for k, v in options if v != defaults.get(k, v) and k not in NOT_OPTIONS]
     return " ".join([system, *changed])
 

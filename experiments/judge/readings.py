@@ -16,6 +16,7 @@ DEFAULT = "default"
 """The reading that all others are compared with."""
 TABLE = "verdicts.csv"
 NUMBERS = ("verdict", "ours", "low", "high", "paper", "unit", "mode", "why")
+METRICS = ("ttft_s", "tpot_s", "hit_rate")
 View = Mapping[str, Sequence[str]]
 """Digests of an experiment's runs, by its id."""
 
@@ -30,11 +31,18 @@ class Reading(ResultsFolder):
         return {"runs": self._view.get(experiment, ())}
 
 
-def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path, _: Any = None) -> None:
-    """Leave a row for each claim and reading in <folder>/verdicts.csv; see `verdicts`."""
-    table = verdicts(runs, views)
-    with atomic_write(folder / TABLE) as partial:
-        table.to_csv(partial, index=False)
+def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path) -> None:
+    """Leave `verdicts` and, of the runs of figure 10, `latencies` as CSV files in the folder."""
+    for name, table in ((TABLE, verdicts(runs, views)), ("latencies.csv", latencies(runs, views))):
+        with atomic_write(folder / name) as partial:
+            table.to_csv(partial, index=False)
+
+
+def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
+    """Return TTFT, TPOT (s) and hit rate of each model, dataset and system under each reading."""
+    by_digest = runs.set_index("digest")[["model", "dataset", "system", *METRICS]]
+    parts = {name: by_digest.loc[[*view["10"]]] for name, view in views.items()}
+    return pd.concat(parts, names=["reading", "digest"]).reset_index().drop(columns="digest")
 
 
 def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:

@@ -176,7 +176,7 @@ def make(plan: Plan, store: RunStore) -> None:
     if experiment.readings:
         views = plan.content["views"]
         runs = run_frame([store.record(one) for one in plan.runs])
-        function(str(experiment.analysis))(runs, views, drawn, plan.content)
+        function(str(experiment.analysis))(runs, views, drawn)
     elif experiment.analysis:
         paths = {key: kept_trace(one, Console(quiet=True)) for key, one in plan.traced.items()}
         function(experiment.analysis)(plan.analysis, paths, drawn)
