@@ -4,8 +4,6 @@ A request's matrix (L x J) counts its tokens per expert, over its prompt and its
 File names below are those of the original code, TorchMoE/MoE-Infinity.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

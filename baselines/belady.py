@@ -4,8 +4,6 @@ The expert whose next use is farthest leaves first, one that is never used again
 (L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
 """
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -5,8 +5,6 @@ so nothing is missed where a layer fits the slots; where it does not, the rest i
 The expert cache, least recently used first out, was added by that paper for fairness.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -4,14 +4,12 @@ Every module's parameters are copied to the device before it runs and dropped af
 of a layer, whichever the gate chose. It has no experts cache and no memory budget.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic.dataclasses import dataclass as checked
@@ -87,12 +85,12 @@ class ZeroModel:
     link slows down.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     device: torch.device
     options: ZeroOptions = field(default_factory=ZeroOptions)
     shrinkage: Shrinkage = field(default_factory=Shrinkage)
 
-    def __enter__(self) -> ZeroModel:
+    def __enter__(self) -> Self:
         """Start DeepSpeed; raise ValueError if this process cannot have it on this device."""
         choose_accelerator(self.device)
         with contextlib.ExitStack() as stack:

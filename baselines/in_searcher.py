@@ -5,8 +5,6 @@ of each query, with FineMoE's priorities, into one cache for all layers. A query
 speculation, a request for the hit count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """LFU: no prediction, no prefetch; the expert with the fewest uses leaves the cache."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -7,8 +7,6 @@ its own with as many experts on the device as any other (src/build_model.py), le
 first out.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -18,8 +18,6 @@ description and its code differ:
 | | | that were added while serving (expert_tracer.py) |
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

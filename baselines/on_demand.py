@@ -1,7 +1,5 @@
 """On demand: no prediction, no prefetch; the least recently used expert leaves the cache."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -13,8 +13,6 @@ prefetching and caching strategies", 1995, call this rule aggressive). `finemoe.
 the proven bound.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call

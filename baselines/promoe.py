@@ -8,12 +8,10 @@ and order of experts by arrival are the engine's, and every system has them. Its
 recently used per layer; layers have equal shares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +87,7 @@ class LearnedPredictor:
             partial.write_bytes(save(vars(self), metadata={**facts, "distance": str(distance)}))
 
     @classmethod
-    def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:
+    def load(cls, path: Path, shape: ModelShape, distance: int) -> Self:
         """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
         again = (
             f"train it: python -m experiments.train.predictor model=<its name> distance={distance}"

@@ -1,7 +1,5 @@
 """Resident: every expert on the device before serving begins; the bound without offloading."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -3,8 +3,6 @@
 Every layer has a cache of equal size, least recently used first out.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Live runtimes: what an engine is made of, for a model on a testbed."""
 
-from __future__ import annotations
-
 from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel

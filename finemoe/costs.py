@@ -5,8 +5,6 @@ Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus a fixed time for each k
 launches. docs/testbeds.md has the formulae and where the numbers come from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """FineMoE's eviction priority: what is expected least and was used least goes (section 4.5)."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

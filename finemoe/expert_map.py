@@ -1,7 +1,5 @@
 """Expert maps and the store that remembers them (sections 4.1 and 4.4 of the paper)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from pathlib import Path

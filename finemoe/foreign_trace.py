@@ -3,8 +3,6 @@
 Which token a row belongs to is not said, and neither are logits, embeddings or hidden states.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """FineMoE: prefetch what the most similar remembered iteration activated (sections 4.2 to 4.5)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

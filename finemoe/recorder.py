@@ -1,8 +1,6 @@
 """Record what a model routes while it serves, by hooks that change nothing."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ class Recorder:
             return "bfloat16"
         return "float16" if self._dtypes == {torch.float16} else "float32"
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         try:
             embedding = self.model.model.get_input_embeddings()
             self._hooks.append(embedding.register_forward_hook(self._on_embeddings))

@@ -1,7 +1,5 @@
 """Semantic and trajectory search over an expert map store (section 4.2 of the paper)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -6,8 +6,6 @@ fewer, decays priorities linearly over the predicted layers, and queues all othe
 layers at the tail.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

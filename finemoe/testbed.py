@@ -1,7 +1,5 @@
 """Testbeds: which devices experts are offloaded from, over which links, in which mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +19,7 @@ class Testbed:
 
     name: str
     mode: Literal["measured", "emulated"]
-    devices: tuple[torch.device, ...]
+    devices: tuple["torch.device", ...]
     chunk_bytes: int
     """Bytes of a full-size expert that are copied at once."""
     link_gb_s: float = 0.0

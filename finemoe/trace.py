@@ -3,8 +3,6 @@
 A file is Parquet, with one row group per request: docs/trace-format.md.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

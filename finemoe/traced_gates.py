@@ -1,10 +1,8 @@
 """Routing from a trace in a live model: real copies and kernels, but given choices of experts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ class GateStep(NamedTuple):
     """Softmax of the chosen logits, shape (L, T, K), float32."""
 
     @classmethod
-    def of(cls, step: RoutedStep, top_k: int) -> GateStep:
+    def of(cls, step: RoutedStep, top_k: int) -> Self:
         """Raises ValueError if the step has no logits or its counts do not follow from them."""
         if step.logits is None:
             raise ValueError("the trace holds no gate logits; record them too")
@@ -85,7 +83,7 @@ class TracedGates:
         self._hooks: list[Any] = []
         self._now: GateStep | None = None
 
-    def __enter__(self) -> TracedGates:
+    def __enter__(self) -> Self:
         layers = zip(self.model.gates, self.model.experts, strict=True)
         for layer, (gate, experts) in enumerate(layers):
             self._hooks += [

@@ -15,8 +15,6 @@ also that an expert computes and leaves before the next one of its layer arrives
 for layers wider than the slots, which run in waves, and for sets that are not resident together.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass

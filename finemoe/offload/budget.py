@@ -1,7 +1,5 @@
 """From a memory budget to slots: how many experts fit, and on which device."""
 
-from __future__ import annotations
-
 import re
 
 from finemoe.offload.policy import ModelShape

@@ -3,8 +3,6 @@
 No torch, no clock, no thread: whoever drives it (a live link or a virtual one) holds the lock.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

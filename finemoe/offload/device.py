@@ -1,14 +1,12 @@
 """All that touches a device: blocks of expert weights, slots, links, dispatch and kernels."""
 
-from __future__ import annotations
-
 import math
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,7 +34,7 @@ class BlockLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, experts: nn.Module) -> BlockLayout:
+    def of(cls, experts: nn.Module) -> Self:
         """Return the layout for the parameters of an experts module, in their declared order.
 
         They have a leading expert axis: projections and, for some families, their biases.
@@ -70,7 +68,7 @@ class HostStore:
             weakref.finalize(self, _unlock, {block.data_ptr() for block in blocks})
 
     @classmethod
-    def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> HostStore:
+    def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> Self:
         """Move the experts of `layers` into blocks, emptying one module after the other."""
         layout = BlockLayout.of(layers[0])
         blocks = []
@@ -89,7 +87,7 @@ class HostStore:
     @classmethod
     def shared(
         cls, layers: Sequence[nn.Module], experts: int, pin: bool, std: float, seed: int
-    ) -> HostStore:
+    ) -> Self:
         """Give every expert of meta-device `layers` the one block of random weights they share."""
         layout = BlockLayout.of(layers[0])
         generator = torch.Generator().manual_seed(seed)
@@ -143,7 +141,7 @@ class DeviceSlots:
     @classmethod
     def allocate(
         cls, layout: BlockLayout, counts: Sequence[int], devices: Sequence[torch.device]
-    ) -> DeviceSlots:
+    ) -> Self:
         """Return `counts` slots on each of the devices, one allocation each."""
         sizes = zip(counts, devices, strict=True)
         slabs = [_aligned(count * layout.nbytes, device) for count, device in sizes]

@@ -3,8 +3,6 @@
 Orders are kept up to date, an expert or a row at a time, so that asking for one costs nothing.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

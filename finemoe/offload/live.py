@@ -1,7 +1,5 @@
 """The live runtime: one policy over one real model, with a thread per link and one for searches."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time
@@ -10,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -95,7 +93,7 @@ class LiveRuntime:
         self._iteration: Iteration | None = None
         self._logits: list[Tensor | None] = [None] * model.shape.layers
 
-    def __enter__(self) -> LiveRuntime:
+    def __enter__(self) -> Self:
         try:
             self._attach()
             # Threads inherit the cores of the one that starts them.

@@ -4,10 +4,8 @@ Works for every architecture whose experts go through transformers' experts inte
 found by the class that the model itself names for its router logits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +29,7 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
 class OffloadedModel:
     """Dense parts on the main device, experts in the host store."""
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     store: HostStore
     shape: ModelShape
     gates: tuple[nn.Module, ...]
@@ -50,7 +48,7 @@ class OffloadedModel:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, device: torch.device) -> OffloadedModel:
+    def from_model(cls, model: "PreTrainedModel", device: torch.device) -> Self:
         """Take the experts out of a model on the CPU and move the rest to `device`."""
         shape = shape_of(model)
         store = HostStore.take_from(find_moe_layers(model)[1], pin=device.type == "cuda")
@@ -58,7 +56,7 @@ class OffloadedModel:
         return cls._assemble(dense.to(device), store, shape)
 
     @classmethod
-    def from_meta(cls, model: PreTrainedModel, device: torch.device, seed: int) -> OffloadedModel:
+    def from_meta(cls, model: "PreTrainedModel", device: torch.device, seed: int) -> Self:
         """Give a meta-device model random weights; all its experts share one host block."""
         shape, experts = shape_of(model), find_moe_layers(model)[1]
         std = float(getattr(model.config, "initializer_range", 0.02))
@@ -71,7 +69,7 @@ class OffloadedModel:
         return cls._assemble(model, store, shape)
 
     @classmethod
-    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape) -> OffloadedModel:
+    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape) -> Self:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
@@ -82,7 +80,7 @@ class OffloadedModel:
         return cls(model, store, shape, tuple(gates), tuple(experts), kernels, logits_index)
 
 
-def find_moe_layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module], int]:
+def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.Module], int]:
     """Return gates, experts modules (layer order) and which of a gate's outputs holds the logits.
 
     Raises ValueError if the model has no experts that go through the experts interface.
@@ -99,7 +97,7 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Mo
     return gates, experts, recorder.index
 
 
-def shape_of(model: PreTrainedModel) -> ModelShape:
+def shape_of(model: "PreTrainedModel") -> ModelShape:
     """Return the routing shape of a model that has its experts.
 
     Raises ValueError if it has none, or fewer than a token shall have.

@@ -5,8 +5,6 @@ in the background is declared in `Placement` and carried out by the runtime. Lay
 count from 0; arrays are NumPy, float32, on the host.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ compute are times on one clock. What the live runtime does in threads happens at
 copied, a search has ended, an expert has been computed.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -46,7 +44,7 @@ class PredictionCosts:
     gate_token: float = 0.0
     update_token: float = 0.0
 
-    def of(self, tokens: int) -> PredictionCosts:
+    def of(self, tokens: int) -> "PredictionCosts":
         """Return what the calls take in an iteration of so many tokens."""
         more = tokens - 1
         if not more:

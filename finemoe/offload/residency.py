@@ -3,8 +3,6 @@
 Both runtimes drive this object and nothing below it; the caller holds the lock, if there is one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One iteration as a trace knows it: what was routed, without the model that did it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

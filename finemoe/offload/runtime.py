@@ -1,7 +1,5 @@
 """What the live runtime and the replay share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
@@ -24,6 +22,6 @@ class PhaseSeconds:
     prefetch_issue: float = 0.0
     update: float = 0.0
 
-    def __add__(self, other: PhaseSeconds) -> PhaseSeconds:
+    def __add__(self, other: "PhaseSeconds") -> "PhaseSeconds":
         mine, theirs = astuple(self), astuple(other)
         return PhaseSeconds(*(a + b for a, b in zip(mine, theirs, strict=True)))

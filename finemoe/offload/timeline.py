@@ -1,7 +1,5 @@
 """What happened when: spans of time, real or virtual, as trace events that Perfetto opens."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator

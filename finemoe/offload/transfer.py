@@ -6,8 +6,6 @@ the paper). A load takes its slot when its first chunk is due, so residents stay
 before, a prefetch is no more than a request. Experts are named by their flat indices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -46,14 +44,14 @@ class Traffic:
     wasted: int = 0
     """Prefetched bytes that were cancelled or evicted before any use."""
 
-    def __add__(self, other: Traffic) -> Traffic:
+    def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
             self.prefetched + other.prefetched,
             self.on_demand + other.on_demand,
             self.wasted + other.wasted,
         )
 
-    def __sub__(self, earlier: Traffic) -> Traffic:
+    def __sub__(self, earlier: "Traffic") -> "Traffic":
         return Traffic(
             self.prefetched - earlier.prefetched,
             self.on_demand - earlier.on_demand,

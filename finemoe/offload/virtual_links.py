@@ -4,8 +4,6 @@ When something else should go first, a prefetch's span is cut after the chunks t
 flight.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finemoe.offload.residency import Residency
