@@ -23,7 +23,8 @@ class MatrixCollection:
     """Up to `capacity` activation matrices (L, J) of finished requests.
 
     Two matrices are as similar as the mean, over the layers, of the cosines of their rows
-    (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero.
+    (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero. In a full
+    collection a new one replaces the most similar one, or the least often matched.
     """
 
     def __init__(
@@ -32,14 +33,12 @@ class MatrixCollection:
         self.shape = shape
         self.capacity = capacity
         self._replace = replace
-        """Which matrix a new one replaces if the collection is full."""
         self.size = 0
         self.matches = np.zeros(capacity, dtype=np.int64)
         """How often each matrix was the nearest one."""
         self.popularity = np.zeros((shape.layers, shape.experts))
         """Tokens of all stored requests per expert."""
         self.additions = 0
-        """How often a matrix was stored."""
         self._prepared = 0
         self._matrices = np.zeros((capacity, shape.layers, shape.experts), dtype=np.float32)
         self._ratios = np.zeros_like(self._matrices)
@@ -75,8 +74,14 @@ class MatrixCollection:
 
     def add(self, matrix: FloatArray) -> int | None:
         """Store a matrix and return its entry; None if it was full of matrices to be kept."""
-        entry = self._vacate(matrix)
-        if entry is None:
+        if self.size < self.capacity:
+            entry = self.size
+            self.size += 1
+        elif self._replace == "similar":
+            entry = int(self.similarity(matrix).argmax())
+        elif self._prepared < self.size:
+            entry = self._prepared + int(self.matches[self._prepared :].argmin())
+        else:
             return None
         self.popularity += matrix - self._matrices[entry]
         self._matrices[entry] = matrix
@@ -85,16 +90,6 @@ class MatrixCollection:
         self.matches[entry] = 1
         self.additions += 1
         return entry
-
-    def _vacate(self, matrix: FloatArray) -> int | None:
-        if self.size < self.capacity:
-            self.size += 1
-            return self.size - 1
-        if self._replace == "similar":
-            return int(self.similarity(matrix).argmax())
-        if self._prepared == self.size:
-            return None
-        return self._prepared + int(self.matches[self._prepared :].argmin())
 
     def save(self, path: Path, model_id: str) -> None:
         """Write the matrices as safetensors, marked with the model they belong to."""
@@ -128,7 +123,6 @@ class RunningRequest:
         self._variant = variant
         self._cosines = np.zeros((shape.layers, collection.capacity), dtype=np.float32)
         self._sums = np.zeros(collection.capacity, dtype=np.float32)
-        self.begin_iteration()
 
     def begin_iteration(self) -> None:
         """Sum up anew, so that rounding errors do not pile up."""
@@ -153,10 +147,6 @@ class RunningRequest:
         known = self._cosines[layers, : self._collection.size]
         changes = cosines - known if self._variant == "paper" else -known
         known[:] = cosines
-        return self._carry(changes)
-
-    def _carry(self, changes: FloatArray) -> FloatArray:
-        """Return the carried sums after each change (gates, size), added one after the other."""
         carried = self._sums[: self._collection.size]
         changes[0] += carried
         sums: FloatArray = changes.cumsum(axis=0)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as checked
 from safetensors.numpy import save
 
@@ -29,6 +28,7 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Priorities,
+    Table,
 )
 from finemoe.options import CHECKED, Count, Text, Whole
 
@@ -152,7 +152,7 @@ class ProMoEPolicy(SpeculatingPolicy):
             return super()._logits(first, hidden_states)
         return self._learned.logits(slice(first, first + len(hidden_states)), hidden_states)
 
-    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rank(self, first: int, probabilities: Table) -> Table:
         nearness = self.shape.layers - np.arange(first, first + len(probabilities))
         return np.where(probabilities > 0, nearness[:, None] + probabilities, 0.0)
 

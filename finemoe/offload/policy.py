@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+Table = NDArray[np.float64]
+"""A number for every expert, shape (L, J)."""
+Priorities = Table
+"""Prefetch requests: experts above 0 are requested, the highest go first."""
 Phase = Literal["prefill", "decode"]
-Priorities = NDArray[np.float64]
-"""Prefetch requests, shape (L, J): experts above 0 are requested, the highest go first."""
 Routing = Sequence[Sequence[tuple[int, ...]]]
 """Activated experts, ascending, of every layer of every iteration, by iteration number."""
 
@@ -224,8 +226,8 @@ class Policy:
     def on_evict(self, expert: ExpertId) -> None:
         """Take note that a resident expert lost its slot."""
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        """Return keys (L, J), in C order: of the residents that may leave, the largest goes.
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        """Return keys in C order: of the residents that may leave, the largest goes.
 
         `urgent` says that `incoming` is loaded on demand; a prefetch evicts nobody whose key is
         -inf. The array may be the policy's own: the engine only reads it, and only at once.
