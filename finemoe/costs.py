@@ -6,11 +6,11 @@ launches. docs/testbeds.md has the formulae and where the numbers come from.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from finemoe.offload.replay import IterationCosts, PredictionCosts, ThreadCosts
+from finemoe.offload.runtime import CostModel, IterationCosts
 from finemoe.options import CHECKED, Count, Micros, Rate, Share, Whole
 
 START_KERNELS = 14
@@ -100,20 +100,8 @@ class FullSizeModel:
         return self.expert_parameters * self.bytes_per_parameter
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What every `CostModel` says beside the seconds of computation."""
-
-    prediction: PredictionCosts = field(default_factory=PredictionCosts)
-    prediction_source: str = ""
-    parallel: bool = False
-    collect: float = 0.0
-    hop: float = 0.0
-    thread: ThreadCosts = field(default_factory=ThreadCosts)
-
-
 @dataclass(frozen=True)
-class RooflineCosts(Costs):
+class RooflineCosts(CostModel):
     """The costs of a full-size model on an accelerator.
 
     Everything but routed experts runs on one device; experts run on the device that holds them.
@@ -175,7 +163,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class LinearCosts(Costs):
+class LinearCosts(CostModel):
     """The costs of one model on one machine, as lines through measurements."""
 
     start: Line

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from finemoe.offload.replay import CostModel
+from finemoe.offload.runtime import CostModel
 from finemoe.offload.virtual_links import LinkRate
 
 if TYPE_CHECKING:
