@@ -36,8 +36,7 @@ COLUMNS = pa.schema(
     }
 )
 
-ROW_BYTES = 50
-"""Of a row in memory."""
+ROW_BYTES = 50  # in memory
 LARGEST_SIZE = 4096
 """Layers, experts and K that a trace alone may claim."""
 PREFILL = -1
@@ -78,13 +77,12 @@ class ForeignTrace(Trace):
         self._groups = rows.groupby("request")[["step", "layer", "expert"]]
         self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open any more."""
-
-    def _prompt(self, number: int) -> tuple[int, ...]:
+    def prompt(self, number: int) -> tuple[int, ...]:
+        self._row(number)
         return ()
 
-    def _request(self, number: int) -> TracedRequest:
+    def request(self, number: int) -> TracedRequest:
+        self._row(number)
         rows, shape = self._groups.get_group(number), self.header.shape
         numbers, steps = np.unique(rows["step"], return_inverse=True)
         if numbers[0] != PREFILL:
