@@ -69,8 +69,7 @@ class MatrixCollection:
     def similarity(self, matrix: FloatArray) -> FloatArray:
         """Return the similarity of a matrix (L, J) to every stored one, shape (size,)."""
         cosines = np.matmul(self._rows[:, : self.size], unit(matrix)[:, :, None])[..., 0]
-        similarity: FloatArray = cosines.mean(axis=0)
-        return similarity
+        return cosines.mean(axis=0)
 
     def add(self, matrix: FloatArray) -> int | None:
         """Store a matrix and return its entry; None if it was full of matrices to be kept."""

@@ -78,8 +78,7 @@ class LearnedPredictor:
         """
         up, down = self.up[source].swapaxes(-1, -2), self.down[source].swapaxes(-1, -2)
         units = np.maximum(hidden_states @ up + self.up_bias[source][..., None, :], 0)
-        logits: FloatArray = units @ down + self.down_bias[source][..., None, :]
-        return logits
+        return units @ down + self.down_bias[source][..., None, :]
 
     def save(self, path: Path, distance: int, facts: Mapping[str, str]) -> None:
         """Write the weights with their stride and what else is to be known of them."""

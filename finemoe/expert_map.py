@@ -68,12 +68,17 @@ class ExpertMapStore:
 
     def cosines(self, embeddings: FloatArray) -> FloatArray:
         """Return score_sem of embeddings (B, h) with every stored one, shape (B, size)."""
-        cosines: FloatArray = unit(embeddings) @ self.embeddings
-        return cosines
+        return unit(embeddings) @ self.embeddings
 
-    def running_dots(self, rows: FloatArray) -> FloatArray:
-        """Return dot products with every stored map over rows 0..l, (L, B, J) to (L, B, size)."""
-        dots: FloatArray = np.matmul(rows, self.maps)
+    def running_dots(
+        self, rows: FloatArray, first: int = 0, before: FloatArray | float = 0.0
+    ) -> FloatArray:
+        """Return dot products with every stored map over rows 0..l, (N, B, J) to (N, B, size).
+
+        Rows are those of N layers from `first` on; `before` is what earlier layers add up to.
+        """
+        dots: FloatArray = np.matmul(rows, self.maps[first : first + len(rows)])
+        dots[0] += before
         # One layer after the other, as a search adds them up; np.cumsum takes five times as long.
         for earlier, later in itertools.pairwise(dots):
             later += earlier
@@ -97,15 +102,13 @@ class ExpertMapStore:
         maps = rows.swapaxes(0, 1).reshape(len(embeddings), -1)
         norms = np.sqrt(np.vecdot(maps, maps))[:, None] * self.prefix_norms[-1]
         share = self._semantic_share
-        redundancy: FloatArray = share * cosines + (1 - share) * (dots / norms)
-        return redundancy
+        return share * cosines + (1 - share) * (dots / norms)
 
     def _among(self, rows: FloatArray, embeddings: FloatArray) -> FloatArray:
         """Return RDY of iterations, rows (L, B, J), with each other, shape (B, B)."""
         maps = unit(rows.swapaxes(0, 1).reshape(len(embeddings), -1))
         directions, share = unit(embeddings), self._semantic_share
-        among: FloatArray = share * (directions @ directions.T) + (1 - share) * (maps @ maps.T)
-        return among
+        return share * (directions @ directions.T) + (1 - share) * (maps @ maps.T)
 
     # Growth -----------------------------------------------------------------------------------
 
@@ -132,24 +135,19 @@ class ExpertMapStore:
         among = self._among(rows, embeddings) if overflows and batch > 1 else None
         entries = []
         for one, embedding in enumerate(unit(embeddings)):
-            entry = self._vacate(redundancy[one])
-            self._put(entry, rows[:, one], embedding)
+            if self.size < self.capacity:
+                entry = self.size
+                self.size += 1
+            else:
+                entry = int(redundancy[one].argmax())
+            expert_map = rows[:, one]
+            self._maps[:, :, entry] = expert_map
+            self._embeddings[:, entry] = embedding
+            self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
             entries.append(entry)
             if among is not None:
                 redundancy[one + 1 :, entry] = among[one + 1 :, one]
         return entries
-
-    def _vacate(self, redundancy: FloatArray) -> int:
-        """Return a free entry, or the most redundant one if there is none."""
-        if self.size == self.capacity:
-            return int(redundancy.argmax())
-        self.size += 1
-        return self.size - 1
-
-    def _put(self, entry: int, expert_map: FloatArray, embedding: FloatArray) -> None:
-        self._maps[:, :, entry] = expert_map
-        self._embeddings[:, entry] = embedding
-        self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
 
     # Files ------------------------------------------------------------------------------------
 
@@ -215,5 +213,4 @@ def read_arrays(
 def unit(vector: FloatArray) -> FloatArray:
     """Return vectors scaled to unit length along the last axis; zero stays zero."""
     norms = np.sqrt((vector * vector).sum(axis=-1, keepdims=True))
-    scaled: FloatArray = vector / np.maximum(norms, SMALLEST_NORM)
-    return scaled
+    return vector / np.maximum(norms, SMALLEST_NORM)

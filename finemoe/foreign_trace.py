@@ -127,8 +127,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     empty = [name for name in COLUMNS.names if table[name].null_count]
     if empty:
         raise TraceError(f"has rows without a {empty[0]}; fill them in")
-    rows: pd.DataFrame = table.to_pandas()
-    return rows
+    return table.to_pandas()
 
 
 def _check_values(rows: pd.DataFrame, shape: ModelShape) -> None:

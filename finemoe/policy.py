@@ -118,11 +118,7 @@ class FineMoEPolicy(Policy):
 
     def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
         self._rows = self._queries(iteration, gates.probabilities)
-        if self._trajectory is None:
-            matches = [self._semantic] * self.shape.layers
-        else:
-            matches = self._trajectory.observe_all(self._searching(iteration, self._rows))
-        self._ahead = list(zip(map(_entries, matches), self._all_requests(matches), strict=True))
+        self._ahead = self._answers(iteration, 0, self._rows)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         layer = gate.layer
@@ -130,8 +126,8 @@ class FineMoEPolicy(Policy):
             entries, requests = self._ahead[layer]
         else:
             self._rows[layer] = self._queries(iteration, gate.probabilities)
-            matches = self._search(iteration, layer)
-            entries, requests = _entries(matches), self._requests(matches, layer)
+            rows = self._rows[layer : layer + 1]
+            ((entries, requests),) = self._answers(iteration, layer, rows)
         self._expect(entries, layer + self._ahead_of_gate)
         return requests
 
@@ -154,31 +150,30 @@ class FineMoEPolicy(Policy):
             return rows
         return rows[..., [r.stop - 1 for r in iteration.rows()], :]
 
-    def _search(self, iteration: Iteration, layer: int) -> list[Match]:
-        """Return the queries' matches once the gate of `layer` has spoken, if there are any."""
-        if self._trajectory is None:
-            return self._semantic
-        return self._trajectory.observe(self._searching(iteration, self._rows[layer]))
-
     # Prefetches -------------------------------------------------------------------------------
 
-    def _all_requests(self, matches: list[list[Match]]) -> list[Priorities | None]:
-        """Return what each gate asks for by its matches, all gates at once if that can be."""
-        if self.options.horizon != "single" or not matches[0]:
-            return [self._requests(found, layer) for layer, found in enumerate(matches)]
-        targets = self.shape.layers - self.distance
-        requests: list[Priorities | None] = [None] * self.shape.layers
-        if targets:
-            band = range(self.distance, self.distance + 1)
-            rows = self._select(matches[:targets], band, now=0)
-            requests[:targets] = layer_requests(self.shape, self.distance, rows)
-        return requests
+    def _answers(
+        self, iteration: Iteration, first: int, rows: FloatArray
+    ) -> list[tuple[set[int], Priorities | None]]:
+        """Return what gates from layer `first` on, rows (N, Q, J), match, and what they ask for."""
+        matches = [self._semantic] * len(rows)
+        if self._trajectory is not None:
+            matches = self._trajectory.observe_all(self._searching(iteration, rows))
+        return list(zip(map(_entries, matches), self._requests(matches, first), strict=True))
 
-    def _requests(self, matches: list[Match], layer: int) -> Priorities | None:
-        """Return what the gate of `layer` asks for by its matches."""
-        first = layer + self._ahead_of_gate
-        last = first + 1 if self.options.horizon == "single" else self.shape.layers
-        return self._band(matches, range(first, min(last, self.shape.layers)), now=layer)
+    def _requests(self, matches: list[list[Match]], first: int) -> list[Priorities | None]:
+        """Return what each gate from layer `first` on asks for, all at once if that can be."""
+        layers, target = self.shape.layers, first + self._ahead_of_gate
+        if self.options.horizon != "single":
+            bands = (range(target + n, layers) for n in range(len(matches)))
+            pairs = zip(matches, bands, strict=True)
+            return [self._band(*pair, now=first + n) for n, pair in enumerate(pairs)]
+        requests: list[Priorities | None] = [None] * len(matches)
+        wanted = matches[: max(layers - target, 0)]
+        if wanted and wanted[0]:
+            rows = self._select(wanted, range(target, target + 1), now=first)
+            requests[: len(wanted)] = layer_requests(self.shape, target, rows)
+        return requests
 
     def _band(self, matches: list[Match], band: range, now: int) -> Priorities | None:
         """Return what the same matches ask for of a band of layers."""
@@ -189,7 +184,7 @@ class FineMoEPolicy(Policy):
         return requests
 
     def _select(self, matches: list[list[Match]], band: range, now: int) -> Priorities:
-        """Return priorities of the layers from the band's first on, by their matches, (N, J).
+        """Return priorities (N, J) of N layers from the band's first on, by their matches.
 
         A band of one layer gives all of them its distance.
         """

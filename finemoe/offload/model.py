@@ -21,8 +21,7 @@ IMPLEMENTATION = "finemoe"
 
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    output: Tensor = module.offload_forward(hidden, index, weights)
-    return output
+    return module.offload_forward(hidden, index, weights)
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,7 @@ class RoutedIteration:
         """Tokens that go to each expert, shape (L, J)."""
         if len(self.steps) == 1:
             return self.steps[0].counts
-        total: NDArray[np.integer] = sum(step.counts.astype(np.int64) for step in self.steps)  # type: ignore[assignment]
-        return total
+        return np.sum([step.counts for step in self.steps], axis=0, dtype=np.int64)
 
     @cached_property
     def activated(self) -> list[tuple[int, ...]]:
@@ -83,8 +82,7 @@ def joined(
 def softmax(logits: FloatArray) -> FloatArray:
     """Return the softmax of gate logits over the experts (last axis), in float32."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: FloatArray = shifted / shifted.sum(axis=-1, keepdims=True)
-    return probabilities
+    return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
 def _joined(what: str, parts: list[FloatArray | None], axis: int) -> FloatArray:
