@@ -1,6 +1,7 @@
 """Routing from a trace in a live model: real copies and kernels, but given choices of experts."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -80,22 +81,19 @@ class TracedGates:
 
     def __init__(self, model: OffloadedModel) -> None:
         self.model = model
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
         self._now: GateStep | None = None
 
     def __enter__(self) -> Self:
+        enter = self._hooks.enter_context
         layers = zip(self.model.gates, self.model.experts, strict=True)
         for layer, (gate, experts) in enumerate(layers):
-            self._hooks += [
-                gate.register_forward_hook(partial(self._on_gate, layer)),
-                experts.register_forward_pre_hook(partial(self._on_experts, layer)),
-            ]
+            enter(gate.register_forward_hook(partial(self._on_gate, layer)))
+            enter(experts.register_forward_pre_hook(partial(self._on_experts, layer)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._hooks.close()
 
     def begin(self, iteration: Iteration, steps: Sequence[GateStep]) -> None:
         """Take the steps of the iteration's requests, in their order; ValueError if they misfit."""
@@ -113,10 +111,8 @@ class TracedGates:
         outputs[logits] = self._now.logits[layer].to(own.dtype).reshape(own.shape)
         return tuple(outputs)
 
-    def _on_experts(
-        self, layer: int, _module: Any, inputs: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._now is not None
+    def _on_experts(self, layer: int, _module: Any, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         hidden, chosen, weights = inputs
         now = self._now
+        assert now is not None
         return hidden, now.chosen[layer].to(chosen.dtype), now.weights[layer].to(weights.dtype)

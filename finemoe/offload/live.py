@@ -85,11 +85,10 @@ class LiveRuntime:
         self._stopping = False
         # The model thread's.
         self.listeners: list[OutcomeListener] = []
-        self._occupied = ExitStack()
+        self._entered = ExitStack()
         self._threads: list[threading.Thread] = []
         self._worker: Worker | None = None
         self._unpublished: list[Task] = []
-        self._hooks: list[Any] = []
         self._iteration: Iteration | None = None
         self._logits: list[Tensor | None] = [None] * model.shape.layers
 
@@ -100,7 +99,7 @@ class LiveRuntime:
             with _on(self._cores[1]) if self._cores else nullcontext():
                 self._start_threads()
             if self._cores:
-                self._occupied.enter_context(_on(self._cores[0]))
+                self._entered.enter_context(_on(self._cores[0]))
             return self
         except BaseException:
             self.__exit__()
@@ -126,11 +125,7 @@ class LiveRuntime:
 
     def _close(self) -> None:
         """Undo what entering did, or what is left of it."""
-        for hook in self._hooks:
-            hook.remove()
-        for module in self.model.experts:
-            vars(module).pop("offload_forward", None)
-        self._occupied.close()
+        self._entered.close()
         with self._lock:
             self._stopping = True
             self._wake()
@@ -173,10 +168,12 @@ class LiveRuntime:
 
     def _attach(self) -> None:
         embedding = self.model.model.get_input_embeddings()
-        self._hooks.append(embedding.register_forward_hook(self._on_embeddings))
+        enter = self._entered.enter_context
+        enter(embedding.register_forward_hook(self._on_embeddings))
         layers = zip(self.model.gates, self.model.experts, strict=True)
         for layer, (gate, experts) in enumerate(layers):
-            self._hooks.append(gate.register_forward_hook(partial(self._on_logits, layer)))
+            enter(gate.register_forward_hook(partial(self._on_logits, layer)))
+            self._entered.callback(vars(experts).pop, "offload_forward", None)
             experts.offload_forward = partial(self._run_layer, layer)  # type: ignore[assignment]
 
     def _on_embeddings(self, _module: Any, _inputs: Any, output: Tensor) -> None:
@@ -328,7 +325,7 @@ class LiveRuntime:
             self._changed.notify_all()
 
     def _take_arrivals(self) -> list[int]:
-        """Return which on-demand loads of the current layer arrived since the last call."""
+        """Return which on-demand loads of the layer arrived since the last call."""
         arrivals = [flat % self.model.shape.experts for flat in self._arrived]
         self._arrived.clear()
         return arrivals
