@@ -97,10 +97,7 @@ class MatrixCollection:
             partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add the matrices of a file, in its order.
-
-        Raises StoreMismatch if the file was saved for another model or is no such file.
-        """
+        """Add a file's matrices in order; StoreMismatch for another model's, or no such file."""
         shape = ("entries", self.shape.layers, self.shape.experts)
         (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
         if (matrices != abs(matrices.round())).any():
