@@ -131,10 +131,7 @@ class RunningRequest:
         self._cosines[:, entry] = (unit(stored) * unit(self.matrix)).sum(axis=1)
 
     def count(self, layers: slice, tokens: FloatArray) -> FloatArray:
-        """Add the tokens per expert of consecutive gates, (gates, J).
-
-        Returns how similar every stored matrix is after each of them, (gates, size).
-        """
+        """Add tokens (gates, J) of gates in a row; return similarities after each (gates, size)."""
         rows = self.matrix[layers]
         rows += tokens
         lengths = np.sqrt(np.vecdot(rows, rows))[:, None]

@@ -27,10 +27,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 @checked(frozen=True, config=CHECKED)
 class ZeroOptions:
-    """What conf/system/deepspeed_zero.yaml sets; sizes are counts of a full-size model's elements.
-
-    The defaults are DeepSpeed's own (runtime/zero/config.py, 0.19).
-    """
+    """Sizes in elements of a full-size model; DeepSpeed's own defaults (runtime/zero/config.py)."""
 
     experts: Literal["eager", "grouped_mm"] = "eager"
     prefetch_bucket_size: Whole = 50_000_000
@@ -105,10 +102,7 @@ class ZeroModel:
 
     @contextlib.contextmanager
     def watching(self, experts: Sequence[nn.Parameter]) -> Iterator[Gathered]:
-        """Look at every module that runs in the block, which takes time: not to be measured.
-
-        A parameter counts while it is gathered or on its way.
-        """
+        """Look, which takes time, at what each module of the block gathers or has on its way."""
         mine = {id(parameter) for parameter in experts}
         parameters: list[Any] = list(self.model.parameters())
         peak = Gathered()

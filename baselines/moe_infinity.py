@@ -189,10 +189,7 @@ class MoEInfinityPolicy(UsageTable, Policy):
         return list(zip(requests, rows, strict=True))
 
     def _count(self, iteration: Iteration, layers: slice, gates: Gates) -> list[NDArray[np.intp]]:
-        """Take note of the gates' tokens; return each request's nearest entry after each gate.
-
-        Nothing is near while nothing is stored.
-        """
+        """Take note of the gates' tokens; return each request's nearest entry, by gate, or none."""
         counted = zip(self._requests(iteration), self._tokens(iteration, gates), strict=True)
         similarities = [request.count(layers, tokens) for request, tokens in counted]
         if not self.collection.size:

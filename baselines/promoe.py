@@ -57,10 +57,7 @@ class ProMoEOptions:
 
 @dataclass(frozen=True)
 class LearnedPredictor:
-    """A two-layer perceptron for each source layer l < L - d, which scores layer l + d's experts.
-
-    S = L - d source layers, m hidden units.
-    """
+    """A perceptron of m units for each of S = L - d layers, which scores layer l + d's experts."""
 
     up: FloatArray
     """Shape (S, m, h)."""

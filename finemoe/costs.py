@@ -102,10 +102,7 @@ class FullSizeModel:
 
 @dataclass(frozen=True)
 class RooflineCosts(CostModel):
-    """The costs of a full-size model on an accelerator.
-
-    Everything but routed experts runs on one device; experts run on the device that holds them.
-    """
+    """A full-size model on an accelerator; all but routed experts runs on one device."""
 
     accelerator: Accelerator
     model: FullSizeModel
@@ -113,10 +110,7 @@ class RooflineCosts(CostModel):
     """Seconds that a host adds to each layer."""
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
-        """Return the costs for a batch: each request's tokens now, and those it attends to.
-
-        Raises ValueError if the two differ in length.
-        """
+        """See `CostModel`; ValueError if the two differ in length."""
         model, rows = self.model, sum(tokens)
         sync = self.accelerator.sync_us * 1e-6
         embedding = rows * model.hidden_size * model.bytes_per_parameter

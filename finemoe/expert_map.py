@@ -123,10 +123,7 @@ class ExpertMapStore:
         cosines: FloatArray | None = None,
         dots: FloatArray | None = None,
     ) -> list[int]:
-        """Remember iterations, rows (L, B, J), one after the other; return their entries.
-
-        A search in the store as it is now may hand in what `redundancy` needs.
-        """
+        """Remember iterations, rows (L, B, J), one after the other; return their entries."""
         batch, size = len(embeddings), self.size
         redundancy = np.zeros((batch, self.capacity), dtype=np.float32)
         overflows = size + batch > self.capacity
@@ -161,10 +158,7 @@ class ExpertMapStore:
             partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add the iterations of a file, in the order of its entries.
-
-        Raises StoreMismatch if the file was saved for another model or is no store file.
-        """
+        """Add a file's iterations in order; StoreMismatch for another model's, or no store file."""
         maps, embeddings = read_arrays(
             path,
             {"model_id": model_id},

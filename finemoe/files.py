@@ -37,10 +37,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that is this process's own.
-
-    What processes of this machine that no longer live left in the folder is removed.
-    """
+    """Return a hidden name beside `path`, this process's own; remove those of dead processes."""
     host = socket.gethostname()
     for left in path.parent.glob(f".*.{host}.*.partial"):
         process = left.name.split(".")[-2]

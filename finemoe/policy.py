@@ -208,10 +208,7 @@ class FineMoEPolicy(Policy):
         self._usage = UsageTable(self.shape)
 
     def _expect(self, entries: set[int], first: int) -> None:
-        """Have evictions go by stored maps from layer `first` on, until others replace them.
-
-        Several, of the queries of a batch, give their maximum.
-        """
+        """Have evictions go by stored maps from layer `first` on; of several by their maximum."""
         if first >= self.shape.layers or entries == self._followed:
             return
         self._followed = entries
@@ -243,8 +240,5 @@ def _entries(matches: list[Match]) -> set[int]:
 
 
 def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:
-    """Return the policy for `FineMoEOptions` given one by one, as conf/system/finemoe.yaml does.
-
-    Raises ValueError for an option that has no such value.
-    """
+    """Return the policy for `FineMoEOptions` given one by one; ValueError for a wrong value."""
     return FineMoEPolicy(shape, FineMoEOptions(**options))

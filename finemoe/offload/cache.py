@@ -38,10 +38,7 @@ class ExpertCache:
         keys: Callable[[ExpertId, bool], NDArray[np.float64]],
         on_evict: Callable[[ExpertId], None] | None = None,
     ) -> None:
-        """See `Policy` for what is called: `eviction_keys` and `on_evict`.
-
-        A hook that raises, keys of another type and NaN where a key decides are a PolicyError.
-        """
+        """A hook that raises, keys of another type, NaN where a key decides are a PolicyError."""
         self.shape = shape
         self.slots = tuple(slots)
         self.occupied = 0
@@ -88,10 +85,7 @@ class ExpertCache:
         return bool(self._free[device])
 
     def reserve(self, flat: int, urgent: bool) -> int:
-        """Take a slot for an absent expert, evicting if none is free.
-
-        Returns who had to leave, NOBODY, or NO_SLOT if none can be had.
-        """
+        """Take a slot, evicting if none is free; return who had to leave, NOBODY, or NO_SLOT."""
         if not self.absent[flat]:
             raise ValueError(f"{self._experts[flat]} already has a slot")
         free = self._free[flat % self._devices]

@@ -35,10 +35,7 @@ class BlockLayout:
 
     @classmethod
     def of(cls, experts: nn.Module) -> Self:
-        """Return the layout for the parameters of an experts module, in their declared order.
-
-        They have a leading expert axis: projections and, for some families, their biases.
-        """
+        """Return the layout of an experts module's parameters, which have a leading expert axis."""
         fields, start = [], 0
         for name, parameter in experts.named_parameters(recurse=False):
             fields.append((name, tuple(parameter.shape[1:]), parameter.dtype, start))

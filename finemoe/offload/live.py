@@ -138,10 +138,7 @@ class LiveRuntime:
         self._threads, self._worker = [], None
 
     def forward(self, iteration: Iteration, **inputs: Any) -> Any:
-        """Run one forward pass over the iteration's tokens and return the model's output.
-
-        Raises BackgroundError if a copy failed, PolicyError if the policy did.
-        """
+        """Run one forward pass; BackgroundError if a copy failed, PolicyError if the policy did."""
         self._iteration = iteration
         with self._lock:
             self._raise_failure()

@@ -80,10 +80,7 @@ class OffloadedModel:
 
 
 def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.Module], int]:
-    """Return gates, experts modules (layer order) and which of a gate's outputs holds the logits.
-
-    Raises ValueError if the model has no experts that go through the experts interface.
-    """
+    """Return gates, experts modules, and which output of a gate holds logits, or ValueError."""
     modules = list(model.modules())
     experts = [m for m in modules if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
     recorded = [getattr(m, "_can_record_outputs", None) or {} for m in modules]
@@ -97,10 +94,7 @@ def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.
 
 
 def shape_of(model: "PreTrainedModel") -> ModelShape:
-    """Return the routing shape of a model that has its experts.
-
-    Raises ValueError if it has none, or fewer than a token shall have.
-    """
+    """Return the shape of a model that has its experts; ValueError if a token needs more."""
     config = model.config.get_text_config()
     experts = find_moe_layers(model)[1]
     count = next(experts[0].parameters(recurse=False)).shape[0]

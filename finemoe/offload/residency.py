@@ -113,10 +113,7 @@ class Residency:
     def prefetch(
         self, iteration_number: int, priorities: Priorities | None, hook: Hook, layer: int = -1
     ) -> None:
-        """Queue what is requested for an iteration, but for layers whose gate already spoke.
-
-        An error names the hook that answered, and the layer it was asked about.
-        """
+        """Queue what `hook` answered for an iteration, but for layers whose gate already spoke."""
         if priorities is None:
             return
         shape = (self.shape.layers, self.shape.experts)

@@ -13,10 +13,7 @@ from finemoe.offload.policy import FloatArray, Iteration, Phase
 
 @dataclass(frozen=True)
 class RoutedStep:
-    """What one request routed in one iteration of T tokens; step 0 is its prefill.
-
-    Optional arrays are None where a trace does not hold them.
-    """
+    """What one request routed in one iteration of T tokens; None where a trace does not say it."""
 
     tokens: int
     counts: NDArray[np.integer]

@@ -77,10 +77,7 @@ class PrefetchQueue:
         return self._priorities.item(flat)
 
     def request(self, priorities: NDArray[np.float64], start: int) -> None:
-        """Request all absent experts from index `start` on that have a priority (L * J,) above 0.
-
-        A request that was there keeps its old priority if it has no new one.
-        """
+        """Request absent experts from `start` on by priorities (L * J,); the others keep theirs."""
         asked = priorities[start:]
         where = (asked > ZERO) & self._absent[start:]
         np.putmask(self._priorities[start:], where, asked)
@@ -211,10 +208,7 @@ class TransferQueue:
             self._urgent.append(transfer)
 
     def cancel_layer(self, layer: int, but: Collection[int]) -> None:
-        """Drop what has begun to arrive of a layer, but for the experts whose indices are `but`.
-
-        One with a chunk in flight ends when that chunk is done.
-        """
+        """Drop what began to arrive of a layer, but for the indices `but`, and chunks in flight."""
         for flat, transfer in list(self.under_way.items()):
             if flat // self._per_layer != layer or flat % self._per_layer in but or transfer.urgent:
                 continue
