@@ -9,10 +9,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-from finemoe.expert_map import StoreMismatch, read_arrays, unit
-from finemoe.files import atomic_write
+from finemoe.expert_map import StoreMismatch, read_arrays, unit, write_arrays
 from finemoe.offload.policy import FloatArray, ModelShape
 
 Variant = Literal["paper", "code"]
@@ -92,9 +90,7 @@ class MatrixCollection:
 
     def save(self, path: Path, model_id: str) -> None:
         """Write the matrices as safetensors, marked with the model they belong to."""
-        with atomic_write(path) as partial:
-            arrays = {"matrices": self.matrices.copy()}
-            partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
+        write_arrays(path, {"model_id": model_id}, {"matrices": self.matrices.copy()})
 
     def load(self, path: Path, model_id: str) -> None:
         """Add a file's matrices in order; StoreMismatch for another model's, or no such file."""

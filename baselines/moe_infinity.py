@@ -119,8 +119,6 @@ class MoEInfinityPolicy(UsageTable, Policy):
             request.begin_iteration()
         self._count(iteration, slice(0, self.shape.layers), gates)
 
-    # Predictions ------------------------------------------------------------------------------
-
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         """Ask for the K most popular experts of the early layers, which no gate predicts."""
         requests = self._requests(iteration)
@@ -229,8 +227,6 @@ class MoEInfinityPolicy(UsageTable, Policy):
             wanted += UNSEEN_RATIO
         wanted *= self._decay[layers]
         return wanted
-
-    # Cache ------------------------------------------------------------------------------------
 
     def _activity_keys(self, tokens: FloatArray, first: int = 0) -> Table:
         """Return eviction keys of layers `first` on, from all requests' tokens (layers, J).

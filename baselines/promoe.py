@@ -15,11 +15,9 @@ from typing import Literal, Self
 
 import numpy as np
 from pydantic.dataclasses import dataclass as checked
-from safetensors.numpy import save
 
 from baselines.speculation import SpeculatingPolicy, likeliest
-from finemoe.expert_map import StoreMismatch, read_arrays
-from finemoe.files import atomic_write
+from finemoe.expert_map import StoreMismatch, read_arrays, write_arrays
 from finemoe.offload.policy import (
     FloatArray,
     Gate,
@@ -79,8 +77,7 @@ class LearnedPredictor:
 
     def save(self, path: Path, distance: int, facts: Mapping[str, str]) -> None:
         """Write the weights with their stride and what else is to be known of them."""
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(vars(self), metadata={**facts, "distance": str(distance)}))
+        write_arrays(path, {**facts, "distance": str(distance)}, vars(self))
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> Self:

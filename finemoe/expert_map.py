@@ -64,8 +64,6 @@ class ExpertMapStore:
         maps = self._maps.nbytes
         return {"maps": maps, "store": maps + self._embeddings.nbytes + self._prefix_norms.nbytes}
 
-    # Similarity -------------------------------------------------------------------------------
-
     def cosines(self, embeddings: FloatArray) -> FloatArray:
         """Return score_sem of embeddings (B, h) with every stored one, shape (B, size)."""
         return unit(embeddings) @ self.embeddings
@@ -110,8 +108,6 @@ class ExpertMapStore:
         directions, share = unit(embeddings), self._semantic_share
         return share * (directions @ directions.T) + (1 - share) * (maps @ maps.T)
 
-    # Growth -----------------------------------------------------------------------------------
-
     def add(self, expert_map: FloatArray, embedding: FloatArray) -> int:
         """Remember an iteration, replacing the most redundant one if full; return its entry."""
         return self.add_all(expert_map[:, None], embedding[None])[0]
@@ -146,16 +142,13 @@ class ExpertMapStore:
                 redundancy[one + 1 :, entry] = among[one + 1 :, one]
         return entries
 
-    # Files ------------------------------------------------------------------------------------
-
     def save(self, path: Path, model_id: str) -> None:
         """Write the stored iterations as safetensors, marked with the model they belong to."""
         arrays = {
             "maps": np.ascontiguousarray(self.maps.transpose(2, 0, 1)),
             "embeddings": np.ascontiguousarray(self.embeddings.T),
         }
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
+        write_arrays(path, {"model_id": model_id}, arrays)
 
     def load(self, path: Path, model_id: str) -> None:
         """Add a file's iterations in order; StoreMismatch for another model's, or no store file."""
@@ -171,6 +164,12 @@ class ExpertMapStore:
             raise StoreMismatch(f"{path} holds embeddings that are longer than 1")
         for expert_map, embedding in zip(maps, embeddings, strict=True):
             self.add(expert_map, embedding)
+
+
+def write_arrays(path: Path, facts: Mapping[str, str], arrays: dict[str, FloatArray]) -> None:
+    """Write a safetensors file that says `facts` of itself."""
+    with atomic_write(path) as partial:
+        partial.write_bytes(save(arrays, metadata=dict(facts)))
 
 
 def read_arrays(

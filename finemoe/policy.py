@@ -99,8 +99,6 @@ class FineMoEPolicy(Policy):
         self._rows = self._queries(iteration, gates.probabilities)
         self.end_iteration(iteration)
 
-    # Predictions ------------------------------------------------------------------------------
-
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
         self._begin(self._queries(iteration, embeddings))
         if not self.store.size:
@@ -150,8 +148,6 @@ class FineMoEPolicy(Policy):
             return rows
         return rows[..., [r.stop - 1 for r in iteration.rows()], :]
 
-    # Prefetches -------------------------------------------------------------------------------
-
     def _answers(
         self, iteration: Iteration, first: int, rows: FloatArray
     ) -> list[tuple[set[int], Priorities | None]]:
@@ -200,8 +196,6 @@ class FineMoEPolicy(Policy):
         return union_priorities(
             probabilities, chosen.reshape(probabilities.shape), by, options.variant
         )
-
-    # Cache ------------------------------------------------------------------------------------
 
     def _forget_use(self) -> None:
         self._use = (WholeUse if self.options.eviction == "demo" else ExpectedUse)(self.shape)

@@ -235,8 +235,6 @@ class Policy:
         raise NotImplementedError
 
 
-# Calls of hooks -------------------------------------------------------------------------------
-
 FLOAT64 = np.dtype(np.float64)
 Hook = Callable[..., Any]
 """A bound method of a policy."""

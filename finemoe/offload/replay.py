@@ -104,8 +104,6 @@ class ReplayRuntime:
         while self._searches:
             self._advance(self._searches[-1])
 
-    # One MoE layer ----------------------------------------------------------------------------
-
     def _layer(
         self, routed: RoutedIteration, layer: int, gates: Gates | None, seconds: float
     ) -> None:
@@ -173,7 +171,9 @@ class ReplayRuntime:
         began = self.now
         if not there():
             while not there():
-                self._step()
+                if not self._events and not self._links.copying:
+                    raise RuntimeError("the replay waits for an expert that no link will bring")
+                self._happen()
             self._dense_disturbed = self._expert_disturbed = True
             self._advance(self.now + self._thread_costs.resume)
         self._span("waits", what, began, self.now)
@@ -183,8 +183,6 @@ class ReplayRuntime:
         """Return the seconds that a part of a layer takes more now."""
         seconds = extra.after_wait if disturbed else 0.0
         return seconds + extra.while_copying if self._links.copying else seconds
-
-    # Policy -----------------------------------------------------------------------------------
 
     def _collect(self) -> None:
         self.phases.context_collection += self._costs.collect
@@ -211,8 +209,6 @@ class ReplayRuntime:
         self._searches.popleft()
         self.residency.prefetch(number, call(), hook, layer)
 
-    # The clock --------------------------------------------------------------------------------
-
     def _at(self, time: float, action: int | Callable[[], None]) -> None:
         self._tickets += 1
         heapq.heappush(self._events, (time, self._tickets, action))
@@ -223,12 +219,6 @@ class ReplayRuntime:
         while links.next_event <= to or (events and events[0][0] <= to):
             self._happen()
         self.now = to
-
-    def _step(self) -> None:
-        """Let the next thing happen; RuntimeError if nothing is left that could."""
-        if not self._events and not self._links.copying:
-            raise RuntimeError("the replay waits for an expert that no link is going to bring")
-        self._happen()
 
     def _span(self, track: str, name: str, start: float, end: float) -> None:
         if self._timeline:

@@ -90,14 +90,15 @@ class PrefetchQueue:
     def put(self, flat: int, priority: float) -> None:
         """Request one expert."""
         self._priorities[flat] = priority
-        self._find_first_of(flat % self._devices)
+        device = flat % self._devices
+        self._set_first(device, int(self._by_link[:, device].argmax()))
 
     def drop(self, flat: int) -> None:
         """Forget the request for an expert, if there is one."""
         self._priorities[flat] = 0.0
         device = flat % self._devices
         if self.first[device] == flat:
-            self._find_first_of(device)
+            self._set_first(device, int(self._by_link[:, device].argmax()))
 
     def drop_layer(self, layer: int) -> None:
         """Forget all requests for a layer."""
@@ -114,9 +115,6 @@ class PrefetchQueue:
     def _find_first(self) -> None:
         for device, row in enumerate(self._by_link.argmax(axis=0).tolist()):
             self._set_first(device, row)
-
-    def _find_first_of(self, device: int) -> None:
-        self._set_first(device, int(self._by_link[:, device].argmax()))
 
     def _set_first(self, device: int, row: int) -> None:
         # The last row may end beyond the experts, where nothing is requested.
@@ -173,7 +171,9 @@ class TransferQueue:
 
     def settled(self) -> bool:
         """Tell whether nothing is under way and nothing queued can get a slot."""
-        return self.is_empty() or (self.starved and not self._copying())
+        if self.is_empty():
+            return True
+        return self.starved and not any(one.in_flight() for one in self.under_way.values())
 
     def requested(self, flat: int) -> bool:
         """Tell whether a copy of an expert is queued or under way, and wanted."""
@@ -313,9 +313,6 @@ class TransferQueue:
             return transfer
         unsent = (t for t in self._partials() if t.sent < self._expert_bytes)
         return next(unsent, None)
-
-    def _copying(self) -> bool:
-        return any(transfer.in_flight() for transfer in self.under_way.values())
 
     def _partials(self) -> list[_Transfer]:
         """Return the half-copied prefetches, the first to go on with first."""
