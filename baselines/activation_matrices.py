@@ -103,10 +103,7 @@ class MatrixCollection:
 
 
 class RunningRequest:
-    """The matrix of a request under way, and the cosine of each row with every stored row.
-
-    Only the current layer's row changes at a gate, so sums over the layers are carried along.
-    """
+    """The matrix of a request under way, and each row's cosine with every stored row, summed up."""
 
     def __init__(self, collection: MatrixCollection, variant: Variant) -> None:
         shape = collection.shape

@@ -229,10 +229,7 @@ class MoEInfinityPolicy(UsageTable, Policy):
         return wanted
 
     def _activity_keys(self, tokens: FloatArray, first: int = 0) -> Table:
-        """Return eviction keys of layers `first` on, from all requests' tokens (layers, J).
-
-        The smallest (activation ratio + 1e-6) x (1 - l / L) leaves.
-        """
+        """Return -(activation ratio + 1e-6) x (1 - l / L) of layers `first` on, by all tokens."""
         shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
         activity = shares.astype(np.float64) + SMALLEST_ACTIVITY
         return -activity * self._front[first : first + len(tokens)]

@@ -127,7 +127,6 @@ class RooflineCosts(CostModel):
         )
 
     def expert(self, tokens: int) -> float:
-        """Return the seconds of one expert's computation for `tokens` tokens."""
         return self._product(self.model.expert_parameters, tokens, EXPERT_KERNELS)
 
     def _product(self, parameters: int, rows: int, kernels: int = 0) -> float:

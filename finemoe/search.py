@@ -26,11 +26,7 @@ def nearest(cosines: FloatArray) -> list[Match]:
 
 
 class TrajectorySearch:
-    """Cosine between the rows observed so far in one iteration and those of every stored map.
-
-    Dot products are carried along from layer to layer (4.2.2). The store must not change between
-    the first row and the last.
-    """
+    """Cosines of the rows observed so far with all stored maps (4.2.2), which stay as they are."""
 
     def __init__(self, store: ExpertMapStore, batch: int) -> None:
         self.dots: FloatArray = np.zeros((batch, store.size), dtype=np.float32)

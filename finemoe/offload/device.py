@@ -325,10 +325,7 @@ class Dispatch:
 
 
 class ExpertKernel:
-    """Runs single experts of one MoE layer with the operations of transformers' eager experts.
-
-    Same operations on the same rows in the same order: results equal the eager ones bit for bit.
-    """
+    """Runs experts of one MoE layer, equal bit for bit to transformers' eager ones."""
 
     def __init__(self, module: Any) -> None:
         self._transposed: bool = module.is_transposed
