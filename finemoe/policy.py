@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
 from finemoe.expected_use import ExpectedUse, WholeUse
@@ -20,6 +19,7 @@ from finemoe.offload.policy import (
     Placement,
     Policy,
     Priorities,
+    Table,
     layer_requests,
 )
 from finemoe.options import CHECKED, Count, Flag
@@ -56,7 +56,7 @@ class FineMoEOptions:
     """Search in the background (section 4.3) or on the critical path."""
 
 
-class FineMoEPolicy(Policy):
+class FineMoEPolicy(UsageTable, Policy):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
     Q counts what an iteration enters into the store: its requests, or its tokens. All Q search, or
@@ -76,7 +76,7 @@ class FineMoEPolicy(Policy):
         self.history = self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
         self._growing = True
         self._by_maps = options.eviction in ("finemoe", "demo")
-        self._forget_use()
+        self.forget()
         self._begin(np.empty((0, shape.hidden_size), dtype=np.float32))
 
     def _begin(self, embeddings: FloatArray) -> None:
@@ -92,7 +92,7 @@ class FineMoEPolicy(Policy):
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
-        self._forget_use()
+        self.forget()
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         self._begin(self._queries(iteration, embeddings))
@@ -197,9 +197,9 @@ class FineMoEPolicy(Policy):
             probabilities, chosen.reshape(probabilities.shape), by, options.variant
         )
 
-    def _forget_use(self) -> None:
+    def forget(self) -> None:
+        super().forget()
         self._use = (WholeUse if self.options.eviction == "demo" else ExpectedUse)(self.shape)
-        self._usage = UsageTable(self.shape)
 
     def _expect(self, entries: set[int], first: int) -> None:
         """Have evictions go by stored maps from layer `first` on; of several by their maximum."""
@@ -213,20 +213,16 @@ class FineMoEPolicy(Policy):
         if self._by_maps:
             self._use.on_outcome(outcome)
         else:
-            self._usage.on_outcome(outcome)
-
-    def on_load(self, expert: ExpertId) -> None:
-        if not self._by_maps:
-            self._usage.on_load(expert)
+            super().on_outcome(outcome)
 
     def on_evict(self, expert: ExpertId) -> None:
         if isinstance(self._use, WholeUse):
             self._use.forget(expert)
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         if self._by_maps:
             return self._use.keys()
-        return self._usage.lru_keys() if self.options.eviction == "lru" else self._usage.lfu_keys()
+        return self.lru_keys() if self.options.eviction == "lru" else self.lfu_keys()
 
 
 def _entries(matches: list[Match]) -> set[int]:

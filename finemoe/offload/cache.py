@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, ModelShape, call_hook, check_table, refused
+from finemoe.offload.policy import ExpertId, ModelShape, Table, call_hook, check_table, refused
 
 
 class Slot(NamedTuple):
@@ -35,7 +35,7 @@ class ExpertCache:
         self,
         shape: ModelShape,
         slots: Sequence[int],
-        keys: Callable[[ExpertId, bool], NDArray[np.float64]],
+        keys: Callable[[ExpertId, bool], Table],
         on_evict: Callable[[ExpertId], None] | None = None,
     ) -> None:
         """A hook that raises, keys of another type, NaN where a key decides are a PolicyError."""
@@ -57,13 +57,9 @@ class ExpertCache:
         self._evictable = bytearray(shape.size)
         marks = np.frombuffer(self._evictable, dtype=bool)
         self._evictable_of = [marks[device :: self._devices] for device in range(self._devices)]
-        self._protected_of = [
-            self.protected[device :: self._devices] for device in range(self._devices)
-        ]
-        self._free = [
-            [Slot(device, index) for index in reversed(range(count))]
-            for device, count in enumerate(slots)
-        ]
+        marks = self.protected
+        self._protected_of = [marks[device :: self._devices] for device in range(self._devices)]
+        self._free = [[Slot(n, i) for i in reversed(range(count))] for n, count in enumerate(slots)]
         self._checked: object = None
         self._flat_keys: NDArray[np.float64] = np.empty(0)
 
@@ -171,13 +167,12 @@ class ExpertCache:
             return NOBODY
         return device + evictable.item(best) * self._devices
 
-    def _take_keys(self, keys: NDArray[np.float64], incoming: ExpertId) -> None:
+    def _take_keys(self, keys: Table, incoming: ExpertId) -> None:
         if keys is self._checked:
             return
         check_table(self._keys, incoming.layer, keys, (self.shape.layers, self.shape.experts))
         if not keys.flags.c_contiguous:
-            what = "answered an array that is not in C order"
-            raise refused(self._keys, incoming.layer, what)
+            raise refused(self._keys, incoming.layer, "answered an array that is not in C order")
         self._checked, self._flat_keys = keys, keys.reshape(-1)
 
     def _remove(self, flat: int) -> None:
