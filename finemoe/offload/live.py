@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self
@@ -38,6 +39,7 @@ class BackgroundError(RuntimeError):
     """A copy failed; the cause is chained."""
 
 
+@dataclass(eq=False, repr=False)
 class LiveRuntime:
     """Serves forward passes of an offloaded model under one policy.
 
@@ -47,26 +49,18 @@ class LiveRuntime:
     thread and those of all others; None leaves them to the operating system.
     """
 
-    def __init__(
-        self,
-        model: OffloadedModel,
-        policy: Policy,
-        residency: Residency,
-        memory: DeviceSlots,
-        links: Sequence[Link],
-        devices: Sequence[torch.device],
-        timeline: Timeline | None = None,
-        cores: tuple[frozenset[int], frozenset[int]] | None = None,
-    ) -> None:
-        # Never written again; each link's `guard` is the model thread's, the rest its own thread's.
-        self.model = model
-        self.policy = policy
-        self.links = tuple(links)
-        self._memory = memory
-        self._devices = tuple(devices)
-        self._timeline = timeline
-        self._cores = cores
-        self._observed = policy.placement.prediction != "none"
+    # Never written again; each link's `guard` is the model thread's, the rest its own thread's.
+    model: OffloadedModel
+    policy: Policy
+    residency: Residency
+    memory: DeviceSlots
+    links: Sequence[Link]
+    devices: Sequence[torch.device]
+    timeline: Timeline | None = None
+    cores: tuple[frozenset[int], frozenset[int]] | None = None
+
+    def __post_init__(self) -> None:
+        self._observed = self.policy.placement.prediction != "none"
         # Every field has one writer: the thread that predicts, or the model's. Replace it drained.
         self.phases = PhaseSeconds()
         # Guarded by the lock, residency with all that it calls of the policy included. The lock is
@@ -78,8 +72,7 @@ class LiveRuntime:
         """Tells links that they are not among the sleepers any more."""
         self._asleep: set[int] = set()
         """Links that found nothing to copy; only `wake` takes them out."""
-        self.residency = residency
-        self._wake = residency.wake = partial(_rouse, self._asleep, self._roused)
+        self._wake = self.residency.wake = partial(_rouse, self._asleep, self._roused)
         self._arrived: deque[int] = deque()
         self._error: BaseException | None = None
         self._stopping = False
@@ -90,16 +83,16 @@ class LiveRuntime:
         self._worker: Worker | None = None
         self._unpublished: list[Task] = []
         self._iteration: Iteration | None = None
-        self._logits: list[Tensor | None] = [None] * model.shape.layers
+        self._logits: list[Tensor | None] = [None] * self.model.shape.layers
 
     def __enter__(self) -> Self:
         try:
             self._attach()
             # Threads inherit the cores of the one that starts them.
-            with _on(self._cores[1]) if self._cores else nullcontext():
+            with _on(self.cores[1]) if self.cores else nullcontext():
                 self._start_threads()
-            if self._cores:
-                self._entered.enter_context(_on(self._cores[0]))
+            if self.cores:
+                self._entered.enter_context(_on(self.cores[0]))
             return self
         except BaseException:
             self.__exit__()
@@ -237,8 +230,8 @@ class LiveRuntime:
         expert, slot = self.residency.experts[flat], self.residency.cache.slot(flat)
         rows = routing.gather(expert.index)
         kernel = self.model.kernels[expert.layer]
-        weights = self._memory.weights(slot)
-        output = kernel(rows.to(self._devices[slot.device]), weights).to(rows.device)
+        weights = self.memory.weights(slot)
+        output = kernel(rows.to(self.devices[slot.device]), weights).to(rows.device)
         if self.links:
             self.links[slot.device].guard(slot)
         weighed = routing.weigh(expert.index, output)
@@ -356,8 +349,8 @@ class LiveRuntime:
             raise BackgroundError(what) from error
 
     def _span(self, track: str, name: str, began: float) -> None:
-        if self._timeline:
-            self._timeline.span(track, name, began, time.perf_counter())
+        if self.timeline:
+            self.timeline.span(track, name, began, time.perf_counter())
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
