@@ -57,14 +57,10 @@ class ProMoEOptions:
 class LearnedPredictor:
     """A perceptron of m units for each of S = L - d layers, which scores layer l + d's experts."""
 
-    up: FloatArray
-    """Shape (S, m, h)."""
-    up_bias: FloatArray
-    """Shape (S, m)."""
-    down: FloatArray
-    """Shape (S, J, m)."""
-    down_bias: FloatArray
-    """Shape (S, J)."""
+    up: FloatArray  # shape (S, m, h)
+    up_bias: FloatArray  # shape (S, m)
+    down: FloatArray  # shape (S, J, m)
+    down_bias: FloatArray  # shape (S, J)
 
     def logits(self, source: int | slice, hidden_states: FloatArray) -> FloatArray:
         """Return scores (T, J) of the experts of layer `source` + d for inputs (T, h).

@@ -18,12 +18,9 @@ from finemoe.offload.routed import RoutedStep
 class GateStep(NamedTuple):
     """What the gates of all L layers say of one request's T tokens, ready to be handed out."""
 
-    logits: Tensor
-    """Shape (L, T, J), float32."""
-    chosen: Tensor
-    """Indices of experts by descending logit, shape (L, T, K)."""
-    weights: Tensor
-    """Softmax of the chosen logits, shape (L, T, K), float32."""
+    logits: Tensor  # shape (L, T, J), float32
+    chosen: Tensor  # indices of experts by descending logit, shape (L, T, K)
+    weights: Tensor  # softmax of the chosen logits, shape (L, T, K), float32
 
     @classmethod
     def of(cls, step: RoutedStep, top_k: int) -> Self:

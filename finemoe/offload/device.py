@@ -54,8 +54,7 @@ class BlockLayout:
 class HostStore:
     """Every expert once in host memory, one contiguous block each, by flat index l * J + j.
 
-    `pinned` says that the blocks come from `host_block` page-locked; they are unlocked with the
-    store.
+    `pinned` ones come page-locked from `host_block`, and are unlocked with the store.
     """
 
     def __init__(self, layout: BlockLayout, blocks: Sequence[Tensor], pinned: bool = False) -> None:
@@ -78,7 +77,8 @@ class HostStore:
                 for name, view in layout.views(block).items():
                     view.copy_(parameters[name].data[index])
                 blocks.append(block)
-            drop_parameters(module)
+            # Moving the model must not move them.
+            module._parameters.clear()
         return cls(layout, blocks, pin)
 
     @classmethod
@@ -92,7 +92,7 @@ class HostStore:
         for view in layout.views(block).values():
             view.normal_(std=std, generator=generator)
         for module in layers:
-            drop_parameters(module)
+            module._parameters.clear()
         return cls(layout, [block] * (len(layers) * experts), pin)
 
 
@@ -120,12 +120,6 @@ def _aligned(nbytes: int, device: torch.device) -> Tensor:
     buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     skip = -buffer.data_ptr() % ALIGNMENT
     return buffer[skip : skip + nbytes]
-
-
-def drop_parameters(module: nn.Module) -> None:
-    """Remove a module's own parameters, so that moving the model does not move them."""
-    for name in [name for name, _ in module.named_parameters(recurse=False)]:
-        delattr(module, name)
 
 
 class DeviceSlots:

@@ -96,11 +96,9 @@ class Gate(NamedTuple):
 class Gates(NamedTuple):
     """What all gates of one iteration decide, layer by layer: see `Gate`."""
 
-    probabilities: FloatArray
-    """Shape (L, T, J)."""
+    probabilities: FloatArray  # shape (L, T, J)
     activated: Sequence[tuple[int, ...]]
-    hidden_states: FloatArray | None
-    """Shape (L, T, h), if `Placement.hidden_states` asks for it."""
+    hidden_states: FloatArray | None  # shape (L, T, h), if `Placement.hidden_states` asks for it
 
     def of(self, layer: int) -> Gate:
         """Return what the gate of one layer decides."""
@@ -149,10 +147,8 @@ class Placement:
 class GateWeights:
     """The linear gates of a model, on the host: what speculation by a later gate needs."""
 
-    weight: FloatArray
-    """Shape (L, J, h)."""
-    bias: FloatArray | None = None
-    """Shape (L, J)."""
+    weight: FloatArray  # shape (L, J, h)
+    bias: FloatArray | None = None  # shape (L, J)
 
     def logits(self, layer: int, hidden_states: FloatArray) -> FloatArray:
         """Return what the gate of `layer` makes of hidden states (T, h), shape (T, J)."""

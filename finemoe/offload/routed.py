@@ -16,14 +16,10 @@ class RoutedStep:
     """What one request routed in one iteration of T tokens; None where a trace does not say it."""
 
     tokens: int
-    counts: NDArray[np.integer]
-    """Tokens that go to each expert, shape (L, J)."""
-    logits: FloatArray | None
-    """Gate logits as the model computed them, shape (L, T, J)."""
-    embeddings: FloatArray | None
-    """Token embeddings, shape (T, h)."""
-    hidden_states: FloatArray | None
-    """Inputs of the MoE blocks, shape (L, T, h)."""
+    counts: NDArray[np.integer]  # tokens that go to each expert, shape (L, J)
+    logits: FloatArray | None  # gate logits as the model computed them, shape (L, T, J)
+    embeddings: FloatArray | None  # token embeddings, shape (T, h)
+    hidden_states: FloatArray | None  # inputs of the MoE blocks, shape (L, T, h)
 
 
 @dataclass(frozen=True)

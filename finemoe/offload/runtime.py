@@ -31,12 +31,9 @@ class PhaseSeconds:
 class IterationCosts:
     """Seconds of one forward pass, apart from experts."""
 
-    start: float
-    """From its beginning to the attention of the first MoE layer."""
-    dense: float
-    """From the end of one MoE layer to the decision of the next gate."""
-    finish: float
-    """From the end of the last MoE layer to the tokens on the host."""
+    start: float  # from its beginning to the attention of the first MoE layer
+    dense: float  # from the end of one MoE layer to the decision of the next gate
+    finish: float  # from the end of the last MoE layer to the tokens on the host
 
 
 @dataclass(frozen=True)
