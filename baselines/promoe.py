@@ -39,7 +39,6 @@ class ProMoEOptions:
     """Stride d: layers from the hidden state to the predicted layer."""
     predictor: Literal["gate", "learned"] = "gate"
     predictor_path: Text | None = None
-    """File of the learned predictor."""
     prefill: Literal["predicted", "code"] = "predicted"
     """Whether every prompt token predicts, as "stride-based" reads, or none, as in its code
     (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the last

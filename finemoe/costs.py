@@ -34,13 +34,12 @@ class Accelerator:
     matrix_tflops: Rate
     """Nominal rate of dense bf16 products that accumulate in fp32, 10^12 operations per second."""
     memory_gb: Rate
-    """Size of its memory, 10^9 bytes."""
     memory_efficiency: Share
     matrix_efficiency: Share
     kernel_us: Micros
-    """What every kernel launch adds, in microseconds."""
+    """What every kernel launch adds."""
     sync_us: Micros
-    """What the host waits to read a small result, in microseconds."""
+    """What the host waits to read a small result."""
 
     def seconds(self, nbytes: float, flops: float, kernels: int) -> float:
         """Return how long `kernels` take that move `nbytes` and do `flops` operations."""

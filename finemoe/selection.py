@@ -19,10 +19,7 @@ TAIL_PRIORITY = 1e-6
 
 
 def select_experts(
-    probabilities: FloatArray,
-    scores: NDArray[np.float64],
-    top_k: int,
-    variant: Variant = "paper",
+    probabilities: FloatArray, scores: NDArray[np.float64], top_k: int, variant: Variant = "paper"
 ) -> NDArray[np.bool_]:
     """Choose experts by descending p until their sum reaches delta = clip(1 - score, 0, 1).
 
