@@ -4,17 +4,13 @@ A request's matrix (L x J) counts its tokens per expert, over its prompt and its
 File names below are those of the original code, TorchMoE/MoE-Infinity.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
-from finemoe.expert_map import StoreMismatch, read_arrays, unit
-from finemoe.files import atomic_write
+from finemoe.expert_map import StoreMismatch, read_arrays, unit, write_arrays
 from finemoe.offload.policy import FloatArray, ModelShape
 
 Variant = Literal["paper", "code"]
@@ -25,7 +21,8 @@ class MatrixCollection:
     """Up to `capacity` activation matrices (L, J) of finished requests.
 
     Two matrices are as similar as the mean, over the layers, of the cosines of their rows
-    (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero.
+    (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero. In a full
+    collection a new one replaces the most similar one, or the least often matched.
     """
 
     def __init__(
@@ -34,14 +31,12 @@ class MatrixCollection:
         self.shape = shape
         self.capacity = capacity
         self._replace = replace
-        """Which matrix a new one replaces if the collection is full."""
         self.size = 0
         self.matches = np.zeros(capacity, dtype=np.int64)
         """How often each matrix was the nearest one."""
         self.popularity = np.zeros((shape.layers, shape.experts))
         """Tokens of all stored requests per expert."""
         self.additions = 0
-        """How often a matrix was stored."""
         self._prepared = 0
         self._matrices = np.zeros((capacity, shape.layers, shape.experts), dtype=np.float32)
         self._ratios = np.zeros_like(self._matrices)
@@ -72,13 +67,18 @@ class MatrixCollection:
     def similarity(self, matrix: FloatArray) -> FloatArray:
         """Return the similarity of a matrix (L, J) to every stored one, shape (size,)."""
         cosines = np.matmul(self._rows[:, : self.size], unit(matrix)[:, :, None])[..., 0]
-        similarity: FloatArray = cosines.mean(axis=0)
-        return similarity
+        return cosines.mean(axis=0)
 
     def add(self, matrix: FloatArray) -> int | None:
         """Store a matrix and return its entry; None if it was full of matrices to be kept."""
-        entry = self._vacate(matrix)
-        if entry is None:
+        if self.size < self.capacity:
+            entry = self.size
+            self.size += 1
+        elif self._replace == "similar":
+            entry = int(self.similarity(matrix).argmax())
+        elif self._prepared < self.size:
+            entry = self._prepared + int(self.matches[self._prepared :].argmin())
+        else:
             return None
         self.popularity += matrix - self._matrices[entry]
         self._matrices[entry] = matrix
@@ -88,27 +88,12 @@ class MatrixCollection:
         self.additions += 1
         return entry
 
-    def _vacate(self, matrix: FloatArray) -> int | None:
-        if self.size < self.capacity:
-            self.size += 1
-            return self.size - 1
-        if self._replace == "similar":
-            return int(self.similarity(matrix).argmax())
-        if self._prepared == self.size:
-            return None
-        return self._prepared + int(self.matches[self._prepared :].argmin())
-
     def save(self, path: Path, model_id: str) -> None:
         """Write the matrices as safetensors, marked with the model they belong to."""
-        with atomic_write(path) as partial:
-            arrays = {"matrices": self.matrices.copy()}
-            partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
+        write_arrays(path, {"model_id": model_id}, {"matrices": self.matrices.copy()})
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add the matrices of a file, in its order.
-
-        Raises StoreMismatch if the file was saved for another model or is no such file.
-        """
+        """Add a file's matrices in order; StoreMismatch for another model's, or no such file."""
         shape = ("entries", self.shape.layers, self.shape.experts)
         (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
         if (matrices != abs(matrices.round())).any():
@@ -118,10 +103,7 @@ class MatrixCollection:
 
 
 class RunningRequest:
-    """The matrix of a request under way, and the cosine of each row with every stored row.
-
-    Only the current layer's row changes at a gate, so sums over the layers are carried along.
-    """
+    """The matrix of a request under way, and each row's cosine with every stored row, summed up."""
 
     def __init__(self, collection: MatrixCollection, variant: Variant) -> None:
         shape = collection.shape
@@ -130,7 +112,6 @@ class RunningRequest:
         self._variant = variant
         self._cosines = np.zeros((shape.layers, collection.capacity), dtype=np.float32)
         self._sums = np.zeros(collection.capacity, dtype=np.float32)
-        self.begin_iteration()
 
     def begin_iteration(self) -> None:
         """Sum up anew, so that rounding errors do not pile up."""
@@ -143,10 +124,7 @@ class RunningRequest:
         self._cosines[:, entry] = (unit(stored) * unit(self.matrix)).sum(axis=1)
 
     def count(self, layers: slice, tokens: FloatArray) -> FloatArray:
-        """Add the tokens per expert of consecutive gates, (gates, J).
-
-        Returns how similar every stored matrix is after each of them, (gates, size).
-        """
+        """Add tokens (gates, J) of gates in a row; return similarities after each (gates, size)."""
         rows = self.matrix[layers]
         rows += tokens
         lengths = np.sqrt(np.vecdot(rows, rows))[:, None]
@@ -155,10 +133,6 @@ class RunningRequest:
         known = self._cosines[layers, : self._collection.size]
         changes = cosines - known if self._variant == "paper" else -known
         known[:] = cosines
-        return self._carry(changes)
-
-    def _carry(self, changes: FloatArray) -> FloatArray:
-        """Return the carried sums after each change (gates, size), added one after the other."""
         carried = self._sums[: self._collection.size]
         changes[0] += carried
         sums: FloatArray = changes.cumsum(axis=0)

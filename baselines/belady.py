@@ -4,25 +4,14 @@ The expert whose next use is farthest leaves first, one that is never used again
 (L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
 """
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
-from numpy.typing import NDArray
 
-from finemoe.offload.policy import (
-    ExpertId,
-    LayerOutcome,
-    ModelShape,
-    Policy,
-    Routing,
-)
-
-FloatTable = NDArray[np.float64]
+from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy, Routing, Table
 
 
-def uses(routing: Routing, shape: ModelShape) -> tuple[FloatTable, list[list[float]]]:
+def uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[float]]]:
     """Return the first use of every expert, (L, J), and step by step the uses that come next.
 
     Steps count layers over all iterations; of each step's activated experts the next uses are
@@ -60,13 +49,6 @@ class BeladyPolicy(Policy):
         """Move on to the next uses; ValueError if the layer routes otherwise."""
         if not self._routing:
             return
-        self._check(outcome)
-        self._go_to(outcome.iteration.number * self.shape.layers + outcome.layer + 1)
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> FloatTable:
-        return self._next_use
-
-    def _check(self, outcome: LayerOutcome) -> None:
         number, layer = outcome.iteration.number, outcome.layer
         expected = self._routing[number][layer] if number < len(self._routing) else None
         if outcome.activated != expected:
@@ -74,6 +56,10 @@ class BeladyPolicy(Policy):
                 f"layer {layer} of iteration {number} activated {outcome.activated}, not "
                 f"{expected}; set the future routing of the same requests"
             )
+        self._go_to(number * self.shape.layers + layer + 1)
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        return self._next_use
 
     def _go_to(self, step: int) -> None:
         """Put the steps before this one behind: a repeat skips those that the last one ran."""

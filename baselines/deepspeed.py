@@ -5,12 +5,9 @@ so nothing is missed where a layer fits the slots; where it does not, the rest i
 The expert cache, least recently used first out, was added by that paper for fairness.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.policy import (
@@ -21,6 +18,7 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Priorities,
+    Table,
 )
 
 
@@ -40,7 +38,7 @@ class DeepSpeedPolicy(OnDemandPolicy):
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         return self._layers[gate.layer + 1] if gate.layer + 1 < self.shape.layers else None
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Least recently used; a layer that is being fetched does not push itself out."""
         np.copyto(self._keys, self._recency)
         self._keys[incoming.layer] = -math.inf

@@ -4,14 +4,13 @@ Every module's parameters are copied to the device before it runs and dropped af
 of a layer, whichever the gate chose. It has no experts cache and no memory budget.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
+from unittest import mock
 
 import torch
 from pydantic.dataclasses import dataclass as checked
@@ -28,24 +27,13 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 @checked(frozen=True, config=CHECKED)
 class ZeroOptions:
-    """What conf/system/deepspeed_zero.yaml sets; sizes are counts of a full-size model's elements.
-
-    The defaults are DeepSpeed's own (runtime/zero/config.py, 0.19).
-    """
+    """Sizes in elements of a full-size model; DeepSpeed's own defaults (runtime/zero/config.py)."""
 
     experts: Literal["eager", "grouped_mm"] = "eager"
     prefetch_bucket_size: Whole = 50_000_000
     max_live_parameters: Whole = 1_000_000_000
     max_reuse_distance: Whole = 1_000_000_000
     param_persistence_threshold: Whole = 100_000
-
-
-SIZES = (
-    "prefetch_bucket_size",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "param_persistence_threshold",
-)
 
 
 @dataclass(frozen=True)
@@ -87,16 +75,16 @@ class ZeroModel:
     link slows down.
     """
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     device: torch.device
     options: ZeroOptions = field(default_factory=ZeroOptions)
-    shrinkage: Shrinkage = field(default_factory=Shrinkage)
+    shrinkage: Shrinkage = Shrinkage()
 
-    def __enter__(self) -> ZeroModel:
+    def __enter__(self) -> Self:
         """Start DeepSpeed; raise ValueError if this process cannot have it on this device."""
         choose_accelerator(self.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_environment(ALONE))
+            stack.enter_context(mock.patch.dict(os.environ, ALONE))
             stack.enter_context(_process_group(self.device))
             self._engine = self._start()
             stack.callback(self._drop_weights)
@@ -114,10 +102,7 @@ class ZeroModel:
 
     @contextlib.contextmanager
     def watching(self, experts: Sequence[nn.Parameter]) -> Iterator[Gathered]:
-        """Look at every module that runs in the block, which takes time: not to be measured.
-
-        A parameter counts while it is gathered or on its way.
-        """
+        """Look, which takes time, at what each module of the block gathers or has on its way."""
         mine = {id(parameter) for parameter in experts}
         parameters: list[Any] = list(self.model.parameters())
         peak = Gathered()
@@ -167,33 +152,23 @@ def _config(
 
     Persistence tells vectors from matrices, so its threshold shrinks with the hidden size.
     """
-    factors = [shrinkage.expert] * 3 + [shrinkage.hidden]
-    sizes = {
-        f"stage3_{name}": round(getattr(options, name) / factor)
-        for name, factor in zip(SIZES, factors, strict=True)
+    larger = shrinkage.expert
+    zero = {
+        "stage": 3,
+        "offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"},
+        "stage3_prefetch_bucket_size": round(options.prefetch_bucket_size / larger),
+        "stage3_max_live_parameters": round(options.max_live_parameters / larger),
+        "stage3_max_reuse_distance": round(options.max_reuse_distance / larger),
+        "stage3_param_persistence_threshold": round(
+            options.param_persistence_threshold / shrinkage.hidden
+        ),
     }
-    offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
-        "zero_optimization": {"stage": 3, "offload_param": offload, **sizes},
+        "zero_optimization": zero,
     }
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables within the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -204,12 +179,8 @@ def _process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         # Else DeepSpeed compiles, for minutes, a reduction between processes: here is only one.
         deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=HashStore(),
-        rank=0,
-        world_size=1,
-    )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False)
         yield

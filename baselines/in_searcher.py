@@ -5,8 +5,6 @@ of each query, with FineMoE's priorities, into one cache for all layers. A query
 speculation, a request for the hit count.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,18 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call
 
-from baselines.moe_infinity import FloatTable, MoEInfinityOptions, MoEInfinityPolicy
+from baselines.moe_infinity import MoEInfinityOptions, MoEInfinityPolicy
 from baselines.speculation import SpeculatingPolicy
 from finemoe.offload.eviction import UsageTable
-from finemoe.offload.policy import (
-    ExpertId,
-    FloatArray,
-    LayerOutcome,
-    ModelShape,
-    Placement,
-    Policy,
-    Priorities,
-)
+from finemoe.offload.policy import ExpertId, FloatArray, ModelShape, Placement, Priorities, Table
 from finemoe.options import CHECKED, Count
 from finemoe.selection import divisors, select_experts, union_priorities
 
@@ -33,49 +23,28 @@ Eviction = Literal["lru", "lfu"]
 """The orders of FineMoE's cache that need no map."""
 
 
-class InSearcherPolicy(Policy):
-    """FineMoE's cache around the predictions of the other base."""
-
-    shape: ModelShape
-
-    def _evict_by(self, eviction: Eviction) -> None:
-        self._eviction = eviction
-        self._used = UsageTable(self.shape)
-
-    def begin_serving(self) -> None:
-        super().begin_serving()
-        self._used.forget()
-
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        self._used.on_outcome(outcome)
-
-    def on_load(self, expert: ExpertId) -> None:
-        self._used.on_load(expert)
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self._used.lru_keys() if self._eviction == "lru" else self._used.lfu_keys()
-
-
-class SpeculationInSearcher(InSearcherPolicy, SpeculatingPolicy):
+class SpeculationInSearcher(UsageTable, SpeculatingPolicy):
     """The gate of layer l + d reads the input of layer l; the first d layers are not predicted."""
 
     placement = Placement("background", hidden_states=True)
 
     def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
         super().__init__(shape, distance, shape.top_k)
-        self._evict_by(eviction)
+        self._eviction = eviction
 
-    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rank(self, first: int, probabilities: Table) -> Table:
         return probabilities / self._distance
 
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        return self.lru_keys() if self._eviction == "lru" else self.lfu_keys()
 
-class HitCountInSearcher(InSearcherPolicy, MoEInfinityPolicy):
+
+class HitCountInSearcher(MoEInfinityPolicy):
     """Activation ratios of the nearest matrix; the popular experts of the first d layers."""
 
     def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
-        super().__init__(shape, MoEInfinityOptions(early_layers=distance))
+        super().__init__(shape, MoEInfinityOptions(early_layers=distance, eviction=eviction))
         self.placement = Placement("background")
-        self._evict_by(eviction)
 
     def _popular_experts(self) -> Priorities:
         wanted = np.zeros((self.shape.layers, self.shape.experts))
@@ -85,7 +54,7 @@ class HitCountInSearcher(InSearcherPolicy, MoEInfinityPolicy):
             wanted[: len(early)] = self._likeliest(shares[:, None], range(len(early)), now=-1)
         return wanted
 
-    def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
+    def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
         distance = self.options.early_layers
         first, last = layers.start + distance, min(layers.stop + distance, self.shape.layers)
         steps = np.arange(max(last - first, 0))
@@ -103,6 +72,9 @@ class HitCountInSearcher(InSearcherPolicy, MoEInfinityPolicy):
         return union_priorities(probabilities, chosen.reshape(probabilities.shape), by, "paper")
 
 
+InSearcherPolicy = SpeculationInSearcher | HitCountInSearcher
+
+
 @validate_call(config=CHECKED)
 def in_searcher(
     shape: ModelShape,
@@ -111,5 +83,5 @@ def in_searcher(
     eviction: Eviction = "lru",
 ) -> InSearcherPolicy:
     """Return the policy that conf/system/in_searcher.yaml describes; ValueError for bad options."""
-    kinds = {"speculation": SpeculationInSearcher, "hit_count": HitCountInSearcher}
-    return kinds[predictor](shape, prefetch_distance, eviction)
+    kind = SpeculationInSearcher if predictor == "speculation" else HitCountInSearcher
+    return kind(shape, prefetch_distance, eviction)

@@ -1,15 +1,11 @@
 """LFU: no prediction, no prefetch; the expert with the fewest uses leaves the cache."""
 
-from __future__ import annotations
-
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import validate_call
 
 from finemoe.offload.eviction import UsageTable
-from finemoe.offload.policy import ExpertId, ModelShape, Policy
+from finemoe.offload.policy import ExpertId, ModelShape, Policy, Table
 from finemoe.options import CHECKED
 
 
@@ -32,5 +28,5 @@ class LfuPolicy(UsageTable, Policy):
         if self._forgets:
             self.visits[expert] = 0
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         return self.lfu_keys()

@@ -1,22 +1,18 @@
 """Mixtral-Offloading (arXiv 2312.17238): the next layer's gate guesses from this layer's input.
 
-Speculation and cache are those of its paper; its quantisation is left out, so results stay
-lossless, and so are the staging buffers of its code, whose place the engine's slots take. The
-cache follows src/expert_cache.py of dvmazur/mixtral-offloading: each layer is an eviction group of
-its own with as many experts on the device as any other (src/build_model.py), least recently used
-first out.
+Its quantisation is left out, so results stay lossless, and so are its staging buffers, whose place
+the engine's slots take. The cache follows dvmazur/mixtral-offloading: each layer is an eviction
+group of its own (src/expert_cache.py) with as many experts on the device as any other
+(src/build_model.py), least recently used first out.
 """
-
-from __future__ import annotations
 
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import validate_call
 
 from baselines.speculation import SpeculatingPolicy
-from finemoe.offload.policy import ModelShape, Placement
+from finemoe.offload.policy import ModelShape, Placement, Table
 from finemoe.options import CHECKED, Count
 
 DISTANCE = 1
@@ -43,7 +39,7 @@ class MixtralOffloadPolicy(SpeculatingPolicy):
         self.placement = Placement("critical_path", hidden_states=True, awaited=awaited)
         self._most = experts
 
-    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rank(self, first: int, probabilities: Table) -> Table:
         best = (-probabilities).argsort(axis=1, kind="stable")[:, : self._most]
         kept = np.zeros(probabilities.shape)
         np.put_along_axis(kept, best, np.take_along_axis(probabilities, best, axis=1), axis=1)

@@ -1,10 +1,8 @@
 """MoE-Infinity (arXiv 2401.14361): prefetch what the most similar past request activated.
 
-A request's expert activation matrix (EAM, L x J) counts its tokens per expert, over its prompt and
-its decoded tokens. Finished requests' matrices form a collection of bounded size. After every gate
-the running request's matrix is compared with all of them, and the nearest one's activation ratios,
-damped by how far ahead a layer lies, rank what is prefetched. Prediction is on the critical path
-(section 6.1 of the FineMoE paper); whether copies are is `prefetching`.
+After every gate the running request's activation matrix is compared with those of all finished
+ones, and the nearest one's activation ratios, damped by how far ahead a layer lies, rank what is
+prefetched. Prediction is on the critical path (section 6.1 of the FineMoE paper).
 
 File names below are those of the original code, TorchMoE/MoE-Infinity. `variant` chooses where its
 description and its code differ:
@@ -17,8 +15,6 @@ description and its code differ:
 | a full collection replaces | the most similar matrix | the least often matched one of those |
 | | | that were added while serving (expert_tracer.py) |
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
@@ -35,11 +31,11 @@ from finemoe.offload.policy import (
     Gate,
     Gates,
     Iteration,
-    LayerOutcome,
     ModelShape,
     Placement,
     Policy,
     Priorities,
+    Table,
 )
 from finemoe.options import CHECKED, Count, Flag
 
@@ -47,8 +43,6 @@ UNSEEN_RATIO = 1e-8
 """What the code adds to every ratio before the decay (expert_predictor.py)."""
 SMALLEST_ACTIVITY = 1e-6
 """Added to an activation ratio, so that layers tell even unused experts apart."""
-
-FloatTable = NDArray[np.float64]
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -77,7 +71,7 @@ class MoEInfinityOptions:
     """Whether requests enter the collection while serving (`finish_entry`, expert_tracer.py)."""
 
 
-class MoEInfinityPolicy(Policy):
+class MoEInfinityPolicy(UsageTable, Policy):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
 
     def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
@@ -90,10 +84,9 @@ class MoEInfinityPolicy(Policy):
             awaited=options.prefetching != "asynchronous",
             awaits=(distance, shape.top_k) if distance else None,
         )
-        replace: Literal["similar", "unmatched"] = (
-            "similar" if options.variant == "paper" else "unmatched"
+        self.history = self.collection = MatrixCollection(
+            shape, options.capacity, "similar" if options.variant == "paper" else "unmatched"
         )
-        self.history = self.collection = MatrixCollection(shape, options.capacity, replace)
         self._growing = True
         self._running: dict[int, RunningRequest] = {}
         layers = np.arange(shape.layers)
@@ -107,27 +100,24 @@ class MoEInfinityPolicy(Policy):
         uniform = np.full((shape.layers, shape.experts), 1 / shape.experts)
         self._unseen = -(uniform + SMALLEST_ACTIVITY) * self._front
         self._popular = (-1, np.zeros((shape.layers, shape.experts)))
-        self.begin_cache()
+        self.forget()
 
-    def begin_cache(self) -> None:
-        """Forget what the cache saw."""
-        self._usage = UsageTable(self.shape)
+    def forget(self) -> None:
+        super().forget()
         self._served: tuple[int, ...] = ()
         self._activity = self._unseen.copy()
         """Eviction keys by how active an expert is."""
-        self._ahead: list[tuple[Priorities | None, FloatTable]] = []
+        self._ahead: list[tuple[Priorities | None, Table]] = []
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
         self.collection.keep_all()
-        self.begin_cache()
+        self.forget()
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         for request in self._requests(iteration):
             request.begin_iteration()
         self._count(iteration, slice(0, self.shape.layers), gates)
-
-    # Predictions ------------------------------------------------------------------------------
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         """Ask for the K most popular experts of the early layers, which no gate predicts."""
@@ -186,7 +176,7 @@ class MoEInfinityPolicy(Policy):
 
     def _answers(
         self, iteration: Iteration, layers: slice, gates: Gates
-    ) -> list[tuple[Priorities | None, FloatTable]]:
+    ) -> list[tuple[Priorities | None, Table]]:
         """Return what each gate of consecutive layers requests, and its layer's eviction keys."""
         nearest = self._count(iteration, layers, gates)
         rows = self._activity_keys(_tokens_of(self._requests(iteration), layers), layers.start)
@@ -197,10 +187,7 @@ class MoEInfinityPolicy(Policy):
         return list(zip(requests, rows, strict=True))
 
     def _count(self, iteration: Iteration, layers: slice, gates: Gates) -> list[NDArray[np.intp]]:
-        """Take note of the gates' tokens; return each request's nearest entry after each gate.
-
-        Nothing is near while nothing is stored.
-        """
+        """Take note of the gates' tokens; return each request's nearest entry, by gate, or none."""
         counted = zip(self._requests(iteration), self._tokens(iteration, gates), strict=True)
         similarities = [request.count(layers, tokens) for request, tokens in counted]
         if not self.collection.size:
@@ -229,11 +216,8 @@ class MoEInfinityPolicy(Policy):
         ]
         return np.stack(counted).reshape(-1, layers, experts).astype(np.float32)
 
-    def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> FloatTable:
-        """Return what each gate requests, (layers, L, J): the ratios of the nearest matrices.
-
-        Of several requests the largest counts.
-        """
+    def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
+        """Return what each gate requests, (layers, L, J): the largest of the nearest's ratios."""
         first, *others = nearest
         ratios = self.collection.ratios(first)
         for entries in others:
@@ -244,30 +228,19 @@ class MoEInfinityPolicy(Policy):
         wanted *= self._decay[layers]
         return wanted
 
-    # Cache ------------------------------------------------------------------------------------
-
-    def _activity_keys(self, tokens: FloatArray, first: int = 0) -> FloatTable:
-        """Return eviction keys of layers `first` on, from all requests' tokens (layers, J).
-
-        The smallest (activation ratio + 1e-6) x (1 - l / L) leaves.
-        """
+    def _activity_keys(self, tokens: FloatArray, first: int = 0) -> Table:
+        """Return -(activation ratio + 1e-6) x (1 - l / L) of layers `first` on, by all tokens."""
         shares = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
         activity = shares.astype(np.float64) + SMALLEST_ACTIVITY
         return -activity * self._front[first : first + len(tokens)]
 
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        self._usage.on_outcome(outcome)
-
-    def on_load(self, expert: ExpertId) -> None:
-        self._usage.on_load(expert)
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> FloatTable:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         eviction = self.options.eviction
         if eviction == "activation":
             return self._activity
         if eviction == "scheduler":
-            return self._usage.visits
-        return self._usage.lru_keys() if eviction == "lru" else self._usage.lfu_keys()
+            return self.visits
+        return self.lru_keys() if eviction == "lru" else self.lfu_keys()
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:

@@ -1,12 +1,7 @@
 """On demand: no prediction, no prefetch; the least recently used expert leaves the cache."""
 
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
-
 from finemoe.offload.eviction import Recency
-from finemoe.offload.policy import ExpertId, Policy
+from finemoe.offload.policy import ExpertId, Policy, Table
 
 
 class OnDemandPolicy(Recency, Policy):
@@ -15,5 +10,5 @@ class OnDemandPolicy(Recency, Policy):
     def begin_serving(self) -> None:
         self.forget()
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         return self._recency

@@ -1,22 +1,17 @@
 """Oracle: knows the whole routing, prefetches in order of next use, evicts the farthest next use.
 
-It requests the absent experts that are needed soonest, so every link works through them earliest
-deadline first; a resident that is needed before the incoming expert is never given up for it. So a
-link fetches what the slots can hold and no more, without the policy knowing how many there are.
-Requests end with the iteration for which they are made: the engine cancels those for a later one
-when their layer's gate speaks first, and what was copied of them would be lost.
-Its predictions are on the critical path because they are to be there at once: a runtime in virtual
-time gives them no cost.
+Links work through the absent experts earliest deadline first, and no resident that is needed before
+the incoming expert is given up for it. Requests end with the iteration for which they are made: the
+engine cancels those for a later one when their layer's gate speaks first, and what was copied of
+them would be lost. Predictions are on the critical path, to be there at once, and cost nothing in
+virtual time.
 It is greedy: a link that is slow against the layers may evict for a prefetch what a later start
 would have spared, so its misses are no proven minimum (P. Cao et al., "A study of integrated
 prefetching and caching strategies", 1995, call this rule aggressive). `finemoe.offload.bounds` is
 the proven bound.
 """
 
-from __future__ import annotations
-
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import validate_call
 
 from baselines.belady import BeladyPolicy
@@ -29,6 +24,7 @@ from finemoe.offload.policy import (
     Placement,
     Priorities,
     Routing,
+    Table,
 )
 from finemoe.options import CHECKED, Count
 
@@ -66,7 +62,7 @@ class OraclePolicy(BeladyPolicy):
     def on_evict(self, expert: ExpertId) -> None:
         self._absent[expert] = True
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Farthest next use; a prefetch keeps what is needed no later than itself."""
         keys, (layer, index) = self._next_use, incoming
         if urgent:
@@ -79,17 +75,13 @@ class OraclePolicy(BeladyPolicy):
         """Request the absent experts that iteration `number` is still to use, soonest first."""
         if number != self._planned:
             self._planned = number
-            self._set_plan(number)
+            self._plan[:] = 0
+            routed = self._routing[number] if number < len(self._routing) else ()
+            for step, activated in enumerate(routed, number * self.shape.layers):
+                self._plan[step % self.shape.layers, list(activated)] = 1 / (1 + step)
         layer = max(self._step - number * self.shape.layers, 0)
         due = self._plan * self._absent
         due[:layer] = 0
         if np.count_nonzero(due) > self._lookahead:
             due.reshape(-1)[due.reshape(-1).nonzero()[0][self._lookahead :]] = 0
         return due
-
-    def _set_plan(self, number: int) -> None:
-        """Give all that an iteration uses a priority by its step."""
-        self._plan[:] = 0
-        routed = self._routing[number] if number < len(self._routing) else ()
-        for layer, activated in enumerate(routed):
-            self._plan[layer, list(activated)] = 1 / (1 + number * self.shape.layers + layer)

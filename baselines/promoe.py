@@ -8,21 +8,16 @@ and order of experts by arrival are the engine's, and every system has them. Its
 recently used per layer; layers have equal shares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass as checked
-from safetensors.numpy import save
 
 from baselines.speculation import SpeculatingPolicy, likeliest
-from finemoe.expert_map import StoreMismatch, read_arrays
-from finemoe.files import atomic_write
+from finemoe.expert_map import StoreMismatch, read_arrays, write_arrays
 from finemoe.offload.policy import (
     FloatArray,
     Gate,
@@ -31,6 +26,7 @@ from finemoe.offload.policy import (
     ModelShape,
     Placement,
     Priorities,
+    Table,
 )
 from finemoe.options import CHECKED, Count, Text, Whole
 
@@ -43,7 +39,6 @@ class ProMoEOptions:
     """Stride d: layers from the hidden state to the predicted layer."""
     predictor: Literal["gate", "learned"] = "gate"
     predictor_path: Text | None = None
-    """File of the learned predictor."""
     prefill: Literal["predicted", "code"] = "predicted"
     """Whether every prompt token predicts, as "stride-based" reads, or none, as in its code
     (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the last
@@ -59,19 +54,12 @@ class ProMoEOptions:
 
 @dataclass(frozen=True)
 class LearnedPredictor:
-    """A two-layer perceptron for each source layer l < L - d, which scores layer l + d's experts.
+    """A perceptron of m units for each of S = L - d layers, which scores layer l + d's experts."""
 
-    S = L - d source layers, m hidden units.
-    """
-
-    up: FloatArray
-    """Shape (S, m, h)."""
-    up_bias: FloatArray
-    """Shape (S, m)."""
-    down: FloatArray
-    """Shape (S, J, m)."""
-    down_bias: FloatArray
-    """Shape (S, J)."""
+    up: FloatArray  # shape (S, m, h)
+    up_bias: FloatArray  # shape (S, m)
+    down: FloatArray  # shape (S, J, m)
+    down_bias: FloatArray  # shape (S, J)
 
     def logits(self, source: int | slice, hidden_states: FloatArray) -> FloatArray:
         """Return scores (T, J) of the experts of layer `source` + d for inputs (T, h).
@@ -80,16 +68,14 @@ class LearnedPredictor:
         """
         up, down = self.up[source].swapaxes(-1, -2), self.down[source].swapaxes(-1, -2)
         units = np.maximum(hidden_states @ up + self.up_bias[source][..., None, :], 0)
-        logits: FloatArray = units @ down + self.down_bias[source][..., None, :]
-        return logits
+        return units @ down + self.down_bias[source][..., None, :]
 
     def save(self, path: Path, distance: int, facts: Mapping[str, str]) -> None:
         """Write the weights with their stride and what else is to be known of them."""
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(vars(self), metadata={**facts, "distance": str(distance)}))
+        write_arrays(path, {**facts, "distance": str(distance)}, vars(self))
 
     @classmethod
-    def load(cls, path: Path, shape: ModelShape, distance: int) -> LearnedPredictor:
+    def load(cls, path: Path, shape: ModelShape, distance: int) -> Self:
         """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
         again = (
             f"train it: python -m experiments.train.predictor model=<its name> distance={distance}"
@@ -154,7 +140,7 @@ class ProMoEPolicy(SpeculatingPolicy):
             return super()._logits(first, hidden_states)
         return self._learned.logits(slice(first, first + len(hidden_states)), hidden_states)
 
-    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rank(self, first: int, probabilities: Table) -> Table:
         nearness = self.shape.layers - np.arange(first, first + len(probabilities))
         return np.where(probabilities > 0, nearness[:, None] + probabilities, 0.0)
 

@@ -1,20 +1,12 @@
 """Resident: every expert on the device before serving begins; the bound without offloading."""
 
-from __future__ import annotations
-
-import numpy as np
-from numpy.typing import NDArray
-
-from finemoe.offload.policy import ExpertId, ModelShape, Placement, Policy
+from finemoe.offload.policy import ModelShape, Placement, Policy
 
 
 class ResidentPolicy(Policy):
-    """Has room for every expert, so nothing is ever evicted."""
+    """Has room for every expert: none is ever evicted, so nobody asks for an order."""
 
     placement = Placement(everything_resident=True)
 
     def __init__(self, shape: ModelShape) -> None:
-        self._nothing = np.zeros((shape.layers, shape.experts))
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self._nothing
+        self.shape = shape

@@ -3,10 +3,7 @@
 Every layer has a cache of equal size, least recently used first out.
 """
 
-from __future__ import annotations
-
 import numpy as np
-from numpy.typing import NDArray
 
 from finemoe.offload.eviction import LayeredLruPolicy
 from finemoe.offload.policy import (
@@ -18,12 +15,13 @@ from finemoe.offload.policy import (
     Iteration,
     ModelShape,
     Priorities,
+    Table,
     layer_requests,
 )
 from finemoe.offload.routed import softmax
 
 
-def likeliest(scores: FloatArray, count: int) -> NDArray[np.float64]:
+def likeliest(scores: FloatArray, count: int) -> Table:
     """Return the probabilities of the union of each layer's tokens' `count` best experts, or 0.
 
     Takes logits (layers, T, J), returns (layers, J): the largest softmax among the tokens that an
@@ -82,6 +80,6 @@ class SpeculatingPolicy(LayeredLruPolicy):
         logits: FloatArray = np.matmul(hidden_states, weight[targets].swapaxes(1, 2))
         return logits if bias is None else logits + bias[targets, None]
 
-    def _rank(self, first: int, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _rank(self, first: int, probabilities: Table) -> Table:
         """Return the priorities of experts of layers `first` on with these probabilities."""
         return probabilities

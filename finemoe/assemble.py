@@ -1,7 +1,5 @@
 """Live runtimes: what an engine is made of, for a model on a testbed."""
 
-from __future__ import annotations
-
 from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -20,10 +18,7 @@ def offloading_runtime(
     timeline: Timeline | None = None,
     protect: bool = False,
 ) -> LiveRuntime:
-    """Return a runtime whose experts live in `slots` (per device) and arrive over links.
-
-    A budget that holds every expert is filled before serving begins.
-    """
+    """Return a runtime with links to `slots` (per device), which are filled if they hold all."""
     layout, devices = model.store.layout, testbed.devices
     chunks = -(-full_expert_bytes // testbed.chunk_bytes)
     plan = MemoryPlan(slots, layout.nbytes, -(-layout.nbytes // chunks), protect)
@@ -43,10 +38,7 @@ def offloading_runtime(
 
 
 def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
-    """Return a runtime with every expert resident on the model's own device.
-
-    On the CPU experts are used where they lie; elsewhere they are copied into slots first.
-    """
+    """Return a runtime with every expert on the model's device; a CPU uses them where they lie."""
     layout, devices = model.store.layout, (model.device,)
     plan = MemoryPlan((model.shape.size,), layout.nbytes, layout.nbytes)
     residency = Residency(model.shape, plan, policy)

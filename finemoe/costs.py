@@ -5,14 +5,12 @@ Waterman, Patterson, "Roofline", CACM 52(4), 2009), plus a fixed time for each k
 launches. docs/testbeds.md has the formulae and where the numbers come from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from finemoe.offload.replay import IterationCosts, PredictionCosts, ThreadCosts
+from finemoe.offload.runtime import CostModel, IterationCosts
 from finemoe.options import CHECKED, Count, Micros, Rate, Share, Whole
 
 START_KERNELS = 14
@@ -36,13 +34,12 @@ class Accelerator:
     matrix_tflops: Rate
     """Nominal rate of dense bf16 products that accumulate in fp32, 10^12 operations per second."""
     memory_gb: Rate
-    """Size of its memory, 10^9 bytes."""
     memory_efficiency: Share
     matrix_efficiency: Share
     kernel_us: Micros
-    """What every kernel launch adds, in microseconds."""
+    """What every kernel launch adds."""
     sync_us: Micros
-    """What the host waits to read a small result, in microseconds."""
+    """What the host waits to read a small result."""
 
     def seconds(self, nbytes: float, flops: float, kernels: int) -> float:
         """Return how long `kernels` take that move `nbytes` and do `flops` operations."""
@@ -102,24 +99,9 @@ class FullSizeModel:
         return self.expert_parameters * self.bytes_per_parameter
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What every `CostModel` says beside the seconds of computation."""
-
-    prediction: PredictionCosts = field(default_factory=PredictionCosts)
-    prediction_source: str = ""
-    parallel: bool = False
-    collect: float = 0.0
-    hop: float = 0.0
-    thread: ThreadCosts = field(default_factory=ThreadCosts)
-
-
 @dataclass(frozen=True)
-class RooflineCosts(Costs):
-    """The costs of a full-size model on an accelerator.
-
-    Everything but routed experts runs on one device; experts run on the device that holds them.
-    """
+class RooflineCosts(CostModel):
+    """A full-size model on an accelerator; all but routed experts runs on one device."""
 
     accelerator: Accelerator
     model: FullSizeModel
@@ -127,10 +109,7 @@ class RooflineCosts(Costs):
     """Seconds that a host adds to each layer."""
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
-        """Return the costs for a batch: each request's tokens now, and those it attends to.
-
-        Raises ValueError if the two differ in length.
-        """
+        """See `CostModel`; ValueError if the two differ in length."""
         model, rows = self.model, sum(tokens)
         sync = self.accelerator.sync_us * 1e-6
         embedding = rows * model.hidden_size * model.bytes_per_parameter
@@ -147,7 +126,6 @@ class RooflineCosts(Costs):
         )
 
     def expert(self, tokens: int) -> float:
-        """Return the seconds of one expert's computation for `tokens` tokens."""
         return self._product(self.model.expert_parameters, tokens, EXPERT_KERNELS)
 
     def _product(self, parameters: int, rows: int, kernels: int = 0) -> float:
@@ -177,7 +155,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class LinearCosts(Costs):
+class LinearCosts(CostModel):
     """The costs of one model on one machine, as lines through measurements."""
 
     start: Line

@@ -1,11 +1,8 @@
 """FineMoE's eviction priority: what is expected least and was used least goes (section 4.5)."""
 
-from __future__ import annotations
-
 import numpy as np
-from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, FloatArray, LayerOutcome, ModelShape
+from finemoe.offload.policy import ExpertId, FloatArray, LayerOutcome, ModelShape, Table
 
 SMALLEST_PROBABILITY = 1e-9
 
@@ -48,8 +45,8 @@ class ExpectedUse:
                 frequency[index] = visits[index]
                 keys[index] = 1 / (expected[index] * frequency[index])
 
-    def keys(self) -> NDArray[np.float64]:
-        """Return the keys, shape (L, J), in an array that is updated in place."""
+    def keys(self) -> Table:
+        """Return the keys in an array that is updated in place."""
         first = self._layers
         while self._revised:
             first = min(first, self._revised.pop())
@@ -68,5 +65,5 @@ class WholeUse(ExpectedUse):
         self._visits[expert.layer][expert.index] = 0
         self._frequency[expert] = 1
 
-    def keys(self) -> NDArray[np.float64]:
+    def keys(self) -> Table:
         return -np.floor(self._expected * self._frequency)

@@ -1,7 +1,5 @@
 """Expert maps and the store that remembers them (sections 4.1 and 4.4 of the paper)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,16 +64,19 @@ class ExpertMapStore:
         maps = self._maps.nbytes
         return {"maps": maps, "store": maps + self._embeddings.nbytes + self._prefix_norms.nbytes}
 
-    # Similarity -------------------------------------------------------------------------------
-
     def cosines(self, embeddings: FloatArray) -> FloatArray:
         """Return score_sem of embeddings (B, h) with every stored one, shape (B, size)."""
-        cosines: FloatArray = unit(embeddings) @ self.embeddings
-        return cosines
+        return unit(embeddings) @ self.embeddings
 
-    def running_dots(self, rows: FloatArray) -> FloatArray:
-        """Return dot products with every stored map over rows 0..l, (L, B, J) to (L, B, size)."""
-        dots: FloatArray = np.matmul(rows, self.maps)
+    def running_dots(
+        self, rows: FloatArray, first: int = 0, before: FloatArray | float = 0.0
+    ) -> FloatArray:
+        """Return dot products with every stored map over rows 0..l, (N, B, J) to (N, B, size).
+
+        Rows are those of N layers from `first` on; `before` is what earlier layers add up to.
+        """
+        dots: FloatArray = np.matmul(rows, self.maps[first : first + len(rows)])
+        dots[0] += before
         # One layer after the other, as a search adds them up; np.cumsum takes five times as long.
         for earlier, later in itertools.pairwise(dots):
             later += earlier
@@ -99,17 +100,13 @@ class ExpertMapStore:
         maps = rows.swapaxes(0, 1).reshape(len(embeddings), -1)
         norms = np.sqrt(np.vecdot(maps, maps))[:, None] * self.prefix_norms[-1]
         share = self._semantic_share
-        redundancy: FloatArray = share * cosines + (1 - share) * (dots / norms)
-        return redundancy
+        return share * cosines + (1 - share) * (dots / norms)
 
     def _among(self, rows: FloatArray, embeddings: FloatArray) -> FloatArray:
         """Return RDY of iterations, rows (L, B, J), with each other, shape (B, B)."""
         maps = unit(rows.swapaxes(0, 1).reshape(len(embeddings), -1))
         directions, share = unit(embeddings), self._semantic_share
-        among: FloatArray = share * (directions @ directions.T) + (1 - share) * (maps @ maps.T)
-        return among
-
-    # Growth -----------------------------------------------------------------------------------
+        return share * (directions @ directions.T) + (1 - share) * (maps @ maps.T)
 
     def add(self, expert_map: FloatArray, embedding: FloatArray) -> int:
         """Remember an iteration, replacing the most redundant one if full; return its entry."""
@@ -122,10 +119,7 @@ class ExpertMapStore:
         cosines: FloatArray | None = None,
         dots: FloatArray | None = None,
     ) -> list[int]:
-        """Remember iterations, rows (L, B, J), one after the other; return their entries.
-
-        A search in the store as it is now may hand in what `redundancy` needs.
-        """
+        """Remember iterations, rows (L, B, J), one after the other; return their entries."""
         batch, size = len(embeddings), self.size
         redundancy = np.zeros((batch, self.capacity), dtype=np.float32)
         overflows = size + batch > self.capacity
@@ -134,26 +128,19 @@ class ExpertMapStore:
         among = self._among(rows, embeddings) if overflows and batch > 1 else None
         entries = []
         for one, embedding in enumerate(unit(embeddings)):
-            entry = self._vacate(redundancy[one])
-            self._put(entry, rows[:, one], embedding)
+            if self.size < self.capacity:
+                entry = self.size
+                self.size += 1
+            else:
+                entry = int(redundancy[one].argmax())
+            expert_map = rows[:, one]
+            self._maps[:, :, entry] = expert_map
+            self._embeddings[:, entry] = embedding
+            self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
             entries.append(entry)
             if among is not None:
                 redundancy[one + 1 :, entry] = among[one + 1 :, one]
         return entries
-
-    def _vacate(self, redundancy: FloatArray) -> int:
-        """Return a free entry, or the most redundant one if there is none."""
-        if self.size == self.capacity:
-            return int(redundancy.argmax())
-        self.size += 1
-        return self.size - 1
-
-    def _put(self, entry: int, expert_map: FloatArray, embedding: FloatArray) -> None:
-        self._maps[:, :, entry] = expert_map
-        self._embeddings[:, entry] = embedding
-        self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
-
-    # Files ------------------------------------------------------------------------------------
 
     def save(self, path: Path, model_id: str) -> None:
         """Write the stored iterations as safetensors, marked with the model they belong to."""
@@ -161,14 +148,10 @@ class ExpertMapStore:
             "maps": np.ascontiguousarray(self.maps.transpose(2, 0, 1)),
             "embeddings": np.ascontiguousarray(self.embeddings.T),
         }
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(arrays, metadata={"model_id": model_id}))
+        write_arrays(path, {"model_id": model_id}, arrays)
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add the iterations of a file, in the order of its entries.
-
-        Raises StoreMismatch if the file was saved for another model or is no store file.
-        """
+        """Add a file's iterations in order; StoreMismatch for another model's, or no store file."""
         maps, embeddings = read_arrays(
             path,
             {"model_id": model_id},
@@ -181,6 +164,12 @@ class ExpertMapStore:
             raise StoreMismatch(f"{path} holds embeddings that are longer than 1")
         for expert_map, embedding in zip(maps, embeddings, strict=True):
             self.add(expert_map, embedding)
+
+
+def write_arrays(path: Path, facts: Mapping[str, str], arrays: dict[str, FloatArray]) -> None:
+    """Write a safetensors file that says `facts` of itself."""
+    with atomic_write(path) as partial:
+        partial.write_bytes(save(arrays, metadata=dict(facts)))
 
 
 def read_arrays(
@@ -217,5 +206,4 @@ def read_arrays(
 def unit(vector: FloatArray) -> FloatArray:
     """Return vectors scaled to unit length along the last axis; zero stays zero."""
     norms = np.sqrt((vector * vector).sum(axis=-1, keepdims=True))
-    scaled: FloatArray = vector / np.maximum(norms, SMALLEST_NORM)
-    return scaled
+    return vector / np.maximum(norms, SMALLEST_NORM)

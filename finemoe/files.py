@@ -1,7 +1,5 @@
 """Files that appear whole or not at all, whatever ends the process that writes them."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
@@ -39,10 +37,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that is this process's own.
-
-    What processes of this machine that no longer live left in the folder is removed.
-    """
+    """Return a hidden name beside `path`, this process's own; remove those of dead processes."""
     host = socket.gethostname()
     for left in path.parent.glob(f".*.{host}.*.partial"):
         process = left.name.split(".")[-2]

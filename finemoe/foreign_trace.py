@@ -3,8 +3,6 @@
 Which token a row belongs to is not said, and neither are logits, embeddings or hidden states.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 
@@ -38,8 +36,7 @@ COLUMNS = pa.schema(
     }
 )
 
-ROW_BYTES = 50
-"""Of a row in memory."""
+ROW_BYTES = 50  # in memory
 LARGEST_SIZE = 4096
 """Layers, experts and K that a trace alone may claim."""
 PREFILL = -1
@@ -80,13 +77,12 @@ class ForeignTrace(Trace):
         self._groups = rows.groupby("request")[["step", "layer", "expert"]]
         self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open any more."""
-
-    def _prompt(self, number: int) -> tuple[int, ...]:
+    def prompt(self, number: int) -> tuple[int, ...]:
+        self._row(number)
         return ()
 
-    def _request(self, number: int) -> TracedRequest:
+    def request(self, number: int) -> TracedRequest:
+        self._row(number)
         rows, shape = self._groups.get_group(number), self.header.shape
         numbers, steps = np.unique(rows["step"], return_inverse=True)
         if numbers[0] != PREFILL:
@@ -131,8 +127,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     empty = [name for name in COLUMNS.names if table[name].null_count]
     if empty:
         raise TraceError(f"has rows without a {empty[0]}; fill them in")
-    rows: pd.DataFrame = table.to_pandas()
-    return rows
+    return table.to_pandas()
 
 
 def _check_values(rows: pd.DataFrame, shape: ModelShape) -> None:

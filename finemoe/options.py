@@ -3,8 +3,6 @@
 `CHECKED` goes with pydantic's `dataclass` and `validate_call`; what they refuse is a ValueError.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictStr, create_model

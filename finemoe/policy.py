@@ -1,11 +1,8 @@
 """FineMoE: prefetch what the most similar remembered iteration activated (sections 4.2 to 4.5)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 
 from finemoe.expected_use import ExpectedUse, WholeUse
@@ -22,6 +19,7 @@ from finemoe.offload.policy import (
     Placement,
     Policy,
     Priorities,
+    Table,
     layer_requests,
 )
 from finemoe.options import CHECKED, Count, Flag
@@ -58,7 +56,7 @@ class FineMoEOptions:
     """Search in the background (section 4.3) or on the critical path."""
 
 
-class FineMoEPolicy(Policy):
+class FineMoEPolicy(UsageTable, Policy):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
     Q counts what an iteration enters into the store: its requests, or its tokens. All Q search, or
@@ -78,7 +76,7 @@ class FineMoEPolicy(Policy):
         self.history = self.store = ExpertMapStore(shape, options.store_capacity, self.distance)
         self._growing = True
         self._by_maps = options.eviction in ("finemoe", "demo")
-        self._forget_use()
+        self.forget()
         self._begin(np.empty((0, shape.hidden_size), dtype=np.float32))
 
     def _begin(self, embeddings: FloatArray) -> None:
@@ -94,14 +92,12 @@ class FineMoEPolicy(Policy):
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
-        self._forget_use()
+        self.forget()
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         self._begin(self._queries(iteration, embeddings))
         self._rows = self._queries(iteration, gates.probabilities)
         self.end_iteration(iteration)
-
-    # Predictions ------------------------------------------------------------------------------
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
         self._begin(self._queries(iteration, embeddings))
@@ -120,11 +116,7 @@ class FineMoEPolicy(Policy):
 
     def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
         self._rows = self._queries(iteration, gates.probabilities)
-        if self._trajectory is None:
-            matches = [self._semantic] * self.shape.layers
-        else:
-            matches = self._trajectory.observe_all(self._searching(iteration, self._rows))
-        self._ahead = list(zip(map(_entries, matches), self._all_requests(matches), strict=True))
+        self._ahead = self._answers(iteration, 0, self._rows)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         layer = gate.layer
@@ -132,8 +124,8 @@ class FineMoEPolicy(Policy):
             entries, requests = self._ahead[layer]
         else:
             self._rows[layer] = self._queries(iteration, gate.probabilities)
-            matches = self._search(iteration, layer)
-            entries, requests = _entries(matches), self._requests(matches, layer)
+            rows = self._rows[layer : layer + 1]
+            ((entries, requests),) = self._answers(iteration, layer, rows)
         self._expect(entries, layer + self._ahead_of_gate)
         return requests
 
@@ -156,31 +148,28 @@ class FineMoEPolicy(Policy):
             return rows
         return rows[..., [r.stop - 1 for r in iteration.rows()], :]
 
-    def _search(self, iteration: Iteration, layer: int) -> list[Match]:
-        """Return the queries' matches once the gate of `layer` has spoken, if there are any."""
-        if self._trajectory is None:
-            return self._semantic
-        return self._trajectory.observe(self._searching(iteration, self._rows[layer]))
+    def _answers(
+        self, iteration: Iteration, first: int, rows: FloatArray
+    ) -> list[tuple[set[int], Priorities | None]]:
+        """Return what gates from layer `first` on, rows (N, Q, J), match, and what they ask for."""
+        matches = [self._semantic] * len(rows)
+        if self._trajectory is not None:
+            matches = self._trajectory.observe_all(self._searching(iteration, rows))
+        return list(zip(map(_entries, matches), self._requests(matches, first), strict=True))
 
-    # Prefetches -------------------------------------------------------------------------------
-
-    def _all_requests(self, matches: list[list[Match]]) -> list[Priorities | None]:
-        """Return what each gate asks for by its matches, all gates at once if that can be."""
-        if self.options.horizon != "single" or not matches[0]:
-            return [self._requests(found, layer) for layer, found in enumerate(matches)]
-        targets = self.shape.layers - self.distance
-        requests: list[Priorities | None] = [None] * self.shape.layers
-        if targets:
-            band = range(self.distance, self.distance + 1)
-            rows = self._select(matches[:targets], band, now=0)
-            requests[:targets] = layer_requests(self.shape, self.distance, rows)
+    def _requests(self, matches: list[list[Match]], first: int) -> list[Priorities | None]:
+        """Return what each gate from layer `first` on asks for, all at once if that can be."""
+        layers, target = self.shape.layers, first + self._ahead_of_gate
+        if self.options.horizon != "single":
+            bands = (range(target + n, layers) for n in range(len(matches)))
+            pairs = zip(matches, bands, strict=True)
+            return [self._band(*pair, now=first + n) for n, pair in enumerate(pairs)]
+        requests: list[Priorities | None] = [None] * len(matches)
+        wanted = matches[: max(layers - target, 0)]
+        if wanted and wanted[0]:
+            rows = self._select(wanted, range(target, target + 1), now=first)
+            requests[: len(wanted)] = layer_requests(self.shape, target, rows)
         return requests
-
-    def _requests(self, matches: list[Match], layer: int) -> Priorities | None:
-        """Return what the gate of `layer` asks for by its matches."""
-        first = layer + self._ahead_of_gate
-        last = first + 1 if self.options.horizon == "single" else self.shape.layers
-        return self._band(matches, range(first, min(last, self.shape.layers)), now=layer)
 
     def _band(self, matches: list[Match], band: range, now: int) -> Priorities | None:
         """Return what the same matches ask for of a band of layers."""
@@ -191,7 +180,7 @@ class FineMoEPolicy(Policy):
         return requests
 
     def _select(self, matches: list[list[Match]], band: range, now: int) -> Priorities:
-        """Return priorities of the layers from the band's first on, by their matches, (N, J).
+        """Return priorities (N, J) of N layers from the band's first on, by their matches.
 
         A band of one layer gives all of them its distance.
         """
@@ -208,17 +197,12 @@ class FineMoEPolicy(Policy):
             probabilities, chosen.reshape(probabilities.shape), by, options.variant
         )
 
-    # Cache ------------------------------------------------------------------------------------
-
-    def _forget_use(self) -> None:
+    def forget(self) -> None:
+        super().forget()
         self._use = (WholeUse if self.options.eviction == "demo" else ExpectedUse)(self.shape)
-        self._usage = UsageTable(self.shape)
 
     def _expect(self, entries: set[int], first: int) -> None:
-        """Have evictions go by stored maps from layer `first` on, until others replace them.
-
-        Several, of the queries of a batch, give their maximum.
-        """
+        """Have evictions go by stored maps from layer `first` on; of several by their maximum."""
         if first >= self.shape.layers or entries == self._followed:
             return
         self._followed = entries
@@ -229,20 +213,16 @@ class FineMoEPolicy(Policy):
         if self._by_maps:
             self._use.on_outcome(outcome)
         else:
-            self._usage.on_outcome(outcome)
-
-    def on_load(self, expert: ExpertId) -> None:
-        if not self._by_maps:
-            self._usage.on_load(expert)
+            super().on_outcome(outcome)
 
     def on_evict(self, expert: ExpertId) -> None:
         if isinstance(self._use, WholeUse):
             self._use.forget(expert)
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         if self._by_maps:
             return self._use.keys()
-        return self._usage.lru_keys() if self.options.eviction == "lru" else self._usage.lfu_keys()
+        return self.lru_keys() if self.options.eviction == "lru" else self.lfu_keys()
 
 
 def _entries(matches: list[Match]) -> set[int]:
@@ -250,8 +230,5 @@ def _entries(matches: list[Match]) -> set[int]:
 
 
 def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:
-    """Return the policy for `FineMoEOptions` given one by one, as conf/system/finemoe.yaml does.
-
-    Raises ValueError for an option that has no such value.
-    """
+    """Return the policy for `FineMoEOptions` given one by one; ValueError for a wrong value."""
     return FineMoEPolicy(shape, FineMoEOptions(**options))

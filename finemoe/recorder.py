@@ -1,8 +1,7 @@
 """Record what a model routes while it serves, by hooks that change nothing."""
 
-from __future__ import annotations
-
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ class Recorder:
 
     def __init__(self, model: OffloadedModel) -> None:
         self.model = model
-        self._hooks: list[Any] = []
         self._dtypes: set[torch.dtype] = set()
         self._steps: dict[int, list[RoutedStep]] = {}
         self._iteration: Iteration | None = None
@@ -38,21 +36,18 @@ class Recorder:
             return "bfloat16"
         return "float16" if self._dtypes == {torch.float16} else "float32"
 
-    def __enter__(self) -> Recorder:
-        try:
+    def __enter__(self) -> Self:
+        with ExitStack() as hooks:
             embedding = self.model.model.get_input_embeddings()
-            self._hooks.append(embedding.register_forward_hook(self._on_embeddings))
+            hooks.enter_context(embedding.register_forward_hook(self._on_embeddings))
             for gate, experts in zip(self.model.gates, self.model.experts, strict=True):
-                self._hooks.append(gate.register_forward_hook(self._on_logits))
-                self._hooks.append(experts.register_forward_pre_hook(self._on_experts))
-            return self
-        except BaseException:
-            self.__exit__()
-            raise
+                hooks.enter_context(gate.register_forward_hook(self._on_logits))
+                hooks.enter_context(experts.register_forward_pre_hook(self._on_experts))
+            self._hooks = hooks.pop_all()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def begin(self, iteration: Iteration) -> None:
         """Take note of whose rows the next forward pass holds; one that broke off is forgotten."""
@@ -88,16 +83,15 @@ class Recorder:
     def _share_out(self) -> None:
         """Give each request of a whole iteration its rows."""
         assert self._iteration is not None
+        experts = self.model.shape.experts
         logits, embeddings, hidden = (np.stack(self._arrays[name]) for name in CONTENTS)
         for request, rows in zip(self._iteration.requests, self._iteration.rows(), strict=True):
-            counts = np.stack([self._counts(layer[rows]) for layer in self._choices])
+            # Tokens that go to each expert, (L, J), by choices (T, K) of each layer.
+            chosen = (layer[rows].ravel() for layer in self._choices)
+            counts = np.stack([np.bincount(one, minlength=experts) for one in chosen])
             arrays = logits[:, rows], embeddings[0, rows], hidden[:, rows]
-            step = RoutedStep(rows.stop - rows.start, counts, *arrays)
+            step = RoutedStep(rows.stop - rows.start, counts.astype(np.int32), *arrays)
             self._steps.setdefault(request, []).append(step)
-
-    def _counts(self, chosen: Any) -> Any:
-        """Return how many tokens chose each expert of a layer, (J,), from choices (T, K)."""
-        return np.bincount(chosen.ravel(), minlength=self.model.shape.experts).astype(np.int32)
 
 
 def gate_weights(model: OffloadedModel) -> GateWeights:

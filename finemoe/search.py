@@ -1,7 +1,5 @@
 """Semantic and trajectory search over an expert map store (section 4.2 of the paper)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -28,11 +26,7 @@ def nearest(cosines: FloatArray) -> list[Match]:
 
 
 class TrajectorySearch:
-    """Cosine between the rows observed so far in one iteration and those of every stored map.
-
-    Rows arrive layer by layer, so dot products are carried along instead of being computed anew
-    (4.2.2). The store must not change between the first row and the last.
-    """
+    """Cosines of the rows observed so far with all stored maps (4.2.2), which stay as they are."""
 
     def __init__(self, store: ExpertMapStore, batch: int) -> None:
         self.dots: FloatArray = np.zeros((batch, store.size), dtype=np.float32)
@@ -43,20 +37,20 @@ class TrajectorySearch:
 
     def observe(self, rows: FloatArray) -> list[Match]:
         """Add the next layer's gate probabilities (B, J); return the best match of each query."""
-        layer = self._layer
-        self._layer += 1
-        self.dots += rows @ self._store.maps[layer]
-        self._squares += np.vecdot(rows, rows)
-        # The query's own norm does not change which map is best.
-        scores = self.dots / self._store.prefix_norms[layer]
-        return _matches(scores[None], np.sqrt(self._squares)[None])[0]
+        return self.observe_all(rows[None])[0]
 
     def observe_all(self, rows: FloatArray) -> list[list[Match]]:
-        """Add the rows of all layers (L, B, J); return what `observe` would, layer by layer."""
-        dots = self._store.running_dots(rows)
+        """Add the next layers' rows (N, B, J); return what `observe` would, layer by layer."""
+        first, self._layer = self._layer, self._layer + len(rows)
+        dots = self._store.running_dots(rows, first, self.dots)
         self.dots = dots[-1]
-        scores = dots / self._store.prefix_norms[:, None]
-        return _matches(scores, np.sqrt(np.vecdot(rows, rows).cumsum(axis=0)))
+        squares = np.vecdot(rows, rows)
+        squares[0] += self._squares
+        squares = squares.cumsum(axis=0)
+        self._squares = squares[-1]
+        # The query's own norm does not change which map is best.
+        scores = dots / self._store.prefix_norms[first : self._layer, None]
+        return _matches(scores, np.sqrt(squares))
 
 
 def _matches(scores: FloatArray, query_norms: FloatArray) -> list[list[Match]]:

@@ -6,8 +6,6 @@ fewer, decays priorities linearly over the predicted layers, and queues all othe
 layers at the tail.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np
@@ -21,10 +19,7 @@ TAIL_PRIORITY = 1e-6
 
 
 def select_experts(
-    probabilities: FloatArray,
-    scores: NDArray[np.float64],
-    top_k: int,
-    variant: Variant = "paper",
+    probabilities: FloatArray, scores: NDArray[np.float64], top_k: int, variant: Variant = "paper"
 ) -> NDArray[np.bool_]:
     """Choose experts by descending p until their sum reaches delta = clip(1 - score, 0, 1).
 

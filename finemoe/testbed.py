@@ -1,12 +1,10 @@
 """Testbeds: which devices experts are offloaded from, over which links, in which mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from finemoe.offload.replay import CostModel
+from finemoe.offload.runtime import CostModel
 from finemoe.offload.virtual_links import LinkRate
 
 if TYPE_CHECKING:
@@ -21,13 +19,12 @@ class Testbed:
 
     name: str
     mode: Literal["measured", "emulated"]
-    devices: tuple[torch.device, ...]
+    devices: tuple["torch.device", ...]
     chunk_bytes: int
     """Bytes of a full-size expert that are copied at once."""
     link_gb_s: float = 0.0
-    """Rate of an emulated link, 10^9 bytes per second."""
     link_latency_s: float = 0.0
-    """What every emulated transfer adds, in seconds."""
+    """What every emulated transfer adds."""
     time_scale: float = 1.0
     """Factor on the time that emulated links take."""
     threads: int | None = None
@@ -47,12 +44,10 @@ class SimulatedTestbed:
     name: str
     devices: int
     chunk_bytes: int
-    """Bytes of an expert that are copied at once."""
     rate: LinkRate
     costs: Callable[[Any, Any, bool], CostModel]
     """Returns the costs of a model under a system (their configs), which may predict."""
     device_bytes: float = float("inf")
-    """Memory of each device."""
     time_scale: float = 1.0
     """Factor on the time of links, of a testbed that stands for an emulated one."""
     mode: Literal["simulated"] = "simulated"

@@ -3,8 +3,6 @@
 A file is Parquet, with one row group per request: docs/trace-format.md.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -100,8 +98,8 @@ class Trace(ABC):
     def __enter__(self) -> Self:
         return self
 
-    @abstractmethod
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -115,34 +113,24 @@ class Trace(ABC):
         """Yield the requests in the order of `numbers`."""
         return map(self.request, self.numbers)
 
+    @abstractmethod
     def request(self, number: int) -> TracedRequest:
         """Return one request; its arrays may be views of one buffer each, not to be written to."""
-        self._check_known(number)
-        return self._request(number)
 
+    @abstractmethod
     def prompt(self, number: int) -> tuple[int, ...]:
         """Return one request's prompt, and read no more; empty if the trace does not say it."""
-        self._check_known(number)
-        return self._prompt(number)
 
-    @abstractmethod
-    def _request(self, number: int) -> TracedRequest: ...
-
-    @abstractmethod
-    def _prompt(self, number: int) -> tuple[int, ...]: ...
-
-    def _check_known(self, number: int) -> None:
+    def _row(self, number: int) -> Any:
         if number not in self._rows:
             raise self._error(f"has no request {number}, only {len(self)} others")
+        return self._rows[number]
 
     def _error(self, what: str) -> TraceError:
         return TraceError(f"{self.path}: {what}")
 
     def require(
-        self,
-        contents: Sequence[Content] = (),
-        gates: bool = False,
-        shape: ModelShape | None = None,
+        self, contents: Sequence[Content] = (), gates: bool = False, shape: ModelShape | None = None
     ) -> None:
         """Raise TraceError if this trace lacks what is asked, or its L, J and K are others."""
         header = self.header
@@ -151,8 +139,9 @@ class Trace(ABC):
             for one in (header.shape, shape or header.shape)
         )
         if own != due:
-            remedy = "record one of the model that runs"
-            raise self._error(f"is of a model of {own}, not {due}; {remedy}")
+            raise self._error(
+                f"is of a model of {own}, not {due}; record one of the model that runs"
+            )
         missing: list[str] = [name for name in contents if name not in header.contents]
         missing += ["gates"] if gates and header.gates is None else []
         if missing:
@@ -461,14 +450,15 @@ class TraceReader(Trace):
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _request(self, number: int) -> TracedRequest:
+    def request(self, number: int) -> TracedRequest:
+        row = self._row(number)
         with reading(self.path, f"request {number} "):
-            table = self._row_group(number, *self._rows[number])
+            table = self._row_group(number, *row)
             prompt, output = (_tokens(table, name) for name in ("prompt", "output"))
             return TracedRequest(number, prompt, output, self._steps(table))
 
-    def _prompt(self, number: int) -> tuple[int, ...]:
-        group, steps, _ = self._rows[number]
+    def prompt(self, number: int) -> tuple[int, ...]:
+        group, steps, _ = self._row(number)
         with reading(self.path, f"request {number} "):
             self._check_group(group, steps)
             table = self._file.read_row_group(group, ["prompt"], use_threads=False)

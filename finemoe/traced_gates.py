@@ -1,10 +1,9 @@
 """Routing from a trace in a live model: real copies and kernels, but given choices of experts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,15 +18,12 @@ from finemoe.offload.routed import RoutedStep
 class GateStep(NamedTuple):
     """What the gates of all L layers say of one request's T tokens, ready to be handed out."""
 
-    logits: Tensor
-    """Shape (L, T, J), float32."""
-    chosen: Tensor
-    """Indices of experts by descending logit, shape (L, T, K)."""
-    weights: Tensor
-    """Softmax of the chosen logits, shape (L, T, K), float32."""
+    logits: Tensor  # shape (L, T, J), float32
+    chosen: Tensor  # indices of experts by descending logit, shape (L, T, K)
+    weights: Tensor  # softmax of the chosen logits, shape (L, T, K), float32
 
     @classmethod
-    def of(cls, step: RoutedStep, top_k: int) -> GateStep:
+    def of(cls, step: RoutedStep, top_k: int) -> Self:
         """Raises ValueError if the step has no logits or its counts do not follow from them."""
         if step.logits is None:
             raise ValueError("the trace holds no gate logits; record them too")
@@ -82,22 +78,19 @@ class TracedGates:
 
     def __init__(self, model: OffloadedModel) -> None:
         self.model = model
-        self._hooks: list[Any] = []
+        self._hooks = ExitStack()
         self._now: GateStep | None = None
 
-    def __enter__(self) -> TracedGates:
+    def __enter__(self) -> Self:
+        enter = self._hooks.enter_context
         layers = zip(self.model.gates, self.model.experts, strict=True)
         for layer, (gate, experts) in enumerate(layers):
-            self._hooks += [
-                gate.register_forward_hook(partial(self._on_gate, layer)),
-                experts.register_forward_pre_hook(partial(self._on_experts, layer)),
-            ]
+            enter(gate.register_forward_hook(partial(self._on_gate, layer)))
+            enter(experts.register_forward_pre_hook(partial(self._on_experts, layer)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._hooks.close()
 
     def begin(self, iteration: Iteration, steps: Sequence[GateStep]) -> None:
         """Take the steps of the iteration's requests, in their order; ValueError if they misfit."""
@@ -115,10 +108,8 @@ class TracedGates:
         outputs[logits] = self._now.logits[layer].to(own.dtype).reshape(own.shape)
         return tuple(outputs)
 
-    def _on_experts(
-        self, layer: int, _module: Any, inputs: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._now is not None
+    def _on_experts(self, layer: int, _module: Any, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         hidden, chosen, weights = inputs
         now = self._now
+        assert now is not None
         return hidden, now.chosen[layer].to(chosen.dtype), now.weights[layer].to(weights.dtype)

@@ -23,9 +23,10 @@ from experiments.run.workloads import prompted
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
 from finemoe.offload.policy import Gates, Policy
-from finemoe.offload.replay import CostModel, ReplayRuntime
+from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, joined
+from finemoe.offload.runtime import CostModel
 from finemoe.offload.timeline import Timeline
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TracedRequest, TraceError

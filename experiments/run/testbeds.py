@@ -15,7 +15,7 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.config import build, checked, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
-from finemoe.offload.replay import Extra, PredictionCosts, ThreadCosts
+from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed

@@ -1,23 +1,18 @@
 """What no system can beat: the fewest expert loads, and the time that compute and links take alone.
 
-Lossless serving must have each activated expert in a slot while it computes. Take the time between
-two consecutive uses of an expert: either it stayed in its slot all the while, or it was loaded
-again. So a system's loads are its uses less the stays that it kept, and to bound the former from
-below is to bound the latter from above. Between two layers a device keeps at most as many stays as
-it has slots; while it computes a layer, one slot less serves those that the layer does not use,
-for at least one expert of the layer needs one at a time. Prefetching changes none of this: it moves
-a load to an earlier moment and keeps a slot busy from then on, but saves no load.
-The bound is the largest number of stays that fit under these two capacities. They are intervals on
-a line, so sweeping it and giving up, wherever there are too many, those that end last is optimal:
-any other choice can be exchanged for this one without losing an interval. Where a device runs one
-expert a layer that is Belady's MIN. For larger sets it grants what no order of computation forbids,
-also that an expert computes and leaves before the next one of its layer arrives; so it also holds
-for layers wider than the slots, which run in waves, and for sets that are not resident together.
+Lossless serving must have each activated expert in a slot while it computes. Between two uses in a
+row an expert stayed in its slot, or it was loaded again: a system's loads are its uses less the
+stays that it kept, so the most stays bound the loads. Between two layers a device keeps at most as
+many as it has slots; while it computes a layer, one slot less, for at least one expert of the layer
+needs one at a time. Prefetching moves a load to an earlier moment, but saves none.
+Stays are intervals on a line, so sweeping it and giving up, wherever there are too many, those that
+end last is optimal: any other choice can be exchanged for this one without losing an interval.
+Where a device runs one expert a layer that is Belady's MIN. For larger sets the bound grants what
+no order of computation forbids, also that an expert computes and leaves before the next one of its
+layer arrives; so it holds for layers wider than the slots, too, which run in waves.
 """
 
-from __future__ import annotations
-
-import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,20 +82,20 @@ def _by_device(routing: Routing, shape: ModelShape, devices: int) -> list[Uses]:
 def _fewest_loads(uses: Uses, slots: int, warm: bool) -> int:
     if uses and slots < 1:
         raise ValueError("a device that experts live on has no slot; raise memory_budget")
-    stays = _Stays()
+    stays: list[tuple[int, int]] = []
+    """Next use and expert, ascending: what is too many ends last and is given up."""
     if warm:
         first = {e: step for step, experts in reversed(uses) for e in experts}
-        for expert, step in first.items():
-            stays.begin(expert, step)
-        stays.keep(slots)
+        stays = sorted((step, expert) for expert, step in first.items())[:slots]
     loads = 0
-    for (_, experts), following in zip(uses, _next_uses(uses), strict=True):
-        loads += sum(not stays.end(expert) for expert in experts)
-        stays.keep(slots - 1)
+    for (step, experts), following in zip(uses, _next_uses(uses), strict=True):
+        kept = bisect_left(stays, (step + 1,))
+        loads += len(experts) - kept
+        del stays[:kept], stays[slots - 1 :]
         for expert, until in zip(experts, following, strict=True):
             if until is not None:
-                stays.begin(expert, until)
-        stays.keep(slots)
+                insort(stays, (until, expert))
+        del stays[slots:]
     return loads
 
 
@@ -111,26 +106,3 @@ def _next_uses(uses: Uses) -> list[list[int | None]]:
         found.append([known.get(expert) for expert in experts])
         known.update((expert, step) for expert in experts)
     return found[::-1]
-
-
-class _Stays:
-    """Experts that stay until their next use; the ones that end last are given up first."""
-
-    def __init__(self) -> None:
-        self._until: dict[int, int] = {}
-        self._order: list[tuple[int, int]] = []
-
-    def begin(self, expert: int, until: int) -> None:
-        self._until[expert] = until
-        heapq.heappush(self._order, (-until, expert))
-
-    def end(self, expert: int) -> bool:
-        """Tell whether the expert was kept until now, and stop counting it."""
-        return self._until.pop(expert, None) is not None
-
-    def keep(self, count: int) -> None:
-        """Give up what is too many; entries of stays that are over lie at the heap's far end."""
-        while len(self._until) > count:
-            until, expert = heapq.heappop(self._order)
-            if self._until.get(expert) == -until:
-                del self._until[expert]

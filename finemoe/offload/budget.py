@@ -1,7 +1,5 @@
 """From a memory budget to slots: how many experts fit, and on which device."""
 
-from __future__ import annotations
-
 import re
 
 from finemoe.offload.policy import ModelShape
@@ -15,10 +13,7 @@ class BudgetError(ValueError):
 
 
 def parse_budget(budget: float | str, full_expert_bytes: int, shape: ModelShape) -> int:
-    """Return bytes from GB (decimal), a number with a unit, or a share of all experts (``25%``).
-
-    Raises BudgetError if the text is none of these, or not above 0.
-    """
+    """Return bytes from GB, a size with a unit, or a share (``25%``); else raise BudgetError."""
     units = {"": GB, **UNITS, "%": full_expert_bytes * shape.layers * shape.experts / 100}
     match = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?) ?(%|[kmg]i?b|)", str(budget).strip().lower())
     try:
@@ -34,10 +29,7 @@ def parse_budget(budget: float | str, full_expert_bytes: int, shape: ModelShape)
 def plan_slots(
     budget_bytes: int, full_expert_bytes: int, shape: ModelShape, devices: int
 ) -> tuple[int, ...]:
-    """Return the slots of each device, as even as can be and no more than it has experts.
-
-    Raises BudgetError below K experts, or below one slot a device.
-    """
+    """Return each device's slots, spread evenly; BudgetError below K experts or one a device."""
     total = budget_bytes // full_expert_bytes
     least = max(shape.top_k, devices)
     if total < least:

@@ -3,8 +3,6 @@
 No torch, no clock, no thread: whoever drives it (a live link or a virtual one) holds the lock.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, ModelShape, call_hook, check_table, refused
+from finemoe.offload.policy import ExpertId, ModelShape, Table, call_hook, check_table, refused
 
 
 class Slot(NamedTuple):
@@ -37,13 +35,10 @@ class ExpertCache:
         self,
         shape: ModelShape,
         slots: Sequence[int],
-        keys: Callable[[ExpertId, bool], NDArray[np.float64]],
+        keys: Callable[[ExpertId, bool], Table],
         on_evict: Callable[[ExpertId], None] | None = None,
     ) -> None:
-        """See `Policy` for what is called: `eviction_keys` and `on_evict`.
-
-        A hook that raises, keys of another type and NaN where a key decides are a PolicyError.
-        """
+        """A hook that raises, keys of another type, NaN where a key decides are a PolicyError."""
         self.shape = shape
         self.slots = tuple(slots)
         self.occupied = 0
@@ -62,13 +57,9 @@ class ExpertCache:
         self._evictable = bytearray(shape.size)
         marks = np.frombuffer(self._evictable, dtype=bool)
         self._evictable_of = [marks[device :: self._devices] for device in range(self._devices)]
-        self._protected_of = [
-            self.protected[device :: self._devices] for device in range(self._devices)
-        ]
-        self._free = [
-            [Slot(device, index) for index in reversed(range(count))]
-            for device, count in enumerate(slots)
-        ]
+        marks = self.protected
+        self._protected_of = [marks[device :: self._devices] for device in range(self._devices)]
+        self._free = [[Slot(n, i) for i in reversed(range(count))] for n, count in enumerate(slots)]
         self._checked: object = None
         self._flat_keys: NDArray[np.float64] = np.empty(0)
 
@@ -90,10 +81,7 @@ class ExpertCache:
         return bool(self._free[device])
 
     def reserve(self, flat: int, urgent: bool) -> int:
-        """Take a slot for an absent expert, evicting if none is free.
-
-        Returns who had to leave, NOBODY, or NO_SLOT if none can be had.
-        """
+        """Take a slot, evicting if none is free; return who had to leave, NOBODY, or NO_SLOT."""
         if not self.absent[flat]:
             raise ValueError(f"{self._experts[flat]} already has a slot")
         free = self._free[flat % self._devices]
@@ -179,13 +167,12 @@ class ExpertCache:
             return NOBODY
         return device + evictable.item(best) * self._devices
 
-    def _take_keys(self, keys: NDArray[np.float64], incoming: ExpertId) -> None:
+    def _take_keys(self, keys: Table, incoming: ExpertId) -> None:
         if keys is self._checked:
             return
         check_table(self._keys, incoming.layer, keys, (self.shape.layers, self.shape.experts))
         if not keys.flags.c_contiguous:
-            what = "answered an array that is not in C order"
-            raise refused(self._keys, incoming.layer, what)
+            raise refused(self._keys, incoming.layer, "answered an array that is not in C order")
         self._checked, self._flat_keys = keys, keys.reshape(-1)
 
     def _remove(self, flat: int) -> None:

@@ -1,14 +1,12 @@
 """All that touches a device: blocks of expert weights, slots, links, dispatch and kernels."""
 
-from __future__ import annotations
-
 import math
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,11 +34,8 @@ class BlockLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, experts: nn.Module) -> BlockLayout:
-        """Return the layout for the parameters of an experts module, in their declared order.
-
-        They have a leading expert axis: projections and, for some families, their biases.
-        """
+    def of(cls, experts: nn.Module) -> Self:
+        """Return the layout of an experts module's parameters, which have a leading expert axis."""
         fields, start = [], 0
         for name, parameter in experts.named_parameters(recurse=False):
             fields.append((name, tuple(parameter.shape[1:]), parameter.dtype, start))
@@ -59,8 +54,7 @@ class BlockLayout:
 class HostStore:
     """Every expert once in host memory, one contiguous block each, by flat index l * J + j.
 
-    `pinned` says that the blocks come from `host_block` page-locked; they are unlocked with the
-    store.
+    `pinned` ones come page-locked from `host_block`, and are unlocked with the store.
     """
 
     def __init__(self, layout: BlockLayout, blocks: Sequence[Tensor], pinned: bool = False) -> None:
@@ -70,7 +64,7 @@ class HostStore:
             weakref.finalize(self, _unlock, {block.data_ptr() for block in blocks})
 
     @classmethod
-    def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> HostStore:
+    def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> Self:
         """Move the experts of `layers` into blocks, emptying one module after the other."""
         layout = BlockLayout.of(layers[0])
         blocks = []
@@ -83,13 +77,14 @@ class HostStore:
                 for name, view in layout.views(block).items():
                     view.copy_(parameters[name].data[index])
                 blocks.append(block)
-            drop_parameters(module)
+            # Moving the model must not move them.
+            module._parameters.clear()
         return cls(layout, blocks, pin)
 
     @classmethod
     def shared(
         cls, layers: Sequence[nn.Module], experts: int, pin: bool, std: float, seed: int
-    ) -> HostStore:
+    ) -> Self:
         """Give every expert of meta-device `layers` the one block of random weights they share."""
         layout = BlockLayout.of(layers[0])
         generator = torch.Generator().manual_seed(seed)
@@ -97,7 +92,7 @@ class HostStore:
         for view in layout.views(block).values():
             view.normal_(std=std, generator=generator)
         for module in layers:
-            drop_parameters(module)
+            module._parameters.clear()
         return cls(layout, [block] * (len(layers) * experts), pin)
 
 
@@ -127,12 +122,6 @@ def _aligned(nbytes: int, device: torch.device) -> Tensor:
     return buffer[skip : skip + nbytes]
 
 
-def drop_parameters(module: nn.Module) -> None:
-    """Remove a module's own parameters, so that moving the model does not move them."""
-    for name in [name for name, _ in module.named_parameters(recurse=False)]:
-        delattr(module, name)
-
-
 class DeviceSlots:
     """Slots by device and index: blocks that links copy to, and the weights that they hold."""
 
@@ -143,7 +132,7 @@ class DeviceSlots:
     @classmethod
     def allocate(
         cls, layout: BlockLayout, counts: Sequence[int], devices: Sequence[torch.device]
-    ) -> DeviceSlots:
+    ) -> Self:
         """Return `counts` slots on each of the devices, one allocation each."""
         sizes = zip(counts, devices, strict=True)
         slabs = [_aligned(count * layout.nbytes, device) for count, device in sizes]
@@ -330,10 +319,7 @@ class Dispatch:
 
 
 class ExpertKernel:
-    """Runs single experts of one MoE layer with the operations of transformers' eager experts.
-
-    Same operations on the same rows in the same order: results equal the eager ones bit for bit.
-    """
+    """Runs experts of one MoE layer, equal bit for bit to transformers' eager ones."""
 
     def __init__(self, module: Any) -> None:
         self._transposed: bool = module.is_transposed

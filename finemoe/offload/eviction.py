@@ -3,12 +3,9 @@
 Orders are kept up to date, an expert or a row at a time, so that asking for one costs nothing.
 """
 
-from __future__ import annotations
-
 import numpy as np
-from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy
+from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy, Table
 
 TICK = 2.0**-36
 """What a use or a load adds to the time: sums with counts below 2**17 are exact."""
@@ -37,7 +34,7 @@ class Recency:
         self._now -= TICK
         self._recency[expert] = self._now
 
-    def lru_keys(self) -> NDArray[np.float64]:
+    def lru_keys(self) -> Table:
         """Return the negative time of each expert's last use, in (-1, 0]; the table's own array."""
         return self._recency
 
@@ -56,7 +53,7 @@ class UsageTable(Recency):
             for index in used:
                 visits[index] += 1
 
-    def lfu_keys(self) -> NDArray[np.float64]:
+    def lfu_keys(self) -> Table:
         """Fewest visits first; equal counts fall back to recency."""
         return self._recency - self.visits
 
@@ -80,11 +77,10 @@ class LayeredLruPolicy(Recency, Policy):
     def on_evict(self, expert: ExpertId) -> None:
         self._ranks[expert.layer] -= 2.0
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
 
-        This keeps the layers' shares equal within one, whatever the number of slots. Keys hold for
-        residents.
+        This keeps the layers' shares equal within one. Keys hold for residents.
         """
         np.add(self._recency, self._ranks, out=self._keys)
         self._keys[incoming.layer] += 1.0

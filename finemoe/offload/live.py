@@ -1,16 +1,15 @@
 """The live runtime: one policy over one real model, with a thread per link and one for searches."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ class BackgroundError(RuntimeError):
     """A copy failed; the cause is chained."""
 
 
+@dataclass(eq=False, repr=False)
 class LiveRuntime:
     """Serves forward passes of an offloaded model under one policy.
 
@@ -49,26 +49,18 @@ class LiveRuntime:
     thread and those of all others; None leaves them to the operating system.
     """
 
-    def __init__(
-        self,
-        model: OffloadedModel,
-        policy: Policy,
-        residency: Residency,
-        memory: DeviceSlots,
-        links: Sequence[Link],
-        devices: Sequence[torch.device],
-        timeline: Timeline | None = None,
-        cores: tuple[frozenset[int], frozenset[int]] | None = None,
-    ) -> None:
-        # Never written again; each link's `guard` is the model thread's, the rest its own thread's.
-        self.model = model
-        self.policy = policy
-        self.links = tuple(links)
-        self._memory = memory
-        self._devices = tuple(devices)
-        self._timeline = timeline
-        self._cores = cores
-        self._observed = policy.placement.prediction != "none"
+    # Never written again; each link's `guard` is the model thread's, the rest its own thread's.
+    model: OffloadedModel
+    policy: Policy
+    residency: Residency
+    memory: DeviceSlots
+    links: Sequence[Link]
+    devices: Sequence[torch.device]
+    timeline: Timeline | None = None
+    cores: tuple[frozenset[int], frozenset[int]] | None = None
+
+    def __post_init__(self) -> None:
+        self._observed = self.policy.placement.prediction != "none"
         # Every field has one writer: the thread that predicts, or the model's. Replace it drained.
         self.phases = PhaseSeconds()
         # Guarded by the lock, residency with all that it calls of the policy included. The lock is
@@ -80,29 +72,27 @@ class LiveRuntime:
         """Tells links that they are not among the sleepers any more."""
         self._asleep: set[int] = set()
         """Links that found nothing to copy; only `wake` takes them out."""
-        self.residency = residency
-        self._wake = residency.wake = partial(_rouse, self._asleep, self._roused)
+        self._wake = self.residency.wake = partial(_rouse, self._asleep, self._roused)
         self._arrived: deque[int] = deque()
         self._error: BaseException | None = None
         self._stopping = False
         # The model thread's.
         self.listeners: list[OutcomeListener] = []
-        self._occupied = ExitStack()
+        self._entered = ExitStack()
         self._threads: list[threading.Thread] = []
         self._worker: Worker | None = None
         self._unpublished: list[Task] = []
-        self._hooks: list[Any] = []
         self._iteration: Iteration | None = None
-        self._logits: list[Tensor | None] = [None] * model.shape.layers
+        self._logits: list[Tensor | None] = [None] * self.model.shape.layers
 
-    def __enter__(self) -> LiveRuntime:
+    def __enter__(self) -> Self:
         try:
             self._attach()
             # Threads inherit the cores of the one that starts them.
-            with _on(self._cores[1]) if self._cores else nullcontext():
+            with _on(self.cores[1]) if self.cores else nullcontext():
                 self._start_threads()
-            if self._cores:
-                self._occupied.enter_context(_on(self._cores[0]))
+            if self.cores:
+                self._entered.enter_context(_on(self.cores[0]))
             return self
         except BaseException:
             self.__exit__()
@@ -128,11 +118,7 @@ class LiveRuntime:
 
     def _close(self) -> None:
         """Undo what entering did, or what is left of it."""
-        for hook in self._hooks:
-            hook.remove()
-        for module in self.model.experts:
-            vars(module).pop("offload_forward", None)
-        self._occupied.close()
+        self._entered.close()
         with self._lock:
             self._stopping = True
             self._wake()
@@ -145,10 +131,7 @@ class LiveRuntime:
         self._threads, self._worker = [], None
 
     def forward(self, iteration: Iteration, **inputs: Any) -> Any:
-        """Run one forward pass over the iteration's tokens and return the model's output.
-
-        Raises BackgroundError if a copy failed, PolicyError if the policy did.
-        """
+        """Run one forward pass; BackgroundError if a copy failed, PolicyError if the policy did."""
         self._iteration = iteration
         with self._lock:
             self._raise_failure()
@@ -175,10 +158,12 @@ class LiveRuntime:
 
     def _attach(self) -> None:
         embedding = self.model.model.get_input_embeddings()
-        self._hooks.append(embedding.register_forward_hook(self._on_embeddings))
+        enter = self._entered.enter_context
+        enter(embedding.register_forward_hook(self._on_embeddings))
         layers = zip(self.model.gates, self.model.experts, strict=True)
         for layer, (gate, experts) in enumerate(layers):
-            self._hooks.append(gate.register_forward_hook(partial(self._on_logits, layer)))
+            enter(gate.register_forward_hook(partial(self._on_logits, layer)))
+            self._entered.callback(vars(experts).pop, "offload_forward", None)
             experts.offload_forward = partial(self._run_layer, layer)  # type: ignore[assignment]
 
     def _on_embeddings(self, _module: Any, _inputs: Any, output: Tensor) -> None:
@@ -245,8 +230,8 @@ class LiveRuntime:
         expert, slot = self.residency.experts[flat], self.residency.cache.slot(flat)
         rows = routing.gather(expert.index)
         kernel = self.model.kernels[expert.layer]
-        weights = self._memory.weights(slot)
-        output = kernel(rows.to(self._devices[slot.device]), weights).to(rows.device)
+        weights = self.memory.weights(slot)
+        output = kernel(rows.to(self.devices[slot.device]), weights).to(rows.device)
         if self.links:
             self.links[slot.device].guard(slot)
         weighed = routing.weigh(expert.index, output)
@@ -330,7 +315,7 @@ class LiveRuntime:
             self._changed.notify_all()
 
     def _take_arrivals(self) -> list[int]:
-        """Return which on-demand loads of the current layer arrived since the last call."""
+        """Return which on-demand loads of the layer arrived since the last call."""
         arrivals = [flat % self.model.shape.experts for flat in self._arrived]
         self._arrived.clear()
         return arrivals
@@ -364,8 +349,8 @@ class LiveRuntime:
             raise BackgroundError(what) from error
 
     def _span(self, track: str, name: str, began: float) -> None:
-        if self._timeline:
-            self._timeline.span(track, name, began, time.perf_counter())
+        if self.timeline:
+            self.timeline.span(track, name, began, time.perf_counter())
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -4,10 +4,8 @@ Works for every architecture whose experts go through transformers' experts inte
 found by the class that the model itself names for its router logits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +21,14 @@ IMPLEMENTATION = "finemoe"
 
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    output: Tensor = module.offload_forward(hidden, index, weights)
-    return output
+    return module.offload_forward(hidden, index, weights)
 
 
 @dataclass(frozen=True)
 class OffloadedModel:
     """Dense parts on the main device, experts in the host store."""
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     store: HostStore
     shape: ModelShape
     gates: tuple[nn.Module, ...]
@@ -50,7 +47,7 @@ class OffloadedModel:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, device: torch.device) -> OffloadedModel:
+    def from_model(cls, model: "PreTrainedModel", device: torch.device) -> Self:
         """Take the experts out of a model on the CPU and move the rest to `device`."""
         shape = shape_of(model)
         store = HostStore.take_from(find_moe_layers(model)[1], pin=device.type == "cuda")
@@ -58,7 +55,7 @@ class OffloadedModel:
         return cls._assemble(dense.to(device), store, shape)
 
     @classmethod
-    def from_meta(cls, model: PreTrainedModel, device: torch.device, seed: int) -> OffloadedModel:
+    def from_meta(cls, model: "PreTrainedModel", device: torch.device, seed: int) -> Self:
         """Give a meta-device model random weights; all its experts share one host block."""
         shape, experts = shape_of(model), find_moe_layers(model)[1]
         std = float(getattr(model.config, "initializer_range", 0.02))
@@ -71,7 +68,7 @@ class OffloadedModel:
         return cls._assemble(model, store, shape)
 
     @classmethod
-    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape) -> OffloadedModel:
+    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape) -> Self:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
@@ -82,11 +79,8 @@ class OffloadedModel:
         return cls(model, store, shape, tuple(gates), tuple(experts), kernels, logits_index)
 
 
-def find_moe_layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module], int]:
-    """Return gates, experts modules (layer order) and which of a gate's outputs holds the logits.
-
-    Raises ValueError if the model has no experts that go through the experts interface.
-    """
+def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.Module], int]:
+    """Return gates, experts modules, and which output of a gate holds logits, or ValueError."""
     modules = list(model.modules())
     experts = [m for m in modules if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
     recorded = [getattr(m, "_can_record_outputs", None) or {} for m in modules]
@@ -99,11 +93,8 @@ def find_moe_layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Mo
     return gates, experts, recorder.index
 
 
-def shape_of(model: PreTrainedModel) -> ModelShape:
-    """Return the routing shape of a model that has its experts.
-
-    Raises ValueError if it has none, or fewer than a token shall have.
-    """
+def shape_of(model: "PreTrainedModel") -> ModelShape:
+    """Return the shape of a model that has its experts; ValueError if a token needs more."""
     config = model.config.get_text_config()
     experts = find_moe_layers(model)[1]
     count = next(experts[0].parameters(recurse=False)).shape[0]

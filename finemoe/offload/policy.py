@@ -5,8 +5,6 @@ in the background is declared in `Placement` and carried out by the runtime. Lay
 count from 0; arrays are NumPy, float32, on the host.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+Table = NDArray[np.float64]
+"""A number for every expert, shape (L, J)."""
+Priorities = Table
+"""Prefetch requests: experts above 0 are requested, the highest go first."""
 Phase = Literal["prefill", "decode"]
-Priorities = NDArray[np.float64]
-"""Prefetch requests, shape (L, J): experts above 0 are requested, the highest go first."""
 Routing = Sequence[Sequence[tuple[int, ...]]]
 """Activated experts, ascending, of every layer of every iteration, by iteration number."""
 
@@ -96,11 +96,9 @@ class Gate(NamedTuple):
 class Gates(NamedTuple):
     """What all gates of one iteration decide, layer by layer: see `Gate`."""
 
-    probabilities: FloatArray
-    """Shape (L, T, J)."""
+    probabilities: FloatArray  # shape (L, T, J)
     activated: Sequence[tuple[int, ...]]
-    hidden_states: FloatArray | None
-    """Shape (L, T, h), if `Placement.hidden_states` asks for it."""
+    hidden_states: FloatArray | None  # shape (L, T, h), if `Placement.hidden_states` asks for it
 
     def of(self, layer: int) -> Gate:
         """Return what the gate of one layer decides."""
@@ -149,10 +147,8 @@ class Placement:
 class GateWeights:
     """The linear gates of a model, on the host: what speculation by a later gate needs."""
 
-    weight: FloatArray
-    """Shape (L, J, h)."""
-    bias: FloatArray | None = None
-    """Shape (L, J)."""
+    weight: FloatArray  # shape (L, J, h)
+    bias: FloatArray | None = None  # shape (L, J)
 
     def logits(self, layer: int, hidden_states: FloatArray) -> FloatArray:
         """Return what the gate of `layer` makes of hidden states (T, h), shape (T, J)."""
@@ -226,16 +222,14 @@ class Policy:
     def on_evict(self, expert: ExpertId) -> None:
         """Take note that a resident expert lost its slot."""
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        """Return keys (L, J), in C order: of the residents that may leave, the largest goes.
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        """Return keys in C order: of the residents that may leave, the largest goes.
 
         `urgent` says that `incoming` is loaded on demand; a prefetch evicts nobody whose key is
         -inf. The array may be the policy's own: the engine only reads it, and only at once.
         """
         raise NotImplementedError
 
-
-# Calls of hooks -------------------------------------------------------------------------------
 
 FLOAT64 = np.dtype(np.float64)
 Hook = Callable[..., Any]

@@ -5,111 +5,25 @@ compute are times on one clock. What the live runtime does in threads happens at
 copied, a search has ended, an expert has been computed.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable
+from functools import cache, partial
 
 from finemoe.offload.policy import Gates, Hook, LayerOutcome, Policy, Priorities, call_hook
 from finemoe.offload.residency import Residency
 from finemoe.offload.routed import RoutedIteration
-from finemoe.offload.runtime import SEARCH_QUEUE_ITERATIONS, OutcomeListener, PhaseSeconds
+from finemoe.offload.runtime import (
+    SEARCH_QUEUE_ITERATIONS,
+    CostModel,
+    Extra,
+    OutcomeListener,
+    PhaseSeconds,
+)
 from finemoe.offload.timeline import Timeline
 from finemoe.offload.virtual_links import LinkRate, VirtualLinks
 
-
-@dataclass(frozen=True)
-class IterationCosts:
-    """Seconds of one forward pass, apart from experts."""
-
-    start: float
-    """From its beginning to the attention of the first MoE layer."""
-    dense: float
-    """From the end of one MoE layer to the decision of the next gate."""
-    finish: float
-    """From the end of the last MoE layer to the tokens on the host."""
-
-
-@dataclass(frozen=True)
-class PredictionCosts:
-    """Seconds that calls of a policy take on the host."""
-
-    embeddings: float = 0.0
-    gate: float = 0.0
-    update: float = 0.0
-    # On top, for every token of the iteration but one.
-    embeddings_token: float = 0.0
-    gate_token: float = 0.0
-    update_token: float = 0.0
-
-    def of(self, tokens: int) -> PredictionCosts:
-        """Return what the calls take in an iteration of so many tokens."""
-        more = tokens - 1
-        if not more:
-            return self
-        return PredictionCosts(
-            self.embeddings + more * self.embeddings_token,
-            self.gate + more * self.gate_token,
-            self.update + more * self.update_token,
-        )
-
-
-@dataclass(frozen=True)
-class Extra:
-    """Seconds that a part of a layer takes more than in a thread that is never disturbed."""
-
-    after_wait: float = 0.0
-    """If the thread waited since the part last ran: caches and core are not as it left them."""
-    while_copying: float = 0.0
-    """If a link copies: its thread takes turns with this one."""
-
-
-@dataclass(frozen=True)
-class ThreadCosts:
-    """What waits and copies cost the model's thread; all zero where nobody measured it."""
-
-    resume: float = 0.0
-    """Seconds from the arrival that ends a wait until the thread goes on."""
-    dense: Extra = Extra()
-    expert: Extra = Extra()
-
-
-class CostModel(Protocol):
-    """Where virtual time comes from."""
-
-    @property
-    def parallel(self) -> bool:
-        """Whether devices compute their experts at the same time."""
-
-    @property
-    def collect(self) -> float:
-        """Seconds on the critical path to hand one context (embeddings or gate) to the policy."""
-
-    @property
-    def hop(self) -> float:
-        """Seconds to send a layer's tokens to another device and back."""
-
-    @property
-    def prediction(self) -> PredictionCosts:
-        """What calls of the policy cost."""
-
-    @property
-    def prediction_source(self) -> str:
-        """Of which system and model that was measured, in words."""
-
-    @property
-    def thread(self) -> ThreadCosts:
-        """What waits and copies cost the thread that runs the model."""
-
-    def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
-        """Return the costs for a batch: each request's tokens now, and those it attends to."""
-
-    def expert(self, tokens: int) -> float:
-        """Return the seconds of one expert's computation for `tokens` tokens."""
+Call = Callable[[], Priorities | None]
 
 
 class ReplayRuntime:
@@ -131,7 +45,7 @@ class ReplayRuntime:
         self._costs = costs
         self._timeline = timeline
         self._links = VirtualLinks(residency, rate, timeline)
-        residency.wake = self._kick
+        residency.wake = lambda: self._links.kick(self.now)
         self._thread_costs = costs.thread
         self._dense_disturbed = self._expert_disturbed = False
         """Whether the model's thread waited since it last ran each part of a layer."""
@@ -141,7 +55,7 @@ class ReplayRuntime:
         self._arrived: deque[int] = deque()
         self._searches: deque[float] = deque()
         self._devices_free = [0.0] * len(residency.plan.slots)
-        self._known_seconds: dict[int, float] = {}
+        self._expert_seconds: Callable[[int], float] = cache(costs.expert)
         self._observed = policy.placement.prediction != "none"
 
     def forward(self, routed: RoutedIteration) -> float:
@@ -190,8 +104,6 @@ class ReplayRuntime:
         while self._searches:
             self._advance(self._searches[-1])
 
-    # One MoE layer ----------------------------------------------------------------------------
-
     def _layer(
         self, routed: RoutedIteration, layer: int, gates: Gates | None, seconds: float
     ) -> None:
@@ -224,7 +136,7 @@ class ReplayRuntime:
         end = self.now
         while ready or waiting:
             if not ready:
-                self._await_arrival()
+                self.phases.on_demand_wait += self._await("on demand", lambda: self._arrived)
             while self._arrived:
                 ready.append(self._arrived.popleft())
                 waiting -= 1
@@ -250,56 +162,34 @@ class ReplayRuntime:
             self.residency.release(flat)
         return end
 
-    def _expert_seconds(self, tokens: int) -> float:
-        seconds = self._known_seconds.get(tokens)
-        if seconds is None:
-            seconds = self._known_seconds[tokens] = self._costs.expert(tokens)
-        return seconds
-
-    def _await_arrival(self) -> None:
-        began = self.now
-        if not self._arrived:
-            while not self._arrived:
-                self._step()
-            self._resume()
-        self.phases.on_demand_wait += self.now - began
-        self._span("waits", "on demand", began, self.now)
-
     def _await_prefetches(self) -> None:
-        if not self.policy.placement.awaited:
-            return
-        began = self.now
-        if not self.residency.arrived():
-            while not self.residency.arrived():
-                self._step()
-            self._resume()
-        self.phases.prefetch_wait += self.now - began
-        self._span("waits", "prefetches", began, self.now)
+        if self.policy.placement.awaited:
+            self.phases.prefetch_wait += self._await("prefetches", self.residency.arrived)
 
-    def _resume(self) -> None:
-        """Have the model's thread go on after a wait."""
-        self._dense_disturbed = self._expert_disturbed = True
-        self._advance(self.now + self._thread_costs.resume)
+    def _await(self, what: str, there: Callable[[], object]) -> float:
+        """Let the model's thread wait until something is there; return the seconds."""
+        began = self.now
+        if not there():
+            while not there():
+                if not self._events and not self._links.copying:
+                    raise RuntimeError("the replay waits for an expert that no link will bring")
+                self._happen()
+            self._dense_disturbed = self._expert_disturbed = True
+            self._advance(self.now + self._thread_costs.resume)
+        self._span("waits", what, began, self.now)
+        return self.now - began
 
     def _extra(self, extra: Extra, disturbed: bool) -> float:
         """Return the seconds that a part of a layer takes more now."""
         seconds = extra.after_wait if disturbed else 0.0
         return seconds + extra.while_copying if self._links.copying else seconds
 
-    # Policy -----------------------------------------------------------------------------------
-
     def _collect(self) -> None:
         self.phases.context_collection += self._costs.collect
         self._advance(self.now + self._costs.collect)
 
     def _ask(
-        self,
-        phase: str,
-        seconds: float,
-        number: int,
-        hook: Hook,
-        layer: int,
-        call: Callable[[], Priorities | None],
+        self, phase: str, seconds: float, number: int, hook: Hook, layer: int, call: Call
     ) -> None:
         """Have a hook called for an iteration, now or when the searcher gets to it."""
         setattr(self.phases, phase, getattr(self.phases, phase) + seconds)
@@ -315,16 +205,9 @@ class ReplayRuntime:
         self._span("searcher", phase, began, began + seconds)
         self._at(began + seconds, partial(self._search_done, number, call, hook, layer))
 
-    def _search_done(
-        self, number: int, call: Callable[[], Priorities | None], hook: Hook, layer: int
-    ) -> None:
+    def _search_done(self, number: int, call: Call, hook: Hook, layer: int) -> None:
         self._searches.popleft()
         self.residency.prefetch(number, call(), hook, layer)
-
-    def _kick(self) -> None:
-        self._links.kick(self.now)
-
-    # The clock --------------------------------------------------------------------------------
 
     def _at(self, time: float, action: int | Callable[[], None]) -> None:
         self._tickets += 1
@@ -336,12 +219,6 @@ class ReplayRuntime:
         while links.next_event <= to or (events and events[0][0] <= to):
             self._happen()
         self.now = to
-
-    def _step(self) -> None:
-        """Let the next thing happen; RuntimeError if nothing is left that could."""
-        if not self._events and not self._links.copying:
-            raise RuntimeError("the replay waits for an expert that no link is going to bring")
-        self._happen()
 
     def _span(self, track: str, name: str, start: float, end: float) -> None:
         if self._timeline:

@@ -3,8 +3,6 @@
 Both runtimes drive this object and nothing below it; the caller holds the lock, if there is one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,10 +113,7 @@ class Residency:
     def prefetch(
         self, iteration_number: int, priorities: Priorities | None, hook: Hook, layer: int = -1
     ) -> None:
-        """Queue what is requested for an iteration, but for layers whose gate already spoke.
-
-        An error names the hook that answered, and the layer it was asked about.
-        """
+        """Queue what `hook` answered for an iteration, but for layers whose gate already spoke."""
         if priorities is None:
             return
         shape = (self.shape.layers, self.shape.experts)

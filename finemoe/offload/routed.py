@@ -1,7 +1,5 @@
 """One iteration as a trace knows it: what was routed, without the model that did it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +13,13 @@ from finemoe.offload.policy import FloatArray, Iteration, Phase
 
 @dataclass(frozen=True)
 class RoutedStep:
-    """What one request routed in one iteration of T tokens; step 0 is its prefill.
-
-    Optional arrays are None where a trace does not hold them.
-    """
+    """What one request routed in one iteration of T tokens; None where a trace does not say it."""
 
     tokens: int
-    counts: NDArray[np.integer]
-    """Tokens that go to each expert, shape (L, J)."""
-    logits: FloatArray | None
-    """Gate logits as the model computed them, shape (L, T, J)."""
-    embeddings: FloatArray | None
-    """Token embeddings, shape (T, h)."""
-    hidden_states: FloatArray | None
-    """Inputs of the MoE blocks, shape (L, T, h)."""
+    counts: NDArray[np.integer]  # tokens that go to each expert, shape (L, J)
+    logits: FloatArray | None  # gate logits as the model computed them, shape (L, T, J)
+    embeddings: FloatArray | None  # token embeddings, shape (T, h)
+    hidden_states: FloatArray | None  # inputs of the MoE blocks, shape (L, T, h)
 
 
 @dataclass(frozen=True)
@@ -45,8 +36,7 @@ class RoutedIteration:
         """Tokens that go to each expert, shape (L, J)."""
         if len(self.steps) == 1:
             return self.steps[0].counts
-        total: NDArray[np.integer] = sum(step.counts.astype(np.int64) for step in self.steps)  # type: ignore[assignment]
-        return total
+        return np.sum([step.counts for step in self.steps], axis=0, dtype=np.int64)
 
     @cached_property
     def activated(self) -> list[tuple[int, ...]]:
@@ -85,8 +75,7 @@ def joined(
 def softmax(logits: FloatArray) -> FloatArray:
     """Return the softmax of gate logits over the experts (last axis), in float32."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: FloatArray = shifted / shifted.sum(axis=-1, keepdims=True)
-    return probabilities
+    return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
 def _joined(what: str, parts: list[FloatArray | None], axis: int) -> FloatArray:

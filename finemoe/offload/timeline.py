@@ -1,7 +1,5 @@
 """What happened when: spans of time, real or virtual, as trace events that Perfetto opens."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Iterator
@@ -44,10 +42,7 @@ class TraceEvents:
 
 @contextmanager
 def trace_events(folder: str, wanted: bool) -> Iterator[TraceEvents | None]:
-    """Write what happens in the block to `timeline.json` in a folder, for ui.perfetto.dev.
-
-    The file gets its name when the block ends without an exception; otherwise nothing is left.
-    """
+    """Write what happens in the block, if it ends well, to `timeline.json` for ui.perfetto.dev."""
     if not wanted:
         yield None
         return

@@ -6,8 +6,6 @@ the paper). A load takes its slot when its first chunk is due, so residents stay
 before, a prefetch is no more than a request. Experts are named by their flat indices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -46,14 +44,14 @@ class Traffic:
     wasted: int = 0
     """Prefetched bytes that were cancelled or evicted before any use."""
 
-    def __add__(self, other: Traffic) -> Traffic:
+    def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
             self.prefetched + other.prefetched,
             self.on_demand + other.on_demand,
             self.wasted + other.wasted,
         )
 
-    def __sub__(self, earlier: Traffic) -> Traffic:
+    def __sub__(self, earlier: "Traffic") -> "Traffic":
         return Traffic(
             self.prefetched - earlier.prefetched,
             self.on_demand - earlier.on_demand,
@@ -79,10 +77,7 @@ class PrefetchQueue:
         return self._priorities.item(flat)
 
     def request(self, priorities: NDArray[np.float64], start: int) -> None:
-        """Request all absent experts from index `start` on that have a priority (L * J,) above 0.
-
-        A request that was there keeps its old priority if it has no new one.
-        """
+        """Request absent experts from `start` on by priorities (L * J,); the others keep theirs."""
         asked = priorities[start:]
         where = (asked > ZERO) & self._absent[start:]
         np.putmask(self._priorities[start:], where, asked)
@@ -95,14 +90,15 @@ class PrefetchQueue:
     def put(self, flat: int, priority: float) -> None:
         """Request one expert."""
         self._priorities[flat] = priority
-        self._find_first_of(flat % self._devices)
+        device = flat % self._devices
+        self._set_first(device, int(self._by_link[:, device].argmax()))
 
     def drop(self, flat: int) -> None:
         """Forget the request for an expert, if there is one."""
         self._priorities[flat] = 0.0
         device = flat % self._devices
         if self.first[device] == flat:
-            self._find_first_of(device)
+            self._set_first(device, int(self._by_link[:, device].argmax()))
 
     def drop_layer(self, layer: int) -> None:
         """Forget all requests for a layer."""
@@ -119,9 +115,6 @@ class PrefetchQueue:
     def _find_first(self) -> None:
         for device, row in enumerate(self._by_link.argmax(axis=0).tolist()):
             self._set_first(device, row)
-
-    def _find_first_of(self, device: int) -> None:
-        self._set_first(device, int(self._by_link[:, device].argmax()))
 
     def _set_first(self, device: int, row: int) -> None:
         # The last row may end beyond the experts, where nothing is requested.
@@ -178,7 +171,9 @@ class TransferQueue:
 
     def settled(self) -> bool:
         """Tell whether nothing is under way and nothing queued can get a slot."""
-        return self.is_empty() or (self.starved and not self._copying())
+        if self.is_empty():
+            return True
+        return self.starved and not any(one.in_flight() for one in self.under_way.values())
 
     def requested(self, flat: int) -> bool:
         """Tell whether a copy of an expert is queued or under way, and wanted."""
@@ -213,10 +208,7 @@ class TransferQueue:
             self._urgent.append(transfer)
 
     def cancel_layer(self, layer: int, but: Collection[int]) -> None:
-        """Drop what has begun to arrive of a layer, but for the experts whose indices are `but`.
-
-        One with a chunk in flight ends when that chunk is done.
-        """
+        """Drop what began to arrive of a layer, but for the indices `but`, and chunks in flight."""
         for flat, transfer in list(self.under_way.items()):
             if flat // self._per_layer != layer or flat % self._per_layer in but or transfer.urgent:
                 continue
@@ -321,9 +313,6 @@ class TransferQueue:
             return transfer
         unsent = (t for t in self._partials() if t.sent < self._expert_bytes)
         return next(unsent, None)
-
-    def _copying(self) -> bool:
-        return any(transfer.in_flight() for transfer in self.under_way.values())
 
     def _partials(self) -> list[_Transfer]:
         """Return the half-copied prefetches, the first to go on with first."""

@@ -4,8 +4,6 @@ When something else should go first, a prefetch's span is cut after the chunks t
 flight.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from finemoe.offload.residency import Residency
@@ -127,16 +125,13 @@ class VirtualLinks:
         speed = self._speeds[self.copying] if self.copying else self._speed
         self.next_event = NEVER
         for lane in self._lanes:
-            if lane.span is None:
+            span = lane.span
+            if span is None:
                 continue
             if speed != self._speed:
-                self._change_speed(lane, lane.span, now, speed)
+                lane.sent = lane.moved(now, self._speed)
+                lane.moves_from = max(now, lane.moves_from)
+                lane.end = lane.moves_from + (span.stop - span.start - lane.sent) / speed
             if lane.end < self.next_event:
                 self.next_event = max(lane.end, now)
         self._speed = speed
-
-    def _change_speed(self, lane: _Lane, span: Chunk, now: float, speed: float) -> None:
-        """Let a span go on at another speed."""
-        lane.sent = lane.moved(now, self._speed)
-        lane.moves_from = max(now, lane.moves_from)
-        lane.end = lane.moves_from + (span.stop - span.start - lane.sent) / speed

@@ -20,9 +20,10 @@ from finemoe.offload.policy import (
     Policy,
     Priorities,
 )
-from finemoe.offload.replay import PredictionCosts, ReplayRuntime
+from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedStep, joined
+from finemoe.offload.runtime import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from tests.command import config
 from tests.engine import configured

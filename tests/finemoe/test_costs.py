@@ -23,7 +23,7 @@ from finemoe.costs import (
     FullSizeModel,
     RooflineCosts,
 )
-from finemoe.offload.replay import CostModel, IterationCosts
+from finemoe.offload.runtime import CostModel, IterationCosts
 from tests.command import ROOT
 
 CONF = Path(ROOT) / "conf"

@@ -29,8 +29,9 @@ from finemoe.costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
-from finemoe.offload.replay import PredictionCosts, ReplayRuntime
+from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
+from finemoe.offload.runtime import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest

@@ -24,9 +24,10 @@ from finemoe.offload.policy import (
     Policy,
     Priorities,
 )
-from finemoe.offload.replay import Extra, PredictionCosts, ReplayRuntime, ThreadCosts
+from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
+from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.timeline import trace_events
 from finemoe.offload.virtual_links import LinkRate
 from tests.finemoe.offload.states import asking
