@@ -6,6 +6,7 @@ Every part runs even if another fails; the results file holds what was measured 
 from __future__ import annotations
 
 import gc
+import math
 import re
 import statistics
 import subprocess
@@ -26,15 +27,8 @@ from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.bench.engine import (
-    FULL_EXPERT_BYTES,
-    SCALE_MODEL,
-    Check,
-    Load,
-    print_checks,
-    resident_overheads,
-    two_policies,
-)
+from experiments.bench import engine
+from experiments.bench.engine import Check, Load, two_policies
 from experiments.errors import UserError, command, options_given
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime
 from experiments.run.metrics import AccessCounter
@@ -43,17 +37,9 @@ from experiments.run.schedule import FixedBatches, Request, Server
 from experiments.run.small_models import FAMILIES, small_model
 from finemoe.assemble import offloading_runtime
 from finemoe.files import write_json
+from finemoe.offload import device as memory
 from finemoe.offload.budget import GB, plan_slots
 from finemoe.offload.cache import Slot
-from finemoe.offload.device import (
-    BlockLayout,
-    CudaLink,
-    DeviceSlots,
-    EmulatedLink,
-    HostStore,
-    Link,
-    host_block,
-)
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape, Policy
 from finemoe.offload.residency import MemoryPlan, Residency
@@ -68,7 +54,7 @@ CPU_LINK_GB_S = 1.0
 class Sizes:
     """How large the parts are; the defaults are those of the paper's models."""
 
-    expert_bytes: int = FULL_EXPERT_BYTES
+    expert_bytes: int = engine.FULL_EXPERT_BYTES
     chunk_bytes: int = 32_000_000
     copies: int = 12
     """Experts copied in one sample of a rate."""
@@ -76,7 +62,7 @@ class Sizes:
     """How long each piece of work is repeated to be timed."""
     matrix: int = 4096
     """Rows of the square bf16 matrices that stand for compute."""
-    scale: Path = SCALE_MODEL
+    scale: Path = engine.SCALE_MODEL
     load: Load = field(default_factory=Load)
     budget_gb: float = 12.0
     full_load: Load = field(default_factory=lambda: Load(new_tokens=6))
@@ -92,9 +78,6 @@ class Sizes:
         return timer.blocked_autorange(min_run_time=self.seconds).median
 
 
-# (a) Losslessness -------------------------------------------------------------------------------
-
-
 def lossless(device: torch.device, sizes: Sizes) -> list[Check]:
     """Compare logits at the smallest budget and at half with eager experts on the device."""
     checks = []
@@ -103,11 +86,10 @@ def lossless(device: torch.device, sizes: Sizes) -> list[Check]:
         request = Load(prompt_tokens=7, new_tokens=5).request(0, model)
         eager: Any = small_model(family)
         expected = _logits(PlainRuntime(eager.to(device)), request)
-        shape, nbytes = model.shape, model.store.layout.nbytes
-        for name, slots in (("smallest", shape.top_k), ("half", shape.layers * shape.experts // 2)):
+        nbytes, testbed = model.store.layout.nbytes, _testbed(device, 1024)
+        for name, slots in (("smallest", model.shape.top_k), ("half", model.shape.size // 2)):
             equal = True
             for policy in two_policies(model, distance=1).values():
-                testbed = _testbed(device, 1024)
                 with offloading_runtime(model, policy, testbed, (slots,), nbytes) as runtime:
                     equal &= torch.equal(_logits(runtime, request), expected)
             checks.append(Check(f"{family}: logits equal, {name} budget", float(equal), at_least=1))
@@ -128,29 +110,24 @@ def _testbed(device: torch.device, chunk_bytes: int) -> Testbed:
     return Testbed("stand-in", "emulated", (device,), chunk_bytes, link_gb_s=CPU_LINK_GB_S)
 
 
-# (b) The link's rate ----------------------------------------------------------------------------
-
-
 def copies(device: torch.device, sizes: Sizes) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return two ways to copy experts of one size into two slots of the device.
 
     Through a transfer queue and the link, as a runtime's thread does, and with one plain copy each.
     """
     pin = device.type == "cuda"
-    blocks = [host_block(sizes.expert_bytes, pin).fill_(1) for _ in range(2)]
+    blocks = [memory.host_block(sizes.expert_bytes, pin).fill_(1) for _ in range(2)]
     experts = [blocks[expert % 2] for expert in range(sizes.copies)]
-    store = HostStore(BlockLayout((), sizes.expert_bytes), experts, pinned=pin)
-    slots = DeviceSlots.allocate(store.layout, (2,), (device,))
+    store = memory.HostStore(memory.BlockLayout((), sizes.expert_bytes), experts, pinned=pin)
+    slots = memory.DeviceSlots.allocate(store.layout, (2,), (device,))
     shape = ModelShape(1, sizes.copies, 1, 1)
     plan = MemoryPlan((2,), sizes.expert_bytes, sizes.chunk_bytes)
 
     def drive() -> None:
         queue = Residency(shape, plan, OnDemandPolicy(shape)).queues[0]
-        link: Link
-        if device.type == "cuda":
-            link = CudaLink(store, slots, device)
-        else:
-            link = EmulatedLink(store, slots, float("inf"), 0.0)
+        link: memory.Link = memory.EmulatedLink(store, slots, math.inf, 0.0)
+        if pin:
+            link = memory.CudaLink(store, slots, device)
         for expert in range(sizes.copies):
             queue.demand(expert)
         in_flight: deque[Any] = deque()
@@ -178,9 +155,6 @@ def rate(device: torch.device, sizes: Sizes) -> list[Check]:
         Check("link rate", gigabytes / link, "GB/s"),
         Check("plain copy rate", gigabytes / memcpy, "GB/s"),
     ]
-
-
-# (c) Overlap ------------------------------------------------------------------------------------
 
 
 def overlap(device: torch.device, sizes: Sizes) -> list[Check]:
@@ -238,30 +212,19 @@ def _small_copies(drive: Callable[[], None], device: torch.device) -> list[Check
     ]
 
 
-# (e) Full-size shapes; (d) is the engine's own bench -------------------------------------------
-
-
 def full_size(device: torch.device, sizes: Sizes) -> list[Check]:
     """Serve full-size architectures with dummy weights under a fixed budget."""
     checks = []
     for family, distance, changes in sizes.full_models:
         config = AutoConfig.for_model(family, **changes)
-        checks += _serve_full_model(config, distance, device, sizes)
-        _release(device)
-    return checks
-
-
-def _serve_full_model(
-    config: Any, distance: int, device: torch.device, sizes: Sizes
-) -> list[Check]:
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = OffloadedModel.from_meta(meta, device, seed=0)
-    checks = []
-    for name, policy in two_policies(model, distance).items():
-        prefix = f"{config.model_type}, {name}"
-        measured = _serve_with(model, policy, device, sizes)
-        checks += [replace(check, name=f"{prefix}: {check.name}") for check in measured]
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = OffloadedModel.from_meta(model, device, seed=0)
+        for name, policy in two_policies(model, distance).items():
+            for check in _serve_with(model, policy, device, sizes):
+                checks.append(replace(check, name=f"{family}, {name}: {check.name}"))
+            _release(device)
+        del model, policy
         _release(device)
     return checks
 
@@ -270,15 +233,12 @@ def _serve_with(
     model: OffloadedModel, policy: Policy, device: torch.device, sizes: Sizes
 ) -> list[Check]:
     """Serve one prompt that prepares the policy, then the measured one."""
-    nbytes = model.store.layout.nbytes
-    budget = round(sizes.budget_gb * GB)
+    nbytes, budget = model.store.layout.nbytes, round(sizes.budget_gb * GB)
     slots = plan_slots(budget, nbytes, model.shape, devices=1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    testbed = _testbed(device, sizes.chunk_bytes)
-    accesses = AccessCounter()
-    runtime = offloading_runtime(model, policy, testbed, slots, nbytes)
-    with runtime:
+    testbed, accesses = _testbed(device, sizes.chunk_bytes), AccessCounter()
+    with offloading_runtime(model, policy, testbed, slots, nbytes) as runtime:
         backend, log = LiveBackend(runtime), LogitsLog()
         server = Server(backend)
         list(server.serve(FixedBatches([sizes.full_load.request(0, model)], 1)))
@@ -301,24 +261,18 @@ def _serve_with(
     return checks
 
 
-# All parts --------------------------------------------------------------------------------------
-
-
 Part = Callable[[torch.device, Sizes], list[Check]]
 PARTS: dict[str, Part] = {
     "Lossless": lossless,
     "Link rate": rate,
     "Overlap": overlap,
-    "Overheads": lambda device, sizes: resident_overheads(sizes.scale, device, sizes.load),
+    "Overheads": lambda device, sizes: engine.resident_overheads(sizes.scale, device, sizes.load),
     "Full size": full_size,
 }
 
 
 def run_parts(
-    device: torch.device,
-    sizes: Sizes,
-    console: Console,
-    parts: Mapping[str, Part] = PARTS,
+    device: torch.device, sizes: Sizes, console: Console, parts: Mapping[str, Part] = PARTS
 ) -> dict[str, dict[str, Any]]:
     """Run every part, whatever becomes of the others, and print and return what each measured."""
     results = {}
@@ -326,7 +280,7 @@ def run_parts(
         checks, cause = [], None
         try:
             checks = part(device, sizes)
-            print_checks(name, checks, console)
+            engine.print_checks(name, checks, console)
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             console.print(f"{name} failed: {cause}", style="red", markup=False)
@@ -348,18 +302,13 @@ def write_results(folder: Path, hardware: str, parts: Mapping[str, dict[str, Any
     """Write everything measured, under the name of the hardware; return whether all passed."""
     name = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
     passed = all(part["passed"] for part in parts.values())
-    facts = {"hardware": hardware, "driver": _driver(), "cuda": torch.version.cuda}
-    record = {**facts, "passed": passed, "parts": parts, **provenance()}
-    write_json(folder / f"{name}.json", record)
+    driver, query = None, ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    with suppress(OSError, subprocess.CalledProcessError):
+        driver = subprocess.check_output([*query, "--id=0"], text=True).strip()
+    facts = {"hardware": hardware, "driver": driver, "cuda": torch.version.cuda}
+    write_json(folder / f"{name}.json", {**facts, "passed": passed, "parts": parts, **provenance()})
     print(f"written to {folder / name}.json")
     return passed
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    return None
 
 
 @command()

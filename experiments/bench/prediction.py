@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -19,16 +18,7 @@ from omegaconf import DictConfig
 from experiments.bench.replay import bench
 from experiments.errors import command
 from experiments.run.config import build
-from finemoe.offload.policy import (
-    FloatArray,
-    Gate,
-    Gates,
-    GateWeights,
-    Iteration,
-    ModelShape,
-    Phase,
-    Policy,
-)
+from finemoe.offload.policy import FloatArray, Gates, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
 
 OPTIONS = {
@@ -48,28 +38,26 @@ PERCENTILE = 10
 """Of the calls: what is slower met another process."""
 
 
-@dataclass
 class RandomRouting:
     """Random inputs of one request's iterations, at the size of a shape."""
 
-    shape: ModelShape
-    hidden_states: bool
-    """Whether gates come with their inputs."""
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    def __init__(self, shape: ModelShape, hidden_states: bool) -> None:
+        self.shape, self.hidden_states = shape, hidden_states
+        self.random = np.random.default_rng(0)
 
     def normal(self, *lengths: int) -> FloatArray:
         return self.random.standard_normal(lengths, dtype=np.float32)
 
-    def embeddings(self, tokens: int) -> FloatArray:
-        return self.normal(tokens, self.shape.hidden_size)
-
-    def gate(self, layer: int, logits: FloatArray) -> Gate:
-        """Return what a runtime makes of a gate's logits."""
-        top_k = self.shape.top_k
-        chosen = np.argpartition(-logits, top_k, axis=1)[:, :top_k]
-        activated = tuple(np.unique(chosen).tolist())
-        hidden = self.embeddings(len(logits)) if self.hidden_states else None
-        return Gate(layer, softmax(logits), activated, hidden)
+    def gates(self, tokens: int) -> tuple[FloatArray, Gates]:
+        """Return logits (L, T, J), and what a runtime makes of them."""
+        shape, top_k = self.shape, self.shape.top_k
+        logits = self.normal(shape.layers, tokens, shape.experts)
+        chosen = np.argpartition(-logits, top_k, axis=2)[..., :top_k]
+        activated = [tuple(np.unique(layer).tolist()) for layer in chosen]
+        hidden = (
+            self.normal(shape.layers, tokens, shape.hidden_size) if self.hidden_states else None
+        )
+        return logits, Gates(softmax(logits), activated, hidden)
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
@@ -96,37 +84,35 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
 
 def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str, float]:
     """Return the microseconds of a policy's calls in an iteration of one request."""
-    shape, phase = routing.shape, cast(Phase, "decode" if tokens == 1 else "prefill")
+    phase: Any = "decode" if tokens == 1 else "prefill"
     calls = CALLS if tokens == 1 else -(-CALLS // 10)
-    embeddings, gates, updates = [], np.zeros((calls, shape.layers)), []
+    times: dict[str, list[Any]] = {"embeddings": [], "gate": [], "update": []}
     for number in range(calls):
         iteration = Iteration(number, phase, (REQUESTS,), (tokens,))
-        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings(tokens)))
-        for layer in range(shape.layers):
-            logits = routing.normal(tokens, shape.experts)
-            gate = routing.gate(layer, logits)
-            # A runtime takes the softmax as well.
-            gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
-        updates.append(micros(policy.end_iteration, iteration))
+        embeddings = routing.normal(tokens, routing.shape.hidden_size)
+        times["embeddings"].append(micros(policy.on_embeddings, iteration, embeddings))
+        logits, gates = routing.gates(tokens)
+        # A runtime takes the softmax as well.
+        times["gate"].append(
+            [
+                micros(softmax, logits[layer]) + micros(policy.on_gate, iteration, gates.of(layer))
+                for layer in range(routing.shape.layers)
+            ]
+        )
+        times["update"].append(micros(policy.end_iteration, iteration))
     return {
-        "embeddings": float(np.percentile(embeddings, PERCENTILE)),
-        "gate": float(np.percentile(gates, PERCENTILE, axis=0).mean()),
-        "update": float(np.percentile(updates, PERCENTILE)),
+        call: float(np.percentile(one, PERCENTILE, axis=0).mean()) for call, one in times.items()
     }
 
 
 def teach(policy: Policy, routing: RandomRouting) -> None:
     """Show a policy the history of REQUESTS requests."""
     assert policy.learn
-    shape = routing.shape
     for number in range(REQUESTS * STEPS):
         request, step = divmod(number, STEPS)
         iteration = Iteration(number, "decode", (request,), (1,))
-        logits = routing.normal(shape.layers, 1, shape.experts)
-        gates = [routing.gate(layer, logits[layer]) for layer in range(shape.layers)]
-        probabilities = np.stack([gate.probabilities for gate in gates])
-        stacked = Gates(probabilities, [gate.activated for gate in gates], None)
-        policy.learn(iteration, routing.embeddings(1), stacked)
+        embeddings, (_, gates) = routing.normal(1, routing.shape.hidden_size), routing.gates(1)
+        policy.learn(iteration, embeddings, gates._replace(hidden_states=None))
         if step == STEPS - 1:
             policy.end_request(request)
 

@@ -48,8 +48,7 @@ def replay_speed(cfg: DictConfig) -> dict[str, Any]:
         history_s = cpu_seconds(lambda: build_history(setup, console))
         reference = setup.unoffloaded()
         # The faster of two: the first one also reads what the second finds in memory.
-        run = lambda: measure(setup, reference, console)  # noqa: E731
-        measured = [cpu_seconds(run) for _ in range(2)]
+        measured = [cpu_seconds(lambda: measure(setup, reference, console)) for _ in range(2)]
         bound_s = cpu_seconds(lambda: Setup.bound(setup, setup.unoffloaded()))
     steps = len(reference.routing) * setup.shape.layers
     return {

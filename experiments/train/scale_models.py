@@ -9,7 +9,6 @@ GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshol
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import sys
@@ -37,7 +36,7 @@ from transformers import (
 from experiments.errors import UserError, command
 from experiments.run.console import bar_on
 from experiments.run.corpus import Document, documents
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -87,14 +86,15 @@ class Training:
 
     def __post_init__(self) -> None:
         embedding = self.model.get_input_embeddings().weight
-        decayed = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
-        others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
+        decayed: list[Any] = []
+        others: list[Any] = []
+        for one in self.model.parameters():
+            (decayed if one.dim() > 1 and one is not embedding else others).append(one)
         groups = [
             {"params": decayed, "weight_decay": self.recipe.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        rate = self.recipe.learning_rate
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         if self.checkpoint.exists():
             self._restore()
 
@@ -128,9 +128,10 @@ class Training:
     def _train_step(self) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
+        seed = self.recipe.seed * 1_000_003 + self.step
         # PhiMoE's router samples while it trains.
-        torch.manual_seed(self._step_seed)
-        batch = self._batch()
+        torch.manual_seed(seed)
+        batch = self._batch(torch.Generator().manual_seed(seed))
         output = self.model(
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
         )
@@ -142,28 +143,17 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float((output.loss - output.aux_loss * self._balance_weight).detach())
-
-    @property
-    def _step_seed(self) -> int:
-        return self.recipe.seed * 1_000_003 + self.step
-
-    @property
-    def _balance_weight(self) -> float:
-        return float(self.model.config.router_aux_loss_coef)
+        own_balance_loss = output.aux_loss * self.model.config.router_aux_loss_coef
+        return float((output.loss - own_balance_loss).detach())
 
     def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the family's own auxiliary load-balancing loss, layer by layer."""
-        family = sys.modules[type(self.model).__module__]
-        top_k = self.model.config.num_experts_per_tok
-        losses = [
-            family.load_balancing_loss_func((logits,), logits.shape[-1], top_k)
-            for logits in router_logits
-        ]
-        return self._balance_weight * torch.stack(losses).mean()
+        config = self.model.config
+        loss = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        losses = [loss((one,), one.shape[-1], config.num_experts_per_tok) for one in router_logits]
+        return config.router_aux_loss_coef * torch.stack(losses).mean()
 
-    def _batch(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._step_seed)
+    def _batch(self, generator: torch.Generator) -> torch.Tensor:
         length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
         starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
         positions = starts[:, None] + torch.arange(length)
@@ -206,15 +196,13 @@ def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> tor
 @torch.no_grad()
 def least_used_share(model: PreTrainedModel, windows: torch.Tensor, batch: int) -> float:
     """Return the use of the least used expert of any layer, relative to its fair share."""
-    top_k = model.config.num_experts_per_tok
-    counts: list[torch.Tensor] = []
     model.eval()
+    shares: Any = 0.0
     for part in windows.split(batch):
         output = model(input_ids=part, use_cache=False, output_router_logits=True)
         logits = torch.stack([one.reshape(-1, one.shape[-1]) for one in output.router_logits])
-        used = torch.zeros(logits.shape, device=logits.device)
-        counts.append(used.scatter(-1, logits.topk(top_k).indices, 1.0).sum(1))
-    shares = torch.stack(counts).sum(0)
+        chosen = logits.topk(model.config.num_experts_per_tok).indices
+        shares += torch.zeros_like(logits, dtype=torch.float32).scatter(-1, chosen, 1.0).sum(1)
     return float((shares / shares.mean(dim=1, keepdim=True)).min())
 
 
@@ -277,8 +265,8 @@ def draw_loss(training: Training, baseline: float, path: Path) -> None:
     history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
     named = {"train_loss": "training", "held_out_loss": "held out"}
     curves = history.set_index("tokens")[list(named)].rename(columns=named)
-    axes: Any = curves.plot(figsize=(4.5, 3), grid=True)
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+    labels: Any = {"xlabel": "training tokens (millions)", "ylabel": "loss (nats per token)"}
+    axes: Any = curves.plot(figsize=(4.5, 3), grid=True, **labels)
     axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
     axes.legend()
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -290,7 +278,6 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     Returns what the card says, among it the perplexity over the whole held-out text.
     """
     folder = Path(cfg.export)
-    folder.mkdir(parents=True, exist_ok=True)
     loss = training.held_out_loss()
     model: Any = training.model
     model.to(torch.bfloat16)
@@ -311,7 +298,7 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
         "torch": torch.__version__,
         "history": training.history,
     }
-    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "training.json", summary)
     draw_loss(training, baseline, folder / "loss.png")
     (folder / "README.md").write_text(card(cfg, summary))
     return summary
