@@ -28,14 +28,16 @@ INTERVALS = "95 % bootstrap intervals of the mean"
 REFERENCE_DASHES = (0, (3, 1.2))
 CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
 EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
+TEXTS = (
+    "font.size",
+    "axes.labelsize",
+    "axes.titlesize",
+    "legend.fontsize",
+    "legend.title_fontsize",
+)
 SETTINGS: Any = {
-    "font.size": POINTS,
-    "axes.labelsize": POINTS,
-    "axes.titlesize": POINTS,
-    "xtick.labelsize": POINTS - 0.5,
-    "ytick.labelsize": POINTS - 0.5,
-    "legend.fontsize": POINTS,
-    "legend.title_fontsize": POINTS,
+    **dict.fromkeys(TEXTS, POINTS),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), POINTS - 0.5),
     "axes.linewidth": 0.6,
     "grid.linewidth": 0.4,
     "lines.linewidth": 1.2,
@@ -45,8 +47,6 @@ SETTINGS: Any = {
     "figure.constrained_layout.h_pad": 0.03,
     "figure.constrained_layout.w_pad": 0.03,
 }
-
-# Run records --------------------------------------------------------------------------------------
 
 
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
@@ -58,9 +58,8 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) ->
     for column, value in only.items():
         frame = frame[frame[column] == value] if len(frame) else frame
     if frame.empty:
-        raise UserError(
-            f"figure {figure}: no run records; run python -m experiments.reproduce {figure}"
-        )
+        remedy = f"run python -m experiments.reproduce {figure}"
+        raise UserError(f"figure {figure}: no run records; {remedy}")
     one_mode(frame, f"figure {figure}", mixed_modes)
     names = []
     for system, label, mode in frame[["system", "label", "mode"]].itertuples(index=False):
@@ -75,11 +74,6 @@ def named_after(names: pd.Series, frame: pd.DataFrame) -> pd.Series:
     return names + " (" + frame["mode"] + ")" if frame["mode"].nunique() > 1 else names
 
 
-def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a frame, column to value."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
 def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
     """Raise UserError if two records of one model, dataset, series and `keys` are to be drawn."""
     cell = ["model", "dataset", "series", *keys]
@@ -89,10 +83,9 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
 
 
 def looks(frame: pd.DataFrame) -> dict[str, Look]:
-    """Return colour, marker, line and hatch of each series, in the order of drawing.
+    """Return the look of each series, in the order of drawing; a system has one colour everywhere.
 
-    A system has one colour everywhere; its variants, or its modes where they are mixed, differ in
-    line and hatch.
+    Its variants, or its modes where they are mixed, differ in line and hatch.
     """
     systems = style.ordered(frame["system"], style.SYSTEMS)
     return variants(frame, "system", {system: style.system_look(system) for system in systems})
@@ -121,28 +114,26 @@ def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
     return models, style.ordered(frame["dataset"], style.DATASETS)
 
 
-# Panels -------------------------------------------------------------------------------------------
+Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
 
 
 @contextmanager
-def panels(
-    rows: Sequence[Any], columns: Sequence[Any], width: float, height: float
-) -> Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]:
+def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: float) -> Panels:
     """Yield a figure, `width` x `height` inches, and each panel with its row and its column.
 
     The figure is closed afterwards.
     """
     matplotlib.use("Agg")
-    size, cells = (width, height), itertools.product(rows, columns)
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(SETTINGS):
-        figure, _ = plt.subplots(
-            len(rows), len(columns), figsize=size, layout="constrained", squeeze=False
+        figure, grid = plt.subplots(
+            len(rows), len(columns), figsize=(width, height), layout="constrained", squeeze=False
         )
         try:
-            for axes in figure.axes:
+            for axes in grid.flat:
                 axes.tick_params(length=2, pad=2)
                 sns.despine(ax=axes)
-            yield figure, [(axes, *cell) for axes, cell in zip(figure.axes, cells, strict=True)]
+            cells = itertools.product(rows, columns)
+            yield figure, [(axes, *cell) for axes, cell in zip(grid.flat, cells, strict=True)]
         finally:
             plt.close(figure)
 
@@ -176,9 +167,7 @@ def model_panels(
 
 
 @contextmanager
-def metric_panels(
-    frame: pd.DataFrame, metrics: Sequence[str], height: float
-) -> Iterator[tuple[Figure, list[tuple[Axes, str, str]]]]:
+def metric_panels(frame: pd.DataFrame, metrics: Sequence[str], height: float) -> Panels:
     """Yield a figure, and a panel for each metric (down) and model (across)."""
     models, _ = facets(frame)
     with panels(metrics, models, width_of(models), height) as (figure, cells):
@@ -223,9 +212,6 @@ def label_once(figure: Figure, xlabel: str, ylabel: str) -> None:
 def apart(figure: Figure) -> None:
     """Leave room between panels, so that outer tick labels of neighbours do not meet."""
     figure.set_layout_engine("constrained", wspace=0.06)
-
-
-# What panels show ---------------------------------------------------------------------------------
 
 
 def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -350,8 +336,7 @@ def legend(
         if kind == "bar" and "hatch" in look:
             edge = "white" if look["hatch"] and name not in hollow else look["color"]
             fill = "white" if name in hollow else look["color"]
-            drawn = {"facecolor": fill, "hatch": look["hatch"], "edgecolor": edge}
-            handles.append(Patch(**drawn, label=name))
+            handles.append(Patch(facecolor=fill, hatch=look["hatch"], edgecolor=edge, label=name))
         else:
             handles.append(Line2D([], [], **_line(look), label=name))
     figure.legend(
@@ -371,9 +356,6 @@ def model_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
     legend(figure, {model_name(model): look for model, look in looks.items()})
 
 
-# Captions and files -------------------------------------------------------------------------------
-
-
 def save(
     figure: Figure,
     output: Path,
@@ -391,17 +373,17 @@ def save(
     models, datasets = facets(frame)
     usual = {"model": list(dict.fromkeys([*style.MODELS, *models])), "dataset": datasets}
     gap = gaps(frame, {**usual, **expected})
-    budgets = sorted(set(frame["memory_budget"]), key=lambda budget: float(budget.rstrip("%")))
-    share = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
-    unit = "" if share.endswith(("%", "sizes")) else " GB"
-    least, most = int(frame["requests"].min()), int(frame["requests"].max())
-    count = f"{least}" if least == most else f"{least} to {most}"
+    budgets = frame["memory_budget"].unique()
+    memory = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
+    unit = " GB" if len(budgets) == 1 and not memory.endswith("%") else ""
+    requests = sorted({frame["requests"].min(), frame["requests"].max()})
+    count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
     parts = [
         f"Figure {names[0]}: {names[1]}.",
         f"Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
-        f"expert memory: {share}{unit}; n = {count} requests a run.",
+        f"expert memory: {memory}{unit}; n = {count} requests a run.",
         *notes,
     ]
     if gap:
@@ -431,14 +413,13 @@ def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
     """
     shown, present = [], []
     for column, values in expected.items():
-        here = [value for value in values if value in set(frame[column])]
+        here = set(frame[column])
         shown += [_shown(column, value) for value in values if value not in here]
-        present.append(here)
+        present.append([value for value in values if value in here])
     have = set(frame[list(expected)].itertuples(index=False, name=None))
     lacking = [cell for cell in itertools.product(*present) if cell not in have]
     shown += [" / ".join(map(_shown, expected, cell)) for cell in lacking[:6]]
-    if len(lacking) > 6:
-        shown.append(f"{len(lacking) - 6} more")
+    shown += [f"{len(lacking) - 6} more"] if len(lacking) > 6 else []
     return "; ".join(shown)
 
 

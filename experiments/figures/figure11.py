@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,10 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     frame = charts.checked(frame, ID, mixed_modes, workload="online")
     charts.single(frame, ID)
     looks = charts.unmarked(charts.looks(frame))
-    curves = pd.concat(
-        [curve(run, latency) for run in charts.rows_of(frame) for latency in LATENCIES],
-        ignore_index=True,
-    )
+    each = product(frame.to_dict("records"), LATENCIES)
+    curves = pd.concat([curve(run, latency) for run, latency in each], ignore_index=True)
     models, datasets = charts.facets(frame)
-    rows = list(itertools.product(datasets, LATENCIES))
+    rows = list(product(datasets, LATENCIES))
     size = charts.width_of(models), 0.6 + 1.5 * len(rows)
     with charts.panels(rows, models, *size) as (figure, panels):
         for axes, (dataset, latency), model in panels:
@@ -51,22 +49,17 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         charts.save(figure, output, (ID, TITLE), frame, curves, NOTES, series=series)
 
 
-def curve(run: dict[str, Any], latency: str) -> pd.DataFrame:
+def curve(run: Any, latency: str) -> pd.DataFrame:
     """Return the steps of a run's empirical distribution: seconds, share and its 95 % band."""
     seconds = np.sort(run["table"][latency].to_numpy(dtype=float))
     share = np.arange(1, len(seconds) + 1) / len(seconds)
     # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
     reach = math.sqrt(math.log(2 / 0.05) / (2 * len(seconds)))
-    columns = {
-        **{key: run[key] for key in ("model", "dataset", "series")},
-        "latency": latency,
-        "seconds": seconds,
-        "share": share,
-        "share_low": np.clip(share - reach, 0, 1),
-        "share_high": np.clip(share + reach, 0, 1),
-        **{key: run[key] for key in ("mode", "testbed", "weights", "digest")},
-    }
-    return pd.DataFrame(columns)
+    low, high = np.clip(share - reach, 0, 1), np.clip(share + reach, 0, 1)
+    steps = {"seconds": seconds, "share": share, "share_low": low, "share_high": high}
+    names, source = ("model", "dataset", "series"), ("mode", "testbed", "weights", "digest")
+    whose, made = ({key: run[key] for key in keys} for keys in (names, source))
+    return pd.DataFrame({**whose, "latency": latency, **steps, **made})
 
 
 def _steps(axes: Axes, part: pd.DataFrame, look: style.Look) -> None:

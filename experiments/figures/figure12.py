@@ -23,9 +23,8 @@ NOTES = (
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
-    share = frame["memory_budget"].str.endswith("%")
-    asked = frame["memory_budget"].where(~share, frame["memory_budget_gb"])
-    frame = frame.assign(limit_gb=asked.astype(float))
+    asked = pd.to_numeric(frame["memory_budget"], errors="coerce")
+    frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"])
     charts.single(frame, ID, "limit_gb")
     looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
     labels = "Expert cache limit (GB)", style.METRICS[METRIC][0]

@@ -23,11 +23,12 @@ NOTES = (
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
-    frame = frame.assign(memory_gb=(frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9)
+    frame["memory_gb"] = (frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9
     charts.single(frame, ID, "memory_gb")
-    looks = {name: {**look, "markersize": 5.5} for name, look in charts.looks(frame).items()}
-    if frame.groupby(["model", "dataset", "series"]).size().max() == 1:
-        looks = {name: {**look, "linestyle": ""} for name, look in looks.items()}
+    own: style.Look = {"markersize": 5.5}
+    if not frame.duplicated(["model", "dataset", "series"]).any():
+        own["linestyle"] = ""
+    looks = {name: {**look, **own} for name, look in charts.looks(frame).items()}
     labels = "Memory for weights (GB)", style.METRICS[METRIC][0]
     with charts.dataset_panels(frame, *labels) as (figure, panels):
         for axes, part in panels:
