@@ -4,8 +4,6 @@ Every target is a ratio of two times taken in this one run, so it means the same
 nothing fails because of a time.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import time

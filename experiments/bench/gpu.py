@@ -3,8 +3,6 @@
 Every part runs even if another fails; the results file holds what was measured and what failed.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import re

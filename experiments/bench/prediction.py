@@ -6,8 +6,6 @@ conf/system/ holds. Routing and hidden states are random, as times do not depend
 and `systems=` choose what is measured, `output=FILE.json` leaves a record.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ model on a kept trace, which is recorded first if it is missing. Arguments are t
 leaves a record.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

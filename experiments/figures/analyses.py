@@ -3,8 +3,6 @@
 An analysis leaves a CSV file and `record.json` in a folder, from which alone a picture is drawn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """What figures share: cells of a sweep, panels, bars, lines, legends, captions and their files."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Figure 10 of the paper (section 6.2): TTFT, TPOT and expert hit rate of all systems."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

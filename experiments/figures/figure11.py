@@ -1,7 +1,5 @@
 """Figure 11 of the paper (section 6.2.2): the distribution of end-to-end latency, served online."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figure 12 of the paper (section 6.3): TPOT against the expert cache limit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Figure 14a of the paper (section 6.5): expert hit rate by how experts to prefetch are found."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path

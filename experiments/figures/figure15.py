@@ -1,7 +1,5 @@
 """Figure 15 of the paper (section 6.6): TTFT and TPOT of FineMoE against the prefetch distance."""
 
-from __future__ import annotations
-
 from itertools import cycle
 from pathlib import Path
 

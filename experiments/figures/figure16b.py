@@ -1,7 +1,5 @@
 """Figure 16b of the paper (section 6.6): TTFT and TPOT against the batch size."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 

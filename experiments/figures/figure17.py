@@ -1,7 +1,5 @@
 """Figure 17 of the paper (section 6.7): where the time of one iteration of FineMoE goes."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Figure 1b of the paper (section 1): request latency against memory footprint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -4,8 +4,6 @@ Of activation counts, as the authors' demo takes it, a decode iteration's entrop
 construction: K experts, one hit each. So the entropy of gate probabilities is drawn beside it.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

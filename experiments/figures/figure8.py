@@ -3,8 +3,6 @@
 By the paper's method, over all pairs of prompts, and by ours: what a match predicts.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import product
 from pathlib import Path

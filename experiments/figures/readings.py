@@ -1,7 +1,5 @@
 """Claims under every reading of the paper, and what moves its headline numbers most."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 

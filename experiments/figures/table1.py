@@ -1,7 +1,5 @@
 """Table 1: what the three models are, from their published shapes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ activates. Prompts to learn from are documents that no run draws its prompts fro
 taken on held-out ones.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

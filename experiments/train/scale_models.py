@@ -7,8 +7,6 @@ On a CPU with glibc a step takes a sixth less time if large tensors stay mapped:
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184.
 """
 
-from __future__ import annotations
-
 import math
 import platform
 import sys

@@ -4,8 +4,6 @@ Serves a few prompts of their own with the live runtime and writes a testbed in 
 hardware runs in virtual time.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import tempfile

@@ -4,8 +4,6 @@ Every system serves the same prompts live, over emulated links, at every budget,
 its costs are observed; the recorded routing is then replayed in the testbed that these make.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
