@@ -34,28 +34,21 @@ PROMPT = 37
 """Tokens of a prompt: the mean of LMSYS-Chat-1M (section 6.1)."""
 PERCENTILE = 10
 """Of the calls: what is slower met another process."""
+RANDOM = np.random.default_rng(0)
 
 
-class RandomRouting:
-    """Random inputs of one request's iterations, at the size of a shape."""
+def random_gates(shape: ModelShape, tokens: int, hidden_states: bool) -> tuple[FloatArray, Gates]:
+    """Return logits (L, T, J) of an iteration, and what a runtime makes of them."""
+    logits = normal(shape.layers, tokens, shape.experts)
+    chosen = np.argpartition(-logits, shape.top_k, axis=2)[..., : shape.top_k]
+    activated = [tuple(np.unique(layer).tolist()) for layer in chosen]
+    hidden = normal(shape.layers, tokens, shape.hidden_size) if hidden_states else None
+    return logits, Gates(softmax(logits), activated, hidden)
 
-    def __init__(self, shape: ModelShape, hidden_states: bool) -> None:
-        self.shape, self.hidden_states = shape, hidden_states
-        self.random = np.random.default_rng(0)
 
-    def normal(self, *lengths: int) -> FloatArray:
-        return self.random.standard_normal(lengths, dtype=np.float32)
-
-    def gates(self, tokens: int) -> tuple[FloatArray, Gates]:
-        """Return logits (L, T, J), and what a runtime makes of them."""
-        shape, top_k = self.shape, self.shape.top_k
-        logits = self.normal(shape.layers, tokens, shape.experts)
-        chosen = np.argpartition(-logits, top_k, axis=2)[..., :top_k]
-        activated = [tuple(np.unique(layer).tolist()) for layer in chosen]
-        hidden = (
-            self.normal(shape.layers, tokens, shape.hidden_size) if self.hidden_states else None
-        )
-        return logits, Gates(softmax(logits), activated, hidden)
+def normal(*lengths: int) -> FloatArray:
+    """Return normally distributed values of a shape."""
+    return RANDOM.standard_normal(lengths, dtype=np.float32)
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
@@ -67,34 +60,33 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)
-    routing = RandomRouting(shape, policy.placement.hidden_states)
     if policy.set_gates:
-        weights = routing.normal(shape.layers, shape.experts, shape.hidden_size)
+        weights = normal(shape.layers, shape.experts, shape.hidden_size)
         policy.set_gates(GateWeights(weights))
     if policy.learn:
-        teach(policy, routing)
+        teach(policy, shape)
     policy.begin_serving()
-    one, prompt = (call_times(policy, routing, tokens) for tokens in (1, PROMPT))
+    one, prompt = (call_times(policy, shape, tokens) for tokens in (1, PROMPT))
     more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
     rounded = {call: round(us, 1) for call, us in (one | more).items()}
     return {"model": model.name, "system": cfg.system.label, **rounded}
 
 
-def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str, float]:
+def call_times(policy: Policy, shape: ModelShape, tokens: int) -> dict[str, float]:
     """Return the microseconds of a policy's calls in an iteration of one request."""
     phase: Any = "decode" if tokens == 1 else "prefill"
     calls = CALLS if tokens == 1 else -(-CALLS // 10)
     times: dict[str, list[Any]] = {"embeddings": [], "gate": [], "update": []}
     for number in range(calls):
         iteration = Iteration(number, phase, (REQUESTS,), (tokens,))
-        embeddings = routing.normal(tokens, routing.shape.hidden_size)
+        embeddings = normal(tokens, shape.hidden_size)
         times["embeddings"].append(micros(policy.on_embeddings, iteration, embeddings))
-        logits, gates = routing.gates(tokens)
+        logits, gates = random_gates(shape, tokens, policy.placement.hidden_states)
         # A runtime takes the softmax as well.
         times["gate"].append(
             [
                 micros(softmax, logits[layer]) + micros(policy.on_gate, iteration, gates.of(layer))
-                for layer in range(routing.shape.layers)
+                for layer in range(shape.layers)
             ]
         )
         times["update"].append(micros(policy.end_iteration, iteration))
@@ -103,14 +95,14 @@ def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str,
     }
 
 
-def teach(policy: Policy, routing: RandomRouting) -> None:
+def teach(policy: Policy, shape: ModelShape) -> None:
     """Show a policy the history of REQUESTS requests."""
     assert policy.learn
     for number in range(REQUESTS * STEPS):
         request, step = divmod(number, STEPS)
         iteration = Iteration(number, "decode", (request,), (1,))
-        embeddings, (_, gates) = routing.normal(1, routing.shape.hidden_size), routing.gates(1)
-        policy.learn(iteration, embeddings, gates._replace(hidden_states=None))
+        _, gates = random_gates(shape, 1, hidden_states=False)
+        policy.learn(iteration, normal(1, shape.hidden_size), gates)
         if step == STEPS - 1:
             policy.end_request(request)
 
