@@ -361,32 +361,20 @@ def save(
     frame: pd.DataFrame,
     data: pd.DataFrame,
     notes: Sequence[str],
-    **expected: Sequence[Any],
 ) -> None:
-    """Save a figure, the data drawn, and a caption: what was measured, how, on what, what lacks.
-
-    `names` are id and title. Beside every model and dataset, the values of columns that `expected`
-    names should be there.
-    """
-    models, datasets = facets(frame)
-    usual = {"model": list(dict.fromkeys([*style.MODELS, *models])), "dataset": datasets}
-    gap = gaps(frame, {**usual, **expected})
+    """Save a figure, the data drawn, and a caption: `names` (id, title), how measured, on what."""
     budgets = frame["memory_budget"].unique()
     memory = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
     unit = " GB" if len(budgets) == 1 and not memory.endswith("%") else ""
     requests = sorted({frame["requests"].min(), frame["requests"].max()})
     count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
-    parts = [
-        f"Figure {names[0]}: {names[1]}.",
-        f"Mode: {modes}; testbed: {testbeds}; "
+    caption = (
+        f"Figure {names[0]}: {names[1]}. Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
-        f"expert memory: {memory}{unit}; n = {count} requests a run.",
-        *notes,
-    ]
-    if gap:
-        parts.append(f"Not run, left out or drawn as gaps: {gap}.")
-    write(figure, data, output, names[0], " ".join(parts))
+        f"expert memory: {memory}{unit}; n = {count} requests a run."
+    )
+    write(figure, data, output, names[0], " ".join([caption, *notes]))
 
 
 def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.DataFrame:
@@ -396,35 +384,6 @@ def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.Da
     source = ["requests", "mode", "testbed", "weights", "digest"]
     data = frame[[*named, *more, *values, *source]]
     return data.sort_values(["model", "dataset", "series"], kind="stable")
-
-
-def expected_series(frame: pd.DataFrame, systems: Sequence[str] = style.PAPER_SYSTEMS) -> list[str]:
-    """Return the series that are there, and the plain series of `systems` that are not."""
-    absent = [system for system in systems if system not in set(frame["system"])]
-    return [*looks(frame), *map(system_name, absent)]
-
-
-def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
-    """Say which combinations of the `expected` values of columns have no row; empty if none.
-
-    Values that are missing altogether are named once, without their combinations.
-    """
-    shown, present = [], []
-    for column, values in expected.items():
-        here = set(frame[column])
-        shown += [_shown(column, value) for value in values if value not in here]
-        present.append([value for value in values if value in here])
-    have = set(frame[list(expected)].itertuples(index=False, name=None))
-    lacking = [cell for cell in itertools.product(*present) if cell not in have]
-    shown += [" / ".join(map(_shown, expected, cell)) for cell in lacking[:6]]
-    shown += [f"{len(lacking) - 6} more"] if len(lacking) > 6 else []
-    return "; ".join(shown)
-
-
-def _shown(column: str, value: Any) -> str:
-    formats = {"limit_gb": "{:g} GB", "batch_size": "batch {:g}", "prefetch_distance": "d = {:g}"}
-    names = {"model": model_name, "dataset": dataset_name}
-    return names.get(column, formats.get(column, "{}").format)(value)
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:

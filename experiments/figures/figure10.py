@@ -48,8 +48,7 @@ def draw_overall(
             not_filled = hollow if metric == "hit_rate" else set()
             charts.bars(axes, part, metric, "dataset", groups, looks, not_filled)
         charts.legend(figure, looks, "bar", 6, narrow=2)
-        data, series = charts.drawn_data(frame, METRICS), charts.expected_series(frame)
-        charts.save(figure, output, names, frame, data, notes, series=series)
+        charts.save(figure, output, names, frame, charts.drawn_data(frame, METRICS), notes)
 
 
 draw = partial(draw_overall, ("10", TITLE))

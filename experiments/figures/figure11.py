@@ -43,8 +43,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set(xlabel=LATENCIES[latency], ylabel=label, ylim=(0, 1.005))
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        series = charts.expected_series(frame)
-        charts.save(figure, output, (ID, TITLE), frame, curves, NOTES, series=series)
+        charts.save(figure, output, (ID, TITLE), frame, curves, NOTES)
 
 
 def curve(run: Any, latency: str) -> pd.DataFrame:

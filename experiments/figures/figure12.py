@@ -10,7 +10,6 @@ from experiments.figures import charts
 
 ID = "12"
 TITLE = "TPOT against the memory limit of the expert cache"
-LIMITS = (6, 12, 24, 48, 96)
 METRIC = "tpot_s"
 NOTES = (
     f"Error bars: {charts.INTERVALS}.",
@@ -35,5 +34,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set_ylim(bottom=0)
         charts.legend(figure, looks, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "limit_gb")
-        expected = {"series": charts.expected_series(frame), "limit_gb": sorted({*LIMITS, *limits})}
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, **expected)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)

@@ -68,9 +68,8 @@ def draw_approaches(
                 axes.set_title(style.dataset_name(dataset), pad=3)
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
         data = charts.drawn_data(frame, [METRIC], "approach")
-        series = list(looks if frame["mode"].nunique() > 1 else approaches)
         notes = [NOTE, INTERVALS] if hollow else [INTERVALS]
-        charts.save(figure, output, names, frame, data, notes, series=series)
+        charts.save(figure, output, names, frame, data, notes)
 
 
 def _approach(run: Any, approaches: Approaches) -> str | None:

@@ -42,5 +42,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         if len(looks) > 1:
             charts.legend(figure, looks)
         data = charts.drawn_data(frame, METRICS, "prefetch_distance")
-        asked = sorted({*range(1, 9), *distances})
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, prefetch_distance=asked)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)

@@ -10,8 +10,6 @@ from experiments.figures import charts
 
 ID = "16b"
 TITLE = "TTFT and TPOT against the batch size"
-SIZES = (1, 2, 4, 8)
-SYSTEMS = ("mixtral_offload", "promoe", "moe_infinity", "finemoe")
 METRICS = ("ttft_s", "tpot_s")
 NOTE = (
     f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
@@ -39,7 +37,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         data = charts.drawn_data(frame, METRICS, "batch_size")
         several = "s" if len(models) > 1 else ""
         notes = f"Model{several}: {', '.join(map(style.model_name, models))}.", NOTE
-        charts.save(
-            figure, output, (ID, TITLE), frame, data, notes, model=models,
-            series=charts.expected_series(frame, SYSTEMS), batch_size=sorted({*SIZES, *groups}),
-        )  # fmt: skip
+        charts.save(figure, output, (ID, TITLE), frame, data, notes)

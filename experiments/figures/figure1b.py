@@ -40,5 +40,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5))
         charts.legend(figure, looks, columns=6, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "memory_gb")
-        series = charts.expected_series(frame, (*style.PAPER_SYSTEMS, "resident"))
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, series=series)
+        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
