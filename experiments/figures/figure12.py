@@ -21,7 +21,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, ID, mixed_modes)
     asked = pd.to_numeric(frame["memory_budget"], errors="coerce")
-    frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"])
+    frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"]).astype(float)
     charts.single(frame, ID, "limit_gb")
     looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
     labels = "Expert cache limit (GB)", style.METRICS[METRIC][0]
