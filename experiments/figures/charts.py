@@ -113,6 +113,7 @@ def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
+Parts = Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]
 
 
 @contextmanager
@@ -137,9 +138,7 @@ def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: fl
 
 
 @contextmanager
-def dataset_panels(
-    frame: pd.DataFrame, xlabel: str, ylabel: str
-) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+def dataset_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
     """Yield a figure, and a panel with its rows for each dataset (down) and model (across)."""
     models, datasets = facets(frame)
     height = 0.6 + 1.7 * len(datasets)
@@ -151,9 +150,7 @@ def dataset_panels(
 
 
 @contextmanager
-def model_panels(
-    frame: pd.DataFrame, xlabel: str, ylabel: str
-) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+def model_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
     """Yield a figure, and a panel with its rows for each model (down) and dataset (across)."""
     models, datasets = facets(frame)
     size = style.COLUMN_INCHES, 0.75 + 1.05 * len(models)
@@ -364,15 +361,15 @@ def save(
 ) -> None:
     """Save a figure, the data drawn, and a caption: `names` (id, title), how measured, on what."""
     budgets = frame["memory_budget"].unique()
-    memory = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
-    unit = " GB" if len(budgets) == 1 and not memory.endswith("%") else ""
+    memory = budgets[0] if budgets[0].endswith("%") else f"{budgets[0]} GB"
+    memory = memory if len(budgets) == 1 else f"{len(budgets)} sizes"
     requests = sorted({frame["requests"].min(), frame["requests"].max()})
     count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
     caption = (
         f"Figure {names[0]}: {names[1]}. Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
-        f"expert memory: {memory}{unit}; n = {count} requests a run."
+        f"expert memory: {memory}; n = {count} requests a run."
     )
     write(figure, data, output, names[0], " ".join([caption, *notes]))
 

@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from experiments import style
 from experiments.figures import charts
 
-ID = "11"
-TITLE = "Distribution of the request latency, with and without queueing, online serving"
+NAMES = ("11", "Distribution of the request latency, with and without queueing, online serving")
 LATENCIES = {"service_s": "Service time (s)", "e2el_s": "Queueing and service (s)"}
 NOTES = (
     "Bands: 95 % simultaneous (Dvoretzky-Kiefer-Wolfowitz), as if requests were independent; "
@@ -24,8 +23,8 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of the request tables of online runs."""
-    frame = charts.checked(frame, ID, mixed_modes, workload="online")
-    charts.single(frame, ID)
+    frame = charts.checked(frame, NAMES[0], mixed_modes, workload="online")
+    charts.single(frame, NAMES[0])
     looks = charts.unmarked(charts.looks(frame))
     each = product(frame.to_dict("records"), LATENCIES)
     curves = pd.concat([curve(run, latency) for run, latency in each], ignore_index=True)
@@ -43,7 +42,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set(xlabel=LATENCIES[latency], ylabel=label, ylim=(0, 1.005))
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        charts.save(figure, output, (ID, TITLE), frame, curves, NOTES)
+        charts.save(figure, output, NAMES, frame, curves, NOTES)
 
 
 def curve(run: Any, latency: str) -> pd.DataFrame:

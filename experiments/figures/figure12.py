@@ -8,8 +8,7 @@ from matplotlib.ticker import NullLocator
 from experiments import style
 from experiments.figures import charts
 
-ID = "12"
-TITLE = "TPOT against the memory limit of the expert cache"
+NAMES = ("12", "TPOT against the memory limit of the expert cache")
 METRIC = "tpot_s"
 NOTES = (
     f"Error bars: {charts.INTERVALS}.",
@@ -19,10 +18,10 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes)
+    frame = charts.checked(frame, NAMES[0], mixed_modes)
     asked = pd.to_numeric(frame["memory_budget"], errors="coerce")
     frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"]).astype(float)
-    charts.single(frame, ID, "limit_gb")
+    charts.single(frame, NAMES[0], "limit_gb")
     looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
     labels = "Expert cache limit (GB)", style.METRICS[METRIC][0]
     with charts.dataset_panels(frame, *labels) as (figure, panels):
@@ -34,4 +33,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set_ylim(bottom=0)
         charts.legend(figure, looks, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "limit_gb")
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
+        charts.save(figure, output, NAMES, frame, data, NOTES)

@@ -8,8 +8,7 @@ import pandas as pd
 from experiments import style
 from experiments.figures import charts
 
-ID = "16b"
-TITLE = "TTFT and TPOT against the batch size"
+NAMES = ("16b", "TTFT and TPOT against the batch size")
 METRICS = ("ttft_s", "tpot_s")
 NOTE = (
     f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
@@ -19,8 +18,8 @@ NOTE = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of offline runs."""
-    frame = charts.checked(frame, ID, mixed_modes, workload="offline")
-    charts.single(frame, ID, "batch_size")
+    frame = charts.checked(frame, NAMES[0], mixed_modes, workload="offline")
+    charts.single(frame, NAMES[0], "batch_size")
     models, datasets = charts.facets(frame)
     looks = charts.looks(frame)
     groups = {size: f"{size:g}" for size in sorted(set(frame["batch_size"]))}
@@ -37,4 +36,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         data = charts.drawn_data(frame, METRICS, "batch_size")
         several = "s" if len(models) > 1 else ""
         notes = f"Model{several}: {', '.join(map(style.model_name, models))}.", NOTE
-        charts.save(figure, output, (ID, TITLE), frame, data, notes)
+        charts.save(figure, output, NAMES, frame, data, notes)

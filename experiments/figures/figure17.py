@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from experiments import style
 from experiments.figures import charts
 
-ID = "17"
-TITLE = "Mean latency of one iteration of FineMoE and of its parts"
+NAMES = ("17", "Mean latency of one iteration of FineMoE and of its parts")
 PARTS = {
     "iteration": ("Whole iteration", "whole"),
     "on_demand_wait": ("On-demand loading", "synchronous"),
@@ -43,8 +42,8 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes, system="finemoe", workload="offline")
-    charts.single(frame, ID)
+    frame = charts.checked(frame, NAMES[0], mixed_modes, system="finemoe", workload="offline")
+    charts.single(frame, NAMES[0])
     models, datasets = charts.facets(frame)
     frame = frame.assign(order=frame["model"].map(models.index))
     runs: Any = frame.sort_values(["order", "dataset", "series"], kind="stable").to_dict("records")
@@ -65,7 +64,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
+        charts.save(figure, output, NAMES, frame, data, NOTES)
 
 
 def parts_of(run: Any) -> pd.DataFrame:

@@ -8,8 +8,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from experiments import style
 from experiments.figures import charts
 
-ID = "1b"
-TITLE = "End-to-end request latency against memory, all systems and no offloading"
+NAMES = ("1b", "End-to-end request latency against memory, all systems and no offloading")
 METRIC = "e2el_s"
 NOTES = (
     f"Error bars: {charts.INTERVALS}. The latency axis is logarithmic.",
@@ -20,9 +19,9 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes)
+    frame = charts.checked(frame, NAMES[0], mixed_modes)
     frame["memory_gb"] = (frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9
-    charts.single(frame, ID, "memory_gb")
+    charts.single(frame, NAMES[0], "memory_gb")
     own: style.Look = {"markersize": 5.5}
     if not frame.duplicated(["model", "dataset", "series"]).any():
         own["linestyle"] = ""
@@ -40,4 +39,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5))
         charts.legend(figure, looks, columns=6, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "memory_gb")
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
+        charts.save(figure, output, NAMES, frame, data, NOTES)

@@ -33,8 +33,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     texts = touched.drop_duplicates("claim").set_index("claim")["text"]
     readings = touched["reading"].drop_duplicates().tolist()
     height = 1.6 + 0.2 * len(texts)
-    with charts.panels([""], [""], style.PAGE_INCHES, height) as (figure, panels):
-        axes = panels[0][0]
+    with charts.panels([""], [""], style.PAGE_INCHES, height) as (figure, [(axes, _, _)]):
         for name, look in MARKS.items():
             _mark(axes, touched[touched["verdict"] == name], look, list(texts.index), readings)
         lines = [textwrap.fill(text, WRAPPED) for text in texts]
@@ -69,11 +68,8 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
     table = table[table["section"].isin(["Abstract", "Talk"])]
     headlines = table.drop_duplicates("claim")
     count = table["reading"].nunique() - 1
-    height = 0.5 + len(headlines) * (0.45 + 0.125 * count)
-    with charts.panels(list(headlines["claim"]), [""], style.COLUMN_INCHES, height) as (
-        figure,
-        panels,
-    ):
+    size = style.COLUMN_INCHES, 0.5 + len(headlines) * (0.45 + 0.125 * count)
+    with charts.panels(list(headlines["claim"]), [""], *size) as (figure, panels):
         for axes, claim, _ in panels:
             rows = table[table["claim"] == claim].set_index("reading")
             usual = rows.loc[DEFAULT]
