@@ -76,19 +76,13 @@ class Check:
         return {**asdict(self), "met": self.met}
 
 
-@dataclass(frozen=True)
-class Load:
-    """One request of this shape is served in every round; round 0 only warms up."""
-
-    prompt_tokens: int = 37
-    new_tokens: int = 32
-    rounds: int = 7
-
-    def request(self, number: int, model: OffloadedModel) -> Request:
-        """Return a prompt of random tokens that depends on its number alone."""
-        vocabulary = range(model.model.config.vocab_size)
-        tokens = random.Random(number).choices(vocabulary, k=self.prompt_tokens)
-        return Request(number, tuple(tokens), self.new_tokens)
+def random_request(
+    number: int, model: OffloadedModel, new_tokens: int, prompt_tokens: int = 37
+) -> Request:
+    """Return a prompt of random tokens that depends on its number alone."""
+    vocabulary = range(model.model.config.vocab_size)
+    tokens = random.Random(number).choices(vocabulary, k=prompt_tokens)
+    return Request(number, tuple(tokens), new_tokens)
 
 
 def scale_model(folder: Path) -> PreTrainedModel:
@@ -121,8 +115,13 @@ def generate_tpot(model: Any, experts: str, request: Request) -> float:
     return (others[-1] - first) / len(others)
 
 
-def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[Check]:
-    """Compare engine and `generate`, everything resident: medians of ratios within a round."""
+def resident_overheads(
+    folder: Path, device: torch.device, new_tokens: int, repeats: int
+) -> list[Check]:
+    """Compare engine and `generate`, everything resident: medians of ratios within a round.
+
+    One request is served in every round; round 0 only warms up.
+    """
     unmodified: Any = scale_model(folder)
     default: str = unmodified.config._experts_implementation
     unmodified.to(device).generation_config.eos_token_id = None
@@ -131,8 +130,8 @@ def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[C
     policies = two_policies(model, PREFETCH_DISTANCE)
     baselines = {f"generate, {default}": default, "generate, eager": "eager"}
     rounds = []
-    for number in range(load.rounds + 1):
-        request = load.request(number, model)
+    for number in range(repeats + 1):
+        request = random_request(number, model, new_tokens)
         tpots: dict[str, Any] = {}
         for name, experts in baselines.items():
             tpots[name] = generate_tpot(unmodified, experts, request)
@@ -148,11 +147,11 @@ def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[C
     ]
 
 
-def link_rate(model: OffloadedModel, testbed: Testbed, load: Load) -> Check:
+def link_rate(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> Check:
     """Return the emulated link's rate while copying over the configured one, budget one layer."""
     policy, slots = OnDemandPolicy(model.shape), (model.shape.experts,)
     with offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES) as runtime:
-        serve(runtime, [load.request(0, model)])
+        serve(runtime, [random_request(0, model, new_tokens)])
     (link,) = runtime.links
     assert isinstance(link, EmulatedLink)
     achieved = link.copied_bytes / link.copying_seconds
@@ -160,11 +159,12 @@ def link_rate(model: OffloadedModel, testbed: Testbed, load: Load) -> Check:
     return Check("emulated link, achieved / configured rate", achieved / configured, at_least=0.95)
 
 
-def synchronous_share(model: OffloadedModel, testbed: Testbed, load: Load) -> list[Check]:
+def synchronous_share(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> list[Check]:
     """Return FineMoE's synchronous work over the decode iteration at the paper's ratio."""
     policy = FineMoEPolicy(model.shape, FineMoEOptions(PREFETCH_DISTANCE))
+    *earlier, measured = (random_request(number, model, new_tokens) for number in range(3))
     with resident_runtime(model, policy) as runtime:
-        serve(runtime, [load.request(number, model) for number in range(2)])
+        serve(runtime, earlier)
         runtime.drain()
     policy.begin_serving()
     slots = (round(BUDGET_SHARE * model.shape.size),)
@@ -176,7 +176,7 @@ def synchronous_share(model: OffloadedModel, testbed: Testbed, load: Load) -> li
 
     with offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES) as runtime:
         runtime.listeners.append(listen)
-        serve(runtime, [load.request(2, model)])
+        serve(runtime, [measured])
     # From first gate to first gate, without the prefill's iteration.
     iterations, work = np.diff(first_gates[1:], axis=0).T
     share = float(np.median(work / iterations))
@@ -207,11 +207,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(threads)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     testbed = emulated(1, LINK_GB_S, 0, options["time_scale"], CHUNK_MB, threads=None)
-    resident, offloaded = Load(37, tokens, options["rounds"]), Load(37, min(tokens, 12))
-    checks = resident_overheads(folder, cuda if torch.cuda.is_available() else cpu, resident)
+    device, few = cuda if torch.cuda.is_available() else cpu, min(tokens, 12)
+    checks = resident_overheads(folder, device, tokens, options["rounds"])
     model = OffloadedModel.from_model(scale_model(folder), cpu)
-    checks.append(link_rate(model, testbed, offloaded))
-    checks += synchronous_share(model, testbed, offloaded)
+    checks += [link_rate(model, testbed, few), *synchronous_share(model, testbed, few)]
     print_checks(f"Overheads ({threads} torch threads)", checks, Console())
     record = {
         "model": os.path.relpath(folder),
