@@ -42,9 +42,7 @@ FULL_EXPERT_BYTES = 352_321_536
 """One expert of Mixtral-8x7B in bf16."""
 MOST_OVERHEAD = 1.10
 """Largest acceptable TPOT of the engine over that of plain transformers."""
-LINK_GB_S = 32.0
-CHUNK_MB = 32.0
-BUDGET_SHARE = 0.25
+LINK_GB_S = CHUNK_MB = 32.0
 OPTIONS = {
     "model": str(SCALE_MODEL),
     "output": "outputs/bench.json",
@@ -167,7 +165,7 @@ def synchronous_share(model: OffloadedModel, testbed: Testbed, new_tokens: int) 
         serve(runtime, earlier)
         runtime.drain()
     policy.begin_serving()
-    slots = (round(BUDGET_SHARE * model.shape.size),)
+    slots = (round(0.25 * model.shape.size),)
     first_gates: list[tuple[float, float]] = []
 
     def listen(outcome: LayerOutcome) -> None:

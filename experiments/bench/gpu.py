@@ -44,8 +44,6 @@ from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.testbed import Testbed
 
 OPTIONS = {"output": "results/gpu"}
-CPU_LINK_GB_S = 1.0
-"""Rate of the emulated link that stands in when the parts run on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _logits(runtime: Any, request: Request) -> Tensor:
 def _testbed(device: torch.device, chunk_bytes: int) -> Testbed:
     if device.type == "cuda":
         return Testbed("local", "measured", (device,), chunk_bytes)
-    return Testbed("stand-in", "emulated", (device,), chunk_bytes, link_gb_s=CPU_LINK_GB_S)
+    return Testbed("stand-in", "emulated", (device,), chunk_bytes, link_gb_s=1.0)
 
 
 def copies(device: torch.device, sizes: Sizes) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -189,14 +187,13 @@ def overlap(device: torch.device, sizes: Sizes) -> list[Check]:
 def _small_copies(drive: Callable[[], None], device: torch.device) -> list[Check]:
     """Return how long one token index takes to the device, with the link idle and busy."""
     index = torch.zeros(1, dtype=torch.long)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def send() -> float:
         # A Timer would wait for the link as well.
         start = time.perf_counter()
         index.to(device)
-        if stream is not None:
-            stream.synchronize()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         return time.perf_counter() - start
 
     idle = [send() for _ in range(20)]

@@ -105,10 +105,9 @@ def _micros(seconds: float) -> float:
 class Calibration:
     """Watches live runs of the config's systems and turns what it saw into a testbed.
 
-    Everything may be observed several times: then no single moment of the machine decides. Compute
-    is measured with every expert resident and, for each system, under small budgets, where waits
-    and copies disturb it; predictions and wake-ups under these alone. Raises UserError for a
-    testbed that cannot be calibrated.
+    Compute is measured with every expert resident and, for each system, under small budgets, where
+    waits and copies disturb it; predictions and wake-ups under these alone. Whatever is observed
+    again counts as well. Raises UserError for a testbed that cannot be calibrated.
     """
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
@@ -118,7 +117,7 @@ class Calibration:
         self._cfg, self._console, self._testbed = cfg, console, testbed
         resident = run_config(cfg, NEUTRAL, memory_budget="100%")
         self._resident = _vary_lengths(load_setup(resident, testbed))
-        self._layers = self._resident.model.offloaded.shape.layers
+        self._layers = self._resident.shape.layers
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.parquet"
             self._resident.record_routing(path, console)
