@@ -4,10 +4,8 @@ N counts iterations, L layers, J experts, C stored iterations, h hidden size; en
 Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -54,11 +52,11 @@ class Iterations(NamedTuple):
         """How many requests there are."""
         return int(self.request[-1]) + 1
 
-    def at(self, chosen: NDArray[np.bool_]) -> Iterations:
+    def at(self, chosen: NDArray[np.bool_]) -> Self:
         """Return the iterations that a mask (N,) chooses."""
-        return Iterations._make(array[chosen] for array in self)
+        return self._make(array[chosen] for array in self)
 
-    def by_request(self) -> Iterator[Iterations]:
+    def by_request(self) -> Iterator[Self]:
         """Yield the iterations of one request after the other."""
         for request in np.unique(self.request):
             yield self.at(self.request == request)

@@ -11,7 +11,7 @@ import math
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,30 +39,11 @@ from finemoe.files import atomic_write, write_json
 END_OF_TEXT = "<|endoftext|>"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a training run is made of, apart from model and text."""
-
-    tokens: int
-    sequence_length: int
-    batch_sequences: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    evaluate_every: int
-    evaluate_sequences: int
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.tokens / (self.sequence_length * self.batch_sequences))
-
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth of the peak."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+RECIPE = (
+    "tokens", "sequence_length", "batch_sequences", "learning_rate", "warmup_steps", "weight_decay",
+    "evaluate_every", "evaluate_sequences", "seed",
+)  # fmt: skip
+"""Settings that a training run is made of, apart from model and text."""
 
 
 @dataclass
@@ -75,7 +56,8 @@ class Training:
     """
 
     model: PreTrainedModel
-    recipe: Recipe
+    recipe: DictConfig
+    """The settings that RECIPE names."""
     train_ids: torch.Tensor
     held_out_ids: torch.Tensor
     checkpoint: Path
@@ -96,9 +78,14 @@ class Training:
         if self.checkpoint.exists():
             self._restore()
 
+    @property
+    def steps(self) -> int:
+        recipe = self.recipe
+        return math.ceil(recipe.tokens / (recipe.sequence_length * recipe.batch_sequences))
+
     def run(self, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
         """Train to the end of the recipe, or to step `stop_after`; yield every evaluation."""
-        last = min(self.recipe.steps, stop_after or self.recipe.steps)
+        last = min(self.steps, stop_after or self.steps)
         losses: list[float] = []
         while self.step < last:
             losses.append(self._train_step())
@@ -123,9 +110,17 @@ class Training:
         self.model.train()
         return float(torch.stack(losses).mean())
 
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine to a tenth of the peak."""
+        peak, warmup = self.recipe.learning_rate, self.recipe.warmup_steps
+        if self.step < warmup:
+            return float(peak * (self.step + 1) / warmup)
+        done = (self.step - warmup) / max(1, self.steps - warmup)
+        return float(peak * (0.55 + 0.45 * math.cos(math.pi * done)))
+
     def _train_step(self) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate_at(self.step)
+            group["lr"] = self._rate()
         seed = self.recipe.seed * 1_000_003 + self.step
         # PhiMoE's router samples while it trains.
         torch.manual_seed(seed)
@@ -159,7 +154,7 @@ class Training:
 
     def _save(self) -> None:
         state = {
-            "recipe": asdict(self.recipe),
+            "recipe": OmegaConf.to_container(self.recipe),
             "step": self.step,
             "history": self.history,
             "model": self.model.state_dict(),
@@ -174,7 +169,7 @@ class Training:
             known = state["recipe"]
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, UnpicklingError) as error:
             raise UserError(f"{self.checkpoint} is no checkpoint; remove it") from error
-        if known != asdict(self.recipe):
+        if known != OmegaConf.to_container(self.recipe):
             raise UserError(f"{self.checkpoint} is of another recipe; remove it to start over")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -260,7 +255,7 @@ def draw_loss(training: Training, baseline: float, path: Path) -> None:
     """Draw the loss curve of the run against the unigram baseline."""
     matplotlib.use("Agg")
     history = pd.DataFrame(training.history)
-    history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
+    history["tokens"] = history["step"] * training.recipe.tokens / training.steps / 1e6
     named = {"train_loss": "training", "held_out_loss": "held out"}
     curves = history.set_index("tokens")[list(named)].rename(columns=named)
     labels: Any = {"xlabel": "training tokens (millions)", "ylabel": "loss (nats per token)"}
@@ -291,7 +286,7 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
         "unigram_perplexity": math.exp(baseline),
         "tokens": training.recipe.tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "recipe": asdict(training.recipe),
+        "recipe": OmegaConf.to_container(training.recipe),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "history": training.history,
@@ -339,18 +334,18 @@ def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:
     tokenizer = train_tokenizer([one.text for one in learned], cfg.vocabulary)
     train_ids, held_out_ids = (encode(tokenizer, part).to(device) for part in (learned, held_out))
     baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
-    recipe = Recipe(**{name: cfg[name] for name in Recipe.__dataclass_fields__})
     model: Any = build_model(cfg, tokenizer)
     checkpoint = Path(cfg.checkpoints) / "last.pt"
+    recipe = OmegaConf.masked_copy(cfg, RECIPE)
     training = Training(model.to(device), recipe, train_ids, held_out_ids, checkpoint)
-    print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
+    print(f"{cfg.model.name}: {len(train_ids):,} tokens, {training.steps} steps on {device}")
     with bar_on(RichConsole()) as bar:
-        task = bar.add_task("training", total=recipe.steps, completed=training.step)
+        task = bar.add_task("training", total=training.steps, completed=training.step)
         for at in training.run(cfg.stop_after):
             bar.update(task, completed=at["step"])
             losses = f"train {at['train_loss']:.3f}, held out {at['held_out_loss']:.3f} nats"
             bar.console.print(f"step {at['step']}: {losses}")
-    if training.step < recipe.steps:
+    if training.step < training.steps:
         print(f"stopped at step {training.step}; call again to go on")
         return
     summary = export(cfg, training, tokenizer, baseline)
