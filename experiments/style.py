@@ -21,7 +21,6 @@ SYSTEMS = {
     for label, look in sorted(_LOOKS, key=lambda pair: pair[1].order)
 }
 """Display names, colours and markers, in the order of drawing: as in the paper, then bounds."""
-PAPER_SYSTEMS = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "finemoe")
 MODELS = {
     "mixtral": ("Mixtral-8x7B", "#0072B2"),
     "qwen": ("Qwen1.5-MoE", "#E69F00"),

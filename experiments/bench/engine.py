@@ -4,14 +4,13 @@ Every target is a ratio of two times taken in this one run, so it means the same
 nothing fails because of a time.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import command, options_given
@@ -44,9 +42,7 @@ FULL_EXPERT_BYTES = 352_321_536
 """One expert of Mixtral-8x7B in bf16."""
 MOST_OVERHEAD = 1.10
 """Largest acceptable TPOT of the engine over that of plain transformers."""
-LINK_GB_S = 32.0
-CHUNK_MB = 32.0
-BUDGET_SHARE = 0.25
+LINK_GB_S = CHUNK_MB = 32.0
 OPTIONS = {
     "model": str(SCALE_MODEL),
     "output": "outputs/bench.json",
@@ -74,29 +70,17 @@ class Check:
             return self.value >= self.at_least
         return None if self.at_most is None else self.value <= self.at_most
 
-    @property
-    def target(self) -> str:
-        if self.at_least is not None:
-            return f">= {self.at_least:g}"
-        return "" if self.at_most is None else f"<= {self.at_most:g}"
-
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "met": self.met}
 
 
-@dataclass(frozen=True)
-class Load:
-    """One request of this shape is served in every round; round 0 only warms up."""
-
-    prompt_tokens: int = 37
-    new_tokens: int = 32
-    rounds: int = 7
-
-    def request(self, number: int, model: OffloadedModel) -> Request:
-        """Return a prompt of random tokens that depends on its number alone."""
-        vocabulary = range(model.model.config.vocab_size)
-        tokens = random.Random(number).choices(vocabulary, k=self.prompt_tokens)
-        return Request(number, tuple(tokens), self.new_tokens)
+def random_request(
+    number: int, model: OffloadedModel, new_tokens: int, prompt_tokens: int = 37
+) -> Request:
+    """Return a prompt of random tokens that depends on its number alone."""
+    vocabulary = range(model.model.config.vocab_size)
+    tokens = random.Random(number).choices(vocabulary, k=prompt_tokens)
+    return Request(number, tuple(tokens), new_tokens)
 
 
 def scale_model(folder: Path) -> PreTrainedModel:
@@ -111,40 +95,31 @@ def two_policies(model: OffloadedModel, distance: int) -> dict[str, Policy]:
     return {"on_demand": OnDemandPolicy(model.shape), "finemoe": finemoe}
 
 
-# Engine over plain transformers -----------------------------------------------------------------
-
-
-class TokenTimes(BaseStreamer):
-    """Takes the time of every token that `generate` hands out, the prompt first."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def generate_tpot(model: Any, experts: str, request: Request) -> float:
     """Return the TPOT of `generate`, greedy, with an experts implementation, in seconds."""
     model.set_experts_implementation(experts)
     tokens = torch.tensor([request.prompt], device=model.device)
-    streamer = TokenTimes()
+    # `generate` hands out the prompt, then every token.
+    times: list[float] = []
+    clock = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=False,
         max_new_tokens=request.output_tokens,
-        streamer=streamer,
+        streamer=clock,
     )
-    first, *others = streamer.times[1:]
+    _, first, *others = times
     return (others[-1] - first) / len(others)
 
 
-def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[Check]:
-    """Compare engine and `generate`, everything resident: medians of ratios within a round."""
+def resident_overheads(
+    folder: Path, device: torch.device, new_tokens: int, repeats: int
+) -> list[Check]:
+    """Compare engine and `generate`, everything resident: medians of ratios within a round.
+
+    One request is served in every round; round 0 only warms up.
+    """
     unmodified: Any = scale_model(folder)
     default: str = unmodified.config._experts_implementation
     unmodified.to(device).generation_config.eos_token_id = None
@@ -153,8 +128,8 @@ def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[C
     policies = two_policies(model, PREFETCH_DISTANCE)
     baselines = {f"generate, {default}": default, "generate, eager": "eager"}
     rounds = []
-    for number in range(load.rounds + 1):
-        request = load.request(number, model)
+    for number in range(repeats + 1):
+        request = random_request(number, model, new_tokens)
         tpots: dict[str, Any] = {}
         for name, experts in baselines.items():
             tpots[name] = generate_tpot(unmodified, experts, request)
@@ -170,40 +145,36 @@ def resident_overheads(folder: Path, device: torch.device, load: Load) -> list[C
     ]
 
 
-# Links and iterations ---------------------------------------------------------------------------
-
-
-def link_rate(model: OffloadedModel, testbed: Testbed, load: Load) -> Check:
+def link_rate(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> Check:
     """Return the emulated link's rate while copying over the configured one, budget one layer."""
     policy, slots = OnDemandPolicy(model.shape), (model.shape.experts,)
-    runtime = offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES)
-    with runtime:
-        serve(runtime, [load.request(0, model)])
-    links = [link for link in runtime.links if isinstance(link, EmulatedLink)]
-    seconds = sum(link.copying_seconds for link in links)
-    achieved = sum(link.copied_bytes for link in links) / seconds
+    with offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES) as runtime:
+        serve(runtime, [random_request(0, model, new_tokens)])
+    (link,) = runtime.links
+    assert isinstance(link, EmulatedLink)
+    achieved = link.copied_bytes / link.copying_seconds
     configured = model.store.layout.nbytes / testbed.load_seconds(FULL_EXPERT_BYTES)
     return Check("emulated link, achieved / configured rate", achieved / configured, at_least=0.95)
 
 
-def synchronous_share(model: OffloadedModel, testbed: Testbed, load: Load) -> list[Check]:
+def synchronous_share(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> list[Check]:
     """Return FineMoE's synchronous work over the decode iteration at the paper's ratio."""
     policy = FineMoEPolicy(model.shape, FineMoEOptions(PREFETCH_DISTANCE))
+    *earlier, measured = (random_request(number, model, new_tokens) for number in range(3))
     with resident_runtime(model, policy) as runtime:
-        serve(runtime, [load.request(number, model) for number in range(2)])
+        serve(runtime, earlier)
         runtime.drain()
     policy.begin_serving()
-    slots = (round(BUDGET_SHARE * model.shape.layers * model.shape.experts),)
-    runtime = offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES)
+    slots = (round(0.25 * model.shape.size),)
     first_gates: list[tuple[float, float]] = []
 
     def listen(outcome: LayerOutcome) -> None:
         if outcome.layer == 0:
             first_gates.append((time.perf_counter(), runtime.phases.context_collection))
 
-    runtime.listeners.append(listen)
-    with runtime:
-        serve(runtime, [load.request(2, model)])
+    with offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES) as runtime:
+        runtime.listeners.append(listen)
+        serve(runtime, [measured])
     # From first gate to first gate, without the prefill's iteration.
     iterations, work = np.diff(first_gates[1:], axis=0).T
     share = float(np.median(work / iterations))
@@ -214,16 +185,15 @@ def synchronous_share(model: OffloadedModel, testbed: Testbed, load: Load) -> li
     ]
 
 
-# Reports ----------------------------------------------------------------------------------------
-
-
 def print_checks(title: str, checks: Sequence[Check], console: Console) -> None:
     """Print one row a check: what was measured, its target, and whether it is met."""
     rows = Table("measured", "value", "target", "", title=title)
     words = {True: "[green]met[/]", False: "[red]falls short[/]", None: ""}
     for check in checks:
+        bounds = {">=": check.at_least, "<=": check.at_most}
+        target = "".join(f"{sign} {one:g}" for sign, one in bounds.items() if one is not None)
         value = f"{check.value:.4g} {check.unit}".strip()
-        rows.add_row(check.name, value, check.target, words[check.met])
+        rows.add_row(check.name, value, target, words[check.met])
     console.print(rows)
 
 
@@ -233,18 +203,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_given(__doc__, OPTIONS, arguments)
     folder, tokens, threads = Path(options["model"]), options["tokens"], options["threads"]
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
     testbed = emulated(1, LINK_GB_S, 0, options["time_scale"], CHUNK_MB, threads=None)
-    resident, offloaded = Load(37, tokens, options["rounds"]), Load(37, min(tokens, 12), 1)
-
-    def model() -> OffloadedModel:
-        return OffloadedModel.from_model(scale_model(folder), torch.device("cpu"))
-
-    checks = [
-        *resident_overheads(folder, device, resident),
-        link_rate(model(), testbed, offloaded),
-        *synchronous_share(model(), testbed, offloaded),
-    ]
+    device, few = cuda if torch.cuda.is_available() else cpu, min(tokens, 12)
+    checks = resident_overheads(folder, device, tokens, options["rounds"])
+    model = OffloadedModel.from_model(scale_model(folder), cpu)
+    checks += [link_rate(model, testbed, few), *synchronous_share(model, testbed, few)]
     print_checks(f"Overheads ({threads} torch threads)", checks, Console())
     record = {
         "model": os.path.relpath(folder),

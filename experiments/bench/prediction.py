@@ -6,12 +6,9 @@ conf/system/ holds. Routing and hidden states are random, as times do not depend
 and `systems=` choose what is measured, `output=FILE.json` leaves a record.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -19,16 +16,7 @@ from omegaconf import DictConfig
 from experiments.bench.replay import bench
 from experiments.errors import command
 from experiments.run.config import build
-from finemoe.offload.policy import (
-    FloatArray,
-    Gate,
-    Gates,
-    GateWeights,
-    Iteration,
-    ModelShape,
-    Phase,
-    Policy,
-)
+from finemoe.offload.policy import FloatArray, Gates, GateWeights, Iteration, ModelShape, Policy
 from finemoe.offload.routed import softmax
 
 OPTIONS = {
@@ -46,30 +34,21 @@ PROMPT = 37
 """Tokens of a prompt: the mean of LMSYS-Chat-1M (section 6.1)."""
 PERCENTILE = 10
 """Of the calls: what is slower met another process."""
+RANDOM = np.random.default_rng(0)
 
 
-@dataclass
-class RandomRouting:
-    """Random inputs of one request's iterations, at the size of a shape."""
+def random_gates(shape: ModelShape, tokens: int, hidden_states: bool) -> tuple[FloatArray, Gates]:
+    """Return logits (L, T, J) of an iteration, and what a runtime makes of them."""
+    logits = normal(shape.layers, tokens, shape.experts)
+    chosen = np.argpartition(-logits, shape.top_k, axis=2)[..., : shape.top_k]
+    activated = [tuple(np.unique(layer).tolist()) for layer in chosen]
+    hidden = normal(shape.layers, tokens, shape.hidden_size) if hidden_states else None
+    return logits, Gates(softmax(logits), activated, hidden)
 
-    shape: ModelShape
-    hidden_states: bool
-    """Whether gates come with their inputs."""
-    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def normal(self, *lengths: int) -> FloatArray:
-        return self.random.standard_normal(lengths, dtype=np.float32)
-
-    def embeddings(self, tokens: int) -> FloatArray:
-        return self.normal(tokens, self.shape.hidden_size)
-
-    def gate(self, layer: int, logits: FloatArray) -> Gate:
-        """Return what a runtime makes of a gate's logits."""
-        top_k = self.shape.top_k
-        chosen = np.argpartition(-logits, top_k, axis=1)[:, :top_k]
-        activated = tuple(np.unique(chosen).tolist())
-        hidden = self.embeddings(len(logits)) if self.hidden_states else None
-        return Gate(layer, softmax(logits), activated, hidden)
+def normal(*lengths: int) -> FloatArray:
+    """Return normally distributed values of a shape."""
+    return RANDOM.standard_normal(lengths, dtype=np.float32)
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
@@ -81,52 +60,49 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)
-    routing = RandomRouting(shape, policy.placement.hidden_states)
     if policy.set_gates:
-        weights = routing.normal(shape.layers, shape.experts, shape.hidden_size)
+        weights = normal(shape.layers, shape.experts, shape.hidden_size)
         policy.set_gates(GateWeights(weights))
     if policy.learn:
-        teach(policy, routing)
+        teach(policy, shape)
     policy.begin_serving()
-    one, prompt = (call_times(policy, routing, tokens) for tokens in (1, PROMPT))
+    one, prompt = (call_times(policy, shape, tokens) for tokens in (1, PROMPT))
     more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
     rounded = {call: round(us, 1) for call, us in (one | more).items()}
     return {"model": model.name, "system": cfg.system.label, **rounded}
 
 
-def call_times(policy: Policy, routing: RandomRouting, tokens: int) -> dict[str, float]:
+def call_times(policy: Policy, shape: ModelShape, tokens: int) -> dict[str, float]:
     """Return the microseconds of a policy's calls in an iteration of one request."""
-    shape, phase = routing.shape, cast(Phase, "decode" if tokens == 1 else "prefill")
+    phase: Any = "decode" if tokens == 1 else "prefill"
     calls = CALLS if tokens == 1 else -(-CALLS // 10)
-    embeddings, gates, updates = [], np.zeros((calls, shape.layers)), []
+    times: dict[str, list[Any]] = {"embeddings": [], "gate": [], "update": []}
     for number in range(calls):
         iteration = Iteration(number, phase, (REQUESTS,), (tokens,))
-        embeddings.append(micros(policy.on_embeddings, iteration, routing.embeddings(tokens)))
-        for layer in range(shape.layers):
-            logits = routing.normal(tokens, shape.experts)
-            gate = routing.gate(layer, logits)
-            # A runtime takes the softmax as well.
-            gates[number, layer] = micros(softmax, logits) + micros(policy.on_gate, iteration, gate)
-        updates.append(micros(policy.end_iteration, iteration))
+        embeddings = normal(tokens, shape.hidden_size)
+        times["embeddings"].append(micros(policy.on_embeddings, iteration, embeddings))
+        logits, gates = random_gates(shape, tokens, policy.placement.hidden_states)
+        # A runtime takes the softmax as well.
+        times["gate"].append(
+            [
+                micros(softmax, logits[layer]) + micros(policy.on_gate, iteration, gates.of(layer))
+                for layer in range(shape.layers)
+            ]
+        )
+        times["update"].append(micros(policy.end_iteration, iteration))
     return {
-        "embeddings": float(np.percentile(embeddings, PERCENTILE)),
-        "gate": float(np.percentile(gates, PERCENTILE, axis=0).mean()),
-        "update": float(np.percentile(updates, PERCENTILE)),
+        call: float(np.percentile(one, PERCENTILE, axis=0).mean()) for call, one in times.items()
     }
 
 
-def teach(policy: Policy, routing: RandomRouting) -> None:
+def teach(policy: Policy, shape: ModelShape) -> None:
     """Show a policy the history of REQUESTS requests."""
     assert policy.learn
-    shape = routing.shape
     for number in range(REQUESTS * STEPS):
         request, step = divmod(number, STEPS)
         iteration = Iteration(number, "decode", (request,), (1,))
-        logits = routing.normal(shape.layers, 1, shape.experts)
-        gates = [routing.gate(layer, logits[layer]) for layer in range(shape.layers)]
-        probabilities = np.stack([gate.probabilities for gate in gates])
-        stacked = Gates(probabilities, [gate.activated for gate in gates], None)
-        policy.learn(iteration, routing.embeddings(1), stacked)
+        _, gates = random_gates(shape, 1, hidden_states=False)
+        policy.learn(iteration, normal(1, shape.hidden_size), gates)
         if step == STEPS - 1:
             policy.end_request(request)
 

@@ -6,8 +6,6 @@ model on a kept trace, which is recorded first if it is missing. Arguments are t
 leaves a record.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,8 +46,7 @@ def replay_speed(cfg: DictConfig) -> dict[str, Any]:
         history_s = cpu_seconds(lambda: build_history(setup, console))
         reference = setup.unoffloaded()
         # The faster of two: the first one also reads what the second finds in memory.
-        run = lambda: measure(setup, reference, console)  # noqa: E731
-        measured = [cpu_seconds(run) for _ in range(2)]
+        measured = [cpu_seconds(lambda: measure(setup, reference, console)) for _ in range(2)]
         bound_s = cpu_seconds(lambda: Setup.bound(setup, setup.unoffloaded()))
     steps = len(reference.routing) * setup.shape.layers
     return {

@@ -3,9 +3,6 @@
 An analysis leaves a CSV file and `record.json` in a folder, from which alone a picture is drawn.
 """
 
-from __future__ import annotations
-
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,7 +18,7 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.figures import charts, routing
 from experiments.run.records import ANALYSIS, provenance, read_checked, read_table
-from finemoe.files import atomic_write
+from finemoe.files import write_json
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceReader
 
@@ -106,10 +103,14 @@ def compared(
         known = ", ".join(routing.POINTS)
         raise UserError(f"experiment.point={point} is unknown; choose one of {known}")
     searched, top_k = subject.searched(capacity), subject.shape.top_k
-    pairs = routing.compared_prompts(subject.routed, point, top_k)
-    matches = routing.compared_matches(searched, subject.measured, top_k, subject.distance)
-    return {("pairs", search): values for search, values in pairs.items()} | {
-        ("matches", search): values for search, values in matches.items()
+    by_method = {
+        "pairs": routing.compared_prompts(subject.routed, point, top_k),
+        "matches": routing.compared_matches(searched, subject.measured, top_k, subject.distance),
+    }
+    return {
+        (method, search): values
+        for method, compared in by_method.items()
+        for search, values in compared.items()
     }
 
 
@@ -143,12 +144,7 @@ def model_facts(name: str) -> DictConfig:
     known = {path.stem: path for path in sorted((CONF / "model").glob("*.yaml"))}
     if name not in known:
         raise UserError(f"no model {name!r}; choose some of {', '.join(known)}")
-    facts = OmegaConf.load(known[name])
-    assert isinstance(facts, DictConfig)
-    return facts
-
-
-# What an analysis leaves --------------------------------------------------------------------------
+    return DictConfig(OmegaConf.load(known[name]))
 
 
 def analyse(
@@ -193,8 +189,7 @@ def write_analysis(
     }
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv", index=False)
-    with atomic_write(folder / "record.json") as partial:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "record.json", record)
 
 
 def read_analysis(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -219,10 +214,8 @@ def save(
     caption = f"{record['label']}: {record['title']}. {shows} Mode: {record['mode']}"
     if record["subjects"]:
         listed = pd.DataFrame(list(record["subjects"]))
-        total, measured = (
-            ", ".join(map(str, listed[column].unique()))
-            for column in ("requests", "measured_requests")
-        )
+        numbers = (listed[column].unique() for column in ("requests", "measured_requests"))
+        total, measured = (", ".join(map(str, one)) for one in numbers)
         counted = f" ({measured} measured, the others history)" if split else ""
         origin = charts.served(listed, " of the real models' routing shapes")
         caption += f"; {origin}; n = {total} requests{counted} of each model and dataset"

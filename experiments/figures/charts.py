@@ -1,7 +1,5 @@
 """What figures share: cells of a sweep, panels, bars, lines, legends, captions and their files."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,14 +26,16 @@ INTERVALS = "95 % bootstrap intervals of the mean"
 REFERENCE_DASHES = (0, (3, 1.2))
 CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
 EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
+TEXTS = (
+    "font.size",
+    "axes.labelsize",
+    "axes.titlesize",
+    "legend.fontsize",
+    "legend.title_fontsize",
+)
 SETTINGS: Any = {
-    "font.size": POINTS,
-    "axes.labelsize": POINTS,
-    "axes.titlesize": POINTS,
-    "xtick.labelsize": POINTS - 0.5,
-    "ytick.labelsize": POINTS - 0.5,
-    "legend.fontsize": POINTS,
-    "legend.title_fontsize": POINTS,
+    **dict.fromkeys(TEXTS, POINTS),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), POINTS - 0.5),
     "axes.linewidth": 0.6,
     "grid.linewidth": 0.4,
     "lines.linewidth": 1.2,
@@ -45,8 +45,6 @@ SETTINGS: Any = {
     "figure.constrained_layout.h_pad": 0.03,
     "figure.constrained_layout.w_pad": 0.03,
 }
-
-# Run records --------------------------------------------------------------------------------------
 
 
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
@@ -58,9 +56,8 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) ->
     for column, value in only.items():
         frame = frame[frame[column] == value] if len(frame) else frame
     if frame.empty:
-        raise UserError(
-            f"figure {figure}: no run records; run python -m experiments.reproduce {figure}"
-        )
+        remedy = f"run python -m experiments.reproduce {figure}"
+        raise UserError(f"figure {figure}: no run records; {remedy}")
     one_mode(frame, f"figure {figure}", mixed_modes)
     names = []
     for system, label, mode in frame[["system", "label", "mode"]].itertuples(index=False):
@@ -75,11 +72,6 @@ def named_after(names: pd.Series, frame: pd.DataFrame) -> pd.Series:
     return names + " (" + frame["mode"] + ")" if frame["mode"].nunique() > 1 else names
 
 
-def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows of a frame, column to value."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
 def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
     """Raise UserError if two records of one model, dataset, series and `keys` are to be drawn."""
     cell = ["model", "dataset", "series", *keys]
@@ -89,10 +81,9 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
 
 
 def looks(frame: pd.DataFrame) -> dict[str, Look]:
-    """Return colour, marker, line and hatch of each series, in the order of drawing.
+    """Return the look of each series, in the order of drawing; a system has one colour everywhere.
 
-    A system has one colour everywhere; its variants, or its modes where they are mixed, differ in
-    line and hatch.
+    Its variants, or its modes where they are mixed, differ in line and hatch.
     """
     systems = style.ordered(frame["system"], style.SYSTEMS)
     return variants(frame, "system", {system: style.system_look(system) for system in systems})
@@ -121,36 +112,33 @@ def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
     return models, style.ordered(frame["dataset"], style.DATASETS)
 
 
-# Panels -------------------------------------------------------------------------------------------
+Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
+Parts = Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]
 
 
 @contextmanager
-def panels(
-    rows: Sequence[Any], columns: Sequence[Any], width: float, height: float
-) -> Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]:
+def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: float) -> Panels:
     """Yield a figure, `width` x `height` inches, and each panel with its row and its column.
 
     The figure is closed afterwards.
     """
     matplotlib.use("Agg")
-    size, cells = (width, height), itertools.product(rows, columns)
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(SETTINGS):
-        figure, _ = plt.subplots(
-            len(rows), len(columns), figsize=size, layout="constrained", squeeze=False
+        figure, grid = plt.subplots(
+            len(rows), len(columns), figsize=(width, height), layout="constrained", squeeze=False
         )
         try:
-            for axes in figure.axes:
+            for axes in grid.flat:
                 axes.tick_params(length=2, pad=2)
                 sns.despine(ax=axes)
-            yield figure, [(axes, *cell) for axes, cell in zip(figure.axes, cells, strict=True)]
+            cells = itertools.product(rows, columns)
+            yield figure, [(axes, *cell) for axes, cell in zip(grid.flat, cells, strict=True)]
         finally:
             plt.close(figure)
 
 
 @contextmanager
-def dataset_panels(
-    frame: pd.DataFrame, xlabel: str, ylabel: str
-) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+def dataset_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
     """Yield a figure, and a panel with its rows for each dataset (down) and model (across)."""
     models, datasets = facets(frame)
     height = 0.6 + 1.7 * len(datasets)
@@ -162,9 +150,7 @@ def dataset_panels(
 
 
 @contextmanager
-def model_panels(
-    frame: pd.DataFrame, xlabel: str, ylabel: str
-) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
+def model_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
     """Yield a figure, and a panel with its rows for each model (down) and dataset (across)."""
     models, datasets = facets(frame)
     size = style.COLUMN_INCHES, 0.75 + 1.05 * len(models)
@@ -176,9 +162,7 @@ def model_panels(
 
 
 @contextmanager
-def metric_panels(
-    frame: pd.DataFrame, metrics: Sequence[str], height: float
-) -> Iterator[tuple[Figure, list[tuple[Axes, str, str]]]]:
+def metric_panels(frame: pd.DataFrame, metrics: Sequence[str], height: float) -> Panels:
     """Yield a figure, and a panel for each metric (down) and model (across)."""
     models, _ = facets(frame)
     with panels(metrics, models, width_of(models), height) as (figure, cells):
@@ -223,9 +207,6 @@ def label_once(figure: Figure, xlabel: str, ylabel: str) -> None:
 def apart(figure: Figure) -> None:
     """Leave room between panels, so that outer tick labels of neighbours do not meet."""
     figure.set_layout_engine("constrained", wspace=0.06)
-
-
-# What panels show ---------------------------------------------------------------------------------
 
 
 def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -350,8 +331,7 @@ def legend(
         if kind == "bar" and "hatch" in look:
             edge = "white" if look["hatch"] and name not in hollow else look["color"]
             fill = "white" if name in hollow else look["color"]
-            drawn = {"facecolor": fill, "hatch": look["hatch"], "edgecolor": edge}
-            handles.append(Patch(**drawn, label=name))
+            handles.append(Patch(facecolor=fill, hatch=look["hatch"], edgecolor=edge, label=name))
         else:
             handles.append(Line2D([], [], **_line(look), label=name))
     figure.legend(
@@ -371,9 +351,6 @@ def model_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
     legend(figure, {model_name(model): look for model, look in looks.items()})
 
 
-# Captions and files -------------------------------------------------------------------------------
-
-
 def save(
     figure: Figure,
     output: Path,
@@ -381,32 +358,20 @@ def save(
     frame: pd.DataFrame,
     data: pd.DataFrame,
     notes: Sequence[str],
-    **expected: Sequence[Any],
 ) -> None:
-    """Save a figure, the data drawn, and a caption: what was measured, how, on what, what lacks.
-
-    `names` are id and title. Beside every model and dataset, the values of columns that `expected`
-    names should be there.
-    """
-    models, datasets = facets(frame)
-    usual = {"model": list(dict.fromkeys([*style.MODELS, *models])), "dataset": datasets}
-    gap = gaps(frame, {**usual, **expected})
-    budgets = sorted(set(frame["memory_budget"]), key=lambda budget: float(budget.rstrip("%")))
-    share = budgets[0] if len(budgets) == 1 else f"{len(budgets)} sizes"
-    unit = "" if share.endswith(("%", "sizes")) else " GB"
-    least, most = int(frame["requests"].min()), int(frame["requests"].max())
-    count = f"{least}" if least == most else f"{least} to {most}"
+    """Save a figure, the data drawn, and a caption: `names` (id, title), how measured, on what."""
+    budgets = frame["memory_budget"].unique()
+    memory = budgets[0] if budgets[0].endswith("%") else f"{budgets[0]} GB"
+    memory = memory if len(budgets) == 1 else f"{len(budgets)} sizes"
+    requests = sorted({frame["requests"].min(), frame["requests"].max()})
+    count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
-    parts = [
-        f"Figure {names[0]}: {names[1]}.",
-        f"Mode: {modes}; testbed: {testbeds}; "
+    caption = (
+        f"Figure {names[0]}: {names[1]}. Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
-        f"expert memory: {share}{unit}; n = {count} requests a run.",
-        *notes,
-    ]
-    if gap:
-        parts.append(f"Not run, left out or drawn as gaps: {gap}.")
-    write(figure, data, output, names[0], " ".join(parts))
+        f"expert memory: {memory}; n = {count} requests a run."
+    )
+    write(figure, data, output, names[0], " ".join([caption, *notes]))
 
 
 def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.DataFrame:
@@ -416,36 +381,6 @@ def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.Da
     source = ["requests", "mode", "testbed", "weights", "digest"]
     data = frame[[*named, *more, *values, *source]]
     return data.sort_values(["model", "dataset", "series"], kind="stable")
-
-
-def expected_series(frame: pd.DataFrame, systems: Sequence[str] = style.PAPER_SYSTEMS) -> list[str]:
-    """Return the series that are there, and the plain series of `systems` that are not."""
-    absent = [system for system in systems if system not in set(frame["system"])]
-    return [*looks(frame), *map(system_name, absent)]
-
-
-def gaps(frame: pd.DataFrame, expected: Mapping[str, Sequence[Any]]) -> str:
-    """Say which combinations of the `expected` values of columns have no row; empty if none.
-
-    Values that are missing altogether are named once, without their combinations.
-    """
-    shown, present = [], []
-    for column, values in expected.items():
-        here = [value for value in values if value in set(frame[column])]
-        shown += [_shown(column, value) for value in values if value not in here]
-        present.append(here)
-    have = set(frame[list(expected)].itertuples(index=False, name=None))
-    lacking = [cell for cell in itertools.product(*present) if cell not in have]
-    shown += [" / ".join(map(_shown, expected, cell)) for cell in lacking[:6]]
-    if len(lacking) > 6:
-        shown.append(f"{len(lacking) - 6} more")
-    return "; ".join(shown)
-
-
-def _shown(column: str, value: Any) -> str:
-    formats = {"limit_gb": "{:g} GB", "batch_size": "batch {:g}", "prefetch_distance": "d = {:g}"}
-    names = {"model": model_name, "dataset": dataset_name}
-    return names.get(column, formats.get(column, "{}").format)(value)
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:

@@ -1,7 +1,5 @@
 """Figure 10 of the paper (section 6.2): TTFT, TPOT and expert hit rate of all systems."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -36,23 +34,21 @@ def draw_overall(
     charts.single(frame, names[0])
     present = set(frame["system"])
     # Alone, the reference is a system like any other.
-    alone = present == {REFERENCE}
-    referred = (frame["system"] == REFERENCE) & (not alone)
+    referred = (frame["system"] == REFERENCE) & (len(present) > 1)
     looks = charts.looks(frame[~referred])
     for name, look in charts.looks(frame[referred]).items():
         looks[name] = {"color": look["color"], "linestyle": charts.REFERENCE_DASHES}
     hollow = set(frame.loc[frame["system"] == WHOLE_LAYERS, "series"])
     groups = {dataset: style.dataset_name(dataset) for dataset in charts.facets(frame)[1]}
-    notes = [note for system, note in SYSTEM_NOTES.items() if system in present and not alone]
+    named = present if present != {REFERENCE} else ()
+    notes = [*NOTES, *(note for system, note in SYSTEM_NOTES.items() if system in named)]
     with charts.metric_panels(frame, METRICS, 4.6) as (figure, panels):
         for axes, metric, model in panels:
             part = frame[frame["model"] == model]
             not_filled = hollow if metric == "hit_rate" else set()
             charts.bars(axes, part, metric, "dataset", groups, looks, not_filled)
         charts.legend(figure, looks, "bar", 6, narrow=2)
-        data = charts.drawn_data(frame, METRICS)
-        series = charts.expected_series(frame)
-        charts.save(figure, output, names, frame, data, [*NOTES, *notes], series=series)
+        charts.save(figure, output, names, frame, charts.drawn_data(frame, METRICS), notes)
 
 
 draw = partial(draw_overall, ("10", TITLE))

@@ -1,9 +1,7 @@
 """Figure 11 of the paper (section 6.2.2): the distribution of end-to-end latency, served online."""
 
-from __future__ import annotations
-
-import itertools
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ from matplotlib.axes import Axes
 from experiments import style
 from experiments.figures import charts
 
-ID = "11"
-TITLE = "Distribution of the request latency, with and without queueing, online serving"
+NAMES = ("11", "Distribution of the request latency, with and without queueing, online serving")
 LATENCIES = {"service_s": "Service time (s)", "e2el_s": "Queueing and service (s)"}
 NOTES = (
     "Bands: 95 % simultaneous (Dvoretzky-Kiefer-Wolfowitz), as if requests were independent; "
@@ -26,15 +23,13 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of the request tables of online runs."""
-    frame = charts.checked(frame, ID, mixed_modes, workload="online")
-    charts.single(frame, ID)
+    frame = charts.checked(frame, NAMES[0], mixed_modes, workload="online")
+    charts.single(frame, NAMES[0])
     looks = charts.unmarked(charts.looks(frame))
-    curves = pd.concat(
-        [curve(run, latency) for run in charts.rows_of(frame) for latency in LATENCIES],
-        ignore_index=True,
-    )
+    each = product(frame.to_dict("records"), LATENCIES)
+    curves = pd.concat([curve(run, latency) for run, latency in each], ignore_index=True)
     models, datasets = charts.facets(frame)
-    rows = list(itertools.product(datasets, LATENCIES))
+    rows = list(product(datasets, LATENCIES))
     size = charts.width_of(models), 0.6 + 1.5 * len(rows)
     with charts.panels(rows, models, *size) as (figure, panels):
         for axes, (dataset, latency), model in panels:
@@ -47,26 +42,20 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set(xlabel=LATENCIES[latency], ylabel=label, ylim=(0, 1.005))
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        series = charts.expected_series(frame)
-        charts.save(figure, output, (ID, TITLE), frame, curves, NOTES, series=series)
+        charts.save(figure, output, NAMES, frame, curves, NOTES)
 
 
-def curve(run: dict[str, Any], latency: str) -> pd.DataFrame:
+def curve(run: Any, latency: str) -> pd.DataFrame:
     """Return the steps of a run's empirical distribution: seconds, share and its 95 % band."""
     seconds = np.sort(run["table"][latency].to_numpy(dtype=float))
     share = np.arange(1, len(seconds) + 1) / len(seconds)
     # Dvoretzky, Kiefer and Wolfowitz's inequality with Massart's constant.
     reach = math.sqrt(math.log(2 / 0.05) / (2 * len(seconds)))
-    columns = {
-        **{key: run[key] for key in ("model", "dataset", "series")},
-        "latency": latency,
-        "seconds": seconds,
-        "share": share,
-        "share_low": np.clip(share - reach, 0, 1),
-        "share_high": np.clip(share + reach, 0, 1),
-        **{key: run[key] for key in ("mode", "testbed", "weights", "digest")},
-    }
-    return pd.DataFrame(columns)
+    low, high = np.clip(share - reach, 0, 1), np.clip(share + reach, 0, 1)
+    steps = {"seconds": seconds, "share": share, "share_low": low, "share_high": high}
+    names, source = ("model", "dataset", "series"), ("mode", "testbed", "weights", "digest")
+    whose, made = ({key: run[key] for key in keys} for keys in (names, source))
+    return pd.DataFrame({**whose, "latency": latency, **steps, **made})
 
 
 def _steps(axes: Axes, part: pd.DataFrame, look: style.Look) -> None:

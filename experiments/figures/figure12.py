@@ -1,7 +1,5 @@
 """Figure 12 of the paper (section 6.3): TPOT against the expert cache limit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd
@@ -10,9 +8,7 @@ from matplotlib.ticker import NullLocator
 from experiments import style
 from experiments.figures import charts
 
-ID = "12"
-TITLE = "TPOT against the memory limit of the expert cache"
-LIMITS = (6, 12, 24, 48, 96)
+NAMES = ("12", "TPOT against the memory limit of the expert cache")
 METRIC = "tpot_s"
 NOTES = (
     f"Error bars: {charts.INTERVALS}.",
@@ -22,11 +18,10 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes)
-    share = frame["memory_budget"].str.endswith("%")
-    asked = frame["memory_budget"].where(~share, frame["memory_budget_gb"])
-    frame = frame.assign(limit_gb=asked.astype(float))
-    charts.single(frame, ID, "limit_gb")
+    frame = charts.checked(frame, NAMES[0], mixed_modes)
+    asked = pd.to_numeric(frame["memory_budget"], errors="coerce")
+    frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"]).astype(float)
+    charts.single(frame, NAMES[0], "limit_gb")
     looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
     labels = "Expert cache limit (GB)", style.METRICS[METRIC][0]
     with charts.dataset_panels(frame, *labels) as (figure, panels):
@@ -38,5 +33,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set_ylim(bottom=0)
         charts.legend(figure, looks, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "limit_gb")
-        expected = {"series": charts.expected_series(frame), "limit_gb": sorted({*LIMITS, *limits})}
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, **expected)
+        charts.save(figure, output, NAMES, frame, data, NOTES)

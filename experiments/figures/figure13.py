@@ -1,7 +1,5 @@
 """Figure 13 of the paper (section 6.4): figure 10 on testbed B, one A100."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from experiments.figures import figure10

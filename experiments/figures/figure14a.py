@@ -1,7 +1,5 @@
 """Figure 14a of the paper (section 6.5): expert hit rate by how experts to prefetch are found."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,10 @@ TITLE = "Expert hit rate by the way of finding experts to prefetch"
 METRIC = "hit_rate"
 SPECULATE, HIT_COUNT = "#56B4E9", "#009E73"
 IN_SEARCHER, MAP = {"system": "in_searcher"}, {"system": "finemoe", "eviction": "lru"}
+Approaches = dict[str, tuple[str, dict[str, str]]]
+"""Each approach: its colour, and the system and options that stand for it."""
 # Maps grow darker with each feature; whole systems have the colours of their predictions.
-APPROACHES = {
+APPROACHES: Approaches = {
     "Speculate": (SPECULATE, {**IN_SEARCHER, "predictor": "speculation"}),
     "Hit count": (HIT_COUNT, {**IN_SEARCHER, "predictor": "hit_count"}),
     "Map (T)": ("#F9C9A3", {**MAP, "search": "trajectory", "selection": "top_k"}),
@@ -26,9 +26,8 @@ APPROACHES = {
     "ProMoE": (SPECULATE, {"system": "promoe", "predictor": "gate"}),
     "MoE-Infinity": (HIT_COUNT, {"system": "moe_infinity"}),
 }
-"""Each approach of the paper, then whole systems: its colour, and the system and options that stand
-for it."""
 WHOLE = ("ProMoE", "MoE-Infinity")
+"""Systems, not approaches of the paper."""
 NOTE = (
     "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions differ. Hollow: "
     "whole systems, in the colours of their predictions."
@@ -38,7 +37,7 @@ INTERVALS = f"Error bars: {charts.INTERVALS}, batches resampled."
 
 def draw_approaches(
     names: tuple[str, str],
-    approaches: dict[str, tuple[str, dict[str, str]]],
+    approaches: Approaches,
     frame: pd.DataFrame,
     output: Path,
     mixed_modes: bool = False,
@@ -49,7 +48,7 @@ def draw_approaches(
     A run belongs to the approach whose system and options it has; other runs are left out. Those in
     `whole` are drawn hollow.
     """
-    of_runs = [_approach(run, approaches) for run in charts.rows_of(frame)]
+    of_runs = [_approach(run, approaches) for run in frame.to_dict("records")]
     frame = frame.assign(approach=pd.Series(of_runs, index=frame.index, dtype=object))
     frame = charts.checked(frame.dropna(subset=["approach"]), names[0], mixed_modes)
     frame["series"] = charts.named_after(frame["approach"], frame)
@@ -69,12 +68,11 @@ def draw_approaches(
                 axes.set_title(style.dataset_name(dataset), pad=3)
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
         data = charts.drawn_data(frame, [METRIC], "approach")
-        series = list(looks if frame["mode"].nunique() > 1 else approaches)
         notes = [NOTE, INTERVALS] if hollow else [INTERVALS]
-        charts.save(figure, output, names, frame, data, notes, series=series)
+        charts.save(figure, output, names, frame, data, notes)
 
 
-def _approach(run: dict[str, Any], approaches: dict[str, tuple[str, dict[str, str]]]) -> str | None:
+def _approach(run: Any, approaches: Approaches) -> str | None:
     """Return the approach of a run; a run with any further option changed has none."""
     changed = set(run["label"].split()[1:])
     for name, (_, options) in approaches.items():

@@ -1,7 +1,5 @@
 """Figure 14b of the paper (section 6.5): expert hit rate by eviction order."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from experiments.figures.figure14a import draw_approaches

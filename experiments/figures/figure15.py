@@ -1,7 +1,5 @@
 """Figure 15 of the paper (section 6.6): TTFT and TPOT of FineMoE against the prefetch distance."""
 
-from __future__ import annotations
-
 from itertools import cycle
 from pathlib import Path
 
@@ -10,8 +8,7 @@ import pandas as pd
 from experiments import style
 from experiments.figures import charts
 
-ID = "15"
-TITLE = "TTFT and TPOT of FineMoE against the prefetch distance d"
+NAMES = ("15", "TTFT and TPOT of FineMoE against the prefetch distance d")
 PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}
 """Section 6.1: the distances that the paper found best."""
 METRICS = ("ttft_s", "tpot_s")
@@ -25,9 +22,9 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes, system="finemoe")
+    frame = charts.checked(frame, NAMES[0], mixed_modes, system="finemoe")
     frame["series"] = charts.named_after(frame["dataset"].map(style.dataset_name), frame)
-    charts.single(frame, ID, "prefetch_distance")
+    charts.single(frame, NAMES[0], "prefetch_distance")
     base = dict(zip(charts.facets(frame)[1], cycle(LOOKS), strict=False))
     looks = charts.variants(frame, "dataset", base)
     distances = sorted(set(frame["prefetch_distance"]))
@@ -44,5 +41,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         if len(looks) > 1:
             charts.legend(figure, looks)
         data = charts.drawn_data(frame, METRICS, "prefetch_distance")
-        asked = sorted({*range(1, 9), *distances})
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, prefetch_distance=asked)
+        charts.save(figure, output, NAMES, frame, data, NOTES)

@@ -1,7 +1,5 @@
 """Figure 16a: mean semantic and trajectory similarity of the best match against store capacity."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

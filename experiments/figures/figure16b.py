@@ -1,7 +1,5 @@
 """Figure 16b of the paper (section 6.6): TTFT and TPOT against the batch size."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 
@@ -10,10 +8,7 @@ import pandas as pd
 from experiments import style
 from experiments.figures import charts
 
-ID = "16b"
-TITLE = "TTFT and TPOT against the batch size"
-SIZES = (1, 2, 4, 8)
-SYSTEMS = ("mixtral_offload", "promoe", "moe_infinity", "finemoe")
+NAMES = ("16b", "TTFT and TPOT against the batch size")
 METRICS = ("ttft_s", "tpot_s")
 NOTE = (
     f"Error bars: {charts.INTERVALS}; whole batches are resampled, for their requests share "
@@ -23,8 +18,8 @@ NOTE = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says, of offline runs."""
-    frame = charts.checked(frame, ID, mixed_modes, workload="offline")
-    charts.single(frame, ID, "batch_size")
+    frame = charts.checked(frame, NAMES[0], mixed_modes, workload="offline")
+    charts.single(frame, NAMES[0], "batch_size")
     models, datasets = charts.facets(frame)
     looks = charts.looks(frame)
     groups = {size: f"{size:g}" for size in sorted(set(frame["batch_size"]))}
@@ -41,7 +36,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         data = charts.drawn_data(frame, METRICS, "batch_size")
         several = "s" if len(models) > 1 else ""
         notes = f"Model{several}: {', '.join(map(style.model_name, models))}.", NOTE
-        charts.save(
-            figure, output, (ID, TITLE), frame, data, notes, model=models,
-            series=charts.expected_series(frame, SYSTEMS), batch_size=sorted({*SIZES, *groups}),
-        )  # fmt: skip
+        charts.save(figure, output, NAMES, frame, data, notes)

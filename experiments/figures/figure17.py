@@ -1,7 +1,5 @@
 """Figure 17 of the paper (section 6.7): where the time of one iteration of FineMoE goes."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from matplotlib.axes import Axes
 from experiments import style
 from experiments.figures import charts
 
-ID = "17"
-TITLE = "Mean latency of one iteration of FineMoE and of its parts"
+NAMES = ("17", "Mean latency of one iteration of FineMoE and of its parts")
 PARTS = {
     "iteration": ("Whole iteration", "whole"),
     "on_demand_wait": ("On-demand loading", "synchronous"),
@@ -45,11 +42,11 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes, system="finemoe", workload="offline")
-    charts.single(frame, ID)
+    frame = charts.checked(frame, NAMES[0], mixed_modes, system="finemoe", workload="offline")
+    charts.single(frame, NAMES[0])
     models, datasets = charts.facets(frame)
     frame = frame.assign(order=frame["model"].map(models.index))
-    runs = charts.rows_of(frame.sort_values(["order", "dataset", "series"], kind="stable"))
+    runs: Any = frame.sort_values(["order", "dataset", "series"], kind="stable").to_dict("records")
     parts = [parts_of(run) for run in runs]
     data = pd.concat(parts, ignore_index=True)
     longest = data["milliseconds_high"].max()
@@ -67,28 +64,23 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES)
+        charts.save(figure, output, NAMES, frame, data, NOTES)
 
 
-def parts_of(run: dict[str, Any]) -> pd.DataFrame:
+def parts_of(run: Any) -> pd.DataFrame:
     """Return the parts of one run's mean iteration, in milliseconds; `rest` is what none covers."""
     spent = {name: run.get(f"phase_{name}_s", math.nan) / run["iterations"] for name in PARTS}
     spent["iteration"] = run["iteration_s"]
     waits = [spent[name] for name in ("on_demand_wait", "prefetch_wait", "context_collection")]
     spent["rest"] = run["iteration_s"] - float(np.nansum(waits))
-    milliseconds = 1e3 * np.array([spent[name] for name in PARTS])
+    parts = pd.DataFrame({"part": list(PARTS), "kind": [kind for _, kind in PARTS.values()]})
+    parts["milliseconds"] = 1e3 * np.array([spent[name] for name in PARTS])
     # Records hold parts as totals: the whole iteration alone has an interval.
-    unknown = [math.nan] * (len(PARTS) - 1)
-    columns = {
-        "part": list(PARTS),
-        "kind": [kind for _, kind in PARTS.values()],
-        "milliseconds": milliseconds,
-        "milliseconds_low": [1e3 * run["iteration_s_low"], *unknown],
-        "milliseconds_high": [1e3 * run["iteration_s_high"], *unknown],
-        "share": milliseconds / milliseconds[0],
-    }
+    for end in ("low", "high"):
+        parts.loc[0, f"milliseconds_{end}"] = 1e3 * run[f"iteration_s_{end}"]
+    parts["share"] = parts["milliseconds"] / parts["milliseconds"][0]
     names = ("iterations", "model", "dataset", "series", "mode", "testbed", "weights", "digest")
-    return pd.DataFrame({**columns, **{name: run[name] for name in names}})
+    return parts.assign(**{name: run[name] for name in names})
 
 
 def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None:
@@ -101,7 +93,7 @@ def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None
     axes.plot([low[0], high[0]], [0, 0], "|-", color=colours[0], linewidth=1.0, markersize=8)
     right = parts[["milliseconds", "milliseconds_high"]].max(axis=1).fillna(0).clip(LEAST_MS)
     offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    for row, part in enumerate(charts.rows_of(parts)):
+    for row, part in enumerate(parts.to_dict("records")):
         axes.annotate(_value(part), (right[row], row), fontsize=7, **offset)
     axes.set_xscale("log")
     decades = math.log10(longest / LEAST_MS)
@@ -115,7 +107,7 @@ def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None
     axes.set_xlabel("Latency per iteration (ms)")
 
 
-def _value(part: dict[str, Any]) -> str:
+def _value(part: Any) -> str:
     milliseconds, share = part["milliseconds"], part["share"]
     if not math.isfinite(milliseconds):
         return "not recorded"

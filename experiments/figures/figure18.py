@@ -1,7 +1,5 @@
 """Figure 18: memory of the expert map store against its capacity, for the real models' sizes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

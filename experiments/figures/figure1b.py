@@ -1,7 +1,5 @@
 """Figure 1b of the paper (section 1): request latency against memory footprint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd
@@ -10,8 +8,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from experiments import style
 from experiments.figures import charts
 
-ID = "1b"
-TITLE = "End-to-end request latency against memory, all systems and no offloading"
+NAMES = ("1b", "End-to-end request latency against memory, all systems and no offloading")
 METRIC = "e2el_s"
 NOTES = (
     f"Error bars: {charts.INTERVALS}. The latency axis is logarithmic.",
@@ -22,12 +19,13 @@ NOTES = (
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
-    frame = charts.checked(frame, ID, mixed_modes)
-    frame = frame.assign(memory_gb=(frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9)
-    charts.single(frame, ID, "memory_gb")
-    looks = {name: {**look, "markersize": 5.5} for name, look in charts.looks(frame).items()}
-    if frame.groupby(["model", "dataset", "series"]).size().max() == 1:
-        looks = {name: {**look, "linestyle": ""} for name, look in looks.items()}
+    frame = charts.checked(frame, NAMES[0], mixed_modes)
+    frame["memory_gb"] = (frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9
+    charts.single(frame, NAMES[0], "memory_gb")
+    own: style.Look = {"markersize": 5.5}
+    if not frame.duplicated(["model", "dataset", "series"]).any():
+        own["linestyle"] = ""
+    looks = {name: {**look, **own} for name, look in charts.looks(frame).items()}
     labels = "Memory for weights (GB)", style.METRICS[METRIC][0]
     with charts.dataset_panels(frame, *labels) as (figure, panels):
         for axes, part in panels:
@@ -41,5 +39,4 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(5))
         charts.legend(figure, looks, columns=6, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "memory_gb")
-        series = charts.expected_series(frame, (*style.PAPER_SYSTEMS, "resident"))
-        charts.save(figure, output, (ID, TITLE), frame, data, NOTES, series=series)
+        charts.save(figure, output, NAMES, frame, data, NOTES)

@@ -1,7 +1,5 @@
 """Figure 3a: activation heatmaps of one request, whole (coarse) and one iteration of it (fine)."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Of activation counts, as the authors' demo takes it, a decode iteration's entrop
 construction: K experts, one hit each. So the entropy of gate probabilities is drawn beside it.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -61,19 +59,17 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
     top = frame["uniform"].max() * 1.05
+    x = np.arange(len(models))
     with charts.panels(list(MEASURES), datasets, style.COLUMN_INCHES, 2.9) as (figure, panels):
         for axes, measure, dataset in panels:
             rows = frame[(frame["measure"] == measure) & (frame["dataset"] == dataset)]
             charts.bars(axes, rows, "nats", "model", charts.model_groups(models), LOOKS)
-            x = np.arange(len(models))
-            uniform = rows[rows["granularity"] == "fine"].set_index("model")["uniform"]
-            ends = x - 0.42, x + 0.42
-            axes.hlines(uniform.reindex(models), *ends, "#333333", (0, (3, 2)), lw=0.8)
+            uniform = rows.groupby("model")["uniform"].first().reindex(models)
+            axes.hlines(uniform, x - 0.42, x + 0.42, "#333333", (0, (3, 2)), lw=0.8)
             axes.set_ylim(0, top)
             if measure == "counts":
                 axes.set_title(style.dataset_name(dataset), pad=3)
             axes.set_ylabel(f"Entropy of\n{MEASURES[measure]}\n(nats)")
             axes.label_outer()
         charts.legend(figure, LOOKS, "bar")
-        data = frame.drop(columns="series")
-        analyses.save(figure, output, record, data, SHOWS, split=False)
+        analyses.save(figure, output, record, frame.drop(columns="series"), SHOWS, split=False)

@@ -1,7 +1,5 @@
 """Figure 3c: entropy of a request's expert activations as its decode iterations accumulate."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

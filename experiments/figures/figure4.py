@@ -4,8 +4,6 @@ Coarse is the past request of nearest activation counts, as MoE-Infinity tracks 
 past iteration of nearest expert map (trajectory search, section 4.2.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

@@ -3,8 +3,6 @@
 By the paper's method, over all pairs of prompts, and by ours: what a match predicts.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -62,10 +60,8 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
                 bins = rows[rows["model"] == model]
                 mean, _ = charts.interval(bins, "hit_rate")
                 area = LARGEST_MARKER * np.clip(bins["share"], 0.15, 1)
-                own = {"color": look["color"], "marker": look["marker"]}
-                axes.scatter(
-                    bins["score"], mean, area, edgecolor="white", linewidth=0.3, zorder=3, **own
-                )
+                shape = area, look["color"], look["marker"]
+                axes.scatter(bins["score"], mean, *shape, ec="white", linewidth=0.3, zorder=3)
             axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
             axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
             axes.locator_params(axis="x", nbins=4)

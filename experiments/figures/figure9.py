@@ -1,7 +1,5 @@
 """Figure 9: Pearson coefficient of similarity and expert hit rate (4.2.3), both as in figure 8."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Claims under every reading of the paper, and what moves its headline numbers most."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 
@@ -20,9 +18,6 @@ MARKS: dict[str, style.Look] = {
     FAILS: {"marker": "x", "color": "#D55E00", "linestyle": ""},
     UNTESTABLE: {"marker": "_", "color": "#666666", "linestyle": ""},
 }
-FAINT = 0.25
-WRAPPED = 52
-"""Characters of a line of a claim."""
 
 
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
@@ -35,11 +30,10 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     texts = touched.drop_duplicates("claim").set_index("claim")["text"]
     readings = touched["reading"].drop_duplicates().tolist()
     height = 1.6 + 0.2 * len(texts)
-    with charts.panels([""], [""], style.PAGE_INCHES, height) as (figure, panels):
-        axes = panels[0][0]
+    with charts.panels([""], [""], style.PAGE_INCHES, height) as (figure, [(axes, _, _)]):
         for name, look in MARKS.items():
             _mark(axes, touched[touched["verdict"] == name], look, list(texts.index), readings)
-        lines = [textwrap.fill(text, WRAPPED) for text in texts]
+        lines = [textwrap.fill(text, 52) for text in texts]
         axes.set_yticks(range(len(texts)), lines, fontsize=style.POINTS - 1.5, linespacing=0.9)
         axes.set_xticks(range(len(readings)), readings, rotation=50, ha="left")
         axes.xaxis.tick_top()
@@ -47,11 +41,10 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         axes.axvspan(-0.5, 0.5, color="#eeeeee", lw=0, zorder=0)
         present = {name: look for name, look in MARKS.items() if name in set(touched["verdict"])}
         charts.legend(figure, present)
-        modes = ", ".join(sorted(set(table["mode"])))
         caption = (
             "Verdicts under every reading of what the paper leaves open; one choice changes at a "
             "time, but for the second and the third column. Faint: the reading concerns none of "
-            f"the claim's runs. Mode: {modes}."
+            f"the claim's runs. Mode: {', '.join(sorted(set(table['mode'])))}."
         )
         charts.write(figure, table, output, folder.name, caption)
 
@@ -60,7 +53,7 @@ def _mark(
     axes: Axes, rows: pd.DataFrame, look: style.Look, claims: list[str], readings: list[str]
 ) -> None:
     own = rows["touched"] | (rows["reading"] == DEFAULT)
-    for part, alpha in ((rows[own], 1.0), (rows[~own], FAINT)):
+    for part, alpha in ((rows[own], 1.0), (rows[~own], 0.25)):
         x, y = part["reading"].map(readings.index), part["claim"].map(claims.index)
         axes.plot(x, y, **look, ms=5, mew=1.2, alpha=alpha, zorder=3)
 
@@ -71,11 +64,8 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
     table = table[table["section"].isin(["Abstract", "Talk"])]
     headlines = table.drop_duplicates("claim")
     count = table["reading"].nunique() - 1
-    height = 0.5 + len(headlines) * (0.45 + 0.125 * count)
-    with charts.panels(list(headlines["claim"]), [""], style.COLUMN_INCHES, height) as (
-        figure,
-        panels,
-    ):
+    size = style.COLUMN_INCHES, 0.5 + len(headlines) * (0.45 + 0.125 * count)
+    with charts.panels(list(headlines["claim"]), [""], *size) as (figure, panels):
         for axes, claim, _ in panels:
             rows = table[table["claim"] == claim].set_index("reading")
             usual = rows.loc[DEFAULT]

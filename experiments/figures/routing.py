@@ -4,10 +4,8 @@ N counts iterations, L layers, J experts, C stored iterations, h hidden size; en
 Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -54,11 +52,11 @@ class Iterations(NamedTuple):
         """How many requests there are."""
         return int(self.request[-1]) + 1
 
-    def at(self, chosen: NDArray[np.bool_]) -> Iterations:
+    def at(self, chosen: NDArray[np.bool_]) -> Self:
         """Return the iterations that a mask (N,) chooses."""
-        return Iterations._make(array[chosen] for array in self)
+        return self._make(array[chosen] for array in self)
 
-    def by_request(self) -> Iterator[Iterations]:
+    def by_request(self) -> Iterator[Self]:
         """Yield the iterations of one request after the other."""
         for request in np.unique(self.request):
             yield self.at(self.request == request)
@@ -76,11 +74,7 @@ def iterations(requests: Iterable[TracedRequest], hidden_states: bool = True) ->
 
 
 def _of_request(number: int, request: TracedRequest, hidden_states: bool) -> Iterations:
-    contexts = np.cumsum([step.tokens for step in request.steps]).tolist()
-    steps = [
-        joined(n, [request.number], [step], [context])
-        for n, (step, context) in enumerate(zip(request.steps, contexts, strict=True))
-    ]
+    steps = [joined(n, [number], [step], [n]) for n, step in enumerate(request.steps)]
     width = None if hidden_states else 0
     floats = (
         [step.probabilities.mean(axis=1) for step in steps],
@@ -90,13 +84,10 @@ def _of_request(number: int, request: TracedRequest, hidden_states: bool) -> Ite
     )
     return Iterations(
         np.full(len(steps), number),
-        np.array([step.iteration.phase == "decode" for step in steps]),
+        np.arange(len(steps)) > 0,
         np.stack([step.counts for step in steps]).astype(np.int64),
         *(np.stack(arrays).astype(np.float32) for arrays in floats),
     )
-
-
-# Layer by layer -----------------------------------------------------------------------------------
 
 
 def load_balance(routed: Iterations) -> pd.DataFrame:
@@ -126,9 +117,10 @@ def entropies(routed: Iterations) -> pd.DataFrame:
     """
     decoded = routed.at(routed.decode)
     coarse = np.stack([entropy(one.counts.sum(axis=0)) for one in routed.by_request()])
-    columns = {"coarse": coarse, "fine_counts": entropy(decoded.counts)}
-    columns["fine_gate"] = entropy(decoded.maps)
-    return pd.DataFrame({name: values.mean(axis=0) for name, values in columns.items()})
+    fine = {"fine_counts": entropy(decoded.counts), "fine_gate": entropy(decoded.maps)}
+    return pd.DataFrame(
+        {name: one.mean(axis=0) for name, one in {"coarse": coarse, **fine}.items()}
+    )
 
 
 def entropy(weights: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -136,9 +128,6 @@ def entropy(weights: NDArray[np.generic]) -> NDArray[np.float64]:
     total = weights.sum(axis=-1, keepdims=True)
     shares = np.asarray(weights / np.where(total > 0, total, 1), dtype=np.float64)
     return -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=-1)
-
-
-# Means and correlations over requests -------------------------------------------------------------
 
 
 def mean_with_interval(values: Values, request: NDArray[np.int64]) -> tuple[float, float, float]:
@@ -173,10 +162,9 @@ def _bootstrapped(
     counts = weights(len(units), "requests")[1:]
     if request.ndim == 2:
         # A pair counts as often as both of its requests are drawn, a request with itself never.
-        sums = np.zeros((len(terms), len(units), len(units)))
-        sums[:, *position.reshape(request.shape).T] = terms
-        resampled = (counts @ sums * counts).sum(axis=-1)
-        sums = sums.sum(axis=-1)
+        pairs = np.zeros((len(terms), len(units), len(units)))
+        pairs[:, *position.reshape(request.shape).T] = terms
+        resampled, sums = (counts @ pairs * counts).sum(axis=-1), pairs.sum(axis=-1)
     else:
         sums = np.stack([np.bincount(position, weights=term) for term in terms])
         resampled = sums @ counts.T
@@ -199,9 +187,6 @@ def binned(score: Values, rate: Values, request: NDArray[np.int64], bins: int) -
         mean = mean_with_interval(rate[chosen], request[chosen])
         rows.append((score[chosen].mean(), *mean, int(chosen.sum())))
     return pd.DataFrame(rows, columns=["score", "hit_rate", "low", "high", "count"])
-
-
-# Searching the store ------------------------------------------------------------------------------
 
 
 class Searched(NamedTuple):
@@ -232,16 +217,10 @@ def search(
         store.add(expert_map, embedding)
     queries = measured.at(measured.decode)
     trajectory = TrajectorySearch(store, len(queries.maps))
-    observed = [trajectory.observe(queries.maps[:, layer]) for layer in range(shape.layers)]
-    semantic, trajectories = (
-        np.array(semantic_search(store, queries.embeddings)),
-        np.array(observed),
-    )
-    pairs = semantic[:, 0].astype(int), semantic[:, 1]
-    return Searched(store, *pairs, trajectories[..., 0].astype(int), trajectories[..., 1])
-
-
-# Predictors ---------------------------------------------------------------------------------------
+    rows = queries.maps.swapaxes(0, 1)
+    by_map = np.array([trajectory.observe(layer) for layer in rows])
+    entries, scores = np.array(semantic_search(store, queries.embeddings)).T
+    return Searched(store, entries.astype(int), scores, by_map[..., 0].astype(int), by_map[..., 1])
 
 
 def predictors(
@@ -276,9 +255,8 @@ def request_counts(history: Iterations, measured: Iterations, top_k: int) -> Pre
     layer l - d of the current iteration, its prefill included.
     """
     past = np.stack([one.counts.sum(axis=0) for one in history.by_request()]).astype(np.float64)
-    earlier = np.concatenate(
-        [one.counts.cumsum(axis=0) - one.counts for one in measured.by_request()]
-    )[measured.decode]
+    before = [one.counts.cumsum(axis=0) - one.counts for one in measured.by_request()]
+    earlier = np.concatenate(before)[measured.decode]
     now = measured.counts[measured.decode].swapaxes(0, 1).astype(np.float64)
     dots = (now @ past.transpose(1, 2, 0)).cumsum(axis=0)
     dots += earlier.reshape(len(earlier), -1) @ past.reshape(len(past), -1).T
@@ -338,9 +316,6 @@ def _looked_up(known: Experts, entries: NDArray[np.intp]) -> Predictor:
     return predict
 
 
-# Hit rates ----------------------------------------------------------------------------------------
-
-
 def hit_rates(predicted: Experts, activated: Experts) -> NDArray[np.float64]:
     """Return the share of the activated experts that were predicted, over the last axis."""
     return (predicted & activated).sum(axis=-1) / activated.sum(axis=-1)
@@ -391,14 +366,17 @@ def compared_matches(
     A semantic match is judged over all layers, a trajectory `distance` layers after each score. The
     K likeliest experts of the matched map count as predicted; rates are means over layers.
     """
-    queries = measured.at(measured.decode)
+    queries, scores = measured.at(measured.decode), searched.scores(distance)
     predicted = {
         "semantic": semantic_map(searched, top_k)(0),
         "trajectory": trajectory_map(searched, top_k)(distance),
     }
     compared: dict[str, Comparison] = {}
-    for search, scores in searched.scores(distance).items():
-        chosen = predicted[search]
+    for search, chosen in predicted.items():
         activated = queries.counts[:, -chosen.shape[1] :] > 0
-        compared[search] = scores, hit_rates(chosen, activated).mean(axis=1), queries.request
+        compared[search] = (
+            scores[search],
+            hit_rates(chosen, activated).mean(axis=1),
+            queries.request,
+        )
     return compared

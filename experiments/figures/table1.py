@@ -1,7 +1,5 @@
 """Table 1: what the three models are, from their published shapes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +51,7 @@ def characteristics(name: str) -> dict[str, Any]:
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw the table as a picture, one row a model; the CSV has the unrounded numbers."""
     record, frame = analyses.read_analysis(folder)
-    rows = [_rounded(row) for row in charts.rows_of(frame)]
+    rows = [_rounded(row) for row in frame.to_dict("records")]
     size = style.PAGE_INCHES, 0.3 + 0.22 * len(rows)
     with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
         axes.set_axis_off()
@@ -69,7 +67,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         analyses.save(figure, output, record, frame, SHOWS)
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, str]:
+def _rounded(row: Any) -> dict[str, str]:
     """Return the cells of one model under their heads."""
     return {
         "Model": style.model_name(row["model"]),

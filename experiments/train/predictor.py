@@ -6,12 +6,10 @@ activates. Prompts to learn from are documents that no run draws its prompts fro
 taken on held-out ones.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import hydra
 import numpy as np
@@ -33,8 +31,7 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Placement
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     """What N tokens brought to every gate, and what it chose for them."""
 
     hidden_states: FloatArray
@@ -44,22 +41,16 @@ class Recording:
 
 
 class Recorder(ResidentPolicy):
-    """Writes down the input and the K best experts of every gate."""
+    """Keeps what every gate saw and decided, by layer."""
 
     placement = Placement("critical_path", hidden_states=True, everything_resident=True)
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        self._top_k = shape.top_k
-        self._gates: list[list[Gate]] = [[] for _ in range(shape.layers)]
+        self.gates: list[list[Gate]] = [[] for _ in range(shape.layers)]
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> None:
-        self._gates[gate.layer].append(gate)
-
-    def recording(self) -> Recording:
-        hidden = [np.concatenate([one.hidden_states for one in layer]) for layer in self._gates]
-        scores = [np.concatenate([one.probabilities for one in layer]) for layer in self._gates]
-        return Recording(np.stack(hidden), best(np.stack(scores), self._top_k))
+        self.gates[gate.layer].append(gate)
 
 
 def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
@@ -71,11 +62,15 @@ def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
 
 
 def record(model: OffloadedModel, requests: Sequence[Request], batch_size: int) -> Recording:
-    """Serve requests and return what their gates saw and chose."""
+    """Serve requests with everything resident; return what their gates saw and chose."""
     recorder = Recorder(model.shape)
     with resident_runtime(model, recorder) as runtime:
         serve(runtime, requests, batch_size)
-    return recorder.recording()
+    hidden, scores = (
+        np.stack([np.concatenate([getattr(gate, name) for gate in of]) for of in recorder.gates])
+        for name in ("hidden_states", "probabilities")
+    )
+    return Recording(hidden, best(scores, model.shape.top_k))
 
 
 def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
@@ -83,19 +78,18 @@ def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredic
 
     `cfg` holds hidden_units, epochs, tokens_per_step, learning_rate and seed.
     """
-    sources = len(recording.hidden_states) - distance
-    inputs = torch.from_numpy(recording.hidden_states[:sources])
+    inputs = torch.from_numpy(recording.hidden_states[:-distance])
     targets = torch.from_numpy(recording.chosen[distance:]).float()
-    tokens, units = inputs.shape[1], cfg.hidden_units
+    (sources, tokens, width), experts, units = inputs.shape, targets.shape[2], cfg.hidden_units
     generator = torch.Generator().manual_seed(cfg.seed)
 
     def weights(outputs: int, fan_in: int) -> Tensor:
         drawn = torch.randn(sources, outputs, fan_in, generator=generator)
         return (drawn * fan_in**-0.5).requires_grad_()
 
-    up, down = weights(units, inputs.shape[2]), weights(targets.shape[2], units)
+    up, down = weights(units, width), weights(experts, units)
     up_bias = torch.zeros(sources, units, requires_grad=True)
-    down_bias = torch.zeros(sources, targets.shape[2], requires_grad=True)
+    down_bias = torch.zeros(sources, experts, requires_grad=True)
     optimizer = torch.optim.Adam([up, up_bias, down, down_bias], lr=cfg.learning_rate)
     for _ in range(cfg.epochs):
         for rows in torch.randperm(tokens, generator=generator).split(cfg.tokens_per_step):
@@ -105,26 +99,23 @@ def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredic
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    arrays = [tensor.detach().numpy() for tensor in (up, up_bias, down, down_bias)]
-    return LearnedPredictor(*arrays)
+    return LearnedPredictor(*(one.detach().numpy() for one in (up, up_bias, down, down_bias)))
 
 
 def top_k_accuracy(
     predictor: LearnedPredictor, recording: Recording, distance: int, top_k: int
 ) -> list[float]:
     """Return, for each source layer, the share of activated experts among the K predicted."""
-    accuracies: list[float] = []
-    for hidden, chosen in zip(recording.hidden_states, recording.chosen[distance:], strict=False):
-        scores = predictor.logits(len(accuracies), hidden)
-        accuracies.append(float((best(scores, top_k) & chosen).sum() / chosen.sum()))
+    scores = predictor.logits(slice(None), recording.hidden_states[:-distance])
+    activated = recording.chosen[distance:]
+    hits = (best(scores, top_k) & activated).sum(axis=(1, 2))
+    accuracies: list[float] = (hits / activated.sum(axis=(1, 2))).tolist()
     return accuracies
 
 
 def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
     drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
-    requests = [
-        Request(number, prompt, cfg.output_tokens) for number, prompt in enumerate(drawn.prompts)
-    ]
+    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn.prompts)]
     return record(model.offloaded, requests, cfg.batch_size)
 
 
@@ -155,12 +146,10 @@ def main(cfg: DictConfig) -> None:
         "trained_tokens": str(learned_from.hidden_states.shape[1]),
         "held_out_tokens": str(tested_on.hidden_states.shape[1]),
     }
-    path = Path(cfg.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    predictor.save(path, cfg.distance, facts)
+    predictor.save(Path(cfg.path), cfg.distance, facts)
     print(
         f"{identity(cfg)}, d={cfg.distance}: {accuracy:.1%} of activated experts predicted on "
-        f"held-out prompts (chance {shape.top_k / shape.experts:.1%}); saved to {path}"
+        f"held-out prompts (chance {shape.top_k / shape.experts:.1%}); saved to {cfg.path}"
     )
 
 

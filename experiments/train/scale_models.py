@@ -7,14 +7,11 @@ On a CPU with glibc a step takes a sixth less time if large tensors stay mapped:
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184.
 """
 
-from __future__ import annotations
-
-import json
 import math
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,35 +34,16 @@ from transformers import (
 from experiments.errors import UserError, command
 from experiments.run.console import bar_on
 from experiments.run.corpus import Document, documents
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a training run is made of, apart from model and text."""
-
-    tokens: int
-    sequence_length: int
-    batch_sequences: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    evaluate_every: int
-    evaluate_sequences: int
-    seed: int
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.tokens / (self.sequence_length * self.batch_sequences))
-
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth of the peak."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+RECIPE = (
+    "tokens", "sequence_length", "batch_sequences", "learning_rate", "warmup_steps", "weight_decay",
+    "evaluate_every", "evaluate_sequences", "seed",
+)  # fmt: skip
+"""Settings that a training run is made of, apart from model and text."""
 
 
 @dataclass
@@ -78,7 +56,8 @@ class Training:
     """
 
     model: PreTrainedModel
-    recipe: Recipe
+    recipe: DictConfig
+    """The settings that RECIPE names."""
     train_ids: torch.Tensor
     held_out_ids: torch.Tensor
     checkpoint: Path
@@ -87,20 +66,26 @@ class Training:
 
     def __post_init__(self) -> None:
         embedding = self.model.get_input_embeddings().weight
-        decayed = [p for p in self.model.parameters() if p.dim() > 1 and p is not embedding]
-        others = [p for p in self.model.parameters() if p.dim() <= 1 or p is embedding]
+        decayed: list[Any] = []
+        others: list[Any] = []
+        for one in self.model.parameters():
+            (decayed if one.dim() > 1 and one is not embedding else others).append(one)
         groups = [
             {"params": decayed, "weight_decay": self.recipe.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        rate = self.recipe.learning_rate
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         if self.checkpoint.exists():
             self._restore()
 
+    @property
+    def steps(self) -> int:
+        recipe = self.recipe
+        return math.ceil(recipe.tokens / (recipe.sequence_length * recipe.batch_sequences))
+
     def run(self, stop_after: int | None = None) -> Iterator[dict[str, Any]]:
         """Train to the end of the recipe, or to step `stop_after`; yield every evaluation."""
-        last = min(self.recipe.steps, stop_after or self.recipe.steps)
+        last = min(self.steps, stop_after or self.steps)
         losses: list[float] = []
         while self.step < last:
             losses.append(self._train_step())
@@ -125,12 +110,21 @@ class Training:
         self.model.train()
         return float(torch.stack(losses).mean())
 
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine to a tenth of the peak."""
+        peak, warmup = self.recipe.learning_rate, self.recipe.warmup_steps
+        if self.step < warmup:
+            return float(peak * (self.step + 1) / warmup)
+        done = (self.step - warmup) / max(1, self.steps - warmup)
+        return float(peak * (0.55 + 0.45 * math.cos(math.pi * done)))
+
     def _train_step(self) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate_at(self.step)
+            group["lr"] = self._rate()
+        seed = self.recipe.seed * 1_000_003 + self.step
         # PhiMoE's router samples while it trains.
-        torch.manual_seed(self._step_seed)
-        batch = self._batch()
+        torch.manual_seed(seed)
+        batch = self._batch(torch.Generator().manual_seed(seed))
         output = self.model(
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
         )
@@ -142,28 +136,17 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float((output.loss - output.aux_loss * self._balance_weight).detach())
-
-    @property
-    def _step_seed(self) -> int:
-        return self.recipe.seed * 1_000_003 + self.step
-
-    @property
-    def _balance_weight(self) -> float:
-        return float(self.model.config.router_aux_loss_coef)
+        own_balance_loss = output.aux_loss * self.model.config.router_aux_loss_coef
+        return float((output.loss - own_balance_loss).detach())
 
     def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the family's own auxiliary load-balancing loss, layer by layer."""
-        family = sys.modules[type(self.model).__module__]
-        top_k = self.model.config.num_experts_per_tok
-        losses = [
-            family.load_balancing_loss_func((logits,), logits.shape[-1], top_k)
-            for logits in router_logits
-        ]
-        return self._balance_weight * torch.stack(losses).mean()
+        config = self.model.config
+        loss = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        losses = [loss((one,), one.shape[-1], config.num_experts_per_tok) for one in router_logits]
+        return config.router_aux_loss_coef * torch.stack(losses).mean()
 
-    def _batch(self) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._step_seed)
+    def _batch(self, generator: torch.Generator) -> torch.Tensor:
         length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
         starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
         positions = starts[:, None] + torch.arange(length)
@@ -171,7 +154,7 @@ class Training:
 
     def _save(self) -> None:
         state = {
-            "recipe": asdict(self.recipe),
+            "recipe": OmegaConf.to_container(self.recipe),
             "step": self.step,
             "history": self.history,
             "model": self.model.state_dict(),
@@ -186,7 +169,7 @@ class Training:
             known = state["recipe"]
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, UnpicklingError) as error:
             raise UserError(f"{self.checkpoint} is no checkpoint; remove it") from error
-        if known != asdict(self.recipe):
+        if known != OmegaConf.to_container(self.recipe):
             raise UserError(f"{self.checkpoint} is of another recipe; remove it to start over")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -206,15 +189,13 @@ def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> tor
 @torch.no_grad()
 def least_used_share(model: PreTrainedModel, windows: torch.Tensor, batch: int) -> float:
     """Return the use of the least used expert of any layer, relative to its fair share."""
-    top_k = model.config.num_experts_per_tok
-    counts: list[torch.Tensor] = []
     model.eval()
+    shares: Any = 0.0
     for part in windows.split(batch):
         output = model(input_ids=part, use_cache=False, output_router_logits=True)
         logits = torch.stack([one.reshape(-1, one.shape[-1]) for one in output.router_logits])
-        used = torch.zeros(logits.shape, device=logits.device)
-        counts.append(used.scatter(-1, logits.topk(top_k).indices, 1.0).sum(1))
-    shares = torch.stack(counts).sum(0)
+        chosen = logits.topk(model.config.num_experts_per_tok).indices
+        shares += torch.zeros_like(logits, dtype=torch.float32).scatter(-1, chosen, 1.0).sum(1)
     return float((shares / shares.mean(dim=1, keepdim=True)).min())
 
 
@@ -274,11 +255,11 @@ def draw_loss(training: Training, baseline: float, path: Path) -> None:
     """Draw the loss curve of the run against the unigram baseline."""
     matplotlib.use("Agg")
     history = pd.DataFrame(training.history)
-    history["tokens"] = history["step"] * training.recipe.tokens / training.recipe.steps / 1e6
+    history["tokens"] = history["step"] * training.recipe.tokens / training.steps / 1e6
     named = {"train_loss": "training", "held_out_loss": "held out"}
     curves = history.set_index("tokens")[list(named)].rename(columns=named)
-    axes: Any = curves.plot(figsize=(4.5, 3), grid=True)
-    axes.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)")
+    labels: Any = {"xlabel": "training tokens (millions)", "ylabel": "loss (nats per token)"}
+    axes: Any = curves.plot(figsize=(4.5, 3), grid=True, **labels)
     axes.axhline(baseline, color="0.4", linestyle="--", label="unigram, held out")
     axes.legend()
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -290,7 +271,6 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     Returns what the card says, among it the perplexity over the whole held-out text.
     """
     folder = Path(cfg.export)
-    folder.mkdir(parents=True, exist_ok=True)
     loss = training.held_out_loss()
     model: Any = training.model
     model.to(torch.bfloat16)
@@ -306,12 +286,12 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
         "unigram_perplexity": math.exp(baseline),
         "tokens": training.recipe.tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "recipe": asdict(training.recipe),
+        "recipe": OmegaConf.to_container(training.recipe),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "history": training.history,
     }
-    (folder / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "training.json", summary)
     draw_loss(training, baseline, folder / "loss.png")
     (folder / "README.md").write_text(card(cfg, summary))
     return summary
@@ -354,18 +334,18 @@ def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:
     tokenizer = train_tokenizer([one.text for one in learned], cfg.vocabulary)
     train_ids, held_out_ids = (encode(tokenizer, part).to(device) for part in (learned, held_out))
     baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
-    recipe = Recipe(**{name: cfg[name] for name in Recipe.__dataclass_fields__})
     model: Any = build_model(cfg, tokenizer)
     checkpoint = Path(cfg.checkpoints) / "last.pt"
+    recipe = OmegaConf.masked_copy(cfg, RECIPE)
     training = Training(model.to(device), recipe, train_ids, held_out_ids, checkpoint)
-    print(f"{cfg.model.name}: {len(train_ids):,} tokens of text, {recipe.steps} steps on {device}")
+    print(f"{cfg.model.name}: {len(train_ids):,} tokens, {training.steps} steps on {device}")
     with bar_on(RichConsole()) as bar:
-        task = bar.add_task("training", total=recipe.steps, completed=training.step)
+        task = bar.add_task("training", total=training.steps, completed=training.step)
         for at in training.run(cfg.stop_after):
             bar.update(task, completed=at["step"])
             losses = f"train {at['train_loss']:.3f}, held out {at['held_out_loss']:.3f} nats"
             bar.console.print(f"step {at['step']}: {losses}")
-    if training.step < recipe.steps:
+    if training.step < training.steps:
         print(f"stopped at step {training.step}; call again to go on")
         return
     summary = export(cfg, training, tokenizer, baseline)

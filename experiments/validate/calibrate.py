@@ -4,8 +4,6 @@ Serves a few prompts of their own with the live runtime and writes a testbed in 
 hardware runs in virtual time.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import tempfile
@@ -28,16 +26,9 @@ from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LiveSetup, load_setup
 from experiments.run.protocol import build_history
 from experiments.run.records import provenance
-from experiments.run.schedule import Server
-from experiments.validate.probe import (
-    Probe,
-    Sample,
-    call_seconds,
-    collection_seconds,
-    compute_samples,
-    wake_and_resume,
-    without_outliers,
-)
+from experiments.run.schedule import Request, Server
+from experiments.validate import probe as parts
+from experiments.validate.probe import Probe, Sample
 from finemoe.files import atomic_write
 from finemoe.offload.device import EmulatedLink
 from finemoe.testbed import Testbed
@@ -46,26 +37,16 @@ from finemoe.trace import TraceReader
 NEUTRAL = "on_demand"
 """The system whose runs show waits and links alone: it predicts nothing."""
 DISTURBED = ("after_wait", "while_copying")
-Samples = dict[str, list[Sample]]
-"""By the part of a forward pass that they are of."""
-
-
-# Serving under observation ------------------------------------------------------------------------
 
 
 def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
     """Return the config that run.py would have for one system of this command's."""
     same = ("model", "dataset", "workload", "testbed", "reading", "weights", "seed", "output")
-    run: Any = {
-        **{name: cfg[name] for name in same},
-        "protect": cfg.reading.protect,
-        **dict.fromkeys(("verify", "record", "timeline"), False),
-        "routing": None,
-        "system": cfg.systems[system],
-        "store": {"load": None, "save": None},
-        **changes,
-    }
-    return OmegaConf.create(run)
+    run: Any = {name: cfg[name] for name in same}
+    run |= dict.fromkeys(("verify", "record", "timeline"), False)
+    run |= {"routing": None, "store": {"load": None, "save": None}}
+    run |= {"system": cfg.systems[system], "protect": cfg.reading.protect}
+    return OmegaConf.create(run | changes)
 
 
 def emulated_testbed(cfg: DictConfig) -> Testbed:
@@ -100,23 +81,16 @@ def observe(setup: LiveSetup, console: Console) -> Probe:
     return probe
 
 
-# From times to costs ------------------------------------------------------------------------------
-
-
 def fit(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
     """Return base, per_token and the other columns asked for in microseconds, none below 0.
 
     Least squares over the relative errors of the means of samples that agree in these columns.
     """
-    named = {
-        "tokens": "per_token",
-        "context": "per_context",
-        "waited": "after_wait",
-        "copying": "while_copying",
-    }
+    costs = ["per_token", "per_context", "seconds", "after_wait", "while_copying"]
     names = ["base", "per_token", *columns]
-    frame = pd.DataFrame(samples).rename(columns=named).assign(base=1)
-    groups = [(key, without_outliers(one * 1e6)) for key, one in frame.groupby(names)["seconds"]]
+    frame = pd.DataFrame(samples).set_axis(costs, axis=1).assign(base=1)
+    seconds = frame.groupby(names)["seconds"]
+    groups = [(key, parts.without_outliers(one * 1e6)) for key, one in seconds]
     means = np.array([np.mean(values) for _, values in groups])
     weights = np.sqrt([len(values) for _, values in groups]) / np.maximum(means, 1e-3)
     matrix = np.array([key for key, _ in groups], dtype=float)
@@ -128,16 +102,12 @@ def _micros(seconds: float) -> float:
     return round(seconds * 1e6, 2)
 
 
-# The calibration ----------------------------------------------------------------------------------
-
-
 class Calibration:
     """Watches live runs of the config's systems and turns what it saw into a testbed.
 
-    Everything may be observed several times: then no single moment of the machine decides. Compute
-    is measured with every expert resident and, for each system, under small budgets, where waits
-    and copies disturb it; predictions and wake-ups under these alone. Raises UserError for a
-    testbed that cannot be calibrated.
+    Compute is measured with every expert resident and, for each system, under small budgets, where
+    waits and copies disturb it; predictions and wake-ups under these alone. Whatever is observed
+    again counts as well. Raises UserError for a testbed that cannot be calibrated.
     """
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
@@ -147,41 +117,42 @@ class Calibration:
         self._cfg, self._console, self._testbed = cfg, console, testbed
         resident = run_config(cfg, NEUTRAL, memory_budget="100%")
         self._resident = _vary_lengths(load_setup(resident, testbed))
-        self._layers = self._resident.model.offloaded.shape.layers
+        self._layers = self._resident.shape.layers
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.parquet"
             self._resident.record_routing(path, console)
             with TraceReader(path) as trace:
                 self._traced = {number: trace.request(number) for number in trace.numbers}
-        self._still: Samples = defaultdict(list)
-        self._disturbed: dict[str, Samples] = defaultdict(lambda: defaultdict(list))
+        self._samples: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+        """By system, or `resident`, and by the part of a forward pass that they are of."""
         self._probes: dict[str, Probe] = defaultdict(Probe)
 
     def observe_resident(self) -> None:
         """Serve with every expert resident."""
-        self._observe(self._resident, self._still)
+        self._observe("resident", self._resident)
 
     def observe(self, system: str) -> None:
         """Serve with a system at every budget."""
         for budget in self._cfg.memory_budgets:
             run = run_config(self._cfg, system, memory_budget=budget)
             setup = _longest_only(_vary_lengths(load_setup(run, self._testbed)))
-            self._probes[system] += self._observe(setup, self._disturbed[system])
+            self._probes[system] += self._observe(system, setup)
 
-    def _observe(self, setup: LiveSetup, samples: Samples) -> Probe:
+    def _observe(self, system: str, setup: LiveSetup) -> Probe:
         probe = observe(setup, self._console)
-        for part, taken in compute_samples(probe, self._traced, self._layers).items():
-            samples[part] += taken
+        for part, taken in parts.compute_samples(probe, self._traced, self._layers).items():
+            self._samples[system][part] += taken
         return probe
 
     def testbed(self) -> dict[str, Any]:
         """Return the testbed as conf/testbed would hold it."""
         testbed, probes = self._testbed, self._probes
         load = testbed.load_seconds(self._resident.model.full_expert_bytes)
-        lags = sum(probe.lags for probe in probes.values())
-        lag_seconds = sum(probe.lag_seconds for probe in probes.values())
-        wake, resume = wake_and_resume(probes[NEUTRAL], load) if NEUTRAL in probes else (0.0, 0.0)
-        collect = {system: _micros(collection_seconds(probe)) for system, probe in probes.items()}
+        every = sum(probes.values(), Probe())
+        wake = resume = 0.0
+        if NEUTRAL in probes:
+            wake, resume = parts.wake_and_resume(probes[NEUTRAL], load)
+        collect = {name: _micros(parts.collection_seconds(one)) for name, one in probes.items()}
         return {
             "_target_": "experiments.run.testbeds.calibrated",
             "name": str(self._cfg.name),
@@ -192,48 +163,45 @@ class Calibration:
                 "time_scale": testbed.time_scale,
                 "latency_us": _micros(testbed.link_latency_s * testbed.time_scale),
                 "wake_us": _micros(wake),
-                "lag_us": _micros(lag_seconds / lags if lags else 0.0),
+                "lag_us": _micros(every.lag_seconds / max(every.lags, 1)),
             },
             "chunk_mb": testbed.chunk_bytes / 1e6,
             "resume_us": _micros(resume),
             "compute_us": self._compute(),
             "collect_us": {"resident": 0.0, **collect},
             "prediction_us": {
-                system: {k: _micros(v) for k, v in call_seconds(probe, self._layers).items()}
-                for system, probe in probes.items()
+                name: {k: _micros(v) for k, v in parts.call_seconds(one, self._layers).items()}
+                for name, one in probes.items()
             },
         }
 
     def _compute(self) -> dict[str, Any]:
-        still, context = self._still, ("per_context",)
-        compute: dict[str, Any] = {
-            "start": fit(still["start"], context),
-            "finish": fit(still["finish"], context),
-            "dense": {"resident": fit(still["dense"], context)},
-            "expert": {"resident": fit(still["expert"], ())},
-        }
-        for system, disturbed in self._disturbed.items():
-            for part, columns in (("dense", (*context, *DISTURBED)), ("expert", DISTURBED)):
-                compute[part][system] = fit(still[part] + disturbed[part], columns)
-        return compute
+        still = self._samples["resident"]
+        costs: dict[str, Any] = {}
+        for part in ("start", "finish"):
+            costs[part] = fit(still[part], ["per_context"])
+        for part, own in (("dense", ["per_context"]), ("expert", [])):
+            costs[part] = {"resident": fit(still[part], own)}
+            for system in self._probes:
+                disturbed = still[part] + self._samples[system][part]
+                costs[part][system] = fit(disturbed, [*own, *DISTURBED])
+        return costs
+
+
+def _measuring(setup: LiveSetup, measured: Sequence[Request]) -> LiveSetup:
+    return replace(setup, workload=replace(setup.workload, measured=tuple(measured)))
 
 
 def _vary_lengths(setup: LiveSetup) -> LiveSetup:
     """Give the measured prompts different lengths, which tell tokens, context and base apart."""
-    measured = [
-        replace(request, prompt=request.prompt[: max(2, len(request.prompt) * share // 8)])
-        for request, share in zip(setup.workload.measured, itertools.cycle((1, 8, 3)))
-    ]
-    return replace(setup, workload=replace(setup.workload, measured=tuple(measured)))
+    shares = zip(setup.workload.measured, itertools.cycle((1, 8, 3)))
+    lengths = [(one, max(2, len(one.prompt) * share // 8)) for one, share in shares]
+    return _measuring(setup, [replace(one, prompt=one.prompt[:cut]) for one, cut in lengths])
 
 
 def _longest_only(setup: LiveSetup) -> LiveSetup:
     """Leave the longest measured request: it asks for hundreds of predictions."""
-    longest = max(setup.workload.measured, key=lambda request: len(request.prompt))
-    return replace(setup, workload=replace(setup.workload, measured=(longest,)))
-
-
-# The command --------------------------------------------------------------------------------------
+    return _measuring(setup, [max(setup.workload.measured, key=lambda one: len(one.prompt))])
 
 
 def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Times taken from a live run, and the parts of a forward pass that they fall into."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time
@@ -9,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +82,9 @@ class Probe:
     def seconds(self, track: str) -> list[float]:
         return [span.end - span.start for span in self.on(track)]
 
-    def __add__(self, later: Probe) -> Probe:
+    def __add__(self, later: Self) -> Self:
         added = ("begins", "gates", "spans", "lags", "lag_seconds")
-        return Probe(*(getattr(self, name) + getattr(later, name) for name in added))
+        return type(self)(*(getattr(self, name) + getattr(later, name) for name in added))
 
 
 def compute_samples(

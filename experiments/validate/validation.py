@@ -4,11 +4,11 @@ Every system serves the same prompts live, over emulated links, at every budget,
 its costs are observed; the recorded routing is then replayed in the testbed that these make.
 """
 
-from __future__ import annotations
-
-import statistics
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -25,12 +25,11 @@ from experiments.run import replay
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import load_setup
-from experiments.run.protocol import Measurement, Setup, build_history, measure
+from experiments.run.protocol import Setup, build_history, measure
 from experiments.run.records import provenance
 from experiments.validate.calibrate import Calibration, emulated_testbed, run_config, write_testbed
 from finemoe.files import write_json
 from finemoe.testbed import SimulatedTestbed, Testbed
-from finemoe.trace import TraceError
 
 MOST_DEVIATION = 0.05
 """Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""
@@ -39,7 +38,10 @@ Result = dict[str, float]
 
 
 def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return all comparisons, and the calibrated testbed they used. Raises UserError."""
+    """Return all comparisons, and the calibrated testbed they used.
+
+    Raises UserError or TraceError.
+    """
     if cfg.workload.output_tokens < 2:
         raise UserError("workload.output_tokens: there is no TPOT below 2")
     if cfg.repeats < 1:
@@ -53,21 +55,16 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
         system: [run_config(cfg, system, memory_budget=budget) for budget in cfg.budgets]
         for system in cfg.systems
     }
-    path = Path(cfg.output) / "trace.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    resident = run_config(cfg, next(iter(cfg.systems)), memory_budget="100%")
-    load_setup(resident, testbed).record_routing(path, console)
-    try:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.parquet"
+        resident = run_config(cfg, next(iter(cfg.systems)), memory_budget="100%")
+        load_setup(resident, testbed).record_routing(path, console)
         # All that needs a quiet machine first.
         rounds = [_round(runs, testbed, calibration, console) for _ in range(cfg.repeats)]
         calibrated = calibration.testbed() if calibration else known
         virtual = build(OmegaConf.create(calibrated))
-        each = [run for of_system in runs.values() for run in of_system]
+        each = list(chain.from_iterable(runs.values()))
         replays = [_replay(run, virtual, path, console) for run in each]
-    except TraceError as error:
-        raise UserError(str(error)) from error
-    finally:
-        path.unlink(missing_ok=True)
     if calibration:
         write_testbed(Path(cfg.output) / "testbed.yaml", calibrated)
     lives = zip(*rounds, strict=True)
@@ -76,8 +73,7 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
 
 def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
     """Return the testbed of the file that the config names, if it is of the same links."""
-    path = Path(cfg.calibration)
-    again = "run experiments.validate.calibrate"
+    path, again = Path(cfg.calibration), "run experiments.validate.calibrate"
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException) as error:
@@ -107,8 +103,7 @@ def _round(
     for system, of_system in runs.items():
         if calibration:
             calibration.observe(system)
-        for run in of_system:
-            results.append(_served(load_setup(run, testbed), console))
+        results += [_served(load_setup(run, testbed), console) for run in of_system]
     return results
 
 
@@ -120,15 +115,11 @@ def _replay(run: DictConfig, testbed: SimulatedTestbed, trace: Path, console: Co
 
 def _served(setup: Setup, console: Console) -> Result:
     build_history(setup, console)
-    return result(measure(setup, setup.reference(console), console))
-
-
-def result(measurement: Measurement) -> Result:
-    """Return the result of a measurement whose answers are longer than one token."""
+    measured = measure(setup, setup.reference(console), console)
     return {
-        "ttft_s": statistics.fmean(one.ttft for one in measurement.served),
-        "tpot_s": statistics.fmean(one.tpot for one in measurement.served if one.tpot is not None),
-        **measurement.accesses.over(measurement.accesses.counts),
+        "ttft_s": fmean(one.ttft for one in measured.served),
+        "tpot_s": fmean(one.tpot for one in measured.served if one.tpot is not None),
+        **measured.accesses.over(measured.accesses.counts),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from experiments.bench import gpu as gpu_check
-from experiments.bench.engine import Check, Load
+from experiments.bench.engine import Check
 from experiments.bench.gpu import PARTS, Sizes, run_parts, write_results
 from experiments.run.small_models import COMMON, FAMILIES, small_model
 
@@ -19,7 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def tiny(tmp_path: Path) -> Sizes:
     small_model("mixtral").save_pretrained(tmp_path / "scale")
-    load = Load(prompt_tokens=5, new_tokens=3, rounds=1)
     full = [(name, 1, {**COMMON, **FAMILIES[name]}) for name in ("mixtral", "qwen2_moe")]
     return Sizes(
         expert_bytes=4096,
@@ -28,9 +27,10 @@ def tiny(tmp_path: Path) -> Sizes:
         seconds=0.01,
         matrix=64,
         scale=tmp_path / "scale",
-        load=load,
+        new_tokens=3,
+        rounds=1,
         budget_gb=6e-5,
-        full_load=load,
+        full_tokens=3,
         full_models=tuple(full),
     )
 

@@ -193,6 +193,6 @@ def test_a_figure_is_added_by_one_file_and_one_yaml(
     with pytest.raises(SystemExit) as ended:
         driver.main(words, tmp_path / "conf")
     assert not ended.value.code
-    (row,) = charts.rows_of(pd.read_csv(tmp_path / "figures" / "99.csv"))
+    (row,) = pd.read_csv(tmp_path / "figures" / "99.csv").to_dict("records")
     assert (row["system"], row["mode"]) == ("on_demand", "simulated")
     assert (tmp_path / "figures" / "99.txt").read_text().startswith("Figure 99: A figure. Mode: ")

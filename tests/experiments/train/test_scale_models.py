@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.errors import UserError
 from experiments.run.corpus import Document
 from experiments.run.small_models import small_model
 from experiments.run.weights import SCALE_MODELS
-from experiments.train.scale_models import Recipe, Training, train
+from experiments.train.scale_models import Training, train
 from tests.command import ROOT, config
 
 TOY = (
@@ -68,16 +69,18 @@ def test_the_shipped_model_has_the_paper_models_routing_shape(
     assert size < 60e6
 
 
-RECIPE = Recipe(
-    tokens=6 * 2 * 16,
-    sequence_length=16,
-    batch_sequences=2,
-    learning_rate=1e-3,
-    warmup_steps=2,
-    weight_decay=0.1,
-    evaluate_every=2,
-    evaluate_sequences=2,
-    seed=0,
+RECIPE = OmegaConf.create(
+    {
+        "tokens": 6 * 2 * 16,
+        "sequence_length": 16,
+        "batch_sequences": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "evaluate_every": 2,
+        "evaluate_sequences": 2,
+        "seed": 0,
+    }
 )
 
 
