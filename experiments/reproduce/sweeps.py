@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -226,19 +227,28 @@ def _composing(
 ) -> Iterator[Callable[[Sequence[str]], DictConfig]]:
     """Yield what returns the resolved config of an experiment under overrides, or UserError.
 
-    Composing takes an eighth of a second, so that a sweep of plain values should not repeat it:
-    they are set afterwards.
+    Composing takes a tenth of a second. So each option of a group, which sets nothing outside of
+    its group, is composed once for all sweeps, and plain values are set afterwards. A pickle is
+    read six times as fast as a config is copied.
     """
     groups = _groups(conf)
+    own = {"experiment", *OmegaConf.load(conf / "experiment" / f"{experiment.name}.yaml")}
 
     @cache
-    def grouped(choices: tuple[str, ...]) -> DictConfig:
-        return compose("config", [f"experiment={experiment.name}", "output=unset", *choices])
+    def grouped(choices: tuple[str, ...]) -> bytes:
+        keys = [_key(one) for one in choices]
+        if not choices or not groups - own >= set(keys):
+            own_choices = [f"experiment={experiment.name}", "output=unset", *choices]
+            return pickle.dumps(compose("config", own_choices))
+        cfg = pickle.loads(grouped(()))
+        for key, choice in zip(keys, choices, strict=True):
+            cfg[key] = _option(conf, choice)
+        return pickle.dumps(cfg)
 
     def composed(overrides: Sequence[str]) -> DictConfig:
         values = [one for one in overrides if _is_value(one, groups)]
         try:
-            cfg = grouped(tuple(one for one in overrides if one not in values)).copy()
+            cfg = pickle.loads(grouped(tuple(one for one in overrides if one not in values)))
             for one in OverridesParser.create().parse_overrides(values):
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
             OmegaConf.resolve(cfg)
@@ -251,13 +261,22 @@ def _composing(
         yield composed
 
 
+@cache
+def _option(conf: Path, choice: str) -> DictConfig:
+    """Return what a group's option, `group=option`, says; interpolations are left as they are."""
+    return compose("config", [choice])[_key(choice)]
+
+
 def _groups(conf: Path) -> set[str]:
     return {path.name for path in conf.iterdir() if path.is_dir()}
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
 def _is_value(override: str, groups: set[str]) -> bool:
-    key = override.partition("=")[0]
-    return key not in groups and re.fullmatch(r"[a-z_.]+", key) is not None
+    return _key(override) not in groups and bool(re.fullmatch(r"[a-z_.]+", _key(override)))
 
 
 def _of_run(cfg: DictConfig) -> DictConfig:
