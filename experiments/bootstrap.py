@@ -16,8 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-Draws = NDArray[np.float64]
-"""Shape (1 + RESAMPLES,): the estimate, then its resamples."""
+Draws = NDArray[np.float64]  # shape (1 + RESAMPLES,): the estimate, then its resamples
 
 LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "service_s", "itl_s", "queueing_s")
 RATIOS = {

@@ -17,8 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-BAD_INPUT = 2
-"""The exit code of a command that was given what it cannot use."""
+BAD_INPUT = 2  # the exit code of a command that was given what it cannot use
 ELSEWHERE = "choose another folder, such as with output="
 REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",

@@ -234,9 +234,6 @@ def _bound(claim: Claim, finding: Finding) -> str:
     return "; ".join(said)
 
 
-# Why it does not hold, or holds weaker: only what was measured, no cause that was not -------------
-
-
 def _why(claim: Claim, finding: Finding) -> Iterator[str]:
     means, parts = _means(finding), sorted(finding.parts, key=lambda part: float(part[2][0]))
     if claim.paper == "flat":

@@ -20,17 +20,12 @@ from experiments.bootstrap import Draws, constant, ratio, request_draws, spearma
 from experiments.judge.frame import ResultsFolder
 from experiments.style import dataset_name, model_name, system_name
 
-Rows = pd.DataFrame
-"""Rows of a `run_frame`, or of a CSV of an analysis."""
+Rows = pd.DataFrame  # rows of a `run_frame`, or of a CSV of an analysis
 Names = Sequence[str]
-Selector = str | Mapping[str, Any]
-"""A system's name, or columns and what they must hold."""
-Cell = tuple[Any, ...]
-"""Model, dataset, and whatever else a comparison is made by."""
-Part = tuple[str, Cell, Draws]
-"""What is compared, and its value in one cell."""
-LAST = "last"
-"""The largest value that a column has."""
+Selector = str | Mapping[str, Any]  # a system's name, or columns and what they must hold
+Cell = tuple[Any, ...]  # model, dataset, and whatever else a comparison is made by
+Part = tuple[str, Cell, Draws]  # what is compared, and its value in one cell
+LAST = "last"  # the largest value that a column has
 
 
 class Untestable(Exception):
@@ -132,9 +127,6 @@ def claim(
     return register
 
 
-# Rows ---------------------------------------------------------------------------------------------
-
-
 def runs(results: ResultsFolder, experiment: str, **where: Any) -> Rows:
     """Return an experiment's rows of the `run_frame`; raise Untestable if none is as asked for."""
     return _chosen(results.runs_of(experiment), experiment, where)
@@ -166,9 +158,6 @@ def select(rows: Rows, wanted: Selector) -> Rows:
 
 def _of(rows: Rows, selectors: Sequence[Selector]) -> Rows:
     return pd.concat([select(rows, one) for one in selectors]).drop_duplicates("digest")
-
-
-# Quantities ---------------------------------------------------------------------------------------
 
 
 def _measured(
@@ -243,9 +232,6 @@ def _origin_distances(chosen: list[Rows], cell: Cell, systems: Sequence[Selector
     sizes = np.array([float(one["peak_slot_bytes"] + one["dense_bytes"]) for one in summaries])
     distances = np.hypot(seconds / seconds.max(axis=0), (sizes / sizes.max())[:, None])
     return np.minimum.reduceat(distances, np.cumsum([0, *map(len, chosen[:-1])]), axis=0)
-
-
-# Comparisons: each returns what it measured in every cell -----------------------------------------
 
 
 def _parts(keys: list[tuple[Cell, str]], draws: Draws, names: Names = ("",)) -> list[Part]:
@@ -346,9 +332,6 @@ def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -
     return Finding(parts, rows, [metric], details=[f"It follows from {one}." for one in computed])
 
 
-# Curves: what happens to a value as a setting, the last of its cell, rises ------------------------
-
-
 def _curves(finding: Finding, x: str, points: int = 3) -> Iterator[tuple[str, Cell, Draws, Draws]]:
     """Yield what is measured, its cell, settings, and draws, shape (settings, 1 + RESAMPLES)."""
     curves = defaultdict(list)
@@ -409,8 +392,6 @@ def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
         details.append(f"{label} by {setting} ({cell_name(cell)}): {curve}.")
     return replace(finding, parts=parts, details=details)
 
-
-# Names --------------------------------------------------------------------------------------------
 
 _NAMES = {
     "ttft_s": "TTFT",

@@ -167,9 +167,6 @@ def by_system(runs: pd.DataFrame) -> Any:
     return runs.groupby(np.array(names), sort=False)
 
 
-# A results folder ---------------------------------------------------------------------------------
-
-
 class ResultsFolder:
     """Reads a results folder: its runs, by experiment, and its analysis tables."""
 

@@ -12,13 +12,11 @@ from experiments.judge.claims import HOLDS, UNTESTABLE, WEAKER, judge_one, load_
 from experiments.judge.frame import ResultsFolder
 from finemoe.files import atomic_write
 
-DEFAULT = "default"
-"""The reading that all others are compared with."""
+DEFAULT = "default"  # the reading that all others are compared with
 TABLE = "verdicts.csv"
 NUMBERS = ("verdict", "ours", "low", "high", "paper", "unit", "mode", "why")
 METRICS = ("ttft_s", "tpot_s", "hit_rate")
-View = Mapping[str, Sequence[str]]
-"""Digests of an experiment's runs, by its id."""
+View = Mapping[str, Sequence[str]]  # digests of an experiment's runs, by its id
 
 
 class Reading(ResultsFolder):

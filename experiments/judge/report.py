@@ -35,13 +35,11 @@ IDS = (
 """Experiments in the paper's order."""
 NAMES = {"table1": "Table 1", "readings": "Readings", "unknowns": "Unknowns"}
 HEADLINES = ("Abstract", "Talk")
-DATA_ROWS = 60
-"""A figure's data is shown up to so many rows; the CSV beside it has them all."""
+DATA_ROWS = 60  # a figure's data is shown up to so many rows; the CSV beside it has them all
 DIGEST = 12
 PIXELS_PER_CSS_PIXEL = 2.4
 """Pixels of a figure at 300 dpi to a CSS pixel: its 8-point type is then as large as a table's."""
-BROAD = 600
-"""A figure of more CSS pixels scrolls on a phone rather than shrinks."""
+BROAD = 600  # a figure of more CSS pixels scrolls on a phone rather than shrinks
 
 
 def write(
@@ -102,9 +100,6 @@ def _sentences(text: str) -> list[str]:
     """Return the sentences, each with its numbers tied to their units."""
     tied = re.sub(r"(?<=\d) (?=(%|GB|MB|ms|s)\b|%)", "\N{NO-BREAK SPACE}", text)
     return re.split(r"(?<=\.) (?=[A-Z0-9])", tied)
-
-
-# Figures and tables -------------------------------------------------------------------------------
 
 
 def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -188,9 +183,6 @@ def _share(value: float) -> str:
 def _number(value: float) -> str:
     """Return a number of three digits or more, never with an exponent where it is large."""
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-# Where it came from -------------------------------------------------------------------------------
 
 
 def _provenance(results: ResultsFolder) -> dict[str, str]:

@@ -118,8 +118,6 @@ class Reproduction:
             return 0
         return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
 
-    # Plan -------------------------------------------------------------------------------------
-
     def _plan(
         self, experiment: sweeps.Experiment, overrides: Sequence[str], source: str, conf: Path
     ) -> Plan:
@@ -172,8 +170,6 @@ class Reproduction:
         if old:
             what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
             self._say(f"{what}; give another results= to make them again")
-
-    # Steps ------------------------------------------------------------------------------------
 
     def _record_traces(self) -> None:
         """Record every missing trace once; leave out the runs that a failure concerns."""
@@ -265,9 +261,6 @@ class Reproduction:
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
-
-
-# About configs --------------------------------------------------------------------------------
 
 
 def trace_group(cfg: DictConfig) -> str:

@@ -49,8 +49,7 @@ class Outcome:
     name: str
     error: str | None = None
     bad_input: bool = False
-    trace: str | None = None
-    """The traceback of an error that is nobody's bad input."""
+    trace: str | None = None  # the traceback of an error that is nobody's bad input
 
 
 def side_by_side(

@@ -28,10 +28,8 @@ from experiments.run.weights import SCALE_MODELS
 from finemoe.files import write_json
 from finemoe.trace import TraceReader
 
-FAIR_SHARE_FLOOR = 0.2
-"""An expert with less than a fifth of its fair share is called neglected."""
-DISTANCES = range(1, 9)
-"""The prefetch distances of figure 15."""
+FAIR_SHARE_FLOOR = 0.2  # an expert with less than a fifth of its fair share is called neglected
+DISTANCES = range(1, 9)  # the prefetch distances of figure 15
 
 BY_LAYER = {
     ("load_balance", "smallest"): "smallest load / fair share, prompts",
@@ -47,9 +45,6 @@ BY_LAYER = {
 
 Summary = dict[str, Any]
 Tables = dict[str, pd.DataFrame]
-
-
-# From a recorded trace to tables ------------------------------------------------------------------
 
 
 def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
@@ -122,9 +117,6 @@ def shortcomings(
     ]
 
 
-# On the terminal ----------------------------------------------------------------------------------
-
-
 def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
     """Print one table of the routing and one of the predictors, the best first."""
     print(
@@ -143,8 +135,6 @@ def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
     rates = rates.loc[best].rename_axis(index=None, columns="hit rate at d =")
     print("", rates.to_string(float_format="{:.3f}".format), *summary["shortcomings"], sep="\n")
 
-
-# Pictures -----------------------------------------------------------------------------------------
 
 # Of no model, no system and no granularity.
 _LINE = {"color": "#6A51A3", "marker": "", "linestyle": "-"}
@@ -222,9 +212,6 @@ def draw_tables(tables: Tables, summaries: Sequence[Summary], output: Path) -> N
     with rate_panels(rates, "predictor", looks) as figure:
         named = {**record, "id": "hit_rates", "title": "Expert hit rate of predictors"}
         analyses.save(figure, output, named, rates, PREDICTORS_SHOW)
-
-
-# The command --------------------------------------------------------------------------------------
 
 
 def subject_configs(cfg: DictConfig) -> Iterator[DictConfig]:

@@ -43,8 +43,7 @@ class Plan:
     """What one experiment needs: runs by digest, or an analysis and its traces."""
 
     experiment: Experiment
-    content: dict[str, Any]
-    """What its file under `experiments/` says, but for files and provenance."""
+    content: dict[str, Any]  # what its file under `experiments/` says, but for files and provenance
     runs: dict[str, DictConfig] = field(default_factory=dict)
     analysis: DictConfig | None = None
     traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
@@ -123,9 +122,6 @@ class RunStore:
         files = sorted(str(path.relative_to(self.root)) for path in left)
         whole = {**content, "files": files, "provenance": provenance()}
         write_json(self.experiment(name), whole)
-
-
-# What workers do; imports that take seconds are theirs ------------------------------------------
 
 
 def record_traces(configs: Sequence[DictConfig]) -> None:

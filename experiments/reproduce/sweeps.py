@@ -32,8 +32,7 @@ from experiments.run.weights import fingerprint
 
 NO_MATTER = ("system", "memory_budget")
 """What routing does not depend on: an analysis passes over a sweep of it."""
-Sweep = dict[str, list[str]]
-"""Overrides by key, one for each value of the key."""
+Sweep = dict[str, list[str]]  # overrides by key, one for each value of the key
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,13 @@ class Experiment:
     name: str
     id: str
     title: str
-    draws: str | None = None
-    """Dotted name of the function that draws its figure."""
+    draws: str | None = None  # dotted name of the function that draws its figure
     analysis: str | None = None
     """Dotted name of the function that analyses traces; None if the data are run records."""
     models: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    """Models and datasets whose traces are analysed."""
+    datasets: Sequence[str] = ()  # models and datasets whose traces are analysed
     cells: Sequence[Sequence[str]] = ()
-    params: Sequence[str] = ()
-    """The overrides `key=values` that are multiplied out."""
+    params: Sequence[str] = ()  # the overrides `key=values` that are multiplied out
     readings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Overrides by the name of what they stand for: `of` is run under each of them."""
     of: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -172,9 +168,6 @@ def _digest_of(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# Overrides ------------------------------------------------------------------------------------
-
-
 def parse(overrides: Iterable[str]) -> Sweep:
     """Expand overrides as Hydra's multirun would; a key given twice counts as last given."""
     try:
@@ -216,9 +209,6 @@ def _values(override: Override) -> list[str]:
     if not override.is_discrete_sweep():
         raise UserError(f"{override.input_line}: an interval has no list of values")
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
-
-
-# Composition ----------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -128,9 +128,6 @@ def _check_policy(
     load_store(cfg, policy)
 
 
-# Objects from options -----------------------------------------------------------------------------
-
-
 def build(cfg: DictConfig, **extra: Any) -> Any:
     """Call the target of a config group's option with its arguments and `extra`.
 
@@ -207,9 +204,6 @@ def _complaint(error: ValidationError, key: str) -> str:
 
 def _key(cfg: DictConfig) -> str:
     return str(cfg._get_full_key(None) or cfg.get("_target_", ""))
-
-
-# What several kinds of runs need ------------------------------------------------------------------
 
 
 def full_size(model: DictConfig) -> FullSizeModel:

@@ -27,8 +27,7 @@ LOSSLESS: dict[bool | None, str | tuple[str, str]] = {
     True: "yes",
     False: ("NO", "bold red"),
 }
-LONG_SECONDS = 100
-"""From an end-to-end latency of this p99 on, latencies are shown in seconds."""
+LONG_SECONDS = 100  # from an end-to-end latency of this p99 on, latencies are shown in seconds
 
 
 class Console:

@@ -27,8 +27,7 @@ TURNS = ("conversation", "conversations")
 HUMANS = ("user", "human")
 PASSAGE_END = "\n\n"
 SUFFIXES = (".json", ".jsonl", ".parquet")
-PARQUET_ROWS = 100
-"""Read at a time."""
+PARQUET_ROWS = 100  # read at a time
 SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
 
 

@@ -37,17 +37,13 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig
 
 
-# The backend --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Context:
     """Keys and values of one request: the last `tokens` of one row of a cache."""
 
     cache: DynamicCache
     row: int
-    rows: int
-    """How many rows the cache has."""
+    rows: int  # how many rows the cache has
     tokens: int
 
 
@@ -68,11 +64,9 @@ class LiveBackend:
     were long.)
     """
 
-    runtime: Any
-    """A LiveRuntime, or what has its model, `forward`, `end_request` and `drain`."""
+    runtime: Any  # a LiveRuntime, or what has its model, `forward`, `end_request` and `drain`
     choose: Callable[[Step, Tensor], list[int]] = greedy
-    before: Callable[[Step], None] = lambda step: None
-    """Called before every forward pass."""
+    before: Callable[[Step], None] = lambda step: None  # called before every forward pass
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -237,9 +231,6 @@ class LogitsLog:
             return []
         settled, self._pending = self._pending, []
         return [one.cpu() for one in settled]
-
-
-# The setup of a run -------------------------------------------------------------------------------
 
 
 @dataclass

@@ -27,8 +27,7 @@ class AccessCounter:
 
     counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """Of each iteration, in the order of KINDS."""
-    phases: dict[int, Phase] = field(default_factory=dict)
-    """Of the iterations."""
+    phases: dict[int, Phase] = field(default_factory=dict)  # of the iterations
     largest: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0))
     """The most experts that an iteration of a phase activated in one layer."""
 

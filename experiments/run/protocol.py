@@ -53,8 +53,7 @@ class Measurement:
     traffic: Traffic = field(default_factory=Traffic)
     phases: PhaseSeconds = field(default_factory=PhaseSeconds)
     peak_occupied: int = 0
-    busy_seconds: float = 0.0
-    """Time during which requests were served."""
+    busy_seconds: float = 0.0  # time during which requests were served
 
     @contextmanager
     def of(self, runtime: Any) -> Iterator[None]:
@@ -72,10 +71,8 @@ class Measurement:
 class Reference:
     """What serving would be with every expert resident: bounds and oracles need it beforehand."""
 
-    routing: Routing
-    """Of warm-up and measured requests."""
-    measured_from: int
-    """Number of the first measured iteration."""
+    routing: Routing  # of warm-up and measured requests
+    measured_from: int  # number of the first measured iteration
     compute_s: float | None
     """Seconds to serve the measured requests; None if their experts were not all resident."""
 
@@ -97,8 +94,7 @@ class Setup(ABC):
     workload: Workload
     policy: Policy | None
     shape: ModelShape
-    slots: tuple[int, ...]
-    """Of each device."""
+    slots: tuple[int, ...]  # of each device
 
     @abstractmethod
     def description(self) -> tuple[str, ...]:
@@ -248,9 +244,6 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
 def history_bytes(policy: Policy) -> dict[str, int]:
     """Return the host memory that a policy's history takes, by what it holds."""
     return policy.history.memory_bytes() if policy.history else {}
-
-
-# The record ---------------------------------------------------------------------------------------
 
 
 def run_record(

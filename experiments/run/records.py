@@ -34,11 +34,9 @@ from finemoe.trace import UNREADABLE, check_size
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
-RUNS = "runs.tar.xz"
-"""All runs of a results folder."""
+RUNS = "runs.tar.xz"  # all runs of a results folder
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
-LONGEST_NAME = 255
-"""In bytes, of a file or a folder."""
+LONGEST_NAME = 255  # in bytes, of a file or a folder
 PLACES = ("output", "logger", "traces", "experiment", "reading")
 """Settings that say where results go, or what other settings took, not what results are."""
 AGAIN = "remove the folder and run it again"
@@ -338,9 +336,6 @@ def git_state() -> dict[str, Any]:
     status = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
     dirty = None if status is None else bool(status)
     return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
-
-
-# All runs of a results folder in one file -------------------------------------------------------
 
 
 def pack_runs(root: Path) -> None:

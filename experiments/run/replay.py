@@ -30,8 +30,7 @@ from finemoe.offload.timeline import Timeline
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TracedRequest, TraceError
 
-Fetch = Callable[[int], TracedRequest]
-"""Returns a traced request by its number."""
+Fetch = Callable[[int], TracedRequest]  # returns a traced request by its number
 
 
 def traced_request(fetch: Fetch, request: Request) -> TracedRequest:

@@ -20,8 +20,7 @@ class Request:
     """A prompt and how many tokens to generate for it, end-of-text or not."""
 
     number: int
-    prompt: tuple[int, ...]
-    """Token ids; empty where a routing trace is to give them."""
+    prompt: tuple[int, ...]  # token ids; empty where a routing trace is to give them
     output_tokens: int
     arrival: float | None = None
     """When it comes, from the beginning of serving; None: when its prefill begins."""
@@ -164,8 +163,7 @@ class Served:
     token_times: tuple[float, ...]
     iterations: tuple[int, ...]
     """Numbers of the iterations that served it: its prefill, then its decodes."""
-    queueing: float = 0.0
-    """From its arrival to the beginning of its prefill."""
+    queueing: float = 0.0  # from its arrival to the beginning of its prefill
 
     @property
     def ttft(self) -> float:
@@ -197,8 +195,7 @@ class Server:
     backend: Backend
     batches: int = 0
     iterations: int = 0
-    busy_seconds: float = 0.0
-    """Time during which a request was under way."""
+    busy_seconds: float = 0.0  # time during which a request was under way
     listeners: list[Callable[[Step], None]] = field(default_factory=list)
     """Called after each step, when its time has been taken."""
 

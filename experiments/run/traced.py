@@ -26,8 +26,7 @@ class Script:
     gates: TracedGates
     steps: dict[int, tuple[GateStep, ...]]
     outputs: dict[int, tuple[int, ...]]
-    routing: str
-    """Where that comes from, in words."""
+    routing: str  # where that comes from, in words
 
     def begin(self, step: Step) -> None:
         """Tell the gates what to choose in a step."""

@@ -12,8 +12,7 @@ import pandas as pd
 
 from experiments.run.records import RECORD, REQUESTS
 
-WAIT_SECONDS = 10
-"""For an answer of W&B."""
+WAIT_SECONDS = 10  # for an answer of W&B
 
 
 def is_logged(result: Path) -> bool:

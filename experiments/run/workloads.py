@@ -71,8 +71,7 @@ class WorkloadSettings(ABC):
 
     fixed: ClassVar[bool]
     """Whether the iterations are known beforehand, however fast a system serves."""
-    repeats: int = 1
-    """How often the measured requests are served."""
+    repeats: int = 1  # how often the measured requests are served
 
     @abstractmethod
     def check(self, seed: int) -> None:
@@ -178,10 +177,8 @@ class Online(WorkloadSettings):
     """Smaller: requests of one batch are padded to the longest, perhaps thousands of tokens."""
 
     requests: Count
-    rate: Annotated[Number, Field(ge=1e-6, le=1e6)]
-    """Mean requests per second."""
-    trace: Text | None
-    """An Azure trace file; None for generated lengths."""
+    rate: Annotated[Number, Field(ge=1e-6, le=1e6)]  # mean requests per second
+    trace: Text | None  # an Azure trace file; None for generated lengths
     arrival: Process
     max_batch_size: Count
     max_input_tokens: Count | None
@@ -288,9 +285,6 @@ def origin(trace: Trace) -> PromptSet:
     names = ("dataset", "dataset_source", "dataset_sha256")
     dataset, source, sha256 = (str(said.get(name, "unknown: a foreign trace")) for name in names)
     return PromptSet(dataset, source, (), sha256)
-
-
-# Arrivals and lengths -----------------------------------------------------------------------------
 
 
 def read_azure_trace(path: Path) -> pd.DataFrame:
