@@ -42,13 +42,7 @@ from experiments.reproduce.run_store import (
     run_one,
 )
 from experiments.run.console import bar_on
-from experiments.run.records import (
-    check_writable,
-    other_code,
-    pack_runs,
-    read_record,
-    unpack_runs,
-)
+from experiments.run.records import check_writable, other_code, pack_runs, read_record, unpack_runs
 from experiments.run.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
 

@@ -86,10 +86,9 @@ def check(cfg: DictConfig) -> None:
         json.dumps(values, allow_nan=False)
     except ValueError as error:
         raise UserError(f"config: {error}; give finite numbers") from error
-    if cfg.weights == "dummy":
-        return
-    source_of(cfg.model, cfg.weights)
-    if cfg.weights != "scale":
+    if cfg.weights != "dummy":
+        source_of(cfg.model, cfg.weights)
+    if cfg.weights not in ("dummy", "scale"):
         from experiments.run.models import check_weights
 
         check_weights(cfg)
@@ -110,7 +109,7 @@ def _check_backend(
 def _check_policy(
     cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
 ) -> None:
-    model, own = full_size(cfg.model), cfg.model
+    own = cfg.model
     hidden = own.scale.config.hidden_size if cfg.weights == "scale" else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
     policy: Policy = build(cfg.system, shape=shape)
@@ -119,12 +118,12 @@ def _check_policy(
             f"system={cfg.system.label} must know all iterations beforehand, and online they "
             "depend on how fast it serves; use workload=offline"
         )
-    if isinstance(testbed, SimulatedTestbed):
-        _, slots = budget_slots(cfg, policy, model.expert_bytes, shape, testbed.devices)
+    simulated = isinstance(testbed, SimulatedTestbed)
+    devices = testbed.devices if simulated else len(testbed.devices)
+    _, slots = budget_slots(cfg, policy, full_size(own).expert_bytes, shape, devices)
+    if simulated:
         check_room(cfg, testbed, slots)
-        testbed.costs(cfg.model, cfg.system, True)
-    else:
-        budget_slots(cfg, policy, model.expert_bytes, shape, len(testbed.devices))
+        testbed.costs(own, cfg.system, True)
     load_store(cfg, policy)
 
 
@@ -153,8 +152,7 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
     try:
         target = getattr(importlib.import_module(module), attribute)
         signature = inspect.signature(target).parameters.values()
-    except Exception as error:
-        # A module may raise anything while it is imported.
+    except Exception as error:  # A module may raise anything while it is imported.
         cause = str(error).partition("\n")[0]
         raise UserError(
             f"_target_={name} cannot be imported ({cause}); set PYTHONPATH to its module's folder"
@@ -162,8 +160,7 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
     try:
         function = target.__init__ if inspect.isclass(target) else target
         hints = get_type_hints(function, include_extras=True)
-    except NameError:
-        # A type that only type checkers import: what it annotates is not checked.
+    except NameError:  # A type that only type checkers import: what it annotates is not checked.
         hints = {}
     fields = {
         one.name: (hints.get(one.name, Any), ... if one.default is one.empty else one.default)
@@ -211,9 +208,8 @@ def full_size(model: DictConfig) -> FullSizeModel:
     values = values_of(model)
     routing = ("layers", "experts", "top_k", "hidden_size", "expert_intermediate_size")
     own = {name: values[name] for name in routing if name in values}
-    sizes: FullSizeModel = checked(
-        FullSizeModel, {**own, **(values.get("full_size") or {})}, "model"
-    )
+    own |= values.get("full_size") or {}
+    sizes: FullSizeModel = checked(FullSizeModel, own, "model")
     if sizes.top_k > sizes.experts:
         raise UserError(f"model.top_k={sizes.top_k}: there are only {sizes.experts} experts")
     return sizes

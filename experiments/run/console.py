@@ -117,11 +117,9 @@ def bar_on(rich: RichConsole, hidden: bool = False) -> Progress:
 
 def slots_line(shape: ModelShape, slots: Sequence[int]) -> str:
     """Say how many of the experts have a slot."""
-    experts = shape.layers * shape.experts
-    return (
-        f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
-        f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
-    )
+    count, experts = sum(slots), shape.layers * shape.experts
+    share = f"{count} slots for {experts} ({count / experts:.0%})"
+    return f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; {share}"
 
 
 def _brief(summary: dict[str, Any]) -> str:
@@ -178,14 +176,11 @@ def _memory(summary: dict[str, Any]) -> str:
 
 def _gathered(summary: dict[str, Any], links: str) -> str:
     """Say what an engine without an expert cache took."""
-    gathered, experts = (
-        f"{summary[key] / 1e9:.2f}" for key in ("peak_gathered_expert_bytes", "host_expert_bytes")
-    )
+    gathered, experts = summary["peak_gathered_expert_bytes"], summary["host_expert_bytes"]
     device = summary["peak_device_bytes"]
     whole = "" if device is None else f"; device memory {device / 1e9:.2f} at most"
-    return (
-        f"GB of experts gathered at once: {gathered} at most, of {experts}{whole}; links: {links}"
-    )
+    taken = f"{gathered / 1e9:.2f} at most, of {experts / 1e9:.2f}{whole}"
+    return f"GB of experts gathered at once: {taken}; links: {links}"
 
 
 def _share(value: float | None) -> str:

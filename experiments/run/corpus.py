@@ -98,12 +98,8 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
 def _blocks(tree: ast.Module, source: str) -> Iterator[str]:
     """Yield the source cut before every top-level class or function."""
     lines = source.splitlines(keepends=True)
-    cuts = [0, *(_first_line(node) for node in tree.body if isinstance(node, DEFINITION))]
-    for start, stop in pairwise([*cuts, len(lines)]):
+    nodes = [node for node in tree.body if isinstance(node, DEFINITION)]
+    cuts = [min(one.lineno for one in (node, *node.decorator_list)) - 1 for node in nodes]
+    for start, stop in pairwise([0, *cuts, len(lines)]):
         if block := "".join(lines[start:stop]).strip("\n"):
             yield block
-
-
-def _first_line(node: ast.stmt) -> int:
-    decorators = getattr(node, "decorator_list", [])
-    return min(line.lineno for line in (node, *decorators)) - 1

@@ -8,7 +8,7 @@ import math
 import platform
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise, takewhile
 from pathlib import Path
@@ -83,11 +83,10 @@ def conversations(
     """
     file = Path(path)
     rows = _local_rows(file) if file.suffix in SUFFIXES else _hub_rows(path, split, data_files)
-    texts, causes, read = dict[str, None](), list[str](), 0
+    texts, causes = list[str](), list[str]()
     for where, row in rows:
-        read += 1
         try:
-            texts[_first_turn(row)] = None
+            texts.append(_first_turn(row))
         except ValueError as error:
             causes.append(f"{where}: {error}")
     if not texts:
@@ -96,8 +95,8 @@ def conversations(
     if causes:
         skipped = f"skipped {len(causes)} row{'s' * (len(causes) > 1)}"
         print(f"{skipped} of {path}: {causes[0]}", file=sys.stderr)
-        source = f"{path} ({skipped} of {read})"
-    return Dataset(name, source, tuple(texts))
+        source = f"{path} ({skipped} of {len(texts) + len(causes)})"
+    return Dataset(name, source, tuple(dict.fromkeys(texts)))
 
 
 def draw_prompts(
@@ -111,10 +110,8 @@ def draw_prompts(
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
-        raise UserError(
-            f"input_tokens={input_tokens} leaves no room beside the chat template's "
-            f"{len(before) + len(after)} tokens; raise it"
-        )
+        cause = f"input_tokens={input_tokens} leaves no room beside the chat template's"
+        raise UserError(f"{cause} {len(before) + len(after)} tokens; raise it")
     texts = list(dataset.texts)
     random.Random(seed).shuffle(texts)
     tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
@@ -203,23 +200,25 @@ def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise UserError(
-            f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}; mend or replace it"
-        ) from error
+        cause = f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}"
+        raise UserError(f"{cause}; mend or replace it") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Read a list of rows, or one row, or else one row per line: what is no JSON as its error."""
     content = path.read_bytes()
     document = _parsed(content)
-    if isinstance(document, Exception):
-        if path.suffix == ".json" and content.lstrip().startswith(b"["):
-            raise document
-        lines = enumerate(content.split(b"\n"), 1)
-        yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
+    if not isinstance(document, Exception):
+        yield from _numbered(document if isinstance(document, list) else [document])
         return
-    rows = document if isinstance(document, list) else [document]
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
+        raise document
+    lines = enumerate(content.split(b"\n"), 1)
+    yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _parsed(text: bytes) -> Any:
@@ -236,8 +235,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if not columns:
             raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
         batches = file.iter_batches(PARQUET_ROWS, columns=columns)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        yield from _numbered(row for batch in batches for row in batch.to_pylist())
 
 
 def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:
@@ -245,7 +243,7 @@ def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[s
 
     with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
         rows = datasets.load_dataset(path, data_files=data_files, split=split)
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    yield from _numbered(rows)
 
 
 def _first_turn(row: Any) -> str:

@@ -24,7 +24,8 @@ from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
 from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
-from experiments.run.traced import Script, TracedWorkload, traced_workload
+from experiments.run.traced import Script, script, traced_workload
+from experiments.run.workloads import Workload
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import Iteration, LayerOutcome, Policy
@@ -47,12 +48,6 @@ class Context:
     tokens: int
 
 
-def greedy(step: Step, logits: Tensor) -> list[int]:
-    """Return each request's likeliest token, of logits (B, vocabulary)."""
-    tokens: list[int] = logits.argmax(-1).tolist()
-    return tokens
-
-
 @dataclass
 class LiveBackend:
     """Runs steps through a runtime.
@@ -65,7 +60,7 @@ class LiveBackend:
     """
 
     runtime: Any  # a LiveRuntime, or what has its model, `forward`, `end_request` and `drain`
-    choose: Callable[[Step, Tensor], list[int]] = greedy
+    choose: Callable[[Step, Tensor], list[int]] = lambda step, logits: logits.argmax(-1).tolist()
     before: Callable[[Step], None] = lambda step: None  # called before every forward pass
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
@@ -108,8 +103,8 @@ class LiveBackend:
             logits_to_keep=1,
         )
         for row, request in enumerate(step.requests):
-            context = Context(output.cache, row, len(prompts), len(request.prompt))
-            self._contexts[request.number] = context
+            tokens = len(request.prompt)
+            self._contexts[request.number] = Context(output.cache, row, len(prompts), tokens)
         return output.logits[:, -1]
 
     def _decode(self, step: Step) -> Tensor:
@@ -139,11 +134,8 @@ class LiveBackend:
         rows = [context.row for context in contexts if context.cache is cache]
         if len(rows) == len(contexts) and rows == list(range(contexts[0].rows)):
             return contexts
-        cache = merged(contexts, self.runtime.model.model.config)
-        return [
-            Context(cache, row, len(contexts), context.tokens)
-            for row, context in enumerate(contexts)
-        ]
+        cache, rows = merged(contexts, self.runtime.model.model.config), len(contexts)
+        return [Context(cache, row, rows, one.tokens) for row, one in enumerate(contexts)]
 
 
 @dataclass(frozen=True)
@@ -250,10 +242,8 @@ class LiveSetup(Setup):
     @property
     def resident(self) -> bool:
         """Whether all experts fit the main device; on the CPU they are used where they lie."""
-        model = self.model.offloaded
-        if model.device.type != "cuda":
-            return True
-        return self.shape.size * model.store.layout.nbytes < 0.9 * free_bytes(model.device)
+        device, nbytes = self.model.offloaded.device, self.model.offloaded.store.layout.nbytes
+        return device.type != "cuda" or self.shape.size * nbytes < 0.9 * free_bytes(device)
 
     def description(self) -> tuple[str, ...]:
         testbed, prompts = self.testbed, self.workload.prompts
@@ -287,8 +277,7 @@ class LiveSetup(Setup):
 
     def under_budget(self, policy: Policy, timeline: Timeline | None = None) -> LiveRuntime:
         """Return a runtime that serves under the memory budget."""
-        full = self.model.full_expert_bytes
-        model = self.model.offloaded
+        model, full = self.model.offloaded, self.model.full_expert_bytes
         protect = bool(self.cfg.protect)
         return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline, protect)
 
@@ -303,12 +292,10 @@ class LiveSetup(Setup):
         from experiments.run.routing import record
 
         load, settings = self.workload, self.settings
-        schedules = [
-            settings.schedule(load.history, history=True),
-            settings.schedule(load.measured),
-        ]
-        if not settings.fixed:
-            schedules = [settings.recording(load)]
+        schedules = [settings.recording(load)]
+        if settings.fixed:
+            history = settings.schedule(load.history, history=True)
+            schedules = [history, settings.schedule(load.measured)]
         with self.unbounded() as runtime:
             record(runtime, self.model, load, schedules, self.cfg.seed, path, console)
 
@@ -332,11 +319,9 @@ class LiveSetup(Setup):
             runtime.listeners.append(listen)
             backend = self.backend(runtime)
             server = Server(backend)
-            for _ in server.serve(settings.schedule(load.warmup)):
-                pass
+            list(server.serve(settings.schedule(load.warmup)))
             measured_from, server.busy_seconds = server.iterations, 0.0
-            if self.log:
-                log = self.log
+            if log := self.log:
                 server.listeners.append(lambda step: log.keep(step, backend.logits))
             for _ in server.serve(settings.schedule(load.measured)):
                 advance(1)
@@ -393,15 +378,15 @@ class LiveSetup(Setup):
         }
 
     def sample(self, served: Served) -> tuple[str, str] | None:
-        if not self.settings.fixed:
-            return None
-        decode = self.model.tokenizer.decode
-        return decode(list(served.request.prompt)), decode(list(served.tokens))
+        return texts(self.model.tokenizer, served) if self.settings.fixed else None
 
 
-def load_setup(
-    cfg: DictConfig, testbed: Testbed, traced: TracedWorkload | None = None
-) -> LiveSetup:
+def texts(tokenizer: Any, served: Served) -> tuple[str, str]:
+    """Return prompt and continuation of a request."""
+    return tokenizer.decode(list(served.request.prompt)), tokenizer.decode(list(served.tokens))
+
+
+def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) -> LiveSetup:
     """Load the model, draw the workload, build the policy; raise UserError for what cannot be."""
     settings = build(cfg.workload)
     if testbed.threads is not None:
@@ -414,10 +399,7 @@ def load_setup(
     full, devices = model.full_expert_bytes, len(testbed.devices)
     budget, slots = budget_slots(cfg, policy, full, shape, devices)
     _check_room(testbed, model, slots)
-    if traced:
-        load = traced.workload
-    else:
-        load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+    load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     load_store(cfg, policy)
     return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget)
 
@@ -432,10 +414,15 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Liv
     if not cfg.routing:
         yield load_setup(cfg, testbed)
         return
-    traced = traced_workload(cfg, build(cfg.workload), console)
-    setup = load_setup(cfg, testbed, traced)
+    load, traced, routing = traced_workload(cfg, build(cfg.workload), console)
+    setup = load_setup(cfg, testbed, load)
+    if setup.policy.placement.hidden_states:
+        raise UserError(
+            f"system={cfg.system.label} applies gates to hidden states, which do not lead to a "
+            "trace's routing; replay it on a simulated testbed"
+        )
     with TracedGates(setup.model.offloaded) as gates:
-        setup.script = traced.script(gates, setup.model.offloaded, setup.policy)
+        setup.script = script(cfg, traced, routing, gates, setup.model.offloaded)
         yield setup
 
 

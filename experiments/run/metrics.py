@@ -86,11 +86,10 @@ def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
         values = rows[name].dropna().to_numpy(float) if name in rows else np.empty(0)
         summary[name] = None
         if len(values):
-            p50, p95, p99 = np.percentile(values, [50, 95, 99]).tolist()
+            summary[name] = {"mean": float(values.mean())}
+            summary[name] |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
             ends = interval(request_draws(rows, name, dataset))
-            ci95 = list(ends) if ends else None
-            mean = float(values.mean())
-            summary[name] = {"mean": mean, "p50": p50, "p95": p95, "p99": p99, "ci95": ci95}
+            summary[name]["ci95"] = list(ends) if ends else None
     return summary
 
 
@@ -101,23 +100,22 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
     batch; `batch` tells which requests share them. Online requests join and leave their batches:
     theirs are those of every iteration that served them, and `batch` is their order of starts.
     """
-    rows = []
-    for one in served:
+
+    def row(one: Served) -> dict[str, Any]:
         request = one.request
         waited = {"arrival_s": request.arrival, "queueing_s": one.queueing}
-        rows.append(
-            {
-                "request": request.number,
-                "batch": one.batch,
-                "input_tokens": len(request.prompt),
-                "output_tokens": len(one.tokens),
-                "ttft_s": one.ttft,
-                "tpot_s": one.tpot,
-                "e2el_s": one.e2el,
-                **(waited if request.arrival is not None else {}),
-                **counter.over(one.iterations),
-                "itl_s": list(one.itl),
-                "tokens": list(one.tokens),
-            }
-        )
-    return pd.DataFrame(rows)
+        return {
+            "request": request.number,
+            "batch": one.batch,
+            "input_tokens": len(request.prompt),
+            "output_tokens": len(one.tokens),
+            "ttft_s": one.ttft,
+            "tpot_s": one.tpot,
+            "e2el_s": one.e2el,
+            **(waited if request.arrival is not None else {}),
+            **counter.over(one.iterations),
+            "itl_s": list(one.itl),
+            "tokens": list(one.tokens),
+        }
+
+    return pd.DataFrame(map(row, served))

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     import transformers
 
 FACTS = (
-    "scale.config.model_type",
-    "layers",
-    "experts",
-    "top_k",
-    "hidden_size",
-    "expert_intermediate_size",
+    *("scale.config.model_type", "layers", "experts", "top_k"),
+    *("hidden_size", "expert_intermediate_size"),
 )
 """What tells models apart; scale models have the first four in common with the full ones."""
 
@@ -73,11 +69,10 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     import transformers
 
     if weights == "dummy":
+        folder = SCALE_MODELS / cfg.dummy_tokenizer
         with loading(f"weights={weights}", "choose another model"):
             offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                SCALE_MODELS / cfg.dummy_tokenizer
-            )
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     else:
         model, tokenizer = load_plain(cfg, weights)
         with loading(f"weights={weights}", "choose another model"):
@@ -112,13 +107,12 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
     wanted, dtype = [OmegaConf.select(cfg, key) for key in FACTS], getattr(torch, cfg.dtype)
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
+        configs, models = transformers.AutoConfig, transformers.AutoModelForCausalLM
         if source is None:
-            config = transformers.AutoConfig.for_model(wanted[0])
+            config = configs.for_model(wanted[0])
         else:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+            config = configs.from_pretrained(source, trust_remote_code=False)
+        model = models.from_config(config, dtype=dtype, trust_remote_code=False)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
         size = experts.down_proj[0].numel() // shape.hidden_size
@@ -136,10 +130,10 @@ def _better(facts: tuple[Any, ...], folder: Path) -> str:
     """Return what to do about weights that are not the model's."""
     if folder.resolve().parent == SCALE_MODELS:
         return f"use model={folder.name} weights=scale, trained with experiments.train.scale_models"
-    known = {path.stem: OmegaConf.load(path) for path in sorted(CONF.glob("model/*.yaml"))}
-    for name, model in known.items():
+    for path in sorted(CONF.glob("model/*.yaml")):
+        model = OmegaConf.load(path)
         if facts == tuple(OmegaConf.select(model, key) for key in FACTS):
-            return f"use model={name}"
+            return f"use model={path.stem}"
     return "write a YAML for them in conf/model"
 
 
@@ -166,15 +160,10 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         with loading(str(path), again), safe_open(path, "pt"):
             pass
     with loading(f"the weights of {source}", again):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map="cpu",
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        model, report = loaded
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        options = {"dtype": dtype, "device_map": "cpu", "trust_remote_code": False}
+        model, report = load(source, **options, **checks)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
             raise UserError(

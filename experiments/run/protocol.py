@@ -174,7 +174,7 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def prepare(cfg: DictConfig, console: Console) -> AbstractContextManager[Any]:
+def prepare(cfg: DictConfig, console: Console) -> Any:
     """Return the setup of a run, to be entered. Raises UserError for what cannot be."""
     testbed = build(cfg.testbed)
     name = cfg.system.get("backend") or cfg.testbed.get("backend") or BACKENDS[testbed.mode]
@@ -182,28 +182,24 @@ def prepare(cfg: DictConfig, console: Console) -> AbstractContextManager[Any]:
         backend = get_method(name)
     except (ImportError, ValueError) as error:
         raise UserError(f"backend={name}: {error}; set PYTHONPATH to its folder") from error
-    setup: AbstractContextManager[Any] = backend(cfg, testbed, console)
-    return setup
+    return backend(cfg, testbed, console)
 
 
 def build_history(setup: Setup, console: Console) -> str:
     """Serve the history requests and save what they left; return how the history came about."""
-    policy, requests, came = setup.policy, setup.workload.history, "none"
+    policy, requests, store = setup.policy, setup.workload.history, setup.cfg.store
     if policy is None:
-        return came
-    if setup.cfg.store.load:
-        came = "loaded"
-    elif policy.learn and requests:
-        with (
-            setup.learning(policy) as (backend, came),
-            console.progress("history", len(requests)) as bar,
-        ):
-            for _ in Server(backend).serve(setup.settings.schedule(requests, history=True)):
-                bar(1)
+        return "none"
+    came = "loaded" if store.load else "none"
+    if policy.learn and requests and not store.load:
+        schedule = setup.settings.schedule(requests, history=True)
+        with setup.learning(policy) as (backend, came):
+            with console.progress("history", len(requests)) as bar:
+                for _ in Server(backend).serve(schedule):
+                    bar(1)
             backend.drain()
-    if setup.cfg.store.save and policy.history:
-        # Before anything measured has been seen.
-        policy.history.save(Path(setup.cfg.store.save), identity(setup.cfg))
+    if store.save and policy.history:  # Before anything measured has been seen.
+        policy.history.save(Path(store.save), identity(setup.cfg))
     policy.begin_serving()
     return came
 
@@ -226,8 +222,7 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
             with setup.serving(copy.deepcopy(setup.policy), timeline) as backend:
                 # Numbers go on, so that every batch and iteration has its own.
                 server = Server(backend, batches, iterations)
-                for _ in server.serve(settings.schedule(load.warmup)):
-                    bar(1)
+                bar(len(list(server.serve(settings.schedule(load.warmup)))))
                 backend.drain()
                 server.busy_seconds = 0.0
                 server.listeners += filter(None, [setup.watch(backend)])

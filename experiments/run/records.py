@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -127,9 +128,7 @@ ANALYSIS = schema(
 
 def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """Return a config without what says where results go or how figures draw its system."""
-    config: Any = cfg
-    if isinstance(cfg, DictConfig):
-        config = OmegaConf.to_container(cfg, resolve=True)
+    config: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     settings = {key: value for key, value in config.items() if key not in PLACES}
     system = {key: value for key, value in config["system"].items() if key != "look"}
     return {**settings, "system": system}
@@ -166,14 +165,13 @@ def check_writable(folder: Path, option: str) -> None:
 
 def new_folder(parent: Path) -> Path:
     """Make a folder named by the date and the second, which no other process gets."""
-    named = parent / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    count = 0
-    while True:
-        folder = named.with_name(f"{named.name}-{count}") if count else named
+    named = f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    for suffix in chain([""], count(-1, -1)):
+        folder = parent / f"{named}{suffix}"
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
-            return folder
-        count += 1
+            break
+    return folder
 
 
 def sweep_folder(parent: Path, overrides: str) -> Path:
@@ -260,10 +258,9 @@ def _is_amount(table: pd.DataFrame, name: str, share: float) -> bool:
 
 
 def _sha256(path: Path) -> str | None:
-    try:
+    with suppress(OSError):
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
+    return None
 
 
 def of_these_weights(record: Mapping[str, Any]) -> bool:
@@ -313,9 +310,7 @@ def other_code(record: Mapping[str, Any]) -> str | None:
     made, now = ((one.get("git_commit"), one.get("git_dirty")) for one in (record, git_state()))
     if made == now and not now[1]:
         return None
-    old, new = (
-        f"{str(commit)[:9]}{' with changes' * bool(dirty)}" for commit, dirty in (made, now)
-    )
+    old, new = (f"{str(one)[:9]}{' with changes' * bool(dirty)}" for one, dirty in (made, now))
     return f"made by commit {old}, now {new}; delete it to run again"
 
 
@@ -323,19 +318,16 @@ def other_code(record: Mapping[str, Any]) -> str | None:
 def git_state() -> dict[str, Any]:
     """Return the commit of the project and whether its files, but for results, differ from it."""
 
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    # What runs write to results changes no later run.
-    status = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
-    dirty = None if status is None else bool(status)
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
+    try:
+        # What runs write to results changes no later run.
+        status = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(status)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
 
 
 def pack_runs(root: Path) -> None:

@@ -40,10 +40,8 @@ def traced_request(fetch: Fetch, request: Request) -> TracedRequest:
     if answer < request.output_tokens or request.input_tokens not in (None, prompt):
         asked = f"{request.output_tokens} output tokens; lower workload.output_tokens"
         if request.input_tokens is not None:
-            asked = (
-                f"{request.input_tokens} and {request.output_tokens}; set routing=null to record "
-                "one for it"
-            )
+            remedy = "set routing=null to record one for it"
+            asked = f"{request.input_tokens} and {request.output_tokens}; {remedy}"
         raise TraceError(
             f"the trace holds request {request.number} with {prompt} input and {answer} output "
             f"tokens, the workload asks for {asked}"
@@ -199,11 +197,9 @@ class ReplaySetup(Setup):
         load, settings = self.workload, self.settings
         backend = Unoffloaded(self.trace.request, costs=self.costs, devices=len(self.slots))
         server = Server(backend)
-        for _ in server.serve(settings.schedule(load.warmup)):
-            pass
+        list(server.serve(settings.schedule(load.warmup)))
         measured_from, backend.compute_s = server.iterations, 0.0
-        for _ in server.serve(settings.schedule(load.measured)):
-            pass
+        list(server.serve(settings.schedule(load.measured)))
         return Reference(backend.routing, measured_from, backend.compute_s)
 
     def link_seconds(self, loads: Sequence[int]) -> float:
@@ -212,8 +208,7 @@ class ReplaySetup(Setup):
         return max(own, sum(loads) * expert_bytes / rate.shared_bytes_per_second)
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
-        origin = self.trace.header.provenance
-        routing = f"a foreign trace, {self.trace.path.name}"
+        origin, routing = self.trace.header.provenance, f"a foreign trace, {self.trace.path.name}"
         if "model" in origin:
             routing = f"a trace of {origin['model']} with weights {origin['weights']}"
         return {
@@ -235,8 +230,7 @@ class ReplaySetup(Setup):
 def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Iterator[ReplaySetup]:
     """Open the trace, build policy and costs; raise UserError or TraceError for what cannot be."""
     settings = build(cfg.workload)
-    if settings.repeats > 1:
-        # Another time would be the same.
+    if settings.repeats > 1:  # Another time would be the same.
         settings = replace(settings, repeats=1)
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape

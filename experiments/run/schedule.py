@@ -55,21 +55,16 @@ class Step:
 class Schedule(ABC):
     """Says what each iteration is. It has no clock: it is told the time since serving began."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._coming = deque(requests)
+    def __init__(self, requests: Sequence[Request], size: int) -> None:
+        self._coming, self._size = deque(requests), size
         self._waiting: deque[Request] = deque()
+        # Each running request and its tokens so far, by number.
         self._running: dict[int, tuple[Request, int]] = {}
-        """Each running request and its tokens so far, by number."""
 
     @property
     def finished(self) -> bool:
         """Whether every request has been served."""
         return not (self._coming or self._waiting or self._running)
-
-    @property
-    def running(self) -> bool:
-        """Whether a request is under way."""
-        return bool(self._running)
 
     @property
     def idle_until(self) -> float:
@@ -102,14 +97,8 @@ class Schedule(ABC):
 class FixedBatches(Schedule):
     """Batches of at most `size` requests of equal lengths, one batch after the other."""
 
-    def __init__(self, requests: Sequence[Request], size: int) -> None:
-        super().__init__(requests)
-        self._size = size
-
     def _admit(self, now: float) -> tuple[Request, ...]:
-        if self._running:
-            return ()
-        count = min(self._size, len(self._coming))
+        count = 0 if self._running else min(self._size, len(self._coming))
         return tuple(self._coming.popleft() for _ in range(count))
 
 
@@ -121,8 +110,7 @@ class ContinuousBatches(Schedule):
     """
 
     def __init__(self, requests: Sequence[Request], size: int) -> None:
-        super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0))
-        self._size = size
+        super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0), size)
 
     def _admit(self, now: float) -> tuple[Request, ...]:
         while self._coming and self.idle_until <= now:
@@ -205,7 +193,7 @@ class Server:
         origin = now = backend.now
         under_way: dict[int, _UnderWay] = {}
         while not schedule.finished:
-            if not schedule.running:
+            if not under_way:
                 busy_from = now
             step = schedule.next(now - origin, self.iterations)
             if step is None:
@@ -222,23 +210,20 @@ class Server:
                 under_way[request.number].iterations.append(step.number)
             for listener in self.listeners:
                 listener(step)
-            served = [
-                self._end(request, under_way.pop(request.number), origin)
-                for request in step.leaving
-            ]
+            leaving = [(request, under_way.pop(request.number)) for request in step.leaving]
+            served = [self._end(request, seen, origin) for request, seen in leaving]
             schedule.done(step)
             self.iterations += 1
-            if not schedule.running:
+            if not under_way:
                 self.busy_seconds += backend.now - busy_from
             yield from served
             now = backend.now
 
     def _end(self, request: Request, seen: _UnderWay, origin: float) -> Served:
         prompt, tokens = self.backend.end_request(request)
+        served, iterations = replace(request, prompt=prompt), tuple(seen.iterations)
         arrived = seen.began if request.arrival is None else origin + request.arrival
         times = tuple(end - arrived for end in seen.ends)
-        served = replace(request, prompt=prompt)
-        iterations = tuple(seen.iterations)
         return Served(served, seen.batch, tokens, times, iterations, seen.began - arrived)
 
 

@@ -79,8 +79,7 @@ def hub_access() -> Iterator[None]:
     try:
         if not before:
             get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        # What a failed connection raises changes with the client's HTTP library.
+    except Exception as error:  # Of a type that changes with the client's HTTP library.
         unreachable = error
         constants.HF_HUB_OFFLINE = True
     try:
@@ -98,8 +97,7 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
-        # transformers, datasets and their readers raise dozens of unrelated types.
+    except Exception as error:  # Libraries and their readers raise dozens of unrelated types.
         cause = "".join(filter(str.isprintable, shorten(str(error), 160, placeholder=" ...")))
         if not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
             cause = f"{type(error).__name__} {cause}"

@@ -57,8 +57,8 @@ class Workload:
         lengths = [len(one.prompt) for one in self.measured]
         if not all(lengths):
             return None
-        prompts = [one.prompt for one in (*self.measured, *self.history)]
-        shared = shared_prefixes(prompts)[: len(lengths)]
+        every = [one.prompt for one in (*self.measured, *self.history)]
+        shared = shared_prefixes(every)[: len(lengths)]
         return {
             "mean_tokens": float(np.mean(shared)),
             "longest_tokens": max(shared),
@@ -121,14 +121,12 @@ class Offline(WorkloadSettings):
     repeats: Count
 
     def check(self, seed: int) -> None:
-        nowhere = PromptSet("", "", (), "")
-        self._split(nowhere, [Request(n, (), 1) for n in range(self.prompts)])
+        self._split(PromptSet("", "", (), ""), [Request(n, (), 1) for n in range(self.prompts)])
 
     def draw(self, dataset: Dataset, tokenizer: Any, seed: int) -> Workload:
         drawn = draw_prompts(dataset, tokenizer, self.prompts, self.input_tokens, seed)
-        order = list(range(self.prompts))
-        random.Random(seed).shuffle(order)
-        prompts = [drawn.prompts[index] for index in order]
+        prompts = list(drawn.prompts)
+        random.Random(seed).shuffle(prompts)
         requests = [Request(n, prompt, self.output_tokens) for n, prompt in enumerate(prompts)]
         return self._split(drawn, requests)
 
@@ -136,10 +134,8 @@ class Offline(WorkloadSettings):
         """Split the traced requests, which are numbered in the order of the split."""
         numbers = sorted(trace.numbers)
         if len(numbers) < self.prompts:
-            raise TraceError(
-                f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}; "
-                "lower workload.prompts"
-            )
+            cause = f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}"
+            raise TraceError(f"{cause}; lower workload.prompts")
         requests = [Request(number, (), self.output_tokens) for number in numbers[: self.prompts]]
         return self._split(origin(trace), requests)
 
@@ -224,11 +220,8 @@ class Online(WorkloadSettings):
         )
 
     def _requests(self, seed: int) -> tuple[Request, ...]:
-        plan = self.plan(seed)
-        columns = (plan[name] for name in ("output_tokens", "seconds", "input_tokens"))
-        return tuple(
-            Request(number, (), *row) for number, row in enumerate(zip(*columns, strict=True))
-        )
+        rows = self.plan(seed)[["output_tokens", "seconds", "input_tokens"]].itertuples(index=False)
+        return tuple(Request(number, (), *row) for number, row in enumerate(rows))
 
     def arrivals(
         self, load: Workload, served: Sequence[Served], positions: int | None, seed: int
@@ -242,12 +235,15 @@ class Online(WorkloadSettings):
         ends = [(one.request.arrival or 0.0) + one.e2el for one in served]
         drawn = [(one.arrival, one.prompt, one.output_tokens) for one in requests]
         lengths = [len(one.prompt) + one.output_tokens for one in requests]
-        span, name = max(arrivals) - min(arrivals), Path(self.trace or "").name
+        span, source = (
+            max(arrivals) - min(arrivals),
+            "generated: Poisson arrivals, log-normal lengths",
+        )
+        if self.trace:
+            source = f"{Path(self.trace).name}: sampled lengths, {self.arrival} arrivals"
         return {
             "requests": len(requests),
-            "source": f"{name}: sampled lengths, {self.arrival} arrivals"
-            if self.trace
-            else "generated: Poisson arrivals, log-normal lengths",
+            "source": source,
             "arrival": self.arrival,
             "sha256": hashlib.sha256(repr(drawn).encode()).hexdigest(),
             "passes": load.passes,
@@ -271,11 +267,10 @@ class Online(WorkloadSettings):
 
 def prompted(load: Workload, trace: Trace) -> Workload:
     """Return a workload with the prompts that a trace holds."""
-
-    def of(requests: Sequence[Request]) -> tuple[Request, ...]:
-        return tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
-
-    history, warmup, measured = map(of, (load.history, load.warmup, load.measured))
+    history, warmup, measured = (
+        tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
+        for requests in (load.history, load.warmup, load.measured)
+    )
     return replace(load, history=history, warmup=warmup, measured=measured)
 
 
@@ -359,10 +354,8 @@ def _rows(path: Path) -> pd.DataFrame:
         raise UserError(f"the trace {path} is no CSV table: {cause}") from error
     missing = [column for column in (TIME, INPUT, OUTPUT) if column not in rows]
     if missing:
-        raise UserError(
-            f"the trace {path} lacks {', '.join(missing)}; its first line must name "
-            f"{TIME}, {INPUT} and {OUTPUT}"
-        )
+        remedy = f"its first line must name {TIME}, {INPUT} and {OUTPUT}"
+        raise UserError(f"the trace {path} lacks {', '.join(missing)}; {remedy}")
     rows.index += 2
     rows = rows.dropna(how="all")
     if rows.empty:
