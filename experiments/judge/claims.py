@@ -153,12 +153,10 @@ def _judged(claim: Claim, finding: Finding, mixed_modes: bool) -> dict[str, Any]
         raise Untestable(f"{measured}: not a finite number, as a baseline's value is 0", "")
     ends = [end * claim.scale for end in interval(draws) or ()]
     between = " to ".join(map(significant, ends)) or "no interval"
-    low, high = ends or (None, None)
     return {
         "verdict": verdict,
         "ours": float(draws[0]) * claim.scale,
-        "low": low,
-        "high": high,
+        **dict(zip(("low", "high"), ends, strict=False)),
         "ours_says": f"{claim.number(draws[0])} ({between})",
         "measured": measured,
         "bound": _bound(claim, finding),
@@ -224,9 +222,9 @@ def _bound(claim: Claim, finding: Finding) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
     said = []
     if finding.subject and finding.of_runs:
-        times = finding.subjects["bound_times"]
-        mean, name = times[times >= 1].mean(), selector_name(finding.subject)
-        said += [f"{name} takes {mean:.2f} times the least possible time"] if mean > 0 else []
+        times, name = finding.subjects["bound_times"], selector_name(finding.subject)
+        if (mean := times[times >= 1].mean()) > 0:
+            said.append(f"{name} takes {mean:.2f} times the least possible time")
     if finding.oracle is not None and np.isfinite(finding.oracle):
         change = finding.oracle - 1
         reached = claim.number(-change if claim.kind == "reduction" else change)
@@ -245,12 +243,9 @@ def _why(claim: Claim, finding: Finding) -> Iterator[str]:
             least = sorted(unclear, key=lambda label: float(means[label][0]))[:SHOWN_PARTS]
             listed = "; ".join(f"{one} {_shown(claim, means[one])}" for one in least)
             yield f"Not clear: {listed}."
-        against = [part for part in parts if part[2][0] <= 0]
-        if against:
-            yield (
-                f"In {len(against)} of {len(parts)} single cells it is the other way round "
-                f"or equal: {_listed(claim, against)}."
-            )
+        if against := [part for part in parts if part[2][0] <= 0]:
+            cells = f"In {len(against)} of {len(parts)} single cells"
+            yield f"{cells} it is the other way round or equal: {_listed(claim, against)}."
     elif len(parts) > 1:
         yield f"From cell to cell it goes from {_listed(claim, [parts[0], parts[-1]], ' to ')}."
     if claim.kind == "value":

@@ -54,7 +54,7 @@ class Finding:
 
     @property
     def subjects(self) -> Rows:
-        return self.rows if self.subject is None else select(self.rows, self.subject)
+        return select(self.rows, self.subject or {})
 
     @property
     def paired(self) -> bool:
@@ -199,22 +199,18 @@ def _count(chosen: Rows, selector: Selector, cell: Cell) -> Untestable:
 def _run_draws(run: pd.Series[Any], metric: str) -> Draws:
     """Return a metric of one run, its requests resampled; sync_s and sync_share are one number."""
     over = {"sync_s": run["iterations"], "sync_share": run["busy_s"]}.get(metric)
-    if over is not None:
-        if not over > 0:
-            raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
-        return constant(_synchronous_seconds(run) / over)
-    try:
-        return request_draws(run["table"], metric, run["dataset"])
-    except ValueError as error:
-        raise Untestable(f"{error} in {run['digest'][:12]}") from error
-
-
-def _synchronous_seconds(run: pd.Series[Any]) -> float:
-    """Return what a system adds to the critical path, expert loads on demand left out."""
+    if over is None:
+        try:
+            return request_draws(run["table"], metric, run["dataset"])
+        except ValueError as error:
+            raise Untestable(f"{error} in {run['digest'][:12]}") from error
+    if not over > 0:
+        raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
+    # What a system adds to the critical path, expert loads on demand left out.
     names = ["context_collection", "prefetch_wait"]
     if run["record"]["config"]["system"].get("asynchronous") is False:
         names += ["search", "prefetch_issue"]
-    return float(np.nansum([run[f"phase_{name}_s"] for name in names]))
+    return constant(float(np.nansum([run[f"phase_{name}_s"] for name in names])) / over)
 
 
 def _origin_distances(chosen: list[Rows], cell: Cell, systems: Sequence[Selector]) -> Draws:
@@ -256,9 +252,8 @@ def increases(rows: Rows, metric: str, systems: Names) -> Finding:
     keys, draws = _measured(rows, [metric], systems)
     risen = ratio(draws[:, :1] - draws[:, 1:], draws[:, 1:].mean(axis=0))
     parts = _parts(keys, risen, [f" against {system_name(other)}" for other in systems[1:]])
-    return Finding(
-        parts, _of(rows, systems), [metric], systems[0], _oracle(rows, [metric], systems)
-    )
+    oracle = _oracle(rows, [metric], systems)
+    return Finding(parts, _of(rows, systems), [metric], systems[0], oracle)
 
 
 def _oracle(rows: Rows, metrics: Names, systems: Names) -> float | None:
@@ -443,9 +438,8 @@ def selector_name(selector: Selector) -> str:
     if "system" not in selector:
         return ", ".join(map(str, selector.values())) or "that kind"
     options = [f"{n}={v}" for n, v in selector.items() if n != "system"]
-    known = [_OPTIONS.get(option, option) for option in options]
-    name = system_name(selector["system"])
-    return f"{name} ({', '.join(filter(None, known))})" if any(known) else name
+    known = ", ".join(filter(None, (_OPTIONS.get(option, option) for option in options)))
+    return system_name(selector["system"]) + (f" ({known})" if known else "")
 
 
 def cell_name(cell: Cell) -> str:

@@ -108,12 +108,9 @@ def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def system_label(system: str, config: Mapping[str, Any]) -> str:
     """Return the system's name and each option that is not at its default, `protect` as well."""
     defaults = _defaults(system, json.dumps(config["model"]))
-    options = {
-        **config["system"],
-        "protect": config.get("protect", defaults.get("protect")),
-    }.items()
-    changed = [f"{k}={v}" for k, v in options if v != defaults.get(k, v) and k not in NOT_OPTIONS]
-    return " ".join([system, *changed])
+    options = config["system"] | {"protect": config.get("protect", defaults.get("protect"))}
+    other = {k: v for k, v in options.items() if v != defaults.get(k, v) and k not in NOT_OPTIONS}
+    return " ".join([system, *(f"{key}={value}" for key, value in other.items())])
 
 
 @lru_cache

@@ -53,13 +53,14 @@ def write(
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
     others = [one for one in verdicts if one.section not in HEADLINES]
+    judged = results.root / "analysis" / "readings" / readings.TABLE
     ids = dict.fromkeys([*IDS, *(one.experiment for one in others)])
     sections = [_section(results, name, others) for name in ids]
     in_order = headlines + [one for section in sections for one in section["verdicts"]]
     content = {
         "headlines": headlines,
         "sections": sections,
-        "readings": _readings(results),
+        "readings": readings.summary(read_table(judged)) if judged.exists() else {},
         "claims": {name: [one for one in in_order if one.verdict == name] for name in VERDICTS},
         "total": len(verdicts),
         "modes": _listed(one.mode for one in verdicts),
@@ -73,12 +74,6 @@ def write(
         with atomic_write(results.root / name) as partial:
             partial.write_text(_render(name, content) + "\n")
     return verdicts
-
-
-def _readings(results: ResultsFolder) -> dict[str, list[str]]:
-    """Return which claims hold under every reading, some, and none; empty where none was judged."""
-    path = results.root / "analysis" / "readings" / readings.TABLE
-    return readings.summary(read_table(path)) if path.exists() else {}
 
 
 def _render(name: str, content: Mapping[str, Any]) -> str:
@@ -170,18 +165,14 @@ def system_table(runs: pd.DataFrame) -> pd.DataFrame:
         "least loads, %": bounds["bound_link_s"] / sums["busy_s"],
         "compute, %": bounds["bound_compute_s"] / sums["busy_s"],
     }
-    texts = {
-        name: values.map(_share if "%" in name else _number) for name, values in columns.items()
-    }
+    texts = {name: [_cell(name, one) for one in values] for name, values in columns.items()}
     return pd.DataFrame({"system": sums.index, **texts})
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}" if np.isfinite(value) else ""
-
-
-def _number(value: float) -> str:
-    """Return a number of three digits or more, never with an exponent where it is large."""
+def _cell(column: str, value: float) -> str:
+    """Return a share, or a number of three digits or more, without an exponent if it is large."""
+    if "%" in column:
+        return f"{100 * value:.1f}" if np.isfinite(value) else ""
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
@@ -217,8 +208,8 @@ def _listed(values: Iterable[str]) -> str:
 
 def _machine(origin: Mapping[str, Any]) -> str:
     one = origin["machine"]
-    gpus = f", {', '.join(one['gpus'])}" if one["gpus"] else ", no accelerator"
-    return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB{gpus} ({one['system']})"
+    gpus = ", ".join(one["gpus"]) or "no accelerator"
+    return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB, {gpus} ({one['system']})"
 
 
 def _run_table(runs: pd.DataFrame) -> pd.DataFrame:

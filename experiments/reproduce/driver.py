@@ -92,10 +92,8 @@ class Reproduction:
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
         count = f"{len(self.plans)} of {len(self.chosen)} experiments"
-        if self.plans:
-            self._say(f"to do: {count}, {len(self.pending_runs)} runs")
-        else:
-            self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
+        nothing = f"nothing to run: {len(self.chosen)} experiments are complete"
+        self._say(f"to do: {count}, {len(self.pending_runs)} runs" if self.plans else nothing)
         self._say_whose_code()
         self._record_traces()
         self._run()
@@ -123,36 +121,32 @@ class Reproduction:
             "mixed_modes": self.options["mixed_modes"],
             "source": source,
         }
+        if experiment.analysis and not experiment.readings:
+            own, traced = sweeps.analysis_config(experiment, overrides, conf)
+            own.output = str(self.store.analysis(experiment.id))
+            return Plan(experiment, content, analysis=own, traced=traced)
+        runs: dict[str, DictConfig] = {}
         if experiment.readings:
-            views = sweeps.reading_configs(experiment, overrides, conf)
-            runs = {
-                key: cfg for of in views.values() for one in of.values() for key, cfg in one.items()
-            }
-            content["views"] = {
-                name: {identity: list(one) for identity, one in of.items()}
-                for name, of in views.items()
-            }
-        elif experiment.analysis is None:
+            content["views"] = views = dict[str, dict[str, list[str]]]()
+            for name, of in sweeps.reading_configs(experiment, overrides, conf).items():
+                views[name] = {identity: list(one) for identity, one in of.items()}
+                runs |= {key: cfg for one in of.values() for key, cfg in one.items()}
+        else:
             runs = sweeps.run_configs(experiment, overrides, conf)
-        if experiment.readings or experiment.analysis is None:
-            for digest, cfg in runs.items():
-                cfg.output = str(self.store.run(digest))
-            return Plan(experiment, {**content, "runs": list(runs)}, runs)
-        own, traced = sweeps.analysis_config(experiment, overrides, conf)
-        own.output = str(self.store.analysis(experiment.id))
-        return Plan(experiment, content, analysis=own, traced=traced)
+        for digest, cfg in runs.items():
+            cfg.output = str(self.store.run(digest))
+        return Plan(experiment, {**content, "runs": list(runs)}, runs)
 
     @cached_property
     def pending_runs(self) -> dict[str, DictConfig]:
         """The runs that are missing, or not logged as their config asks; long ones first."""
         wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
-
-        def finished(digest: str, cfg: DictConfig) -> bool:
+        missing = {}
+        for digest, cfg in wanted.items():
             logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
-            return logged and self.store.complete(digest)
-
-        missing = [item for item in wanted.items() if not finished(*item)]
-        return dict(sorted(missing, key=lambda item: (-length(item[1]), item[0])))
+            if not (logged and self.store.complete(digest)):
+                missing[digest] = cfg
+        return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
 
     def _say_whose_code(self) -> None:
         """Say how much of what is kept other code may have made."""
@@ -167,31 +161,33 @@ class Reproduction:
 
     def _record_traces(self) -> None:
         """Record every missing trace once; leave out the runs that a failure concerns."""
-        replayed = {one: trace_group(cfg) for one, cfg in self.pending_runs.items() if replays(cfg)}
-        configs = [self.pending_runs[one] for one in replayed]
+        replayed = {
+            one: cfg
+            for one, cfg in self.pending_runs.items()
+            if not cfg.routing and in_virtual_time(cfg)
+        }
         groups: dict[str, list[DictConfig]] = defaultdict(list)
-        for cfg in chain(configs, *(plan.traced.values() for plan in self.plans)):
+        for cfg in chain(replayed.values(), *(plan.traced.values() for plan in self.plans)):
             groups[trace_group(cfg)].append(cfg)
         tasks = [Task(name, record_traces, (cfgs,)) for name, cfgs in groups.items()]
         failed = {outcome.name for outcome in self._stage("traces", tasks) if outcome.error}
-        for one, name in replayed.items():
-            if name in failed:
+        for one, cfg in replayed.items():
+            if trace_group(cfg) in failed:
                 del self.pending_runs[one]
 
     def _run(self) -> None:
         """Carry out the missing runs: simulated ones side by side, others alone, as they time."""
         tasks: dict[bool, list[Task]] = {True: [], False: []}
-        digests = {}
+        outputs = {}
         for digest, cfg in self.pending_runs.items():
             what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
             name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
-            digests[name] = digest
+            outputs[name] = self.store.run(digest)
             tasks[in_virtual_time(cfg)].append(Task(name, run_one, (cfg,)))
         for outcome in self._stage("runs", tasks[True], tasks[False]):
             if outcome.trace:
-                path = self.store.run(digests[outcome.name]) / ERROR
                 # A run may fail because nothing can be written.
-                with suppress(OSError), atomic_write(path) as partial:
+                with suppress(OSError), atomic_write(outputs[outcome.name] / ERROR) as partial:
                     partial.write_text(outcome.trace)
 
     def _draw(self) -> None:
@@ -268,19 +264,12 @@ def in_virtual_time(cfg: DictConfig) -> bool:
     from experiments.run.config import build, check
     from finemoe.testbed import SimulatedTestbed
 
-    if cfg.system.get("runtime") == "deepspeed":
-        return False
     # What is amiss is said by the run itself; nothing is recorded for it.
     try:
         check(cfg)
         return isinstance(build(cfg.testbed), SimulatedTestbed)
     except UserError:
         return False
-
-
-def replays(cfg: DictConfig) -> bool:
-    """Tell whether a run needs a kept trace."""
-    return not cfg.routing and in_virtual_time(cfg)
 
 
 def length(cfg: DictConfig) -> float:

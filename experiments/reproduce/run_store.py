@@ -112,9 +112,7 @@ class RunStore:
         records = [self.record(one) for one in index.get("runs", ())]
         if index.get("source") != source or not all(one.exists() for one in (*files, *records)):
             return False
-        for path in records:
-            read_record(path)
-        return True
+        return all(map(read_record, records))
 
     def write_experiment(self, name: str, content: Mapping[str, Any]) -> None:
         """Mark an experiment complete, with the files that it left."""
@@ -168,16 +166,13 @@ def make(plan: Plan, store: RunStore) -> None:
     from experiments.run.routing import kept_trace
 
     experiment = plan.experiment
-    drawn: Any = store.analysis(experiment.id)
+    runs = run_frame([store.record(one) for one in plan.runs])
+    drawn: Any = store.analysis(experiment.id) if experiment.analysis else runs
     if experiment.readings:
-        views = plan.content["views"]
-        runs = run_frame([store.record(one) for one in plan.runs])
-        function(str(experiment.analysis))(runs, views, drawn)
+        function(str(experiment.analysis))(runs, plan.content["views"], drawn)
     elif experiment.analysis:
         paths = {key: kept_trace(one, Console(quiet=True)) for key, one in plan.traced.items()}
         function(experiment.analysis)(plan.analysis, paths, drawn)
-    else:
-        drawn = run_frame([store.record(one) for one in plan.runs])
     if experiment.draws:
         store.figures.mkdir(parents=True, exist_ok=True)
         function(experiment.draws)(drawn, store.figures, plan.content["mixed_modes"])
