@@ -79,10 +79,7 @@ def _quantile(counts: NDArray[Any], values: NDArray[Any], level: float) -> Draws
 
 
 def table_draws(row: pd.Series[Any], value: str, key: tuple[Any, ...]) -> Draws:
-    """Return a value of a table, normally distributed as its 95 % interval `low`, `high` says.
-
-    It does not vary where it has no interval. One key, one drawing.
-    """
+    """Return a table's value, normal as its interval `low`, `high` says; one key, one drawing."""
     draws = constant(float(row[value]))
     low, high = row.get("low", np.nan), row.get("high", np.nan)
     if np.isfinite([low, high]).all():

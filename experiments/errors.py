@@ -64,10 +64,7 @@ def _stop(number: int, _: object) -> None:
 def words_given(
     doc: str | None, defaults: Mapping[str, Any], words: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a command's own ``key=value`` choices, and its other words; show `doc` for --help.
-
-    A choice has the type of its default. Raises UserError for one that does not fit.
-    """
+    """Return ``key=value`` choices, of their defaults' types or UserError, and the other words."""
     given = sys.argv[1:] if words is None else words
     if not {"-h", "--help"}.isdisjoint(given):
         print((doc or "").replace("``", ""))

@@ -1,8 +1,7 @@
 """One table of many runs: ``python -m experiments.judge.compare FOLDER [FOLDER ...]``
 
 It takes folders of run records, such as `multirun`, and leaves nothing. What all runs share is said
-once, above; a row has every setting in which its run differs, so that modes, testbeds and points of
-a sweep never mix silently. Records of several commits are told apart below.
+once, above; a row has every setting in which its run differs. Commits are told apart below.
 """
 
 from __future__ import annotations

@@ -47,8 +47,7 @@ def write(
 ) -> list[Verdict]:
     """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
-    Raises UserError if the folder is unreadable or if a figure in it is no image, OSError if the
-    folder cannot be written to.
+    Raises UserError for an unreadable folder or figure, OSError if nothing can be written.
     """
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]

@@ -135,10 +135,7 @@ def settle(folder: str, owner: int | None) -> None:
 
 
 def end_with(owner: int) -> None:
-    """Make this worker end when its owner does, so that two never work on the same run.
-
-    Interrupting the terminal interrupts the owner, which ends its workers.
-    """
+    """Make this worker end when its owner does, which alone hears of a Ctrl-C."""
 
     def watch() -> None:
         while os.getppid() == owner:

@@ -69,10 +69,9 @@ def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
         "load_balance": _by_layer(balance, 1.0),
         "entropy": _by_layer(routing.entropies(routed), float(np.log(shape.experts))),
         "overlap": _by_layer(routing.consecutive_overlap(routed), chance),
-        "hit_rates": routing.hit_rates_by_distance(named, measured, DISTANCES).assign(
-            chance=chance
-        ),
+        "hit_rates": routing.hit_rates_by_distance(named, measured, DISTANCES),
     }
+    tables["hit_rates"]["chance"] = chance
     at_distance = tables["hit_rates"].query("distance == @distance").set_index("predictor")
     summary = {
         "model": cfg.model.name,
@@ -103,17 +102,12 @@ def _by_layer(table: pd.DataFrame, uniform: float) -> pd.DataFrame:
 def shortcomings(
     smallest: pd.Series[float], lowest: pd.Series[float], chance: float, distance: int
 ) -> list[str]:
-    """Say which layers neglect an expert, and which predictors are not clearly above chance.
-
-    `smallest` load by layer; `lowest` likely hit rate by predictor, at `distance`.
-    """
-    neglecting = smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)
-    weak = lowest.index[lowest <= chance]
+    """Say which layers' smallest load, and which predictors' lowest likely hit rate, is too low."""
+    neglecting = ", ".join(smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)) or "none"
+    weak = ", ".join(lowest.index[lowest <= chance]) or "none"
     return [
-        f"layers with an expert below a fifth of its fair share of prompt tokens: "
-        f"{', '.join(neglecting) or 'none'}",
-        f"predictors not above chance at d = {distance} (95 % interval): "
-        f"{', '.join(weak) or 'none'}",
+        f"layers with an expert below a fifth of its fair share of prompt tokens: {neglecting}",
+        f"predictors not above chance at d = {distance} (95 % interval): {weak}",
     ]
 
 
@@ -227,29 +221,26 @@ def subject_configs(cfg: DictConfig) -> Iterator[DictConfig]:
 
 def report(cfg: DictConfig) -> None:
     """Investigate every model and dataset, print, and write the report. Raises UserError."""
-    found: dict[tuple[str, str], tuple[Summary, Tables]] = {}
+    summaries, found = list[Summary](), dict[tuple[str, str], Tables]()
     for one in subject_configs(cfg):
         model, dataset = one.model.name, one.dataset.name
         config = SCALE_MODELS / model / "config.json"
         if str(cfg.weights) == "scale" and not config.exists():
             print(f"skipped {model} on {dataset}: no scale weights yet")
             continue
-        found[model, dataset] = investigate(one, Console())
-        print_subject(*found[model, dataset], str(cfg.weights))
+        summary, found[model, dataset] = investigate(one, Console())
+        summaries.append(summary)
+        print_subject(summary, found[model, dataset], str(cfg.weights))
     if not found:
         raise UserError(
             f"none of {', '.join(cfg.models)} has scale weights; train one with "
             "`python -m experiments.train.scale_models model=mixtral`, or choose other models="
         )
-    summaries = [summary for summary, _ in found.values()]
-    draw_tables(
-        {
-            name: analyses.joined({subject: tables[name] for subject, (_, tables) in found.items()})
-            for name in (*PICTURES, "hit_rates")
-        },
-        summaries,
-        Path(cfg.output),
-    )
+    tables = {
+        name: analyses.joined({subject: one[name] for subject, one in found.items()})
+        for name in (*PICTURES, "hit_rates")
+    }
+    draw_tables(tables, summaries, Path(cfg.output))
     record = {
         "config": OmegaConf.to_container(cfg, resolve=False),
         "routing": "the model's own gates",

@@ -100,10 +100,7 @@ class RunStore:
         return adopted
 
     def made(self, name: str, source: str) -> bool:
-        """Tell whether the experiment was made of this source, and all it left is still there.
-
-        Raises UserError if a record of its runs is malformed.
-        """
+        """Tell whether it was made of this source and all is there; UserError for a bad record."""
         try:
             index = read_checked(self.experiment(name), INDEX, "experiment record")
         except UserError:

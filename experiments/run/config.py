@@ -64,10 +64,7 @@ OPTIONS = schema(
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise UserError for whatever in a config cannot be served, within a second or two.
-
-    Reads small files that the config names, such as a store; loads no weights and no dataset.
-    """
+    """Raise UserError for what cannot be served, before weights or a dataset are loaded."""
     values = values_of(cfg)
     checked(OPTIONS, values, "")
     try:
@@ -128,10 +125,7 @@ def _check_policy(
 
 
 def build(cfg: DictConfig, **extra: Any) -> Any:
-    """Call the target of a config group's option with its arguments and `extra`.
-
-    Raises UserError for a value or a key that the target refuses.
-    """
+    """Call the target of a group's option with its arguments and `extra`; UserError if refused."""
     call = arguments(cfg, **extra)
     try:
         return call()
@@ -142,10 +136,7 @@ def build(cfg: DictConfig, **extra: Any) -> Any:
 
 
 def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
-    """Return the target of a config group's option, with `extra` and its own arguments.
-
-    Raises UserError for a value or a key that the target's annotations refuse.
-    """
+    """Return the target of a group's option with its arguments, or UserError by its annotations."""
     values = values_of(cfg)
     name = str(values.get("_target_"))
     module, _, attribute = name.rpartition(".")

@@ -31,11 +31,7 @@ LONG_SECONDS = 100  # from an end-to-end latency of this p99 on, latencies are s
 
 
 class Console:
-    """Prints to the terminal; progress bars vanish when done, so that results stay readable.
-
-    Jobs side by side share a terminal: with the name of its `job`, a run shows one line when it
-    starts and one when it ends, and no bar.
-    """
+    """Prints to the terminal; of a `job` beside others, a line when it starts and when it ends."""
 
     def __init__(self, quiet: bool = False, job: str | None = None) -> None:
         self._rich, self._job = RichConsole(highlight=False, markup=False, quiet=quiet), job

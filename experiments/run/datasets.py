@@ -102,10 +102,9 @@ def conversations(
 def draw_prompts(
     dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
 ) -> PromptSet:
-    """Draw `count` prompts by seed, each cut to exactly `input_tokens` tokens.
+    """Draw prompts by seed, each cut to exactly `input_tokens` tokens, a chat template's included.
 
-    The tokenizer's chat template, where it has one, is counted in. Raises UserError if too few
-    texts are that long.
+    Raises UserError if too few texts are that long.
     """
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)

@@ -53,10 +53,9 @@ class LiveBackend:
     """Runs steps through a runtime.
 
     Routers never see padding: prompts of one prefill are equally long, and a decode has one row per
-    request, whose contexts of different lengths are padded on the left, in the cache only, and
-    masked. (A model whose rotary embedding changes with the longest position of a batch, like
-    Phi-3.5-MoE beyond 4,096 tokens, therefore computes a short context beside a long one as if it
-    were long.)
+    request, whose contexts are padded on the left, in the cache only, and masked. (A rotary
+    embedding that changes with the longest position of a batch, like Phi-3.5-MoE's beyond 4,096
+    tokens, therefore takes a short context beside a long one as if it were long.)
     """
 
     runtime: Any  # a LiveRuntime, or what has its model, `forward`, `end_request` and `drain`
@@ -161,10 +160,7 @@ def serve(runtime: Any, requests: Sequence[Request], size: int = 1) -> list[Serv
 
 
 def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCache:
-    """Return one cache with a row for each context, padded with zeros on the left.
-
-    Raises ValueError if a layer keeps anything else than keys and values of its tokens.
-    """
+    """Return one cache with a row for each context, padded with zeros on the left."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=config)
@@ -212,8 +208,7 @@ class LogitsLog:
     def compare(self, step: Step, logits: Tensor) -> None:
         """Compare a step's logits with those kept of the same step; the first follows the last."""
         for found in self._settled(step, logits):
-            expected = self.kept[self._compared % len(self.kept)]
-            self.same = self.same and torch.equal(found, expected)
+            self.same &= torch.equal(found, self.kept[self._compared % len(self.kept)])
             self._compared += 1
 
     def _settled(self, step: Step, logits: Tensor) -> list[Tensor]:
@@ -235,7 +230,6 @@ class LiveSetup(Setup):
     budget_bytes: int
     script: Script | None = None
     """What overrules the model's gates and tokens, if they come from a trace."""
-    log: LogitsLog | None = None
     steps: list[Step] = field(default_factory=list)
     """Measured steps of a schedule that is not fixed."""
 
@@ -335,8 +329,7 @@ class LiveSetup(Setup):
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         if self.settings.fixed:
-            log = self.log
-            return None if log is None else lambda step: log.compare(step, backend.logits)
+            return super().watch(backend)
         if not (self.cfg.verify and self.resident):
             return None
         kept = self.log = LogitsLog()
@@ -349,9 +342,7 @@ class LiveSetup(Setup):
 
     def lossless(self, console: Console) -> bool | None:
         """Iterations that were not known beforehand are repeated now, every expert resident."""
-        if self.log is None:
-            return None
-        if not self.settings.fixed:
+        if self.log and not self.settings.fixed:
             with self.unbounded() as runtime, console.progress("verifying", len(self.steps)) as bar:
                 backend = self.backend(runtime)
                 for step in self.steps:
@@ -360,7 +351,7 @@ class LiveSetup(Setup):
                     for request in step.leaving:
                         backend.end_request(request)
                     bar(1)
-        return self.log.same
+        return super().lossless(console)
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
         model = self.model
@@ -406,10 +397,9 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
 
 @contextmanager
 def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield the setup of a run; raise UserError for what cannot be.
+    """Yield the setup of a run, whose gates a trace overrules where `routing` names one.
 
-    With `routing`, requests and routing are those of that trace: within the block the model's
-    gates are overruled.
+    Raises UserError for what cannot be.
     """
     if not cfg.routing:
         yield load_setup(cfg, testbed)

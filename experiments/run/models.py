@@ -47,10 +47,9 @@ class LoadedModel:
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """Compare a folder's or the hub's weights with the model of `cfg`, from config.json alone.
+    """Raise UserError if a folder's or the hub's config.json is of another model, or missing.
 
-    Those of the hub that are not in the cache are compared when they are loaded. Raises UserError
-    if they are another model, or missing.
+    What the hub's cache lacks is compared when it is loaded.
     """
     model, weights = cfg.model, str(cfg.weights)
     source: Any = source_of(model, weights)
@@ -62,10 +61,7 @@ def check_weights(cfg: DictConfig) -> None:
 
 
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
-    """Load `weights` (scale, dummy, hub, or a local path) of the model that `cfg` describes.
-
-    Raises UserError if they are missing, damaged, gated, or another model.
-    """
+    """Load `weights` of the model of `cfg`; UserError if they are missing, damaged or another's."""
     import transformers
 
     if weights == "dummy":
@@ -82,10 +78,7 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
-    """Return the model whole, as transformers has it, on the CPU, and its tokenizer.
-
-    Raises UserError if the weights are missing, damaged, gated, another model, or would be random.
-    """
+    """Return the whole model on the CPU and its tokenizer; UserError as `load_model`, or a dummy."""
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)

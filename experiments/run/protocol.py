@@ -95,6 +95,7 @@ class Setup(ABC):
     policy: Policy | None
     shape: ModelShape
     slots: tuple[int, ...]  # of each device
+    log: Any = field(init=False, default=None)  # the LogitsLog of the reference, if it is verified
 
     @abstractmethod
     def description(self) -> tuple[str, ...]:
@@ -135,13 +136,13 @@ class Setup(ABC):
             return None
         return Roofline(reference.compute_s * repeats, link_s * repeats)
 
-    def watch(self, backend: Backend) -> Callable[[Step], None] | None:
+    def watch(self, backend: Any) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""
-        return None
+        return self.log and (lambda step: self.log.compare(step, backend.logits))
 
     def lossless(self, console: Console) -> bool | None:
         """Tell whether all logits were those of the reference; None if not verified."""
-        return None
+        return self.log and self.log.same
 
     def sample(self, served: Served) -> tuple[str, str] | None:
         """Return prompt and continuation of a request as text, if there is any."""
@@ -205,10 +206,7 @@ def build_history(setup: Setup, console: Console) -> str:
 
 
 def measure(setup: Setup, reference: Reference | None, console: Console) -> Measurement:
-    """Serve warm-up and measured requests, as often as the workload repeats them.
-
-    Every repeat starts from the prepared policy and an empty cache.
-    """
+    """Serve warm-up and measured requests; every repeat begins anew, with an empty cache."""
     settings, load, repeats = setup.settings, setup.workload, setup.settings.repeats
     if reference is not None and setup.policy and setup.policy.set_future_routing:
         setup.policy.set_future_routing([*reference.routing] * repeats)

@@ -135,10 +135,9 @@ def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def existing_record(cfg: DictConfig) -> Path | None:
-    """Return the complete record of this very config, if the output folder holds it.
+    """Return the complete record of this very config and of today's weights, if there is one.
 
-    A record whose weights have changed since is none: the run is to be done again. Raises UserError
-    if the folder holds another run's record, or cannot be written to.
+    Raises UserError if the folder holds another run's record, or cannot be written to.
     """
     folder = Path(cfg.output)
     path = folder / RECORD
@@ -345,10 +344,7 @@ def pack_runs(root: Path) -> None:
 
 
 def unpack_runs(root: Path) -> None:
-    """Unpack the archive of a results folder whose runs are not there; UserError if it is damaged.
-
-    Another process may do the same at the same time.
-    """
+    """Unpack the archive of a folder whose runs are not there; UserError if it is damaged."""
     if (root / "runs").exists() or not (root / RUNS).exists():
         return
     with TemporaryDirectory(dir=root) as folder:

@@ -69,10 +69,7 @@ def source_of(model: Any, weights: str) -> str:
 
 @contextmanager
 def hub_access() -> Iterator[None]:
-    """Let the block ask the hub or, if that cannot be reached, the cache alone, which is said.
-
-    The libraries would try for half a minute for every file.
-    """
+    """Let the block ask the hub, or say that it cannot be reached and ask the cache alone."""
     # The library's own handler prints already; Hydra's would print everything again.
     logging.disable_propagation()
     before, unreachable = constants.HF_HUB_OFFLINE, None

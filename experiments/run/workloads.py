@@ -49,10 +49,9 @@ class Workload:
     """How often the prompts went through the dataset's texts; above 1, text is used again."""
 
     def shared_prefix(self) -> dict[str, float] | None:
-        """Return how long a prefix the measured prompts share with any other, history included.
+        """Return how long a prefix measured prompts share with any other, history included.
 
-        In tokens, a chat template's included, and as the mean share of a prompt; None without the
-        prompts, which foreign traces lack.
+        In tokens, and as the mean share of a prompt; None without prompts, as in foreign traces.
         """
         lengths = [len(one.prompt) for one in self.measured]
         if not all(lengths):
@@ -226,10 +225,7 @@ class Online(WorkloadSettings):
     def arrivals(
         self, load: Workload, served: Sequence[Served], positions: int | None, seed: int
     ) -> Any:
-        """Return what was asked for and served; rates are in requests per second.
-
-        Requests longer than the model's `positions` are served nevertheless: `positions_beyond`.
-        """
+        """Return what was asked for and served; rates are in requests per second."""
         requests = sorted((one.request for one in served), key=lambda request: request.number)
         arrivals = [one.arrival or 0.0 for one in requests]
         ends = [(one.request.arrival or 0.0) + one.e2el for one in served]

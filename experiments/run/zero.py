@@ -5,7 +5,7 @@ It has no expert cache, so accesses are absent, and no memory budget: what it ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,7 +23,7 @@ from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, free_byte
 from experiments.run.metrics import KINDS
 from experiments.run.models import full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.schedule import Served, Server, Step
+from experiments.run.schedule import Served, Server
 from finemoe.offload.model import find_moe_layers, shape_of
 from finemoe.offload.policy import Policy
 from finemoe.offload.timeline import Timeline
@@ -66,7 +66,6 @@ class ZeroSetup(Setup):
     tokenizer: Any
     options: ZeroOptions
     stack: ExitStack
-    log: LogitsLog | None = None
     started: list[ZeroBackend] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,13 +116,6 @@ class ZeroSetup(Setup):
             zero = ZeroModel(model, self.device, self.options, shrinkage)
             self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
         yield self.started[0]
-
-    def watch(self, backend: Any) -> Callable[[Step], None] | None:
-        log = self.log
-        return None if log is None else lambda step: log.compare(step, backend.logits)
-
-    def lossless(self, console: Console) -> bool | None:
-        return None if self.log is None else self.log.same
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
         """Serve once more, watching what is gathered, which takes time: so after measuring."""
