@@ -46,7 +46,7 @@ def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
     clusters = requests.groupby("batch")["request"].transform("min").to_numpy()
     names, units = np.unique(clusters, return_inverse=True)
     counts = weights(len(names), dataset, *names.tolist())
-    column, _, quantile = metric.partition("@")
+    column, _, level = metric.partition("@")
     if column in RATIOS:
         above, below = RATIOS[column]
         rows = requests.reindex(columns=sorted({*above, *below}))
@@ -60,22 +60,17 @@ def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
     if not parts.any():
         raise ValueError(f"no request has a {column}")
     counts = counts[:, rows["unit"].to_numpy()]
-    if quantile:
-        return _quantile(counts, values, float(quantile))
-    return ratio(counts @ values, counts @ parts)
+    if not level:
+        return ratio(counts @ values, counts @ parts)
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(counts[:, order], axis=1)
+    return values[order][(reached >= float(level) * reached[:, -1:]).argmax(axis=1)]
 
 
 def ratio(above: Draws, below: Draws) -> Draws:
     """Return a ratio, draw by draw; where `below` is 0 it is not finite."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return above / below
-
-
-def _quantile(counts: NDArray[Any], values: NDArray[Any], level: float) -> Draws:
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(counts[:, order], axis=1)
-    first = (reached >= level * reached[:, -1:]).argmax(axis=1)
-    return values[order][first]
 
 
 def table_draws(row: pd.Series[Any], value: str, key: tuple[Any, ...]) -> Draws:

@@ -18,13 +18,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 BAD_INPUT = 2  # the exit code of a command that was given what it cannot use
-ELSEWHERE = "choose another folder, such as with output="
+REFUSED = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
-    **dict.fromkeys(
-        (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), ELSEWHERE
-    ),
+    **dict.fromkeys(REFUSED, "choose another folder, such as with output="),
 }
 """By the number of what the file system refuses."""
 

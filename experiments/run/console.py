@@ -71,13 +71,11 @@ class Console:
         else:
             self._rich.print(_experts(summary))
             self._print(_memory(summary))
-        if bound := summary["bound"]:
-            self._print(
-                f"{bound['times']:.2f} x the bound: compute alone {bound['compute_s']:.1f} s, "
-                f"loads that none can avoid {bound['link_s']:.1f} s"
-                if bound["times"] >= 1
-                else "no bound: compute alone was timed on a busy machine"
-            )
+        if (bound := summary["bound"]) and bound["times"] >= 1:
+            parts = f"compute alone {bound['compute_s']:.1f} s, loads that none can avoid"
+            self._print(f"{bound['times']:.2f} x the bound: {parts} {bound['link_s']:.1f} s")
+        elif bound:
+            self._print("no bound: compute alone was timed on a busy machine")
         positions, costs = record.get("positions"), record.get("prediction_costs") or ""
         if positions and positions["beyond"]:
             self._print(
@@ -140,13 +138,10 @@ def _latencies(summary: dict[str, Any]) -> Table:
     unit = "seconds" if seconds else "milliseconds"
     table = _columns(unit, "mean", "95 % interval", "p50", "p95", "p99")
     for name in ("queueing", "TTFT", "TPOT", "ITL", "E2EL"):
-        values = summary.get(f"{name.lower()}_s")
-        if values:
-            ends = [f"{end * scale:.{digits}f}" for end in values["ci95"] or ()]
-            mean, *others = (
-                f"{values[key] * scale:.{digits}f}" for key in ("mean", "p50", "p95", "p99")
-            )
-            table.add_row(name, mean, " to ".join(ends) or "-", *others)
+        if values := summary.get(f"{name.lower()}_s"):
+            numbers = [*(values["ci95"] or ()), *map(values.get, ("mean", "p50", "p95", "p99"))]
+            *ends, mean, p50, p95, p99 = (f"{one * scale:.{digits}f}" for one in numbers)
+            table.add_row(name, mean, " to ".join(ends) or "-", p50, p95, p99)
         elif name != "queueing":
             table.add_row(name, *"-----")
     return table
@@ -161,13 +156,11 @@ def _experts(summary: dict[str, Any]) -> Table:
 
 
 def _memory(summary: dict[str, Any]) -> str:
-    kinds = ("on_demand", "prefetched", "wasted")
-    demand, prefetched, wasted = (f"{summary[f'bytes_{kind}'] / 1e9:.1f}" for kind in kinds)
-    peak, budget = (f"{summary[f'{k}_bytes'] / 1e9:.2f}" for k in ("peak_slot", "slot_budget"))
-    return (
-        f"GB loaded: {demand} on demand, {prefetched} prefetched ({wasted} in vain)\n"
-        f"GB in slots: {peak} at most, budget {budget}"
-    )
+    names = ("bytes_on_demand", "bytes_prefetched", "bytes_wasted")
+    demand, prefetched, wasted = (f"{summary[name] / 1e9:.1f}" for name in names)
+    peak, budget = summary["peak_slot_bytes"] / 1e9, summary["slot_budget_bytes"] / 1e9
+    loaded = f"GB loaded: {demand} on demand, {prefetched} prefetched ({wasted} in vain)"
+    return f"{loaded}\nGB in slots: {peak:.2f} at most, budget {budget:.2f}"
 
 
 def _gathered(summary: dict[str, Any], links: str) -> str:

@@ -78,7 +78,7 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
-    """Return the whole model on the CPU and its tokenizer; UserError as `load_model`, or a dummy."""
+    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`."""
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
