@@ -11,8 +11,7 @@ import itertools
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -93,7 +92,13 @@ def run_configs(
     experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
 ) -> dict[str, DictConfig]:
     """Return the configs of an experiment's runs by digest. Raises UserError."""
-    return _configs(experiment, {"": overrides}, conf)[""]
+    params, user = parse(experiment.params), parse(overrides)
+    combinations = combine(params, experiment.cells, user, _groups(conf))
+    if not combinations:
+        left = f"experiment {experiment.id} is left by {' '.join(overrides)}"
+        raise UserError(f"nothing of {left}")
+    configs = [_of_run(_composed(experiment, one, conf)) for one in combinations]
+    return {digest(cfg): cfg for cfg in configs}
 
 
 def reading_configs(
@@ -101,28 +106,13 @@ def reading_configs(
 ) -> dict[str, dict[str, dict[str, DictConfig]]]:
     """Return the configs of runs by digest, under each reading of each experiment it is of."""
     known = available(conf)
-    found: dict[str, dict[str, dict[str, DictConfig]]] = {name: {} for name in experiment.readings}
-    for identity, narrowed in experiment.of.items():
-        lists = {name: [*narrowed, *own, *overrides] for name, own in experiment.readings.items()}
-        for name, configs in _configs(known[identity], lists, conf).items():
-            found[name][identity] = configs
-    return found
-
-
-def _configs(
-    experiment: Experiment, lists: Mapping[str, Sequence[str]], conf: Path
-) -> dict[str, dict[str, DictConfig]]:
-    """Return the configs of an experiment's runs by digest, under each list of overrides."""
-    params, groups, found = parse(experiment.params), _groups(conf), {}
-    with _composing(experiment, conf) as composed:
-        for name, overrides in lists.items():
-            combinations = combine(params, experiment.cells, parse(overrides), groups)
-            if not combinations:
-                what = f"experiment {experiment.id} is left by {' '.join(overrides)}"
-                raise UserError(f"nothing of {what}")
-            configs = [_of_run(composed(combination)) for combination in combinations]
-            found[name] = {digest(cfg): cfg for cfg in configs}
-    return found
+    return {
+        name: {
+            identity: run_configs(known[identity], [*narrowed, *own, *overrides], conf)
+            for identity, narrowed in experiment.of.items()
+        }
+        for name, own in experiment.readings.items()
+    }
 
 
 def analysis_config(
@@ -136,12 +126,11 @@ def analysis_config(
         if len(values) > 1 and key.split(".")[0] not in NO_MATTER:
             raise UserError(f"experiment {experiment.id} takes one {key}, not {len(values)}")
     fixed = [values[0] for values in sweep.values() if len(values) == 1]
-    with _composing(experiment, conf) as composed:
-        own = composed(fixed)
-        traced = {
-            (model, dataset): _of_run(composed([*fixed, f"model={model}", f"dataset={dataset}"]))
-            for model, dataset in itertools.product(models, datasets)
-        }
+    own = _composed(experiment, fixed, conf)
+    traced = {
+        one: _of_run(_composed(experiment, [*fixed, f"model={one[0]}", f"dataset={one[1]}"], conf))
+        for one in itertools.product(models, datasets)
+    }
     with open_dict(own):
         own.experiment.models, own.experiment.datasets = models, datasets
     return own, traced
@@ -211,52 +200,48 @@ def _values(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-@contextmanager
-def _composing(
-    experiment: Experiment, conf: Path
-) -> Iterator[Callable[[Sequence[str]], DictConfig]]:
-    """Yield what returns the resolved config of an experiment under overrides, or UserError.
+def _composed(experiment: Experiment, overrides: Sequence[str], conf: Path) -> DictConfig:
+    """Return the resolved config of an experiment under overrides. Raises UserError.
 
-    Composing takes a tenth of a second. So each option of a group, which sets nothing outside of
-    its group, is composed once for all sweeps, and plain values are set afterwards. A pickle is
-    read six times as fast as a config is copied.
+    Plain values are set after composing, as composing takes long.
     """
-    groups = _groups(conf)
-    own = {"experiment", *OmegaConf.load(conf / "experiment" / f"{experiment.name}.yaml")}
-
-    @cache
-    def grouped(choices: tuple[str, ...]) -> bytes:
-        keys = [_key(one) for one in choices]
-        if not choices or not groups - own >= set(keys):
-            own_choices = [f"experiment={experiment.name}", "output=unset", *choices]
-            return pickle.dumps(compose("config", own_choices))
-        cfg = pickle.loads(grouped(()))
-        for key, choice in zip(keys, choices, strict=True):
-            cfg[key] = _option(conf, choice)
-        return pickle.dumps(cfg)
-
-    def composed(overrides: Sequence[str]) -> DictConfig:
-        values = [one for one in overrides if _is_value(one, groups)]
-        try:
-            cfg = pickle.loads(grouped(tuple(one for one in overrides if one not in values)))
-            for one in OverridesParser.create().parse_overrides(values):
-                OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
-            OmegaConf.resolve(cfg)
-        except (HydraException, OmegaConfBaseException) as error:
-            cause = f"experiment {experiment.id}, {' '.join(overrides)}: {config_error(error)}"
-            raise UserError(cause) from error
-        return cfg
-
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        yield composed
+    values = [one for one in overrides if _is_value(one, _groups(conf))]
+    choices = tuple(one for one in overrides if one not in values)
+    try:
+        cfg: DictConfig = pickle.loads(_grouped(conf, experiment.name, choices))
+        for one in OverridesParser.create().parse_overrides(values):
+            OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
+        OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f"experiment {experiment.id}, {' '.join(overrides)}: {config_error(error)}"
+        raise UserError(cause) from error
+    return cfg
 
 
 @cache
-def _option(conf: Path, choice: str) -> DictConfig:
-    """Return what a group's option, `group=option`, says; interpolations are left as they are."""
-    return compose("config", [choice])[_key(choice)]
+def _grouped(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
+    """Return the pickled config of an experiment under choices of groups.
+
+    An option of a group sets nothing outside of it, so each is composed once for all experiments.
+    """
+    keys = [_key(one) for one in choices]
+    own = {"experiment", *OmegaConf.load(conf / "experiment" / f"{experiment}.yaml")}
+    if not choices or not _groups(conf) - own >= set(keys):
+        return _by_hydra(conf, (f"experiment={experiment}", "output=unset", *choices))
+    cfg = pickle.loads(_grouped(conf, experiment, ()))
+    for key, choice in zip(keys, choices, strict=True):
+        cfg[key] = pickle.loads(_by_hydra(conf, (choice,)))[key]
+    return pickle.dumps(cfg)
 
 
+@cache
+def _by_hydra(conf: Path, choices: tuple[str, ...]) -> bytes:
+    """Compose in a tenth of a second; a pickle is read six times as fast as a config is copied."""
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        return pickle.dumps(compose("config", list(choices)))
+
+
+@cache
 def _groups(conf: Path) -> set[str]:
     return {path.name for path in conf.iterdir() if path.is_dir()}
 
