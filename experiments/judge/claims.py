@@ -120,17 +120,13 @@ def judge(
 
 def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -> Verdict:
     """Return the verdict on one claim."""
-    number = None if isinstance(claim.paper, str | None) else claim.paper
-    says = claim.paper if number is None else claim.number(number, digits=6)
-    bound = claim.kind in ("at most", "at least")
+    paper, says, bound = None, claim.paper, claim.kind in ("at most", "at least")
+    if not isinstance(claim.paper, str | None):
+        paper, says = claim.paper * claim.scale, claim.number(claim.paper, digits=6)
     untestable = Verdict(
-        id=claim.id,
-        section=claim.section,
-        experiment=claim.experiment,
+        **{name: getattr(claim, name) for name in ("id", "section", "experiment", "text", "unit")},
         kind="bound" if bound else claim.kind,
-        text=claim.text,
-        paper=None if number is None else number * claim.scale,
-        unit=claim.unit,
+        paper=paper,
         paper_says=f"{claim.kind} {says}" if bound else says or "every margin above 0",
     )
     try:

@@ -65,9 +65,8 @@ def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
     """Raise UserError if records of several modes meet in `what` and nobody asked for that."""
     modes = sorted(frame["mode"].unique())
     if len(modes) > 1 and not mixed_modes:
-        raise UserError(
-            f"{what} mixes {' and '.join(modes)} records; draw them apart or set mixed_modes=true"
-        )
+        cause = f"{what} mixes {' and '.join(modes)} records"
+        raise UserError(f"{cause}; draw them apart or set mixed_modes=true")
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -169,9 +168,8 @@ class ResultsFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise UserError(
-                f"{root}: no such folder; run `python -m experiments.reproduce all` first"
-            )
+            remedy = "run `python -m experiments.reproduce all` first"
+            raise UserError(f"{root}: no such folder; {remedy}")
         self.root = root
         unpack_runs(root)
 

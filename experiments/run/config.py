@@ -111,10 +111,8 @@ def _check_policy(
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_future_routing and not settings.fixed:
-        raise UserError(
-            f"system={cfg.system.label} must know all iterations beforehand, and online they "
-            "depend on how fast it serves; use workload=offline"
-        )
+        cause = f"system={cfg.system.label} must know all iterations beforehand, and online they"
+        raise UserError(f"{cause} depend on how fast it serves; use workload=offline")
     simulated = isinstance(testbed, SimulatedTestbed)
     devices = testbed.devices if simulated else len(testbed.devices)
     _, slots = budget_slots(cfg, policy, full_size(own).expert_bytes, shape, devices)
@@ -229,10 +227,9 @@ def check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...
     for device, count in enumerate(slots):
         needed = count * model.expert_bytes + (0 if device else model.dense_bytes)
         if needed > testbed.device_bytes:
-            raise UserError(
-                f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of "
-                f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}; lower memory_budget"
-            )
+            where = f"device {device} of {testbed.name}, which has {testbed.device_bytes / 1e9:.1f}"
+            needs = f"the memory budget needs {needed / 1e9:.1f} GB on {where}"
+            raise UserError(f"{needs}; lower memory_budget")
 
 
 def load_store(cfg: DictConfig, policy: Policy) -> None:

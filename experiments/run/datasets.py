@@ -184,14 +184,13 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
         bos = tokenizer.bos_token_id
         return ([] if bos is None else [bos]), []
     turn = [{"role": "user", "content": SENTINEL}]
-    remedy = "remove or replace its chat template"
-    with loading("the tokenizer's chat template", remedy):
+    what, remedy = "the tokenizer's chat template", "remove or replace its chat template"
+    with loading(what, remedy):
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    around = text.split(SENTINEL)
-    if len(around) != 2:
-        raise UserError(f"the tokenizer's chat template alters, drops or repeats text; {remedy}")
-    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in around]
-    return ids[0], ids[1]
+    parts = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in text.split(SENTINEL)]
+    if len(parts) != 2:
+        raise UserError(f"{what} alters, drops or repeats text; {remedy}")
+    return parts[0], parts[1]
 
 
 def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -407,10 +407,8 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Liv
     load, traced, routing = traced_workload(cfg, build(cfg.workload), console)
     setup = load_setup(cfg, testbed, load)
     if setup.policy.placement.hidden_states:
-        raise UserError(
-            f"system={cfg.system.label} applies gates to hidden states, which do not lead to a "
-            "trace's routing; replay it on a simulated testbed"
-        )
+        cause = f"system={cfg.system.label} applies gates to hidden states, which do not lead to a"
+        raise UserError(f"{cause} trace's routing; replay it on a simulated testbed")
     with TracedGates(setup.model.offloaded) as gates:
         setup.script = script(cfg, traced, routing, gates, setup.model.offloaded)
         yield setup
@@ -432,7 +430,5 @@ def _check_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) ->
     for device, asked in needed.items():
         free = free_bytes(device)
         if asked > free:
-            raise UserError(
-                f"the memory budget puts {asked / 1e9:.1f} GB of experts on {device}, which has "
-                f"{free / 1e9:.1f} GB free; lower memory_budget"
-            )
+            puts = f"the memory budget puts {asked / 1e9:.1f} GB of experts on {device}"
+            raise UserError(f"{puts}, which has {free / 1e9:.1f} GB free; lower memory_budget")

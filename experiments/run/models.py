@@ -112,10 +112,12 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
     facts = (config.model_type, *astuple(shape), size)
     compared = zip(wanted[: 4 if weights == "scale" else None], facts, strict=False)
     if any(want not in (None, has) for want, has in compared):
-        raise UserError(
-            f"weights={weights} hold {DESCRIPTION.format(*facts)}, model={cfg.name} is "
-            f"{DESCRIPTION.format(*wanted)}; {_better(facts, Path(source or ''))}"
+        held, named = (
+            f"weights={weights} hold",
+            f"model={cfg.name} is {DESCRIPTION.format(*wanted)}",
         )
+        better = _better(facts, Path(source or ""))
+        raise UserError(f"{held} {DESCRIPTION.format(*facts)}, {named}; {better}")
     return model
 
 
@@ -138,9 +140,8 @@ def _tokenizer(source: str, outline: Any) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids, rows = max(tokenizer.get_vocab().values()) + 1, outline.get_input_embeddings().weight
     if ids > len(rows):
-        raise UserError(
-            f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}; {remedy}"
-        )
+        cause = f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}"
+        raise UserError(f"{cause}; {remedy}")
     return tokenizer
 
 
@@ -159,8 +160,6 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         model, report = load(source, **options, **checks)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
-            raise UserError(
-                f"the weights of {source} do not fit its config.json: {len(keys)} tensors are "
-                f"{kind}, such as {min(map(str, keys))}; {again}"
-            )
+            cause = f"{len(keys)} tensors are {kind}, such as {min(map(str, keys))}"
+            raise UserError(f"the weights of {source} do not fit its config.json: {cause}; {again}")
     return model

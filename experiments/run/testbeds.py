@@ -83,10 +83,8 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
 
     there = torch.cuda.device_count()
     if there < (devices or 1):
-        raise UserError(
-            f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}; lower "
-            "testbed.devices or use testbed=emulated"
-        )
+        cause = f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}"
+        raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = f"{len(chosen)} x {torch.cuda.get_device_name(chosen[0])}"
     return Testbed(name, "measured", chosen, round(chunk_mb * MB))

@@ -47,10 +47,8 @@ def script(
     size = model.model.config.get_text_config().vocab_size
     largest = max(token for one in traced.values() for token in (*one.prompt, *one.output))
     if largest >= size:
-        raise UserError(
-            f"the trace has token {largest}, the model only {size} of them; give a trace of a "
-            "model with its vocabulary"
-        )
+        cause = f"the trace has token {largest}, the model only {size} of them"
+        raise UserError(f"{cause}; give a trace of a model with its vocabulary")
     try:
         steps = {
             number: tuple(GateStep.of(step, model.shape.top_k) for step in one.steps)
@@ -81,9 +79,8 @@ def traced_workload(
         traced = {one.number: traced_request(trace.request, one) for one in requests}
         lengths = {len(one.prompt) for one in traced.values()}
         if len(lengths) > 1 and max(cfg.workload.batch_size, cfg.workload.history_batch_size) > 1:
-            raise TraceError(
-                f"{trace.path}: has prompts of {min(lengths)} to {max(lengths)} tokens, which make "
-                "no batch; set workload.batch_size=1 workload.history_batch_size=1"
-            )
+            cause = f"has prompts of {min(lengths)} to {max(lengths)} tokens, which make no batch"
+            remedy = "set workload.batch_size=1 workload.history_batch_size=1"
+            raise TraceError(f"{trace.path}: {cause}; {remedy}")
         routing = f"a trace of {origin.get('model')} with weights {origin.get('weights')}"
         return prompted(load, trace), traced, routing

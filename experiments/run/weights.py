@@ -59,11 +59,9 @@ def source_of(model: Any, weights: str) -> str:
     if (path / "config.json").exists():
         return str(path)
     if weights == "scale":
-        raise UserError(
-            f"no scale model of {model.name} is there; train one with python -m "
-            f"experiments.train.scale_models model={model.name}, or use weights=dummy, "
-            "weights=hub or a local folder"
-        )
+        train = f"train one with python -m experiments.train.scale_models model={model.name}"
+        others = "or use weights=dummy, weights=hub or a local folder"
+        raise UserError(f"no scale model of {model.name} is there; {train}, {others}")
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
 
 

@@ -152,13 +152,11 @@ class Offline(WorkloadSettings):
         """Let the first requests be the history; warm-ups are of them, so none is new."""
         share, cut = self.history_share, round(self.history_share * len(requests))
         if cut == len(requests):
-            raise UserError(
-                f"workload.history_share={share} of {len(requests)} prompts leaves none to measure"
-            )
+            cause = f"workload.history_share={share} of {len(requests)} prompts"
+            raise UserError(f"{cause} leaves none to measure")
         if self.warmup > cut:
-            raise UserError(
-                f"workload.warmup={self.warmup} of {cut} history prompts; set workload.warmup={cut}"
-            )
+            cause = f"workload.warmup={self.warmup} of {cut} history prompts"
+            raise UserError(f"{cause}; set workload.warmup={cut}")
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
         return Workload(prompts, history, history[: self.warmup], measured)
 
@@ -306,9 +304,8 @@ def sampled(
     if the trace has too few rows, or no time passes between the sampled ones.
     """
     if count > len(trace):
-        raise UserError(
-            f"the trace has {len(trace)} requests, {count} are asked for; lower workload.requests"
-        )
+        cause = f"the trace has {len(trace)} requests, {count} are asked for"
+        raise UserError(f"{cause}; lower workload.requests")
     rows = trace.iloc[sorted(random.Random(seed).sample(range(len(trace)), count))]
     if process == "poisson":
         return rows.assign(seconds=poisson(count, rate, seed))
