@@ -30,6 +30,7 @@ from experiments.run.records import (
 )
 from experiments.style import system_name
 
+Facts = Mapping[str, Any]
 PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")
@@ -124,9 +125,7 @@ def _defaults(system: str, model: str) -> dict[str, Any]:
     return options | {"protect": reading.protect}
 
 
-def _estimates(
-    summary: Mapping[str, Any], requests: pd.DataFrame, names: Mapping[str, Any]
-) -> dict[str, Any]:
+def _estimates(summary: Facts, requests: pd.DataFrame, names: Facts) -> dict[str, Any]:
     """Return means with their intervals; iterations are known where a batch stays together."""
     means = {name: (summary.get(name) or {}).get("mean") for name in ("ttft_s", "tpot_s", "e2el_s")}
     means["hit_rate"] = summary.get("expert_hit_rate")

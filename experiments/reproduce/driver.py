@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from itertools import chain
@@ -41,6 +41,7 @@ from experiments.reproduce.run_store import (
     record_traces,
     run_one,
 )
+from experiments.reproduce.sweeps import Experiment, Words
 from experiments.run.console import bar_on
 from experiments.run.records import check_writable, other_code, pack_runs, read_record, unpack_runs
 from experiments.run.tracking import is_logged, log_reproduction
@@ -66,9 +67,7 @@ figure show records of several modes, marked as such; `redraw` makes again what 
 class Reproduction:
     """One call of the command."""
 
-    def __init__(
-        self, ids: Sequence[str], overrides: Sequence[str], options: Mapping[str, Any], conf: Path
-    ) -> None:
+    def __init__(self, ids: Words, overrides: Words, options: Any, conf: Path) -> None:
         self.options, self.store = options, RunStore(Path(options["results"]))
         unpack_runs(self.store.root)
         self.everything = "all" in ids
@@ -110,9 +109,7 @@ class Reproduction:
             return 0
         return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
 
-    def _plan(
-        self, experiment: sweeps.Experiment, overrides: Sequence[str], source: str, conf: Path
-    ) -> Plan:
+    def _plan(self, experiment: Experiment, overrides: Words, source: str, conf: Path) -> Plan:
         content: dict[str, Any] = {
             "id": experiment.id,
             "title": experiment.title,

@@ -31,7 +31,9 @@ from experiments.run.weights import fingerprint
 
 NO_MATTER = ("system", "memory_budget")
 """What routing does not depend on: an analysis passes over a sweep of it."""
+Words = Sequence[str]
 Sweep = dict[str, list[str]]  # overrides by key, one for each value of the key
+Configs = dict[str, DictConfig]  # of runs, by digest
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,7 @@ def chosen(ids: Sequence[str], conf: Path = CONF) -> list[Experiment]:
     return [one for one in known.values() if "all" in ids or one.id in ids]
 
 
-def run_configs(
-    experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
-) -> dict[str, DictConfig]:
+def run_configs(experiment: Experiment, overrides: Words, conf: Path = CONF) -> Configs:
     """Return the configs of an experiment's runs by digest. Raises UserError."""
     params, user = parse(experiment.params), parse(overrides)
     combinations = combine(params, experiment.cells, user, _groups(conf))
@@ -102,8 +102,8 @@ def run_configs(
 
 
 def reading_configs(
-    experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
-) -> dict[str, dict[str, dict[str, DictConfig]]]:
+    experiment: Experiment, overrides: Words, conf: Path = CONF
+) -> dict[str, dict[str, Configs]]:
     """Return the configs of runs by digest, under each reading of each experiment it is of."""
     known = available(conf)
     return {
@@ -166,9 +166,7 @@ def parse(overrides: Iterable[str]) -> Sweep:
         raise UserError(config_error(error)) from error
 
 
-def combine(
-    params: Sweep, cells: Sequence[Sequence[str]], user: Sweep, groups: Iterable[str]
-) -> list[tuple[str, ...]]:
+def combine(params: Sweep, cells: Sequence[Words], user: Sweep, groups: set[str]) -> list[Words]:
     """Return the lists of overrides that params, cells and the user's overrides stand for.
 
     A key of the user's replaces the sweep of that key. Cells are written for one choice of a group,

@@ -29,6 +29,7 @@ from finemoe.offload.policy import ModelShape, Policy
 from finemoe.options import Count, Flag, Number, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
+AnyTestbed = Testbed | SimulatedTestbed
 DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us")
 """Keys of a config group's option that are no arguments of its target."""
 NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]
@@ -91,9 +92,7 @@ def check(cfg: DictConfig) -> None:
         check_weights(cfg)
 
 
-def _check_backend(
-    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
-) -> None:
+def _check_backend(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
     """Check a system that has a backend of its own in place of a policy."""
     label = cfg.system.label
     if not settings.fixed:
@@ -103,9 +102,7 @@ def _check_backend(
     build(cfg.system)
 
 
-def _check_policy(
-    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
-) -> None:
+def _check_policy(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
     own = cfg.model
     hidden = own.scale.config.hidden_size if cfg.weights == "scale" else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)

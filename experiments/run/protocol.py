@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from finemoe.trace import TraceError
 if TYPE_CHECKING:
     from finemoe.testbed import SimulatedTestbed, Testbed
 
+Facts = dict[str, Any]
 BACKENDS = {
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
@@ -240,12 +241,8 @@ def history_bytes(policy: Policy) -> dict[str, int]:
 
 
 def run_record(
-    setup: Setup,
-    history: str,
-    served: Sequence[Served],
-    facts: dict[str, Any],
-    summary: dict[str, Any],
-) -> dict[str, Any]:
+    setup: Setup, history: str, served: Sequence[Served], facts: Facts, summary: Facts
+) -> Facts:
     """Return the run record; the backend's facts go over what holds for every one."""
     cfg, load = setup.cfg, setup.workload
     positions = facts["positions"]
@@ -285,18 +282,14 @@ def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int]
 
 
 def _summary(
-    setup: Setup,
-    facts: Mapping[str, Any],
-    measurement: Measurement,
-    limit: Roofline | None,
-    lossless: bool | None,
-) -> dict[str, Any]:
+    setup: Setup, facts: Facts, measurement: Measurement, limit: Roofline | None, same: bool | None
+) -> Facts:
     """Return what was measured apart from latencies; bytes are those of full-size experts."""
     larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
     moved = asdict(measurement.traffic).items()
     return {
         **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
-        "lossless": lossless,
+        "lossless": same,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
