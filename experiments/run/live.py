@@ -22,7 +22,7 @@ from experiments.errors import UserError
 from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
-from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
+from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
 from experiments.run.traced import Script, script, traced_workload
 from experiments.run.workloads import Workload
@@ -364,7 +364,6 @@ class LiveSetup(Setup):
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": model.offloaded.dense_bytes,
-                "history_bytes": history_bytes(self.policy),
             },
         }
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -78,13 +78,6 @@ class Reference:
     """Seconds to serve the measured requests; None if their experts were not all resident."""
 
 
-class MeasuredBackend(Backend, Protocol):
-    """A backend whose measured part can be told from its warm-up."""
-
-    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
-        """Add what is served in the block to a measurement."""
-
-
 @dataclass
 class Setup(ABC):
     """One prepared run: what the protocol needs to know of what serves."""
@@ -109,8 +102,11 @@ class Setup(ABC):
     @abstractmethod
     def serving(
         self, policy: Policy | None, timeline: Timeline | None
-    ) -> AbstractContextManager[MeasuredBackend]:
-        """Return a backend with an empty cache, which serves under the memory budget."""
+    ) -> AbstractContextManager[Any]:
+        """Return a backend with an empty cache, which serves under the memory budget.
+
+        In the block of its `measuring(measurement)` it adds to the measurement what is served.
+        """
 
     def learning(self, policy: Policy) -> AbstractContextManager[tuple[Backend, str]]:
         """Return a backend that serves the history, and in words how it does."""
@@ -235,11 +231,6 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
     return measurement
 
 
-def history_bytes(policy: Policy) -> dict[str, int]:
-    """Return the host memory that a policy's history takes, by what it holds."""
-    return policy.history.memory_bytes() if policy.history else {}
-
-
 def run_record(
     setup: Setup, history: str, served: Sequence[Served], facts: Facts, summary: Facts
 ) -> Facts:
@@ -287,6 +278,7 @@ def _summary(
     """Return what was measured apart from latencies; bytes are those of full-size experts."""
     larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
     moved = asdict(measurement.traffic).items()
+    history = setup.policy and setup.policy.history
     return {
         **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
         "lossless": same,
@@ -294,5 +286,6 @@ def _summary(
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
         "busy_seconds": busy_s,
+        "history_bytes": history.memory_bytes() if history else {},
         "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
     }

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from experiments.run.config import budget_slots, build, check_room, full_size, load_store, values_of
 from experiments.run.console import Console, slots_line
-from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
+from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.routing import open_routing
 from experiments.run.schedule import Request, Server, Step
 from experiments.run.workloads import prompted
@@ -196,7 +196,6 @@ class ReplaySetup(Setup):
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": full_size(self.cfg.model).dense_bytes,
-                "history_bytes": history_bytes(self.policy),
             },
         }
 

@@ -134,7 +134,6 @@ class ZeroSetup(Setup):
             "summary": {
                 **dict.fromkeys(NOT_APPLICABLE),
                 "dense_bytes": self.dense_bytes,
-                "history_bytes": {},
                 "phases": {},
                 "peak_gathered_expert_bytes": round(gathered.experts * larger),
                 "peak_gathered_stored_bytes": gathered.total,
