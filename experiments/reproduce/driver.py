@@ -32,15 +32,7 @@ from experiments.errors import BAD_INPUT, UserError, command, words_given
 from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Task, attempt, side_by_side
-from experiments.reproduce.run_store import (
-    ERROR,
-    Plan,
-    RunStore,
-    function,
-    make,
-    record_traces,
-    run_one,
-)
+from experiments.reproduce.run_store import ERROR, Plan, RunStore, make, record_traces, run_one
 from experiments.reproduce.sweeps import Experiment, Words
 from experiments.run.console import bar_on
 from experiments.run.records import check_writable, other_code, pack_runs, read_record, unpack_runs
@@ -70,8 +62,7 @@ class Reproduction:
     def __init__(self, ids: Words, overrides: Words, options: Any, conf: Path) -> None:
         self.options, self.store = options, RunStore(Path(options["results"]))
         unpack_runs(self.store.root)
-        self.everything = "all" in ids
-        self.log_to_wandb = "logger=wandb" in overrides
+        self.everything, self.log_to_wandb = "all" in ids, "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
         self.failures: list[Outcome] = []
         self.began, self.done = time.monotonic(), Counter[str]()
@@ -207,13 +198,15 @@ class Reproduction:
     def _report(self) -> None:
         """Judge the claims and write the report, unless there is one of these results."""
         report = self.store.root / "REPORT.md"
-        made = [self.store.experiment(one.id) for one in self.chosen]
         # Claims, their rules and the report's template.
-        made += (ROOT / "experiments" / "judge").glob("*.*")
+        made = [*(ROOT / "experiments" / "judge").glob("*.*")]
+        made += [self.store.experiment(one.id) for one in self.chosen]
         newest = max(path.stat().st_mtime_ns for path in made)
         if not report.exists() or report.stat().st_mtime_ns <= newest:
+            from experiments.judge.report import write
+
             results = ResultsFolder(self.store.root)
-            function("experiments.judge.report.write")(results)
+            write(results)
             pack_runs(self.store.root)
             with atomic_write(self.store.root / "records.parquet") as partial:
                 results.runs.drop(columns=["record", "table"]).to_parquet(partial, index=False)
@@ -228,19 +221,17 @@ class Reproduction:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
         done: list[Outcome] = []
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
-        launcher, n_jobs = self.options["launcher"], self.options["n_jobs"]
-        with (
-            bar_on(self.console) as bar,
-            closing(side_by_side(tasks, launcher, n_jobs)) as together,
-        ):
+        together = side_by_side(tasks, self.options["launcher"], self.options["n_jobs"])
+        with bar_on(self.console) as bar, closing(together):
             shown = bar.add_task(what, total=total)
             for outcome in chain(together, map(attempt, alone)):
                 done.append(outcome)
-                self.done[what] += not outcome.error
                 bar.advance(shown)
                 if outcome.error:
                     self.failures.append(outcome)
                     self._say(f"[red]failed[/] {outcome.name}: {escape(outcome.error)}")
+                else:
+                    self.done[what] += 1
                 # A log gets a line for every tenth instead of a bar.
                 if hidden and len(done) * 10 // total > (len(done) - 1) * 10 // total:
                     self._say(f"{what}: {len(done)} of {total}")
