@@ -129,32 +129,28 @@ def record_traces(configs: Sequence[DictConfig]) -> None:
 
 def run_one(cfg: DictConfig) -> None:
     """Carry out one run, and log it where its config says. Raises UserError."""
-    log(cfg, ensure_record(cfg, Console(quiet=True)))
+    ensure_record(cfg, Console(quiet=True))
     (Path(cfg.output) / ERROR).unlink(missing_ok=True)
 
 
-def ensure_record(cfg: DictConfig, console: Console) -> dict[str, Any]:
-    """Return the complete record of this config, made now unless it is there. Raises UserError."""
+def ensure_record(cfg: DictConfig, console: Console) -> None:
+    """Make the complete record of this config unless it is there, and log it. Raises UserError."""
     from experiments.run.protocol import run
+    from experiments.run.tracking import log_record
 
+    folder, record = Path(cfg.output), None
     path = existing_record(cfg)
     if path is None:
-        with alone_in(Path(cfg.output)):
+        with alone_in(folder):
             # Another process may have made it meanwhile.
             path = existing_record(cfg)
             if path is None:
-                return run(cfg, console)
-    record = read_record(path)
-    console.skipped(path, other_code(record))
-    return record
-
-
-def log(cfg: DictConfig, record: dict[str, Any]) -> None:
-    """Log a complete record where its config says."""
-    from experiments.run.tracking import log_record
-
-    if cfg.logger.name == "wandb":
-        log_record(cfg.logger.project, Path(cfg.output), record)
+                record = run(cfg, console)
+    if path:
+        record = read_record(path)
+        console.skipped(path, other_code(record))
+    if record and cfg.logger.name == "wandb":
+        log_record(cfg.logger.project, folder, record)
 
 
 def make(plan: Plan, store: RunStore) -> None:

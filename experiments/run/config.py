@@ -110,12 +110,13 @@ def _check_policy(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestb
     if policy.set_future_routing and not settings.fixed:
         cause = f"system={cfg.system.label} must know all iterations beforehand, and online they"
         raise UserError(f"{cause} depend on how fast it serves; use workload=offline")
-    simulated = isinstance(testbed, SimulatedTestbed)
-    devices = testbed.devices if simulated else len(testbed.devices)
-    _, slots = budget_slots(cfg, policy, full_size(own).expert_bytes, shape, devices)
-    if simulated:
+    expert_bytes = full_size(own).expert_bytes
+    if isinstance(testbed, SimulatedTestbed):
+        _, slots = budget_slots(cfg, policy, expert_bytes, shape, testbed.devices)
         check_room(cfg, testbed, slots)
         testbed.costs(own, cfg.system, True)
+    else:
+        budget_slots(cfg, policy, expert_bytes, shape, len(testbed.devices))
     load_store(cfg, policy)
 
 

@@ -133,8 +133,8 @@ class LiveBackend:
         rows = [context.row for context in contexts if context.cache is cache]
         if len(rows) == len(contexts) and rows == list(range(contexts[0].rows)):
             return contexts
-        cache, rows = merged(contexts, self.runtime.model.model.config), len(contexts)
-        return [Context(cache, row, rows, one.tokens) for row, one in enumerate(contexts)]
+        cache, count = merged(contexts, self.runtime.model.model.config), len(contexts)
+        return [Context(cache, row, count, one.tokens) for row, one in enumerate(contexts)]
 
 
 @dataclass(frozen=True)

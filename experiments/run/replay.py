@@ -54,7 +54,7 @@ class TracedSteps:
     """Shows what steps route, by a trace; only running requests are held in memory."""
 
     fetch: Fetch
-    show: Callable[[RoutedIteration], None]
+    show: Callable[[RoutedIteration], object]
     leave: Callable[[int], None] = lambda request: None  # told of each request that is served
     _running: dict[int, TracedRequest] = field(default_factory=dict)
 
