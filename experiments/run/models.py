@@ -112,12 +112,9 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
     facts = (config.model_type, *astuple(shape), size)
     compared = zip(wanted[: 4 if weights == "scale" else None], facts, strict=False)
     if any(want not in (None, has) for want, has in compared):
-        held, named = (
-            f"weights={weights} hold",
-            f"model={cfg.name} is {DESCRIPTION.format(*wanted)}",
-        )
-        better = _better(facts, Path(source or ""))
-        raise UserError(f"{held} {DESCRIPTION.format(*facts)}, {named}; {better}")
+        hold = f"weights={weights} hold {DESCRIPTION.format(*facts)}"
+        named = f"model={cfg.name} is {DESCRIPTION.format(*wanted)}"
+        raise UserError(f"{hold}, {named}; {_better(facts, Path(source or ''))}")
     return model
 
 
@@ -160,6 +157,6 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         model, report = load(source, **options, **checks)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
-            cause = f"{len(keys)} tensors are {kind}, such as {min(map(str, keys))}"
-            raise UserError(f"the weights of {source} do not fit its config.json: {cause}; {again}")
+            cause = f"{len(keys)} tensors are {kind}, such as {min(map(str, keys))}; {again}"
+            raise UserError(f"the weights of {source} do not fit its config.json: {cause}")
     return model

@@ -229,10 +229,8 @@ class Online(WorkloadSettings):
         ends = [(one.request.arrival or 0.0) + one.e2el for one in served]
         drawn = [(one.arrival, one.prompt, one.output_tokens) for one in requests]
         lengths = [len(one.prompt) + one.output_tokens for one in requests]
-        span, source = (
-            max(arrivals) - min(arrivals),
-            "generated: Poisson arrivals, log-normal lengths",
-        )
+        span = max(arrivals) - min(arrivals)
+        source = "generated: Poisson arrivals, log-normal lengths"
         if self.trace:
             source = f"{Path(self.trace).name}: sampled lengths, {self.arrival} arrivals"
         return {
