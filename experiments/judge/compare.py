@@ -64,7 +64,8 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, table).maximum > console.width:
         # Then a setting is a word with its name, and broken only if it is longer than a line.
-        words = pd.Series([_words(row) for _, row in own.iterrows()], name="run")
+        each = [[f"{k}={v}" for k, v in row.items() if v != ABSENT] for _, row in own.iterrows()]
+        words = pd.Series([" ".join(one) for one in each], name="run")
         table = _table(pd.concat([*parts, words, measured], axis=1))
     console.print(table)
     if unions := _unions([record["summary"] for record in records]):
@@ -134,10 +135,6 @@ def _shown(value: Any) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return ABSENT
     return "".join(one for one in str(value) if one.isprintable())
-
-
-def _words(row: pd.Series) -> str:
-    return " ".join(f"{name}={value}" for name, value in row.items() if value != ABSENT)
 
 
 def _table(cells: pd.DataFrame) -> Table:

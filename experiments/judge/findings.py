@@ -414,7 +414,6 @@ _NAMES = {
 _OPTIONS = {
     "search=both": "T+S",
     "search=trajectory": "T",
-    "search=semantic": "S",
     "selection=delta": "δ",
     "selection=top_k": "",
     "eviction=lru": "LRU caching",

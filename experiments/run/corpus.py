@@ -52,12 +52,11 @@ def documents() -> tuple[Document, ...]:
     """Return every document of the running Python, sorted by kind and name."""
     every = sorted(_all_documents(), key=lambda document: (document.kind, document.name))
     seen = {_body(one) for document in every if not document.held_out for one in document.passages}
-
-    def unseen(document: Document) -> Document:
-        passages = tuple(one for one in document.passages if _body(one) not in seen)
-        return replace(document, passages=passages) if document.held_out else document
-
-    return tuple(map(unseen, every))
+    for number, document in enumerate(every):
+        if document.held_out:
+            passages = tuple(one for one in document.passages if _body(one) not in seen)
+            every[number] = replace(document, passages=passages)
+    return tuple(every)
 
 
 def _body(passage: str) -> str:
