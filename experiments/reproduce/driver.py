@@ -34,10 +34,12 @@ from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Task, attempt, side_by_side
 from experiments.reproduce.run_store import ERROR, Plan, RunStore, make, record_traces, run_one
 from experiments.reproduce.sweeps import Experiment, Words
+from experiments.run.config import build, check
 from experiments.run.console import bar_on
 from experiments.run.records import check_writable, other_code, pack_runs, read_record, unpack_runs
 from experiments.run.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
+from finemoe.testbed import SimulatedTestbed
 
 FAILED = 1
 WANDB_PROJECT = "finemoe"
@@ -249,9 +251,6 @@ def trace_group(cfg: DictConfig) -> str:
 
 def in_virtual_time(cfg: DictConfig) -> bool:
     """Tell whether a run is simulated, so that others beside it do not disturb its times."""
-    from experiments.run.config import build, check
-    from finemoe.testbed import SimulatedTestbed
-
     # What is amiss is said by the run itself; nothing is recorded for it.
     try:
         check(cfg)

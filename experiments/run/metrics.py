@@ -59,17 +59,15 @@ class AccessCounter:
             total = sum(accesses.values())
             return {**accesses, "expert_hit_rate": accesses["hits"] / total if total else None}
 
-        def of(name: Phase) -> dict[str, Any]:
+        phases = {}
+        for name, largest in self.largest.items():
             numbers = [number for number, phase in self.phases.items() if phase == name]
-            facts, largest, union = rated(numbers), self.largest[name], None
+            facts, union = rated(numbers), None
             if largest:
                 mean = sum(facts[kind] for kind in KINDS) / len(numbers) / slots
                 union = {"mean": mean, "max": largest * layers / slots}
-            return {**facts, "union_over_capacity": union}
-
-        phases = {name: of(name) for name in get_args(Phase)}
-        total = rated(self.counts)
-        return {"expert_hit_rate": total["expert_hit_rate"], **total, "phases": phases}
+            phases[name] = {**facts, "union_over_capacity": union}
+        return {**rated(self.counts), "phases": phases}
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
