@@ -32,8 +32,7 @@ NUMBERS = [
 ]  # fmt: skip
 IDENTITY = {"model": "model", "memory_budget_gb": "budget_GB", "label": "system"}
 IDENTITY |= {name: name for name in ("dataset", "workload", "weights", "testbed", "mode")}
-SAID = (*PLACES, "memory_budget", "weights")
-"""Settings that say where results go, or that IDENTITY has."""
+SAID = (*PLACES, "memory_budget", "weights")  # where results go, or what IDENTITY has
 
 
 def find_records(folders: Sequence[Path]) -> list[Path]:

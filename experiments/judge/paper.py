@@ -34,8 +34,7 @@ from experiments.judge.frame import ResultsFolder
 
 BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")
 PAPER_SYSTEMS = ("finemoe", *BASELINES)
-EXPERT_SYSTEMS = ("finemoe", *BASELINES[1:])
-"""Those that load single experts; DeepSpeed loads whole layers."""
+EXPERT_SYSTEMS = ("finemoe", *BASELINES[1:])  # DeepSpeed loads whole layers
 LATENCIES = ("ttft_s", "tpot_s")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 GRANULARITIES = ({"granularity": "fine"}, {"granularity": "coarse"})

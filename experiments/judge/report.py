@@ -37,8 +37,7 @@ NAMES = {"table1": "Table 1", "readings": "Readings", "unknowns": "Unknowns"}
 HEADLINES = ("Abstract", "Talk")
 DATA_ROWS = 60  # a figure's data is shown up to so many rows; the CSV beside it has them all
 DIGEST = 12
-PIXELS_PER_CSS_PIXEL = 2.4
-"""Pixels of a figure at 300 dpi to a CSS pixel: its 8-point type is then as large as a table's."""
+PIXELS_PER_CSS_PIXEL = 2.4  # of a figure at 300 dpi, so that its type is as large as a table's
 BROAD = 600  # a figure of more CSS pixels scrolls on a phone rather than shrinks
 
 

@@ -29,8 +29,7 @@ from experiments.errors import UserError, config_error
 from experiments.run.records import comparable
 from experiments.run.weights import fingerprint
 
-NO_MATTER = ("system", "memory_budget")
-"""What routing does not depend on: an analysis passes over a sweep of it."""
+NO_MATTER = ("system", "memory_budget")  # for routing: an analysis passes over a sweep of it
 Words = Sequence[str]
 Sweep = dict[str, list[str]]  # overrides by key, one for each value of the key
 Configs = dict[str, DictConfig]  # of runs, by digest
@@ -44,16 +43,14 @@ class Experiment:
     id: str
     title: str
     draws: str | None = None  # dotted name of the function that draws its figure
-    analysis: str | None = None
-    """Dotted name of the function that analyses traces; None if the data are run records."""
+    analysis: str | None = None  # the function that analyses traces; None: run records
     models: Sequence[str] = ()
     datasets: Sequence[str] = ()  # models and datasets whose traces are analysed
     cells: Sequence[Sequence[str]] = ()
     params: Sequence[str] = ()  # the overrides `key=values` that are multiplied out
     readings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Overrides by the name of what they stand for: `of` is run under each of them."""
-    of: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The experiments, by id, and what narrows them."""
+    of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by id, what narrows it
 
 
 def available(conf: Path = CONF) -> dict[str, Experiment]:

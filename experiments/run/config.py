@@ -32,8 +32,7 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 AnyTestbed = Testbed | SimulatedTestbed
 DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us")
 """Keys of a config group's option that are no arguments of its target."""
-NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]
-"""Of a model, dataset, system or logger: it becomes part of file names."""
+NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]  # it becomes part of file names
 
 OPTIONS = schema(
     system=schema(label=NAME),

@@ -228,10 +228,8 @@ class LiveSetup(Setup):
     policy: Policy
     model: LoadedModel
     budget_bytes: int
-    script: Script | None = None
-    """What overrules the model's gates and tokens, if they come from a trace."""
-    steps: list[Step] = field(default_factory=list)
-    """Measured steps of a schedule that is not fixed."""
+    script: Script | None = None  # what overrules gates and tokens, if a trace does
+    steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
     @property
     def resident(self) -> bool:

@@ -17,16 +17,14 @@ from experiments.bootstrap import interval, request_draws
 from experiments.run.schedule import Served
 from finemoe.offload.policy import LayerOutcome, Phase
 
-KINDS = ("hits", "late", "misses")
-"""How a gate found an expert: resident, on its way, or not requested."""
+KINDS = ("hits", "late", "misses")  # an expert was resident, on its way, not requested
 
 
 @dataclass
 class AccessCounter:
     """A listener that counts expert accesses, by iteration."""
 
-    counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Of each iteration, in the order of KINDS."""
+    counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # as in KINDS
     phases: dict[int, Phase] = field(default_factory=dict)  # of the iterations
     largest: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0))
     """The most experts that an iteration of a phase activated in one layer."""

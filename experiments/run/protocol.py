@@ -74,8 +74,7 @@ class Reference:
 
     routing: Routing  # of warm-up and measured requests
     measured_from: int  # number of the first measured iteration
-    compute_s: float | None
-    """Seconds to serve the measured requests; None if their experts were not all resident."""
+    compute_s: float | None  # to serve the measured requests; None if not all was resident
 
 
 @dataclass

@@ -22,10 +22,8 @@ class Request:
     number: int
     prompt: tuple[int, ...]  # token ids; empty where a routing trace is to give them
     output_tokens: int
-    arrival: float | None = None
-    """When it comes, from the beginning of serving; None: when its prefill begins."""
-    input_tokens: int | None = None
-    """How long a prompt that a trace gives has to be; None: as it is."""
+    arrival: float | None = None  # since serving began; None: when its prefill begins
+    input_tokens: int | None = None  # of a prompt that a trace gives; None: as it is
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Step:
     number: int
     phase: Phase
     requests: tuple[Request, ...]
-    generated: tuple[int, ...]
-    """How many tokens each request has when the step begins; 0 in its prefill."""
+    generated: tuple[int, ...]  # tokens of each request when the step begins; 0 in its prefill
 
     @property
     def iteration(self) -> Iteration:
@@ -149,8 +146,7 @@ class Served:
     """Which prefill it was in; under continuous batching its place in the order of starts."""
     tokens: tuple[int, ...]
     token_times: tuple[float, ...]
-    iterations: tuple[int, ...]
-    """Numbers of the iterations that served it: its prefill, then its decodes."""
+    iterations: tuple[int, ...]  # that served it: its prefill, then its decodes
     queueing: float = 0.0  # from its arrival to the beginning of its prefill
 
     @property
@@ -184,8 +180,7 @@ class Server:
     batches: int = 0
     iterations: int = 0
     busy_seconds: float = 0.0  # time during which a request was under way
-    listeners: list[Callable[[Step], None]] = field(default_factory=list)
-    """Called after each step, when its time has been taken."""
+    listeners: list[Callable[[Step], None]] = field(default_factory=list)  # called after each step
 
     def serve(self, schedule: Schedule) -> Iterator[Served]:
         """Run a schedule to its end, and yield the requests as they leave."""

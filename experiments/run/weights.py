@@ -21,8 +21,7 @@ from experiments.errors import UserError
 
 SCALE_MODELS = ROOT / "experiments" / "scale"
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
-LARGE = 2**30
-"""From this size in bytes on, a file is told by its size and time of change: reading takes long."""
+LARGE = 2**30  # bytes, from which on a file is told by its size and time of change
 
 
 def fingerprint(model: Any, weights: str, seed: int) -> str:

@@ -45,8 +45,7 @@ class Workload:
     history: tuple[Request, ...]
     warmup: tuple[Request, ...]
     measured: tuple[Request, ...]
-    passes: int | None = 1
-    """How often the prompts went through the dataset's texts; above 1, text is used again."""
+    passes: int | None = 1  # through the dataset's texts; above 1, text is used again
 
     def shared_prefix(self) -> dict[str, float] | None:
         """Return how long a prefix measured prompts share with any other, history included.
@@ -68,8 +67,7 @@ class Workload:
 class WorkloadSettings(ABC):
     """What a run needs of a workload's option, whatever it is."""
 
-    fixed: ClassVar[bool]
-    """Whether the iterations are known beforehand, however fast a system serves."""
+    fixed: ClassVar[bool]  # whether iterations are known beforehand, however fast a system serves
     repeats: int = 1  # how often the measured requests are served
 
     @abstractmethod
@@ -166,8 +164,7 @@ class Online(WorkloadSettings):
     """Requests that arrive at a rate, with given lengths; nothing prepares the system."""
 
     fixed: ClassVar[bool] = False
-    recording_batch: ClassVar[int] = 32
-    """Smaller: requests of one batch are padded to the longest, perhaps thousands of tokens."""
+    recording_batch: ClassVar[int] = 32  # smaller, as the longest pads the others
 
     requests: Count
     rate: Annotated[Number, Field(ge=1e-6, le=1e6)]  # mean requests per second
