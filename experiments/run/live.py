@@ -304,10 +304,8 @@ class LiveSetup(Setup):
             routing[-1].append(outcome.activated)
 
         self.log = LogitsLog() if verify else None
-        with (
-            self.unbounded() as runtime,
-            console.progress("reference", len(load.measured)) as advance,
-        ):
+        progress = console.progress("reference", len(load.measured))
+        with self.unbounded() as runtime, progress as advance:
             runtime.listeners.append(listen)
             backend = self.backend(runtime)
             server = Server(backend)

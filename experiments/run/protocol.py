@@ -207,11 +207,8 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
     if reference is not None and setup.policy and setup.policy.set_future_routing:
         setup.policy.set_future_routing([*reference.routing] * repeats)
     measurement, batches, iterations = Measurement(), 0, 0
-    total = (len(load.warmup) + len(load.measured)) * repeats
-    with (
-        trace_events(setup.cfg.output, setup.cfg.timeline) as timeline,
-        console.progress("serving", total) as bar,
-    ):
+    progress = console.progress("serving", (len(load.warmup) + len(load.measured)) * repeats)
+    with trace_events(setup.cfg.output, setup.cfg.timeline) as timeline, progress as bar:
         for _ in range(repeats):
             with setup.serving(copy.deepcopy(setup.policy), timeline) as backend:
                 # Numbers go on, so that every batch and iteration has its own.

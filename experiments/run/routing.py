@@ -93,12 +93,8 @@ def record(
     """Serve schedules and write what each request routed; the file appears when complete."""
     from experiments.run.live import LiveBackend
 
-    total = len(load.history) + len(load.measured)
-    with (
-        ExitStack() as stack,
-        Recorder(runtime.model) as recorder,
-        console.progress("recording", total) as advance,
-    ):
+    progress = console.progress("recording", len(load.history) + len(load.measured))
+    with ExitStack() as stack, Recorder(runtime.model) as recorder, progress as advance:
         server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
         write = None
         for one in chain.from_iterable(map(server.serve, schedules)):
