@@ -93,17 +93,15 @@ class LiveBackend:
     def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
         return measurement.of(self.runtime)
 
+    def _run(self, step: Step, **inputs: Any) -> Any:
+        return self.runtime.forward(step.iteration, use_cache=True, logits_to_keep=1, **inputs)
+
     def _prefill(self, step: Step) -> Tensor:
         prompts = [request.prompt for request in step.requests]
-        output = self.runtime.forward(
-            step.iteration,
-            input_ids=torch.tensor(prompts, device=self.runtime.model.device),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        tokens = torch.tensor(prompts, device=self.runtime.model.device)
+        output = self._run(step, input_ids=tokens)
         for row, request in enumerate(step.requests):
-            tokens = len(request.prompt)
-            self._contexts[request.number] = Context(output.cache, row, len(prompts), tokens)
+            self._contexts[request.number] = Context(output.cache, row, *tokens.shape)
         return output.logits[:, -1]
 
     def _decode(self, step: Step) -> Tensor:
@@ -114,15 +112,9 @@ class LiveBackend:
         mask = None
         if any(context.tokens < longest for context in contexts):
             mask = (torch.arange(longest + 1, device=device) >= longest - lengths).long()
-        output = self.runtime.forward(
-            step.iteration,
-            input_ids=torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device),
-            position_ids=lengths,
-            attention_mask=mask,
-            cache=contexts[0].cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        tokens = torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device)
+        inputs = {"input_ids": tokens, "position_ids": lengths, "attention_mask": mask}
+        output = self._run(step, cache=contexts[0].cache, **inputs)
         for number, context in zip(numbers, contexts, strict=True):
             self._contexts[number] = replace(context, tokens=context.tokens + 1)
         return output.logits[:, -1]

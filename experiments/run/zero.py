@@ -163,11 +163,9 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
     except ValueError as error:
         raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
+    run = (cfg, testbed, settings, load, None, shape_of(model), ())
     with ExitStack() as stack:
-        shape = shape_of(model)
-        yield ZeroSetup(
-            cfg, testbed, settings, load, None, shape, (), model, tokenizer, options, stack
-        )
+        yield ZeroSetup(*run, model, tokenizer, options, stack)
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
