@@ -232,10 +232,9 @@ def report(cfg: DictConfig) -> None:
         summaries.append(summary)
         print_subject(summary, found[model, dataset], str(cfg.weights))
     if not found:
-        raise UserError(
-            f"none of {', '.join(cfg.models)} has scale weights; train one with "
-            "`python -m experiments.train.scale_models model=mixtral`, or choose other models="
-        )
+        train = "train one with `python -m experiments.train.scale_models model=mixtral`"
+        cause = f"none of {', '.join(cfg.models)} has scale weights"
+        raise UserError(f"{cause}; {train}, or choose other models=")
     tables = {
         name: analyses.joined({subject: one[name] for subject, one in found.items()})
         for name in (*PICTURES, "hit_rates")

@@ -140,9 +140,8 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
         signature = inspect.signature(target).parameters.values()
     except Exception as error:  # A module may raise anything while it is imported.
         cause = str(error).partition("\n")[0]
-        raise UserError(
-            f"_target_={name} cannot be imported ({cause}); set PYTHONPATH to its module's folder"
-        ) from error
+        remedy = "set PYTHONPATH to its module's folder"
+        raise UserError(f"_target_={name} cannot be imported ({cause}); {remedy}") from error
     try:
         function = target.__init__ if inspect.isclass(target) else target
         hints = get_type_hints(function, include_extras=True)

@@ -68,12 +68,10 @@ def _there(path: str) -> str:
     return path
 
 
-def conversations(
-    name: str,
-    path: Annotated[str, AfterValidator(_there)],
-    split: str,
-    data_files: str | None = None,
-) -> Dataset:
+Source = Annotated[str, AfterValidator(_there)]
+
+
+def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
     """Return the first human turn of each conversation of a hub dataset or a local file.
 
     A row is an object with `conversation` or `conversations`, a list of turns: role and content
@@ -117,11 +115,9 @@ def draw_prompts(
     long = ((*before, *ids[:room], *after) for ids in tokens if len(ids) >= room)
     prompts = list(islice(long, count))
     if len(prompts) < count:
-        raise UserError(
-            f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the "
-            f"{input_tokens} input tokens asked for, {count} are needed; lower "
-            "workload.input_tokens or workload.prompts"
-        )
+        have = f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the"
+        asked = f"{input_tokens} input tokens asked for, {count} are needed"
+        raise UserError(f"{have} {asked}; lower workload.input_tokens or workload.prompts")
     return prompt_set(dataset, prompts)
 
 

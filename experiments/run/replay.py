@@ -42,10 +42,8 @@ def traced_request(fetch: Fetch, request: Request) -> TracedRequest:
         if request.input_tokens is not None:
             remedy = "set routing=null to record one for it"
             asked = f"{request.input_tokens} and {request.output_tokens}; {remedy}"
-        raise TraceError(
-            f"the trace holds request {request.number} with {prompt} input and {answer} output "
-            f"tokens, the workload asks for {asked}"
-        )
+        holds = f"request {request.number} with {prompt} input and {answer} output tokens"
+        raise TraceError(f"the trace holds {holds}, the workload asks for {asked}")
     return traced
 
 
