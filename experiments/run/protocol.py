@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -31,10 +31,8 @@ from finemoe.offload.policy import ModelShape, Policy, PolicyError, Routing
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import Timeline, trace_events
 from finemoe.offload.transfer import Traffic
+from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
-
-if TYPE_CHECKING:
-    from finemoe.testbed import SimulatedTestbed, Testbed
 
 Facts = dict[str, Any]
 BACKENDS = {
