@@ -284,9 +284,8 @@ def _room(claim: Claim, finding: Finding) -> Iterator[str]:
 
 def arguments(doc: str | None) -> tuple[ResultsFolder, bool, Path | None]:
     """Return results folder, mixed_modes and claims of `key=value` words; UserError for others."""
-    options = options_given(doc, OPTIONS)
-    own = Path(options["claims"]) if options["claims"] else None
-    return ResultsFolder(Path(options["results"])), options["mixed_modes"], own
+    results, mixed_modes, claims = options_given(doc, OPTIONS).values()
+    return ResultsFolder(Path(results)), mixed_modes, Path(claims) if claims else None
 
 
 @command()
