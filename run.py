@@ -46,10 +46,10 @@ def serve(cfg: DictConfig) -> None:
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))
             # What follows takes seconds to import.
-            from experiments.reproduce.run_store import ensure_record, log
+            from experiments.reproduce.run_store import ensure_record
             from experiments.run.console import Console
 
-            log(cfg, ensure_record(cfg, Console(job=job)))
+            ensure_record(cfg, Console(job=job))
     except UserError as error:
         print(f"{job}: error: {error}" if job else f"error: {error}", file=sys.stderr)
         # Another machine has no such folder.

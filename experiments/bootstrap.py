@@ -16,8 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
-Draws = NDArray[np.float64]
-"""Shape (1 + RESAMPLES,): the estimate, then its resamples."""
+Draws = NDArray[np.float64]  # shape (1 + RESAMPLES,): the estimate, then its resamples
 
 LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "service_s", "itl_s", "queueing_s")
 RATIOS = {
@@ -47,7 +46,7 @@ def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
     clusters = requests.groupby("batch")["request"].transform("min").to_numpy()
     names, units = np.unique(clusters, return_inverse=True)
     counts = weights(len(names), dataset, *names.tolist())
-    column, _, quantile = metric.partition("@")
+    column, _, level = metric.partition("@")
     if column in RATIOS:
         above, below = RATIOS[column]
         rows = requests.reindex(columns=sorted({*above, *below}))
@@ -61,9 +60,11 @@ def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
     if not parts.any():
         raise ValueError(f"no request has a {column}")
     counts = counts[:, rows["unit"].to_numpy()]
-    if quantile:
-        return _quantile(counts, values, float(quantile))
-    return ratio(counts @ values, counts @ parts)
+    if not level:
+        return ratio(counts @ values, counts @ parts)
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(counts[:, order], axis=1)
+    return values[order][(reached >= float(level) * reached[:, -1:]).argmax(axis=1)]
 
 
 def ratio(above: Draws, below: Draws) -> Draws:
@@ -72,18 +73,8 @@ def ratio(above: Draws, below: Draws) -> Draws:
         return above / below
 
 
-def _quantile(counts: NDArray[Any], values: NDArray[Any], level: float) -> Draws:
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(counts[:, order], axis=1)
-    first = (reached >= level * reached[:, -1:]).argmax(axis=1)
-    return values[order][first]
-
-
 def table_draws(row: pd.Series[Any], value: str, key: tuple[Any, ...]) -> Draws:
-    """Return a value of a table, normally distributed as its 95 % interval `low`, `high` says.
-
-    It does not vary where it has no interval. One key, one drawing.
-    """
+    """Return a table's value, normal as its interval `low`, `high` says; one key, one drawing."""
     draws = constant(float(row[value]))
     low, high = row.get("low", np.nan), row.get("high", np.nan)
     if np.isfinite([low, high]).all():

@@ -17,15 +17,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-BAD_INPUT = 2
-"""The exit code of a command that was given what it cannot use."""
-ELSEWHERE = "choose another folder, such as with output="
+BAD_INPUT = 2  # the exit code of a command that was given what it cannot use
+REFUSED = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
-    **dict.fromkeys(
-        (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), ELSEWHERE
-    ),
+    **dict.fromkeys(REFUSED, "choose another folder, such as with output="),
 }
 """By the number of what the file system refuses."""
 
@@ -65,10 +62,7 @@ def _stop(number: int, _: object) -> None:
 def words_given(
     doc: str | None, defaults: Mapping[str, Any], words: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a command's own ``key=value`` choices, and its other words; show `doc` for --help.
-
-    A choice has the type of its default. Raises UserError for one that does not fit.
-    """
+    """Return ``key=value`` choices, of their defaults' types or UserError, and the other words."""
     given = sys.argv[1:] if words is None else words
     if not {"-h", "--help"}.isdisjoint(given):
         print((doc or "").replace("``", ""))

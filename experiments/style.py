@@ -9,11 +9,9 @@ from omegaconf import OmegaConf
 
 from experiments import CONF
 
-COLUMN_INCHES, PAGE_INCHES = 3.33, 7.0
-"""Widths of a column and of a page of the paper's format."""
+COLUMN_INCHES, PAGE_INCHES = 3.33, 7.0  # widths of a column and of a page of the paper's format
 POINTS = 7.5
-Look = dict[str, Any]
-"""Colour, marker and line as matplotlib names them; a bar's has a hatch."""
+Look = dict[str, Any]  # colour, marker and line as matplotlib names them; a bar's has a hatch
 
 _LOOKS = [(one.label, one.look) for one in map(OmegaConf.load, CONF.glob("system/*.yaml"))]
 SYSTEMS = {

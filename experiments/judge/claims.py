@@ -120,17 +120,13 @@ def judge(
 
 def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -> Verdict:
     """Return the verdict on one claim."""
-    number = None if isinstance(claim.paper, str | None) else claim.paper
-    says = claim.paper if number is None else claim.number(number, digits=6)
-    bound = claim.kind in ("at most", "at least")
+    paper, says, bound = None, claim.paper, claim.kind in ("at most", "at least")
+    if not isinstance(claim.paper, str | None):
+        paper, says = claim.paper * claim.scale, claim.number(claim.paper, digits=6)
     untestable = Verdict(
-        id=claim.id,
-        section=claim.section,
-        experiment=claim.experiment,
+        **{name: getattr(claim, name) for name in ("id", "section", "experiment", "text", "unit")},
         kind="bound" if bound else claim.kind,
-        text=claim.text,
-        paper=None if number is None else number * claim.scale,
-        unit=claim.unit,
+        paper=paper,
         paper_says=f"{claim.kind} {says}" if bound else says or "every margin above 0",
     )
     try:
@@ -153,12 +149,10 @@ def _judged(claim: Claim, finding: Finding, mixed_modes: bool) -> dict[str, Any]
         raise Untestable(f"{measured}: not a finite number, as a baseline's value is 0", "")
     ends = [end * claim.scale for end in interval(draws) or ()]
     between = " to ".join(map(significant, ends)) or "no interval"
-    low, high = ends or (None, None)
     return {
         "verdict": verdict,
         "ours": float(draws[0]) * claim.scale,
-        "low": low,
-        "high": high,
+        **dict(zip(("low", "high"), ends, strict=False)),
         "ours_says": f"{claim.number(draws[0])} ({between})",
         "measured": measured,
         "bound": _bound(claim, finding),
@@ -224,17 +218,14 @@ def _bound(claim: Claim, finding: Finding) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
     said = []
     if finding.subject and finding.of_runs:
-        times = finding.subjects["bound_times"]
-        mean, name = times[times >= 1].mean(), selector_name(finding.subject)
-        said += [f"{name} takes {mean:.2f} times the least possible time"] if mean > 0 else []
+        times, name = finding.subjects["bound_times"], selector_name(finding.subject)
+        if (mean := times[times >= 1].mean()) > 0:
+            said.append(f"{name} takes {mean:.2f} times the least possible time")
     if finding.oracle is not None and np.isfinite(finding.oracle):
         change = finding.oracle - 1
         reached = claim.number(-change if claim.kind == "reduction" else change)
         said.append(f"an oracle reaches {reached}")
     return "; ".join(said)
-
-
-# Why it does not hold, or holds weaker: only what was measured, no cause that was not -------------
 
 
 def _why(claim: Claim, finding: Finding) -> Iterator[str]:
@@ -248,12 +239,9 @@ def _why(claim: Claim, finding: Finding) -> Iterator[str]:
             least = sorted(unclear, key=lambda label: float(means[label][0]))[:SHOWN_PARTS]
             listed = "; ".join(f"{one} {_shown(claim, means[one])}" for one in least)
             yield f"Not clear: {listed}."
-        against = [part for part in parts if part[2][0] <= 0]
-        if against:
-            yield (
-                f"In {len(against)} of {len(parts)} single cells it is the other way round "
-                f"or equal: {_listed(claim, against)}."
-            )
+        if against := [part for part in parts if part[2][0] <= 0]:
+            cells = f"In {len(against)} of {len(parts)} single cells"
+            yield f"{cells} it is the other way round or equal: {_listed(claim, against)}."
     elif len(parts) > 1:
         yield f"From cell to cell it goes from {_listed(claim, [parts[0], parts[-1]], ' to ')}."
     if claim.kind == "value":
@@ -296,9 +284,8 @@ def _room(claim: Claim, finding: Finding) -> Iterator[str]:
 
 def arguments(doc: str | None) -> tuple[ResultsFolder, bool, Path | None]:
     """Return results folder, mixed_modes and claims of `key=value` words; UserError for others."""
-    options = options_given(doc, OPTIONS)
-    own = Path(options["claims"]) if options["claims"] else None
-    return ResultsFolder(Path(options["results"])), options["mixed_modes"], own
+    results, mixed_modes, claims = options_given(doc, OPTIONS).values()
+    return ResultsFolder(Path(results)), mixed_modes, Path(claims) if claims else None
 
 
 @command()

@@ -1,8 +1,7 @@
 """One table of many runs: ``python -m experiments.judge.compare FOLDER [FOLDER ...]``
 
 It takes folders of run records, such as `multirun`, and leaves nothing. What all runs share is said
-once, above; a row has every setting in which its run differs, so that modes, testbeds and points of
-a sweep never mix silently. Records of several commits are told apart below.
+once, above; a row has every setting in which its run differs. Commits are told apart below.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ NUMBERS = [
 ]  # fmt: skip
 IDENTITY = {"model": "model", "memory_budget_gb": "budget_GB", "label": "system"}
 IDENTITY |= {name: name for name in ("dataset", "workload", "weights", "testbed", "mode")}
-SAID = (*PLACES, "memory_budget", "weights")
-"""Settings that say where results go, or that IDENTITY has."""
+SAID = (*PLACES, "memory_budget", "weights")  # where results go, or what IDENTITY has
 
 
 def find_records(folders: Sequence[Path]) -> list[Path]:
@@ -65,7 +63,8 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, table).maximum > console.width:
         # Then a setting is a word with its name, and broken only if it is longer than a line.
-        words = pd.Series([_words(row) for _, row in own.iterrows()], name="run")
+        each = [[f"{k}={v}" for k, v in row.items() if v != ABSENT] for _, row in own.iterrows()]
+        words = pd.Series([" ".join(one) for one in each], name="run")
         table = _table(pd.concat([*parts, words, measured], axis=1))
     console.print(table)
     if unions := _unions([record["summary"] for record in records]):
@@ -135,10 +134,6 @@ def _shown(value: Any) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return ABSENT
     return "".join(one for one in str(value) if one.isprintable())
-
-
-def _words(row: pd.Series) -> str:
-    return " ".join(f"{name}={value}" for name, value in row.items() if value != ABSENT)
 
 
 def _table(cells: pd.DataFrame) -> Table:

@@ -20,17 +20,12 @@ from experiments.bootstrap import Draws, constant, ratio, request_draws, spearma
 from experiments.judge.frame import ResultsFolder
 from experiments.style import dataset_name, model_name, system_name
 
-Rows = pd.DataFrame
-"""Rows of a `run_frame`, or of a CSV of an analysis."""
+Rows = pd.DataFrame  # rows of a `run_frame`, or of a CSV of an analysis
 Names = Sequence[str]
-Selector = str | Mapping[str, Any]
-"""A system's name, or columns and what they must hold."""
-Cell = tuple[Any, ...]
-"""Model, dataset, and whatever else a comparison is made by."""
-Part = tuple[str, Cell, Draws]
-"""What is compared, and its value in one cell."""
-LAST = "last"
-"""The largest value that a column has."""
+Selector = str | Mapping[str, Any]  # a system's name, or columns and what they must hold
+Cell = tuple[Any, ...]  # model, dataset, and whatever else a comparison is made by
+Part = tuple[str, Cell, Draws]  # what is compared, and its value in one cell
+LAST = "last"  # the largest value that a column has
 
 
 class Untestable(Exception):
@@ -59,7 +54,7 @@ class Finding:
 
     @property
     def subjects(self) -> Rows:
-        return self.rows if self.subject is None else select(self.rows, self.subject)
+        return select(self.rows, self.subject or {})
 
     @property
     def paired(self) -> bool:
@@ -132,9 +127,6 @@ def claim(
     return register
 
 
-# Rows ---------------------------------------------------------------------------------------------
-
-
 def runs(results: ResultsFolder, experiment: str, **where: Any) -> Rows:
     """Return an experiment's rows of the `run_frame`; raise Untestable if none is as asked for."""
     return _chosen(results.runs_of(experiment), experiment, where)
@@ -166,9 +158,6 @@ def select(rows: Rows, wanted: Selector) -> Rows:
 
 def _of(rows: Rows, selectors: Sequence[Selector]) -> Rows:
     return pd.concat([select(rows, one) for one in selectors]).drop_duplicates("digest")
-
-
-# Quantities ---------------------------------------------------------------------------------------
 
 
 def _measured(
@@ -210,22 +199,18 @@ def _count(chosen: Rows, selector: Selector, cell: Cell) -> Untestable:
 def _run_draws(run: pd.Series[Any], metric: str) -> Draws:
     """Return a metric of one run, its requests resampled; sync_s and sync_share are one number."""
     over = {"sync_s": run["iterations"], "sync_share": run["busy_s"]}.get(metric)
-    if over is not None:
-        if not over > 0:
-            raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
-        return constant(_synchronous_seconds(run) / over)
-    try:
-        return request_draws(run["table"], metric, run["dataset"])
-    except ValueError as error:
-        raise Untestable(f"{error} in {run['digest'][:12]}") from error
-
-
-def _synchronous_seconds(run: pd.Series[Any]) -> float:
-    """Return what a system adds to the critical path, expert loads on demand left out."""
+    if over is None:
+        try:
+            return request_draws(run["table"], metric, run["dataset"])
+        except ValueError as error:
+            raise Untestable(f"{error} in {run['digest'][:12]}") from error
+    if not over > 0:
+        raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
+    # What a system adds to the critical path, expert loads on demand left out.
     names = ["context_collection", "prefetch_wait"]
     if run["record"]["config"]["system"].get("asynchronous") is False:
         names += ["search", "prefetch_issue"]
-    return float(np.nansum([run[f"phase_{name}_s"] for name in names]))
+    return constant(float(np.nansum([run[f"phase_{name}_s"] for name in names])) / over)
 
 
 def _origin_distances(chosen: list[Rows], cell: Cell, systems: Sequence[Selector]) -> Draws:
@@ -243,9 +228,6 @@ def _origin_distances(chosen: list[Rows], cell: Cell, systems: Sequence[Selector
     sizes = np.array([float(one["peak_slot_bytes"] + one["dense_bytes"]) for one in summaries])
     distances = np.hypot(seconds / seconds.max(axis=0), (sizes / sizes.max())[:, None])
     return np.minimum.reduceat(distances, np.cumsum([0, *map(len, chosen[:-1])]), axis=0)
-
-
-# Comparisons: each returns what it measured in every cell -----------------------------------------
 
 
 def _parts(keys: list[tuple[Cell, str]], draws: Draws, names: Names = ("",)) -> list[Part]:
@@ -270,9 +252,8 @@ def increases(rows: Rows, metric: str, systems: Names) -> Finding:
     keys, draws = _measured(rows, [metric], systems)
     risen = ratio(draws[:, :1] - draws[:, 1:], draws[:, 1:].mean(axis=0))
     parts = _parts(keys, risen, [f" against {system_name(other)}" for other in systems[1:]])
-    return Finding(
-        parts, _of(rows, systems), [metric], systems[0], _oracle(rows, [metric], systems)
-    )
+    oracle = _oracle(rows, [metric], systems)
+    return Finding(parts, _of(rows, systems), [metric], systems[0], oracle)
 
 
 def _oracle(rows: Rows, metrics: Names, systems: Names) -> float | None:
@@ -346,9 +327,6 @@ def values(rows: Rows, metric: str, system: str | None = None, by: Names = ()) -
     return Finding(parts, rows, [metric], details=[f"It follows from {one}." for one in computed])
 
 
-# Curves: what happens to a value as a setting, the last of its cell, rises ------------------------
-
-
 def _curves(finding: Finding, x: str, points: int = 3) -> Iterator[tuple[str, Cell, Draws, Draws]]:
     """Yield what is measured, its cell, settings, and draws, shape (settings, 1 + RESAMPLES)."""
     curves = defaultdict(list)
@@ -410,8 +388,6 @@ def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
     return replace(finding, parts=parts, details=details)
 
 
-# Names --------------------------------------------------------------------------------------------
-
 _NAMES = {
     "ttft_s": "TTFT",
     "tpot_s": "TPOT",
@@ -438,7 +414,6 @@ _NAMES = {
 _OPTIONS = {
     "search=both": "T+S",
     "search=trajectory": "T",
-    "search=semantic": "S",
     "selection=delta": "δ",
     "selection=top_k": "",
     "eviction=lru": "LRU caching",
@@ -462,9 +437,8 @@ def selector_name(selector: Selector) -> str:
     if "system" not in selector:
         return ", ".join(map(str, selector.values())) or "that kind"
     options = [f"{n}={v}" for n, v in selector.items() if n != "system"]
-    known = [_OPTIONS.get(option, option) for option in options]
-    name = system_name(selector["system"])
-    return f"{name} ({', '.join(filter(None, known))})" if any(known) else name
+    known = ", ".join(filter(None, (_OPTIONS.get(option, option) for option in options)))
+    return system_name(selector["system"]) + (f" ({known})" if known else "")
 
 
 def cell_name(cell: Cell) -> str:

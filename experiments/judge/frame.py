@@ -30,6 +30,7 @@ from experiments.run.records import (
 )
 from experiments.style import system_name
 
+Facts = Mapping[str, Any]
 PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")
@@ -65,9 +66,8 @@ def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
     """Raise UserError if records of several modes meet in `what` and nobody asked for that."""
     modes = sorted(frame["mode"].unique())
     if len(modes) > 1 and not mixed_modes:
-        raise UserError(
-            f"{what} mixes {' and '.join(modes)} records; draw them apart or set mixed_modes=true"
-        )
+        cause = f"{what} mixes {' and '.join(modes)} records"
+        raise UserError(f"{cause}; draw them apart or set mixed_modes=true")
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -108,12 +108,9 @@ def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 def system_label(system: str, config: Mapping[str, Any]) -> str:
     """Return the system's name and each option that is not at its default, `protect` as well."""
     defaults = _defaults(system, json.dumps(config["model"]))
-    options = {
-        **config["system"],
-        "protect": config.get("protect", defaults.get("protect")),
-    }.items()
-    changed = [f"{k}={v}" for k, v in options if v != defaults.get(k, v) and k not in NOT_OPTIONS]
-    return " ".join([system, *changed])
+    options = config["system"] | {"protect": config.get("protect", defaults.get("protect"))}
+    other = {k: v for k, v in options.items() if v != defaults.get(k, v) and k not in NOT_OPTIONS}
+    return " ".join([system, *(f"{key}={value}" for key, value in other.items())])
 
 
 @lru_cache
@@ -128,9 +125,7 @@ def _defaults(system: str, model: str) -> dict[str, Any]:
     return options | {"protect": reading.protect}
 
 
-def _estimates(
-    summary: Mapping[str, Any], requests: pd.DataFrame, names: Mapping[str, Any]
-) -> dict[str, Any]:
+def _estimates(summary: Facts, requests: pd.DataFrame, names: Facts) -> dict[str, Any]:
     """Return means with their intervals; iterations are known where a batch stays together."""
     means = {name: (summary.get(name) or {}).get("mean") for name in ("ttft_s", "tpot_s", "e2el_s")}
     means["hit_rate"] = summary.get("expert_hit_rate")
@@ -167,17 +162,13 @@ def by_system(runs: pd.DataFrame) -> Any:
     return runs.groupby(np.array(names), sort=False)
 
 
-# A results folder ---------------------------------------------------------------------------------
-
-
 class ResultsFolder:
     """Reads a results folder: its runs, by experiment, and its analysis tables."""
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise UserError(
-                f"{root}: no such folder; run `python -m experiments.reproduce all` first"
-            )
+            remedy = "run `python -m experiments.reproduce all` first"
+            raise UserError(f"{root}: no such folder; {remedy}")
         self.root = root
         unpack_runs(root)
 

@@ -5,6 +5,7 @@ Shares are fractions here and per cent in reports; an order has no number of its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -31,41 +32,40 @@ from experiments.judge.findings import (
 )
 from experiments.judge.frame import ResultsFolder
 
-PAPER_SYSTEMS = ("finemoe", "deepspeed", "mixtral_offload", "promoe", "moe_infinity")
-EXPERT_SYSTEMS = ("finemoe", "mixtral_offload", "promoe", "moe_infinity")
-"""Those that load single experts; DeepSpeed loads whole layers."""
+BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")
+PAPER_SYSTEMS = ("finemoe", *BASELINES)
+EXPERT_SYSTEMS = ("finemoe", *BASELINES[1:])  # DeepSpeed loads whole layers
 LATENCIES = ("ttft_s", "tpot_s")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 GRANULARITIES = ({"granularity": "fine"}, {"granularity": "coarse"})
+TABLE_1 = ("table1", "Table 1")
 
 
-@claim(
-    "value",
-    "table1",
-    "Table 1",
-    {"mixtral": 0.72, "qwen": 0.81, "phi": 0.84},
-    unit="%",
-    tolerance=0.01,
-)
+def against(others: Sequence[str], *shares: float) -> dict[str, float]:
+    """Return the paper's number for each of the others, in the order in which it names them."""
+    return dict(zip(others, shares, strict=True))
+
+
+@claim("value", *TABLE_1, {"mixtral": 0.72, "qwen": 0.81, "phi": 0.84}, unit="%", tolerance=0.01)
 def table1_inactive_share(results: ResultsFolder, model: str) -> Finding:
     """Of the parameters of {model}, {paper} are inactive for a token."""
     # The tolerance is one unit of the last digit printed.
     return values(analysis(results, "table1", "models", model=model), "inactive_share")
 
 
-@claim("value", "table1", "Table 1", {"mixtral": 67, "qwen": 23, "phi": 70}, unit="GB", tolerance=1)
+@claim("value", *TABLE_1, {"mixtral": 67, "qwen": 23, "phi": 70}, unit="GB", tolerance=1)
 def table1_inactive_gb(results: ResultsFolder, model: str) -> Finding:
     """The inactive parameters of {model} take {paper}."""
     return values(analysis(results, "table1", "models", model=model), "inactive_gb")
 
 
-@claim("value", "table1", "Table 1", {"mixtral": 12.9, "qwen": 2.7, "phi": 6.6}, tolerance=0.1)
+@claim("value", *TABLE_1, {"mixtral": 12.9, "qwen": 2.7, "phi": 6.6}, tolerance=0.1)
 def table1_active(results: ResultsFolder, model: str) -> Finding:
     """{model} activates {paper} billion parameters for a token."""
     return values(analysis(results, "table1", "models", model=model), "active_b")
 
 
-@claim("value", "table1", "Table 1", {"mixtral": 46.7, "qwen": 14.3, "phi": 42}, tolerance=0.1)
+@claim("value", *TABLE_1, {"mixtral": 46.7, "qwen": 14.3, "phi": 42}, tolerance=0.1)
 def table1_total(results: ResultsFolder, model: str) -> Finding:
     """{model} has {paper} billion parameters."""
     return values(analysis(results, "table1", "models", model=model), "total_b")
@@ -169,34 +169,19 @@ def fig9_match(results: ResultsFolder) -> Finding:
     return values(analysis(results, "9", "pearson", method="matches"), "pearson", by=["search"])
 
 
-@claim(
-    "reduction",
-    "10",
-    "Section 6.2, Figure 10",
-    {"deepspeed": 0.74, "mixtral_offload": 0.67, "promoe": 0.56, "moe_infinity": 0.53},
-)
+@claim("reduction", "10", "Section 6.2, Figure 10", against(BASELINES, 0.74, 0.67, 0.56, 0.53))
 def fig10_ttft(results: ResultsFolder, system: str) -> Finding:
     """FineMoE lowers TTFT by {paper} against {system}."""
     return reductions(runs(results, "10"), ["ttft_s"], ["finemoe", system])
 
 
-@claim(
-    "reduction",
-    "10",
-    "Section 6.2, Figure 10",
-    {"deepspeed": 0.46, "mixtral_offload": 0.38, "promoe": 0.27, "moe_infinity": 0.22},
-)
+@claim("reduction", "10", "Section 6.2, Figure 10", against(BASELINES, 0.46, 0.38, 0.27, 0.22))
 def fig10_tpot(results: ResultsFolder, system: str) -> Finding:
     """FineMoE lowers TPOT by {paper} against {system}."""
     return reductions(runs(results, "10"), ["tpot_s"], ["finemoe", system])
 
 
-@claim(
-    "increase",
-    "10",
-    "Section 6.2, Figure 10",
-    {"mixtral_offload": 0.14, "promoe": 0.37, "moe_infinity": 0.68},
-)
+@claim("increase", "10", "Section 6.2, Figure 10", against(BASELINES[1:], 0.14, 0.37, 0.68))
 def fig10_hits(results: ResultsFolder, system: str) -> Finding:
     """FineMoE raises the expert hit rate by {paper} against {system}."""
     return increases(runs(results, "10"), "hit_rate", ["finemoe", system])
@@ -215,12 +200,7 @@ def fig11_queueing(results: ResultsFolder) -> Finding:
     return lowest(runs(results, "11"), [f"e2el_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
 
 
-@claim(
-    "reduction",
-    "12",
-    "Section 6.3, Figure 12",
-    {"deepspeed": 0.36, "mixtral_offload": 0.25, "promoe": 0.16, "moe_infinity": 0.29},
-)
+@claim("reduction", "12", "Section 6.3, Figure 12", against(BASELINES, 0.36, 0.25, 0.16, 0.29))
 def fig12(results: ResultsFolder, system: str) -> Finding:
     """At 6 GB of expert cache FineMoE lowers TPOT by {paper} against {system}."""
     return reductions(runs(results, "12", memory_budget=6), ["tpot_s"], ["finemoe", system])
@@ -229,9 +209,8 @@ def fig12(results: ResultsFolder, system: str) -> Finding:
 @claim("trend", "12", "Section 6.3, Figure 12", "falls")
 def fig12_narrows(results: ResultsFolder) -> Finding:
     """The gaps in TPOT narrow as the limit of the expert cache grows."""
-    return trend_of_reductions(
-        runs(results, "12"), "memory_budget_gb", ["tpot_s"], PAPER_SYSTEMS, "falls"
-    )
+    rows = runs(results, "12")
+    return trend_of_reductions(rows, "memory_budget_gb", ["tpot_s"], PAPER_SYSTEMS, "falls")
 
 
 @claim("order", "13", "Section 6.4, Figure 13")
@@ -243,10 +222,8 @@ def fig13_first(results: ResultsFolder) -> Finding:
 @claim("order", "13", "Section 6.4, Figure 13")
 def fig13_smaller_gains(results: ResultsFolder) -> Finding:
     """On the A100 FineMoE's reductions are smaller than on the six RTX 3090s."""
-    a100, rtx3090 = (
-        reductions(runs(results, figure), LATENCIES, PAPER_SYSTEMS) for figure in ("13", "10")
-    )
-    return smaller(a100, rtx3090)
+    both = (runs(results, figure) for figure in ("13", "10"))
+    return smaller(*(reductions(rows, LATENCIES, PAPER_SYSTEMS) for rows in both))
 
 
 @claim("at most", "13", "Section 6.4, Figure 13", 0.02, unit="%")

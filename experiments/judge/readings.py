@@ -12,13 +12,14 @@ from experiments.judge.claims import HOLDS, UNTESTABLE, WEAKER, judge_one, load_
 from experiments.judge.frame import ResultsFolder
 from finemoe.files import atomic_write
 
-DEFAULT = "default"
-"""The reading that all others are compared with."""
+DEFAULT = "default"  # the reading that all others are compared with
 TABLE = "verdicts.csv"
-NUMBERS = ("verdict", "ours", "low", "high", "paper", "unit", "mode", "why")
+COLUMNS = (
+    *("claim", "experiment", "section", "text", "reading", "touched"),
+    *("verdict", "ours", "low", "high", "paper", "unit", "mode", "why"),
+)
 METRICS = ("ttft_s", "tpot_s", "hit_rate")
-View = Mapping[str, Sequence[str]]
-"""Digests of an experiment's runs, by its id."""
+View = Mapping[str, Sequence[str]]  # digests of an experiment's runs, by its id
 
 
 class Reading(ResultsFolder):
@@ -62,18 +63,8 @@ def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
         for name, view in views.items():
             touched = set(view[claim.experiment]) != set(default[claim.experiment])
             one = judge_one(claim, readings[name]) if touched else usual
-            rows.append(
-                {
-                    "claim": claim.id,
-                    "experiment": claim.experiment,
-                    "section": claim.section,
-                    "text": claim.text,
-                    "reading": name,
-                    "touched": touched,
-                    **{key: getattr(one, key) for key in NUMBERS},
-                }
-            )
-    return pd.DataFrame(rows)
+            rows.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
+    return pd.DataFrame(rows, columns=[*COLUMNS])
 
 
 def summary(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -35,13 +35,10 @@ IDS = (
 """Experiments in the paper's order."""
 NAMES = {"table1": "Table 1", "readings": "Readings", "unknowns": "Unknowns"}
 HEADLINES = ("Abstract", "Talk")
-DATA_ROWS = 60
-"""A figure's data is shown up to so many rows; the CSV beside it has them all."""
+DATA_ROWS = 60  # a figure's data is shown up to so many rows; the CSV beside it has them all
 DIGEST = 12
-PIXELS_PER_CSS_PIXEL = 2.4
-"""Pixels of a figure at 300 dpi to a CSS pixel: its 8-point type is then as large as a table's."""
-BROAD = 600
-"""A figure of more CSS pixels scrolls on a phone rather than shrinks."""
+PIXELS_PER_CSS_PIXEL = 2.4  # of a figure at 300 dpi, so that its type is as large as a table's
+BROAD = 600  # a figure of more CSS pixels scrolls on a phone rather than shrinks
 
 
 def write(
@@ -49,19 +46,19 @@ def write(
 ) -> list[Verdict]:
     """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
 
-    Raises UserError if the folder is unreadable or if a figure in it is no image, OSError if the
-    folder cannot be written to.
+    Raises UserError for an unreadable folder or figure, OSError if nothing can be written.
     """
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
     others = [one for one in verdicts if one.section not in HEADLINES]
+    judged = results.root / "analysis" / "readings" / readings.TABLE
     ids = dict.fromkeys([*IDS, *(one.experiment for one in others)])
     sections = [_section(results, name, others) for name in ids]
     in_order = headlines + [one for section in sections for one in section["verdicts"]]
     content = {
         "headlines": headlines,
         "sections": sections,
-        "readings": _readings(results),
+        "readings": readings.summary(read_table(judged)) if judged.exists() else {},
         "claims": {name: [one for one in in_order if one.verdict == name] for name in VERDICTS},
         "total": len(verdicts),
         "modes": _listed(one.mode for one in verdicts),
@@ -75,12 +72,6 @@ def write(
         with atomic_write(results.root / name) as partial:
             partial.write_text(_render(name, content) + "\n")
     return verdicts
-
-
-def _readings(results: ResultsFolder) -> dict[str, list[str]]:
-    """Return which claims hold under every reading, some, and none; empty where none was judged."""
-    path = results.root / "analysis" / "readings" / readings.TABLE
-    return readings.summary(read_table(path)) if path.exists() else {}
 
 
 def _render(name: str, content: Mapping[str, Any]) -> str:
@@ -102,9 +93,6 @@ def _sentences(text: str) -> list[str]:
     """Return the sentences, each with its numbers tied to their units."""
     tied = re.sub(r"(?<=\d) (?=(%|GB|MB|ms|s)\b|%)", "\N{NO-BREAK SPACE}", text)
     return re.split(r"(?<=\.) (?=[A-Z0-9])", tied)
-
-
-# Figures and tables -------------------------------------------------------------------------------
 
 
 def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -175,22 +163,15 @@ def system_table(runs: pd.DataFrame) -> pd.DataFrame:
         "least loads, %": bounds["bound_link_s"] / sums["busy_s"],
         "compute, %": bounds["bound_compute_s"] / sums["busy_s"],
     }
-    texts = {
-        name: values.map(_share if "%" in name else _number) for name, values in columns.items()
-    }
+    texts = {name: [_cell(name, one) for one in values] for name, values in columns.items()}
     return pd.DataFrame({"system": sums.index, **texts})
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}" if np.isfinite(value) else ""
-
-
-def _number(value: float) -> str:
-    """Return a number of three digits or more, never with an exponent where it is large."""
+def _cell(column: str, value: float) -> str:
+    """Return a share, or a number of three digits or more, without an exponent if it is large."""
+    if "%" in column:
+        return f"{100 * value:.1f}" if np.isfinite(value) else ""
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-# Where it came from -------------------------------------------------------------------------------
 
 
 def _provenance(results: ResultsFolder) -> dict[str, str]:
@@ -225,8 +206,8 @@ def _listed(values: Iterable[str]) -> str:
 
 def _machine(origin: Mapping[str, Any]) -> str:
     one = origin["machine"]
-    gpus = f", {', '.join(one['gpus'])}" if one["gpus"] else ", no accelerator"
-    return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB{gpus} ({one['system']})"
+    gpus = ", ".join(one["gpus"]) or "no accelerator"
+    return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB, {gpus} ({one['system']})"
 
 
 def _run_table(runs: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from itertools import chain
@@ -32,25 +32,14 @@ from experiments.errors import BAD_INPUT, UserError, command, words_given
 from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Task, attempt, side_by_side
-from experiments.reproduce.run_store import (
-    ERROR,
-    Plan,
-    RunStore,
-    function,
-    make,
-    record_traces,
-    run_one,
-)
+from experiments.reproduce.run_store import ERROR, Plan, RunStore, make, record_traces, run_one
+from experiments.reproduce.sweeps import Experiment, Words
+from experiments.run.config import build, check
 from experiments.run.console import bar_on
-from experiments.run.records import (
-    check_writable,
-    other_code,
-    pack_runs,
-    read_record,
-    unpack_runs,
-)
+from experiments.run.records import check_writable, other_code, pack_runs, read_record, unpack_runs
 from experiments.run.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
+from finemoe.testbed import SimulatedTestbed
 
 FAILED = 1
 WANDB_PROJECT = "finemoe"
@@ -72,13 +61,10 @@ figure show records of several modes, marked as such; `redraw` makes again what 
 class Reproduction:
     """One call of the command."""
 
-    def __init__(
-        self, ids: Sequence[str], overrides: Sequence[str], options: Mapping[str, Any], conf: Path
-    ) -> None:
+    def __init__(self, ids: Words, overrides: Words, options: Any, conf: Path) -> None:
         self.options, self.store = options, RunStore(Path(options["results"]))
         unpack_runs(self.store.root)
-        self.everything = "all" in ids
-        self.log_to_wandb = "logger=wandb" in overrides
+        self.everything, self.log_to_wandb = "all" in ids, "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
         self.failures: list[Outcome] = []
         self.began, self.done = time.monotonic(), Counter[str]()
@@ -98,10 +84,8 @@ class Reproduction:
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
         count = f"{len(self.plans)} of {len(self.chosen)} experiments"
-        if self.plans:
-            self._say(f"to do: {count}, {len(self.pending_runs)} runs")
-        else:
-            self._say(f"nothing to run: {len(self.chosen)} experiments are complete")
+        nothing = f"nothing to run: {len(self.chosen)} experiments are complete"
+        self._say(f"to do: {count}, {len(self.pending_runs)} runs" if self.plans else nothing)
         self._say_whose_code()
         self._record_traces()
         self._run()
@@ -118,11 +102,7 @@ class Reproduction:
             return 0
         return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
 
-    # Plan -------------------------------------------------------------------------------------
-
-    def _plan(
-        self, experiment: sweeps.Experiment, overrides: Sequence[str], source: str, conf: Path
-    ) -> Plan:
+    def _plan(self, experiment: Experiment, overrides: Words, source: str, conf: Path) -> Plan:
         content: dict[str, Any] = {
             "id": experiment.id,
             "title": experiment.title,
@@ -131,36 +111,32 @@ class Reproduction:
             "mixed_modes": self.options["mixed_modes"],
             "source": source,
         }
+        if experiment.analysis and not experiment.readings:
+            own, traced = sweeps.analysis_config(experiment, overrides, conf)
+            own.output = str(self.store.analysis(experiment.id))
+            return Plan(experiment, content, analysis=own, traced=traced)
+        runs: dict[str, DictConfig] = {}
         if experiment.readings:
-            views = sweeps.reading_configs(experiment, overrides, conf)
-            runs = {
-                key: cfg for of in views.values() for one in of.values() for key, cfg in one.items()
-            }
-            content["views"] = {
-                name: {identity: list(one) for identity, one in of.items()}
-                for name, of in views.items()
-            }
-        elif experiment.analysis is None:
+            content["views"] = views = dict[str, dict[str, list[str]]]()
+            for name, of in sweeps.reading_configs(experiment, overrides, conf).items():
+                views[name] = {identity: list(one) for identity, one in of.items()}
+                runs |= {key: cfg for one in of.values() for key, cfg in one.items()}
+        else:
             runs = sweeps.run_configs(experiment, overrides, conf)
-        if experiment.readings or experiment.analysis is None:
-            for digest, cfg in runs.items():
-                cfg.output = str(self.store.run(digest))
-            return Plan(experiment, {**content, "runs": list(runs)}, runs)
-        own, traced = sweeps.analysis_config(experiment, overrides, conf)
-        own.output = str(self.store.analysis(experiment.id))
-        return Plan(experiment, content, analysis=own, traced=traced)
+        for digest, cfg in runs.items():
+            cfg.output = str(self.store.run(digest))
+        return Plan(experiment, {**content, "runs": list(runs)}, runs)
 
     @cached_property
     def pending_runs(self) -> dict[str, DictConfig]:
         """The runs that are missing, or not logged as their config asks; long ones first."""
         wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
-
-        def finished(digest: str, cfg: DictConfig) -> bool:
+        missing = {}
+        for digest, cfg in wanted.items():
             logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
-            return logged and self.store.complete(digest)
-
-        missing = [item for item in wanted.items() if not finished(*item)]
-        return dict(sorted(missing, key=lambda item: (-length(item[1]), item[0])))
+            if not (logged and self.store.complete(digest)):
+                missing[digest] = cfg
+        return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
 
     def _say_whose_code(self) -> None:
         """Say how much of what is kept other code may have made."""
@@ -173,35 +149,35 @@ class Reproduction:
             what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
             self._say(f"{what}; give another results= to make them again")
 
-    # Steps ------------------------------------------------------------------------------------
-
     def _record_traces(self) -> None:
         """Record every missing trace once; leave out the runs that a failure concerns."""
-        replayed = {one: trace_group(cfg) for one, cfg in self.pending_runs.items() if replays(cfg)}
-        configs = [self.pending_runs[one] for one in replayed]
+        replayed = {
+            one: cfg
+            for one, cfg in self.pending_runs.items()
+            if not cfg.routing and in_virtual_time(cfg)
+        }
         groups: dict[str, list[DictConfig]] = defaultdict(list)
-        for cfg in chain(configs, *(plan.traced.values() for plan in self.plans)):
+        for cfg in chain(replayed.values(), *(plan.traced.values() for plan in self.plans)):
             groups[trace_group(cfg)].append(cfg)
         tasks = [Task(name, record_traces, (cfgs,)) for name, cfgs in groups.items()]
         failed = {outcome.name for outcome in self._stage("traces", tasks) if outcome.error}
-        for one, name in replayed.items():
-            if name in failed:
+        for one, cfg in replayed.items():
+            if trace_group(cfg) in failed:
                 del self.pending_runs[one]
 
     def _run(self) -> None:
         """Carry out the missing runs: simulated ones side by side, others alone, as they time."""
         tasks: dict[bool, list[Task]] = {True: [], False: []}
-        digests = {}
+        outputs = {}
         for digest, cfg in self.pending_runs.items():
             what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
             name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
-            digests[name] = digest
+            outputs[name] = self.store.run(digest)
             tasks[in_virtual_time(cfg)].append(Task(name, run_one, (cfg,)))
         for outcome in self._stage("runs", tasks[True], tasks[False]):
             if outcome.trace:
-                path = self.store.run(digests[outcome.name]) / ERROR
                 # A run may fail because nothing can be written.
-                with suppress(OSError), atomic_write(path) as partial:
+                with suppress(OSError), atomic_write(outputs[outcome.name] / ERROR) as partial:
                     partial.write_text(outcome.trace)
 
     def _draw(self) -> None:
@@ -224,13 +200,15 @@ class Reproduction:
     def _report(self) -> None:
         """Judge the claims and write the report, unless there is one of these results."""
         report = self.store.root / "REPORT.md"
-        made = [self.store.experiment(one.id) for one in self.chosen]
         # Claims, their rules and the report's template.
-        made += (ROOT / "experiments" / "judge").glob("*.*")
+        made = [*(ROOT / "experiments" / "judge").glob("*.*")]
+        made += [self.store.experiment(one.id) for one in self.chosen]
         newest = max(path.stat().st_mtime_ns for path in made)
         if not report.exists() or report.stat().st_mtime_ns <= newest:
+            from experiments.judge.report import write
+
             results = ResultsFolder(self.store.root)
-            function("experiments.judge.report.write")(results)
+            write(results)
             pack_runs(self.store.root)
             with atomic_write(self.store.root / "records.parquet") as partial:
                 results.runs.drop(columns=["record", "table"]).to_parquet(partial, index=False)
@@ -245,19 +223,17 @@ class Reproduction:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
         done: list[Outcome] = []
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
-        launcher, n_jobs = self.options["launcher"], self.options["n_jobs"]
-        with (
-            bar_on(self.console) as bar,
-            closing(side_by_side(tasks, launcher, n_jobs)) as together,
-        ):
+        together = side_by_side(tasks, self.options["launcher"], self.options["n_jobs"])
+        with bar_on(self.console) as bar, closing(together):
             shown = bar.add_task(what, total=total)
             for outcome in chain(together, map(attempt, alone)):
                 done.append(outcome)
-                self.done[what] += not outcome.error
                 bar.advance(shown)
                 if outcome.error:
                     self.failures.append(outcome)
                     self._say(f"[red]failed[/] {outcome.name}: {escape(outcome.error)}")
+                else:
+                    self.done[what] += 1
                 # A log gets a line for every tenth instead of a bar.
                 if hidden and len(done) * 10 // total > (len(done) - 1) * 10 // total:
                     self._say(f"{what}: {len(done)} of {total}")
@@ -265,9 +241,6 @@ class Reproduction:
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True)
-
-
-# About configs --------------------------------------------------------------------------------
 
 
 def trace_group(cfg: DictConfig) -> str:
@@ -278,22 +251,12 @@ def trace_group(cfg: DictConfig) -> str:
 
 def in_virtual_time(cfg: DictConfig) -> bool:
     """Tell whether a run is simulated, so that others beside it do not disturb its times."""
-    from experiments.run.config import build, check
-    from finemoe.testbed import SimulatedTestbed
-
-    if cfg.system.get("runtime") == "deepspeed":
-        return False
     # What is amiss is said by the run itself; nothing is recorded for it.
     try:
         check(cfg)
         return isinstance(build(cfg.testbed), SimulatedTestbed)
     except UserError:
         return False
-
-
-def replays(cfg: DictConfig) -> bool:
-    """Tell whether a run needs a kept trace."""
-    return not cfg.routing and in_virtual_time(cfg)
 
 
 def length(cfg: DictConfig) -> float:

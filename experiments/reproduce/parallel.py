@@ -49,8 +49,7 @@ class Outcome:
     name: str
     error: str | None = None
     bad_input: bool = False
-    trace: str | None = None
-    """The traceback of an error that is nobody's bad input."""
+    trace: str | None = None  # the traceback of an error that is nobody's bad input
 
 
 def side_by_side(
@@ -136,10 +135,7 @@ def settle(folder: str, owner: int | None) -> None:
 
 
 def end_with(owner: int) -> None:
-    """Make this worker end when its owner does, so that two never work on the same run.
-
-    Interrupting the terminal interrupts the owner, which ends its workers.
-    """
+    """Make this worker end when its owner does, which alone hears of a Ctrl-C."""
 
     def watch() -> None:
         while os.getppid() == owner:

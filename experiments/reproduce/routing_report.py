@@ -28,10 +28,8 @@ from experiments.run.weights import SCALE_MODELS
 from finemoe.files import write_json
 from finemoe.trace import TraceReader
 
-FAIR_SHARE_FLOOR = 0.2
-"""An expert with less than a fifth of its fair share is called neglected."""
-DISTANCES = range(1, 9)
-"""The prefetch distances of figure 15."""
+FAIR_SHARE_FLOOR = 0.2  # an expert with less than a fifth of its fair share is called neglected
+DISTANCES = range(1, 9)  # the prefetch distances of figure 15
 
 BY_LAYER = {
     ("load_balance", "smallest"): "smallest load / fair share, prompts",
@@ -47,9 +45,6 @@ BY_LAYER = {
 
 Summary = dict[str, Any]
 Tables = dict[str, pd.DataFrame]
-
-
-# From a recorded trace to tables ------------------------------------------------------------------
 
 
 def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
@@ -74,10 +69,9 @@ def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
         "load_balance": _by_layer(balance, 1.0),
         "entropy": _by_layer(routing.entropies(routed), float(np.log(shape.experts))),
         "overlap": _by_layer(routing.consecutive_overlap(routed), chance),
-        "hit_rates": routing.hit_rates_by_distance(named, measured, DISTANCES).assign(
-            chance=chance
-        ),
+        "hit_rates": routing.hit_rates_by_distance(named, measured, DISTANCES),
     }
+    tables["hit_rates"]["chance"] = chance
     at_distance = tables["hit_rates"].query("distance == @distance").set_index("predictor")
     summary = {
         "model": cfg.model.name,
@@ -108,21 +102,13 @@ def _by_layer(table: pd.DataFrame, uniform: float) -> pd.DataFrame:
 def shortcomings(
     smallest: pd.Series[float], lowest: pd.Series[float], chance: float, distance: int
 ) -> list[str]:
-    """Say which layers neglect an expert, and which predictors are not clearly above chance.
-
-    `smallest` load by layer; `lowest` likely hit rate by predictor, at `distance`.
-    """
-    neglecting = smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)
-    weak = lowest.index[lowest <= chance]
+    """Say which layers' smallest load, and which predictors' lowest likely hit rate, is too low."""
+    neglecting = ", ".join(smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)) or "none"
+    weak = ", ".join(lowest.index[lowest <= chance]) or "none"
     return [
-        f"layers with an expert below a fifth of its fair share of prompt tokens: "
-        f"{', '.join(neglecting) or 'none'}",
-        f"predictors not above chance at d = {distance} (95 % interval): "
-        f"{', '.join(weak) or 'none'}",
+        f"layers with an expert below a fifth of its fair share of prompt tokens: {neglecting}",
+        f"predictors not above chance at d = {distance} (95 % interval): {weak}",
     ]
-
-
-# On the terminal ----------------------------------------------------------------------------------
 
 
 def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
@@ -143,8 +129,6 @@ def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
     rates = rates.loc[best].rename_axis(index=None, columns="hit rate at d =")
     print("", rates.to_string(float_format="{:.3f}".format), *summary["shortcomings"], sep="\n")
 
-
-# Pictures -----------------------------------------------------------------------------------------
 
 # Of no model, no system and no granularity.
 _LINE = {"color": "#6A51A3", "marker": "", "linestyle": "-"}
@@ -224,9 +208,6 @@ def draw_tables(tables: Tables, summaries: Sequence[Summary], output: Path) -> N
         analyses.save(figure, output, named, rates, PREDICTORS_SHOW)
 
 
-# The command --------------------------------------------------------------------------------------
-
-
 def subject_configs(cfg: DictConfig) -> Iterator[DictConfig]:
     """Yield, for every model and dataset asked for, a config with just that one of each."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
@@ -240,29 +221,25 @@ def subject_configs(cfg: DictConfig) -> Iterator[DictConfig]:
 
 def report(cfg: DictConfig) -> None:
     """Investigate every model and dataset, print, and write the report. Raises UserError."""
-    found: dict[tuple[str, str], tuple[Summary, Tables]] = {}
+    summaries, found = list[Summary](), dict[tuple[str, str], Tables]()
     for one in subject_configs(cfg):
         model, dataset = one.model.name, one.dataset.name
         config = SCALE_MODELS / model / "config.json"
         if str(cfg.weights) == "scale" and not config.exists():
             print(f"skipped {model} on {dataset}: no scale weights yet")
             continue
-        found[model, dataset] = investigate(one, Console())
-        print_subject(*found[model, dataset], str(cfg.weights))
+        summary, found[model, dataset] = investigate(one, Console())
+        summaries.append(summary)
+        print_subject(summary, found[model, dataset], str(cfg.weights))
     if not found:
-        raise UserError(
-            f"none of {', '.join(cfg.models)} has scale weights; train one with "
-            "`python -m experiments.train.scale_models model=mixtral`, or choose other models="
-        )
-    summaries = [summary for summary, _ in found.values()]
-    draw_tables(
-        {
-            name: analyses.joined({subject: tables[name] for subject, (_, tables) in found.items()})
-            for name in (*PICTURES, "hit_rates")
-        },
-        summaries,
-        Path(cfg.output),
-    )
+        train = "train one with `python -m experiments.train.scale_models model=mixtral`"
+        cause = f"none of {', '.join(cfg.models)} has scale weights"
+        raise UserError(f"{cause}; {train}, or choose other models=")
+    tables = {
+        name: analyses.joined({subject: one[name] for subject, one in found.items()})
+        for name in (*PICTURES, "hit_rates")
+    }
+    draw_tables(tables, summaries, Path(cfg.output))
     record = {
         "config": OmegaConf.to_container(cfg, resolve=False),
         "routing": "the model's own gates",

@@ -43,8 +43,7 @@ class Plan:
     """What one experiment needs: runs by digest, or an analysis and its traces."""
 
     experiment: Experiment
-    content: dict[str, Any]
-    """What its file under `experiments/` says, but for files and provenance."""
+    content: dict[str, Any]  # what its file under `experiments/` says, but for files and provenance
     runs: dict[str, DictConfig] = field(default_factory=dict)
     analysis: DictConfig | None = None
     traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
@@ -101,10 +100,7 @@ class RunStore:
         return adopted
 
     def made(self, name: str, source: str) -> bool:
-        """Tell whether the experiment was made of this source, and all it left is still there.
-
-        Raises UserError if a record of its runs is malformed.
-        """
+        """Tell whether it was made of this source and all is there; UserError for a bad record."""
         try:
             index = read_checked(self.experiment(name), INDEX, "experiment record")
         except UserError:
@@ -113,9 +109,7 @@ class RunStore:
         records = [self.record(one) for one in index.get("runs", ())]
         if index.get("source") != source or not all(one.exists() for one in (*files, *records)):
             return False
-        for path in records:
-            read_record(path)
-        return True
+        return all(map(read_record, records))
 
     def write_experiment(self, name: str, content: Mapping[str, Any]) -> None:
         """Mark an experiment complete, with the files that it left."""
@@ -123,9 +117,6 @@ class RunStore:
         files = sorted(str(path.relative_to(self.root)) for path in left)
         whole = {**content, "files": files, "provenance": provenance()}
         write_json(self.experiment(name), whole)
-
-
-# What workers do; imports that take seconds are theirs ------------------------------------------
 
 
 def record_traces(configs: Sequence[DictConfig]) -> None:
@@ -138,32 +129,28 @@ def record_traces(configs: Sequence[DictConfig]) -> None:
 
 def run_one(cfg: DictConfig) -> None:
     """Carry out one run, and log it where its config says. Raises UserError."""
-    log(cfg, ensure_record(cfg, Console(quiet=True)))
+    ensure_record(cfg, Console(quiet=True))
     (Path(cfg.output) / ERROR).unlink(missing_ok=True)
 
 
-def ensure_record(cfg: DictConfig, console: Console) -> dict[str, Any]:
-    """Return the complete record of this config, made now unless it is there. Raises UserError."""
+def ensure_record(cfg: DictConfig, console: Console) -> None:
+    """Make the complete record of this config unless it is there, and log it. Raises UserError."""
     from experiments.run.protocol import run
+    from experiments.run.tracking import log_record
 
+    folder, record = Path(cfg.output), None
     path = existing_record(cfg)
     if path is None:
-        with alone_in(Path(cfg.output)):
+        with alone_in(folder):
             # Another process may have made it meanwhile.
             path = existing_record(cfg)
             if path is None:
-                return run(cfg, console)
-    record = read_record(path)
-    console.skipped(path, other_code(record))
-    return record
-
-
-def log(cfg: DictConfig, record: dict[str, Any]) -> None:
-    """Log a complete record where its config says."""
-    from experiments.run.tracking import log_record
-
-    if cfg.logger.name == "wandb":
-        log_record(cfg.logger.project, Path(cfg.output), record)
+                record = run(cfg, console)
+    if path:
+        record = read_record(path)
+        console.skipped(path, other_code(record))
+    if record and cfg.logger.name == "wandb":
+        log_record(cfg.logger.project, folder, record)
 
 
 def make(plan: Plan, store: RunStore) -> None:
@@ -172,16 +159,13 @@ def make(plan: Plan, store: RunStore) -> None:
     from experiments.run.routing import kept_trace
 
     experiment = plan.experiment
-    drawn: Any = store.analysis(experiment.id)
+    runs = run_frame([store.record(one) for one in plan.runs])
+    drawn: Any = store.analysis(experiment.id) if experiment.analysis else runs
     if experiment.readings:
-        views = plan.content["views"]
-        runs = run_frame([store.record(one) for one in plan.runs])
-        function(str(experiment.analysis))(runs, views, drawn)
+        function(str(experiment.analysis))(runs, plan.content["views"], drawn)
     elif experiment.analysis:
         paths = {key: kept_trace(one, Console(quiet=True)) for key, one in plan.traced.items()}
         function(experiment.analysis)(plan.analysis, paths, drawn)
-    else:
-        drawn = run_frame([store.record(one) for one in plan.runs])
     if experiment.draws:
         store.figures.mkdir(parents=True, exist_ok=True)
         function(experiment.draws)(drawn, store.figures, plan.content["mixed_modes"])

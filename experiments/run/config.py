@@ -29,10 +29,10 @@ from finemoe.offload.policy import ModelShape, Policy
 from finemoe.options import Count, Flag, Number, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
+AnyTestbed = Testbed | SimulatedTestbed
 DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us")
 """Keys of a config group's option that are no arguments of its target."""
-NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]
-"""Of a model, dataset, system or logger: it becomes part of file names."""
+NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]  # it becomes part of file names
 
 OPTIONS = schema(
     system=schema(label=NAME),
@@ -64,10 +64,7 @@ OPTIONS = schema(
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise UserError for whatever in a config cannot be served, within a second or two.
-
-    Reads small files that the config names, such as a store; loads no weights and no dataset.
-    """
+    """Raise UserError for what cannot be served, before weights or a dataset are loaded."""
     values = values_of(cfg)
     checked(OPTIONS, values, "")
     try:
@@ -86,18 +83,15 @@ def check(cfg: DictConfig) -> None:
         json.dumps(values, allow_nan=False)
     except ValueError as error:
         raise UserError(f"config: {error}; give finite numbers") from error
-    if cfg.weights == "dummy":
-        return
-    source_of(cfg.model, cfg.weights)
-    if cfg.weights != "scale":
+    if cfg.weights != "dummy":
+        source_of(cfg.model, cfg.weights)
+    if cfg.weights not in ("dummy", "scale"):
         from experiments.run.models import check_weights
 
         check_weights(cfg)
 
 
-def _check_backend(
-    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
-) -> None:
+def _check_backend(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
     """Check a system that has a backend of its own in place of a policy."""
     label = cfg.system.label
     if not settings.fixed:
@@ -107,35 +101,26 @@ def _check_backend(
     build(cfg.system)
 
 
-def _check_policy(
-    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
-) -> None:
-    model, own = full_size(cfg.model), cfg.model
+def _check_policy(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
+    own = cfg.model
     hidden = own.scale.config.hidden_size if cfg.weights == "scale" else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_future_routing and not settings.fixed:
-        raise UserError(
-            f"system={cfg.system.label} must know all iterations beforehand, and online they "
-            "depend on how fast it serves; use workload=offline"
-        )
+        cause = f"system={cfg.system.label} must know all iterations beforehand, and online they"
+        raise UserError(f"{cause} depend on how fast it serves; use workload=offline")
+    expert_bytes = full_size(own).expert_bytes
     if isinstance(testbed, SimulatedTestbed):
-        _, slots = budget_slots(cfg, policy, model.expert_bytes, shape, testbed.devices)
+        _, slots = budget_slots(cfg, policy, expert_bytes, shape, testbed.devices)
         check_room(cfg, testbed, slots)
-        testbed.costs(cfg.model, cfg.system, True)
+        testbed.costs(own, cfg.system, True)
     else:
-        budget_slots(cfg, policy, model.expert_bytes, shape, len(testbed.devices))
+        budget_slots(cfg, policy, expert_bytes, shape, len(testbed.devices))
     load_store(cfg, policy)
 
 
-# Objects from options -----------------------------------------------------------------------------
-
-
 def build(cfg: DictConfig, **extra: Any) -> Any:
-    """Call the target of a config group's option with its arguments and `extra`.
-
-    Raises UserError for a value or a key that the target refuses.
-    """
+    """Call the target of a group's option with its arguments and `extra`; UserError if refused."""
     call = arguments(cfg, **extra)
     try:
         return call()
@@ -146,27 +131,21 @@ def build(cfg: DictConfig, **extra: Any) -> Any:
 
 
 def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
-    """Return the target of a config group's option, with `extra` and its own arguments.
-
-    Raises UserError for a value or a key that the target's annotations refuse.
-    """
+    """Return the target of a group's option with its arguments, or UserError by its annotations."""
     values = values_of(cfg)
     name = str(values.get("_target_"))
     module, _, attribute = name.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), attribute)
         signature = inspect.signature(target).parameters.values()
-    except Exception as error:
-        # A module may raise anything while it is imported.
+    except Exception as error:  # A module may raise anything while it is imported.
         cause = str(error).partition("\n")[0]
-        raise UserError(
-            f"_target_={name} cannot be imported ({cause}); set PYTHONPATH to its module's folder"
-        ) from error
+        remedy = "set PYTHONPATH to its module's folder"
+        raise UserError(f"_target_={name} cannot be imported ({cause}); {remedy}") from error
     try:
         function = target.__init__ if inspect.isclass(target) else target
         hints = get_type_hints(function, include_extras=True)
-    except NameError:
-        # A type that only type checkers import: what it annotates is not checked.
+    except NameError:  # A type that only type checkers import: what it annotates is not checked.
         hints = {}
     fields = {
         one.name: (hints.get(one.name, Any), ... if one.default is one.empty else one.default)
@@ -209,17 +188,13 @@ def _key(cfg: DictConfig) -> str:
     return str(cfg._get_full_key(None) or cfg.get("_target_", ""))
 
 
-# What several kinds of runs need ------------------------------------------------------------------
-
-
 def full_size(model: DictConfig) -> FullSizeModel:
     """Return the full-size shapes that conf/model gives; raise UserError."""
     values = values_of(model)
     routing = ("layers", "experts", "top_k", "hidden_size", "expert_intermediate_size")
     own = {name: values[name] for name in routing if name in values}
-    sizes: FullSizeModel = checked(
-        FullSizeModel, {**own, **(values.get("full_size") or {})}, "model"
-    )
+    own |= values.get("full_size") or {}
+    sizes: FullSizeModel = checked(FullSizeModel, own, "model")
     if sizes.top_k > sizes.experts:
         raise UserError(f"model.top_k={sizes.top_k}: there are only {sizes.experts} experts")
     return sizes
@@ -248,10 +223,9 @@ def check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...
     for device, count in enumerate(slots):
         needed = count * model.expert_bytes + (0 if device else model.dense_bytes)
         if needed > testbed.device_bytes:
-            raise UserError(
-                f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of "
-                f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}; lower memory_budget"
-            )
+            where = f"device {device} of {testbed.name}, which has {testbed.device_bytes / 1e9:.1f}"
+            needs = f"the memory budget needs {needed / 1e9:.1f} GB on {where}"
+            raise UserError(f"{needs}; lower memory_budget")
 
 
 def load_store(cfg: DictConfig, policy: Policy) -> None:

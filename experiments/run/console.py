@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from finemoe.offload.policy import ModelShape
+from finemoe.offload.policy import ModelShape
 
 CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -27,16 +26,11 @@ LOSSLESS: dict[bool | None, str | tuple[str, str]] = {
     True: "yes",
     False: ("NO", "bold red"),
 }
-LONG_SECONDS = 100
-"""From an end-to-end latency of this p99 on, latencies are shown in seconds."""
+LONG_SECONDS = 100  # from an end-to-end latency of this p99 on, latencies are shown in seconds
 
 
 class Console:
-    """Prints to the terminal; progress bars vanish when done, so that results stay readable.
-
-    Jobs side by side share a terminal: with the name of its `job`, a run shows one line when it
-    starts and one when it ends, and no bar.
-    """
+    """Prints to the terminal; of a `job` beside others, a line when it starts and when it ends."""
 
     def __init__(self, quiet: bool = False, job: str | None = None) -> None:
         self._rich, self._job = RichConsole(highlight=False, markup=False, quiet=quiet), job
@@ -76,13 +70,11 @@ class Console:
         else:
             self._rich.print(_experts(summary))
             self._print(_memory(summary))
-        if bound := summary["bound"]:
-            self._print(
-                f"{bound['times']:.2f} x the bound: compute alone {bound['compute_s']:.1f} s, "
-                f"loads that none can avoid {bound['link_s']:.1f} s"
-                if bound["times"] >= 1
-                else "no bound: compute alone was timed on a busy machine"
-            )
+        if (bound := summary["bound"]) and bound["times"] >= 1:
+            parts = f"compute alone {bound['compute_s']:.1f} s, loads that none can avoid"
+            self._print(f"{bound['times']:.2f} x the bound: {parts} {bound['link_s']:.1f} s")
+        elif bound:
+            self._print("no bound: compute alone was timed on a busy machine")
         positions, costs = record.get("positions"), record.get("prediction_costs") or ""
         if positions and positions["beyond"]:
             self._print(
@@ -118,11 +110,9 @@ def bar_on(rich: RichConsole, hidden: bool = False) -> Progress:
 
 def slots_line(shape: ModelShape, slots: Sequence[int]) -> str:
     """Say how many of the experts have a slot."""
-    experts = shape.layers * shape.experts
-    return (
-        f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; "
-        f"{sum(slots)} slots for {experts} ({sum(slots) / experts:.0%})"
-    )
+    count, experts = sum(slots), shape.layers * shape.experts
+    share = f"{count} slots for {experts} ({count / experts:.0%})"
+    return f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; {share}"
 
 
 def _brief(summary: dict[str, Any]) -> str:
@@ -147,13 +137,10 @@ def _latencies(summary: dict[str, Any]) -> Table:
     unit = "seconds" if seconds else "milliseconds"
     table = _columns(unit, "mean", "95 % interval", "p50", "p95", "p99")
     for name in ("queueing", "TTFT", "TPOT", "ITL", "E2EL"):
-        values = summary.get(f"{name.lower()}_s")
-        if values:
-            ends = [f"{end * scale:.{digits}f}" for end in values["ci95"] or ()]
-            mean, *others = (
-                f"{values[key] * scale:.{digits}f}" for key in ("mean", "p50", "p95", "p99")
-            )
-            table.add_row(name, mean, " to ".join(ends) or "-", *others)
+        if values := summary.get(f"{name.lower()}_s"):
+            numbers = [*(values["ci95"] or ()), *map(values.get, ("mean", "p50", "p95", "p99"))]
+            *ends, mean, p50, p95, p99 = (f"{one * scale:.{digits}f}" for one in numbers)
+            table.add_row(name, mean, " to ".join(ends) or "-", p50, p95, p99)
         elif name != "queueing":
             table.add_row(name, *"-----")
     return table
@@ -168,25 +155,20 @@ def _experts(summary: dict[str, Any]) -> Table:
 
 
 def _memory(summary: dict[str, Any]) -> str:
-    kinds = ("on_demand", "prefetched", "wasted")
-    demand, prefetched, wasted = (f"{summary[f'bytes_{kind}'] / 1e9:.1f}" for kind in kinds)
-    peak, budget = (f"{summary[f'{k}_bytes'] / 1e9:.2f}" for k in ("peak_slot", "slot_budget"))
-    return (
-        f"GB loaded: {demand} on demand, {prefetched} prefetched ({wasted} in vain)\n"
-        f"GB in slots: {peak} at most, budget {budget}"
-    )
+    names = ("bytes_on_demand", "bytes_prefetched", "bytes_wasted")
+    demand, prefetched, wasted = (f"{summary[name] / 1e9:.1f}" for name in names)
+    peak, budget = summary["peak_slot_bytes"] / 1e9, summary["slot_budget_bytes"] / 1e9
+    loaded = f"GB loaded: {demand} on demand, {prefetched} prefetched ({wasted} in vain)"
+    return f"{loaded}\nGB in slots: {peak:.2f} at most, budget {budget:.2f}"
 
 
 def _gathered(summary: dict[str, Any], links: str) -> str:
     """Say what an engine without an expert cache took."""
-    gathered, experts = (
-        f"{summary[key] / 1e9:.2f}" for key in ("peak_gathered_expert_bytes", "host_expert_bytes")
-    )
+    gathered, experts = summary["peak_gathered_expert_bytes"], summary["host_expert_bytes"]
     device = summary["peak_device_bytes"]
     whole = "" if device is None else f"; device memory {device / 1e9:.2f} at most"
-    return (
-        f"GB of experts gathered at once: {gathered} at most, of {experts}{whole}; links: {links}"
-    )
+    taken = f"{gathered / 1e9:.2f} at most, of {experts / 1e9:.2f}{whole}"
+    return f"GB of experts gathered at once: {taken}; links: {links}"
 
 
 def _share(value: float | None) -> str:

@@ -52,12 +52,11 @@ def documents() -> tuple[Document, ...]:
     """Return every document of the running Python, sorted by kind and name."""
     every = sorted(_all_documents(), key=lambda document: (document.kind, document.name))
     seen = {_body(one) for document in every if not document.held_out for one in document.passages}
-
-    def unseen(document: Document) -> Document:
-        passages = tuple(one for one in document.passages if _body(one) not in seen)
-        return replace(document, passages=passages) if document.held_out else document
-
-    return tuple(map(unseen, every))
+    for number, document in enumerate(every):
+        if document.held_out:
+            passages = tuple(one for one in document.passages if _body(one) not in seen)
+            every[number] = replace(document, passages=passages)
+    return tuple(every)
 
 
 def _body(passage: str) -> str:
@@ -98,12 +97,8 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
 def _blocks(tree: ast.Module, source: str) -> Iterator[str]:
     """Yield the source cut before every top-level class or function."""
     lines = source.splitlines(keepends=True)
-    cuts = [0, *(_first_line(node) for node in tree.body if isinstance(node, DEFINITION))]
-    for start, stop in pairwise([*cuts, len(lines)]):
+    nodes = [node for node in tree.body if isinstance(node, DEFINITION)]
+    cuts = [min(one.lineno for one in (node, *node.decorator_list)) - 1 for node in nodes]
+    for start, stop in pairwise([0, *cuts, len(lines)]):
         if block := "".join(lines[start:stop]).strip("\n"):
             yield block
-
-
-def _first_line(node: ast.stmt) -> int:
-    decorators = getattr(node, "decorator_list", [])
-    return min(line.lineno for line in (node, *decorators)) - 1

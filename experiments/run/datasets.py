@@ -8,7 +8,7 @@ import math
 import platform
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise, takewhile
 from pathlib import Path
@@ -27,8 +27,7 @@ TURNS = ("conversation", "conversations")
 HUMANS = ("user", "human")
 PASSAGE_END = "\n\n"
 SUFFIXES = (".json", ".jsonl", ".parquet")
-PARQUET_ROWS = 100
-"""Read at a time."""
+PARQUET_ROWS = 100  # read at a time
 SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
 
 
@@ -69,12 +68,10 @@ def _there(path: str) -> str:
     return path
 
 
-def conversations(
-    name: str,
-    path: Annotated[str, AfterValidator(_there)],
-    split: str,
-    data_files: str | None = None,
-) -> Dataset:
+Source = Annotated[str, AfterValidator(_there)]
+
+
+def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
     """Return the first human turn of each conversation of a hub dataset or a local file.
 
     A row is an object with `conversation` or `conversations`, a list of turns: role and content
@@ -84,11 +81,10 @@ def conversations(
     """
     file = Path(path)
     rows = _local_rows(file) if file.suffix in SUFFIXES else _hub_rows(path, split, data_files)
-    texts, causes, read = dict[str, None](), list[str](), 0
+    texts, causes = list[str](), list[str]()
     for where, row in rows:
-        read += 1
         try:
-            texts[_first_turn(row)] = None
+            texts.append(_first_turn(row))
         except ValueError as error:
             causes.append(f"{where}: {error}")
     if not texts:
@@ -97,36 +93,31 @@ def conversations(
     if causes:
         skipped = f"skipped {len(causes)} row{'s' * (len(causes) > 1)}"
         print(f"{skipped} of {path}: {causes[0]}", file=sys.stderr)
-        source = f"{path} ({skipped} of {read})"
-    return Dataset(name, source, tuple(texts))
+        source = f"{path} ({skipped} of {len(texts) + len(causes)})"
+    return Dataset(name, source, tuple(dict.fromkeys(texts)))
 
 
 def draw_prompts(
     dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
 ) -> PromptSet:
-    """Draw `count` prompts by seed, each cut to exactly `input_tokens` tokens.
+    """Draw prompts by seed, each cut to exactly `input_tokens` tokens, a chat template's included.
 
-    The tokenizer's chat template, where it has one, is counted in. Raises UserError if too few
-    texts are that long.
+    Raises UserError if too few texts are that long.
     """
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
-        raise UserError(
-            f"input_tokens={input_tokens} leaves no room beside the chat template's "
-            f"{len(before) + len(after)} tokens; raise it"
-        )
+        cause = f"input_tokens={input_tokens} leaves no room beside the chat template's"
+        raise UserError(f"{cause} {len(before) + len(after)} tokens; raise it")
     texts = list(dataset.texts)
     random.Random(seed).shuffle(texts)
     tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     long = ((*before, *ids[:room], *after) for ids in tokens if len(ids) >= room)
     prompts = list(islice(long, count))
     if len(prompts) < count:
-        raise UserError(
-            f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the "
-            f"{input_tokens} input tokens asked for, {count} are needed; lower "
-            "workload.input_tokens or workload.prompts"
-        )
+        have = f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the"
+        asked = f"{input_tokens} input tokens asked for, {count} are needed"
+        raise UserError(f"{have} {asked}; lower workload.input_tokens or workload.prompts")
     return prompt_set(dataset, prompts)
 
 
@@ -189,14 +180,13 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
         bos = tokenizer.bos_token_id
         return ([] if bos is None else [bos]), []
     turn = [{"role": "user", "content": SENTINEL}]
-    remedy = "remove or replace its chat template"
-    with loading("the tokenizer's chat template", remedy):
+    what, remedy = "the tokenizer's chat template", "remove or replace its chat template"
+    with loading(what, remedy):
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    around = text.split(SENTINEL)
-    if len(around) != 2:
-        raise UserError(f"the tokenizer's chat template alters, drops or repeats text; {remedy}")
-    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in around]
-    return ids[0], ids[1]
+    parts = [tokenizer(one, add_special_tokens=False)["input_ids"] for one in text.split(SENTINEL)]
+    if len(parts) != 2:
+        raise UserError(f"{what} alters, drops or repeats text; {remedy}")
+    return parts[0], parts[1]
 
 
 def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -204,23 +194,25 @@ def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise UserError(
-            f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}; mend or replace it"
-        ) from error
+        cause = f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}"
+        raise UserError(f"{cause}; mend or replace it") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Read a list of rows, or one row, or else one row per line: what is no JSON as its error."""
     content = path.read_bytes()
     document = _parsed(content)
-    if isinstance(document, Exception):
-        if path.suffix == ".json" and content.lstrip().startswith(b"["):
-            raise document
-        lines = enumerate(content.split(b"\n"), 1)
-        yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
+    if not isinstance(document, Exception):
+        yield from _numbered(document if isinstance(document, list) else [document])
         return
-    rows = document if isinstance(document, list) else [document]
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
+        raise document
+    lines = enumerate(content.split(b"\n"), 1)
+    yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _parsed(text: bytes) -> Any:
@@ -237,8 +229,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if not columns:
             raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
         batches = file.iter_batches(PARQUET_ROWS, columns=columns)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        yield from _numbered(row for batch in batches for row in batch.to_pylist())
 
 
 def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:
@@ -246,7 +237,7 @@ def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[s
 
     with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
         rows = datasets.load_dataset(path, data_files=data_files, split=split)
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    yield from _numbered(rows)
 
 
 def _first_turn(row: Any) -> str:

@@ -22,9 +22,10 @@ from experiments.errors import UserError
 from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
-from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
+from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
-from experiments.run.traced import Script, TracedWorkload, traced_workload
+from experiments.run.traced import Script, script, traced_workload
+from experiments.run.workloads import Workload
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import Iteration, LayerOutcome, Policy
@@ -37,24 +38,14 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedConfig
 
 
-# The backend --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Context:
     """Keys and values of one request: the last `tokens` of one row of a cache."""
 
     cache: DynamicCache
     row: int
-    rows: int
-    """How many rows the cache has."""
+    rows: int  # how many rows the cache has
     tokens: int
-
-
-def greedy(step: Step, logits: Tensor) -> list[int]:
-    """Return each request's likeliest token, of logits (B, vocabulary)."""
-    tokens: list[int] = logits.argmax(-1).tolist()
-    return tokens
 
 
 @dataclass
@@ -62,17 +53,14 @@ class LiveBackend:
     """Runs steps through a runtime.
 
     Routers never see padding: prompts of one prefill are equally long, and a decode has one row per
-    request, whose contexts of different lengths are padded on the left, in the cache only, and
-    masked. (A model whose rotary embedding changes with the longest position of a batch, like
-    Phi-3.5-MoE beyond 4,096 tokens, therefore computes a short context beside a long one as if it
-    were long.)
+    request, whose contexts are padded on the left, in the cache only, and masked. (A rotary
+    embedding that changes with the longest position of a batch, like Phi-3.5-MoE's beyond 4,096
+    tokens, therefore takes a short context beside a long one as if it were long.)
     """
 
-    runtime: Any
-    """A LiveRuntime, or what has its model, `forward`, `end_request` and `drain`."""
-    choose: Callable[[Step, Tensor], list[int]] = greedy
-    before: Callable[[Step], None] = lambda step: None
-    """Called before every forward pass."""
+    runtime: Any  # a LiveRuntime, or what has its model, `forward`, `end_request` and `drain`
+    choose: Callable[[Step, Tensor], list[int]] = lambda step, logits: logits.argmax(-1).tolist()
+    before: Callable[[Step], None] = lambda step: None  # called before every forward pass
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -105,17 +93,15 @@ class LiveBackend:
     def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
         return measurement.of(self.runtime)
 
+    def _run(self, step: Step, **inputs: Any) -> Any:
+        return self.runtime.forward(step.iteration, use_cache=True, logits_to_keep=1, **inputs)
+
     def _prefill(self, step: Step) -> Tensor:
         prompts = [request.prompt for request in step.requests]
-        output = self.runtime.forward(
-            step.iteration,
-            input_ids=torch.tensor(prompts, device=self.runtime.model.device),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        tokens = torch.tensor(prompts, device=self.runtime.model.device)
+        output = self._run(step, input_ids=tokens)
         for row, request in enumerate(step.requests):
-            context = Context(output.cache, row, len(prompts), len(request.prompt))
-            self._contexts[request.number] = context
+            self._contexts[request.number] = Context(output.cache, row, *tokens.shape)
         return output.logits[:, -1]
 
     def _decode(self, step: Step) -> Tensor:
@@ -126,15 +112,9 @@ class LiveBackend:
         mask = None
         if any(context.tokens < longest for context in contexts):
             mask = (torch.arange(longest + 1, device=device) >= longest - lengths).long()
-        output = self.runtime.forward(
-            step.iteration,
-            input_ids=torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device),
-            position_ids=lengths,
-            attention_mask=mask,
-            cache=contexts[0].cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        tokens = torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device)
+        inputs = {"input_ids": tokens, "position_ids": lengths, "attention_mask": mask}
+        output = self._run(step, cache=contexts[0].cache, **inputs)
         for number, context in zip(numbers, contexts, strict=True):
             self._contexts[number] = replace(context, tokens=context.tokens + 1)
         return output.logits[:, -1]
@@ -145,11 +125,8 @@ class LiveBackend:
         rows = [context.row for context in contexts if context.cache is cache]
         if len(rows) == len(contexts) and rows == list(range(contexts[0].rows)):
             return contexts
-        cache = merged(contexts, self.runtime.model.model.config)
-        return [
-            Context(cache, row, len(contexts), context.tokens)
-            for row, context in enumerate(contexts)
-        ]
+        cache, count = merged(contexts, self.runtime.model.model.config), len(contexts)
+        return [Context(cache, row, count, one.tokens) for row, one in enumerate(contexts)]
 
 
 @dataclass(frozen=True)
@@ -175,10 +152,7 @@ def serve(runtime: Any, requests: Sequence[Request], size: int = 1) -> list[Serv
 
 
 def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCache:
-    """Return one cache with a row for each context, padded with zeros on the left.
-
-    Raises ValueError if a layer keeps anything else than keys and values of its tokens.
-    """
+    """Return one cache with a row for each context, padded with zeros on the left."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=config)
@@ -226,8 +200,7 @@ class LogitsLog:
     def compare(self, step: Step, logits: Tensor) -> None:
         """Compare a step's logits with those kept of the same step; the first follows the last."""
         for found in self._settled(step, logits):
-            expected = self.kept[self._compared % len(self.kept)]
-            self.same = self.same and torch.equal(found, expected)
+            self.same &= torch.equal(found, self.kept[self._compared % len(self.kept)])
             self._compared += 1
 
     def _settled(self, step: Step, logits: Tensor) -> list[Tensor]:
@@ -239,9 +212,6 @@ class LogitsLog:
         return [one.cpu() for one in settled]
 
 
-# The setup of a run -------------------------------------------------------------------------------
-
-
 @dataclass
 class LiveSetup(Setup):
     """A model, its experts in host memory, and what serves with it."""
@@ -250,19 +220,14 @@ class LiveSetup(Setup):
     policy: Policy
     model: LoadedModel
     budget_bytes: int
-    script: Script | None = None
-    """What overrules the model's gates and tokens, if they come from a trace."""
-    log: LogitsLog | None = None
-    steps: list[Step] = field(default_factory=list)
-    """Measured steps of a schedule that is not fixed."""
+    script: Script | None = None  # what overrules gates and tokens, if a trace does
+    steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
     @property
     def resident(self) -> bool:
         """Whether all experts fit the main device; on the CPU they are used where they lie."""
-        model = self.model.offloaded
-        if model.device.type != "cuda":
-            return True
-        return self.shape.size * model.store.layout.nbytes < 0.9 * free_bytes(model.device)
+        device, nbytes = self.model.offloaded.device, self.model.offloaded.store.layout.nbytes
+        return device.type != "cuda" or self.shape.size * nbytes < 0.9 * free_bytes(device)
 
     def description(self) -> tuple[str, ...]:
         testbed, prompts = self.testbed, self.workload.prompts
@@ -296,8 +261,7 @@ class LiveSetup(Setup):
 
     def under_budget(self, policy: Policy, timeline: Timeline | None = None) -> LiveRuntime:
         """Return a runtime that serves under the memory budget."""
-        full = self.model.full_expert_bytes
-        model = self.model.offloaded
+        model, full = self.model.offloaded, self.model.full_expert_bytes
         protect = bool(self.cfg.protect)
         return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline, protect)
 
@@ -312,12 +276,10 @@ class LiveSetup(Setup):
         from experiments.run.routing import record
 
         load, settings = self.workload, self.settings
-        schedules = [
-            settings.schedule(load.history, history=True),
-            settings.schedule(load.measured),
-        ]
-        if not settings.fixed:
-            schedules = [settings.recording(load)]
+        schedules = [settings.recording(load)]
+        if settings.fixed:
+            history = settings.schedule(load.history, history=True)
+            schedules = [history, settings.schedule(load.measured)]
         with self.unbounded() as runtime:
             record(runtime, self.model, load, schedules, self.cfg.seed, path, console)
 
@@ -334,18 +296,14 @@ class LiveSetup(Setup):
             routing[-1].append(outcome.activated)
 
         self.log = LogitsLog() if verify else None
-        with (
-            self.unbounded() as runtime,
-            console.progress("reference", len(load.measured)) as advance,
-        ):
+        progress = console.progress("reference", len(load.measured))
+        with self.unbounded() as runtime, progress as advance:
             runtime.listeners.append(listen)
             backend = self.backend(runtime)
             server = Server(backend)
-            for _ in server.serve(settings.schedule(load.warmup)):
-                pass
+            list(server.serve(settings.schedule(load.warmup)))
             measured_from, server.busy_seconds = server.iterations, 0.0
-            if self.log:
-                log = self.log
+            if log := self.log:
                 server.listeners.append(lambda step: log.keep(step, backend.logits))
             for _ in server.serve(settings.schedule(load.measured)):
                 advance(1)
@@ -359,8 +317,7 @@ class LiveSetup(Setup):
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         if self.settings.fixed:
-            log = self.log
-            return None if log is None else lambda step: log.compare(step, backend.logits)
+            return super().watch(backend)
         if not (self.cfg.verify and self.resident):
             return None
         kept = self.log = LogitsLog()
@@ -373,9 +330,7 @@ class LiveSetup(Setup):
 
     def lossless(self, console: Console) -> bool | None:
         """Iterations that were not known beforehand are repeated now, every expert resident."""
-        if self.log is None:
-            return None
-        if not self.settings.fixed:
+        if self.log and not self.settings.fixed:
             with self.unbounded() as runtime, console.progress("verifying", len(self.steps)) as bar:
                 backend = self.backend(runtime)
                 for step in self.steps:
@@ -384,7 +339,7 @@ class LiveSetup(Setup):
                     for request in step.leaving:
                         backend.end_request(request)
                     bar(1)
-        return self.log.same
+        return super().lossless(console)
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
         model = self.model
@@ -397,20 +352,19 @@ class LiveSetup(Setup):
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": model.offloaded.dense_bytes,
-                "history_bytes": history_bytes(self.policy),
             },
         }
 
     def sample(self, served: Served) -> tuple[str, str] | None:
-        if not self.settings.fixed:
-            return None
-        decode = self.model.tokenizer.decode
-        return decode(list(served.request.prompt)), decode(list(served.tokens))
+        return texts(self.model.tokenizer, served) if self.settings.fixed else None
 
 
-def load_setup(
-    cfg: DictConfig, testbed: Testbed, traced: TracedWorkload | None = None
-) -> LiveSetup:
+def texts(tokenizer: Any, served: Served) -> tuple[str, str]:
+    """Return prompt and continuation of a request."""
+    return tokenizer.decode(list(served.request.prompt)), tokenizer.decode(list(served.tokens))
+
+
+def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) -> LiveSetup:
     """Load the model, draw the workload, build the policy; raise UserError for what cannot be."""
     settings = build(cfg.workload)
     if testbed.threads is not None:
@@ -423,28 +377,27 @@ def load_setup(
     full, devices = model.full_expert_bytes, len(testbed.devices)
     budget, slots = budget_slots(cfg, policy, full, shape, devices)
     _check_room(testbed, model, slots)
-    if traced:
-        load = traced.workload
-    else:
-        load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+    load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     load_store(cfg, policy)
     return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget)
 
 
 @contextmanager
 def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield the setup of a run; raise UserError for what cannot be.
+    """Yield the setup of a run, whose gates a trace overrules where `routing` names one.
 
-    With `routing`, requests and routing are those of that trace: within the block the model's
-    gates are overruled.
+    Raises UserError for what cannot be.
     """
     if not cfg.routing:
         yield load_setup(cfg, testbed)
         return
-    traced = traced_workload(cfg, build(cfg.workload), console)
-    setup = load_setup(cfg, testbed, traced)
+    load, traced, routing = traced_workload(cfg, build(cfg.workload), console)
+    setup = load_setup(cfg, testbed, load)
+    if setup.policy.placement.hidden_states:
+        cause = f"system={cfg.system.label} applies gates to hidden states, which do not lead to a"
+        raise UserError(f"{cause} trace's routing; replay it on a simulated testbed")
     with TracedGates(setup.model.offloaded) as gates:
-        setup.script = traced.script(gates, setup.model.offloaded, setup.policy)
+        setup.script = script(cfg, traced, routing, gates, setup.model.offloaded)
         yield setup
 
 
@@ -464,7 +417,5 @@ def _check_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) ->
     for device, asked in needed.items():
         free = free_bytes(device)
         if asked > free:
-            raise UserError(
-                f"the memory budget puts {asked / 1e9:.1f} GB of experts on {device}, which has "
-                f"{free / 1e9:.1f} GB free; lower memory_budget"
-            )
+            puts = f"the memory budget puts {asked / 1e9:.1f} GB of experts on {device}"
+            raise UserError(f"{puts}, which has {free / 1e9:.1f} GB free; lower memory_budget")

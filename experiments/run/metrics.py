@@ -17,18 +17,15 @@ from experiments.bootstrap import interval, request_draws
 from experiments.run.schedule import Served
 from finemoe.offload.policy import LayerOutcome, Phase
 
-KINDS = ("hits", "late", "misses")
-"""How a gate found an expert: resident, on its way, or not requested."""
+KINDS = ("hits", "late", "misses")  # an expert was resident, on its way, not requested
 
 
 @dataclass
 class AccessCounter:
     """A listener that counts expert accesses, by iteration."""
 
-    counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Of each iteration, in the order of KINDS."""
-    phases: dict[int, Phase] = field(default_factory=dict)
-    """Of the iterations."""
+    counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # as in KINDS
+    phases: dict[int, Phase] = field(default_factory=dict)  # of the iterations
     largest: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0))
     """The most experts that an iteration of a phase activated in one layer."""
 
@@ -60,17 +57,15 @@ class AccessCounter:
             total = sum(accesses.values())
             return {**accesses, "expert_hit_rate": accesses["hits"] / total if total else None}
 
-        def of(name: Phase) -> dict[str, Any]:
+        phases = {}
+        for name, largest in self.largest.items():
             numbers = [number for number, phase in self.phases.items() if phase == name]
-            facts, largest, union = rated(numbers), self.largest[name], None
+            facts, union = rated(numbers), None
             if largest:
                 mean = sum(facts[kind] for kind in KINDS) / len(numbers) / slots
                 union = {"mean": mean, "max": largest * layers / slots}
-            return {**facts, "union_over_capacity": union}
-
-        phases = {name: of(name) for name in get_args(Phase)}
-        total = rated(self.counts)
-        return {"expert_hit_rate": total["expert_hit_rate"], **total, "phases": phases}
+            phases[name] = {**facts, "union_over_capacity": union}
+        return {**rated(self.counts), "phases": phases}
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
@@ -87,11 +82,10 @@ def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
         values = rows[name].dropna().to_numpy(float) if name in rows else np.empty(0)
         summary[name] = None
         if len(values):
-            p50, p95, p99 = np.percentile(values, [50, 95, 99]).tolist()
+            summary[name] = {"mean": float(values.mean())}
+            summary[name] |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
             ends = interval(request_draws(rows, name, dataset))
-            ci95 = list(ends) if ends else None
-            mean = float(values.mean())
-            summary[name] = {"mean": mean, "p50": p50, "p95": p95, "p99": p99, "ci95": ci95}
+            summary[name]["ci95"] = list(ends) if ends else None
     return summary
 
 
@@ -102,23 +96,22 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
     batch; `batch` tells which requests share them. Online requests join and leave their batches:
     theirs are those of every iteration that served them, and `batch` is their order of starts.
     """
-    rows = []
-    for one in served:
+
+    def row(one: Served) -> dict[str, Any]:
         request = one.request
         waited = {"arrival_s": request.arrival, "queueing_s": one.queueing}
-        rows.append(
-            {
-                "request": request.number,
-                "batch": one.batch,
-                "input_tokens": len(request.prompt),
-                "output_tokens": len(one.tokens),
-                "ttft_s": one.ttft,
-                "tpot_s": one.tpot,
-                "e2el_s": one.e2el,
-                **(waited if request.arrival is not None else {}),
-                **counter.over(one.iterations),
-                "itl_s": list(one.itl),
-                "tokens": list(one.tokens),
-            }
-        )
-    return pd.DataFrame(rows)
+        return {
+            "request": request.number,
+            "batch": one.batch,
+            "input_tokens": len(request.prompt),
+            "output_tokens": len(one.tokens),
+            "ttft_s": one.ttft,
+            "tpot_s": one.tpot,
+            "e2el_s": one.e2el,
+            **(waited if request.arrival is not None else {}),
+            **counter.over(one.iterations),
+            "itl_s": list(one.itl),
+            "tokens": list(one.tokens),
+        }
+
+    return pd.DataFrame(map(row, served))

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     import transformers
 
 FACTS = (
-    "scale.config.model_type",
-    "layers",
-    "experts",
-    "top_k",
-    "hidden_size",
-    "expert_intermediate_size",
+    *("scale.config.model_type", "layers", "experts", "top_k"),
+    *("hidden_size", "expert_intermediate_size"),
 )
 """What tells models apart; scale models have the first four in common with the full ones."""
 
@@ -51,10 +47,9 @@ class LoadedModel:
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """Compare a folder's or the hub's weights with the model of `cfg`, from config.json alone.
+    """Raise UserError if a folder's or the hub's config.json is of another model, or missing.
 
-    Those of the hub that are not in the cache are compared when they are loaded. Raises UserError
-    if they are another model, or missing.
+    What the hub's cache lacks is compared when it is loaded.
     """
     model, weights = cfg.model, str(cfg.weights)
     source: Any = source_of(model, weights)
@@ -66,18 +61,14 @@ def check_weights(cfg: DictConfig) -> None:
 
 
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
-    """Load `weights` (scale, dummy, hub, or a local path) of the model that `cfg` describes.
-
-    Raises UserError if they are missing, damaged, gated, or another model.
-    """
+    """Load `weights` of the model of `cfg`; UserError if they are missing, damaged or another's."""
     import transformers
 
     if weights == "dummy":
+        folder = SCALE_MODELS / cfg.dummy_tokenizer
         with loading(f"weights={weights}", "choose another model"):
             offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                SCALE_MODELS / cfg.dummy_tokenizer
-            )
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     else:
         model, tokenizer = load_plain(cfg, weights)
         with loading(f"weights={weights}", "choose another model"):
@@ -87,10 +78,7 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
-    """Return the model whole, as transformers has it, on the CPU, and its tokenizer.
-
-    Raises UserError if the weights are missing, damaged, gated, another model, or would be random.
-    """
+    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`."""
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
@@ -112,23 +100,21 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
     wanted, dtype = [OmegaConf.select(cfg, key) for key in FACTS], getattr(torch, cfg.dtype)
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
+        configs, models = transformers.AutoConfig, transformers.AutoModelForCausalLM
         if source is None:
-            config = transformers.AutoConfig.for_model(wanted[0])
+            config = configs.for_model(wanted[0])
         else:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+            config = configs.from_pretrained(source, trust_remote_code=False)
+        model = models.from_config(config, dtype=dtype, trust_remote_code=False)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
         size = experts.down_proj[0].numel() // shape.hidden_size
     facts = (config.model_type, *astuple(shape), size)
     compared = zip(wanted[: 4 if weights == "scale" else None], facts, strict=False)
     if any(want not in (None, has) for want, has in compared):
-        raise UserError(
-            f"weights={weights} hold {DESCRIPTION.format(*facts)}, model={cfg.name} is "
-            f"{DESCRIPTION.format(*wanted)}; {_better(facts, Path(source or ''))}"
-        )
+        hold = f"weights={weights} hold {DESCRIPTION.format(*facts)}"
+        named = f"model={cfg.name} is {DESCRIPTION.format(*wanted)}"
+        raise UserError(f"{hold}, {named}; {_better(facts, Path(source or ''))}")
     return model
 
 
@@ -136,10 +122,10 @@ def _better(facts: tuple[Any, ...], folder: Path) -> str:
     """Return what to do about weights that are not the model's."""
     if folder.resolve().parent == SCALE_MODELS:
         return f"use model={folder.name} weights=scale, trained with experiments.train.scale_models"
-    known = {path.stem: OmegaConf.load(path) for path in sorted(CONF.glob("model/*.yaml"))}
-    for name, model in known.items():
+    for path in sorted(CONF.glob("model/*.yaml")):
+        model = OmegaConf.load(path)
         if facts == tuple(OmegaConf.select(model, key) for key in FACTS):
-            return f"use model={name}"
+            return f"use model={path.stem}"
     return "write a YAML for them in conf/model"
 
 
@@ -151,9 +137,8 @@ def _tokenizer(source: str, outline: Any) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids, rows = max(tokenizer.get_vocab().values()) + 1, outline.get_input_embeddings().weight
     if ids > len(rows):
-        raise UserError(
-            f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}; {remedy}"
-        )
+        cause = f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}"
+        raise UserError(f"{cause}; {remedy}")
     return tokenizer
 
 
@@ -166,19 +151,12 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         with loading(str(path), again), safe_open(path, "pt"):
             pass
     with loading(f"the weights of {source}", again):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map="cpu",
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        model, report = loaded
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        options = {"dtype": dtype, "device_map": "cpu", "trust_remote_code": False}
+        model, report = load(source, **options, **checks)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
-            raise UserError(
-                f"the weights of {source} do not fit its config.json: {len(keys)} tensors are "
-                f"{kind}, such as {min(map(str, keys))}; {again}"
-            )
+            cause = f"{len(keys)} tensors are {kind}, such as {min(map(str, keys))}; {again}"
+            raise UserError(f"the weights of {source} do not fit its config.json: {cause}")
     return model

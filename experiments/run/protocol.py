@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -31,11 +31,10 @@ from finemoe.offload.policy import ModelShape, Policy, PolicyError, Routing
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import Timeline, trace_events
 from finemoe.offload.transfer import Traffic
+from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 
-if TYPE_CHECKING:
-    from finemoe.testbed import SimulatedTestbed, Testbed
-
+Facts = dict[str, Any]
 BACKENDS = {
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
@@ -53,8 +52,7 @@ class Measurement:
     traffic: Traffic = field(default_factory=Traffic)
     phases: PhaseSeconds = field(default_factory=PhaseSeconds)
     peak_occupied: int = 0
-    busy_seconds: float = 0.0
-    """Time during which requests were served."""
+    busy_seconds: float = 0.0  # time during which requests were served
 
     @contextmanager
     def of(self, runtime: Any) -> Iterator[None]:
@@ -72,19 +70,9 @@ class Measurement:
 class Reference:
     """What serving would be with every expert resident: bounds and oracles need it beforehand."""
 
-    routing: Routing
-    """Of warm-up and measured requests."""
-    measured_from: int
-    """Number of the first measured iteration."""
-    compute_s: float | None
-    """Seconds to serve the measured requests; None if their experts were not all resident."""
-
-
-class MeasuredBackend(Backend, Protocol):
-    """A backend whose measured part can be told from its warm-up."""
-
-    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
-        """Add what is served in the block to a measurement."""
+    routing: Routing  # of warm-up and measured requests
+    measured_from: int  # number of the first measured iteration
+    compute_s: float | None  # to serve the measured requests; None if not all was resident
 
 
 @dataclass
@@ -97,8 +85,8 @@ class Setup(ABC):
     workload: Workload
     policy: Policy | None
     shape: ModelShape
-    slots: tuple[int, ...]
-    """Of each device."""
+    slots: tuple[int, ...]  # of each device
+    log: Any = field(init=False, default=None)  # the LogitsLog of the reference, if it is verified
 
     @abstractmethod
     def description(self) -> tuple[str, ...]:
@@ -111,8 +99,11 @@ class Setup(ABC):
     @abstractmethod
     def serving(
         self, policy: Policy | None, timeline: Timeline | None
-    ) -> AbstractContextManager[MeasuredBackend]:
-        """Return a backend with an empty cache, which serves under the memory budget."""
+    ) -> AbstractContextManager[Any]:
+        """Return a backend with an empty cache, which serves under the memory budget.
+
+        In the block of its `measuring(measurement)` it adds to the measurement what is served.
+        """
 
     def learning(self, policy: Policy) -> AbstractContextManager[tuple[Backend, str]]:
         """Return a backend that serves the history, and in words how it does."""
@@ -139,13 +130,13 @@ class Setup(ABC):
             return None
         return Roofline(reference.compute_s * repeats, link_s * repeats)
 
-    def watch(self, backend: Backend) -> Callable[[Step], None] | None:
+    def watch(self, backend: Any) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""
-        return None
+        return self.log and (lambda step: self.log.compare(step, backend.logits))
 
     def lossless(self, console: Console) -> bool | None:
         """Tell whether all logits were those of the reference; None if not verified."""
-        return None
+        return self.log and self.log.same
 
     def sample(self, served: Served) -> tuple[str, str] | None:
         """Return prompt and continuation of a request as text, if there is any."""
@@ -178,7 +169,7 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
         raise UserError(str(error)) from error
 
 
-def prepare(cfg: DictConfig, console: Console) -> AbstractContextManager[Any]:
+def prepare(cfg: DictConfig, console: Console) -> Any:
     """Return the setup of a run, to be entered. Raises UserError for what cannot be."""
     testbed = build(cfg.testbed)
     name = cfg.system.get("backend") or cfg.testbed.get("backend") or BACKENDS[testbed.mode]
@@ -186,52 +177,41 @@ def prepare(cfg: DictConfig, console: Console) -> AbstractContextManager[Any]:
         backend = get_method(name)
     except (ImportError, ValueError) as error:
         raise UserError(f"backend={name}: {error}; set PYTHONPATH to its folder") from error
-    setup: AbstractContextManager[Any] = backend(cfg, testbed, console)
-    return setup
+    return backend(cfg, testbed, console)
 
 
 def build_history(setup: Setup, console: Console) -> str:
     """Serve the history requests and save what they left; return how the history came about."""
-    policy, requests, came = setup.policy, setup.workload.history, "none"
+    policy, requests, store = setup.policy, setup.workload.history, setup.cfg.store
     if policy is None:
-        return came
-    if setup.cfg.store.load:
-        came = "loaded"
-    elif policy.learn and requests:
-        with (
-            setup.learning(policy) as (backend, came),
-            console.progress("history", len(requests)) as bar,
-        ):
-            for _ in Server(backend).serve(setup.settings.schedule(requests, history=True)):
-                bar(1)
+        return "none"
+    came = "loaded" if store.load else "none"
+    if policy.learn and requests and not store.load:
+        schedule = setup.settings.schedule(requests, history=True)
+        with setup.learning(policy) as (backend, came):
+            with console.progress("history", len(requests)) as bar:
+                for _ in Server(backend).serve(schedule):
+                    bar(1)
             backend.drain()
-    if setup.cfg.store.save and policy.history:
-        # Before anything measured has been seen.
-        policy.history.save(Path(setup.cfg.store.save), identity(setup.cfg))
+    if store.save and policy.history:  # Before anything measured has been seen.
+        policy.history.save(Path(store.save), identity(setup.cfg))
     policy.begin_serving()
     return came
 
 
 def measure(setup: Setup, reference: Reference | None, console: Console) -> Measurement:
-    """Serve warm-up and measured requests, as often as the workload repeats them.
-
-    Every repeat starts from the prepared policy and an empty cache.
-    """
+    """Serve warm-up and measured requests; every repeat begins anew, with an empty cache."""
     settings, load, repeats = setup.settings, setup.workload, setup.settings.repeats
     if reference is not None and setup.policy and setup.policy.set_future_routing:
         setup.policy.set_future_routing([*reference.routing] * repeats)
     measurement, batches, iterations = Measurement(), 0, 0
-    total = (len(load.warmup) + len(load.measured)) * repeats
-    with (
-        trace_events(setup.cfg.output, setup.cfg.timeline) as timeline,
-        console.progress("serving", total) as bar,
-    ):
+    progress = console.progress("serving", (len(load.warmup) + len(load.measured)) * repeats)
+    with trace_events(setup.cfg.output, setup.cfg.timeline) as timeline, progress as bar:
         for _ in range(repeats):
             with setup.serving(copy.deepcopy(setup.policy), timeline) as backend:
                 # Numbers go on, so that every batch and iteration has its own.
                 server = Server(backend, batches, iterations)
-                for _ in server.serve(settings.schedule(load.warmup)):
-                    bar(1)
+                bar(len(list(server.serve(settings.schedule(load.warmup)))))
                 backend.drain()
                 server.busy_seconds = 0.0
                 server.listeners += filter(None, [setup.watch(backend)])
@@ -245,21 +225,9 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
     return measurement
 
 
-def history_bytes(policy: Policy) -> dict[str, int]:
-    """Return the host memory that a policy's history takes, by what it holds."""
-    return policy.history.memory_bytes() if policy.history else {}
-
-
-# The record ---------------------------------------------------------------------------------------
-
-
 def run_record(
-    setup: Setup,
-    history: str,
-    served: Sequence[Served],
-    facts: dict[str, Any],
-    summary: dict[str, Any],
-) -> dict[str, Any]:
+    setup: Setup, history: str, served: Sequence[Served], facts: Facts, summary: Facts
+) -> Facts:
     """Return the run record; the backend's facts go over what holds for every one."""
     cfg, load = setup.cfg, setup.workload
     positions = facts["positions"]
@@ -299,21 +267,19 @@ def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int]
 
 
 def _summary(
-    setup: Setup,
-    facts: Mapping[str, Any],
-    measurement: Measurement,
-    limit: Roofline | None,
-    lossless: bool | None,
-) -> dict[str, Any]:
+    setup: Setup, facts: Facts, measurement: Measurement, limit: Roofline | None, same: bool | None
+) -> Facts:
     """Return what was measured apart from latencies; bytes are those of full-size experts."""
     larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
     moved = asdict(measurement.traffic).items()
+    history = setup.policy and setup.policy.history
     return {
         **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
-        "lossless": lossless,
+        "lossless": same,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
         "busy_seconds": busy_s,
+        "history_bytes": history.memory_bytes() if history else {},
         "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
     }

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -34,11 +35,9 @@ from finemoe.trace import UNREADABLE, check_size
 
 RECORD = "run.json"
 REQUESTS = "requests.parquet"
-RUNS = "runs.tar.xz"
-"""All runs of a results folder."""
+RUNS = "runs.tar.xz"  # all runs of a results folder
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "hydra-core", "datasets", "wandb")
-LONGEST_NAME = 255
-"""In bytes, of a file or a folder."""
+LONGEST_NAME = 255  # in bytes, of a file or a folder
 PLACES = ("output", "logger", "traces", "experiment", "reading")
 """Settings that say where results go, or what other settings took, not what results are."""
 AGAIN = "remove the folder and run it again"
@@ -129,19 +128,16 @@ ANALYSIS = schema(
 
 def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """Return a config without what says where results go or how figures draw its system."""
-    config: Any = cfg
-    if isinstance(cfg, DictConfig):
-        config = OmegaConf.to_container(cfg, resolve=True)
+    config: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     settings = {key: value for key, value in config.items() if key not in PLACES}
     system = {key: value for key, value in config["system"].items() if key != "look"}
     return {**settings, "system": system}
 
 
 def existing_record(cfg: DictConfig) -> Path | None:
-    """Return the complete record of this very config, if the output folder holds it.
+    """Return the complete record of this very config and of today's weights, if there is one.
 
-    A record whose weights have changed since is none: the run is to be done again. Raises UserError
-    if the folder holds another run's record, or cannot be written to.
+    Raises UserError if the folder holds another run's record, or cannot be written to.
     """
     folder = Path(cfg.output)
     path = folder / RECORD
@@ -168,14 +164,13 @@ def check_writable(folder: Path, option: str) -> None:
 
 def new_folder(parent: Path) -> Path:
     """Make a folder named by the date and the second, which no other process gets."""
-    named = parent / f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
-    count = 0
-    while True:
-        folder = named.with_name(f"{named.name}-{count}") if count else named
+    named = f"{datetime.now():%Y-%m-%d/%H-%M-%S}"
+    for suffix in chain([""], count(-1, -1)):
+        folder = parent / f"{named}{suffix}"
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
-            return folder
-        count += 1
+            break
+    return folder
 
 
 def sweep_folder(parent: Path, overrides: str) -> Path:
@@ -262,10 +257,9 @@ def _is_amount(table: pd.DataFrame, name: str, share: float) -> bool:
 
 
 def _sha256(path: Path) -> str | None:
-    try:
+    with suppress(OSError):
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
+    return None
 
 
 def of_these_weights(record: Mapping[str, Any]) -> bool:
@@ -315,9 +309,7 @@ def other_code(record: Mapping[str, Any]) -> str | None:
     made, now = ((one.get("git_commit"), one.get("git_dirty")) for one in (record, git_state()))
     if made == now and not now[1]:
         return None
-    old, new = (
-        f"{str(commit)[:9]}{' with changes' * bool(dirty)}" for commit, dirty in (made, now)
-    )
+    old, new = (f"{str(one)[:9]}{' with changes' * bool(dirty)}" for one, dirty in (made, now))
     return f"made by commit {old}, now {new}; delete it to run again"
 
 
@@ -325,22 +317,16 @@ def other_code(record: Mapping[str, Any]) -> str | None:
 def git_state() -> dict[str, Any]:
     """Return the commit of the project and whether its files, but for results, differ from it."""
 
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    # What runs write to results changes no later run.
-    status = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
-    dirty = None if status is None else bool(status)
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": dirty}
-
-
-# All runs of a results folder in one file -------------------------------------------------------
+    try:
+        # What runs write to results changes no later run.
+        status = git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(status)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
 
 
 def pack_runs(root: Path) -> None:
@@ -358,10 +344,7 @@ def pack_runs(root: Path) -> None:
 
 
 def unpack_runs(root: Path) -> None:
-    """Unpack the archive of a results folder whose runs are not there; UserError if it is damaged.
-
-    Another process may do the same at the same time.
-    """
+    """Unpack the archive of a folder whose runs are not there; UserError if it is damaged."""
     if (root / "runs").exists() or not (root / RUNS).exists():
         return
     with TemporaryDirectory(dir=root) as folder:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from experiments.run.config import budget_slots, build, check_room, full_size, load_store, values_of
 from experiments.run.console import Console, slots_line
-from experiments.run.protocol import Measurement, Reference, Setup, history_bytes
+from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.routing import open_routing
 from experiments.run.schedule import Request, Server, Step
 from experiments.run.workloads import prompted
@@ -31,8 +31,7 @@ from finemoe.offload.timeline import Timeline
 from finemoe.testbed import SimulatedTestbed
 from finemoe.trace import Trace, TracedRequest, TraceError
 
-Fetch = Callable[[int], TracedRequest]
-"""Returns a traced request by its number."""
+Fetch = Callable[[int], TracedRequest]  # returns a traced request by its number
 
 
 def traced_request(fetch: Fetch, request: Request) -> TracedRequest:
@@ -42,28 +41,25 @@ def traced_request(fetch: Fetch, request: Request) -> TracedRequest:
     if answer < request.output_tokens or request.input_tokens not in (None, prompt):
         asked = f"{request.output_tokens} output tokens; lower workload.output_tokens"
         if request.input_tokens is not None:
-            asked = (
-                f"{request.input_tokens} and {request.output_tokens}; set routing=null to record "
-                "one for it"
-            )
-        raise TraceError(
-            f"the trace holds request {request.number} with {prompt} input and {answer} output "
-            f"tokens, the workload asks for {asked}"
-        )
+            remedy = "set routing=null to record one for it"
+            asked = f"{request.input_tokens} and {request.output_tokens}; {remedy}"
+        holds = f"request {request.number} with {prompt} input and {answer} output tokens"
+        raise TraceError(f"the trace holds {holds}, the workload asks for {asked}")
     return traced
 
 
 @dataclass
 class TracedSteps:
-    """What steps route, by a trace; only running requests are held in memory."""
+    """Shows what steps route, by a trace; only running requests are held in memory."""
 
     fetch: Fetch
+    show: Callable[[RoutedIteration], object]
+    leave: Callable[[int], None] = lambda request: None  # told of each request that is served
     _running: dict[int, TracedRequest] = field(default_factory=dict)
 
     now: ClassVar[float] = 0.0
 
-    def routed(self, step: Step) -> RoutedIteration:
-        """Return a step as its requests routed it."""
+    def forward(self, step: Step) -> None:
         if step.phase == "prefill":
             for request in step.requests:
                 self._running[request.number] = traced_request(self.fetch, request)
@@ -71,9 +67,10 @@ class TracedSteps:
         pairs = list(zip(traced, step.generated, strict=True))
         steps = [one.steps[made] for one, made in pairs]
         contexts = [one.steps[0].tokens + made for one, made in pairs]
-        return joined(step.number, [one.number for one in traced], steps, contexts)
+        self.show(joined(step.number, [one.number for one in traced], steps, contexts))
 
     def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        self.leave(request.number)
         traced = self._running.pop(request.number)
         return traced.prompt, traced.output[: request.output_tokens]
 
@@ -84,58 +81,19 @@ class TracedSteps:
         pass
 
 
-@dataclass
-class Lessons(TracedSteps):
-    """Shows steps to a policy, with no cache and no clock."""
-
-    policy: Policy = field(kw_only=True)
-
-    def forward(self, step: Step) -> None:
-        routed = self.routed(step)
-        hidden = routed.hidden_states if self.policy.placement.hidden_states else None
-        gates = Gates(routed.probabilities, routed.activated, hidden)
-        assert self.policy.learn
-        self.policy.learn(routed.iteration, routed.embeddings, gates)
-
-    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        self.policy.end_request(request.number)
-        return super().end_request(request)
-
-
-@dataclass
-class Unoffloaded(TracedSteps):
-    """Notes what steps route, and how long they take with every expert resident."""
-
-    costs: CostModel = field(kw_only=True)
-    devices: int = field(kw_only=True)
-    routing: list[list[tuple[int, ...]]] = field(default_factory=list)
-    compute_s: float = 0.0
-
-    def forward(self, step: Step) -> None:
-        routed = self.routed(step)
-        self.routing.append(routed.activated)
-        self.compute_s += compute_seconds(self.costs, routed, self.devices)
-
-
-@dataclass
 class ReplayBackend(TracedSteps):
     """Replays steps in the virtual time of a runtime."""
 
-    runtime: ReplayRuntime = field(kw_only=True)
+    def __init__(self, fetch: Fetch, runtime: ReplayRuntime) -> None:
+        super().__init__(fetch, runtime.forward, runtime.end_request)
+        self.runtime = runtime
 
     @property
     def now(self) -> float:  # type: ignore[override]
         return self.runtime.now
 
-    def forward(self, step: Step) -> None:
-        self.runtime.forward(self.routed(step))
-
     def wait(self, until: float) -> None:
         self.runtime.wait_until(until)
-
-    def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        self.runtime.end_request(request.number)
-        return super().end_request(request)
 
     def drain(self) -> None:
         self.runtime.drain()
@@ -165,8 +123,15 @@ class ReplaySetup(Setup):
         )
 
     @contextmanager
-    def learning(self, policy: Policy) -> Iterator[tuple[Lessons, str]]:
-        yield Lessons(self.trace.request, policy=policy), "replayed with everything resident"
+    def learning(self, policy: Policy) -> Iterator[tuple[TracedSteps, str]]:
+        def teach(routed: RoutedIteration) -> None:
+            hidden = routed.hidden_states if policy.placement.hidden_states else None
+            gates = Gates(routed.probabilities, routed.activated, hidden)
+            assert policy.learn
+            policy.learn(routed.iteration, routed.embeddings, gates)
+
+        backend = TracedSteps(self.trace.request, teach, policy.end_request)
+        yield backend, "replayed with everything resident"
 
     @contextmanager
     def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
@@ -176,7 +141,7 @@ class ReplaySetup(Setup):
         if residency.holds_everything:
             residency.preload()
         runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
-        yield ReplayBackend(self.trace.request, runtime=runtime)
+        yield ReplayBackend(self.trace.request, runtime)
 
     def reference(self, console: Console) -> Reference | None:
         return self.unoffloaded() if self.policy.set_future_routing else None
@@ -198,15 +163,18 @@ class ReplaySetup(Setup):
 
     def unoffloaded(self) -> Reference:
         """Return what warm-up and measured requests route, and the seconds of compute alone."""
-        load, settings = self.workload, self.settings
-        backend = Unoffloaded(self.trace.request, costs=self.costs, devices=len(self.slots))
-        server = Server(backend)
-        for _ in server.serve(settings.schedule(load.warmup)):
-            pass
-        measured_from, backend.compute_s = server.iterations, 0.0
-        for _ in server.serve(settings.schedule(load.measured)):
-            pass
-        return Reference(backend.routing, measured_from, backend.compute_s)
+        routing, compute_s = list[list[tuple[int, ...]]](), 0.0
+
+        def note(routed: RoutedIteration) -> None:
+            nonlocal compute_s
+            routing.append(routed.activated)
+            compute_s += compute_seconds(self.costs, routed, len(self.slots))
+
+        server, schedule = Server(TracedSteps(self.trace.request, note)), self.settings.schedule
+        list(server.serve(schedule(self.workload.warmup)))
+        measured_from, compute_s = server.iterations, 0.0
+        list(server.serve(schedule(self.workload.measured)))
+        return Reference(routing, measured_from, compute_s)
 
     def link_seconds(self, loads: Sequence[int]) -> float:
         expert_bytes, rate = self.plan.expert_bytes, self.testbed.rate
@@ -214,8 +182,7 @@ class ReplaySetup(Setup):
         return max(own, sum(loads) * expert_bytes / rate.shared_bytes_per_second)
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
-        origin = self.trace.header.provenance
-        routing = f"a foreign trace, {self.trace.path.name}"
+        origin, routing = self.trace.header.provenance, f"a foreign trace, {self.trace.path.name}"
         if "model" in origin:
             routing = f"a trace of {origin['model']} with weights {origin['weights']}"
         return {
@@ -228,7 +195,6 @@ class ReplaySetup(Setup):
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": full_size(self.cfg.model).dense_bytes,
-                "history_bytes": history_bytes(self.policy),
             },
         }
 
@@ -237,8 +203,7 @@ class ReplaySetup(Setup):
 def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Iterator[ReplaySetup]:
     """Open the trace, build policy and costs; raise UserError or TraceError for what cannot be."""
     settings = build(cfg.workload)
-    if settings.repeats > 1:
-        # Another time would be the same.
+    if settings.repeats > 1:  # Another time would be the same.
         settings = replace(settings, repeats=1)
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -35,8 +36,7 @@ def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrac
     will do for systems that predict nothing. Raises TraceError or UserError.
     """
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
-    model = cfg.model
-    shape = ModelShape(model.layers, model.experts, model.top_k, 0)
+    shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
     reader = TraceReader(path)
@@ -93,26 +93,20 @@ def record(
     """Serve schedules and write what each request routed; the file appears when complete."""
     from experiments.run.live import LiveBackend
 
-    total = len(load.history) + len(load.measured)
-    with (
-        ExitStack() as stack,
-        Recorder(runtime.model) as recorder,
-        console.progress("recording", total) as advance,
-    ):
+    progress = console.progress("recording", len(load.history) + len(load.measured))
+    with ExitStack() as stack, Recorder(runtime.model) as recorder, progress as advance:
         server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
         write = None
-        for schedule in schedules:
-            for one in server.serve(schedule):
-                if write is None:
-                    # Gates may compute in a wider dtype than the model's.
-                    header = replace(trace_header(model, load, seed), dtype=recorder.dtype)
-                    write = stack.enter_context(trace_writer(path, header))
-                request = one.request
-                write(recorder.finish(request.number, request.prompt, one.tokens))
-                advance(1)
+        for one in chain.from_iterable(map(server.serve, schedules)):
+            if write is None:
+                # Gates may compute in a wider dtype than the model's, which is known by now.
+                header = trace_header(model, load, seed, recorder.dtype)
+                write = stack.enter_context(trace_writer(path, header))
+            write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
+            advance(1)
 
 
-def trace_header(model: LoadedModel, load: Workload, seed: int) -> TraceHeader:
+def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> TraceHeader:
     """Return the header of a trace of a workload's requests."""
     origin = {
         "model": model.name,
@@ -127,4 +121,4 @@ def trace_header(model: LoadedModel, load: Workload, seed: int) -> TraceHeader:
         **provenance(),
     }
     gates = gate_weights(model.offloaded)
-    return TraceHeader(model.offloaded.shape, "bfloat16", CONTENTS, origin, gates)
+    return TraceHeader(model.offloaded.shape, dtype, CONTENTS, origin, gates)

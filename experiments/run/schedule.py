@@ -20,13 +20,10 @@ class Request:
     """A prompt and how many tokens to generate for it, end-of-text or not."""
 
     number: int
-    prompt: tuple[int, ...]
-    """Token ids; empty where a routing trace is to give them."""
+    prompt: tuple[int, ...]  # token ids; empty where a routing trace is to give them
     output_tokens: int
-    arrival: float | None = None
-    """When it comes, from the beginning of serving; None: when its prefill begins."""
-    input_tokens: int | None = None
-    """How long a prompt that a trace gives has to be; None: as it is."""
+    arrival: float | None = None  # since serving began; None: when its prefill begins
+    input_tokens: int | None = None  # of a prompt that a trace gives; None: as it is
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class Step:
     number: int
     phase: Phase
     requests: tuple[Request, ...]
-    generated: tuple[int, ...]
-    """How many tokens each request has when the step begins; 0 in its prefill."""
+    generated: tuple[int, ...]  # tokens of each request when the step begins; 0 in its prefill
 
     @property
     def iteration(self) -> Iteration:
@@ -56,21 +52,16 @@ class Step:
 class Schedule(ABC):
     """Says what each iteration is. It has no clock: it is told the time since serving began."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._coming = deque(requests)
+    def __init__(self, requests: Sequence[Request], size: int) -> None:
+        self._coming, self._size = deque(requests), size
         self._waiting: deque[Request] = deque()
+        # Each running request and its tokens so far, by number.
         self._running: dict[int, tuple[Request, int]] = {}
-        """Each running request and its tokens so far, by number."""
 
     @property
     def finished(self) -> bool:
         """Whether every request has been served."""
         return not (self._coming or self._waiting or self._running)
-
-    @property
-    def running(self) -> bool:
-        """Whether a request is under way."""
-        return bool(self._running)
 
     @property
     def idle_until(self) -> float:
@@ -103,14 +94,8 @@ class Schedule(ABC):
 class FixedBatches(Schedule):
     """Batches of at most `size` requests of equal lengths, one batch after the other."""
 
-    def __init__(self, requests: Sequence[Request], size: int) -> None:
-        super().__init__(requests)
-        self._size = size
-
     def _admit(self, now: float) -> tuple[Request, ...]:
-        if self._running:
-            return ()
-        count = min(self._size, len(self._coming))
+        count = 0 if self._running else min(self._size, len(self._coming))
         return tuple(self._coming.popleft() for _ in range(count))
 
 
@@ -122,8 +107,7 @@ class ContinuousBatches(Schedule):
     """
 
     def __init__(self, requests: Sequence[Request], size: int) -> None:
-        super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0))
-        self._size = size
+        super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0), size)
 
     def _admit(self, now: float) -> tuple[Request, ...]:
         while self._coming and self.idle_until <= now:
@@ -162,10 +146,8 @@ class Served:
     """Which prefill it was in; under continuous batching its place in the order of starts."""
     tokens: tuple[int, ...]
     token_times: tuple[float, ...]
-    iterations: tuple[int, ...]
-    """Numbers of the iterations that served it: its prefill, then its decodes."""
-    queueing: float = 0.0
-    """From its arrival to the beginning of its prefill."""
+    iterations: tuple[int, ...]  # that served it: its prefill, then its decodes
+    queueing: float = 0.0  # from its arrival to the beginning of its prefill
 
     @property
     def ttft(self) -> float:
@@ -197,10 +179,8 @@ class Server:
     backend: Backend
     batches: int = 0
     iterations: int = 0
-    busy_seconds: float = 0.0
-    """Time during which a request was under way."""
-    listeners: list[Callable[[Step], None]] = field(default_factory=list)
-    """Called after each step, when its time has been taken."""
+    busy_seconds: float = 0.0  # time during which a request was under way
+    listeners: list[Callable[[Step], None]] = field(default_factory=list)  # called after each step
 
     def serve(self, schedule: Schedule) -> Iterator[Served]:
         """Run a schedule to its end, and yield the requests as they leave."""
@@ -208,7 +188,7 @@ class Server:
         origin = now = backend.now
         under_way: dict[int, _UnderWay] = {}
         while not schedule.finished:
-            if not schedule.running:
+            if not under_way:
                 busy_from = now
             step = schedule.next(now - origin, self.iterations)
             if step is None:
@@ -225,23 +205,20 @@ class Server:
                 under_way[request.number].iterations.append(step.number)
             for listener in self.listeners:
                 listener(step)
-            served = [
-                self._end(request, under_way.pop(request.number), origin)
-                for request in step.leaving
-            ]
+            leaving = [(request, under_way.pop(request.number)) for request in step.leaving]
+            served = [self._end(request, seen, origin) for request, seen in leaving]
             schedule.done(step)
             self.iterations += 1
-            if not schedule.running:
+            if not under_way:
                 self.busy_seconds += backend.now - busy_from
             yield from served
             now = backend.now
 
     def _end(self, request: Request, seen: _UnderWay, origin: float) -> Served:
         prompt, tokens = self.backend.end_request(request)
+        served, iterations = replace(request, prompt=prompt), tuple(seen.iterations)
         arrived = seen.began if request.arrival is None else origin + request.arrival
         times = tuple(end - arrived for end in seen.ends)
-        served = replace(request, prompt=prompt)
-        iterations = tuple(seen.iterations)
         return Served(served, seen.batch, tokens, times, iterations, seen.began - arrived)
 
 

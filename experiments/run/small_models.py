@@ -46,8 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"intermediate_size": 16, "num_local_experts": 4, "head_dim": 8},
 }
 
-WEIGHT_STD = 0.2
-"""Wide enough that a small model's routing depends on its input."""
+WEIGHT_STD = 0.2  # wide enough that a small model's routing depends on its input
 
 
 def small_model(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:

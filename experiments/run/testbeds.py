@@ -55,11 +55,10 @@ def emulated(
     """
     import torch
 
-    cpus = (torch.device("cpu"),) * devices
     return Testbed(
         "emulated",
         "emulated",
-        cpus,
+        (torch.device("cpu"),) * devices,
         chunk_bytes=round(chunk_mb * MB),
         link_gb_s=link_gb_s,
         link_latency_s=latency_us * 1e-6,
@@ -73,10 +72,8 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
     """Return cores for the model's threads, and those left; UserError if there are none."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     if threads >= len(cores):
-        raise UserError(
-            f"testbed.pinned=true: {len(cores)} cores to choose from leave none beside the model's "
-            f"{threads}; set it to false"
-        )
+        cause = f"testbed.pinned=true: {len(cores)} cores to choose from leave none beside"
+        raise UserError(f"{cause} the model's {threads}; set it to false")
     return frozenset(cores[:threads]), frozenset(cores[threads:])
 
 
@@ -86,10 +83,8 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
 
     there = torch.cuda.device_count()
     if there < (devices or 1):
-        raise UserError(
-            f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}; lower "
-            "testbed.devices or use testbed=emulated"
-        )
+        cause = f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}"
+        raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = f"{len(chosen)} x {torch.cuda.get_device_name(chosen[0])}"
     return Testbed(name, "measured", chosen, round(chunk_mb * MB))
@@ -108,9 +103,8 @@ def simulated(
     layer_us: Micros,
 ) -> SimulatedTestbed:
     """Return hardware in virtual time, from the numbers that docs/testbeds.md explains."""
-    bytes_per_second = link.gb_s * 1e9 * link.efficiency
-    shared = host_memory_gb_s * 1e9
-    rate = LinkRate(bytes_per_second, link.latency_us * 1e-6, shared, chunks_in_flight)
+    own, shared = link.gb_s * 1e9 * link.efficiency, host_memory_gb_s * 1e9
+    rate = LinkRate(own, link.latency_us * 1e-6, shared, chunks_in_flight)
 
     def costs(model: DictConfig, system: DictConfig, predicts: bool) -> RooflineCosts:
         micros, source = _prediction(system, model.name) if predicts else ({}, FREE)
@@ -189,9 +183,8 @@ def calibrated(
     def costs(asked: DictConfig, system_cfg: DictConfig, predicts: bool) -> LinearCosts:
         system = system_cfg.label
         if asked.name != model:
-            raise UserError(
-                f"testbed {name} was calibrated with {model}, not {asked.name}; {AGAIN}"
-            )
+            cause = f"testbed {name} was calibrated with {model}, not {asked.name}"
+            raise UserError(f"{cause}; {AGAIN}")
         if not all(system in known for known in (dense, expert, collect_us)):
             raise UserError(f"testbed {name} knows no costs of system={system}; {AGAIN}")
         (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]
@@ -206,8 +199,8 @@ def calibrated(
             thread=ThreadCosts(resume_us * 1e-6, dense_extra, expert_extra),
         )
 
-    scale = link["time_scale"]
-    return SimulatedTestbed(name, devices, round(chunk_mb * MB), rate, costs, time_scale=scale)
+    chunk, scale = round(chunk_mb * MB), link["time_scale"]
+    return SimulatedTestbed(name, devices, chunk, rate, costs, time_scale=scale)
 
 
 def _disturbed(micros: Any) -> tuple[Line, Extra]:

@@ -14,9 +14,10 @@ from experiments.run.routing import open_routing
 from experiments.run.schedule import Step
 from experiments.run.workloads import Workload, WorkloadSettings, prompted
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Policy
-from finemoe.trace import TracedRequest, TraceError, TraceHeader
+from finemoe.trace import TracedRequest, TraceError
 from finemoe.traced_gates import GateStep, TracedGates
+
+Traced = dict[int, TracedRequest]  # by the numbers of the requests
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Script:
     gates: TracedGates
     steps: dict[int, tuple[GateStep, ...]]
     outputs: dict[int, tuple[int, ...]]
-    routing: str
-    """Where that comes from, in words."""
+    routing: str  # where that comes from, in words
 
     def begin(self, step: Step) -> None:
         """Tell the gates what to choose in a step."""
@@ -40,48 +40,32 @@ class Script:
         return [self.outputs[one.number][made] for one, made in pairs]
 
 
-@dataclass(frozen=True)
-class TracedWorkload:
-    """The requests of a trace, read beforehand, so that no measured time has it in it."""
-
-    cfg: DictConfig
-    header: TraceHeader
-    workload: Workload
-    requests: dict[int, TracedRequest]
-
-    def script(self, gates: TracedGates, model: OffloadedModel, policy: Policy) -> Script:
-        """Return what a model is to do; raise UserError if it cannot, or the policy cannot."""
-        if policy.placement.hidden_states:
-            raise UserError(
-                f"system={self.cfg.system.label} applies gates to hidden states, which do not lead "
-                "to a trace's routing; replay it on a simulated testbed"
-            )
-        size = model.model.config.get_text_config().vocab_size
-        traced = self.requests
-        largest = max(token for one in traced.values() for token in (*one.prompt, *one.output))
-        if largest >= size:
-            raise UserError(
-                f"the trace has token {largest}, the model only {size} of them; give a trace of a "
-                "model with its vocabulary"
-            )
-        try:
-            steps = {
-                number: tuple(GateStep.of(step, model.shape.top_k) for step in one.steps)
-                for number, one in traced.items()
-            }
-        except ValueError as error:
-            cause = f"{self.cfg.routing}: {error}"
-            raise UserError(f"{cause}; give a trace of a plain top-K model") from error
-        origin = self.header.provenance
-        words = f"a trace of {origin.get('model')} with weights {origin.get('weights')}"
-        outputs = {number: one.output for number, one in traced.items()}
-        return Script(gates, steps, outputs, words)
+def script(
+    cfg: DictConfig, traced: Traced, routing: str, gates: TracedGates, model: OffloadedModel
+) -> Script:
+    """Return what a model is to do; raise UserError if it cannot."""
+    size = model.model.config.get_text_config().vocab_size
+    largest = max(token for one in traced.values() for token in (*one.prompt, *one.output))
+    if largest >= size:
+        cause = f"the trace has token {largest}, the model only {size} of them"
+        raise UserError(f"{cause}; give a trace of a model with its vocabulary")
+    try:
+        steps = {
+            number: tuple(GateStep.of(step, model.shape.top_k) for step in one.steps)
+            for number, one in traced.items()
+        }
+    except ValueError as error:
+        raise UserError(f"{cfg.routing}: {error}; give a trace of a plain top-K model") from error
+    return Script(gates, steps, {number: one.output for number, one in traced.items()}, routing)
 
 
 def traced_workload(
     cfg: DictConfig, settings: WorkloadSettings, console: Console
-) -> TracedWorkload:
-    """Read what a run asks of the trace that `routing` names; raise UserError or TraceError."""
+) -> tuple[Workload, Traced, str]:
+    """Read the requests that a run asks of the trace that `routing` names, and what it is of.
+
+    Beforehand, so that no measured time has it in it. Raises UserError or TraceError.
+    """
     if not settings.fixed:
         raise UserError("routing= in a live run takes workload=offline; or simulate the testbed")
     if cfg.record:
@@ -90,13 +74,13 @@ def traced_workload(
         raise UserError("a store belongs to a model's own routing; leave store or routing= out")
     with open_routing(cfg, console) as trace:
         trace.require(("logits",))
-        load = settings.traced(trace, cfg.seed)
+        load, origin = settings.traced(trace, cfg.seed), trace.header.provenance
         requests = (*load.history, *load.measured)
         traced = {one.number: traced_request(trace.request, one) for one in requests}
         lengths = {len(one.prompt) for one in traced.values()}
         if len(lengths) > 1 and max(cfg.workload.batch_size, cfg.workload.history_batch_size) > 1:
-            raise TraceError(
-                f"{trace.path}: has prompts of {min(lengths)} to {max(lengths)} tokens, which make "
-                "no batch; set workload.batch_size=1 workload.history_batch_size=1"
-            )
-        return TracedWorkload(cfg, trace.header, prompted(load, trace), traced)
+            cause = f"has prompts of {min(lengths)} to {max(lengths)} tokens, which make no batch"
+            remedy = "set workload.batch_size=1 workload.history_batch_size=1"
+            raise TraceError(f"{trace.path}: {cause}; {remedy}")
+        routing = f"a trace of {origin.get('model')} with weights {origin.get('weights')}"
+        return prompted(load, trace), traced, routing

@@ -12,8 +12,7 @@ import pandas as pd
 
 from experiments.run.records import RECORD, REQUESTS
 
-WAIT_SECONDS = 10
-"""For an answer of W&B."""
+WAIT_SECONDS = 10  # for an answer of W&B
 
 
 def is_logged(result: Path) -> bool:
@@ -25,9 +24,7 @@ def is_logged(result: Path) -> bool:
 def log_record(project: str, folder: Path, record: dict[str, Any]) -> None:
     """Log config, summary and request table of a complete record, unless that was done."""
 
-    def log(run: Any) -> None:
-        import wandb
-
+    def log(run: Any, wandb: Any) -> None:
         table = pd.read_parquet(folder / REQUESTS).drop(columns=["itl_s", "tokens"])
         run.summary.update(record["summary"])
         run.log({"requests": wandb.Table(dataframe=table)})
@@ -41,9 +38,7 @@ def log_record(project: str, folder: Path, record: dict[str, Any]) -> None:
 def log_reproduction(project: str, report: Path) -> None:
     """Log the figures and the claims table beside a report as one run, unless that was done."""
 
-    def log(run: Any) -> None:
-        import wandb
-
+    def log(run: Any, wandb: Any) -> None:
         pictures = sorted((report.parent / "figures").glob("*.png"))
         run.log({f"figure {path.stem}": wandb.Image(str(path)) for path in pictures})
         claims = pd.read_csv(report.parent / "claims.csv")
@@ -53,9 +48,11 @@ def log_reproduction(project: str, report: Path) -> None:
     _log(report, log, project, name="reproduction")
 
 
-def _log(result: Path, log: Callable[[Any], None], project: str, **facts: Any) -> None:
+def _log(result: Path, log: Callable[[Any, Any], None], project: str, **facts: Any) -> None:
     """Log a result and mark it so; if W&B fails, the result stays, and one line says why."""
-    if is_logged(result) or _mode() == "disabled":
+    default = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    mode = os.environ.get("WANDB_MODE", default)
+    if is_logged(result) or mode == "disabled":
         return
     os.environ["WANDB_SILENT"] = "true"
     try:
@@ -64,9 +61,9 @@ def _log(result: Path, log: Callable[[Any], None], project: str, **facts: Any) -
         settings = wandb.Settings(
             silent=True, init_timeout=WAIT_SECONDS, finish_timeout=60, finish_timeout_raises=True
         )
-        facts |= {"dir": str(result.parent), "mode": _mode()}
+        facts |= {"dir": str(result.parent), "mode": mode}
         with wandb.init(project=project, settings=settings, **facts) as run:
-            log(run)
+            log(run, wandb)
         _mark(result).touch()
     except Exception as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -77,8 +74,3 @@ def _log(result: Path, log: Callable[[Any], None], project: str, **facts: Any) -
 
 def _mark(result: Path) -> Path:
     return result.parent / "wandb" / "logged"
-
-
-def _mode() -> str:
-    default = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return os.environ.get("WANDB_MODE", default)

@@ -21,8 +21,7 @@ from experiments.errors import UserError
 
 SCALE_MODELS = ROOT / "experiments" / "scale"
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
-LARGE = 2**30
-"""From this size in bytes on, a file is told by its size and time of change: reading takes long."""
+LARGE = 2**30  # bytes, from which on a file is told by its size and time of change
 
 
 def fingerprint(model: Any, weights: str, seed: int) -> str:
@@ -59,28 +58,22 @@ def source_of(model: Any, weights: str) -> str:
     if (path / "config.json").exists():
         return str(path)
     if weights == "scale":
-        raise UserError(
-            f"no scale model of {model.name} is there; train one with python -m "
-            f"experiments.train.scale_models model={model.name}, or use weights=dummy, "
-            "weights=hub or a local folder"
-        )
+        train = f"train one with python -m experiments.train.scale_models model={model.name}"
+        others = "or use weights=dummy, weights=hub or a local folder"
+        raise UserError(f"no scale model of {model.name} is there; {train}, {others}")
     raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
 
 
 @contextmanager
 def hub_access() -> Iterator[None]:
-    """Let the block ask the hub or, if that cannot be reached, the cache alone, which is said.
-
-    The libraries would try for half a minute for every file.
-    """
+    """Let the block ask the hub, or say that it cannot be reached and ask the cache alone."""
     # The library's own handler prints already; Hydra's would print everything again.
     logging.disable_propagation()
     before, unreachable = constants.HF_HUB_OFFLINE, None
     try:
         if not before:
             get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        # What a failed connection raises changes with the client's HTTP library.
+    except Exception as error:  # Of a type that changes with the client's HTTP library.
         unreachable = error
         constants.HF_HUB_OFFLINE = True
     try:
@@ -98,8 +91,7 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
-        # transformers, datasets and their readers raise dozens of unrelated types.
+    except Exception as error:  # Libraries and their readers raise dozens of unrelated types.
         cause = "".join(filter(str.isprintable, shorten(str(error), 160, placeholder=" ...")))
         if not isinstance(error, OSError | ValueError | ImportError | RuntimeError):
             cause = f"{type(error).__name__} {cause}"

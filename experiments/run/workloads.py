@@ -45,20 +45,18 @@ class Workload:
     history: tuple[Request, ...]
     warmup: tuple[Request, ...]
     measured: tuple[Request, ...]
-    passes: int | None = 1
-    """How often the prompts went through the dataset's texts; above 1, text is used again."""
+    passes: int | None = 1  # through the dataset's texts; above 1, text is used again
 
     def shared_prefix(self) -> dict[str, float] | None:
-        """Return how long a prefix the measured prompts share with any other, history included.
+        """Return how long a prefix measured prompts share with any other, history included.
 
-        In tokens, a chat template's included, and as the mean share of a prompt; None without the
-        prompts, which foreign traces lack.
+        In tokens, and as the mean share of a prompt; None without prompts, as in foreign traces.
         """
         lengths = [len(one.prompt) for one in self.measured]
         if not all(lengths):
             return None
-        prompts = [one.prompt for one in (*self.measured, *self.history)]
-        shared = shared_prefixes(prompts)[: len(lengths)]
+        every = [one.prompt for one in (*self.measured, *self.history)]
+        shared = shared_prefixes(every)[: len(lengths)]
         return {
             "mean_tokens": float(np.mean(shared)),
             "longest_tokens": max(shared),
@@ -69,10 +67,8 @@ class Workload:
 class WorkloadSettings(ABC):
     """What a run needs of a workload's option, whatever it is."""
 
-    fixed: ClassVar[bool]
-    """Whether the iterations are known beforehand, however fast a system serves."""
-    repeats: int = 1
-    """How often the measured requests are served."""
+    fixed: ClassVar[bool]  # whether iterations are known beforehand, however fast a system serves
+    repeats: int = 1  # how often the measured requests are served
 
     @abstractmethod
     def check(self, seed: int) -> None:
@@ -122,14 +118,12 @@ class Offline(WorkloadSettings):
     repeats: Count
 
     def check(self, seed: int) -> None:
-        nowhere = PromptSet("", "", (), "")
-        self._split(nowhere, [Request(n, (), 1) for n in range(self.prompts)])
+        self._split(PromptSet("", "", (), ""), [Request(n, (), 1) for n in range(self.prompts)])
 
     def draw(self, dataset: Dataset, tokenizer: Any, seed: int) -> Workload:
         drawn = draw_prompts(dataset, tokenizer, self.prompts, self.input_tokens, seed)
-        order = list(range(self.prompts))
-        random.Random(seed).shuffle(order)
-        prompts = [drawn.prompts[index] for index in order]
+        prompts = list(drawn.prompts)
+        random.Random(seed).shuffle(prompts)
         requests = [Request(n, prompt, self.output_tokens) for n, prompt in enumerate(prompts)]
         return self._split(drawn, requests)
 
@@ -137,10 +131,8 @@ class Offline(WorkloadSettings):
         """Split the traced requests, which are numbered in the order of the split."""
         numbers = sorted(trace.numbers)
         if len(numbers) < self.prompts:
-            raise TraceError(
-                f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}; "
-                "lower workload.prompts"
-            )
+            cause = f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}"
+            raise TraceError(f"{cause}; lower workload.prompts")
         requests = [Request(number, (), self.output_tokens) for number in numbers[: self.prompts]]
         return self._split(origin(trace), requests)
 
@@ -158,13 +150,11 @@ class Offline(WorkloadSettings):
         """Let the first requests be the history; warm-ups are of them, so none is new."""
         share, cut = self.history_share, round(self.history_share * len(requests))
         if cut == len(requests):
-            raise UserError(
-                f"workload.history_share={share} of {len(requests)} prompts leaves none to measure"
-            )
+            cause = f"workload.history_share={share} of {len(requests)} prompts"
+            raise UserError(f"{cause} leaves none to measure")
         if self.warmup > cut:
-            raise UserError(
-                f"workload.warmup={self.warmup} of {cut} history prompts; set workload.warmup={cut}"
-            )
+            cause = f"workload.warmup={self.warmup} of {cut} history prompts"
+            raise UserError(f"{cause}; set workload.warmup={cut}")
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
         return Workload(prompts, history, history[: self.warmup], measured)
 
@@ -174,14 +164,11 @@ class Online(WorkloadSettings):
     """Requests that arrive at a rate, with given lengths; nothing prepares the system."""
 
     fixed: ClassVar[bool] = False
-    recording_batch: ClassVar[int] = 32
-    """Smaller: requests of one batch are padded to the longest, perhaps thousands of tokens."""
+    recording_batch: ClassVar[int] = 32  # smaller, as the longest pads the others
 
     requests: Count
-    rate: Annotated[Number, Field(ge=1e-6, le=1e6)]
-    """Mean requests per second."""
-    trace: Text | None
-    """An Azure trace file; None for generated lengths."""
+    rate: Annotated[Number, Field(ge=1e-6, le=1e6)]  # mean requests per second
+    trace: Text | None  # an Azure trace file; None for generated lengths
     arrival: Process
     max_batch_size: Count
     max_input_tokens: Count | None
@@ -227,30 +214,25 @@ class Online(WorkloadSettings):
         )
 
     def _requests(self, seed: int) -> tuple[Request, ...]:
-        plan = self.plan(seed)
-        columns = (plan[name] for name in ("output_tokens", "seconds", "input_tokens"))
-        return tuple(
-            Request(number, (), *row) for number, row in enumerate(zip(*columns, strict=True))
-        )
+        rows = self.plan(seed)[["output_tokens", "seconds", "input_tokens"]].itertuples(index=False)
+        return tuple(Request(number, (), *row) for number, row in enumerate(rows))
 
     def arrivals(
         self, load: Workload, served: Sequence[Served], positions: int | None, seed: int
     ) -> Any:
-        """Return what was asked for and served; rates are in requests per second.
-
-        Requests longer than the model's `positions` are served nevertheless: `positions_beyond`.
-        """
+        """Return what was asked for and served; rates are in requests per second."""
         requests = sorted((one.request for one in served), key=lambda request: request.number)
         arrivals = [one.arrival or 0.0 for one in requests]
         ends = [(one.request.arrival or 0.0) + one.e2el for one in served]
         drawn = [(one.arrival, one.prompt, one.output_tokens) for one in requests]
         lengths = [len(one.prompt) + one.output_tokens for one in requests]
-        span, name = max(arrivals) - min(arrivals), Path(self.trace or "").name
+        span = max(arrivals) - min(arrivals)
+        source = "generated: Poisson arrivals, log-normal lengths"
+        if self.trace:
+            source = f"{Path(self.trace).name}: sampled lengths, {self.arrival} arrivals"
         return {
             "requests": len(requests),
-            "source": f"{name}: sampled lengths, {self.arrival} arrivals"
-            if self.trace
-            else "generated: Poisson arrivals, log-normal lengths",
+            "source": source,
             "arrival": self.arrival,
             "sha256": hashlib.sha256(repr(drawn).encode()).hexdigest(),
             "passes": load.passes,
@@ -274,11 +256,10 @@ class Online(WorkloadSettings):
 
 def prompted(load: Workload, trace: Trace) -> Workload:
     """Return a workload with the prompts that a trace holds."""
-
-    def of(requests: Sequence[Request]) -> tuple[Request, ...]:
-        return tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
-
-    history, warmup, measured = map(of, (load.history, load.warmup, load.measured))
+    history, warmup, measured = (
+        tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
+        for requests in (load.history, load.warmup, load.measured)
+    )
     return replace(load, history=history, warmup=warmup, measured=measured)
 
 
@@ -288,9 +269,6 @@ def origin(trace: Trace) -> PromptSet:
     names = ("dataset", "dataset_source", "dataset_sha256")
     dataset, source, sha256 = (str(said.get(name, "unknown: a foreign trace")) for name in names)
     return PromptSet(dataset, source, (), sha256)
-
-
-# Arrivals and lengths -----------------------------------------------------------------------------
 
 
 def read_azure_trace(path: Path) -> pd.DataFrame:
@@ -321,9 +299,8 @@ def sampled(
     if the trace has too few rows, or no time passes between the sampled ones.
     """
     if count > len(trace):
-        raise UserError(
-            f"the trace has {len(trace)} requests, {count} are asked for; lower workload.requests"
-        )
+        cause = f"the trace has {len(trace)} requests, {count} are asked for"
+        raise UserError(f"{cause}; lower workload.requests")
     rows = trace.iloc[sorted(random.Random(seed).sample(range(len(trace)), count))]
     if process == "poisson":
         return rows.assign(seconds=poisson(count, rate, seed))
@@ -365,10 +342,8 @@ def _rows(path: Path) -> pd.DataFrame:
         raise UserError(f"the trace {path} is no CSV table: {cause}") from error
     missing = [column for column in (TIME, INPUT, OUTPUT) if column not in rows]
     if missing:
-        raise UserError(
-            f"the trace {path} lacks {', '.join(missing)}; its first line must name "
-            f"{TIME}, {INPUT} and {OUTPUT}"
-        )
+        remedy = f"its first line must name {TIME}, {INPUT} and {OUTPUT}"
+        raise UserError(f"the trace {path} lacks {', '.join(missing)}; {remedy}")
     rows.index += 2
     rows = rows.dropna(how="all")
     if rows.empty:

@@ -5,9 +5,10 @@ It has no expert cache, so accesses are absent, and no memory budget: what it ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_a
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, free_bytes
+from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, free_bytes, texts
 from experiments.run.metrics import KINDS
 from experiments.run.models import full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.schedule import Served, Server, Step
+from experiments.run.schedule import Served, Server
 from finemoe.offload.model import find_moe_layers, shape_of
 from finemoe.offload.policy import Policy
 from finemoe.offload.timeline import Timeline
@@ -33,13 +34,8 @@ LINKS = {
     "cuda": "DeepSpeed's own copies from page-locked memory",
 }
 NOT_APPLICABLE = (
-    *KINDS,
-    "bytes_prefetched",
-    "bytes_on_demand",
-    "bytes_wasted",
-    "peak_slot_bytes",
-    "slot_budget_bytes",
-    "phase_seconds",
+    *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
+    *("peak_slot_bytes", "slot_budget_bytes", "phase_seconds"),
 )
 """What a summary says of systems that have an expert cache."""
 
@@ -53,11 +49,12 @@ class ZeroBackend(LiveBackend):
     @contextmanager
     def measuring(self, measurement: Measurement) -> Iterator[None]:
         device = self.runtime.model.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(device)
         yield
-        if device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
 
 
 @dataclass
@@ -69,23 +66,21 @@ class ZeroSetup(Setup):
     tokenizer: Any
     options: ZeroOptions
     stack: ExitStack
-    log: LogitsLog | None = None
     started: list[ZeroBackend] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         modules = find_moe_layers(self.model)[1]
-        self.experts: tuple[nn.Parameter, ...] = tuple(
-            parameter for module in modules for parameter in module.parameters(recurse=False)
-        )
-        self.expert_bytes = sum(parameter.nbytes for parameter in self.experts)
-        self.dense_bytes = _bytes(self.model) - self.expert_bytes
+        fused = [list(module.parameters(recurse=False)) for module in modules]
+        self.experts: tuple[nn.Parameter, ...] = tuple(chain.from_iterable(fused))
+        # DeepSpeed empties the parameters.
+        self.expert_bytes = _bytes(self.experts)
+        self.dense_bytes = _bytes(self.model.parameters()) - self.expert_bytes
         cfg, self.device = self.cfg, self.testbed.devices[0]
-        self.stored = sum(p[0].nbytes for p in modules[0].parameters(recurse=False))
+        self.stored = sum(parameter[0].nbytes for parameter in fused[0])
         self.full = full_expert_bytes(cfg.model, str(cfg.weights), self.stored)
 
     def description(self) -> tuple[str, ...]:
-        cfg, prompts = self.cfg, self.workload.prompts
-        links = LINKS[self.device.type]
+        cfg, prompts, links = self.cfg, self.workload.prompts, LINKS[self.device.type]
         return (
             f"{cfg.model.name} ({cfg.weights} weights) on {self.device}",
             f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
@@ -97,7 +92,7 @@ class ZeroSetup(Setup):
         self.model.eval()
         self.model.set_experts_implementation(self.options.experts)
         device, measured = self.device, self.workload.measured
-        room = device.type == "cpu" or _bytes(self.model) < 0.9 * free_bytes(device)
+        room = device.type == "cpu" or _bytes(self.model.parameters()) < 0.9 * free_bytes(device)
         if not self.cfg.verify or not room:
             return None
         log = self.log = LogitsLog()
@@ -122,20 +117,12 @@ class ZeroSetup(Setup):
             self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
         yield self.started[0]
 
-    def watch(self, backend: Any) -> Callable[[Step], None] | None:
-        log = self.log
-        return None if log is None else lambda step: log.compare(step, backend.logits)
-
-    def lossless(self, console: Console) -> bool | None:
-        return None if self.log is None else self.log.same
-
     def facts(self, measurement: Measurement) -> dict[str, Any]:
         """Serve once more, watching what is gathered, which takes time: so after measuring."""
         (backend,), larger = self.started, self.full / self.stored
         size = self.cfg.workload.batch_size
         with backend.runtime.model.watching(self.experts) as gathered:
-            for _ in Server(backend).serve(self.settings.schedule(self.workload.measured[:size])):
-                pass
+            list(Server(backend).serve(self.settings.schedule(self.workload.measured[:size])))
         return {
             "routing": "the model's own gates",
             "memory_budget_gb": None,
@@ -147,7 +134,6 @@ class ZeroSetup(Setup):
             "summary": {
                 **dict.fromkeys(NOT_APPLICABLE),
                 "dense_bytes": self.dense_bytes,
-                "history_bytes": {},
                 "phases": {},
                 "peak_gathered_expert_bytes": round(gathered.experts * larger),
                 "peak_gathered_stored_bytes": gathered.total,
@@ -157,8 +143,7 @@ class ZeroSetup(Setup):
         }
 
     def sample(self, served: Served) -> tuple[str, str]:
-        decode = self.tokenizer.decode
-        return decode(list(served.request.prompt)), decode(list(served.tokens))
+        return texts(self.tokenizer, served)
 
 
 @contextmanager
@@ -178,12 +163,10 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
     except ValueError as error:
         raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
+    run = (cfg, testbed, settings, load, None, shape_of(model), ())
     with ExitStack() as stack:
-        shape = shape_of(model)
-        yield ZeroSetup(
-            cfg, testbed, settings, load, None, shape, (), model, tokenizer, options, stack
-        )
+        yield ZeroSetup(*run, model, tokenizer, options, stack)
 
 
-def _bytes(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
