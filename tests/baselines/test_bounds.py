@@ -257,11 +257,6 @@ def test_the_oracle_gives_a_demanded_expert_the_slot_that_is_needed_last() -> No
     assert residents == [0, 6]
 
 
-def test_a_fast_link_leaves_the_oracle_no_miss_but_none_it_cannot_hold() -> None:
-    engine = Engine(told(OraclePolicy(SHAPE), ROUTING), (2,), chunks=100)
-    assert all(outcome.hits == outcome.activated for outcome in engine.serve(ROUTING))
-
-
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
 
 

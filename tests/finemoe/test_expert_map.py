@@ -127,21 +127,6 @@ def test_what_a_search_has_found_is_taken_for_the_redundancy() -> None:
     assert store.add_all(rows, embeddings, array((0.5, 0.25)), array((3, 1))) == [0]
 
 
-def test_running_dots_add_layer_after_layer() -> None:
-    dots = disagreeing_store(1).running_dots(NEW[1][:, None])
-    assert dots.tolist() == [[[1, 1]], [[1, 2]], [[1, 3]], [[1, 4]]]
-
-
-def test_a_saved_store_comes_back_the_same(tmp_path: Path) -> None:
-    store = numbered_store(5, 4)
-    again = ExpertMapStore(SHAPE, 5, 1)
-    again.load(saved(store, tmp_path), MODEL)
-    assert again.size == 4
-    assert again.embeddings == pytest.approx(store.embeddings)
-    assert np.array_equal(again.maps, store.maps)
-    assert np.array_equal(again.prefix_norms, store.prefix_norms)
-
-
 def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:
     path = saved(disagreeing_store(1), tmp_path)
     store = numbered_store(5, 1)
@@ -160,25 +145,6 @@ def test_loading_into_a_small_store_replaces_by_redundancy(tmp_path: Path) -> No
         by_hand.add(store.expert_map(entry), store.embeddings[:, entry])
     assert small.size == 2
     assert np.array_equal(small.maps, by_hand.maps)
-
-
-def test_a_store_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = saved(disagreeing_store(1), tmp_path)
-    with pytest.raises(StoreMismatch, match="another/model"):
-        ExpertMapStore(SHAPE, 2, 1).load(path, "another/model")
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [ModelShape(3, 2, 1, 2), ModelShape(4, 3, 1, 2), ModelShape(4, 2, 1, 3)],
-    ids=["layers", "experts", "hidden size"],
-)
-def test_a_store_of_another_shape_is_refused(shape: ModelShape, tmp_path: Path) -> None:
-    path = saved(disagreeing_store(1), tmp_path)
-    store = ExpertMapStore(shape, 2, 1)
-    with pytest.raises(StoreMismatch):
-        store.load(path, MODEL)
-    assert store.size == 0
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pytest
 
 from finemoe.foreign_trace import COLUMNS, ForeignTrace
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TraceError, TraceReader, trace_writer
-from tests.finemoe.test_trace import assert_same
+from finemoe.trace import TraceError
 
 # Two layers, four experts, two a token. Request 4 has a prompt of two tokens and decodes twice;
 # request 9 has a prompt of one token, and is written first.
@@ -84,17 +83,6 @@ def test_a_given_shape_is_taken(path: Path) -> None:
     trace = ForeignTrace(path, ModelShape(2, 6, 2, 16))
     assert trace.header.shape == ModelShape(2, 6, 2, 16)
     assert trace.request(9).steps[0].counts.tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
-
-
-def test_it_can_be_kept_as_a_trace(path: Path, tmp_path: Path) -> None:
-    foreign = ForeignTrace(path)
-    with trace_writer(tmp_path / "own", foreign.header) as write:
-        for request in foreign.requests():
-            write(request)
-    own = TraceReader(tmp_path / "own")
-    assert own.header == foreign.header
-    for request, due in zip(own.requests(), foreign.requests(), strict=True):
-        assert_same(request, due)
 
 
 def test_prefill_steps_are_one_iteration(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from experiments.figures import (
     figure3a,
     figure3b,
     figure3c,
-    figure4,
     figure16a,
     figure18,
     table1,
@@ -110,14 +109,6 @@ def test_entropy_grows_by_hand(subject: analyses.Subject) -> None:
     assert table["requests"].tolist() == [2, 2]
     shorter = composed("figure3c", "experiment.iterations=1").experiment
     assert figure3c.growth(subject, shorter)["iterations"].tolist() == [1]
-
-
-def test_hit_rates_stop_at_the_last_layer(subject: analyses.Subject) -> None:
-    table = figure4.hit_rates(subject, composed("figure4").experiment)
-    # The history's request and its second token both say 2 in layer 1, where the measured say 0.
-    rows = table[["granularity", "distance", "hit_rate"]].to_numpy().tolist()
-    assert rows == [["coarse", 1, 0.0], ["fine", 1, 0.0]]
-    assert table["chance"].tolist() == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_scores_by_capacity_by_hand(subject: analyses.Subject) -> None:

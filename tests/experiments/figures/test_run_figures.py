@@ -54,14 +54,6 @@ def test_every_figure_is_drawn_from_records(tmp_path: Path, name: str) -> None:
     assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 1
 
 
-def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
-    frame = frame_of(tmp_path, *RUNS["14b"])
-    for place in ("x", "y"):
-        drawn("14b", frame, tmp_path / place)
-    for path in (tmp_path / "x").iterdir():
-        assert path.read_bytes() == (tmp_path / "y" / path.name).read_bytes()
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_without_records_a_figure_says_what_to_run(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"run python -m experiments.reproduce {name}$"):
@@ -143,15 +135,6 @@ def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
     assert parts["on_demand_wait"] == pytest.approx(6e3 / 33)
     assert parts["rest"] == pytest.approx(5e3 / 33)
     assert parts.isna().sum() == 3
-
-
-def test_a_line_breaks_where_a_record_is_missing() -> None:
-    frame = pd.DataFrame({"x": [4.0, 1.0], "tpot_s": [0.2, 0.1], "series": "FineMoE"})
-    frame = frame.assign(tpot_s_low=frame["tpot_s"], tpot_s_high=frame["tpot_s"])
-    with charts.panels([""], [""], 2, 2) as (_, [(axes, _, _)]):
-        charts.lines(axes, frame, "x", "tpot_s", {"FineMoE": {"marker": "o"}}, [1.0, 2.0, 4.0])
-        y = np.asarray(axes.lines[0].get_ydata(), dtype=float)
-    np.testing.assert_allclose(y, [100.0, np.nan, 200.0])
 
 
 OUTSIDE = """

@@ -98,18 +98,6 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Expansion ------------------------------------------------------------------------------------
 
 
-def test_hydras_own_syntax_is_expanded() -> None:
-    assert sweeps.parse(["a=1,2", "b=choice(x,y)", "c=range(1,4)", "d=25%", "e='p,q'"]) == {
-        "a": ["a=1", "a=2"],
-        "b": ["b=x", "b=y"],
-        "c": ["c=1", "c=2", "c=3"],
-        "d": ["d=25%"],
-        "e": ["e='p,q'"],
-    }
-    with pytest.raises(UserError, match="not key=value"):
-        sweeps.parse(["system"])
-
-
 PARAMS, CELLS = ["s=p,q", "m=6,12"], [["s=r", "x=1"], ["m=96"]]
 SWEPT = ["s=p m=6", "s=p m=12", "s=q m=6", "s=q m=12"]
 

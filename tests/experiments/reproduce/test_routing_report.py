@@ -16,8 +16,6 @@ from experiments.errors import UserError
 from experiments.reproduce.routing_report import (
     PREDICTORS,
     report,
-    shortcomings,
-    subject_configs,
 )
 from experiments.run.small_models import random_model
 from experiments.run.weights import SCALE_MODELS
@@ -82,14 +80,6 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
         assert left == {"load_balance", "entropy", "overlap", "hit_rates"}
 
 
-def test_every_model_meets_every_dataset() -> None:
-    both = composed("models=[qwen,phi]", "datasets=[docs,code]")
-    found = [(one.model.name, one.dataset.name) for one in subject_configs(both)]
-    assert found == [("qwen", "docs"), ("qwen", "code"), ("phi", "docs"), ("phi", "code")]
-    lengths = composed("workload.input_tokens=${dataset.lengths.input}")
-    assert next(subject_configs(lengths)).workload.input_tokens == 37
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -105,19 +95,3 @@ def test_bad_input_is_named(override: str, message: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=message):
         report(composed(override, f"output={tmp_path / 'out'}", f"traces={tmp_path}"))
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_scale_weights_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("experiments.reproduce.routing_report.SCALE_MODELS", tmp_path)
-    with pytest.raises(UserError, match="none of mixtral has scale weights"):
-        report(composed(f"output={tmp_path / 'out'}"))
-    assert "skipped mixtral on docs" in capsys.readouterr().out
-
-
-def test_shortcomings_are_said() -> None:
-    lowest = pd.Series({"good": 0.6, "poor": 0.45})
-    said = shortcomings(pd.Series([0.3, 0.1]), lowest, chance=0.5, distance=1)
-    assert said[0].endswith("tokens: 1")
-    assert said[1].endswith("interval): poor")

@@ -13,7 +13,6 @@ from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.protocol import run
-from finemoe.trace import TraceReader
 from tests.command import config, run_command
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -109,21 +108,6 @@ def test_arrivals_at_another_rate_replay_the_same_trace(
     assert record["summary"]["busy_seconds"] < 4 / record["online"]["served_rate"] / 2
     assert record["online"]["sha256"] != replayed[0]["online"]["sha256"]
     assert record["dataset_sha256"] == replayed[0]["dataset_sha256"]
-
-
-def test_the_kept_trace_holds_all_steps_of_every_request(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
-    (path,) = (folder / "traces").iterdir()
-    with TraceReader(path) as trace:
-        traced = [trace.request(number) for number in range(4)]
-    found = [(one.steps[0].tokens, len(one.steps)) for one in traced]
-    assert found == LENGTHS
-    for one in traced:
-        assert len(one.prompt) == one.steps[0].tokens
-        for step in one.steps:
-            assert (step.counts.sum(axis=1) == 2 * step.tokens).all()
-            assert step.hidden_states is not None
 
 
 def test_live_serving_is_lossless_and_of_the_same_workload(

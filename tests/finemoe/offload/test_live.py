@@ -366,17 +366,6 @@ def started(capacity: int, errors: list[BaseException]) -> Worker:
     return worker
 
 
-def test_tasks_run_in_the_order_they_were_published() -> None:
-    errors: list[BaseException] = []
-    done: list[int] = []
-    worker = started(3, errors)
-    for number in range(50):
-        worker.publish(partial(done.append, number))
-    worker.drain()
-    assert (done, errors) == (list(range(50)), [])
-    worker.close()
-
-
 @pytest.mark.parametrize("call", ["publish", "drain"])
 def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str) -> None:
     begun, release = threading.Event(), threading.Event()
@@ -402,27 +391,3 @@ def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str
     assert not waiting.is_alive()
     worker.close()
     assert (done, errors) == ([0, 1, 2, 3][: 4 if call == "publish" else 3], [])
-
-
-@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_after_its_first_error_the_searcher_drops_tasks_and_blocks_nobody(
-    error: type[BaseException],
-) -> None:
-    errors: list[BaseException] = []
-    done: list[int] = []
-
-    def fail() -> None:
-        raise error
-
-    def publish_many() -> None:
-        for task in (partial(done.append, 0), fail, *(partial(done.append, 1),) * 100, fail):
-            worker.publish(task)
-        worker.drain()
-        worker.close()
-
-    worker = started(1, errors)
-    publisher = in_thread(publish_many)
-    publisher.join(10)
-    assert not publisher.is_alive()
-    assert done == [0]
-    assert [type(one) for one in errors] == [error]
