@@ -50,17 +50,6 @@ def test_logits_are_those_of_the_unoffloaded_model(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
 
 
-def test_the_grouped_kernel_is_the_one_that_the_options_name() -> None:
-    model = small_model("mixtral")
-    model.set_experts_implementation("grouped_mm")
-    expected = logits_of(model)
-    model.set_experts_implementation("eager")
-    with ZeroModel(model, CPU, ZeroOptions(experts="grouped_mm")) as zero:
-        assert model.config._experts_implementation == "grouped_mm"
-        served = logits_of(zero)
-    assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
-
-
 @pytest.mark.parametrize(
     ("options", "layers"), [(NOTHING_AHEAD, 1), (EVERYTHING, 3)], ids=["no_prefetch", "prefetch"]
 )

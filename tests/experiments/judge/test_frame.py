@@ -145,7 +145,6 @@ def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
         ("finemoe", ["prefetch_distance=3"], "finemoe"),
         ("finemoe", ["search=trajectory", "selection=top_k"], "finemoe search=trajectory "
          "selection=top_k"),
-        ("promoe", ["prefetch_distance=5"], "promoe prefetch_distance=5"),
         ("on_demand", [], "on_demand"),
     ],
 )  # fmt: skip
@@ -175,15 +174,9 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         (["config"], None, "'config': Input should be a valid dict"),
         (["config", "seed"], "${oc.env:HOME}", "'config': Value error, an interpolation"),
         (["config", "model", "name"], "../../else", "'config.model.name': Value error, a path"),
-        (["config", "model", "name"], "/else", "'config.model.name': Value error, a path"),
         (["model"], "\x1b[2J", "'model': String should match"),
         (["mode"], "guessed", "'mode': Input should be"),
-        (["seed"], 0.5, "'seed': Input should be a valid int"),
         (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
-        (["summary", "tpot_s", "ci95"], [1.0], "'summary.tpot_s.ci95': List should have at least"),
-        (["summary", "hits"], -1, "'summary.hits': Input should be greater"),
-        (["summary", "bound"], [], "'summary.bound'"),
-        (["versions"], {"torch": 2}, "'versions.torch'"),
     ],
 )
 def test_records_that_no_run_leaves_are_refused(
@@ -203,8 +196,6 @@ def test_records_that_no_run_leaves_are_refused(
     [
         (lambda table: table.drop(columns="batch"), "no numbers as batch"),
         (lambda table: table.assign(tpot_s=math.inf), "no numbers as tpot_s"),
-        (lambda table: table.assign(e2el_s=-1.0), "no numbers as e2el_s"),
-        (lambda table: table.assign(ttft_s=[None, 1.0, 2.0]), "no numbers as ttft_s"),
         (lambda table: table.assign(hits="many"), "no numbers as hits"),
         (lambda table: table.head(0), "no requests"),
         (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),

@@ -301,24 +301,6 @@ def test_weights_trained_again_in_place_are_noticed(
     assert len(list(kept.glob("*.parquet"))) == 2
 
 
-def test_a_record_of_other_weights_is_not_drawn(
-    conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = tmp_path / "traces"
-    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
-    assert reproduce(words, conf) == 0
-    (path,) = tmp_path.glob("runs/*/run.json")
-    stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
-    path.write_text(json.dumps(stale))
-    # So that the run is due, and fails.
-    for trace in kept.glob("*.parquet"):
-        trace.write_bytes(trace.read_bytes()[:-99])
-    capsys.readouterr()
-    assert reproduce([*words, "redraw=true"], conf) != 0
-    assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
-    assert json.loads(path.read_text()) == stale
-
-
 def test_an_analysis_gets_its_traces_and_draws(conf: Path, traces: Path, tmp_path: Path) -> None:
     words = ["table9", *TINY, f"results={tmp_path}", f"traces={traces}", "model=mixtral"]
     assert reproduce([*words, "n_jobs=1"], conf) == 0

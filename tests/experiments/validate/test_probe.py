@@ -16,7 +16,6 @@ from experiments.validate.probe import (
     collection_seconds,
     compute_samples,
     wake_and_resume,
-    without_outliers,
 )
 from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.offload.routed import RoutedStep
@@ -133,8 +132,3 @@ def test_a_probe_knows_its_own_thread_and_adds_up() -> None:
         ("search", False),
     ]
     assert len((probe + probe).spans) == 4
-
-
-def test_outliers_are_left_out_and_never_everything() -> None:
-    assert without_outliers([1.0, 2.0, 6.0, 6.1, 1.5]) == [1.0, 2.0, 6.0, 1.5]
-    assert without_outliers([-2.0, -1.0, 5.0]) == [-2.0, -1.0]

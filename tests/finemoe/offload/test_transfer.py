@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from finemoe.offload.cache import ExpertCache
+from finemoe.offload.cache import NOBODY, ExpertCache
 from finemoe.offload.policy import ExpertId, ModelShape
 from finemoe.offload.transfer import Chunk, PrefetchQueue, Traffic, TransferQueue
 from tests.finemoe.offload.states import State, state
@@ -307,6 +307,8 @@ class TransferMachine(RuleBasedStateMachine):
     def agrees_with_the_model(self) -> None:
         self.cache.check_integrity()
         assert self.cache.occupied <= sum(self.model.slots)
+        for device, first in enumerate(self.prefetches.first):
+            assert first == next((one.expert for one in self.model.wanted(device)), NOBODY)
         for expert in EXPERTS:
             load = self.model.loads.get(expert)
             if load is None or not load.slotted:
