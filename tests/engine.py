@@ -45,11 +45,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "horizon": [None, 1],
         "online_growth": [True, False],
     },
-    "promoe": {
-        "prefetch_distance": [1, 2, 3],
-        "prefill": ["predicted", "code"],
-        "extra": [0, 1],
-    },
+    "promoe": {"prefetch_distance": [1, 2, 3], "prefill": ["predicted", "code"], "extra": [0, 1]},
     "mixtral_offload": {"prefetching": ["awaited", "asynchronous"], "experts": [None, 1]},
     "in_searcher": {
         "predictor": ["speculation", "hit_count"],

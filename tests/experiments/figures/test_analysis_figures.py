@@ -15,15 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.errors import UserError
-from experiments.figures import (
-    analyses,
-    figure3a,
-    figure3b,
-    figure3c,
-    figure16a,
-    figure18,
-    table1,
-)
+from experiments.figures import analyses, figure3a, figure3b, figure3c, figure16a, figure18, table1
 from finemoe.trace import CONTENTS, TraceHeader, trace_writer
 from tests.command import config
 from tests.experiments.figures.test_routing import EXPERTS, LN2, REQUESTS, SHAPE, THREE_TO_ONE

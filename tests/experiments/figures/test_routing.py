@@ -219,11 +219,7 @@ def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:
     ],
 )
 def test_pairs_of_prompts_by_hand(
-    point: str,
-    top_k: int,
-    semantic: list[float],
-    hits: list[float],
-    pearson: tuple[float, float],
+    point: str, top_k: int, semantic: list[float], hits: list[float], pearson: tuple[float, float]
 ) -> None:
     requests = [
         request(0, [[0, 0], [2, 2]], [[0], [0]], [[1], [1]]),

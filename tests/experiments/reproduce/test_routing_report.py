@@ -13,10 +13,7 @@ from omegaconf import DictConfig
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.reproduce.routing_report import (
-    PREDICTORS,
-    report,
-)
+from experiments.reproduce.routing_report import PREDICTORS, report
 from experiments.run.small_models import random_model
 from experiments.run.weights import SCALE_MODELS
 from tests.command import config, run_module
