@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from baselines.belady import BeladyPolicy
+from baselines.lfu import LfuPolicy
 from baselines.on_demand import OnDemandPolicy
 from baselines.oracle import OraclePolicy
 from finemoe.offload.bounds import minimal_loads
-from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
@@ -33,13 +32,6 @@ from tests.finemoe.offload.states import asked, asking
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
-
-
-class Lfu(UsageTable, Policy):
-    """Evicts the expert with the fewest visits."""
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self.lfu_keys()
 
 
 class Guessing(OnDemandPolicy):
@@ -191,15 +183,6 @@ def test_the_keys_are_the_steps_of_the_next_uses() -> None:
     assert keys.tolist() == [[2, 4, never, never], [never, never, 5, 3]]
 
 
-def test_belady_evicts_the_farthest_next_use() -> None:
-    engine = Engine(told(BeladyPolicy(SHAPE), ROUTING), (2,))
-    outcomes = engine.serve(ROUTING)
-    # (1, 2) takes the slot of (0, 1), then (1, 3) that of (0, 0), which is never used again; after
-    # that (0, 1) takes the slot of (1, 3) and (1, 2) is still there.
-    assert [o.hits for o in outcomes] == [(), (), (0,), (), (), (2,)]
-    assert engine.loads == 5
-
-
 def test_a_repeat_goes_on_where_the_numbers_do() -> None:
     policy = told(BeladyPolicy(SHAPE), [*ROUTING, *ROUTING])
     engine = Engine(policy, (2,))
@@ -267,7 +250,7 @@ def test_no_system_without_prefetches_has_more_hits_than_belady(
 ) -> None:
     belady = Engine(told(BeladyPolicy(SHAPE), routing), slots, turns=turns)
     belady.serve(routing)
-    for policy in (OnDemandPolicy(SHAPE), Lfu(SHAPE)):
+    for policy in (OnDemandPolicy(SHAPE), LfuPolicy(SHAPE)):
         other = Engine(policy, slots, turns=turns)
         other.serve(routing)
         assert belady.hits >= other.hits
@@ -291,7 +274,7 @@ def test_no_policy_loads_less_than_the_bound(
     least = sum(minimal_loads(routing, SHAPE, slots))
     for policy in (
         OnDemandPolicy(SHAPE),
-        Lfu(SHAPE),
+        LfuPolicy(SHAPE),
         Guessing(SHAPE, rng),
         told(BeladyPolicy(SHAPE), routing),
         told(OraclePolicy(SHAPE), routing),
@@ -311,7 +294,7 @@ def test_no_policy_has_more_hits_than_the_oracle(slots: tuple[int, ...], chunks:
     oracle.serve(routing)
     for policy in (
         OnDemandPolicy(shape),
-        Lfu(shape),
+        LfuPolicy(shape),
         Guessing(shape, rng),
         told(BeladyPolicy(shape), routing),
     ):

@@ -151,21 +151,6 @@ def test_the_documented_way_of_reading(tmp_path: Path, monkeypatch: pytest.Monke
 # Half-written and wrongly written -----------------------------------------------------------------
 
 
-def test_an_exception_leaves_the_trace_that_was_there(tmp_path: Path) -> None:
-    requests = a_trace(tmp_path / "t")
-
-    def break_off() -> None:
-        with trace_writer(tmp_path / "t", HEADER) as write:
-            write(GOOD)
-            assert list(tmp_path.glob(".t.*.partial"))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        break_off()
-    assert_same(TraceReader(tmp_path / "t").request(1), requests[1])
-    assert list(tmp_path.iterdir()) == [tmp_path / "t"]
-
-
 HEADER = TraceHeader(SHAPE, "float16", ("logits",))
 GOOD = a_request(3, [2, 1], HEADER)
 

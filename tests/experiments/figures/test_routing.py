@@ -17,8 +17,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
 from experiments.figures import routing
@@ -246,24 +244,3 @@ def test_a_request_is_the_mean_of_its_iterations() -> None:
     found = routing.compared_prompts(routing.iterations(requests), "request", 2)
     assert found["semantic"][0] == pytest.approx([0.8])
     assert found["trajectory"][1].tolist() == [1]
-
-
-CHOICES = st.lists(
-    st.tuples(*[st.integers(0, EXPERTS - 1)] * 2), min_size=2, max_size=5
-)  # one (layer 0, layer 1) a decoded token
-
-
-@given(st.lists(CHOICES, min_size=2, max_size=4))
-def test_hit_rates_are_shares_and_ordered(drawn: list[list[tuple[int, int]]]) -> None:
-    requests = [
-        request(n, *[[[first], [second]] for first, second in tokens])
-        for n, tokens in enumerate(drawn)
-    ]
-    routed = routing.iterations(requests)
-    history, measured = routed.at(routed.request == 0), routed.at(routed.request > 0)
-    named = routing.predictors(history, measured, searched(history, measured), GATES, 1)
-    rates = routing.hit_rates_by_distance(named, measured, range(1, 3))
-    assert set(rates["distance"]) == {1}
-    assert rates["hit_rate"].between(0, 1).all()
-    assert (rates["low"] <= rates["hit_rate"] + 1e-9).all()
-    assert (rates["high"] >= rates["hit_rate"] - 1e-9).all()

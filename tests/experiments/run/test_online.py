@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 
 from experiments.errors import UserError
-from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.protocol import run
 from tests.command import config, run_command
@@ -63,24 +62,6 @@ def test_every_request_is_served_once_with_the_tokens_asked_for(
     columns = table["input_tokens"], table["output_tokens"]
     assert list(zip(*columns, strict=True)) == LENGTHS
     assert [len(tokens) for tokens in table["tokens"]] == [tokens for _, tokens in LENGTHS]
-
-
-def test_nothing_happens_before_its_time(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
-    cfg = config("config", *arguments(folder, *SIMULATED))
-    plan = build(cfg.workload).plan(cfg.seed)
-    table = replayed[1].sort_values("batch")
-    assert table["arrival_s"].tolist() == plan["seconds"].tolist()
-    assert (table["queueing_s"] >= 0).all()
-    assert (table["ttft_s"] > table["queueing_s"]).all()
-    starts = table["arrival_s"] + table["queueing_s"]
-    ends = table["arrival_s"] + table["e2el_s"]
-    assert starts.is_monotonic_increasing
-    # At most two at once: the third starts when the first of the others has left.
-    assert starts.iloc[2] >= ends.iloc[:2].min()
-    gaps = table["itl_s"].map(sum) + table["ttft_s"]
-    assert gaps.tolist() == pytest.approx(table["e2el_s"].tolist())
 
 
 def test_the_record_says_what_was_served(

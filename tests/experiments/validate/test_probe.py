@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
@@ -119,16 +117,3 @@ def test_calls_of_a_policy_are_told_apart() -> None:
     assert call_seconds(probe, layers=2) == {"embeddings": 6.0, "gate": 2.5, "update": 2.0}
     assert collection_seconds(probe) == 0.5
     assert call_seconds(Probe(), layers=2) == {}
-
-
-def test_a_probe_knows_its_own_thread_and_adds_up() -> None:
-    probe = Probe()
-    probe.span("device 0", "expert 0.1", 3.0, 4.0)
-    other = threading.Thread(target=probe.span, args=("search", "search", 1.0, 2.0))
-    other.start()
-    other.join()
-    assert [(span.track, span.own) for span in probe.spans] == [
-        ("device 0", True),
-        ("search", False),
-    ]
-    assert len((probe + probe).spans) == 4

@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.testbeds import cores_apart
 from finemoe.assemble import offloading_runtime
-from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import LiveRuntime, Worker
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
@@ -256,45 +254,6 @@ def ended(serve: Callable[[], None]) -> Exception | None:
     thread.join(30)
     assert not thread.is_alive()
     return errors[0] if errors else None
-
-
-@pytest.mark.parametrize("prediction", ["background", "critical_path"])
-@pytest.mark.parametrize("awaited", [False, True])
-def test_an_answer_that_comes_too_late_leaves_no_link_asleep(
-    model: OffloadedModel, prediction: str, awaited: bool
-) -> None:
-    policy = Spy(model.shape, Placement(prediction, awaited=awaited))  # type: ignore[arg-type]
-    # After the last gate no layer is in time any more.
-    policy.act = lambda gate: np.ones((model.shape.layers, model.shape.experts))
-
-    def serve() -> None:
-        with runtime(model, policy, slots=1, devices=2) as live:
-            for number in range(5):
-                live.forward(Iteration(number, "prefill", (0,), (5,)), input_ids=PROMPT)
-            live.drain()
-
-    assert ended(serve) is None
-
-
-def test_links_with_nothing_to_copy_do_not_wake_one_another(
-    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    idled: list[EmulatedLink] = []
-    woken: list[None] = []
-    monkeypatch.setattr(EmulatedLink, "idle", lambda link: idled.append(link))
-    policy = DeepSpeedPolicy(model.shape)
-    live = runtime(model, policy, slots=2, devices=3)
-    wake = live.residency.wake
-
-    def count() -> None:
-        woken.append(None)
-        wake()
-
-    live.residency.wake = count
-    with live:
-        serve_and_drain(live)
-    # A link falls asleep once at first, and at most once for each time it is woken.
-    assert len(idled) <= 3 * (len(woken) + 1)
 
 
 def test_an_expert_that_no_link_can_bring_is_an_error_at_once(model: OffloadedModel) -> None:

@@ -236,13 +236,6 @@ def test_a_waiting_model_resumes_late_and_its_link_goes_on_meanwhile() -> None:
     assert replay.forward(routed(1, (0,), (0,))) == pytest.approx(46.5 + 22)
 
 
-def test_a_model_that_awaited_prefetches_resumes_late() -> None:
-    requests = {(1, j): 1.0 for j in range(4)}
-    policy = Scripted(requests, prediction="critical_path", awaited=True)
-    replay, _ = runtime(policy, thread=ThreadCosts(resume=0.25))
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50.25 + 10 + 1)
-
-
 def test_parts_take_longer_after_a_wait_and_beside_a_copy() -> None:
     thread = ThreadCosts(dense=Extra(2.0, 0.5), expert=Extra(0.25, 0.125))
     replay, _ = runtime(Scripted({}, prediction="none"), thread=thread)
@@ -250,14 +243,6 @@ def test_parts_take_longer_after_a_wait_and_beside_a_copy() -> None:
     assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(27.25 + 12 + 8 + 1.25)
     # Only what comes first after a wait is slowed down by it: here the dense part.
     assert replay.forward(routed(1, (0,), (0,))) == pytest.approx(48.5 + 12 + 1 + 10 + 1)
-
-
-def test_a_prefetch_beside_it_slows_the_dense_part() -> None:
-    requests = {(1, 1): 1.0}
-    thread = ThreadCosts(dense=Extra(while_copying=0.5))
-    replay, _ = runtime(Scripted(requests, prediction="background"), thread=thread)
-    # The prefetch runs from 18 to 26, layer 1's dense part from 19 to 29.5.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10.5 + 1)
 
 
 def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:

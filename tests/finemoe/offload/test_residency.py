@@ -336,16 +336,7 @@ def test_no_link_sleeps_while_it_has_something_to_do(
         assert all(engine.queues[device].settled() for device in asleep)
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        np.ones(12),
-        np.ones((3, 4), np.float32),
-        np.full((3, 4), np.nan),
-        np.full((3, 4), np.inf),
-        np.ones((3, 4)).tolist(),
-    ],
-)
+@pytest.mark.parametrize("answer", [np.full((3, 4), np.nan), np.full((3, 4), np.inf)])
 def test_an_answer_that_is_none_names_system_hook_and_layer(answer: Any) -> None:
     engine = residency(4)
     with pytest.raises(PolicyError, match=r"^LowestFirst.on_gate, layer 1: answered "):
@@ -353,15 +344,12 @@ def test_an_answer_that_is_none_names_system_hook_and_layer(answer: Any) -> None
 
 
 class Answering(LowestFirst):
-    """Answers, or raises, what the test says."""
+    """Answers what the test says."""
 
-    def __init__(self, keys: Any) -> None:
-        super().__init__()
+    def __init__(self, keys: NDArray[np.float64]) -> None:
         self.keys = keys
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        if isinstance(self.keys, Exception):
-            raise self.keys
         return self.keys
 
 
@@ -380,9 +368,3 @@ def test_a_key_that_is_nan_is_refused_where_it_decides() -> None:
     keys[0, 0] = np.nan
     with pytest.raises(PolicyError, match=r"eviction_keys, layer 1: answered keys that hold NaN"):
         evict(Answering(keys))
-
-
-def test_what_a_hook_raises_is_told_with_its_line() -> None:
-    says = r"^Answering.eviction_keys, layer 1: raised KeyError: 'x' \(test_residency.py:\d+\)$"
-    with pytest.raises(PolicyError, match=says):
-        evict(Answering(KeyError("x")))
