@@ -13,8 +13,7 @@ from PIL import Image
 from experiments.errors import UserError
 from experiments.figures import charts
 from experiments.judge.frame import run_frame
-from experiments.reproduce import driver
-from tests.command import ROOT, config
+from tests.command import config
 from tests.experiments.judge.test_frame import leave_run
 
 # Overrides of a few runs that each figure can be drawn from, without every cell of its sweep.
@@ -135,47 +134,3 @@ def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
     assert parts["on_demand_wait"] == pytest.approx(6e3 / 33)
     assert parts["rest"] == pytest.approx(5e3 / 33)
     assert parts.isna().sum() == 3
-
-
-OUTSIDE = """
-from experiments.figures import charts
-
-def draw(frame, place, mixed_modes):
-    frame = charts.checked(frame, "99", mixed_modes)
-    with charts.metric_panels(frame, ["hit_rate"], 2.0) as (figure, panels):
-        for axes, metric, model in panels:
-            charts.bars(axes, frame, metric, "dataset", {"docs": "docs"}, charts.looks(frame))
-        data = charts.drawn_data(frame, ["hit_rate"])
-        charts.save(figure, place, ("99", "A figure"), frame, data, ["A note."])
-"""
-OUTSIDE_YAML = """# @package _global_
-defaults:
-  - override /testbed: rtx3090x6
-experiment: {id: "99", title: A figure, draws: figure_outside.draw}
-hydra: {sweeper: {params: {system: "on_demand", memory_budget: "12"}}}
-"""
-
-
-def test_a_figure_is_added_by_one_file_and_one_yaml(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "figure_outside.py").write_text(OUTSIDE)
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    for path in (ROOT / "conf").iterdir():
-        if path.name != "experiment":
-            (tmp_path / "conf" / path.name).symlink_to(path)
-    (tmp_path / "conf" / "experiment" / "outside.yaml").write_text(OUTSIDE_YAML)
-    small = [
-        "workload.prompts=4",
-        "workload.output_tokens=6",
-        "workload.input_tokens=12",
-        "n_jobs=1",
-    ]
-    words = ["99", *small, f"results={tmp_path}", f"traces={tmp_path}"]
-    with pytest.raises(SystemExit) as ended:
-        driver.main(words, tmp_path / "conf")
-    assert not ended.value.code
-    (row,) = charts.rows_of(pd.read_csv(tmp_path / "figures" / "99.csv"))
-    assert (row["system"], row["mode"]) == ("on_demand", "simulated")
-    assert (tmp_path / "figures" / "99.txt").read_text().startswith("Figure 99: A figure. Mode: ")

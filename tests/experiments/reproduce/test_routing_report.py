@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
 from experiments.reproduce.routing_report import PREDICTORS, report
-from experiments.run.small_models import random_model
-from experiments.run.weights import SCALE_MODELS
 from tests.command import config, run_module
+from tests.engine import saved_mixtral
 
 TINY = (
     "models=[mixtral]",
@@ -30,22 +27,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral of 3 layers and 4 experts, top-2, in a folder."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-    random_model(config, torch.float32, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
 
 
 def composed(*overrides: str) -> DictConfig:

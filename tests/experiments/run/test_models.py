@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoTokenizer
 from experiments.errors import UserError
 from experiments.run.datasets import template
 from experiments.run.models import check_weights, load_model
-from experiments.run.small_models import random_model
 from experiments.run.weights import SCALE_MODELS
 from tests.command import SMALL, composed, run_command
+from tests.engine import saved_mixtral
 
 FACTS = {"layers": 2, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
 CPU = torch.device("cpu")
@@ -30,21 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral of 2 layers and 4 experts, top-2, in three shards, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    random_model(config, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved_mixtral(tmp_path_factory.mktemp("whole") / "model", 2)
 
 
 @pytest.fixture

@@ -152,6 +152,23 @@ def test_requests_for_layers_that_already_ran_are_dropped() -> None:
     assert requested(engine) == [ExpertId(2, 2)]
 
 
+def test_requests_of_an_earlier_iteration_are_dropped() -> None:
+    engine = residency(4)
+    engine.begin_iteration(iteration(0))
+    engine.begin_iteration(iteration(1))
+    assert not ask(engine, 0, (2, 0))
+    assert requested(engine) == []
+
+
+def test_the_policy_is_told_of_every_load() -> None:
+    engine, loads = residency(4), list[ExpertId]()
+    engine.policy.on_load = loads.append  # type: ignore[method-assign]
+    engine.begin_iteration(iteration(0))
+    ask(engine, 0, (1, 1))
+    engine.gate(iteration(0), 0, (2,))
+    assert copy_all(engine) == loads == [(0, 2), (1, 1)]
+
+
 def test_requests_for_the_next_iteration_are_kept_until_it_runs() -> None:
     engine = residency(4)
     engine.begin_iteration(iteration(0))
@@ -241,6 +258,18 @@ def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: boo
     engine.gate(iteration(0), 1, (3,))
     assert copy_all(engine) == [(1, 3)]
     assert state(engine.cache, at(2, 2)) is State.RESIDENT
+
+
+def test_protection_lasts_from_the_request_to_the_gate() -> None:
+    engine = residency(4, protect=True)
+    engine.begin_iteration(iteration(0))
+    ask(engine, 0, (1, 0))
+    ask(engine, 0, (2, 0))
+    assert engine.cache.protected.nonzero()[0].tolist() == [at(1, 0), at(2, 0)]
+    for layer in range(2):
+        engine.gate(iteration(0), layer, ())
+    ask(engine, 0, (0, 1), (2, 1))
+    assert engine.cache.protected.nonzero()[0].tolist() == [at(2, 0), at(2, 1)]
 
 
 def test_a_gate_wakes_links_that_found_everybody_protected() -> None:

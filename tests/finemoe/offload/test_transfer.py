@@ -57,6 +57,7 @@ class Model:
         self.loads: dict[int, Load] = {}
         self.unused_bytes: dict[int, int] = {}  # of every resident
         self.pinned: set[int] = set()
+        self.protected: set[int] = set()
         self.traffic = Traffic()
         self.orders = itertools.count()
 
@@ -77,14 +78,12 @@ class Model:
         return sorted(loads, key=lambda load: load.rank)
 
     def evictable(self, device: int, urgent: bool) -> list[int]:
-        return [
-            expert
-            for expert in EXPERTS
-            if expert in self.unused_bytes
-            and self.device(expert) == device
-            and expert not in self.pinned
-            and (urgent or self.keys[expert] > -np.inf)
-        ]
+        residents = [e for e in EXPERTS if e in self.unused_bytes and self.device(e) == device]
+        movable = [e for e in residents if e not in self.pinned]
+        unprotected = [e for e in movable if e not in self.protected]
+        if urgent:
+            return unprotected or movable
+        return [e for e in unprotected if self.keys[e] > -np.inf]
 
     def free_slots(self, device: int) -> int:
         held = [expert for expert in self.unused_bytes if self.device(expert) == device]
@@ -201,6 +200,11 @@ class TransferMachine(RuleBasedStateMachine):
     @rule(expert=experts, key=st.sampled_from([-np.inf, 0.0, 1.0, 2.0]))
     def rank(self, expert: int, key: float) -> None:
         self.model.keys[expert] = key
+
+    @rule(marked=st.sets(experts, max_size=2))
+    def protect(self, marked: set[int]) -> None:
+        self.model.protected = marked
+        self.cache.protected[:] = [expert in marked for expert in EXPERTS]
 
     @rule(expert=experts, priority=priorities)
     def prefetch(self, expert: int, priority: float) -> None:
