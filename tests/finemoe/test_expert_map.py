@@ -92,12 +92,6 @@ def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
     assert store.expert_map(0) == pytest.approx(SAME_MEANING[1])
 
 
-def test_entries_are_filled_in_order_before_any_is_replaced() -> None:
-    store = ExpertMapStore(SHAPE, 3, 1)
-    embedding, expert_map = NEW
-    assert [store.add(expert_map, embedding) for _ in range(3)] == [0, 1, 2]
-
-
 @pytest.mark.parametrize("stored", [0, 1, 3, 5])
 def test_a_batch_enters_as_one_iteration_after_the_other(stored: int) -> None:
     together, one_by_one = numbered_store(5, stored), numbered_store(5, stored)
@@ -107,14 +101,6 @@ def test_a_batch_enters_as_one_iteration_after_the_other(stored: int) -> None:
     singly = [one_by_one.add(rows[:, one], embeddings[one]) for one in range(7)]
     assert together.add_all(rows, embeddings) == singly
     assert_same(together, one_by_one)
-
-
-def test_an_iteration_equal_to_one_of_its_batch_replaces_it() -> None:
-    store = disagreeing_store(1)
-    embedding, expert_map = array(0, 1), array((0, 1), (0, 1), (1, 0), (1, 0))
-    entries = store.add_all(np.stack([expert_map] * 3, axis=1), np.stack([embedding] * 3))
-    # Against entry 0: 3/4 * 1/4; against entry 1: 1/4 * 4/5 + 3/4 * 1/2. Then itself: 1.
-    assert entries == [1, 1, 1]
 
 
 def test_what_a_search_has_found_is_taken_for_the_redundancy() -> None:

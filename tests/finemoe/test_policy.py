@@ -292,15 +292,6 @@ def test_aggregation_says_who_searches(
     assert asked(policy.on_gate(prompt, Gate(0, ROWS[:2], (0, 1), None))) == pytest.approx(second)
 
 
-def test_the_demo_takes_back_what_it_asked_for_before() -> None:
-    for aggregation in ("mean", "token", "demo"):
-        options = replace(OPTIONS, aggregation=aggregation)
-        placement = policy_with(options).placement
-        assert placement.replaces == (aggregation == "demo")
-        # A prompt's mean is one query, however long it is.
-        assert placement.by_token == (aggregation != "mean")
-
-
 def test_the_demo_evicts_by_whole_numbers_that_start_anew() -> None:
     policy = policy_with(replace(OPTIONS, eviction="demo"), (array(1, 0), rolled(0)))
     policy.on_embeddings(DECODE, array((1, 0)))

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.errors import UserError
@@ -91,25 +89,7 @@ def test_two_records_of_one_cell_are_refused(tmp_path: Path) -> None:
         drawn("10", frame_of(tmp_path, (), ("seed=1",)), tmp_path)
 
 
-def test_the_oracle_of_figure_10_is_a_line_and_no_system(
-    tmp_path: Path, saved: list[Figure]
-) -> None:
-    leave_run(tmp_path / "a")
-    leave_run(tmp_path / "b", "system=oracle", tpots=(0.02, 0.05, 0.08))
-    data = drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
-    assert set(data["system"]) == {"finemoe", "oracle"}
-    ttft, tpot, hits = saved[0].axes
-    assert [len(axes.patches) for axes in (ttft, tpot, hits)] == [1, 1, 1]
-    # The oracle's 50 ms, across the bar.
-    line = np.asarray(tpot.collections[-1].get_paths()[0].vertices, dtype=float)
-    np.testing.assert_allclose(line, [[-0.46, 50], [0.46, 50]])
-    drawn("10", run_frame([tmp_path / "b"]), tmp_path / "alone")
-    assert len(saved[1].axes[0].patches) == 1
-
-
-def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(
-    tmp_path: Path, saved: list[Figure]
-) -> None:
+def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(tmp_path: Path) -> None:
     cells = config("config", "experiment=figure14a").experiment.cells
     others = (), ("system=in_searcher", "system.eviction=lfu")
     frame = frame_of(tmp_path, *map(tuple, cells), *others)
@@ -117,14 +97,6 @@ def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(
     expected = ["Speculate", "Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
     expected += ["ProMoE", "MoE-Infinity"]
     assert approaches.to_dict() == {f"run{n}": name for n, name in enumerate(expected)}
-    # A whole system is hollow, in the colour of its prediction.
-    *filled, promoe, moe_infinity = saved[0].axes[0].patches
-    assert [to_hex(bar.get_facecolor()) for bar in (promoe, moe_infinity)] == ["#ffffff"] * 2
-    edges = [to_hex(bar.get_edgecolor()) for bar in (promoe, moe_infinity)]
-    assert edges == [to_hex(bar.get_facecolor()) for bar in filled[:2]]
-    assert len({bar.get_facecolor() for bar in filled}) == 5
-    entries = saved[0].legends[0].get_patches()
-    assert [to_hex(entry.get_facecolor()) for entry in entries].count("#ffffff") == 2
 
 
 def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:

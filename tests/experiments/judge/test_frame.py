@@ -13,10 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
-from experiments.judge.frame import ResultsFolder, one_mode, run_frame
-from experiments.run.records import read_record, read_requests, write_record
+from experiments.judge.frame import ResultsFolder, run_frame
+from experiments.run.records import read_record, write_record
 from tests.command import ROOT
 
 PROVENANCE = {
@@ -113,15 +112,6 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     assert [row[key] for key in ("tpot_s", "hit_rate")] == pytest.approx([0.2, 0.2])
     assert row["phase_on_demand_wait_s"] == 6.0
     assert math.isnan(row["phase_search_s"])
-
-
-def test_figures_have_the_intervals_of_claims_not_those_of_records(tmp_path: Path) -> None:
-    tpots, hits = (0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.1, 3.4), (1, 2, 3, 4, 5, 6, 0, 1)
-    path = leave_run(tmp_path / "a", batches=tuple(range(8)), tpots=tpots, hits=hits)
-    row, requests = only(run_frame([path])), read_requests(path)
-    for metric in ("ttft_s", "tpot_s", "e2el_s", "hit_rate"):
-        ends = interval(request_draws(requests, metric, "docs"))
-        assert (row[f"{metric}_low"], row[f"{metric}_high"]) == ends
 
 
 def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
@@ -223,11 +213,3 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
         index.write_text(content)
         with pytest.raises(UserError, match="is no experiment record; remove it and draw again"):
             ResultsFolder(tmp_path).runs_of("10")
-
-
-def test_mixed_modes_are_refused_unless_asked_for() -> None:
-    frame = pd.DataFrame({"mode": ["simulated", "measured"]})
-    with pytest.raises(UserError, match="figure 10 mixes measured and simulated records"):
-        one_mode(frame, "figure 10", mixed_modes=False)
-    one_mode(frame, "figure 10", mixed_modes=True)
-    one_mode(frame.head(1), "figure 10", mixed_modes=False)

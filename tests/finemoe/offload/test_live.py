@@ -140,31 +140,6 @@ def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedM
     assert len(spy.outcomes) == model.shape.layers
 
 
-def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
-    model: OffloadedModel,
-) -> None:
-    policy = Spy(model.shape, Placement("critical_path"))
-    # Prefetched while layer 0 holds every slot.
-    policy.act = lambda gate: None if gate.layer else asking(model.shape, {(1, 0): 1.0})
-    live = runtime(model, policy, slots=2)
-    arrived: list[bool] = []
-
-    def await_prefetch(*_: object) -> None:
-        def resident() -> bool:
-            return live.residency.cache.is_resident(live.model.shape.flat(ExpertId(1, 0)))
-
-        with live._changed:
-            arrived.append(live._changed.wait_for(resident, timeout=10))
-
-    hook = model.gates[1].register_forward_pre_hook(await_prefetch)
-    with live:
-        live.forward(Iteration(0, "prefill", (0,), (1,)), input_ids=PROMPT[:, :1])
-        # Now layer 0 finds its experts in both slots, so the prefetch has to wait for one.
-        live.forward(Iteration(1, "prefill", (0,), (1,)), input_ids=PROMPT[:, :1])
-    hook.remove()
-    assert arrived == [True, True]
-
-
 def test_a_finished_runtime_frees_its_slots_at_once(model: OffloadedModel) -> None:
     live = runtime(model, FineMoEPolicy(model.shape, FineMoEOptions(prefetch_distance=1)))
     freed = weakref.ref(live)
