@@ -30,9 +30,8 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
-from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
 from finemoe.offload.virtual_links import LinkRate
-from tests.finemoe.offload.states import asked, asking
+from tests.finemoe.offload.states import asked, asking, routed
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
@@ -86,16 +85,6 @@ class Engine:
     def loads(self) -> int:
         traffic = self.residency.traffic()
         return (traffic.on_demand + traffic.prefetched) // EXPERT_BYTES
-
-
-def routed(shape: ModelShape, number: int, activated: Sequence[tuple[int, ...]]) -> RoutedIteration:
-    """Return an iteration of one token whose layers activate these experts."""
-    counts = np.zeros((shape.layers, shape.experts), dtype=np.int64)
-    for layer, indices in enumerate(activated):
-        counts[layer, list(indices)] = 1
-    logits = np.zeros((shape.layers, 1, shape.experts), dtype=np.float32)
-    step = RoutedStep(1, counts, logits, rows(shape.hidden_size), None)
-    return joined(number, (0,), (step,), (1,))
 
 
 def rows(width: int) -> FloatArray:

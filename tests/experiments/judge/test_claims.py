@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.bootstrap import cell_mean, constant, interval, request_draws
+from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
 from experiments.judge import claims
 from experiments.judge.claims import FAILS, HOLDS, UNTESTABLE, WEAKER, judge, load_claims
@@ -145,12 +145,6 @@ def test_hit_rate_is_the_ratio_of_sums_and_a_quantile_is_an_observation() -> Non
     assert request_draws(rows, "hit_rate", "docs")[0] == 10 / 20
     assert request_draws(rows, "e2el_s@0.5", "docs")[0] == 1.0
     assert request_draws(rows, "e2el_s@0.9", "docs")[0] == 3.0
-
-
-def test_cells_are_drawn_too() -> None:
-    assert interval(cell_mean([constant(1.0)])) is None
-    # Two cells: either one alone has chance 1/4.
-    assert interval(cell_mean([constant(0.0), constant(1.0)])) == (0.0, 1.0)
 
 
 # Each rule ----------------------------------------------------------------------------------------

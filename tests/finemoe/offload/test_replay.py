@@ -26,9 +26,10 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.replay import Extra, PredictionCosts, ReplayRuntime, ThreadCosts
 from finemoe.offload.residency import MemoryPlan, Residency
-from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
+from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.timeline import trace_events
 from finemoe.offload.virtual_links import LinkRate
+from tests.finemoe.offload import states
 from tests.finemoe.offload.states import asking
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=1, hidden_size=3)
@@ -57,18 +58,7 @@ class Scripted(Policy):
 
 
 def routed(number: int, *activated: tuple[int, ...], tokens: int = 1) -> RoutedIteration:
-    """Return an iteration whose layers activate these experts, all of one token."""
-    counts = np.zeros((SHAPE.layers, SHAPE.experts), dtype=np.int64)
-    for layer, indices in enumerate(activated):
-        counts[layer, list(indices)] = 1
-    step = RoutedStep(
-        tokens=tokens,
-        counts=counts,
-        logits=np.zeros((SHAPE.layers, tokens, SHAPE.experts), dtype=np.float32),
-        embeddings=np.zeros((tokens, 3), dtype=np.float32),
-        hidden_states=None,
-    )
-    return joined(number, (0,), (step,), (5,))
+    return states.routed(SHAPE, number, activated, tokens)
 
 
 def runtime(
@@ -260,22 +250,6 @@ def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
     assert seconds[("link 0", "on demand 0.0")] == (10, 8)
     assert seconds[("waits", "on demand")] == (29, 8)
     assert seconds[("iterations", "decode")] == (0, 38)
-
-
-def write_and_break_off(folder: Path) -> None:
-    with trace_events(str(folder), wanted=True) as timeline:
-        assert timeline is not None
-        (file,) = folder.glob("*.partial")
-        for second in range(1000):
-            timeline.span("a track", "a span", second, second + 1)
-        assert file.stat().st_size > 50_000
-        raise KeyboardInterrupt
-
-
-def test_a_timeline_is_written_as_it_comes_and_gone_after_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        write_and_break_off(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_timeline_takes_spans_from_many_threads(tmp_path: Path) -> None:
