@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoTokenizer
 
 from experiments.run.config import build
 from experiments.run.live import LiveBackend
 from experiments.run.schedule import FixedBatches, Request, Served, Server
-from experiments.run.small_models import small_model
+from experiments.run.small_models import random_model, small_model
+from experiments.run.weights import SCALE_MODELS
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Iteration, LayerOutcome, ModelShape, Policy, Priorities
-from finemoe.offload.residency import Residency
+from finemoe.offload.policy import ModelShape, Policy
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 from tests.command import ROOT
@@ -45,11 +46,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "horizon": [None, 1],
         "online_growth": [True, False],
     },
-    "promoe": {
-        "prefetch_distance": [1, 2, 3],
-        "prefill": ["predicted", "code"],
-        "extra": [0, 1],
-    },
+    "promoe": {"prefetch_distance": [1, 2, 3], "prefill": ["predicted", "code"], "extra": [0, 1]},
     "mixtral_offload": {"prefetching": ["awaited", "asynchronous"], "experts": [None, 1]},
     "in_searcher": {
         "predictor": ["speculation", "hit_count"],
@@ -71,67 +68,19 @@ def offloaded(
     return OffloadedModel.from_model(small_model(family, dtype, seed), CPU)
 
 
+def saved_mixtral(folder: Path, layers: int) -> Path:
+    """Save a random Mixtral of 4 experts, top-2, in shards, with its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    facts = AutoConfig.for_model("mixtral", vocab_size=len(tokenizer), **sizes, **heads)
+    random_model(facts, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:
     return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
-
-
-def breaches(residency: Residency) -> list[tuple[int, int]]:
-    """Watch what `protect` promises; return who broke it, (victim, incoming), as it happens.
-
-    What is asked for before its layer's gate speaks leaves for no prefetch, and on demand only if
-    nobody else can.
-    """
-    shape = residency.shape
-    cache, asked, found = residency.cache, set[int](), list[tuple[int, int]]()
-    now = (-1, -1)
-    begin, prefetch, gate = residency.begin_iteration, residency.prefetch, residency.gate
-    reserve = cache.reserve
-
-    def begun(iteration: Iteration) -> None:
-        nonlocal now
-        now = (iteration.number, -1)
-        begin(iteration)
-
-    def prefetched(number: int, priorities: Priorities | None, *hook: Any) -> None:
-        # A faulty answer is refused by the engine.
-        if getattr(priorities, "shape", None) == (shape.layers, shape.experts):
-            layers, _ = priorities.nonzero()
-            wanted = priorities.reshape(-1).nonzero()[0].tolist()
-            asked.update(
-                flat
-                for flat, layer in zip(wanted, layers.tolist(), strict=True)
-                if (number, layer) > now
-            )
-        prefetch(number, priorities, *hook)
-
-    def gated(iteration: Iteration, layer: int, activated: tuple[int, ...]) -> LayerOutcome:
-        nonlocal now
-        now = (iteration.number, layer)
-        asked.difference_update([f for f in asked if residency.experts[f].layer == layer])
-        return gate(iteration, layer, activated)
-
-    def reserved(flat: int, urgent: bool) -> int:
-        device = cache.device_of(flat)
-        movable = {
-            other
-            for other in range(device, residency.shape.size, len(cache.slots))
-            if cache.is_resident(other) and not cache.is_pinned(other)
-        }
-        victim = reserve(flat, urgent)
-        if victim in asked and not (urgent and movable <= asked):
-            found.append((victim, flat))
-        return victim
-
-    # Of a compiled engine nothing can be replaced; its sources are watched where interpreted.
-    with suppress(AttributeError):
-        for name, watched in (
-            ("begin_iteration", begun),
-            ("prefetch", prefetched),
-            ("gate", gated),
-        ):
-            setattr(residency, name, watched)
-        setattr(cache, "reserve", reserved)  # noqa: B010
-    return found
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from baselines.belady import BeladyPolicy
+from baselines.lfu import LfuPolicy
 from baselines.on_demand import OnDemandPolicy
 from baselines.oracle import OraclePolicy
+from finemoe.costs import Line, LinearCosts
 from finemoe.offload.bounds import minimal_loads
-from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
@@ -28,18 +28,13 @@ from finemoe.offload.policy import (
     Priorities,
     Routing,
 )
+from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
-from tests.finemoe.offload.states import asked, asking
+from finemoe.offload.virtual_links import LinkRate
+from tests.finemoe.offload.states import asked, asking, routed
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 4, 1
-
-
-class Lfu(UsageTable, Policy):
-    """Evicts the expert with the fewest visits."""
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self.lfu_keys()
 
 
 class Guessing(OnDemandPolicy):
@@ -63,39 +58,22 @@ class Guessing(OnDemandPolicy):
 
 
 class Engine:
-    """Serves routing with loads that take no time; prefetches get some chunks between gates.
-
-    Hits leave their pins before missing experts take slots if `turns` is set, and after otherwise:
-    a live runtime may do either, as its threads run.
-    """
+    """Replays routing with layers that take as long as some chunks, for prefetches to use."""
 
     def __init__(
-        self,
-        policy: Policy,
-        slots: Sequence[int],
-        chunks: int = 0,
-        turns: bool = False,
-        shape: ModelShape = SHAPE,
+        self, policy: Policy, slots: Sequence[int], chunks: int = 0, shape: ModelShape = SHAPE
     ) -> None:
-        self.policy = policy
         plan = MemoryPlan(tuple(slots), EXPERT_BYTES, CHUNK_BYTES)
         self.residency = Residency(shape, plan, policy)
         self.outcomes: list[LayerOutcome] = []
-        self._chunks = chunks
-        self._turns = turns
-        self._predicts = policy.placement.prediction != "none"
+        nothing, layer = Line(0.0), Line(float(chunks))
+        costs = LinearCosts(nothing, layer, nothing, nothing)
+        self._runtime = ReplayRuntime(policy, self.residency, costs, LinkRate(1.0))
+        self._runtime.listeners.append(self.outcomes.append)
 
     def serve(self, routing: Routing, first: int = 0) -> list[LayerOutcome]:
         for number, layers in enumerate(routing, first):
-            iteration = Iteration(number, "decode", (0,), (1,))
-            self.residency.begin_iteration(iteration)
-            if self._predicts:
-                self._request(number, self.policy.on_embeddings(iteration, rows(1)))
-            for layer, activated in enumerate(layers):
-                self._prefetch()
-                self._layer(iteration, layer, activated)
-            if self._predicts:
-                self._request(number + 1, self.policy.end_iteration(iteration))
+            self._runtime.forward(routed(self.residency.shape, number, layers))
         self.residency.cache.check_integrity()
         return self.outcomes
 
@@ -107,50 +85,6 @@ class Engine:
     def loads(self) -> int:
         traffic = self.residency.traffic()
         return (traffic.on_demand + traffic.prefetched) // EXPERT_BYTES
-
-    def _layer(self, iteration: Iteration, layer: int, activated: tuple[int, ...]) -> None:
-        outcome = self.residency.gate(iteration, layer, activated)
-        self.outcomes.append(outcome)
-        if self._predicts:
-            gate = Gate(layer, rows(self.residency.shape.experts), activated, None)
-            self._request(iteration.number, self.policy.on_gate(iteration, gate))
-        done = [layer * self.residency.shape.experts + index for index in outcome.hits]
-        waiting = len(outcome.late) + len(outcome.misses)
-        if self._turns:
-            self._release(done)
-        while waiting:
-            arrived = self._arrivals()
-            waiting -= len(arrived)
-            self._release(done + arrived)
-            done = []
-        self._release(done)
-
-    def _arrivals(self) -> list[int]:
-        """Copy until an expert that is waited for is there, or no link can go on."""
-        for device in range(len(self.residency.queues)):
-            while (chunk := self.residency.next_chunk(device)) is not None:
-                loaded = self.residency.chunk_done(device, chunk)
-                if loaded and self.residency.cache.is_pinned(chunk.flat):
-                    return [chunk.flat]
-                if not chunk.urgent:
-                    break
-        return []
-
-    def _release(self, experts: list[int]) -> None:
-        for flat in experts:
-            self.residency.release(flat)
-        experts.clear()
-
-    def _prefetch(self) -> None:
-        for device in range(len(self.residency.queues)):
-            for _ in range(self._chunks):
-                chunk = self.residency.next_chunk(device)
-                if chunk is None:
-                    break
-                self.residency.chunk_done(device, chunk)
-
-    def _request(self, number: int, priorities: Priorities | None) -> None:
-        self.residency.prefetch(number, priorities, self.residency.policy.on_gate)
 
 
 def rows(width: int) -> FloatArray:
@@ -189,15 +123,6 @@ def test_the_keys_are_the_steps_of_the_next_uses() -> None:
     Engine(policy, (8,)).serve(ROUTING[:1])
     keys = policy.eviction_keys(ExpertId(0, 0), True)
     assert keys.tolist() == [[2, 4, never, never], [never, never, 5, 3]]
-
-
-def test_belady_evicts_the_farthest_next_use() -> None:
-    engine = Engine(told(BeladyPolicy(SHAPE), ROUTING), (2,))
-    outcomes = engine.serve(ROUTING)
-    # (1, 2) takes the slot of (0, 1), then (1, 3) that of (0, 0), which is never used again; after
-    # that (0, 1) takes the slot of (1, 3) and (1, 2) is still there.
-    assert [o.hits for o in outcomes] == [(), (), (0,), (), (), (2,)]
-    assert engine.loads == 5
 
 
 def test_a_repeat_goes_on_where_the_numbers_do() -> None:
@@ -248,32 +173,18 @@ def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
     assert evictable.tolist() == [[False, False, True, True], [True, True, False, True]]
 
 
-def test_the_oracle_gives_a_demanded_expert_the_slot_that_is_needed_last() -> None:
-    policy = told(OraclePolicy(SHAPE), [[(0,), (1, 2)], [(0,), (2,)]])
-    engine = Engine(policy, (2,))
-    # The slots hold (0, 0) and (1, 1), which nobody needs again, when (1, 2) is demanded.
-    assert [o.hits for o in engine.serve([[(0,), (1, 2)]])] == [(), ()]
-    residents = [flat for flat in range(8) if engine.residency.cache.is_resident(flat)]
-    assert residents == [0, 6]
-
-
-def test_a_fast_link_leaves_the_oracle_no_miss_but_none_it_cannot_hold() -> None:
-    engine = Engine(told(OraclePolicy(SHAPE), ROUTING), (2,), chunks=100)
-    assert all(outcome.hits == outcome.activated for outcome in engine.serve(ROUTING))
-
-
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
 
 
 @settings(max_examples=100, deadline=None)
-@given(routings(widest=4), PLANS, st.booleans())
+@given(routings(widest=4), PLANS)
 def test_no_system_without_prefetches_has_more_hits_than_belady(
-    routing: Routing, slots: tuple[int, ...], turns: bool
+    routing: Routing, slots: tuple[int, ...]
 ) -> None:
-    belady = Engine(told(BeladyPolicy(SHAPE), routing), slots, turns=turns)
+    belady = Engine(told(BeladyPolicy(SHAPE), routing), slots)
     belady.serve(routing)
-    for policy in (OnDemandPolicy(SHAPE), Lfu(SHAPE)):
-        other = Engine(policy, slots, turns=turns)
+    for policy in (OnDemandPolicy(SHAPE), LfuPolicy(SHAPE)):
+        other = Engine(policy, slots)
         other.serve(routing)
         assert belady.hits >= other.hits
 
@@ -289,25 +200,25 @@ def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
 
 
 @settings(max_examples=100, deadline=None)
-@given(routings(widest=4), PLANS, st.booleans(), st.integers(0, 9), st.randoms())
+@given(routings(widest=4), PLANS, st.integers(0, 9), st.randoms())
 def test_no_policy_loads_less_than_the_bound(
-    routing: Routing, slots: tuple[int, ...], turns: bool, chunks: int, rng: random.Random
+    routing: Routing, slots: tuple[int, ...], chunks: int, rng: random.Random
 ) -> None:
     least = sum(minimal_loads(routing, SHAPE, slots))
     for policy in (
         OnDemandPolicy(SHAPE),
-        Lfu(SHAPE),
+        LfuPolicy(SHAPE),
         Guessing(SHAPE, rng),
         told(BeladyPolicy(SHAPE), routing),
         told(OraclePolicy(SHAPE), routing),
     ):
-        engine = Engine(policy, slots, chunks, turns)
+        engine = Engine(policy, slots, chunks)
         engine.serve(routing)
         assert engine.loads >= least
 
 
 @pytest.mark.parametrize("slots", [(12,), (40,), (9, 9)])
-@pytest.mark.parametrize("chunks", [1, 4, 12])
+@pytest.mark.parametrize("chunks", [4, 12])
 def test_no_policy_has_more_hits_than_the_oracle(slots: tuple[int, ...], chunks: int) -> None:
     shape = ModelShape(layers=8, experts=8, top_k=2, hidden_size=1)
     rng = random.Random(0)
@@ -316,7 +227,7 @@ def test_no_policy_has_more_hits_than_the_oracle(slots: tuple[int, ...], chunks:
     oracle.serve(routing)
     for policy in (
         OnDemandPolicy(shape),
-        Lfu(shape),
+        LfuPolicy(shape),
         Guessing(shape, rng),
         told(BeladyPolicy(shape), routing),
     ):

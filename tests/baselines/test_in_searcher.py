@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.in_searcher import HitCountInSearcher, InSearcherPolicy, in_searcher
+from baselines.in_searcher import HitCountInSearcher, in_searcher
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.policy import (
     ExpertId,
@@ -201,15 +201,3 @@ def test_the_five_differ_in_nothing_but_what_they_predict() -> None:
     predicted = [served(policy, scripted=False) for policy in policies(WIDE)]
     assert all(any(outcome.hits for outcome in found) for found, _ in predicted)
     assert len({str(one) for one in predicted}) == 5
-
-
-def test_predictions_run_in_the_background_and_nobody_waits_for_them() -> None:
-    of_finemoe = configured("finemoe", SHAPE).placement
-    for predictor in ("speculation", "hit_count"):
-        policy = configured("in_searcher", SHAPE, predictor=predictor)
-        assert isinstance(policy, InSearcherPolicy)
-        placement = policy.placement
-        assert placement.prediction == of_finemoe.prediction == "background"
-        assert (placement.awaited, placement.awaits) == (of_finemoe.awaited, of_finemoe.awaits)
-        # Only speculation reads the gates' inputs.
-        assert placement.hidden_states == (predictor == "speculation")

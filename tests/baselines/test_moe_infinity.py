@@ -13,13 +13,7 @@ from safetensors.numpy import save_file
 from baselines.activation_matrices import MatrixCollection, RunningRequest
 from baselines.moe_infinity import MoEInfinityPolicy, moe_infinity
 from finemoe.expert_map import StoreMismatch
-from finemoe.offload.policy import (
-    ExpertId,
-    Gate,
-    Iteration,
-    LayerOutcome,
-    ModelShape,
-)
+from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
 from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
+from baselines.deepspeed_zero import ALONE, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, PlainRuntime
@@ -50,17 +50,6 @@ def test_logits_are_those_of_the_unoffloaded_model(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
 
 
-def test_the_grouped_kernel_is_the_one_that_the_options_name() -> None:
-    model = small_model("mixtral")
-    model.set_experts_implementation("grouped_mm")
-    expected = logits_of(model)
-    model.set_experts_implementation("eager")
-    with ZeroModel(model, CPU, ZeroOptions(experts="grouped_mm")) as zero:
-        assert model.config._experts_implementation == "grouped_mm"
-        served = logits_of(zero)
-    assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
-
-
 @pytest.mark.parametrize(
     ("options", "layers"), [(NOTHING_AHEAD, 1), (EVERYTHING, 3)], ids=["no_prefetch", "prefetch"]
 )
@@ -77,19 +66,6 @@ def test_experts_are_gathered_by_layers_and_dropped_again(
         assert gathered.total > gathered.experts
         assert all(p.ds_status.name == "NOT_AVAILABLE" for p in experts)
         assert all(p.ds_tensor.device == CPU for p in experts)
-
-
-def test_a_model_smaller_than_the_threshold_persists_unless_sizes_shrink_with_it() -> None:
-    peaks = []
-    for shrinkage in (Shrinkage(), Shrinkage(expert=30_000, hidden=128)):
-        model = small_model("mixtral")
-        with ZeroModel(model, CPU, ZeroOptions(), shrinkage) as zero:
-            logits_of(zero)
-            with zero.watching(experts_of(model)) as gathered:
-                logits_of(zero)
-        peaks.append(gathered.experts)
-    assert peaks[0] == 3 * LAYER_BYTES
-    assert peaks[1] < peaks[0]
 
 
 def test_nothing_lingers() -> None:

@@ -166,13 +166,3 @@ def test_nothing_gains_by_being_unknown(cfg: DictConfig) -> None:
             other = OmegaConf.load(CONF / "model" / f"{name}.yaml")
             there = testbed.costs(other, system(name_of_system), True)
             assert newcomer.gate >= there.prediction.gate
-
-
-def test_every_testbed_moves_an_expert_more_slowly_than_it_computes_it(cfg: DictConfig) -> None:
-    """Offloading is about this gap: a link that beat the memory would be a slip in a number."""
-    link, accelerator = cfg.testbed.link, Accelerator(**cfg.testbed.accelerator)
-    rate = link.gb_s * 1e9 * link.efficiency
-    assert 0.7 <= link.efficiency <= 0.95
-    assert rate < cfg.testbed.host_memory_gb_s * 1e9
-    costs = RooflineCosts(accelerator, full_size("mixtral"))
-    assert full_size("mixtral").expert_bytes / rate > 10 * costs.expert(1)

@@ -20,7 +20,7 @@ from finemoe.offload.policy import (
     ModelShape,
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
-from finemoe.selection import Variant, divisors, select_experts
+from finemoe.selection import Variant, select_experts
 from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
@@ -140,10 +140,6 @@ DEMO_FIRST: Requests = {
 def test_priorities_from_embeddings(options: FineMoEOptions, expected: Requests) -> None:
     found = policy_with(options, ONE).on_embeddings(DECODE, QUERY)
     assert asked(found) == pytest.approx(expected)
-
-
-def test_the_demos_decay_at_a_distance_of_three() -> None:
-    assert 1 / divisors(range(3), -1, "demo") == pytest.approx([1, 0.75, 0.5])
 
 
 def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:
@@ -276,21 +272,6 @@ def test_token_aggregation_remembers_one_iteration_a_token(
         assert np.array_equal(policy.store.maps[layer].transpose(), np.roll(ROWS, layer, axis=1))
 
 
-def test_mean_aggregation_searches_once_a_request_and_token_once_a_token() -> None:
-    prompt = Iteration(0, "prefill", (7,), (2,))
-    stored = (
-        (array(1, 0), rolled(0)),
-        (array(0, 1), rolled(1)),
-        (array(1, 1), rolled(2)),
-    )
-    one_layer = replace(OPTIONS, prefetch_distance=1)
-    mean = policy_with(one_layer, *stored)
-    assert asked(mean.on_embeddings(prompt, TOKENS[:2])) == pytest.approx({(0, 2): 0.5})
-    token = policy_with(replace(one_layer, aggregation="token"), *stored)
-    found = asked(token.on_embeddings(prompt, TOKENS[:2]))
-    assert found == pytest.approx({(0, 0): 0.5, (0, 1): 0.5})
-
-
 @pytest.mark.parametrize(
     ("aggregation", "first", "second"),
     [
@@ -309,15 +290,6 @@ def test_aggregation_says_who_searches(
     policy, prompt = policy_with(options, *stored), Iteration(0, "prefill", (7,), (2,))
     assert asked(policy.on_embeddings(prompt, TOKENS[:2])) == pytest.approx(first)
     assert asked(policy.on_gate(prompt, Gate(0, ROWS[:2], (0, 1), None))) == pytest.approx(second)
-
-
-def test_the_demo_takes_back_what_it_asked_for_before() -> None:
-    for aggregation in ("mean", "token", "demo"):
-        options = replace(OPTIONS, aggregation=aggregation)
-        placement = policy_with(options).placement
-        assert placement.replaces == (aggregation == "demo")
-        # A prompt's mean is one query, however long it is.
-        assert placement.by_token == (aggregation != "mean")
 
 
 def test_the_demo_evicts_by_whole_numbers_that_start_anew() -> None:
@@ -355,14 +327,6 @@ def test_serving_begins_without_the_visits_of_the_preparation() -> None:
 def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
     # C = 1000: maps 1000 * 4 * 4 * 4; embeddings 1000 * 2 * 4 and norms 4 * 1000 * 4 on top.
     assert policy_with(OPTIONS).store.memory_bytes() == {"maps": 64_000, "store": 88_000}
-
-
-@pytest.mark.parametrize("options", [OPTIONS, replace(DEMO, horizon="all")])
-def test_an_empty_store_prefetches_nothing(options: FineMoEOptions) -> None:
-    policy = policy_with(options)
-    assert asked(policy.on_embeddings(DECODE, QUERY)) == {}
-    for layer in range(4):
-        assert asked(policy.on_gate(DECODE, gate(layer, LIKELY))) == {}
 
 
 def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
@@ -411,16 +375,6 @@ def test_a_gate_revises_the_map_of_the_layers_from_its_target_on() -> None:
         assert keys[layer] == pytest.approx(1 / expected[layer])
 
 
-def test_a_gate_may_return_to_a_map_that_another_gate_left() -> None:
-    policy = policy_with(replace(OPTIONS, prefetch_distance=1), *TWO)
-    policy.on_embeddings(DECODE, array((1, 0)))
-    policy.on_gate(DECODE, gate(0, LIKELY))
-    policy.on_gate(DECODE, gate(1, 10 * rolled(1)[1]))
-    keys = policy.eviction_keys(INCOMING, True)
-    for layer, expected in enumerate([rolled(1), rolled(0), rolled(1), rolled(1)]):
-        assert keys[layer] == pytest.approx(1 / expected[layer])
-
-
 def test_a_replaced_map_is_followed_where_the_old_one_was() -> None:
     policy = policy_with(replace(OPTIONS, store_capacity=1), ONE)
     policy.on_embeddings(DECODE, QUERY)
@@ -436,36 +390,3 @@ def test_a_batch_keeps_what_any_request_expects() -> None:
     policy.on_embeddings(batch, array((1, 0), (0, 1)))
     # Layer 0 of the two maps: (1/8, 1/2, 1/4, 1/8) and (1/2, 1/4, 1/8, 1/8).
     assert policy.eviction_keys(INCOMING, True)[0] == pytest.approx([2, 2, 4, 8])
-
-
-def eviction_order(policy: FineMoEPolicy) -> list[tuple[int, int]]:
-    """Return the used experts, first to go first."""
-    keys = policy.eviction_keys(INCOMING, True)
-    used = [(0, 0), (1, 1), (2, 2), (3, 3)]
-    return sorted(used, key=lambda expert: float(keys[expert]), reverse=True)
-
-
-def use(policy: FineMoEPolicy) -> None:
-    """Use (1, 1) twice, then (0, 0) once, then load (3, 3), then use (2, 2) once."""
-    policy.on_outcome(outcome(1, 1))
-    policy.on_outcome(outcome(1, 1))
-    policy.on_outcome(outcome(0, 0))
-    policy.on_load(ExpertId(3, 3))
-    policy.on_outcome(outcome(2, 2))
-
-
-@pytest.mark.parametrize(
-    ("eviction", "expected"),
-    [
-        ("lru", [(1, 1), (0, 0), (3, 3), (2, 2)]),
-        ("lfu", [(3, 3), (0, 0), (2, 2), (1, 1)]),
-    ],
-)
-def test_eviction_without_maps(
-    eviction: Literal["lru", "lfu"], expected: list[tuple[int, int]]
-) -> None:
-    policy = policy_with(replace(OPTIONS, eviction=eviction), ONE)
-    use(policy)
-    assert eviction_order(policy) == expected
-    policy.on_embeddings(DECODE, QUERY)
-    assert eviction_order(policy) == expected

@@ -71,20 +71,6 @@ def test_trajectory_search_equals_the_flattened_cosine(
             assert row[match.entry] == pytest.approx(row.max(), abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(searches())
-def test_a_search_by_all_rows_finds_the_same_bit_for_bit(
-    case: tuple[FloatArray, FloatArray, int],
-) -> None:
-    maps, queries, _ = case
-    layers = maps.shape[1]
-    store = store_of(np.ones((len(maps), 1), dtype=np.float32), maps)
-    step_by_step, at_once = (TrajectorySearch(store, len(queries)) for _ in range(2))
-    rows = queries.swapaxes(0, 1)
-    assert at_once.observe_all(rows) == [step_by_step.observe(rows[n]) for n in range(layers)]
-    assert np.array_equal(at_once.dots, step_by_step.dots)
-
-
 def flattened_cosines(queries: FloatArray, maps: FloatArray) -> FloatArray:
     a = queries.reshape(len(queries), -1).astype(np.float64)
     b = maps.reshape(len(maps), -1).astype(np.float64)

@@ -151,21 +151,6 @@ def test_the_documented_way_of_reading(tmp_path: Path, monkeypatch: pytest.Monke
 # Half-written and wrongly written -----------------------------------------------------------------
 
 
-def test_an_exception_leaves_the_trace_that_was_there(tmp_path: Path) -> None:
-    requests = a_trace(tmp_path / "t")
-
-    def break_off() -> None:
-        with trace_writer(tmp_path / "t", HEADER) as write:
-            write(GOOD)
-            assert list(tmp_path.glob(".t.*.partial"))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        break_off()
-    assert_same(TraceReader(tmp_path / "t").request(1), requests[1])
-    assert list(tmp_path.iterdir()) == [tmp_path / "t"]
-
-
 HEADER = TraceHeader(SHAPE, "float16", ("logits",))
 GOOD = a_request(3, [2, 1], HEADER)
 
@@ -174,15 +159,10 @@ GOOD = a_request(3, [2, 1], HEADER)
     ("change", "message"),
     [
         ({"steps": ()}, "no steps"),
-        ({"logits": None}, "logits are missing"),
         ({"logits": np.zeros((2, 2, 4), np.float32)}, r"of shape \(2, 2, 4\), not of shape"),
         ({"logits": np.full((2, 2, 3), np.nan, np.float32)}, "logits hold values that are NaN"),
-        ({"logits": np.full((2, 2, 3), 70000.0, np.float32)}, "values that are no float16"),
-        ({"counts": np.zeros((3, 2), int)}, "counts have the shape"),
         ({"counts": np.full((2, 3), 65536)}, "not all in 0..65535"),
-        ({"counts": np.full((2, 3), -1)}, "not all in 0..65535"),
         ({"counts": np.ones((2, 3), int)}, "counts do not add up to K experts for each"),
-        ({"tokens": 0}, "steps without tokens"),
         ({"prompt": (2**31,)}, ""),
     ],
 )
@@ -256,19 +236,8 @@ def test_row_groups_are_read_in_their_own_order_only(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"version": 2}, "of version 2, this release reads .* of version 1; record it"),
-        ({"format": "other"}, "is a 'other' of version 1"),
         ({"contents": ["logits", "noise"]}, "damaged or no trace: contents.1: Input should be"),
-        ({"contents": ["logits"]}, "has the columns"),
-        (
-            {"shape": {**SIZES, "layers": 0}},
-            "layers: Input should be greater",
-        ),
-        ({"shape": {**SIZES, "top_k": 4}}, "top 4 of 3"),
-        (
-            {"shape": {**SIZES, "layers": 2**70}},
-            "layers: Input should be less",
-        ),
-        ({"gates": {"weight": ["float32", "AAAA"], "bias": None}}, "damaged or no trace"),
+        ({"shape": {**SIZES, "layers": 0}}, "layers: Input should be greater"),
         ({"gates": {"weight": ["float32", "AADAfwAA" * 16], "bias": None}}, "gates hold .* NaN"),
         ({"requests": [[0, 3, 0]]}, "2 row groups for 1 requests"),
         ({"requests": [[0, 2, 0], [1, 3, 0]]}, "request 0 .*another number of steps"),
@@ -283,25 +252,19 @@ def test_unfit_headers_are_refused(tmp_path: Path, fields: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
-    ("name", "index", "value", "message"),
+    ("value", "message"),
     [
-        ("counts", 0, b"\2\0" * 6, "counts do not add up"),
-        ("logits", 1, b"\xc0\x7f" * 6, "logits hold values that are NaN or infinite"),
-        ("prompt", 0, b"\xff" * 12, "a prompt .* with a token id below 0"),
-        ("prompt", 0, bytes(2**27), "bytes that unpack to 134,2"),
-        ("output", 0, bytes(2**27), "bytes that unpack to 134,2"),
+        (b"\xff" * 12, "a prompt .* with a token id below 0"),
+        (bytes(2**27), "bytes that unpack to 134,2"),
     ],
 )
-def test_values_that_no_model_routes_are_refused(
-    tmp_path: Path, name: str, index: int, value: bytes, message: str
-) -> None:
+def test_prompts_that_no_model_has_are_refused(tmp_path: Path, value: bytes, message: str) -> None:
     a_trace(tmp_path / "t")
-    rewrite(tmp_path / "t", cell=(name, index, value))
-    with pytest.raises(TraceError, match=message):
-        read_all(tmp_path / "t")
-    if name == "prompt":
-        with TraceReader(tmp_path / "t") as reader, pytest.raises(TraceError, match=message):
-            reader.prompt(0)
+    rewrite(tmp_path / "t", cell=("prompt", 0, value))
+    with TraceReader(tmp_path / "t") as reader:
+        for read in (reader.request, reader.prompt):
+            with pytest.raises(TraceError, match=message):
+                read(0)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

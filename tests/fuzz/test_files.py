@@ -37,13 +37,7 @@ from experiments.run.workloads import read_azure_trace
 from finemoe.expert_map import ExpertMapStore, StoreMismatch
 from finemoe.foreign_trace import ForeignTrace, is_foreign
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import (
-    HEADER_KEY,
-    TracedRequest,
-    TraceError,
-    TraceReader,
-    fingerprint,
-)
+from finemoe.trace import HEADER_KEY, TracedRequest, TraceError, TraceReader, fingerprint
 from tests.experiments.judge.test_claims import Results
 from tests.experiments.judge.test_frame import leave_run
 from tests.finemoe.test_foreign_trace import ROWS

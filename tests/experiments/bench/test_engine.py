@@ -13,7 +13,6 @@ import torch
 from experiments.bench import engine as bench
 from experiments.bench import prediction as prediction_bench
 from experiments.bench import replay as replay_bench
-from experiments.bench.engine import Check
 from experiments.run.small_models import small_model
 
 
@@ -35,20 +34,6 @@ def test_no_overhead_is_negative_and_no_link_beats_its_rate(
     assert all(0 < value < math.inf for value in values.values())
     assert values["emulated link, achieved / configured rate"] <= 1.001
     assert values["FineMoE synchronous work / decode iteration"] < 1
-
-
-@pytest.mark.parametrize(
-    ("check", "met"),
-    [
-        (Check("a", 1.1, at_most=1.10), True),
-        (Check("a", 1.2, at_most=1.10), False),
-        (Check("a", 0.94, at_least=0.95), False),
-        (Check("a", math.nan, at_least=0.95), False),
-        (Check("a", 5.0, "ms"), None),
-    ],
-)
-def test_a_check_is_met_only_within_its_bound(check: Check, met: bool | None) -> None:
-    assert check.met is met
 
 
 def test_a_replays_speed_is_of_the_layers_that_it_served(tmp_path: Path) -> None:

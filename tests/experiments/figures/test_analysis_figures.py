@@ -15,16 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments.errors import UserError
-from experiments.figures import (
-    analyses,
-    figure3a,
-    figure3b,
-    figure3c,
-    figure4,
-    figure16a,
-    figure18,
-    table1,
-)
+from experiments.figures import analyses, figure3a, figure3b, figure3c, figure16a
 from finemoe.trace import CONTENTS, TraceHeader, trace_writer
 from tests.command import config
 from tests.experiments.figures.test_routing import EXPERTS, LN2, REQUESTS, SHAPE, THREE_TO_ONE
@@ -112,46 +103,12 @@ def test_entropy_grows_by_hand(subject: analyses.Subject) -> None:
     assert figure3c.growth(subject, shorter)["iterations"].tolist() == [1]
 
 
-def test_hit_rates_stop_at_the_last_layer(subject: analyses.Subject) -> None:
-    table = figure4.hit_rates(subject, composed("figure4").experiment)
-    # The history's request and its second token both say 2 in layer 1, where the measured say 0.
-    rows = table[["granularity", "distance", "hit_rate"]].to_numpy().tolist()
-    assert rows == [["coarse", 1, 0.0], ["fine", 1, 0.0]]
-    assert table["chance"].tolist() == pytest.approx([1 / 3, 1 / 3])
-
-
 def test_scores_by_capacity_by_hand(subject: analyses.Subject) -> None:
     experiment = composed("figure16a", "experiment.capacities=[1,10]").experiment
     table = figure16a.capacities(subject, experiment)
     assert table["stored"].tolist() == [1, 1, 3, 3]
     # What the measured decode in layer 0, where they are searched for, the history did last.
     assert table["score"].tolist() == pytest.approx([1, 1, 1, 1])
-
-
-def test_store_memory_by_hand() -> None:
-    table = figure18.memory("mixtral", [1000]).iloc[0]
-    assert table["maps_mb"] == pytest.approx(32 * 8 * 4 / 1e3)
-    assert table["total_mb"] == pytest.approx((32 * 8 + 4096 + 32) * 4 / 1e3)
-    assert figure18.memory("qwen", [32000])["maps_mb"].iloc[0] < figure18.CLAIMED_MB
-
-
-@pytest.mark.parametrize(
-    ("model", "active", "total", "inactive", "gigabytes", "expert"),
-    [
-        ("mixtral", 12.9, 46.7, 0.72, 67, 352),
-        ("qwen", 2.7, 14.3, 0.81, 23, 17.3),
-        ("phi", 6.6, 42, 0.84, 70, 157),
-    ],
-)
-def test_table_1_is_the_papers(
-    model: str, active: float, total: float, inactive: float, gigabytes: float, expert: float
-) -> None:
-    row = table1.characteristics(model)
-    assert row["active_b"] == pytest.approx(active, abs=0.05)
-    assert row["total_b"] == pytest.approx(total, abs=0.15)
-    assert row["inactive_share"] == pytest.approx(inactive, abs=0.006)
-    assert row["inactive_gb"] == pytest.approx(gigabytes, abs=1)
-    assert row["expert_mb"] == pytest.approx(expert, rel=0.005)
 
 
 @pytest.mark.parametrize(

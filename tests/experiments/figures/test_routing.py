@@ -17,13 +17,8 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from numpy.typing import NDArray
 from scipy.stats import pearsonr
 
-from experiments.bootstrap import weights
 from experiments.figures import routing
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
@@ -65,14 +60,6 @@ def test_iterations_are_laid_out_request_after_request() -> None:
     assert routed.embeddings[1].tolist() == [1, 0, 0]
 
 
-def test_nothing_recorded_is_refused() -> None:
-    with pytest.raises(ValueError, match="no recorded request"):
-        routing.iterations([])
-    bare = RoutedStep(1, np.ones((2, 3), int), None, None, None)
-    with pytest.raises(ValueError, match="no gate logits"):
-        routing.iterations([TracedRequest(0, (1,), (2,), (bare,))])
-
-
 def test_load_balance() -> None:
     routed = routing.iterations(REQUESTS)
     # Layer 0: 3, 3 and 2 tokens of 8; layer 1: 4, 1 and 3.
@@ -94,25 +81,6 @@ def test_overlap_leaves_out_the_step_from_prompt_to_answer() -> None:
     )
 
 
-def test_entropies() -> None:
-    found = routing.entropies(routing.iterations(REQUESTS))
-    # Request 0 splits each layer 3 : 1, request 1 splits layer 0 2 : 2 and layer 1 4 : 0.
-    np.testing.assert_allclose(found["coarse"], [(THREE_TO_ONE + LN2) / 2, THREE_TO_ONE / 2])
-    np.testing.assert_allclose(found["fine_counts"], [0, 0], atol=1e-12)
-    np.testing.assert_allclose(found["fine_gate"], [1.5 * LN2] * 2, rtol=1e-6)
-
-
-WEIGHTS = arrays(np.int64, (4, 5), elements=st.integers(0, 50))
-
-
-@given(WEIGHTS)
-def test_entropy_is_between_none_and_uniform(weights: NDArray[np.int64]) -> None:
-    found = routing.entropy(weights)
-    assert (found >= 0).all()
-    assert (found <= math.log(5) + 1e-9).all()
-    np.testing.assert_allclose(routing.entropy(weights * 3), found, atol=1e-12)
-
-
 def test_an_interval_is_over_requests() -> None:
     request = np.repeat([0, 1, 2, 3], 100)
     alike = np.repeat([0.0, 0.0, 1.0, 1.0], 100)
@@ -131,14 +99,6 @@ def test_correlation_is_pearsons() -> None:
     assert low < found < high
     assert routing.correlation(x, 3 - 2 * x, np.arange(300) % 30)[0] == pytest.approx(-1)
     assert np.isnan(routing.correlation(x, np.ones(300), np.arange(300) % 30)).all()
-
-
-def test_bins_are_equally_wide() -> None:
-    score, rate = np.array([0.0, 0.1, 0.9, 1.0]), np.array([0.0, 0.5, 0.5, 1.0])
-    found = routing.binned(score, rate, np.array([0, 0, 1, 1]), bins=4)
-    assert found["count"].tolist() == [2, 2]
-    np.testing.assert_allclose(found["score"], [0.05, 0.95])
-    np.testing.assert_allclose(found["hit_rate"], [0.25, 0.75])
 
 
 # Predictors ---------------------------------------------------------------------------------------
@@ -233,16 +193,6 @@ def test_hit_rates_by_distance() -> None:
     }
 
 
-def test_what_has_been_seen_before_is_found_again() -> None:
-    _, measured = split()
-    found = searched(measured, measured)
-    np.testing.assert_allclose(found.semantic_scores, 1, rtol=1e-6)
-    np.testing.assert_allclose(found.trajectory_scores, 1, rtol=1e-6)
-    pairs = routing.compared_matches(found, measured, 1, distance=1)
-    for name in ("semantic", "trajectory"):
-        np.testing.assert_allclose(pairs[name][:2], 1)
-
-
 def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:
     # By embedding the past iteration is at right angles; both layers of it say something else.
     history = routing.iterations([request(0, [[0, 0], [1, 1]], [[0], [1]])])
@@ -267,11 +217,7 @@ def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:
     ],
 )
 def test_pairs_of_prompts_by_hand(
-    point: str,
-    top_k: int,
-    semantic: list[float],
-    hits: list[float],
-    pearson: tuple[float, float],
+    point: str, top_k: int, semantic: list[float], hits: list[float], pearson: tuple[float, float]
 ) -> None:
     requests = [
         request(0, [[0, 0], [2, 2]], [[0], [0]], [[1], [1]]),
@@ -298,45 +244,3 @@ def test_a_request_is_the_mean_of_its_iterations() -> None:
     found = routing.compared_prompts(routing.iterations(requests), "request", 2)
     assert found["semantic"][0] == pytest.approx([0.8])
     assert found["trajectory"][1].tolist() == [1]
-
-
-def test_an_interval_over_pairs_draws_requests() -> None:
-    rate = np.random.default_rng(1).random(10)
-    pairs = np.stack(np.triu_indices(5, 1), axis=1)
-    counts = weights(5, "requests")[1:]
-    counted = counts[:, pairs[:, 0]] * counts[:, pairs[:, 1]]
-    means = (counted @ rate)[counted.any(axis=1)] / counted.sum(axis=1)[counted.any(axis=1)]
-    expected = rate.mean(), *np.percentile(means, [2.5, 97.5])
-    assert routing.mean_with_interval(rate, pairs) == pytest.approx(expected)
-
-
-SCORES = arrays(np.float32, (3, 6), elements=st.floats(-10, 10, width=32))
-
-
-@given(SCORES, st.integers(1, 6))
-def test_the_chosen_are_the_largest(scores: NDArray[np.float32], top_k: int) -> None:
-    chosen = routing.top_experts(scores, top_k)
-    assert (chosen.sum(axis=-1) == top_k).all()
-    for row, taken in zip(scores, chosen, strict=True):
-        assert taken.all() or row[taken].min() >= row[~taken].max()
-
-
-CHOICES = st.lists(
-    st.tuples(*[st.integers(0, EXPERTS - 1)] * 2), min_size=2, max_size=5
-)  # one (layer 0, layer 1) a decoded token
-
-
-@given(st.lists(CHOICES, min_size=2, max_size=4))
-def test_hit_rates_are_shares_and_ordered(drawn: list[list[tuple[int, int]]]) -> None:
-    requests = [
-        request(n, *[[[first], [second]] for first, second in tokens])
-        for n, tokens in enumerate(drawn)
-    ]
-    routed = routing.iterations(requests)
-    history, measured = routed.at(routed.request == 0), routed.at(routed.request > 0)
-    named = routing.predictors(history, measured, searched(history, measured), GATES, 1)
-    rates = routing.hit_rates_by_distance(named, measured, range(1, 3))
-    assert set(rates["distance"]) == {1}
-    assert rates["hit_rate"].between(0, 1).all()
-    assert (rates["low"] <= rates["hit_rate"] + 1e-9).all()
-    assert (rates["high"] >= rates["hit_rate"] - 1e-9).all()

@@ -6,15 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.errors import UserError
 from experiments.figures import charts
 from experiments.judge.frame import run_frame
-from experiments.reproduce import driver
-from tests.command import ROOT, config
+from tests.command import config
 from tests.experiments.judge.test_frame import leave_run
 
 # Overrides of a few runs that each figure can be drawn from, without every cell of its sweep.
@@ -52,14 +49,6 @@ def test_every_figure_is_drawn_from_records(tmp_path: Path, name: str) -> None:
     assert set(data["digest"]) == set(frame["digest"])
     assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 1
-
-
-def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
-    frame = frame_of(tmp_path, *RUNS["14b"])
-    for place in ("x", "y"):
-        drawn("14b", frame, tmp_path / place)
-    for path in (tmp_path / "x").iterdir():
-        assert path.read_bytes() == (tmp_path / "y" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -100,25 +89,7 @@ def test_two_records_of_one_cell_are_refused(tmp_path: Path) -> None:
         drawn("10", frame_of(tmp_path, (), ("seed=1",)), tmp_path)
 
 
-def test_the_oracle_of_figure_10_is_a_line_and_no_system(
-    tmp_path: Path, saved: list[Figure]
-) -> None:
-    leave_run(tmp_path / "a")
-    leave_run(tmp_path / "b", "system=oracle", tpots=(0.02, 0.05, 0.08))
-    data = drawn("10", run_frame([tmp_path / "a", tmp_path / "b"]), tmp_path)
-    assert set(data["system"]) == {"finemoe", "oracle"}
-    ttft, tpot, hits = saved[0].axes
-    assert [len(axes.patches) for axes in (ttft, tpot, hits)] == [1, 1, 1]
-    # The oracle's 50 ms, across the bar.
-    line = np.asarray(tpot.collections[-1].get_paths()[0].vertices, dtype=float)
-    np.testing.assert_allclose(line, [[-0.46, 50], [0.46, 50]])
-    drawn("10", run_frame([tmp_path / "b"]), tmp_path / "alone")
-    assert len(saved[1].axes[0].patches) == 1
-
-
-def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(
-    tmp_path: Path, saved: list[Figure]
-) -> None:
+def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(tmp_path: Path) -> None:
     cells = config("config", "experiment=figure14a").experiment.cells
     others = (), ("system=in_searcher", "system.eviction=lfu")
     frame = frame_of(tmp_path, *map(tuple, cells), *others)
@@ -126,14 +97,6 @@ def test_every_cell_of_figure_14a_is_an_approach_and_no_other_run(
     expected = ["Speculate", "Hit count", "Map (T)", "Map (T+S)", "Map (T+S+δ)"]
     expected += ["ProMoE", "MoE-Infinity"]
     assert approaches.to_dict() == {f"run{n}": name for n, name in enumerate(expected)}
-    # A whole system is hollow, in the colour of its prediction.
-    *filled, promoe, moe_infinity = saved[0].axes[0].patches
-    assert [to_hex(bar.get_facecolor()) for bar in (promoe, moe_infinity)] == ["#ffffff"] * 2
-    edges = [to_hex(bar.get_edgecolor()) for bar in (promoe, moe_infinity)]
-    assert edges == [to_hex(bar.get_facecolor()) for bar in filled[:2]]
-    assert len({bar.get_facecolor() for bar in filled}) == 5
-    entries = saved[0].legends[0].get_patches()
-    assert [to_hex(entry.get_facecolor()) for entry in entries].count("#ffffff") == 2
 
 
 def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
@@ -143,56 +106,3 @@ def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
     assert parts["on_demand_wait"] == pytest.approx(6e3 / 33)
     assert parts["rest"] == pytest.approx(5e3 / 33)
     assert parts.isna().sum() == 3
-
-
-def test_a_line_breaks_where_a_record_is_missing() -> None:
-    frame = pd.DataFrame({"x": [4.0, 1.0], "tpot_s": [0.2, 0.1], "series": "FineMoE"})
-    frame = frame.assign(tpot_s_low=frame["tpot_s"], tpot_s_high=frame["tpot_s"])
-    with charts.panels([""], [""], 2, 2) as (_, [(axes, _, _)]):
-        charts.lines(axes, frame, "x", "tpot_s", {"FineMoE": {"marker": "o"}}, [1.0, 2.0, 4.0])
-        y = np.asarray(axes.lines[0].get_ydata(), dtype=float)
-    np.testing.assert_allclose(y, [100.0, np.nan, 200.0])
-
-
-OUTSIDE = """
-from experiments.figures import charts
-
-def draw(frame, place, mixed_modes):
-    frame = charts.checked(frame, "99", mixed_modes)
-    with charts.metric_panels(frame, ["hit_rate"], 2.0) as (figure, panels):
-        for axes, metric, model in panels:
-            charts.bars(axes, frame, metric, "dataset", {"docs": "docs"}, charts.looks(frame))
-        data = charts.drawn_data(frame, ["hit_rate"])
-        charts.save(figure, place, ("99", "A figure"), frame, data, ["A note."])
-"""
-OUTSIDE_YAML = """# @package _global_
-defaults:
-  - override /testbed: rtx3090x6
-experiment: {id: "99", title: A figure, draws: figure_outside.draw}
-hydra: {sweeper: {params: {system: "on_demand", memory_budget: "12"}}}
-"""
-
-
-def test_a_figure_is_added_by_one_file_and_one_yaml(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "figure_outside.py").write_text(OUTSIDE)
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    for path in (ROOT / "conf").iterdir():
-        if path.name != "experiment":
-            (tmp_path / "conf" / path.name).symlink_to(path)
-    (tmp_path / "conf" / "experiment" / "outside.yaml").write_text(OUTSIDE_YAML)
-    small = [
-        "workload.prompts=4",
-        "workload.output_tokens=6",
-        "workload.input_tokens=12",
-        "n_jobs=1",
-    ]
-    words = ["99", *small, f"results={tmp_path}", f"traces={tmp_path}"]
-    with pytest.raises(SystemExit) as ended:
-        driver.main(words, tmp_path / "conf")
-    assert not ended.value.code
-    (row,) = pd.read_csv(tmp_path / "figures" / "99.csv").to_dict("records")
-    assert (row["system"], row["mode"]) == ("on_demand", "simulated")
-    assert (tmp_path / "figures" / "99.txt").read_text().startswith("Figure 99: A figure. Mode: ")

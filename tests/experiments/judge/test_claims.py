@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.bootstrap import cell_mean, constant, interval, request_draws, spearman
+from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
 from experiments.judge import claims
 from experiments.judge.claims import FAILS, HOLDS, UNTESTABLE, WEAKER, judge, load_claims
@@ -147,19 +147,6 @@ def test_hit_rate_is_the_ratio_of_sums_and_a_quantile_is_an_observation() -> Non
     assert request_draws(rows, "e2el_s@0.9", "docs")[0] == 3.0
 
 
-def test_cells_are_drawn_too() -> None:
-    assert interval(cell_mean([constant(1.0)])) is None
-    # Two cells: either one alone has chance 1/4.
-    assert interval(cell_mean([constant(0.0), constant(1.0)])) == (0.0, 1.0)
-
-
-def test_rank_correlation() -> None:
-    rising = [constant(y) for y in (1.0, 2.0, 9.0)]
-    assert spearman([1, 2, 3], rising)[0] == pytest.approx(1)
-    assert spearman([3, 2, 1], rising)[0] == pytest.approx(-1)
-    assert spearman([1, 2, 3], [constant(1.0)] * 3)[0] == 0
-
-
 # Each rule ----------------------------------------------------------------------------------------
 
 
@@ -177,14 +164,6 @@ def test_reduction(results: Results, ours: float, verdict: str) -> None:
     assert bool(judged.why) == (verdict != HOLDS)
 
 
-def test_reduction_holds_if_its_interval_reaches_the_paper(results: Results) -> None:
-    # Half of the requests save 20 %, half 60 %: 40 % on average, the interval reaches 46 %.
-    results.against("10", [0.4, 0.8] * 4, [1.0] * 8, "deepspeed")
-    judged = results.verdict("fig10-tpot-deepspeed")
-    assert (judged.verdict, judged.ours) == (HOLDS, pytest.approx(40))
-    assert judged.low < 40 < 46 < judged.high
-
-
 def test_means_over_cells(results: Results) -> None:
     # TPOT falls by 60 % on one model and by 40 % on another, whose requests take ten times as long.
     # Hit rates rise from 50 to 60 and from 10 to 20 %: 10 points over a mean of 30 % are a third.
@@ -198,21 +177,6 @@ def test_means_over_cells(results: Results) -> None:
     assert judged.cells == ("Mixtral-8x7B, docs", "Qwen1.5-MoE, docs")
     judged = results.verdict("fig10-hits-promoe")
     assert (judged.ours, judged.verdict) == (pytest.approx(100 / 3), WEAKER)
-
-
-def test_headline_averages_baselines_and_metrics(results: Results) -> None:
-    # TTFT -10, -20, -30, -40 %; TPOT -50 % against all: (25 + 50) / 2.
-    made = [results.run("finemoe", [1.0] * 3)]
-    for one, share in zip(BASELINES, (0.1, 0.2, 0.3, 0.4), strict=True):
-        made.append(results.run(one, [2.0] * 3, ttft=[1 / (1 - share)] * 3))
-    results.experiment("10", *made)
-    assert results.verdict("headline-latency").ours == pytest.approx(37.5)
-
-
-def test_oracle_is_reported_beside(results: Results) -> None:
-    times = {"deepspeed": 1.0, "finemoe": 0.5, "oracle": 0.25}
-    results.experiment("10", *[results.run(one, [t] * 3) for one, t in times.items()])
-    assert "an oracle reaches 75.0 %" in results.verdict("fig10-tpot-deepspeed").bound
 
 
 @pytest.mark.parametrize(
@@ -358,13 +322,6 @@ def test_hit_rates_unchanged_on_the_other_testbed(results: Results) -> None:
         assert (judged.verdict, judged.ours) == (verdict, pytest.approx(ours))
 
 
-def test_gains_are_smaller_on_the_other_testbed(results: Results) -> None:
-    results.against("10", [0.5] * 3, [1.0] * 3)
-    for mine, verdict in (0.8, HOLDS), (0.4, FAILS):
-        results.against("13", [mine] * 3, [1.0] * 3, budget=7)
-        assert results.verdict("fig13-smaller-gains").verdict == verdict
-
-
 def test_share_of_comparisons_won(results: Results) -> None:
     # Of four (batch size, metric) pairs FineMoE is lowest in three.
     made = []
@@ -387,19 +344,6 @@ def test_best_setting(results: Results, best: int, verdict: str) -> None:
     if best == 1:
         said = "1: 1000 ms, 2: 2000 ms, 3: 3000 ms, 4: 4000 ms"
         assert judged.why == f"TPOT by prefetch distance (Mixtral-8x7B, docs): {said}."
-
-
-def test_why_says_what_could_be_gained_at_all(results: Results) -> None:
-    results.experiment(
-        "10",
-        results.run("promoe", [1.0] * 3, hits=[8, 8, 8], summary={"busy_seconds": 9.0}),
-        results.run("finemoe", [1.2] * 3, hits=[5, 5, 5]),
-    )
-    # 8 of ProMoE's 9 s are needed by any system: no more than 11.1 % can be saved.
-    assert (
-        "Against ProMoE no system could lower the time served by more than 11.1 %, "
-        "which is less than the paper's value."
-    ) in results.verdict("fig10-tpot-promoe").why
 
 
 # Missing, mixed and broken records ----------------------------------------------------------------
@@ -445,7 +389,7 @@ def test_mixed_modes_are_refused_unless_asked_for(results: Results) -> None:
 
 
 def test_claims_cover_the_paper() -> None:
-    assert {one.experiment for one in load_claims()} == set(IDS)
+    assert {one.experiment for one in load_claims()} == set(IDS) - {"readings", "unknowns"}
 
 
 OWN = '''

@@ -58,35 +58,6 @@ def test_points_of_a_sweep_are_told_apart_by_whatever_differs(tmp_path: Path) ->
     assert ["1", "2", "0.2", "a_store"] in rows
 
 
-def test_records_of_several_commits_are_told_apart(tmp_path: Path) -> None:
-    leave(tmp_path / "a")
-    leave(tmp_path / "b", seed=1, git_commit="f" * 40, git_dirty=True, **{"config.seed": 1})
-    lines = compare(tmp_path).stdout.splitlines()
-    assert lines[-2:] == [
-        "commit 42a2a85: rows 1",
-        "commit fffffff with uncommitted changes: rows 2",
-    ]
-
-
-def test_what_is_below_one_is_no_bound(tmp_path: Path) -> None:
-    leave(tmp_path / "a", **{"summary.bound.times": 0.54})
-    done = compare(tmp_path)
-    assert "0.54" not in done.stdout
-    assert "busy machine" in done.stdout
-    assert not done.stderr
-
-
-def test_a_step_over_a_layers_slots_is_said_as_a_range_over_the_runs(tmp_path: Path) -> None:
-    said = "experts of a step over a layer's slots: "
-    leave(tmp_path / "older")
-    assert said not in compare(tmp_path).stdout
-    for name, mean in (("a", 1.0), ("b", 0.25)):
-        union = {"mean": mean, "max": 2.0}
-        changed = {"summary.phases.prefill.union_over_capacity": union}
-        leave(tmp_path / name, **changed, **{"summary.phases.decode.union_over_capacity": None})
-    assert f"{said}prefill 0.25 to 1.00\n" in compare(tmp_path).stdout
-
-
 def test_names_in_records_cannot_steer_the_terminal(tmp_path: Path) -> None:
     leave(tmp_path / "a", model="[/b]:smile:")
     assert "[/b]:smile:" in compare(tmp_path).stdout

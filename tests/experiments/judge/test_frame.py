@@ -13,10 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
-from experiments.judge.frame import ResultsFolder, one_mode, run_frame
-from experiments.run.records import read_record, read_requests, write_record
+from experiments.judge.frame import ResultsFolder, run_frame
+from experiments.run.records import read_record, write_record
 from tests.command import ROOT
 
 PROVENANCE = {
@@ -115,15 +114,6 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     assert math.isnan(row["phase_search_s"])
 
 
-def test_figures_have_the_intervals_of_claims_not_those_of_records(tmp_path: Path) -> None:
-    tpots, hits = (0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.1, 3.4), (1, 2, 3, 4, 5, 6, 0, 1)
-    path = leave_run(tmp_path / "a", batches=tuple(range(8)), tpots=tpots, hits=hits)
-    row, requests = only(run_frame([path])), read_requests(path)
-    for metric in ("ttft_s", "tpot_s", "e2el_s", "hit_rate"):
-        ends = interval(request_draws(requests, metric, "docs"))
-        assert (row[f"{metric}_low"], row[f"{metric}_high"]) == ends
-
-
 def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
     tmp_path: Path,
 ) -> None:
@@ -145,7 +135,6 @@ def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
         ("finemoe", ["prefetch_distance=3"], "finemoe"),
         ("finemoe", ["search=trajectory", "selection=top_k"], "finemoe search=trajectory "
          "selection=top_k"),
-        ("promoe", ["prefetch_distance=5"], "promoe prefetch_distance=5"),
         ("on_demand", [], "on_demand"),
     ],
 )  # fmt: skip
@@ -175,15 +164,9 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         (["config"], None, "'config': Input should be a valid dict"),
         (["config", "seed"], "${oc.env:HOME}", "'config': Value error, an interpolation"),
         (["config", "model", "name"], "../../else", "'config.model.name': Value error, a path"),
-        (["config", "model", "name"], "/else", "'config.model.name': Value error, a path"),
         (["model"], "\x1b[2J", "'model': String should match"),
         (["mode"], "guessed", "'mode': Input should be"),
-        (["seed"], 0.5, "'seed': Input should be a valid int"),
         (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
-        (["summary", "tpot_s", "ci95"], [1.0], "'summary.tpot_s.ci95': List should have at least"),
-        (["summary", "hits"], -1, "'summary.hits': Input should be greater"),
-        (["summary", "bound"], [], "'summary.bound'"),
-        (["versions"], {"torch": 2}, "'versions.torch'"),
     ],
 )
 def test_records_that_no_run_leaves_are_refused(
@@ -203,8 +186,6 @@ def test_records_that_no_run_leaves_are_refused(
     [
         (lambda table: table.drop(columns="batch"), "no numbers as batch"),
         (lambda table: table.assign(tpot_s=math.inf), "no numbers as tpot_s"),
-        (lambda table: table.assign(e2el_s=-1.0), "no numbers as e2el_s"),
-        (lambda table: table.assign(ttft_s=[None, 1.0, 2.0]), "no numbers as ttft_s"),
         (lambda table: table.assign(hits="many"), "no numbers as hits"),
         (lambda table: table.head(0), "no requests"),
         (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),
@@ -232,11 +213,3 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
         index.write_text(content)
         with pytest.raises(UserError, match="is no experiment record; remove it and draw again"):
             ResultsFolder(tmp_path).runs_of("10")
-
-
-def test_mixed_modes_are_refused_unless_asked_for() -> None:
-    frame = pd.DataFrame({"mode": ["simulated", "measured"]})
-    with pytest.raises(UserError, match="figure 10 mixes measured and simulated records"):
-        one_mode(frame, "figure 10", mixed_modes=False)
-    one_mode(frame, "figure 10", mixed_modes=True)
-    one_mode(frame.head(1), "figure 10", mixed_modes=False)

@@ -98,18 +98,6 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Expansion ------------------------------------------------------------------------------------
 
 
-def test_hydras_own_syntax_is_expanded() -> None:
-    assert sweeps.parse(["a=1,2", "b=choice(x,y)", "c=range(1,4)", "d=25%", "e='p,q'"]) == {
-        "a": ["a=1", "a=2"],
-        "b": ["b=x", "b=y"],
-        "c": ["c=1", "c=2", "c=3"],
-        "d": ["d=25%"],
-        "e": ["e='p,q'"],
-    }
-    with pytest.raises(UserError, match="not key=value"):
-        sweeps.parse(["system"])
-
-
 PARAMS, CELLS = ["s=p,q", "m=6,12"], [["s=r", "x=1"], ["m=96"]]
 SWEPT = ["s=p m=6", "s=p m=12", "s=q m=6", "s=q m=12"]
 
@@ -311,24 +299,6 @@ def test_weights_trained_again_in_place_are_noticed(
     assert again["weights_fingerprint"] != first["weights_fingerprint"]
     # Nothing was recorded over: the weights of before would find their routing again.
     assert len(list(kept.glob("*.parquet"))) == 2
-
-
-def test_a_record_of_other_weights_is_not_drawn(
-    conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = tmp_path / "traces"
-    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
-    assert reproduce(words, conf) == 0
-    (path,) = tmp_path.glob("runs/*/run.json")
-    stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
-    path.write_text(json.dumps(stale))
-    # So that the run is due, and fails.
-    for trace in kept.glob("*.parquet"):
-        trace.write_bytes(trace.read_bytes()[:-99])
-    capsys.readouterr()
-    assert reproduce([*words, "redraw=true"], conf) != 0
-    assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
-    assert json.loads(path.read_text()) == stale
 
 
 def test_an_analysis_gets_its_traces_and_draws(conf: Path, traces: Path, tmp_path: Path) -> None:

@@ -8,20 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.reproduce.routing_report import (
-    PREDICTORS,
-    report,
-    shortcomings,
-    subject_configs,
-)
-from experiments.run.small_models import random_model
-from experiments.run.weights import SCALE_MODELS
+from experiments.reproduce.routing_report import PREDICTORS, report
 from tests.command import config, run_module
+from tests.engine import saved_mixtral
 
 TINY = (
     "models=[mixtral]",
@@ -35,22 +27,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral of 3 layers and 4 experts, top-2, in a folder."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-    random_model(config, torch.float32, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -82,14 +59,6 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
         assert left == {"load_balance", "entropy", "overlap", "hit_rates"}
 
 
-def test_every_model_meets_every_dataset() -> None:
-    both = composed("models=[qwen,phi]", "datasets=[docs,code]")
-    found = [(one.model.name, one.dataset.name) for one in subject_configs(both)]
-    assert found == [("qwen", "docs"), ("qwen", "code"), ("phi", "docs"), ("phi", "code")]
-    lengths = composed("workload.input_tokens=${dataset.lengths.input}")
-    assert next(subject_configs(lengths)).workload.input_tokens == 37
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -105,19 +74,3 @@ def test_bad_input_is_named(override: str, message: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=message):
         report(composed(override, f"output={tmp_path / 'out'}", f"traces={tmp_path}"))
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_scale_weights_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("experiments.reproduce.routing_report.SCALE_MODELS", tmp_path)
-    with pytest.raises(UserError, match="none of mixtral has scale weights"):
-        report(composed(f"output={tmp_path / 'out'}"))
-    assert "skipped mixtral on docs" in capsys.readouterr().out
-
-
-def test_shortcomings_are_said() -> None:
-    lowest = pd.Series({"good": 0.6, "poor": 0.45})
-    said = shortcomings(pd.Series([0.3, 0.1]), lowest, chance=0.5, distance=1)
-    assert said[0].endswith("tokens: 1")
-    assert said[1].endswith("interval): poor")

@@ -37,15 +37,3 @@ def test_names_and_texts_are_shown_as_they_are_but_no_terminal_obeys_them(
     assert "[/x]" in printed
     assert "run record: [/]" in printed
     assert not set("\x1b\x07\x9b\r\u202e\ud800") & set(printed)
-
-
-@pytest.mark.parametrize(("times", "shown"), [(0.54, "busy machine"), (1.66, "1.66 x the bound")])
-def test_what_is_below_one_is_no_bound(
-    capsys: pytest.CaptureFixture[str], times: float, shown: str
-) -> None:
-    told = record(1.5)
-    told["summary"]["bound"] = {"compute_s": 1.0, "link_s": 1.0, "times": times}
-    Console().results(told, Path("run.json"), None)
-    printed = capsys.readouterr().out
-    assert shown in printed
-    assert "0.54" not in printed

@@ -124,10 +124,3 @@ def test_a_row_that_is_no_conversation_is_skipped_and_counted(
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
         conversations("test", str(path), "train")
-
-
-def test_turns_by_user_and_assistant_are_read_under_either_key(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    turns = [{"from": "assistant", "value": "x"}, {"from": "user", "value": TEXTS[0]}]
-    path.write_text(json.dumps([{"conversations": turns}]))
-    assert conversations("test", str(path), "train").texts == TEXTS[:1]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from experiments.bootstrap import interval, request_draws
 from experiments.run.metrics import AccessCounter, latency_summary, request_table
@@ -86,30 +84,3 @@ def test_the_union_of_a_step_over_a_layers_share_of_the_cache() -> None:
     assert found == {"prefill": {"mean": 1.0, "max": 1.5}, "decode": {"mean": 0.875, "max": 1.0}}
     assert unions([("decode", decode)], 2)["decode"] == {"mean": 2.0, "max": 2.0}
     assert unions([], 0) == {"prefill": None, "decode": None}
-
-
-LAYERS = 3
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from(["prefill", "decode"]),
-            st.lists(
-                st.dictionaries(st.integers(0, 9), st.sampled_from("hlm"), min_size=1),
-                min_size=LAYERS,
-                max_size=LAYERS,
-            ),
-        ),
-        min_size=1,
-    ),
-    st.integers(1, 40),
-)
-def test_the_union_is_that_of_every_layer_counted_by_itself(
-    iterations: list[tuple[Phase, list[dict[int, str]]]], slots: int
-) -> None:
-    for name, found in unions(iterations, slots).items():
-        layers = [one for phase, layers in iterations if phase == name for one in layers]
-        ratios = [len(one) / (slots / LAYERS) for one in layers]
-        due = {"mean": sum(ratios) / len(ratios), "max": max(ratios)} if ratios else None
-        assert found == (due and pytest.approx(due))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from transformers import AutoConfig, AutoTokenizer
 from experiments.errors import UserError
 from experiments.run.datasets import template
 from experiments.run.models import check_weights, load_model
-from experiments.run.small_models import random_model
-from experiments.run.weights import SCALE_MODELS, hub_access
+from experiments.run.weights import SCALE_MODELS
 from tests.command import SMALL, composed, run_command
+from tests.engine import saved_mixtral
 
 FACTS = {"layers": 2, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
 CPU = torch.device("cpu")
@@ -31,21 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral of 2 layers and 4 experts, top-2, in three shards, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    random_model(config, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
-    tokenizer.save_pretrained(folder)
-    return folder
+    return saved_mixtral(tmp_path_factory.mktemp("whole") / "model", 2)
 
 
 @pytest.fixture
@@ -87,24 +72,18 @@ def enlarge_tokenizer(folder: Path) -> None:
 CUSTOM = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "model-00001-of-.*not fully": lambda it: shard(it).write_bytes(shard(it).read_bytes()[:-100]),
-    "model-00001.*header too small": lambda it: shard(it).write_bytes(b""),
     "No such file.*model-00001": lambda it: shard(it).unlink(),
     "no file named model.safetensors": lambda it: remove(it, "model*"),
-    "cannot load the weights": lambda it: edit(it, "model.safetensors.index.json", weight_map=0),
     "cannot load the tokenizer of": lambda it: remove(it, "tokenizer*"),
     "cannot load the tokenizer": lambda it: (it / "tokenizer.json").write_text("{}"),
     "4097 ids, the model's vocabulary 4096": enlarge_tokenizer,
     "not a valid JSON file": lambda it: (it / "config.json").write_text("{"),
-    "have a `model_type` key": lambda it: (it / "config.json").write_text("{}"),
 }
 ODD_CONFIGS: dict[str, dict[str, Any]] = {
     "requires optimum.*; install": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "9 tensors are missing, such as model.layers.2": {"num_hidden_layers": 3},
-    "9 tensors are unexpected, such as model.layers": {"num_hidden_layers": 1},
     "tensors are mismatched": {"hidden_size": 32},
-    "ZeroDivisionError": {"num_attention_heads": 0},
     "'hidden_size' expected int": {"hidden_size": "x"},
-    "=9 of 4 experts": {"num_experts_per_tok": 9},
     "LlamaForCausalLM has no experts": {"model_type": "llama"},
     "contains custom code": {"model_type": "evil", "auto_map": CUSTOM},
 }
@@ -141,19 +120,6 @@ def test_an_odd_config_is_refused_and_no_code_of_it_runs(
 def test_another_shape_is_refused(folder: Path) -> None:
     cause = r"hold a mixtral of 2 x 4 experts.*model=mixtral is a mixtral of 2 x 8 experts.*"
     refused(folder, f"{cause}write a YAML for them in conf/model", experts=8)
-
-
-def test_a_whole_checkpoint_is_loaded_from_the_home_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert loaded("~/model").offloaded.shape.layers == 2
-
-
-def test_code_beside_a_known_model_is_not_run(folder: Path) -> None:
-    edit(folder, auto_map=CUSTOM)
-    (folder / "evil.py").write_text("raise SystemExit")
-    assert loaded(folder).offloaded.shape.experts == 4
 
 
 @pytest.mark.parametrize("testbed", ["emulated", "rtx3090x6"])
@@ -206,13 +172,6 @@ def test_without_a_network_the_cache_is_used_and_said(
         check_weights(config_of("hub", experts=5))
 
 
-def test_without_a_network_nothing_is_tried_again(unreachable: Path) -> None:
-    with hub_access():
-        assert constants.is_offline_mode()
-    assert not constants.is_offline_mode()
-    assert not logging.getLogger("huggingface_hub").propagate, "each line would appear twice"
-
-
 def test_without_a_network_or_a_cache_one_line_says_so(
     unreachable: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,11 +185,7 @@ def test_without_a_network_or_a_cache_one_line_says_so(
     "chat_template",
     [
         "{{ messages[0].content | upper }}",
-        "{{ messages[0].content[:20] }}",
-        "{{ messages[0].content | e }}",
         "{{ messages[0].content }}{{ messages[0].content }}",
-        "assistant:",
-        "{{ raise_exception('no user') }}",
         "{% if %}",
     ],
 )

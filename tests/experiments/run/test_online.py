@@ -10,10 +10,8 @@ import pandas as pd
 import pytest
 
 from experiments.errors import UserError
-from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.protocol import run
-from finemoe.trace import TraceReader
 from tests.command import config, run_command
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -66,24 +64,6 @@ def test_every_request_is_served_once_with_the_tokens_asked_for(
     assert [len(tokens) for tokens in table["tokens"]] == [tokens for _, tokens in LENGTHS]
 
 
-def test_nothing_happens_before_its_time(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
-    cfg = config("config", *arguments(folder, *SIMULATED))
-    plan = build(cfg.workload).plan(cfg.seed)
-    table = replayed[1].sort_values("batch")
-    assert table["arrival_s"].tolist() == plan["seconds"].tolist()
-    assert (table["queueing_s"] >= 0).all()
-    assert (table["ttft_s"] > table["queueing_s"]).all()
-    starts = table["arrival_s"] + table["queueing_s"]
-    ends = table["arrival_s"] + table["e2el_s"]
-    assert starts.is_monotonic_increasing
-    # At most two at once: the third starts when the first of the others has left.
-    assert starts.iloc[2] >= ends.iloc[:2].min()
-    gaps = table["itl_s"].map(sum) + table["ttft_s"]
-    assert gaps.tolist() == pytest.approx(table["e2el_s"].tolist())
-
-
 def test_the_record_says_what_was_served(
     replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
 ) -> None:
@@ -109,21 +89,6 @@ def test_arrivals_at_another_rate_replay_the_same_trace(
     assert record["summary"]["busy_seconds"] < 4 / record["online"]["served_rate"] / 2
     assert record["online"]["sha256"] != replayed[0]["online"]["sha256"]
     assert record["dataset_sha256"] == replayed[0]["dataset_sha256"]
-
-
-def test_the_kept_trace_holds_all_steps_of_every_request(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
-    (path,) = (folder / "traces").iterdir()
-    with TraceReader(path) as trace:
-        traced = [trace.request(number) for number in range(4)]
-    found = [(one.steps[0].tokens, len(one.steps)) for one in traced]
-    assert found == LENGTHS
-    for one in traced:
-        assert len(one.prompt) == one.steps[0].tokens
-        for step in one.steps:
-            assert (step.counts.sum(axis=1) == 2 * step.tokens).all()
-            assert step.hidden_states is not None
 
 
 def test_live_serving_is_lossless_and_of_the_same_workload(

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from experiments.run import weights
 from experiments.run.weights import fingerprint
-from tests.command import python
 
 MODEL = {"name": "toy", "hub_id": "someone/toy"}
 
@@ -45,24 +43,6 @@ def test_every_file_of_the_model_counts_and_nothing_else(folder: Path) -> None:
         assert len({before, changed, of(folder)}) == 3
 
 
-def test_scale_weights_are_those_in_the_models_folder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "SCALE_MODELS", folder.parent)
-    assert fingerprint(MODEL, "scale", 0) == of(folder)
-
-
-def test_a_large_file_is_told_by_its_change_alone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = of(folder)
-    monkeypatch.setattr(weights, "LARGE", 0)
-    weights._digest.cache_clear()
-    large = of(folder)
-    (folder / "config.json").touch()
-    assert len({small, large, of(folder)}) == 3
-
-
 def test_dummies_are_their_seed_and_hub_weights_the_revision_that_is_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,8 +55,3 @@ def test_dummies_are_their_seed_and_hub_weights_the_revision_that_is_here(
         reference.write_text(revision)
         marks.add(fingerprint(MODEL, "hub", 0))
     assert len(marks) == 6
-
-
-def test_it_takes_no_torch() -> None:
-    code = "import sys, experiments.run.weights; sys.exit('torch' in sys.modules)"
-    assert python("-c", code).returncode == 0

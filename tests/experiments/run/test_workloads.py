@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.run.datasets import Dataset, PromptSet, prompts_of
-from experiments.run.schedule import Request, Served
+from experiments.run.datasets import Dataset, prompts_of
 from experiments.run.weights import SCALE_MODELS
 from experiments.run.workloads import (
     CONVERSATIONS,
-    Online,
-    Workload,
     generated,
     read_azure_trace,
     sampled,
@@ -32,12 +27,6 @@ HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
 TEXTS = tuple(f"Text {number} tells of the number {number}." for number in range(7))
 DATASET = Dataset("test", "made up", TEXTS)
-
-
-def settings(**changed: Any) -> Online:
-    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "workload" / "online.yaml"))
-    del values["_target_"]
-    return Online(**{**values, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +63,6 @@ def trace_of(*rows: tuple[float, int, int]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["seconds", "input_tokens", "output_tokens"])
 
 
-def test_a_trace_keeps_its_rhythm_at_another_rate() -> None:
-    trace = trace_of(*((seconds, 1, 1) for seconds in (5.0, 6.0, 9.0, 15.0)))
-    times = sampled(trace, 4, 3.0, "trace", seed=0)["seconds"]
-    assert times.tolist() == pytest.approx([0.0, 0.1, 0.4, 1.0])
-
-
 @pytest.mark.parametrize("process", ["trace", "poisson"])
 def test_sampled_rows_keep_both_lengths_and_none_is_taken_twice(process: Any) -> None:
     trace = trace_of(*((float(n), n + 1, 2 * n + 1) for n in range(1000)))
@@ -104,12 +87,8 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
     [
         ("", "is no CSV table"),
         (HEADER, "no requests below its header"),
-        ("TIMESTAMP,ContextTokens\n", "lacks GeneratedTokens"),
         (f"{HEADER}{GOOD}soon,1,2\n", r"line 3 of .*: 'soon' as TIMESTAMP is no time"),
         (f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}", r"line 4 of .*: '0' as GeneratedTokens"),
-        (f"{HEADER}{GOOD.replace('374', '1e30')}", r"line 2 of .*: '1e30' as ContextTokens"),
-        (f"{HEADER}{GOOD}2023-11-16 18:15:46,,1\n", "line 3 of .*: an empty field as Context"),
-        (f"{HEADER}2023-11-16,1,2,3\n", "is no CSV table"),
     ],
 )
 def test_a_malformed_trace_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -147,18 +126,6 @@ def test_prompts_have_exactly_their_lengths_and_use_every_text_once_a_pass(token
     assert prompts_of(two_texts, DATASET, tokenizer, 0)[1] == 1
 
 
-def test_the_seed_draws_the_first_text_and_who_gets_which(tokenizer: Any) -> None:
-    texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
-    shortest = min(map(len, texts))
-    begins = [tuple(text[:shortest]) for text in texts]
-    assert len({drawn(tokenizer, [shortest], seed)[0] for seed in range(10)}) > 3
-    prompts = [drawn(tokenizer, [shortest] * len(TEXTS), seed) for seed in range(5)]
-    assert all(set(one) == set(begins) for one in prompts)
-    orders = [[begins.index(prompt) for prompt in one] for one in prompts]
-    steps = {(b - a) % len(TEXTS) for order in orders for a, b in pairwise(order)}
-    assert steps != {1}, "neighbours in time would always share a document"
-
-
 def test_a_prompt_too_short_for_the_chat_template_goes_without() -> None:
     chat: Any = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
     chat.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}answer:"
@@ -167,46 +134,3 @@ def test_a_prompt_too_short_for_the_chat_template_goes_without() -> None:
     assert "<u>" not in chat.decode(list(short))
     assert chat.decode(list(long)).startswith("<u>")
     assert chat.decode(list(long)).endswith("</u>answer:")
-
-
-def test_texts_without_a_token_are_refused() -> None:
-    def nothing(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": []}
-
-    empty: Any = nothing
-    empty.bos_token_id = None
-    with pytest.raises(UserError, match="hold no token"):
-        prompts_of([3], DATASET, empty, seed=0)
-
-
-def test_a_cap_shortens_and_is_counted(tokenizer: Any) -> None:
-    def load(seed: int = 0, **changed: Any) -> tuple[Workload, dict[str, Any]]:
-        workload = settings(requests=30, **changed)
-        drawn = workload.draw(DATASET, tokenizer, seed)
-        served = [Served(one, n, (), (1.0,), (n,)) for n, one in enumerate(drawn.measured)]
-        return drawn, workload.arrivals(drawn, served, None, seed)
-
-    capped, said = load(max_input_tokens=40, max_output_tokens=300)
-    longer, of_longer = load(max_input_tokens=40)
-    longest = [one.output_tokens > 300 for one in longer.measured]
-    assert max(len(one.prompt) for one in capped.measured) == 40
-    assert max(one.output_tokens for one in capped.measured) == 300
-    assert 0 < sum(longest) < of_longer["shortened"] <= said["shortened"] <= 30
-    assert [one.arrival for one in capped.measured] == [one.arrival for one in longer.measured]
-    other = load(1, max_input_tokens=40)[1]
-    assert len({one["sha256"] for one in (said, of_longer, other)}) == 3
-    assert (longer, of_longer) == load(max_input_tokens=40)
-
-
-def test_measured_prompts_share_prefixes_with_one_another_and_with_the_history() -> None:
-    def of(*prompts: tuple[int, ...]) -> tuple[Request, ...]:
-        return tuple(Request(number, prompt, 1) for number, prompt in enumerate(prompts))
-
-    nowhere = PromptSet("", "", (), "")
-    # What prompts of the history share among themselves does not count.
-    history, measured = of((7, 7, 7, 7), (7, 7, 7, 7), (1, 2, 3, 5)), of((1, 2, 3, 4), (1, 2, 9, 9))
-    found = Workload(nowhere, history, history[:1], measured).shared_prefix()
-    assert found == {"mean_tokens": 2.5, "longest_tokens": 3, "mean_share": 0.625}
-    found = Workload(nowhere, (), (), measured).shared_prefix()
-    assert found == {"mean_tokens": 2.0, "longest_tokens": 2, "mean_share": 0.5}
-    assert Workload(nowhere, (), (), of((), ())).shared_prefix() is None

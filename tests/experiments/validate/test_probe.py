@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 
@@ -16,7 +14,6 @@ from experiments.validate.probe import (
     collection_seconds,
     compute_samples,
     wake_and_resume,
-    without_outliers,
 )
 from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.offload.routed import RoutedStep
@@ -120,21 +117,3 @@ def test_calls_of_a_policy_are_told_apart() -> None:
     assert call_seconds(probe, layers=2) == {"embeddings": 6.0, "gate": 2.5, "update": 2.0}
     assert collection_seconds(probe) == 0.5
     assert call_seconds(Probe(), layers=2) == {}
-
-
-def test_a_probe_knows_its_own_thread_and_adds_up() -> None:
-    probe = Probe()
-    probe.span("device 0", "expert 0.1", 3.0, 4.0)
-    other = threading.Thread(target=probe.span, args=("search", "search", 1.0, 2.0))
-    other.start()
-    other.join()
-    assert [(span.track, span.own) for span in probe.spans] == [
-        ("device 0", True),
-        ("search", False),
-    ]
-    assert len((probe + probe).spans) == 4
-
-
-def test_outliers_are_left_out_and_never_everything() -> None:
-    assert without_outliers([1.0, 2.0, 6.0, 6.1, 1.5]) == [1.0, 2.0, 6.0, 1.5]
-    assert without_outliers([-2.0, -1.0, 5.0]) == [-2.0, -1.0]

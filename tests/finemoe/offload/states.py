@@ -1,14 +1,15 @@
-"""Words for tests: what the cache has of an expert, and prefetch requests as dictionaries."""
+"""Words for tests: states of an expert, prefetch requests as dictionaries, routing of one step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 
 import numpy as np
 
 from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import ModelShape, Priorities
+from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
 
 
 class State(Enum):
@@ -39,3 +40,16 @@ def asked(priorities: Priorities | None) -> dict[tuple[int, int], float]:
         return {}
     found = np.argwhere(priorities > 0).tolist()
     return {(layer, index): float(priorities[layer, index]) for layer, index in found}
+
+
+def routed(
+    shape: ModelShape, number: int, activated: Sequence[Sequence[int]], tokens: int = 1
+) -> RoutedIteration:
+    """Return an iteration of one request whose layers activate these experts."""
+    counts = np.zeros((shape.layers, shape.experts), dtype=np.int64)
+    for layer, indices in enumerate(activated):
+        counts[layer, list(indices)] = 1
+    logits = np.zeros((shape.layers, tokens, shape.experts), dtype=np.float32)
+    embeddings = np.zeros((tokens, shape.hidden_size), dtype=np.float32)
+    step = RoutedStep(tokens, counts, logits, embeddings, hidden_states=None)
+    return joined(number, (0,), (step,), (5,))

@@ -87,21 +87,6 @@ def test_what_a_slot_held_before_the_measured_part_is_free() -> None:
     assert minimal_loads(experts, ONE_LAYER, (2,)) == (3,)
 
 
-@pytest.mark.parametrize(
-    ("routing", "slots", "message"),
-    [
-        ([[(A,), (A,)]], (1,), "2 layers, the model 1"),
-        (stream(A), (), "at least one device"),
-        (stream(A), (0,), "raise memory_budget"),
-    ],
-)
-def test_what_cannot_be_served_is_refused(
-    routing: Routing, slots: tuple[int, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        minimal_loads(routing, ONE_LAYER, slots)
-
-
 @settings(max_examples=150, deadline=None)
 @given(routings(ONE_LAYER, widest=1, longest=10), st.integers(1, 4))
 def test_the_bound_is_reached_where_a_layer_runs_one_expert(routing: Routing, slots: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -41,17 +40,3 @@ def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
     assert not np.array_equal(changed, before)
     order.on_load(B)
     assert np.array_equal(keys(order), changed)
-
-
-@pytest.mark.parametrize(("counts", "first"), [("kept", B), ("forgotten", A)])
-def test_lfu_keeps_or_forgets_the_count_of_what_left(
-    counts: Literal["kept", "forgotten"], first: ExpertId
-) -> None:
-    order = LfuPolicy(SHAPE, counts)
-    for index in (A.index, A.index, A.index, B.index, B.index):
-        order.on_outcome(LayerOutcome(DECODE, 0, (), (), (index,)))
-    assert keys(order)[A] < keys(order)[B]
-    # A leaves and comes back: its fourth use, or its first, against B's two.
-    order.on_evict(A)
-    order.on_outcome(LayerOutcome(DECODE, 0, (), (), (A.index,)))
-    assert max(A, B, key=lambda expert: keys(order)[expert]) == first

@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.deepspeed import DeepSpeedPolicy
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.testbeds import cores_apart
 from finemoe.assemble import offloading_runtime
-from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import LiveRuntime, Worker
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
@@ -142,31 +140,6 @@ def test_a_policy_without_predictions_is_not_shown_any_context(model: OffloadedM
     assert len(spy.outcomes) == model.shape.layers
 
 
-def test_a_prefetch_that_waits_for_a_slot_starts_when_a_layer_is_done(
-    model: OffloadedModel,
-) -> None:
-    policy = Spy(model.shape, Placement("critical_path"))
-    # Prefetched while layer 0 holds every slot.
-    policy.act = lambda gate: None if gate.layer else asking(model.shape, {(1, 0): 1.0})
-    live = runtime(model, policy, slots=2)
-    arrived: list[bool] = []
-
-    def await_prefetch(*_: object) -> None:
-        def resident() -> bool:
-            return live.residency.cache.is_resident(live.model.shape.flat(ExpertId(1, 0)))
-
-        with live._changed:
-            arrived.append(live._changed.wait_for(resident, timeout=10))
-
-    hook = model.gates[1].register_forward_pre_hook(await_prefetch)
-    with live:
-        live.forward(Iteration(0, "prefill", (0,), (1,)), input_ids=PROMPT[:, :1])
-        # Now layer 0 finds its experts in both slots, so the prefetch has to wait for one.
-        live.forward(Iteration(1, "prefill", (0,), (1,)), input_ids=PROMPT[:, :1])
-    hook.remove()
-    assert arrived == [True, True]
-
-
 def test_a_finished_runtime_frees_its_slots_at_once(model: OffloadedModel) -> None:
     live = runtime(model, FineMoEPolicy(model.shape, FineMoEOptions(prefetch_distance=1)))
     freed = weakref.ref(live)
@@ -258,45 +231,6 @@ def ended(serve: Callable[[], None]) -> Exception | None:
     return errors[0] if errors else None
 
 
-@pytest.mark.parametrize("prediction", ["background", "critical_path"])
-@pytest.mark.parametrize("awaited", [False, True])
-def test_an_answer_that_comes_too_late_leaves_no_link_asleep(
-    model: OffloadedModel, prediction: str, awaited: bool
-) -> None:
-    policy = Spy(model.shape, Placement(prediction, awaited=awaited))  # type: ignore[arg-type]
-    # After the last gate no layer is in time any more.
-    policy.act = lambda gate: np.ones((model.shape.layers, model.shape.experts))
-
-    def serve() -> None:
-        with runtime(model, policy, slots=1, devices=2) as live:
-            for number in range(5):
-                live.forward(Iteration(number, "prefill", (0,), (5,)), input_ids=PROMPT)
-            live.drain()
-
-    assert ended(serve) is None
-
-
-def test_links_with_nothing_to_copy_do_not_wake_one_another(
-    model: OffloadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    idled: list[EmulatedLink] = []
-    woken: list[None] = []
-    monkeypatch.setattr(EmulatedLink, "idle", lambda link: idled.append(link))
-    policy = DeepSpeedPolicy(model.shape)
-    live = runtime(model, policy, slots=2, devices=3)
-    wake = live.residency.wake
-
-    def count() -> None:
-        woken.append(None)
-        wake()
-
-    live.residency.wake = count
-    with live:
-        serve_and_drain(live)
-    # A link falls asleep once at first, and at most once for each time it is woken.
-    assert len(idled) <= 3 * (len(woken) + 1)
-
-
 def test_an_expert_that_no_link_can_bring_is_an_error_at_once(model: OffloadedModel) -> None:
     def serve() -> None:
         with runtime(model, OnDemandPolicy(model.shape), slots=4) as live:
@@ -366,17 +300,6 @@ def started(capacity: int, errors: list[BaseException]) -> Worker:
     return worker
 
 
-def test_tasks_run_in_the_order_they_were_published() -> None:
-    errors: list[BaseException] = []
-    done: list[int] = []
-    worker = started(3, errors)
-    for number in range(50):
-        worker.publish(partial(done.append, number))
-    worker.drain()
-    assert (done, errors) == (list(range(50)), [])
-    worker.close()
-
-
 @pytest.mark.parametrize("call", ["publish", "drain"])
 def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str) -> None:
     begun, release = threading.Event(), threading.Event()
@@ -402,27 +325,3 @@ def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str
     assert not waiting.is_alive()
     worker.close()
     assert (done, errors) == ([0, 1, 2, 3][: 4 if call == "publish" else 3], [])
-
-
-@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_after_its_first_error_the_searcher_drops_tasks_and_blocks_nobody(
-    error: type[BaseException],
-) -> None:
-    errors: list[BaseException] = []
-    done: list[int] = []
-
-    def fail() -> None:
-        raise error
-
-    def publish_many() -> None:
-        for task in (partial(done.append, 0), fail, *(partial(done.append, 1),) * 100, fail):
-            worker.publish(task)
-        worker.drain()
-        worker.close()
-
-    worker = started(1, errors)
-    publisher = in_thread(publish_many)
-    publisher.join(10)
-    assert not publisher.is_alive()
-    assert done == [0]
-    assert [type(one) for one in errors] == [error]

@@ -26,10 +26,11 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
-from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
+from finemoe.offload.routed import RoutedIteration
 from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.timeline import trace_events
 from finemoe.offload.virtual_links import LinkRate
+from tests.finemoe.offload import states
 from tests.finemoe.offload.states import asking
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=1, hidden_size=3)
@@ -58,18 +59,7 @@ class Scripted(Policy):
 
 
 def routed(number: int, *activated: tuple[int, ...], tokens: int = 1) -> RoutedIteration:
-    """Return an iteration whose layers activate these experts, all of one token."""
-    counts = np.zeros((SHAPE.layers, SHAPE.experts), dtype=np.int64)
-    for layer, indices in enumerate(activated):
-        counts[layer, list(indices)] = 1
-    step = RoutedStep(
-        tokens=tokens,
-        counts=counts,
-        logits=np.zeros((SHAPE.layers, tokens, SHAPE.experts), dtype=np.float32),
-        embeddings=np.zeros((tokens, 3), dtype=np.float32),
-        hidden_states=None,
-    )
-    return joined(number, (0,), (step,), (5,))
+    return states.routed(SHAPE, number, activated, tokens)
 
 
 def runtime(
@@ -237,13 +227,6 @@ def test_a_waiting_model_resumes_late_and_its_link_goes_on_meanwhile() -> None:
     assert replay.forward(routed(1, (0,), (0,))) == pytest.approx(46.5 + 22)
 
 
-def test_a_model_that_awaited_prefetches_resumes_late() -> None:
-    requests = {(1, j): 1.0 for j in range(4)}
-    policy = Scripted(requests, prediction="critical_path", awaited=True)
-    replay, _ = runtime(policy, thread=ThreadCosts(resume=0.25))
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50.25 + 10 + 1)
-
-
 def test_parts_take_longer_after_a_wait_and_beside_a_copy() -> None:
     thread = ThreadCosts(dense=Extra(2.0, 0.5), expert=Extra(0.25, 0.125))
     replay, _ = runtime(Scripted({}, prediction="none"), thread=thread)
@@ -251,14 +234,6 @@ def test_parts_take_longer_after_a_wait_and_beside_a_copy() -> None:
     assert replay.forward(routed(0, (0, 1), (0,))) == pytest.approx(27.25 + 12 + 8 + 1.25)
     # Only what comes first after a wait is slowed down by it: here the dense part.
     assert replay.forward(routed(1, (0,), (0,))) == pytest.approx(48.5 + 12 + 1 + 10 + 1)
-
-
-def test_a_prefetch_beside_it_slows_the_dense_part() -> None:
-    requests = {(1, 1): 1.0}
-    thread = ThreadCosts(dense=Extra(while_copying=0.5))
-    replay, _ = runtime(Scripted(requests, prediction="background"), thread=thread)
-    # The prefetch runs from 18 to 26, layer 1's dense part from 19 to 29.5.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10.5 + 1)
 
 
 def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
@@ -276,22 +251,6 @@ def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
     assert seconds[("link 0", "on demand 0.0")] == (10, 8)
     assert seconds[("waits", "on demand")] == (29, 8)
     assert seconds[("iterations", "decode")] == (0, 38)
-
-
-def write_and_break_off(folder: Path) -> None:
-    with trace_events(str(folder), wanted=True) as timeline:
-        assert timeline is not None
-        (file,) = folder.glob("*.partial")
-        for second in range(1000):
-            timeline.span("a track", "a span", second, second + 1)
-        assert file.stat().st_size > 50_000
-        raise KeyboardInterrupt
-
-
-def test_a_timeline_is_written_as_it_comes_and_gone_after_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        write_and_break_off(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_timeline_takes_spans_from_many_threads(tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
-"""Transfer queues over a cache, against a naive model and in single cases."""
+"""Expert cache, prefetch requests and transfer queues, against a naive model of them."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
@@ -59,6 +57,7 @@ class Model:
         self.loads: dict[int, Load] = {}
         self.unused_bytes: dict[int, int] = {}  # of every resident
         self.pinned: set[int] = set()
+        self.protected: set[int] = set()
         self.traffic = Traffic()
         self.orders = itertools.count()
 
@@ -79,14 +78,12 @@ class Model:
         return sorted(loads, key=lambda load: load.rank)
 
     def evictable(self, device: int, urgent: bool) -> list[int]:
-        return [
-            expert
-            for expert in EXPERTS
-            if expert in self.unused_bytes
-            and self.device(expert) == device
-            and expert not in self.pinned
-            and (urgent or self.keys[expert] > -np.inf)
-        ]
+        residents = [e for e in EXPERTS if e in self.unused_bytes and self.device(e) == device]
+        movable = [e for e in residents if e not in self.pinned]
+        unprotected = [e for e in movable if e not in self.protected]
+        if urgent:
+            return unprotected or movable
+        return [e for e in unprotected if self.keys[e] > -np.inf]
 
     def free_slots(self, device: int) -> int:
         held = [expert for expert in self.unused_bytes if self.device(expert) == device]
@@ -179,7 +176,7 @@ class TransferMachine(RuleBasedStateMachine):
     """Requests, gates, cancellations and up to two chunks in flight on every link."""
 
     @initialize(
-        slots=st.lists(st.integers(1, 2), min_size=1, max_size=2),
+        slots=st.lists(st.integers(1, 2), min_size=1, max_size=4),
         chunk_bytes=st.sampled_from([3, 4, 5, 16]),
     )
     def start(self, slots: list[int], chunk_bytes: int) -> None:
@@ -204,6 +201,11 @@ class TransferMachine(RuleBasedStateMachine):
     def rank(self, expert: int, key: float) -> None:
         self.model.keys[expert] = key
 
+    @rule(marked=st.sets(experts, max_size=2))
+    def protect(self, marked: set[int]) -> None:
+        self.model.protected = marked
+        self.cache.protected[:] = [expert in marked for expert in EXPERTS]
+
     @rule(expert=experts, priority=priorities)
     def prefetch(self, expert: int, priority: float) -> None:
         self.prefetch_all([priority * (other == expert) for other in EXPERTS])
@@ -225,13 +227,16 @@ class TransferMachine(RuleBasedStateMachine):
             self.queue(expert).demand(expert)
         self.model.activate(expert)
 
-    @rule(table=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6))
-    def prefetch_all(self, table: list[float]) -> None:
-        self.prefetches.request(np.array(table), 0)
+    @rule(
+        table=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3]), min_size=6, max_size=6),
+        start=st.sampled_from([0, 3]),
+    )
+    def prefetch_all(self, table: list[float], start: int = 0) -> None:
+        self.prefetches.request(np.array(table), start)
         for queue in self.queues:
-            queue.prioritize(np.array(table), 0)
-        for expert, priority in zip(EXPERTS, table, strict=True):
-            if priority:
+            queue.prioritize(np.array(table), start)
+        for expert, priority in enumerate(table):
+            if priority and expert >= start:
                 self.model.prefetch(expert, priority)
 
     @rule(layer=st.integers(0, 1), but=st.sets(st.integers(0, 2)))
@@ -251,7 +256,7 @@ class TransferMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         self.release_one(data.draw(st.sampled_from(self.releasable())))
 
-    @rule(pick=st.integers(0, 1), moves=st.lists(st.booleans(), min_size=1, max_size=8))
+    @rule(pick=st.integers(0, 3), moves=st.lists(st.booleans(), min_size=1, max_size=8))
     def drive(self, pick: int, moves: list[bool]) -> None:
         device = pick % len(self.queues)
         for begin in moves:
@@ -305,6 +310,9 @@ class TransferMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.cache.check_integrity()
+        assert self.cache.occupied <= sum(self.model.slots)
+        for device, first in enumerate(self.prefetches.first):
+            assert first == next((one.expert for one in self.model.wanted(device)), NOBODY)
         for expert in EXPERTS:
             load = self.model.loads.get(expert)
             if load is None or not load.slotted:
@@ -358,119 +366,3 @@ TransferMachine.TestCase.settings = settings(
     max_examples=120, stateful_step_count=40, deadline=None
 )
 TestTransfersAgainstModel = TransferMachine.TestCase
-
-
-# Single cases ---------------------------------------------------------------------------------
-
-CHUNK_BYTES = 4  # an expert of 10 bytes takes chunks of 4, 4 and 2
-A, B, C = EXPERTS[:3]
-
-
-def link(slots: int, *requests: float) -> tuple[ExpertCache, TransferQueue]:
-    """Return a link with prefetch requests of these priorities for the first experts."""
-    cache = ExpertCache(SHAPE, [slots], lambda incoming, urgent: np.zeros((2, 3)))
-    prefetches = PrefetchQueue(cache)
-    prefetches.request(np.array([*requests, *[0.0] * (6 - len(requests))]), 0)
-    return cache, TransferQueue(cache, prefetches, 0, EXPERT_BYTES, CHUNK_BYTES)
-
-
-def begin(queue: TransferQueue) -> Chunk:
-    chunk = queue.next_chunk()
-    assert chunk is not None
-    return chunk
-
-
-def copy(queue: TransferQueue, chunks: int = 1) -> list[tuple[int, int, int]]:
-    """Copy chunks one after another and return what each one was."""
-    copied = []
-    for _ in range(chunks):
-        chunk = begin(queue)
-        queue.chunk_done(chunk)
-        copied.append((chunk.flat, chunk.start, chunk.stop))
-    return copied
-
-
-def copy_all(queue: TransferQueue) -> list[int]:
-    """Copy until nothing is left and return the experts in the order they became resident."""
-    loaded = []
-    while (chunk := queue.next_chunk()) is not None:
-        if queue.chunk_done(chunk):
-            loaded.append(chunk.flat)
-    return loaded
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_demand_waits_for_the_chunks_in_flight_only(depth: int) -> None:
-    _, queue = link(2, 1.0)
-    in_flight = [begin(queue) for _ in range(depth)]
-    queue.demand(B)
-    for chunk in in_flight:
-        queue.chunk_done(chunk)
-    assert copy(queue, 3) == [(B, 0, 4), (B, 4, 8), (B, 8, 10)]
-    assert copy(queue) == [(A, 4 * depth, min(4 * depth + 4, 10))]
-
-
-def test_a_promoted_prefetch_goes_on_where_it_stood() -> None:
-    cache, queue = link(2, 1.0, 0.5)
-    copy(queue)
-    slot = cache.slot(A)
-    queue.demand(B)
-    queue.demand(A)
-    assert copy(queue, 5) == [(A, 4, 8), (A, 8, 10), (B, 0, 4), (B, 4, 8), (B, 8, 10)]
-    assert cache.slot(A) == slot
-    assert queue.traffic == Traffic(prefetched=4, on_demand=16, wasted=0)
-
-
-def test_a_cancelled_prefetch_keeps_its_slot_while_chunks_are_in_flight() -> None:
-    cache, queue = link(1, 1.0)
-    first, second = begin(queue), begin(queue)
-    queue.cancel_layer(0, ())
-    assert not queue.requested(A)
-    queue.chunk_done(first)
-    assert state(cache, A) is State.LOADING
-    assert queue.next_chunk() is None
-    queue.chunk_done(second)
-    assert state(cache, A) is State.ABSENT
-    assert queue.traffic.wasted == 8
-
-
-# Prefetch requests ------------------------------------------------------------------------------
-
-WIDE = ModelShape(layers=3, experts=5, top_k=1, hidden_size=1)
-tables = st.lists(st.just(0.0) | priorities, min_size=15, max_size=15)
-steps: st.SearchStrategy[tuple[str, int, Any]] = st.one_of(
-    st.tuples(st.just("put"), st.integers(0, 14), priorities),
-    st.tuples(st.just("drop"), st.integers(0, 14), st.none()),
-    st.tuples(st.just("drop_layer"), st.integers(0, 2), st.none()),
-    st.tuples(st.just("request"), st.integers(0, 14), tables),
-    st.tuples(st.just("first"), st.just(0), st.none()),
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(devices=st.integers(1, 4), loading=st.sets(st.integers(0, 14), max_size=4), data=st.data())
-def test_the_first_request_is_that_of_a_dictionary(
-    devices: int, loading: set[int], data: st.DataObject
-) -> None:
-    cache = ExpertCache(WIDE, [15] * devices, lambda incoming, urgent: np.zeros((3, 5)))
-    for flat in loading:
-        cache.reserve(flat, urgent=False)
-    queue, expected = PrefetchQueue(cache), dict[int, float]()
-    for kind, at, value in data.draw(st.lists(steps, max_size=30)):
-        if kind == "put":
-            queue.put(at, value)
-            expected[at] = value
-        elif kind == "drop":
-            queue.drop(at)
-            expected.pop(at, None)
-        elif kind == "drop_layer":
-            queue.drop_layer(at)
-            expected = {e: p for e, p in expected.items() if e // 5 != at}
-        elif kind == "request":
-            queue.request(np.array(value), at)
-            asked = {e: p for e, p in enumerate(value) if e >= at and p and e not in loading}
-            expected |= asked
-        for device in range(devices) if kind == "first" else ():
-            ranked = sorted((-p, e) for e, p in expected.items() if e % devices == device)
-            assert queue.first[device] == (ranked[0][1] if ranked else NOBODY)
-        assert [queue.priority(e) for e in range(15)] == [expected.get(e, 0) for e in range(15)]
