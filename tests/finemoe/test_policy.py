@@ -90,7 +90,7 @@ def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> N
         assert np.flatnonzero(chosen).tolist() == sorted(descending[:count])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weights=st.lists(st.integers(1, 100), min_size=1, max_size=12),
     score=st.floats(-1, 1),

@@ -52,7 +52,7 @@ def searches(draw: st.DrawFn) -> tuple[FloatArray, FloatArray, int]:
     return probabilities[:stored], probabilities[stored:], draw(st.integers(1, stored))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(searches())
 def test_trajectory_search_equals_the_flattened_cosine(
     case: tuple[FloatArray, FloatArray, int],
