@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.search import Match, TrajectorySearch, semantic_search
-
-
-def array(*rows: object) -> FloatArray:
-    return np.array(rows, dtype=np.float32)
+from tests.finemoe.offload.states import array
 
 
 def store_of(embeddings: FloatArray, maps: FloatArray) -> ExpertMapStore:
