@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-import pytest
 
 from tests.command import record_of, run_command
 
@@ -31,7 +30,6 @@ full_size:
   shared_expert_intermediate_size: 0
   vocab_size: 32
 """,
-    "conf/system/first.yaml": "_target_: outside.FirstPolicy\nlabel: first\n",
     "conf/system/twice.yaml": """
 _target_: outside.FirstPolicy
 label: twice
@@ -98,12 +96,10 @@ def prepare_twice(cfg, testbed, console):
 }
 
 
-@pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("outside")
+def test_what_lies_outside_runs(tmp_path: Path) -> None:
     for name, content in FILES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
     rows = [
         (request, phase, step, layer, 0, (request + layer) % 4, 1.0)
         for request in range(3)
@@ -111,27 +107,14 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layer in range(2)
     ]
     names = ["request", "phase", "step", "layer", "rank", "expert", "weight"]
-    pd.DataFrame(rows, columns=names).to_csv(folder / "routing.csv", index=False)
-    return folder
-
-
-@pytest.mark.parametrize(("system", "order"), [("first", [2, 1, 0]), ("twice", [2, 1, 0] * 2)])
-def test_what_lies_outside_runs(outside: Path, system: str, order: list[int]) -> None:
-    output = outside / system
-    chosen = (
-        f"system={system}",
-        "model=tiny",
-        "weights=dummy",
-        "workload=backwards",
-        "testbed=a100",
-    )
-    places = (f"routing={outside / 'routing.csv'}", f"output={output}", "memory_budget=50%")
-    config = ("--config-dir", str(outside / "conf"))
-    done = run_command(*config, *chosen, *places, PYTHONPATH=str(outside))
+    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "routing.csv", index=False)
+    chosen = ("system=twice", "model=tiny", "weights=dummy", "workload=backwards", "testbed=a100")
+    places = (f"routing={tmp_path / 'routing.csv'}", f"output={tmp_path}", "memory_budget=50%")
+    config = ("--config-dir", str(tmp_path / "conf"))
+    done = run_command(*config, *chosen, *places, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert pd.read_parquet(output / "requests.parquet")["request"].tolist() == order
-    record = record_of(output)
-    assert (record["system"], record["model"]) == (system, "tiny")
-    assert record["dataset"] == "backwards"
+    assert pd.read_parquet(tmp_path / "requests.parquet")["request"].tolist() == [2, 1, 0] * 2
+    record = record_of(tmp_path)
+    assert [record[k] for k in ("system", "model", "dataset")] == ["twice", "tiny", "backwards"]
     # Two slots a layer's worth, of which the first experts keep theirs.
     assert record["summary"]["hits"] > 0

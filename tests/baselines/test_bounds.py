@@ -176,7 +176,7 @@ def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(routings(widest=4), PLANS)
 def test_no_system_without_prefetches_has_more_hits_than_belady(
     routing: Routing, slots: tuple[int, ...]
@@ -189,7 +189,7 @@ def test_no_system_without_prefetches_has_more_hits_than_belady(
         assert belady.hits >= other.hits
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(routings(widest=1), PLANS)
 def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
     routing: Routing, slots: tuple[int, ...]
@@ -199,7 +199,7 @@ def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
     assert engine.loads == sum(minimal_loads(routing, SHAPE, slots))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(routings(widest=4), PLANS, st.integers(0, 9), st.randoms())
 def test_no_policy_loads_less_than_the_bound(
     routing: Routing, slots: tuple[int, ...], chunks: int, rng: random.Random

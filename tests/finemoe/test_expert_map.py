@@ -11,14 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finemoe.expert_map import ExpertMapStore, StoreMismatch
-from finemoe.offload.policy import FloatArray, ModelShape
+from finemoe.offload.policy import ModelShape
+from tests.finemoe.offload.states import array
 
 SHAPE = ModelShape(layers=4, experts=2, top_k=1, hidden_size=2)
 MODEL = "a/model"
-
-
-def array(*rows: object) -> FloatArray:
-    return np.array(rows, dtype=np.float32)
 
 
 SAME_MEANING = array(2, 0), array((1, 0), (0, 1), (0, 1), (0, 1))

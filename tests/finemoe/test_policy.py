@@ -21,7 +21,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
-from tests.finemoe.offload.states import asked
+from tests.finemoe.offload.states import array, asked
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
 OPTIONS = FineMoEOptions(prefetch_distance=2, aggregation="mean")
@@ -32,10 +32,6 @@ INCOMING = ExpertId(0, 0)
 DECODE = Iteration(0, "decode", (0,), (1,))
 LIKELY = (0.5, 0.25, 0.125, 0.125)
 Requests = dict[tuple[int, int], float]
-
-
-def array(*rows: object) -> FloatArray:
-    return np.array(rows, dtype=np.float32)
 
 
 def rolled(shift: int) -> FloatArray:
@@ -90,7 +86,7 @@ def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> N
         assert np.flatnonzero(chosen).tolist() == sorted(descending[:count])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weights=st.lists(st.integers(1, 100), min_size=1, max_size=12),
     score=st.floats(-1, 1),

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.search import Match, TrajectorySearch, semantic_search
-
-
-def array(*rows: object) -> FloatArray:
-    return np.array(rows, dtype=np.float32)
+from tests.finemoe.offload.states import array
 
 
 def store_of(embeddings: FloatArray, maps: FloatArray) -> ExpertMapStore:
@@ -52,7 +49,7 @@ def searches(draw: st.DrawFn) -> tuple[FloatArray, FloatArray, int]:
     return probabilities[:stored], probabilities[stored:], draw(st.integers(1, stored))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(searches())
 def test_trajectory_search_equals_the_flattened_cosine(
     case: tuple[FloatArray, FloatArray, int],

@@ -98,7 +98,7 @@ headers = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(headers, st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), max_size=3))
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, header: TraceHeader, lengths: list[list[int]]

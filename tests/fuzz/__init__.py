@@ -19,7 +19,6 @@ def fuzzed(examples: int) -> settings:
     return settings(
         derandomize="FUZZ" not in os.environ,
         max_examples=examples * int(os.environ.get("FUZZ", "1")),
-        deadline=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )

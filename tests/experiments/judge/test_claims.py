@@ -205,31 +205,6 @@ def test_order(
         assert "In 1 of 12 single cells it is the other way round or equal: 0 %" in judged.why
 
 
-def test_order_of_latency_distributions(results: Results) -> None:
-    # FineMoE is lower in the mean but not at the 99th percentile.
-    results.against("11", [1.0] * 40, [3.0] * 40)
-    assert results.verdict("fig11-cdf").verdict == HOLDS
-    results.against("11", [1.0] * 39 + [9.0], [3.0] * 40)
-    judged = results.verdict("fig11-cdf")
-    assert judged.verdict == FAILS
-    assert "p99: FineMoE below DeepSpeed" in judged.why
-
-
-@pytest.mark.parametrize(("nearest", "verdict"), [(1.0, HOLDS), (2.0, FAILS)])
-def test_nearest_the_origin(results: Results, nearest: float, verdict: str) -> None:
-    # Footprints 6 and 12 GB, TPOT over the slowest 4 s: hypot(1/4, 1/2) < hypot(3/8, 1/2).
-    times = zip(BASELINES, (4.0, 4.0, 4.0, 1.5), strict=True)
-    made = [results.run(one, [seconds] * 3) for one, seconds in times]
-    made.append(results.run("resident", [0.1] * 3, budget=12))
-    made.append(results.run("finemoe", [nearest] * 3))
-    results.experiment("1b", *made)
-    judged = results.verdict("fig1b-origin")
-    assert judged.verdict == verdict
-    if verdict == HOLDS:
-        ours, theirs = np.hypot(0.25, 0.5), np.hypot(0.375, 0.5)
-        assert judged.ours == pytest.approx(100 * 2 * (theirs - ours) / (theirs + ours))
-
-
 CELL = {"model": "mixtral", "dataset": "docs"}
 ANALYSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fig3a-structure": ("3a", "heatmaps", {"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1]}),
@@ -251,7 +226,6 @@ FALLING = np.linspace(0.9, 0.5, 5)
         ("fig3a-structure", {"coarse": SHARP, "fine": EVEN}, FAILS),
         ("fig4-falls", {"hit_rate": FALLING}, HOLDS),
         ("fig4-falls", {"hit_rate": FALLING[::-1]}, FAILS),
-        ("fig4-falls", {"hit_rate": 0.9}, FAILS),
         # Ranks 1 3 2 5 4 upside down: rho = 1 - 6 * 4 / (5 * 24) = 0.8 holds; 1 3 4 2 5: 0.7.
         ("fig4-falls", {"hit_rate": [0.5, 0.3, 0.4, 0.1, 0.2]}, HOLDS),
         ("fig4-falls", {"hit_rate": [0.5, 0.3, 0.2, 0.4, 0.1]}, WEAKER),
@@ -260,16 +234,13 @@ FALLING = np.linspace(0.9, 0.5, 5)
         # At least 0.5; weaker if the interval excludes 0.
         ("fig9-pearson", {"pearson": 0.8, "low": 0.7, "high": 0.9}, HOLDS),
         ("fig9-pearson", {"pearson": 0.6, "low": 0.3, "high": 0.9}, WEAKER),
-        ("fig9-pearson", {"pearson": 0.2, "low": 0.1, "high": 0.3}, WEAKER),
         ("fig9-pearson", {"pearson": 0.1, "low": -0.1, "high": 0.3}, FAILS),
         # Slopes up to and beyond 1,000, equally far apart: 0.1, 0.5 and 1 of the first.
         ("fig16a-plateau", {"score": [0.0, 1.0, 1.1]}, HOLDS),
         ("fig16a-plateau", {"score": [0.0, 1.0, 1.5]}, WEAKER),
         ("fig16a-plateau", {"score": [0.0, 1.0, 2.0]}, FAILS),
-        ("fig16a-plateau", {"score": 1.0}, FAILS),
         # The paper says 72 %.
         ("table1-inactive-share-mixtral", {"inactive_share": 0.724}, HOLDS),
-        ("table1-inactive-share-mixtral", {"inactive_share": 0.75}, WEAKER),
         ("table1-inactive-share-mixtral", {"inactive_share": 0.5}, FAILS),
         ("table1-inactive-share-qwen", {"inactive_share": 0.8}, UNTESTABLE),
     ],
@@ -291,59 +262,6 @@ def test_claims_on_analyses(
     elif name == "table1-inactive-share-mixtral":
         assert judged.ours == pytest.approx(100 * measured["inactive_share"])
         assert judged.text == "Of the parameters of Mixtral-8x7B, 72 % are inactive for a token."
-
-
-def test_gaps_narrow(results: Results) -> None:
-    # Reductions of 40, 20 and 0 % as the budget grows: they fall; the other way round they rise.
-    for budgets, verdict in (((6, 12, 24), HOLDS), ((24, 12, 6), FAILS)):
-        made = []
-        for budget, mine in zip(budgets, (0.6, 0.8, 1.0), strict=True):
-            made.append(results.run("finemoe", [mine] * 3, budget=budget))
-            made += [results.run(one, [1.0] * 3, budget=budget) for one in BASELINES]
-        results.experiment("12", *made)
-        judged = results.verdict("fig12-narrows")
-        assert (judged.verdict, abs(judged.ours)) == (verdict, pytest.approx(1))
-
-
-def test_overhead_is_over_iterations_and_time(results: Results) -> None:
-    # Three requests of five tokens: 0.3 s over 15 iterations are 20 ms, over 10 s they are 3 %.
-    results.experiment("17", results.run("finemoe"))
-    for name, ours, verdict in (("fig17-overhead", 20, HOLDS), ("fig17-share", 3, FAILS)):
-        judged = results.verdict(name)
-        assert (judged.ours, judged.verdict) == (pytest.approx(ours), verdict)
-
-
-def test_hit_rates_unchanged_on_the_other_testbed(results: Results) -> None:
-    systems = ("finemoe", *BASELINES[1:])
-    results.experiment("10", *[results.run(one, hits=[5] * 3, budget=6) for one in systems])
-    for hits, verdict, ours in ([5, 5, 5], HOLDS, 0), ([5, 5, 6], FAILS, 100 / 30):
-        results.experiment("13", *[results.run(one, hits=hits, budget=7) for one in systems])
-        judged = results.verdict("fig13-hits-unchanged")
-        assert (judged.verdict, judged.ours) == (verdict, pytest.approx(ours))
-
-
-def test_share_of_comparisons_won(results: Results) -> None:
-    # Of four (batch size, metric) pairs FineMoE is lowest in three.
-    made = []
-    for size, ttft in ((1, 1.0), (2, 9.0)):
-        made.append(results.run("finemoe", [1.0] * 4, ttft=[ttft] * 4, batch_size=size))
-        for one in BASELINES[1:]:
-            made.append(results.run(one, [2.0] * 4, batch_size=size))
-    results.experiment("16b", *made)
-    judged = results.verdict("fig16b-lowest-in-most")
-    assert (judged.ours, judged.verdict) == (75, HOLDS)
-
-
-@pytest.mark.parametrize(("best", "verdict"), [(3, HOLDS), (2, WEAKER), (1, FAILS)])
-def test_best_setting(results: Results, best: int, verdict: str) -> None:
-    times = {at: [1.0 + abs(at - best)] * 3 for at in range(1, 5)}
-    made = [results.run("finemoe", times[at], options={"prefetch_distance": at}) for at in times]
-    results.experiment("15", *made)
-    judged = results.verdict("fig15-tpot-mixtral")
-    assert judged.verdict == verdict
-    if best == 1:
-        said = "1: 1000 ms, 2: 2000 ms, 3: 3000 ms, 4: 4000 ms"
-        assert judged.why == f"TPOT by prefetch distance (Mixtral-8x7B, docs): {said}."
 
 
 # Missing, mixed and broken records ----------------------------------------------------------------

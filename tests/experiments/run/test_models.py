@@ -117,11 +117,6 @@ def test_an_odd_config_is_refused_and_no_code_of_it_runs(
     assert not ran.exists()
 
 
-def test_another_shape_is_refused(folder: Path) -> None:
-    cause = r"hold a mixtral of 2 x 4 experts.*model=mixtral is a mixtral of 2 x 8 experts.*"
-    refused(folder, f"{cause}write a YAML for them in conf/model", experts=8)
-
-
 @pytest.mark.parametrize("testbed", ["emulated", "rtx3090x6"])
 def test_weights_of_another_model_are_refused_before_anything_is_recorded(
     testbed: str, tmp_path: Path

@@ -8,7 +8,7 @@ from enum import Enum, auto
 import numpy as np
 
 from finemoe.offload.cache import ExpertCache
-from finemoe.offload.policy import ModelShape, Priorities
+from finemoe.offload.policy import FloatArray, ModelShape, Priorities
 from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
 
 
@@ -40,6 +40,10 @@ def asked(priorities: Priorities | None) -> dict[tuple[int, int], float]:
         return {}
     found = np.argwhere(priorities > 0).tolist()
     return {(layer, index): float(priorities[layer, index]) for layer, index in found}
+
+
+def array(*rows: object) -> FloatArray:
+    return np.array(rows, dtype=np.float32)
 
 
 def routed(

@@ -87,19 +87,19 @@ def test_what_a_slot_held_before_the_measured_part_is_free() -> None:
     assert minimal_loads(experts, ONE_LAYER, (2,)) == (3,)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(routings(ONE_LAYER, widest=1, longest=10), st.integers(1, 4))
 def test_the_bound_is_reached_where_a_layer_runs_one_expert(routing: Routing, slots: int) -> None:
     assert minimal_loads(routing, ONE_LAYER, (slots,)) == (cheapest(routing, slots),)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(routings(ONE_LAYER, widest=3, longest=7), st.integers(1, 4))
 def test_no_order_and_no_eviction_beats_the_bound(routing: Routing, slots: int) -> None:
     assert minimal_loads(routing, ONE_LAYER, (slots,))[0] <= cheapest(routing, slots)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(routings(ONE_LAYER, widest=2, longest=7), st.integers(1, 3), st.integers(1, 3))
 def test_no_contents_at_the_start_of_the_measured_part_beat_it(
     routing: Routing, slots: int, start: int

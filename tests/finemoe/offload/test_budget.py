@@ -42,7 +42,7 @@ def test_slots_of_mixtral(budget: float | str, devices: int, expected: tuple[int
     assert plan_slots(parsed, MIXTRAL_EXPERT, MIXTRAL, devices) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     budget=st.integers(0, 3000 * QWEN_EXPERT),
     devices=st.integers(1, 7),

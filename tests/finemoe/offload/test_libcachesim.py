@@ -91,7 +91,7 @@ PAIRS: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("algorithm", PAIRS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.builds(ExpertId, st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=80),
     st.integers(1, 8),

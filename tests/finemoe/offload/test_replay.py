@@ -267,7 +267,7 @@ layers = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True).map(tu
 asked_for = st.dictionaries(st.tuples(st.just(1), st.integers(0, 3)), st.floats(0.1, 1.0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     trace=st.lists(st.tuples(layers, layers), min_size=1, max_size=6),
     requests=asked_for,

@@ -362,7 +362,5 @@ class TransferMachine(RuleBasedStateMachine):
                 moving = True
 
 
-TransferMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None
-)
+TransferMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40)
 TestTransfersAgainstModel = TransferMachine.TestCase
