@@ -32,9 +32,10 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
     """
     frames = {}
     compared = analyses.compared(subject, experiment.store_capacity, experiment.point)
-    for key, (score, hits, request) in compared.items():
-        bins = routing.binned(score, hits, request, experiment.bins)
-        frames[key] = bins.assign(share=bins["count"] / bins["count"].sum())
+    for method, by_search in compared.items():
+        for search, values in by_search.items():
+            bins = routing.binned(*values, experiment.bins)
+            frames[method, search] = bins.assign(share=bins["count"] / bins["count"].sum())
     return pd.concat(frames, names=["method", "search"]).reset_index(["method", "search"])
 
 
