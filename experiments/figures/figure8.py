@@ -61,8 +61,8 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
                 bins = rows[rows["model"] == model]
                 mean, _ = charts.interval(bins, "hit_rate")
                 area = LARGEST_MARKER * np.clip(bins["share"], 0.15, 1)
-                shape = area, look["color"], look["marker"]
-                axes.scatter(bins["score"], mean, *shape, ec="white", linewidth=0.3, zorder=3)
+                shape: style.Look = {"s": area, "color": look["color"], "marker": look["marker"]}
+                axes.scatter(bins["score"], mean, **shape, ec="white", linewidth=0.3, zorder=3)
             axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
             axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
             axes.locator_params(axis="x", nbins=4)

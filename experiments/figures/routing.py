@@ -5,7 +5,7 @@ Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -54,7 +54,8 @@ class Iterations(NamedTuple):
 
     def at(self, chosen: NDArray[np.bool_]) -> Self:
         """Return the iterations that a mask (N,) chooses."""
-        return self._make(array[chosen] for array in self)
+        arrays: list[Any] = [array[chosen] for array in self]
+        return type(self)(*arrays)
 
     def by_request(self) -> Iterator[Self]:
         """Yield the iterations of one request after the other."""
