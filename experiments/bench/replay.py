@@ -14,12 +14,10 @@ from typing import Any
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONF
-from experiments.errors import UserError, command, config_error, words_given
+from experiments.errors import command, words_given
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.protocol import Setup, build_history, measure
@@ -77,20 +75,17 @@ def bench(
 ) -> None:
     """Measure every model and system chosen, print a row each, and write if asked.
 
-    The record holds the rows as `name`, and `facts`. Raises UserError.
+    The record holds the rows as `name`, and `facts`. Raises UserError, or what Hydra raises.
     """
     torch.set_num_threads(1)
     options, overrides = words_given(doc, defaults, arguments)
     overrides = [*DEFAULTS, *overrides]
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            configs = [
-                compose("config", [f"model={model}", f"system={system}", *overrides])
-                for model in options["models"].split(",")
-                for system in options["systems"].split(",")
-            ]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(config_error(error)) from None
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        configs = [
+            compose("config", [f"model={model}", f"system={system}", *overrides])
+            for model in options["models"].split(",")
+            for system in options["systems"].split(",")
+        ]
     rows = [measure(cfg) for cfg in configs]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:,.2f}".format))
     if options["output"]:

@@ -92,10 +92,8 @@ def read_routing(path: Path) -> tuple[ModelShape, Mapping[str, Any], routing.Ite
 
 
 @lru_cache(maxsize=KEPT)
-def compared(
-    subject: Subject, capacity: int, point: str
-) -> dict[tuple[str, str], routing.Comparison]:
-    """Return pairs of all prompts, and matches of measured iterations, by method and search.
+def compared(subject: Subject, capacity: int, point: str) -> dict[str, routing.Comparisons]:
+    """Return pairs of all prompts, and matches of measured iterations, by method.
 
     Raises UserError if `point` is none of `routing.POINTS`.
     """
@@ -103,14 +101,9 @@ def compared(
         known = ", ".join(routing.POINTS)
         raise UserError(f"experiment.point={point} is unknown; choose one of {known}")
     searched, top_k = subject.searched(capacity), subject.shape.top_k
-    by_method = {
+    return {
         "pairs": routing.compared_prompts(subject.routed, point, top_k),
         "matches": routing.compared_matches(searched, subject.measured, top_k, subject.distance),
-    }
-    return {
-        (method, search): values
-        for method, compared in by_method.items()
-        for search, values in compared.items()
     }
 
 

@@ -32,9 +32,10 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
     """
     frames = {}
     compared = analyses.compared(subject, experiment.store_capacity, experiment.point)
-    for key, (score, hits, request) in compared.items():
-        bins = routing.binned(score, hits, request, experiment.bins)
-        frames[key] = bins.assign(share=bins["count"] / bins["count"].sum())
+    for method, by_search in compared.items():
+        for search, values in by_search.items():
+            bins = routing.binned(*values, experiment.bins)
+            frames[method, search] = bins.assign(share=bins["count"] / bins["count"].sum())
     return pd.concat(frames, names=["method", "search"]).reset_index(["method", "search"])
 
 
@@ -60,8 +61,8 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
                 bins = rows[rows["model"] == model]
                 mean, _ = charts.interval(bins, "hit_rate")
                 area = LARGEST_MARKER * np.clip(bins["share"], 0.15, 1)
-                shape = area, look["color"], look["marker"]
-                axes.scatter(bins["score"], mean, *shape, ec="white", linewidth=0.3, zorder=3)
+                shape: style.Look = {"s": area, "color": look["color"], "marker": look["marker"]}
+                axes.scatter(bins["score"], mean, **shape, ec="white", linewidth=0.3, zorder=3)
             axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
             axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
             axes.locator_params(axis="x", nbins=4)

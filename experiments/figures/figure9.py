@@ -32,11 +32,12 @@ def coefficients(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFr
     """
     rows = []
     compared = analyses.compared(subject, experiment.store_capacity, experiment.point)
-    for key, (score, hits, request) in compared.items():
-        bins = routing.binned(score, hits, request, experiment.bins)
-        of_bins = bins["score"].corr(bins["hit_rate"])
-        pearson = routing.correlation(score, hits, request)
-        rows.append((*key, *pearson, of_bins, score.mean(), hits.mean(), len(score)))
+    for method, by_search in compared.items():
+        for search, (score, hits, request) in by_search.items():
+            bins = routing.binned(score, hits, request, experiment.bins)
+            of_bins = bins["score"].corr(bins["hit_rate"])
+            means = of_bins, score.mean(), hits.mean(), len(score)
+            rows.append((method, search, *routing.correlation(score, hits, request), *means))
     names = ["method", "search", "pearson", "low", "high", "of_bins", "score", "hit_rate", "count"]
     return pd.DataFrame(rows, columns=names)
 

@@ -5,7 +5,7 @@ Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,8 @@ Values = NDArray[np.floating]
 Experts = NDArray[np.bool_]
 Predictor = Callable[[int], Experts]
 """From a distance d to the experts predicted for layers d..L-1, shape (N, L - d, J)."""
-Comparison = tuple[Values, Values, NDArray[np.int64]]
-"""Similarity and hit rate, (N,), and the request of each (N,), or the two that it is of (N, 2)."""
+Comparisons = dict[str, tuple[Values, Values, NDArray[np.int64]]]
+"""By search: similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2)."""
 POINTS = {"prefill": slice(1), "first_decode": slice(1, 2), "request": slice(None)}
 """Which iterations of a request are its prompt's data point; the paper does not say (4.2.3)."""
 
@@ -54,7 +54,8 @@ class Iterations(NamedTuple):
 
     def at(self, chosen: NDArray[np.bool_]) -> Self:
         """Return the iterations that a mask (N,) chooses."""
-        return self._make(array[chosen] for array in self)
+        arrays: list[Any] = [array[chosen] for array in self]
+        return type(self)(*arrays)
 
     def by_request(self) -> Iterator[Self]:
         """Yield the iterations of one request after the other."""
@@ -339,7 +340,7 @@ def hit_rates_by_distance(
     return pd.DataFrame(rows, columns=["predictor", "distance", "hit_rate", "low", "high"])
 
 
-def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Comparison]:
+def compared_prompts(routed: Iterations, point: str, top_k: int) -> Comparisons:
     """Return all pairs of prompts, each of them one data point, as the paper's figures 8 and 9 do.
 
     A point is an embedding and a map, means over the iterations that `point`, one of POINTS, says.
@@ -360,7 +361,7 @@ def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Co
 
 def compared_matches(
     searched: Searched, measured: Iterations, top_k: int, distance: int
-) -> dict[str, Comparison]:
+) -> Comparisons:
     """Return each decode iteration and its best match in the store (figures 8, 9).
 
     A semantic match is judged over all layers, a trajectory `distance` layers after each score. The
@@ -371,7 +372,7 @@ def compared_matches(
         "semantic": semantic_map(searched, top_k)(0),
         "trajectory": trajectory_map(searched, top_k)(distance),
     }
-    compared: dict[str, Comparison] = {}
+    compared: Comparisons = {}
     for search, chosen in predicted.items():
         activated = queries.counts[:, -chosen.shape[1] :] > 0
         compared[search] = (

@@ -39,10 +39,10 @@ from finemoe.files import atomic_write, write_json
 END_OF_TEXT = "<|endoftext|>"
 
 
-RECIPE = (
+RECIPE = [
     "tokens", "sequence_length", "batch_sequences", "learning_rate", "warmup_steps", "weight_decay",
     "evaluate_every", "evaluate_sequences", "seed",
-)  # fmt: skip
+]  # fmt: skip
 """Settings that a training run is made of, apart from model and text."""
 
 
