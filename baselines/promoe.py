@@ -125,10 +125,9 @@ class ProMoEPolicy(SpeculatingPolicy):
         if self.options.prefill == "predicted" or self._last is None:
             return None
         assert self._gates is not None
-        firsts = range(min(self._distance, self.shape.layers))
-        logits = np.stack([self._gates.logits(layer, self._last) for layer in firsts])
+        logits = self._gates.logits(slice(self._distance), self._last)
         requests = np.zeros((self.shape.layers, self.shape.experts))
-        requests[: len(firsts)] = self._rank(0, likeliest(logits, self._count))
+        requests[: len(logits)] = self._rank(0, likeliest(logits, self._count))
         self._last = None
         return requests
 

@@ -75,10 +75,8 @@ class SpeculatingPolicy(LayeredLruPolicy):
     def _logits(self, first: int, hidden_states: FloatArray) -> FloatArray:
         """Return what the later gates make of inputs (S, T, h) of gates `first` on, (S, T, J)."""
         assert self._gates is not None
-        weight, bias = self._gates.weight, self._gates.bias
-        targets = slice(first + self._distance, first + self._distance + len(hidden_states))
-        logits: FloatArray = np.matmul(hidden_states, weight[targets].swapaxes(1, 2))
-        return logits if bias is None else logits + bias[targets, None]
+        target = first + self._distance
+        return self._gates.logits(slice(target, target + len(hidden_states)), hidden_states)
 
     def _rank(self, first: int, probabilities: Table) -> Table:
         """Return the priorities of experts of layers `first` on with these probabilities."""

@@ -150,10 +150,10 @@ class GateWeights:
     weight: FloatArray  # shape (L, J, h)
     bias: FloatArray | None = None  # shape (L, J)
 
-    def logits(self, layer: int, hidden_states: FloatArray) -> FloatArray:
-        """Return what the gate of `layer` makes of hidden states (T, h), shape (T, J)."""
-        logits: FloatArray = hidden_states @ self.weight[layer].T
-        return logits if self.bias is None else logits + self.bias[layer]
+    def logits(self, layers: int | slice, hidden_states: FloatArray) -> FloatArray:
+        """Return what gates make of hidden states: (T, h) to (T, J), or with S layers in front."""
+        logits: FloatArray = hidden_states @ self.weight[layers].swapaxes(-1, -2)
+        return logits if self.bias is None else logits + self.bias[layers][..., None, :]
 
 
 class History(Protocol):

@@ -52,11 +52,7 @@ class Traffic:
         )
 
     def __sub__(self, earlier: "Traffic") -> "Traffic":
-        return Traffic(
-            self.prefetched - earlier.prefetched,
-            self.on_demand - earlier.on_demand,
-            self.wasted - earlier.wasted,
-        )
+        return self + Traffic(-earlier.prefetched, -earlier.on_demand, -earlier.wasted)
 
 
 class PrefetchQueue:
