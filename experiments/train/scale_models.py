@@ -336,7 +336,7 @@ def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:
     baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
     model: Any = build_model(cfg, tokenizer)
     checkpoint = Path(cfg.checkpoints) / "last.pt"
-    recipe = OmegaConf.masked_copy(cfg, RECIPE)
+    recipe = OmegaConf.masked_copy(cfg, [*RECIPE])
     training = Training(model.to(device), recipe, train_ids, held_out_ids, checkpoint)
     print(f"{cfg.model.name}: {len(train_ids):,} tokens, {training.steps} steps on {device}")
     with bar_on(RichConsole()) as bar:
