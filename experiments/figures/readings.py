@@ -25,7 +25,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
 
     Claims that no reading touches are left out.
     """
-    table = read_table(folder / TABLE)
+    table = read_table(folder / TABLE).astype({"experiment": str})
     touched = table[table.groupby("claim")["touched"].transform("any")]
     texts = touched.drop_duplicates("claim").set_index("claim")["text"]
     readings = touched["reading"].drop_duplicates().tolist()
@@ -33,7 +33,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     with charts.panels([""], [""], style.PAGE_INCHES, height) as (figure, [(axes, _, _)]):
         for name, look in MARKS.items():
             _mark(axes, touched[touched["verdict"] == name], look, list(texts.index), readings)
-        lines = [textwrap.fill(text, 52) for text in texts]
+        lines = [textwrap.fill(text, 54, break_on_hyphens=False) for text in texts]
         axes.set_yticks(range(len(texts)), lines, fontsize=style.POINTS - 1.5, linespacing=0.9)
         axes.set_xticks(range(len(readings)), readings, rotation=50, ha="left")
         axes.xaxis.tick_top()
@@ -44,9 +44,14 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         caption = (
             "Verdicts under every reading of what the paper leaves open; one choice changes at a "
             "time, but for the second and the third column. Faint: the reading concerns none of "
-            f"the claim's runs. Mode: {', '.join(sorted(set(table['mode'])))}."
+            f"the claim's runs. {_runs(table)}"
         )
         charts.write(figure, table, output, folder.name, caption)
+
+
+def _runs(table: pd.DataFrame) -> str:
+    figures, modes = (", ".join(sorted(set(table[key]))) for key in ("experiment", "mode"))
+    return f"Runs: of figures {figures}, narrowed as the experiment's file says. Mode: {modes}."
 
 
 def _mark(
@@ -60,7 +65,7 @@ def _mark(
 
 def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a tornado a headline: from the default's value to that under each other assumption."""
-    table = read_table(folder / TABLE)
+    table = read_table(folder / TABLE).astype({"experiment": str})
     table = table[table["section"].isin(["Abstract", "Talk"])]
     headlines = table.drop_duplicates("claim")
     count = table["reading"].nunique() - 1
@@ -76,12 +81,12 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.axvline(usual["ours"], color="#333333", lw=0.8)
             axes.axvline(usual["paper"], color="#333333", lw=0.8, ls=charts.REFERENCE_DASHES)
             axes.set_yticks(range(len(moves)), list(moves.index), fontsize=style.POINTS - 1.5)
-            axes.set_title(textwrap.fill(usual["text"], 60), pad=3, fontsize=style.POINTS - 0.5)
-            axes.set_xlabel(f"change ({usual['unit']})")
+            axes.set_title(textwrap.fill(usual["text"], 40), pad=3, fontsize=style.POINTS - 0.5)
+            axes.set_xlabel(f"here ({usual['unit']})")
             axes.grid(axis="y", visible=False)
         caption = (
             "What moves the headline numbers: from their value by default (solid line) to that "
-            "under one other assumption at a time. Dashed: the paper's value. Mode: "
-            f"{', '.join(sorted(set(table['mode'])))}."
+            "under one other assumption at a time. Dashed: the paper's value. "
+            f"{_runs(table)}"
         )
         charts.write(figure, table, output, folder.name, caption)
