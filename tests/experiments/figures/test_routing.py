@@ -103,11 +103,11 @@ def test_correlation_is_pearsons() -> None:
 
 
 def test_bins_are_equally_wide() -> None:
-    score, rate = np.array([0.0, 0.1, 0.9, 1.0]), np.array([0.0, 0.5, 0.5, 1.0])
+    score, rate = np.array([0.0, 0.1, 0.3, 1.0]), np.array([0.0, 0.5, 0.5, 1.0])
     found = routing.binned(score, rate, np.array([0, 0, 1, 1]), bins=4)
-    assert found["count"].tolist() == [2, 2]
-    np.testing.assert_allclose(found["score"], [0.05, 0.95])
-    np.testing.assert_allclose(found["hit_rate"], [0.25, 0.75])
+    assert found["count"].tolist() == [2, 1, 1]
+    np.testing.assert_allclose(found["score"], [0.05, 0.3, 1.0])
+    np.testing.assert_allclose(found["hit_rate"], [0.25, 0.5, 1.0])
 
 
 # Predictors ---------------------------------------------------------------------------------------
