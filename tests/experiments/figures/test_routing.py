@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr
 
+from experiments.bootstrap import weights
 from experiments.figures import routing
 from finemoe.offload.policy import GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
@@ -99,6 +100,14 @@ def test_correlation_is_pearsons() -> None:
     assert low < found < high
     assert routing.correlation(x, 3 - 2 * x, np.arange(300) % 30)[0] == pytest.approx(-1)
     assert np.isnan(routing.correlation(x, np.ones(300), np.arange(300) % 30)).all()
+
+
+def test_bins_are_equally_wide() -> None:
+    score, rate = np.array([0.0, 0.1, 0.3, 1.0]), np.array([0.0, 0.5, 0.5, 1.0])
+    found = routing.binned(score, rate, np.array([0, 0, 1, 1]), bins=4)
+    assert found["count"].tolist() == [2, 1, 1]
+    np.testing.assert_allclose(found["score"], [0.05, 0.3, 1.0])
+    np.testing.assert_allclose(found["hit_rate"], [0.25, 0.5, 1.0])
 
 
 # Predictors ---------------------------------------------------------------------------------------
@@ -244,3 +253,13 @@ def test_a_request_is_the_mean_of_its_iterations() -> None:
     found = routing.compared_prompts(routing.iterations(requests), "request", 2)
     assert found["semantic"][0] == pytest.approx([0.8])
     assert found["trajectory"][1].tolist() == [1]
+
+
+def test_an_interval_over_pairs_draws_requests() -> None:
+    rate = np.random.default_rng(1).random(10)
+    pairs = np.stack(np.triu_indices(5, 1), axis=1)
+    counts = weights(5, "requests")[1:]
+    counted = counts[:, pairs[:, 0]] * counts[:, pairs[:, 1]]
+    means = (counted @ rate)[counted.any(axis=1)] / counted.sum(axis=1)[counted.any(axis=1)]
+    expected = rate.mean(), *np.percentile(means, [2.5, 97.5])
+    assert routing.mean_with_interval(rate, pairs) == pytest.approx(expected)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from experiments.run import weights
 from experiments.run.weights import fingerprint
 
 MODEL = {"name": "toy", "hub_id": "someone/toy"}
@@ -41,6 +42,17 @@ def test_every_file_of_the_model_counts_and_nothing_else(folder: Path) -> None:
         changed = of(folder)
         (folder / name).unlink()
         assert len({before, changed, of(folder)}) == 3
+
+
+def test_a_large_file_is_told_by_its_change_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = of(folder)
+    monkeypatch.setattr(weights, "LARGE", 0)
+    weights._digest.cache_clear()
+    large = of(folder)
+    (folder / "config.json").touch()
+    assert len({small, large, of(folder)}) == 3
 
 
 def test_dummies_are_their_seed_and_hub_weights_the_revision_that_is_here(

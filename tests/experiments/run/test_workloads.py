@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_prompts_have_exactly_their_lengths_and_use_every_text_once_a_pass(token
     ]
     assert len(set(map(tuple, begins))) == 3
     assert prompts_of(two_texts, DATASET, tokenizer, 0)[1] == 1
+
+
+def test_the_seed_draws_the_first_text_and_who_gets_which(tokenizer: Any) -> None:
+    texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
+    shortest = min(map(len, texts))
+    begins = [tuple(text[:shortest]) for text in texts]
+    assert len({drawn(tokenizer, [shortest], seed)[0] for seed in range(10)}) > 3
+    prompts = [drawn(tokenizer, [shortest] * len(TEXTS), seed) for seed in range(5)]
+    assert all(set(one) == set(begins) for one in prompts)
+    orders = [[begins.index(prompt) for prompt in one] for one in prompts]
+    steps = {(b - a) % len(TEXTS) for order in orders for a, b in pairwise(order)}
+    assert steps != {1}, "neighbours in time would always share a document"
 
 
 def test_a_prompt_too_short_for_the_chat_template_goes_without() -> None:

@@ -325,3 +325,27 @@ def test_a_full_queue_makes_the_publisher_wait_and_drain_waits_for_all(call: str
     assert not waiting.is_alive()
     worker.close()
     assert (done, errors) == ([0, 1, 2, 3][: 4 if call == "publish" else 3], [])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_after_its_first_error_the_searcher_drops_tasks_and_blocks_nobody(
+    error: type[BaseException],
+) -> None:
+    errors: list[BaseException] = []
+    done: list[int] = []
+
+    def fail() -> None:
+        raise error
+
+    def publish_many() -> None:
+        for task in (partial(done.append, 0), fail, *(partial(done.append, 1),) * 100, fail):
+            worker.publish(task)
+        worker.drain()
+        worker.close()
+
+    worker = started(1, errors)
+    publisher = in_thread(publish_many)
+    publisher.join(10)
+    assert not publisher.is_alive()
+    assert done == [0]
+    assert [type(one) for one in errors] == [error]

@@ -151,7 +151,7 @@ def test_requests_of_an_earlier_iteration_are_dropped() -> None:
 
 def test_the_policy_is_told_of_every_load() -> None:
     engine, loads = residency(4), list[ExpertId]()
-    engine.policy.on_load = loads.append  # type: ignore[method-assign,assignment]
+    engine.policy.on_load = loads.append  # type: ignore[assignment, method-assign]
     engine.begin_iteration(iteration(0))
     ask(engine, 0, (1, 1))
     engine.gate(iteration(0), 0, (2,))
