@@ -21,9 +21,9 @@ SYSTEM_NOTES = {
     REFERENCE: "Dashed: the oracle, no system of the paper's. It is told the routing beforehand, "
     "prefetches in order of next use and evicts what is needed last; as it is greedy, it "
     "shows what there is to win and is no proven bound.",
-    "mixtral_offload": "Mixtral-Offloading, too, waits for its prefetches before the gate asks, and "
-    "MoE-Infinity for some, unless the reading has them go on: what came late counts as a hit "
-    "there, and shows in TTFT and TPOT.",
+    "mixtral_offload": "Mixtral-Offloading, too, waits for its prefetches before the gate asks, "
+    "and MoE-Infinity for some, unless the reading has them go on: what came late counts as a "
+    "hit there, and shows in TTFT and TPOT.",
 }
 
 
