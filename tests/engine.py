@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from experiments.run.small_models import random_model, small_model
 from experiments.run.weights import SCALE_MODELS
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import ModelShape, Policy
+from finemoe.offload.policy import Iteration, LayerOutcome, ModelShape, Policy, Priorities
+from finemoe.offload.residency import Residency
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 from tests.command import ROOT
@@ -81,6 +83,65 @@ def saved_mixtral(folder: Path, layers: int) -> Path:
 
 def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:
     return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
+
+
+def breaches(residency: Residency) -> list[tuple[int, int]]:
+    """Watch what `protect` promises; return who broke it, (victim, incoming), as it happens.
+
+    What is asked for before its layer's gate speaks leaves for no prefetch, and on demand only if
+    nobody else can.
+    """
+    shape = residency.shape
+    cache, asked, found = residency.cache, set[int](), list[tuple[int, int]]()
+    now = (-1, -1)
+    begin, prefetch, gate = residency.begin_iteration, residency.prefetch, residency.gate
+    reserve = cache.reserve
+
+    def begun(iteration: Iteration) -> None:
+        nonlocal now
+        now = (iteration.number, -1)
+        begin(iteration)
+
+    def prefetched(number: int, priorities: Priorities | None, *hook: Any) -> None:
+        # A faulty answer is refused by the engine.
+        if getattr(priorities, "shape", None) == (shape.layers, shape.experts):
+            layers, _ = priorities.nonzero()
+            wanted = priorities.reshape(-1).nonzero()[0].tolist()
+            asked.update(
+                flat
+                for flat, layer in zip(wanted, layers.tolist(), strict=True)
+                if (number, layer) > now
+            )
+        prefetch(number, priorities, *hook)
+
+    def gated(iteration: Iteration, layer: int, activated: tuple[int, ...]) -> LayerOutcome:
+        nonlocal now
+        now = (iteration.number, layer)
+        asked.difference_update([f for f in asked if residency.experts[f].layer == layer])
+        return gate(iteration, layer, activated)
+
+    def reserved(flat: int, urgent: bool) -> int:
+        device = cache.device_of(flat)
+        movable = {
+            other
+            for other in range(device, residency.shape.size, len(cache.slots))
+            if cache.is_resident(other) and not cache.is_pinned(other)
+        }
+        victim = reserve(flat, urgent)
+        if victim in asked and not (urgent and movable <= asked):
+            found.append((victim, flat))
+        return victim
+
+    # Of a compiled engine nothing can be replaced; its sources are watched where interpreted.
+    with suppress(AttributeError):
+        for name, watched in (
+            ("begin_iteration", begun),
+            ("prefetch", prefetched),
+            ("gate", gated),
+        ):
+            setattr(residency, name, watched)
+        setattr(cache, "reserve", reserved)  # noqa: B010
+    return found
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.deepspeed_zero import ALONE, ZeroModel, ZeroOptions
+from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, PlainRuntime
@@ -108,3 +108,27 @@ def test_same_table_same_tokens(tmp_path: Path) -> None:
     assert summary["host_expert_bytes"] == 32 * 8 * 352_321_536
     assert "memory_budget is not applicable" in done.stdout
     assert done.stdout.count("at memory speed") == 2
+
+
+def test_a_model_smaller_than_the_threshold_persists_unless_sizes_shrink_with_it() -> None:
+    peaks = []
+    for shrinkage in (Shrinkage(), Shrinkage(expert=30_000, hidden=128)):
+        model = small_model("mixtral")
+        with ZeroModel(model, CPU, ZeroOptions(), shrinkage) as zero:
+            logits_of(zero)
+            with zero.watching(experts_of(model)) as gathered:
+                logits_of(zero)
+        peaks.append(gathered.experts)
+    assert peaks[0] == 3 * LAYER_BYTES
+    assert peaks[1] < peaks[0]
+
+
+def test_the_grouped_kernel_is_the_one_that_the_options_name() -> None:
+    model = small_model("mixtral")
+    model.set_experts_implementation("grouped_mm")
+    expected = logits_of(model)
+    model.set_experts_implementation("eager")
+    with ZeroModel(model, CPU, ZeroOptions(experts="grouped_mm")) as zero:
+        assert model.config._experts_implementation == "grouped_mm"
+        served = logits_of(zero)
+    assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))

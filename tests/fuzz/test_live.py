@@ -30,6 +30,7 @@ from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing
 from tests.engine import (
     OPTIONS,
+    breaches,
     configured,
     emulated,
     logits_of,
@@ -145,10 +146,12 @@ def serve(case: Case, policy: Policy) -> None:
     stored = model.store.layout.nbytes
     logits, _ = expected(case.family, case.batch, case.length)
     runtime = offloading_runtime(model, policy, testbed, case.slots, stored, None, case.protect)
+    broken = breaches(runtime.residency)
     with runtime:
         computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()
     assert all(map(torch.equal, computed, logits))
+    assert not (case.protect and broken)
     assert len(computed) == len(logits)
     runtime.residency.cache.check_integrity()
     assert runtime.residency.cache.peak_occupied <= sum(case.slots)

@@ -376,3 +376,21 @@ def test_an_experiment_whose_figure_is_gone_is_made_again(tmp_path: Path) -> Non
     assert not store.made("98", "elsewhere")
     picture.unlink()
     assert not store.made("98", "here")
+
+
+def test_a_record_of_other_weights_is_not_drawn(
+    conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "traces"
+    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
+    assert reproduce(words, conf) == 0
+    (path,) = tmp_path.glob("runs/*/run.json")
+    stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
+    path.write_text(json.dumps(stale))
+    # So that the run is due, and fails.
+    for trace in kept.glob("*.parquet"):
+        trace.write_bytes(trace.read_bytes()[:-99])
+    capsys.readouterr()
+    assert reproduce([*words, "redraw=true"], conf) != 0
+    assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == stale

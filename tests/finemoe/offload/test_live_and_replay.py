@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.replay import ReplayBackend
@@ -35,6 +37,7 @@ from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest
 from tests.engine import (
     OPTIONS,
+    breaches,
     configured,
     emulated,
     offloaded,
@@ -119,12 +122,14 @@ def live(
     stored = model.store.layout.nbytes
     runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep, protect)
     runtime.listeners.append(found.append)
+    broken = breaches(runtime.residency)
     lockstep.runtime = runtime
     hooks = [gate.register_forward_pre_hook(lockstep.settle) for gate in model.gates]
     with runtime:
         serve(runtime, *batches(size))
     for hook in hooks:
         hook.remove()
+    assert not (protect and broken)
     return found, runtime.residency.plan
 
 
@@ -134,8 +139,9 @@ def replayed(
     policy: Policy,
     plan: MemoryPlan,
     size: int,
+    rate: float = COPY_RATE,
 ) -> list[LayerOutcome]:
-    """Replay the trace, with links that are fast against everything else."""
+    """Replay the trace, with links that are fast against everything else if nothing is said."""
     line = Line(SLOW)
     prediction = PredictionCosts(embeddings=SLOW, gate=SLOW, update=SLOW)
     if policy.placement.prediction == "background":
@@ -145,12 +151,14 @@ def replayed(
     residency = Residency(shape, plan, policy)
     if residency.holds_everything:
         residency.preload()
-    runtime = ReplayRuntime(policy, residency, costs, LinkRate(COPY_RATE))
+    broken = breaches(residency)
+    runtime = ReplayRuntime(policy, residency, costs, LinkRate(rate))
     found: list[LayerOutcome] = []
     runtime.listeners.append(found.append)
     server = Server(ReplayBackend(trace.__getitem__, runtime=runtime))
     for batch in batches(size):
         list(server.serve(FixedBatches(batch, size)))
+    assert not (plan.protect and broken)
     return found
 
 
@@ -200,3 +208,23 @@ def test_live_and_replay_find_every_expert_alike(
     # The comparison is of something: budgets differ, and the smallest one misses or is late.
     assert seen[0]["hits"] < seen[-1]["hits"]
     assert seen[0]["late"] + seen[0]["misses"] > 0
+
+
+@pytest.mark.parametrize("system", OPTIONS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_is_protected_leaves_for_no_prefetch_before_its_layers_gate_spoke(
+    model: OffloadedModel, system: str, data: st.DataObject
+) -> None:
+    """`replayed` asserts it; links may be of any speed."""
+    size = data.draw(st.sampled_from([1, 2]))
+    slots = data.draw(st.sampled_from([(2,), (5,), (9,), (3, 2, 2), (1, 1)]))
+    rate = data.draw(st.sampled_from([1e2, 1e4, 1e5, COPY_RATE]))
+    options = {name: data.draw(st.sampled_from(values)) for name, values in OPTIONS[system].items()}
+    trace = recorded(model, size)
+    policy = prepared(configured(system, model.shape, **options), model)
+    if policy.set_future_routing:
+        policy.set_future_routing(future(trace, size))
+    stored = model.store.layout.nbytes
+    plan = MemoryPlan(slots, stored, stored // 3, protect=True)
+    replayed(trace, model.shape, policy, plan, size, rate)
