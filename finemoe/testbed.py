@@ -37,6 +37,13 @@ class Testbed:
         return (expert_bytes / (self.link_gb_s * 1e9) + self.link_latency_s) * self.time_scale
 
 
+def cuda_devices() -> int:
+    """Return how many CUDA devices torch can use: none with a driver too old for its CUDA."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 @dataclass(frozen=True)
 class SimulatedTestbed:
     """Devices and links in virtual time."""

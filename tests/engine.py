@@ -104,7 +104,7 @@ def breaches(residency: Residency) -> list[tuple[int, int]]:
 
     def prefetched(number: int, priorities: Priorities | None, *hook: Any) -> None:
         # A faulty answer is refused by the engine.
-        if getattr(priorities, "shape", None) == (shape.layers, shape.experts):
+        if priorities is not None and np.shape(priorities) == (shape.layers, shape.experts):
             layers, _ = priorities.nonzero()
             wanted = priorities.reshape(-1).nonzero()[0].tolist()
             asked.update(

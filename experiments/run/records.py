@@ -31,6 +31,7 @@ from experiments.errors import UserError
 from experiments.run.weights import fingerprint
 from finemoe.files import atomic_write, partial_name
 from finemoe.options import Flag, schema
+from finemoe.testbed import cuda_devices
 from finemoe.trace import UNREADABLE, check_size
 
 RECORD = "run.json"
@@ -297,7 +298,7 @@ def provenance() -> dict[str, Any]:
             "cpu": named[0] if named else platform.processor(),
             "cores": os.cpu_count(),
             "memory_gb": round(pages / 1e9, 1),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": [torch.cuda.get_device_name(i) for i in range(cuda_devices())],
             "system": platform.platform(),
         },
         **git_state(),

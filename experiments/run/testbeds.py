@@ -18,7 +18,7 @@ from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
 from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text, schema
-from finemoe.testbed import SimulatedTestbed, Testbed
+from finemoe.testbed import SimulatedTestbed, Testbed, cuda_devices
 
 MB = 1_000_000
 AGAIN = "calibrate again: python -m experiments.validate.calibrate"
@@ -81,7 +81,12 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
     """Return the CUDA devices of this machine, all of them or the first `devices`."""
     import torch
 
-    there = torch.cuda.device_count()
+    there = cuda_devices()
+    if not there and torch.cuda.device_count():
+        raise UserError(
+            f"testbed=local: the NVIDIA driver is too old for torch's CUDA {torch.version.cuda}; "
+            "update it, or install torch for an older CUDA (pytorch.org/get-started/locally)"
+        )
     if there < (devices or 1):
         cause = f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}"
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
@@ -216,9 +221,7 @@ def _seconds(micros: Mapping[Any, float]) -> dict[str, float]:
 
 def auto(devices: Few, **numbers: Any) -> Testbed | SimulatedTestbed:
     """Return the CUDA devices of this machine if there are any, else the simulated testbed."""
-    import torch
-
-    if torch.cuda.device_count():
+    if cuda_devices():
         return local(None, numbers["chunk_mb"])
     numbers |= {"_target_": "experiments.run.testbeds.simulated", "devices": devices}
     return build(OmegaConf.create({"testbed": numbers}).testbed)

@@ -10,6 +10,7 @@ import torch
 from experiments.errors import UserError
 from experiments.run import live, testbeds
 from experiments.run.config import build, check
+from experiments.run.records import provenance
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 from tests.command import SMALL, composed, config, run_command
@@ -36,6 +37,17 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -> Non
 def test_local_without_cuda() -> None:
     with pytest.raises(UserError, match="testbed=emulated"):
         testbeds.local(devices=None, chunk_mb=32)
+
+
+def test_a_driver_too_old_for_torch_is_said_and_disturbs_no_simulated_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="driver is too old for torch's CUDA"):
+        testbeds.local(devices=None, chunk_mb=32)
+    assert build(config("config", "testbed=auto").testbed).mode == "simulated"
+    assert provenance()["machine"]["gpus"] == []
 
 
 def test_pinning_without_a_core_to_spare() -> None:
