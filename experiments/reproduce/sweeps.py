@@ -217,16 +217,28 @@ def _composed(experiment: Experiment, overrides: Sequence[str], conf: Path) -> D
 def _grouped(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
     """Return the pickled config of an experiment under choices of groups.
 
-    An option of a group sets nothing outside of it, so each is composed once for all experiments.
+    An option that sets nothing outside of its group is composed once for all experiments.
     """
     keys = [_key(one) for one in choices]
     own = {"experiment", *OmegaConf.load(conf / "experiment" / f"{experiment}.yaml")}
+    whole = (f"experiment={experiment}", "output=unset", *choices)
     if not choices or not _groups(conf) - own >= set(keys):
-        return _by_hydra(conf, (f"experiment={experiment}", "output=unset", *choices))
+        return _by_hydra(conf, whole)
     cfg = pickle.loads(_grouped(conf, experiment, ()))
     for key, choice in zip(keys, choices, strict=True):
-        cfg[key] = pickle.loads(_by_hydra(conf, (choice,)))[key]
+        option = _option(conf, choice)
+        if option is None:
+            return _by_hydra(conf, whole)
+        cfg[key] = pickle.loads(option)
     return pickle.dumps(cfg)
+
+
+@cache
+def _option(conf: Path, choice: str) -> bytes | None:
+    """Return what an option sets in its group, pickled; None if it sets something elsewhere."""
+    chosen, plain = (pickle.loads(_by_hydra(conf, one)) for one in ((choice,), ()))
+    ours, others = ({**OmegaConf.to_container(one), _key(choice): None} for one in (chosen, plain))
+    return pickle.dumps(chosen[_key(choice)]) if ours == others else None
 
 
 @cache

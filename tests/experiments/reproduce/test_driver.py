@@ -394,3 +394,13 @@ def test_a_record_of_other_weights_is_not_drawn(
     assert reproduce([*words, "redraw=true"], conf) != 0
     assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
     assert json.loads(path.read_text()) == stale
+
+
+def test_an_option_that_sets_more_than_its_group_is_composed_whole(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
+    own = (folder / "system" / "on_demand.yaml").read_text().replace("\n", "\n  ")
+    text = f"# @package _global_\nmine: 3\nsystem:\n  {own}"
+    (folder / "system" / "wide.yaml").write_text(text)
+    words = ["system=wide", "workload.batch_size=1"]
+    (cfg,) = sweeps.run_configs(sweeps.available(folder)["16b"], words, folder).values()
+    assert (cfg.system.label, cfg.mine) == ("on_demand", 3)
