@@ -237,8 +237,10 @@ def _grouped(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
 def _option(conf: Path, choice: str) -> bytes | None:
     """Return what an option sets in its group, pickled; None if it sets something elsewhere."""
     chosen, plain = (pickle.loads(_by_hydra(conf, one)) for one in ((choice,), ()))
-    ours, others = ({**OmegaConf.to_container(one), _key(choice): None} for one in (chosen, plain))
-    return pickle.dumps(chosen[_key(choice)]) if ours == others else None
+    key = _key(choice)
+    values: Any = [OmegaConf.to_container(one) for one in (chosen, plain)]
+    ours, others = ({**one, key: None} for one in values)
+    return pickle.dumps(chosen[key]) if ours == others else None
 
 
 @cache
