@@ -49,20 +49,20 @@ def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
 def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
     """Judge every claim that the default reading's runs decide under every reading.
 
-    Returns claim, experiment, section, text, reading, `touched` (whether the runs are others than
-    by default), verdict, and ours, low, high and paper in `unit`.
+    Returns claim, experiment, section, text, reading, `touched` (whether the claim's runs are others
+    than by default), verdict, and ours, low, high and paper in `unit`.
     """
-    default, rows = views[DEFAULT], []
+    rows: list[dict[str, Any]] = []
     readings = {name: Reading(runs, view) for name, view in views.items()}
     for claim in load_claims():
-        if claim.experiment not in default:
+        if claim.experiment not in views[DEFAULT]:
             continue
         usual = judge_one(claim, readings[DEFAULT])
         if usual.verdict == UNTESTABLE:
             continue
-        for name, view in views.items():
-            touched = set(view[claim.experiment]) != set(default[claim.experiment])
-            one = judge_one(claim, readings[name]) if touched else usual
+        for name, reading in readings.items():
+            one = judge_one(claim, reading)
+            touched = one.digests != usual.digests
             rows.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
     return pd.DataFrame(rows, columns=[*COLUMNS])
 

@@ -46,6 +46,9 @@ def test_each_claim_is_judged_under_each_reading_that_touches_it(results: Result
     assert ours["fig10-ttft-deepspeed", "default"] == pytest.approx(90)
     assert ours["fig10-ttft-deepspeed", "waits"] == pytest.approx(99)
     assert ours["fig10-ttft-promoe", "waits"] == pytest.approx(90)
+    touched = table.set_index(["claim", "reading"])["touched"]
+    assert touched["fig10-ttft-deepspeed", "waits"]
+    assert not touched["fig10-ttft-promoe", "waits"]
     # Nobody's hit rate differs, so no claim on it holds, whatever the reading.
     summed = readings.summary(table)
     assert "fig10-ttft-deepspeed" in summed["some"]
