@@ -49,8 +49,8 @@ def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
 def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
     """Judge every claim that the default reading's runs decide under every reading.
 
-    Returns claim, experiment, section, text, reading, `touched` (whether the claim's runs are others
-    than by default), verdict, and ours, low, high and paper in `unit`.
+    Returns claim, experiment, section, text, reading, `touched` (whether its runs are others than
+    by default), verdict, and ours, low, high and paper in `unit`.
     """
     rows: list[dict[str, Any]] = []
     readings = {name: Reading(runs, view) for name, view in views.items()}
