@@ -42,7 +42,7 @@ def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path) -> None
 def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
     """Return TTFT, TPOT (s) and hit rate of each model, dataset and system under each reading."""
     by_digest = runs.set_index("digest")[["model", "dataset", "system", *METRICS]]
-    parts = {name: by_digest.loc[[*view["10"]]] for name, view in views.items()}
+    parts = {name: by_digest.loc[[*view.get("10", ())]] for name, view in views.items()}
     return pd.concat(parts, names=["reading", "digest"]).reset_index().drop(columns="digest")
 
 
