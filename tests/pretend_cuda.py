@@ -229,6 +229,9 @@ class Pretend(Tensor):
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
         return self.memory.machine.copy(self, source, non_blocking)
 
+    def nonzero(self, **_: Any) -> Any:
+        return self.memory.machine.run(aten.nonzero.default, (self,), {})
+
     def __getitem__(self, at: Any) -> Any:
         found = self.elem[mapped(plain, at)]
         if place(found) == place(self.elem):
