@@ -394,8 +394,11 @@ class Machine:
             join(self._known, clock)
             copies, self._copies = self._copies, []
             for copy in copies:
-                done = clock.get(copy.stream, 0) >= copy.tick
-                copy.then() if done else self._copies.append(copy)
+                if clock.get(copy.stream, 0) < copy.tick:
+                    self._copies.append(copy)
+                    continue
+                with torch.inference_mode():  # Its memory may have been made there.
+                    copy.then()
 
     def synchronize(self, device: Any = None) -> None:
         for stream in [*self.streams]:
@@ -419,9 +422,6 @@ class Machine:
     def current_stream(self, device: Any = None) -> Stream:
         index = self.index(device)
         return self.host.streams.get(index, self._defaults[index])
-
-    def default_stream(self, device: Any = None) -> Stream:
-        return self._defaults[self.index(device)]
 
     @contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
@@ -502,9 +502,7 @@ class Machine:
             return self._to_copy(*args, **kwargs)
         if func is aten.copy_.default:
             return self.copy(*args, **kwargs)
-        values, named = mapped(plain, (args, {**kwargs, "pin_memory": None}))
-        if "pin_memory" not in kwargs:
-            del named["pin_memory"]
+        values, named = mapped(plain, (args, kwargs))
         if func is aten.histc.default:  # The CPU's takes floats only.
             out = func(values[0].float(), *values[1:], **named).to(values[0].dtype)
         else:
@@ -592,7 +590,8 @@ class Machine:
             self.launch(here, name, seconds, [source], [target], *engines)
             there.wait_stream(here)
         elif isinstance(source, Pretend) or not source.dim():  # A number goes with the launch.
-            self._kernel(there, "copy_", [one for one in [source] if source.dim()], [target])
+            reads = [source] if isinstance(source, Pretend) else []
+            self._kernel(there, "copy_", reads, [target])
         else:
             tick = self.launch(there, "copy to device", seconds, [], [target], into)
             copy = HostCopy(there.key, tick, source, lambda: self._compare(source, values))
@@ -620,6 +619,8 @@ class Machine:
 @contextmanager
 def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
     """Have torch find pretended CUDA devices; `options` are those of `Machine`."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # A machine's own devices can be used afterwards.
     machine, params = Machine(devices, **options), torch.__future__
     with pytest.MonkeyPatch.context() as patch, Mode(machine):
         for name, value in cuda(machine).items():
@@ -641,8 +642,6 @@ def tensor(make: Callable[..., Tensor], data: Any, *, device: Any = None, **kind
 def cuda(machine: Machine) -> dict[str, Any]:
     """Return what stands for parts of torch.cuda."""
     host = {"cudaHostRegister": machine.lock_host, "cudaHostUnregister": machine.unlock_host}
-    facts: dict[str, Any] = {"name": "Pretended GPU", "total_memory": machine.memory}
-    facts |= dict(zip(("major", "minor"), machine.capability, strict=True))
 
     def reset_peak(device: Any = None) -> None:
         machine.peak[machine.index(device)] = machine.allocated[machine.index(device)]
@@ -650,8 +649,8 @@ def cuda(machine: Machine) -> dict[str, Any]:
     def empty_cache() -> None:
         machine.reserved[:] = machine.allocated
 
-    def of(kind: list[int], device: Any = None) -> int:
-        return kind[machine.index(device)]
+    def free(device: Any = None) -> tuple[int, int]:
+        return machine.memory - machine.reserved[machine.index(device)], machine.memory
 
     return {
         "_lazy_init": lambda: None,
@@ -661,23 +660,16 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "device_count": lambda: machine.devices,
         "current_device": machine.index,
         "set_device": lambda device: machine.exchange(machine.index(device)),
-        "get_device_name": lambda device=None: facts["name"],
+        "get_device_name": lambda device=None: "Pretended GPU",
         "get_device_capability": lambda device=None: machine.capability,
-        "get_device_properties": lambda device=None: SimpleNamespace(**facts),
         "Stream": machine.stream,
         "Event": machine.event,
         "stream": machine.on,
         "current_stream": machine.current_stream,
-        "default_stream": machine.default_stream,
         "synchronize": machine.synchronize,
-        "mem_get_info": lambda device=None: (
-            machine.memory - of(machine.reserved, device),
-            machine.memory,
-        ),
+        "mem_get_info": free,
         "empty_cache": empty_cache,
-        "memory_allocated": partial(of, machine.allocated),
-        "memory_reserved": partial(of, machine.reserved),
-        "max_memory_allocated": partial(of, machine.peak),
+        "max_memory_allocated": lambda device=None: machine.peak[machine.index(device)],
         "reset_peak_memory_stats": reset_peak,
         "cudart": lambda: SimpleNamespace(**host),
     }
@@ -718,8 +710,7 @@ class Lock:
 
 def order_threads(host: Host, mode: Callable[[], Mode], patch: pytest.MonkeyPatch) -> None:
     """Have locks and threads hand on what host threads know, and conditions tell the time."""
-    lock, ends = threading.RLock, dict[threading.Thread, Clock]()
-    start, wait_for = threading.Thread.start, threading.Thread.join
+    lock, start, wait_for = threading.RLock, threading.Thread.start, threading.Thread.join
 
     class Condition(threading.Condition):
         told = 0.0
@@ -734,20 +725,21 @@ def order_threads(host: Host, mode: Callable[[], Mode], patch: pytest.MonkeyPatc
             super().notify(n)
 
     def started(thread: threading.Thread) -> None:
-        clock, now, body = {**host.clock}, host.now, thread.run
+        own, body = vars(thread), thread.run
+        own["clock"], now = {**host.clock}, host.now
 
         def run() -> None:
-            host.clock, host.now = clock, now
+            del own["run"]  # So that nothing refers back to the thread.
+            host.clock, host.now = own["clock"], now
             with mode():
                 body()
-            ends[thread] = host.clock
 
-        thread.run = run  # type: ignore[method-assign]
+        own["run"] = run
         start(thread)
 
     def joined(thread: threading.Thread, timeout: float | None = None) -> None:
         wait_for(thread, timeout)
-        join(host.clock, ends.pop(thread, {}))
+        join(host.clock, vars(thread).get("clock", {}))
 
     patch.setattr(threading, "RLock", lambda: Lock(host, lock()))
     patch.setattr(threading, "Condition", Condition)
