@@ -165,13 +165,12 @@ class Event:
 class Memory:
     """One allocation, made as torch does for the stream that is current."""
 
-    def __init__(self, machine: Machine, stream: Stream, size: int) -> None:
-        self.machine, self.stream = machine, stream
-        self.number, self.nbytes = next(machine.numbers), -(-size // 512) * 512
+    def __init__(self, stream: Stream, nbytes: int) -> None:
+        self.stream, self.nbytes = stream, nbytes
+        self.machine, self.number = stream.machine, next(stream.machine.numbers)
         before = stream.clock[stream.key], stream.busy, "what had that memory before"
         self.accesses = [Access(0, self.nbytes, True, stream.key, *before)]
         self.recorded = {stream.key}
-        machine.take(stream.device.index, self.nbytes)
 
     def use(self, new: Access) -> None:
         """Take note of an access; a write stands for all that it covers."""
@@ -208,6 +207,9 @@ class Pretend(Tensor):
         (one, *_) = (o for o in leaves((args, kwargs)) if isinstance(o, Pretend))
         return one.memory.machine.run(func, args, kwargs or {})
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{self.elem} on {self.device}"
+
     def span(self) -> tuple[int, int]:
         """Return the bytes from the first element to the last, in its allocation."""
         size, shape = self.elem.element_size(), self.elem.shape
@@ -229,6 +231,17 @@ class Pretend(Tensor):
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
         return self.memory.machine.copy(self, source, non_blocking)
 
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    __index__ = __int__
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        return self  # There is no autograd.
+
     def nonzero(self, **_: Any) -> Any:
         return self.memory.machine.run(aten.nonzero.default, (self,), {})
 
@@ -241,8 +254,9 @@ class Pretend(Tensor):
 
     def __setitem__(self, at: Any, value: Any) -> None:
         if any(isinstance(one, Tensor) for one in leaves(at)):
-            value = value if isinstance(value, Tensor) else torch.full_like(self[at], value)
-            self.index_put_(at if isinstance(at, tuple) else (at,), value)
+            indices = at if isinstance(at, tuple) else (at,)
+            value = value if isinstance(value, Tensor) else self.new_full((), value)
+            self.index_put_(indices, value)
         else:
             part = self[at]
             part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
@@ -436,13 +450,15 @@ class Machine:
         finally:
             self.host.device, self.host.streams[index] = device, before
 
-    def take(self, device: int, size: int) -> None:
+    def allocate(self, stream: Stream, size: int) -> Memory:
         with self.lock:
-            self.allocated[device] += size
-            if self.allocated[device] > self.memory:
+            device, whole = stream.key[0], -(-size // 512) * 512
+            if self.allocated[device] + whole > self.memory:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            self.allocated[device] += whole
             for high in (self.peak, self.reserved):
                 high[device] = max(high[device], self.allocated[device])
+            return Memory(stream, whole)
 
     def give_back(self, memory: Memory) -> None:
         with self.lock:
@@ -485,28 +501,25 @@ class Machine:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Carry out an operation of torch, whether on pretended tensors or not."""
-        given = [*leaves((args, kwargs))]
-        mine = any(isinstance(one, Pretend) for one in given)
+        given, device = [*leaves((args, kwargs))], kwargs.get("device")
+        pretended = any(isinstance(one, Pretend) or is_cuda(one) for one in given)
         if func is aten.is_pinned.default:
-            return not mine and self.is_locked(args[0])
+            return not pretended and self.is_locked(args[0])
         if func is aten._pin_memory.default:
             return self.page_locked(args[0])
-        if not mine and not any(map(is_cuda, given)):
-            pin = kwargs.pop("pin_memory", None)
-            out = func(*args, **kwargs)
-            return self.page_locked(out) if pin else out
-        if is_composed(func):
+        if pretended and is_composed(func):
             with Mode(self):
                 return func.decompose(*args, **kwargs)
-        if func is aten._to_copy.default:
-            return self._to_copy(*args, **kwargs)
-        if func is aten.copy_.default:
-            return self.copy(*args, **kwargs)
+        if pretended and func in (aten._to_copy.default, aten.copy_.default):
+            return (self.copy if func is aten.copy_.default else self._to_copy)(*args, **kwargs)
+        pin = kwargs.pop("pin_memory", None)
         values, named = mapped(plain, (args, kwargs))
-        if func is aten.histc.default:  # The CPU's takes floats only.
+        if pretended and func is aten.histc.default:  # The CPU's takes floats only.
             out = func(values[0].float(), *values[1:], **named).to(values[0].dtype)
         else:
             out = func(*values, **named)
+        if not pretended or (device is not None and not is_cuda(device)):
+            return self.page_locked(out) if pin else out
         return self.launched(func, out, args, kwargs)
 
     def launched(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
@@ -526,7 +539,7 @@ class Machine:
                 # A view of a normal tensor is one, even where inference tensors are made.
                 with torch.inference_mode(base.is_inference()):
                     return Pretend(one, base.memory)
-            fresh.append(Pretend(one, Memory(self, stream, one.untyped_storage().nbytes())))
+            fresh.append(Pretend(one, self.allocate(stream, one.untyped_storage().nbytes())))
             return fresh[-1]
 
         result, name = mapped(wrap, out), func._schema.name.removeprefix("aten::")
@@ -563,7 +576,7 @@ class Machine:
         kind = {key: options.get(key) for key in ("dtype", "memory_format")}
         made = torch.empty_like(plain(source), **{key: one for key, one in kind.items() if one})
         if is_cuda(device):
-            made = Pretend(made, Memory(self, self.current_stream(device), nbytes(made)))
+            made = Pretend(made, self.allocate(self.current_stream(device), nbytes(made)))
         elif non_blocking:
             made = self.page_locked(made)
         return self.copy(made, source, non_blocking)
