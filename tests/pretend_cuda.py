@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ class Stream:
         self.clock: Clock = {self.key: 0}
         self.busy = 0.0
         """When the last operation will be done, in seconds."""
-        self.machine.streams.add(self)
+        self.machine.streams.append(self)
 
     def wait_event(self, event: Event) -> None:
         with self.machine.lock:
@@ -366,7 +366,7 @@ class Machine:
         self._engines: Counter[tuple[int, str]] = Counter()
         self._copies: list[HostCopy] = []
         self._known: Clock = {}  # to any host thread
-        self.streams = WeakSet[Stream]()
+        self.streams: list[Stream] = []
         self._defaults: list[Stream] = [self.stream(device) for device in range(self.devices)]
 
     def reset(self) -> None:
@@ -415,7 +415,7 @@ class Machine:
                     copy.then()
 
     def synchronize(self, device: Any = None) -> None:
-        for stream in [*self.streams]:
+        for stream in self.streams:
             if stream.key[0] == self.index(device):
                 stream.synchronize()
 
