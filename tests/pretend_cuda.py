@@ -45,6 +45,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils.import_utils import is_torch_cuda_available
 
 Key = tuple[int, int]
 """A stream: its device, and its number."""
@@ -643,7 +644,9 @@ def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
         # A parameter is replaced, not filled, when its module moves to a device.
         patch.setattr(params, "get_overwrite_module_params_on_conversion", lambda: True)
         order_threads(machine.host, lambda: Mode(machine), patch)
+        is_torch_cuda_available.cache_clear()
         yield machine
+    is_torch_cuda_available.cache_clear()
 
 
 def tensor(make: Callable[..., Tensor], data: Any, *, device: Any = None, **kind: Any) -> Tensor:

@@ -34,7 +34,6 @@ from finemoe.offload.policy import (
     FloatArray,
     Iteration,
     LayerOutcome,
-    ModelShape,
     Placement,
     Policy,
     Priorities,
@@ -152,37 +151,40 @@ class LaterLayers(OnDemandPolicy):
 
     placement = Placement(prediction="critical_path")
 
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__(shape)
-        self.gate_spoke = threading.Event()
-
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         later = np.arange(self.shape.layers) > 0
         return np.tile(later[:, None].astype(float), self.shape.experts)
 
-    def on_outcome(self, outcome: LayerOutcome) -> None:
-        super().on_outcome(outcome)
-        self.gate_spoke.set()
-
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_on_demand_loads_preempt_prefetches(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: dict[CudaLink, list[bool]] = {}
+    """Links have begun a prefetch when the first gate speaks, and go on when it has spoken."""
+    start, begun = CudaLink.start, dict[torch.device, list[bool]]()
+    prefetching, spoke = threading.Barrier(devices + 1, timeout=60), threading.Event()
+
+    def started(link: CudaLink, chunk: Chunk) -> None:
+        urgent = begun.setdefault(link._device, [])
+        urgent.append(chunk.urgent)
+        if len(urgent) == 1:
+            prefetching.wait()
+            spoke.wait()
+        start(link, chunk)
+
+    def speaks(*_: object) -> None:
+        if not spoke.is_set():
+            prefetching.wait()
+
     with machine(devices) as made:
         model = on_cuda()
-        policy, start = LaterLayers(model.shape), CudaLink.start
-        gate_spoke = policy.gate_spoke
-
-        def started(link: CudaLink, chunk: Chunk) -> None:
-            gate_spoke.wait()
-            begun.setdefault(link, []).append(chunk.urgent)
-            start(link, chunk)
-
+        policy = LaterLayers(model.shape)
         monkeypatch.setattr(CudaLink, "start", started)
-        with offloading(made, model, policy, 2, chunk_bytes=1024) as runtime:
+        with (
+            model.gates[0].register_forward_pre_hook(speaks),
+            offloading(made, model, policy, 2) as runtime,
+        ):
+            runtime.listeners.append(lambda outcome: spoke.set())
             assert all(map(torch.equal, logits_on(runtime), expected("mixtral")[0]))
         assert [urgent[:2] for urgent in begun.values()] == [[False, True]] * devices
-        begun.clear()
         del model, policy, runtime
 
 
