@@ -44,6 +44,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils.import_utils import is_torch_cuda_available
 
@@ -635,6 +636,7 @@ def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
     """Have torch find pretended CUDA devices; `options` are those of `Machine`."""
     if torch.cuda.is_available():
         torch.cuda.init()  # A machine's own devices can be used afterwards.
+    _device_constructors()  # Remembers torch.tensor for good, so not the one below.
     machine, params = Machine(devices, **options), torch.__future__
     with pytest.MonkeyPatch.context() as patch, Mode(machine):
         for name, value in cuda(machine).items():
