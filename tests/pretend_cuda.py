@@ -552,9 +552,9 @@ class Machine:
         reads = [one for one in mine if not any(one is other for other in writes)]
         self._kernel(stream, name, reads, [*fresh, *writes])
         # A mask's result has a size that the host reads; indices on the host are sent.
-        indices = [one for one in leaves(args[1:2]) if isinstance(one, Tensor)] * (func in INDEXING)
+        indices = [one for one in leaves(args[1:2]) if isinstance(one, Tensor)]
         sent = any(not isinstance(one, Pretend) or one.dtype == torch.bool for one in indices)
-        if sent or func in ANSWERED:
+        if func in ANSWERED or (sent and func in INDEXING):
             stream.record_event().synchronize(name)
         return result
 
@@ -569,7 +569,7 @@ class Machine:
         return device or found.pop()
 
     def _kernel(self, stream: Stream, name: str, reads: list[Any], writes: list[Any]) -> None:
-        self.kernels[name] += 1
+        self.kernels[name] += name != "_local_scalar_dense"  # That is a copy.
         self.launch(stream, name, self.kernel_s, reads, writes)
 
     def _to_copy(self, source: Tensor, non_blocking: bool = False, **options: Any) -> Tensor:

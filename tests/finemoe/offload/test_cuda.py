@@ -423,7 +423,10 @@ def test_what_the_host_waits_for_and_what_launches_nothing() -> None:
         made.reset()
         assert one[1:].view(5, 1).T.shape == (1, 5)
         assert (made.kernels.total(), made.waits.total()) == (0, 0)
-        waits = one.sum().item(), one[one > 2], one.nonzero(), one.cpu(), one[torch.tensor([1])]
+        assert one.sum().item() == 15
+        assert (made.kernels.total(), made.waits.total()) == (1, 1)
+        made.reset()
+        waits = bool(one[1]), one[one > 2], one.nonzero(), one.cpu(), one[torch.tensor([1])]
         assert made.waits.total() == len(waits)
         timed = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         for event in timed:
