@@ -2,7 +2,7 @@
 
 from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
-from finemoe.offload.model import OffloadedModel
+from finemoe.offload.model import OffloadedModel, grouped_mm_waits
 from finemoe.offload.policy import Policy
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.timeline import Timeline
@@ -34,11 +34,16 @@ def offloading_runtime(
             seconds = full_expert_bytes / (testbed.link_gb_s * 1e9) * testbed.time_scale
             latency = testbed.link_latency_s * testbed.time_scale
             links.append(EmulatedLink(model.store, memory, layout.nbytes / seconds, latency))
-    return LiveRuntime(model, policy, residency, memory, links, devices, timeline, testbed.cores)
+    grouped = len(devices) == 1 and residency.holds_everything and _grouped_is_faster(model)
+    places = (model, policy, residency, memory, links, devices)
+    return LiveRuntime(*places, timeline, testbed.cores, grouped)
 
 
-def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
-    """Return a runtime with every expert on the model's device; a CPU uses them where they lie."""
+def resident_runtime(model: OffloadedModel, policy: Policy, grouped: bool = True) -> LiveRuntime:
+    """Return a runtime with every expert on the model's device; a CPU uses them where they lie.
+
+    Without `grouped` it computes expert by expert, as under a budget, to the last bit.
+    """
     layout, devices = model.store.layout, (model.device,)
     plan = MemoryPlan((model.shape.size,), layout.nbytes, layout.nbytes)
     residency = Residency(model.shape, plan, policy)
@@ -49,7 +54,13 @@ def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
         slot = residency.cache.slot
         by_slot = sorted(residency.preload(), key=lambda flat: slot(flat).index)
         memory = DeviceSlots(layout, [[model.store.blocks[flat] for flat in by_slot]])
-    return LiveRuntime(model, policy, residency, memory, (), devices)
+    grouped = grouped and _grouped_is_faster(model)
+    return LiveRuntime(model, policy, residency, memory, (), devices, grouped=grouped)
+
+
+def _grouped_is_faster(model: OffloadedModel) -> bool:
+    dtype = model.store.layout.fields[0][2]
+    return not grouped_mm_waits(model.device, dtype)
 
 
 def _fill(memory: DeviceSlots, residency: Residency, model: OffloadedModel) -> None:
