@@ -1,5 +1,11 @@
 """Live runtimes: what an engine is made of, for a model on a testbed."""
 
+from collections.abc import Sequence
+
+import torch
+
+from finemoe.offload.budget import spread
+from finemoe.offload.cache import Slot
 from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -37,18 +43,25 @@ def offloading_runtime(
     return LiveRuntime(model, policy, residency, memory, links, devices, timeline, testbed.cores)
 
 
-def resident_runtime(model: OffloadedModel, policy: Policy) -> LiveRuntime:
-    """Return a runtime with every expert on the model's device; a CPU uses them where they lie."""
-    layout, devices = model.store.layout, (model.device,)
-    plan = MemoryPlan((model.shape.size,), layout.nbytes, layout.nbytes)
-    residency = Residency(model.shape, plan, policy)
+def resident_runtime(
+    model: OffloadedModel, policy: Policy, devices: Sequence[torch.device] = ()
+) -> LiveRuntime:
+    """Return a runtime with every expert on one of `devices`, by default on the model's own.
+
+    Each is on the device that it has under a budget. A CPU uses them where they lie.
+    """
+    layout, devices = model.store.layout, tuple(devices) or (model.device,)
+    slots = spread(model.shape, len(devices))
+    residency = Residency(model.shape, MemoryPlan(slots, layout.nbytes, layout.nbytes), policy)
     if model.device.type == "cuda":
-        memory = DeviceSlots.allocate(layout, plan.slots, devices)
+        memory = DeviceSlots.allocate(layout, slots, devices)
         _fill(memory, residency, model)
     else:
-        slot = residency.cache.slot
-        by_slot = sorted(residency.preload(), key=lambda flat: slot(flat).index)
-        memory = DeviceSlots(layout, [[model.store.blocks[flat] for flat in by_slot]])
+        blocks = {
+            residency.cache.slot(flat): model.store.blocks[flat] for flat in residency.preload()
+        }
+        rows = [[blocks[Slot(d, i)] for i in range(count)] for d, count in enumerate(slots)]
+        memory = DeviceSlots(layout, rows)
     return LiveRuntime(model, policy, residency, memory, (), devices)
 
 
