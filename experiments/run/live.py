@@ -20,10 +20,10 @@ from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.room import shortage
+from experiments.run.room import Extent, extent, needed_beside, shortage
 from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
 from experiments.run.traced import Script, script, traced_workload
-from experiments.run.workloads import Workload
+from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.live import LiveRuntime
@@ -370,13 +370,29 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         policy.set_gates(gate_weights(model.offloaded))
     full, devices = model.full_expert_bytes, testbed.devices
     budget, slots = budget_slots(cfg, policy, full, shape, len(devices))
-    nbytes, everything = model.offloaded.store.layout.nbytes, spread(shape, len(devices))
-    if cause := shortage(devices, slots, nbytes):
-        raise UserError(f"the memory budget puts {cause}; lower memory_budget")
-    resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes)
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+    extents = _extents(cfg, settings, load, bool(policy.learn))
+    own, nbytes = model.offloaded.model, model.offloaded.store.layout.nbytes
+    beside = needed_beside(own.config.get_text_config(), own.dtype.itemsize, extents)
+    if cause := shortage(devices, slots, nbytes, beside):
+        remedy = "lower memory_budget, or the workload's batch size or lengths"
+        raise UserError(f"the memory budget puts {cause}; {remedy}")
+    everything = spread(shape, len(devices))
+    resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
     load_store(cfg, policy)
     return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget, resident)
+
+
+def _extents(
+    cfg: DictConfig, settings: WorkloadSettings, load: Workload, learns: bool
+) -> list[Extent]:
+    """Return the extents of all that a run serves."""
+    extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
+    if learns or cfg.record:
+        extents.append(extent(settings.schedule(load.history, history=True)))
+    if cfg.record and not settings.fixed:
+        extents.append(extent(settings.recording(load)))
+    return extents
 
 
 @contextmanager

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+from experiments.run.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 CGROUP_FILES = {
@@ -16,8 +23,13 @@ CGROUP_FILES = {
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
 """Limit and use of a group, by controller: version 2 has one tree for all, without a name."""
+MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 CUDA_BYTES = 500_000_000
-"""What CUDA and its libraries take of a device for kernels and workspaces; assumed."""
+"""Assumed; see `needed_beside`."""
+
+Parts = Mapping[str, int]
+Extent = tuple[int, int, int]
+"""The most tokens in caches, tokens in a prefill and rows of logits that there are at once."""
 
 
 def available_bytes() -> int:
@@ -55,17 +67,64 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def shortage(devices: Sequence[torch.device], slots: Sequence[int], expert_bytes: int) -> str:
-    """Return in words which device cannot hold its slots; nothing if all can."""
+def needed_beside(config: PreTrainedConfig, width: int, extents: Sequence[Extent]) -> Parts:
+    """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
+
+    - KV cache: 2 x 2 x layers x KV heads x head size for each token of the most that lie in caches
+      at once, padding included: keys and values, and all twice, for a cache that grows or is joined
+      is copied.
+    - activations: (10 + K) h + 4 w for each token of the longest prefill: hidden states, attention
+      (of h, or all its heads) and the outputs of K experts; and one expert, of width w, that all
+      tokens went to. Attention keeps no matrix of scores.
+    - logits: the vocabulary for each row of them.
+    - CUDA: 0.5 GB on each device, for kernels, workspaces and what its allocator cannot use.
+    """
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    size = getattr(config, "head_dim", None) or hidden // heads
+    widest = max(getattr(config, name, None) or 0 for name in MLP_WIDTHS)
+    cached, prefill, rows = map(max, *extents, (0, 0, 0))
+    keys = config.num_hidden_layers * config.num_key_value_heads * size
+    layer = (10 + config.num_experts_per_tok) * max(hidden, heads * size) + 4 * widest
+    return {
+        "KV cache": 4 * keys * cached * width,
+        "activations": layer * prefill * width,
+        "logits": config.vocab_size * rows * width,
+        "CUDA": CUDA_BYTES,
+    }
+
+
+def extent(schedule: Schedule, logs: bool = False) -> Extent:
+    """Run through a schedule as if all requests were there; with `logs`, logits are kept."""
+    cached = prefill = rows = pending = 0
+    while step := schedule.next(math.inf, 0):
+        lengths = [
+            len(one.prompt) + n for one, n in zip(step.requests, step.generated, strict=True)
+        ]
+        cached = max(cached, len(lengths) * max(lengths))
+        if step.phase == "prefill":
+            prefill = max(prefill, sum(lengths))
+        pending += len(lengths)
+        rows = max(rows, pending if logs else len(lengths))
+        pending *= not step.leaving
+        schedule.done(step)
+    return cached, prefill, rows
+
+
+def shortage(
+    devices: Sequence[torch.device], slots: Sequence[int], expert_bytes: int, beside: Parts
+) -> str:
+    """Return in words which device cannot hold its slots and the rest; nothing if all can.
+
+    All but the first only run experts.
+    """
     experts: Counter[torch.device] = Counter()
     for device, count in zip(devices, slots, strict=True):
         experts[device] += count * expert_bytes
     for device, asked in experts.items():
-        beside = CUDA_BYTES if device.type == "cuda" else 0
-        free = free_bytes(device)
-        if asked + beside > free:
-            return (
-                f"{asked / 1e9:.1f} GB of experts on {device}, beside which {beside / 1e9:.1f} GB "
-                f"are needed and of which {free / 1e9:.1f} GB are free"
-            )
+        names = beside if device == devices[0] else ("activations", "CUDA")
+        parts = {name: beside[name] for name in names if device.type == "cuda" or name != "CUDA"}
+        if asked + sum(parts.values()) > (free := free_bytes(device)):
+            rest = ", ".join(f"{size / 1e9:.1f} for {name}" for name, size in parts.items())
+            has = f"{free / 1e9:.1f} GB are free"
+            return f"{asked / 1e9:.1f} GB of experts on {device}, where {has} and {rest} are needed"
     return ""
