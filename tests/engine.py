@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoTokenizer
@@ -79,6 +81,21 @@ def saved_mixtral(folder: Path, layers: int) -> Path:
     random_model(facts, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def page_locks(monkeypatch: pytest.MonkeyPatch, limit: int) -> dict[int, int]:
+    """Let CUDA's runtime lock up to `limit` blocks of host memory; return those that are locked."""
+    locked: dict[int, int] = {}
+
+    def register(address: int, nbytes: int, flags: int) -> int:
+        if len(locked) == limit:
+            return 2
+        locked[address] = nbytes
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return locked
 
 
 def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:

@@ -19,10 +19,11 @@ from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_a
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, free_bytes, texts
+from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, texts
 from experiments.run.metrics import KINDS
 from experiments.run.models import full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.room import free_bytes
 from experiments.run.schedule import Served, Server
 from finemoe.offload.model import find_moe_layers, shape_of
 from finemoe.offload.policy import Policy

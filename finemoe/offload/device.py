@@ -1,6 +1,7 @@
 """All that touches a device: blocks of expert weights, slots, links, dispatch and kernels."""
 
 import math
+import mmap
 import time
 import weakref
 from collections import deque
@@ -65,20 +66,26 @@ class HostStore:
 
     @classmethod
     def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> Self:
-        """Move the experts of `layers` into blocks, emptying one module after the other."""
-        layout = BlockLayout.of(layers[0])
-        blocks = []
-        for module in layers:
-            if BlockLayout.of(module) != layout:
-                raise ValueError("the MoE layers of this model differ in their experts' shapes")
-            parameters = dict(module.named_parameters(recurse=False))
-            for index in range(len(next(iter(parameters.values())))):
-                block = host_block(layout.nbytes, pin)
-                for name, view in layout.views(block).items():
-                    view.copy_(parameters[name].data[index])
-                blocks.append(block)
-            # Moving the model must not move them.
-            module._parameters.clear()
+        """Move the experts of `layers` into blocks, emptying one module after the other.
+
+        Raises MemoryError, with nothing left page-locked, if the system refuses to lock them all.
+        """
+        layout, blocks = BlockLayout.of(layers[0]), list[Tensor]()
+        try:
+            for module in layers:
+                if BlockLayout.of(module) != layout:
+                    raise ValueError("the MoE layers of this model differ in their experts' shapes")
+                parameters = dict(module.named_parameters(recurse=False))
+                for index in range(len(next(iter(parameters.values())))):
+                    blocks.append(host_block(layout.nbytes, pin))
+                    for name, view in layout.views(blocks[-1]).items():
+                        view.copy_(parameters[name].data[index])
+                # Moving the model must not move them.
+                module._parameters.clear()
+        except BaseException:
+            if pin:
+                _unlock({block.data_ptr() for block in blocks})
+            raise
         return cls(layout, blocks, pin)
 
     @classmethod
@@ -97,16 +104,17 @@ class HostStore:
 
 
 def host_block(nbytes: int, pin: bool) -> Tensor:
-    """Return uninitialised host memory, page-locked in place if `pin`.
+    """Return host memory on pages of its own, page-locked in place if `pin`.
 
-    torch's own pinned allocator rounds up to a power of two, half as much again for Mixtral.
-    Raises MemoryError if the system refuses to lock that much.
+    Locking is by pages, so no two blocks may share one; and torch's own pinned allocator rounds up
+    to a power of two, half as much again for Mixtral. Raises MemoryError if the system refuses.
     """
-    block = _aligned(nbytes, torch.device("cpu"))
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = torch.frombuffer(pages, dtype=torch.uint8)
     if pin:
         cudart: Any = torch.cuda.cudart()
         if int(cudart.cudaHostRegister(block.data_ptr(), nbytes, 0)):
-            raise MemoryError(f"cannot page-lock {nbytes} bytes of host memory")
+            raise MemoryError("the system refuses to page-lock more host memory")
     return block
 
 

@@ -66,8 +66,8 @@ class LiveRuntime:
 
     def __post_init__(self) -> None:
         self._observed = self.policy.placement.prediction != "none"
-        alone = self.residency.holds_everything and len(self.devices) == 1
-        self._unhurried = alone and (self.grouped or self.timeline is None)
+        seen = self.timeline is not None and not self.grouped
+        self._unhurried = self.residency.holds_everything and not seen
         """Whether gates are told of after the iteration, as nothing has to be loaded for them; a
         timeline shows each when it speaks, if the kernel lets it."""
         # Every field has one writer: the thread that predicts, or the model's. Replace it drained.

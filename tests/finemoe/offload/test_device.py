@@ -1,18 +1,21 @@
-"""The emulated link's schedule, by a clock that only sleeping and the test move."""
+"""Host blocks, and the emulated link's schedule by a clock that only sleeping and the test move."""
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
+from experiments.run.small_models import small_model
 from finemoe.offload import device
 from finemoe.offload.cache import ExpertCache, Slot
-from finemoe.offload.device import DeviceSlots, EmulatedLink
+from finemoe.offload.device import DeviceSlots, EmulatedLink, HostStore
+from finemoe.offload.model import find_moe_layers
 from finemoe.offload.transfer import PrefetchQueue, TransferQueue
-from tests.engine import offloaded
+from tests.engine import offloaded, page_locks
 
 SLOT = Slot(0, 0)
 FLAT = 3
@@ -80,3 +83,24 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     queue.demand(FLAT + 1)
     copy_until(203.5)
     assert (link.lags, link.copied_bytes) == (3, 2 * size)
+
+
+def test_no_two_locked_blocks_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = page_locks(monkeypatch, 1000)
+    store = HostStore.take_from(find_moe_layers(small_model("qwen2_moe"))[1], pin=True)
+    pages = [
+        range(pointer // mmap.PAGESIZE, (pointer + nbytes - 1) // mmap.PAGESIZE + 1)
+        for pointer, nbytes in locked.items()
+    ]
+    assert len(pages) == len(store.blocks)
+    assert len(set().union(*pages)) == sum(map(len, pages))
+    assert all(pointer % mmap.PAGESIZE == 0 for pointer in locked)
+    del store
+    assert not locked
+
+
+def test_blocks_are_unlocked_if_not_all_can_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = page_locks(monkeypatch, 5)
+    with pytest.raises(MemoryError, match="refuses to page-lock"):
+        HostStore.take_from(find_moe_layers(small_model("mixtral"))[1], pin=True)
+    assert not locked
