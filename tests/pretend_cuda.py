@@ -265,7 +265,7 @@ def plain(one: Any) -> Any:
 
 
 def is_cuda(one: Any) -> bool:
-    return isinstance(one, str | torch.device) and torch.device(one).type == "cuda"
+    return str(one).startswith("cuda") if isinstance(one, str | torch.device) else False
 
 
 @cache
@@ -631,7 +631,13 @@ class Machine:
         engines = [(stream.key[0], "out")]
         tick = self.launch(stream, "copy to host", seconds, [source], [], engines)
         poison(target)
-        self._host_memory(target, stream, tick, non_blocking, lambda: target.copy_(values))
+
+        def arrive() -> None:
+            # Whichever thread learns of it.
+            with torch.inference_mode(target.is_inference()):
+                target.copy_(values)
+
+        self._host_memory(target, stream, tick, non_blocking, arrive)
         return target
 
     def _host_memory(

@@ -297,8 +297,8 @@ class CudaLink(Link):
         self._stream = torch.cuda.Stream(device)
         # What filled the slots before may still be under way on the device's own stream.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._in_flight: deque[tuple[Slot, torch.cuda.Event, torch.cuda.Event]] = deque()
-        # Both written by one thread and emptied by the other, an entry at a time.
+        self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        # Last events of each slot, set by one thread and taken by the other.
         self._readers: dict[Slot, torch.cuda.Event] = {}
         self._writers: dict[Slot, torch.cuda.Event] = {}
 
@@ -311,14 +311,11 @@ class CudaLink(Link):
             self._copy(chunk)
             arrived = self._clock.mark()
         self._writers[chunk.slot] = arrived
-        self._in_flight.append((chunk.slot, began, arrived))
+        self._in_flight.append((began, arrived))
 
     def finish(self) -> tuple[float, float]:
-        slot, began, arrived = self._in_flight.popleft()
-        times = self._clock.seconds(began), self._clock.seconds(arrived)
-        if self._writers.get(slot) is arrived:
-            del self._writers[slot]
-        return times
+        began, arrived = self._in_flight.popleft()
+        return self._clock.seconds(began), self._clock.seconds(arrived)
 
     def admit(self, slot: Slot) -> None:
         arrived = self._writers.get(slot)
