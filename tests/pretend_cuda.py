@@ -233,6 +233,16 @@ class Pretend(Tensor):
         found: Tensor = self.memory.machine.run(aten.nonzero.default, (self,), {})
         return found.unbind(1) if as_tuple else found
 
+    def __and__(self, other: Any) -> Any:
+        return torch.bitwise_and(self, other)
+
+    def __invert__(self) -> Any:
+        return torch.bitwise_not(self)
+
+    def contiguous(self, memory_format: Any = torch.contiguous_format) -> Any:
+        same = self.elem.is_contiguous(memory_format=memory_format)
+        return self if same else self.clone(memory_format=memory_format)
+
     def __getitem__(self, at: Any) -> Any:
         found = self.elem[mapped(plain, at)]
         if place(found) == place(self.elem):
@@ -678,6 +688,7 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "set_device": lambda device: machine.exchange(machine.index(device)),
         "get_device_name": lambda device=None: facts["name"],
         "get_device_capability": lambda device=None: machine.capability,
+        "get_arch_list": lambda: ["sm_{}{}".format(*machine.capability)],
         "get_device_properties": lambda device=None: SimpleNamespace(**facts),
         "Stream": machine.stream,
         "Event": machine.event,

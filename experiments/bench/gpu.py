@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from baselines.on_demand import OnDemandPolicy
-from experiments import CONF, ROOT
+from experiments import CONF
 from experiments.bench import engine
-from experiments.bench.engine import Check, random_request, two_policies
+from experiments.bench.engine import SCALE_MODEL, Check, random_request, two_policies
 from experiments.errors import UserError, command
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
@@ -244,33 +244,29 @@ def _small_copies(drive: Callable[[], None], device: torch.device) -> list[Check
 def overheads(bench: Bench) -> list[Check]:
     """Compare engine and `generate` on the device, everything resident."""
     sizes = bench.cfg.sizes
-    folder = _scale_model(bench)
-    return engine.resident_overheads(folder, bench.device, sizes.tokens, sizes.rounds)
-
-
-def _scale_model(bench: Bench) -> Path:
-    return ROOT / "experiments" / bench.cfg.sizes.model
+    return engine.resident_overheads(SCALE_MODEL, bench.device, sizes.tokens, sizes.rounds)
 
 
 def calibrate(bench: Bench) -> list[Check]:
     """Measure what the roofline is made of, and write the testbed that this machine is."""
     device, matrix = bench.device, _matrix(bench)
-    rows, row = len(matrix), matrix[:1]
+    # Four matrices together do not fit a cache.
+    rows, row, tall = len(matrix), matrix[:1], matrix.repeat(4, 1)
     scalar = torch.zeros((), device=device)
     link = {check.name: check.value for check in rate(bench)}
-    # A row times a matrix only reads it; a launch of nothing is the launch.
     kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
-    sync_s = bench.timed(lambda: scalar.add_(1).item()) - kernel_s
-    read_s = bench.timed(lambda: torch.nn.functional.linear(row, matrix)) - kernel_s
+    sync_s = max(0.0, bench.timed(lambda: scalar.add_(1).item()) - kernel_s)
+    # A row times a matrix takes as long as reading it.
+    read_s = bench.timed(lambda: torch.nn.functional.linear(row, tall))
     product_s = bench.timed(lambda: torch.mm(matrix, matrix))
     small = torch.zeros(1, pin_memory=True)
-    latency_s = bench.timed(lambda: scalar.copy_(small[0], non_blocking=True)) - kernel_s
+    latency_s = bench.timed(lambda: scalar.copy_(small[0], non_blocking=True))
     layer_s = _layer_seconds(bench, kernel_s, sync_s)
     testbed = {
         "name": f"{bench.testbed.name} (measured)",
         "devices": len(bench.testbed.devices),
         "accelerator": {
-            "memory_gb_s": matrix.nbytes / read_s / 1e9,
+            "memory_gb_s": tall.nbytes / read_s / 1e9,
             "matrix_tflops": 2 * rows**3 / product_s / 1e12,
             "memory_gb": torch.cuda.mem_get_info(device)[1] / 1e9,
             "kernel_us": kernel_s * 1e6,
@@ -288,7 +284,7 @@ def calibrate(bench: Bench) -> list[Check]:
 
 def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
     """Return what the host adds to a layer, as far as launches and reads do not explain it."""
-    model = OffloadedModel.from_model(engine.scale_model(_scale_model(bench)), bench.device)
+    model = OffloadedModel.from_model(engine.scale_model(SCALE_MODEL), bench.device)
     with resident_runtime(model, OnDemandPolicy(model.shape), grouped=False) as runtime:
         requests = [random_request(n, model, bench.cfg.sizes.tokens) for n in range(2)]
         (_, served) = serve(runtime, requests)
@@ -367,8 +363,7 @@ def _measured_and_simulated(
 
 
 def _latencies(record: dict[str, Any]) -> dict[str, float]:
-    summary = record["summary"]
-    return {"TTFT": summary["ttft_mean_s"], "TPOT": summary["tpot_mean_s"]}
+    return {name: record["summary"][f"{name.lower()}_s"]["mean"] for name in ("TTFT", "TPOT")}
 
 
 def _ran(cfg: DictConfig) -> dict[str, Any]:
@@ -438,20 +433,23 @@ def write_results(bench: Bench, parts: Mapping[str, dict[str, Any]]) -> bool:
     return passed
 
 
+def check(cfg: DictConfig) -> bool:
+    """Run all parts; return whether every line is as it should be. Raises UserError."""
+    testbed = build(cfg.testbed)
+    if not isinstance(testbed, Testbed) or testbed.mode != "measured":
+        cause = "testbed: only CUDA devices are checked"
+        raise UserError(f"{cause}; use testbed=local, or python -m experiments.bench")
+    hardware = re.sub(r"[^a-z0-9]+", "-", testbed.name.lower()).strip("-")
+    bench = Bench(cfg, testbed, Path(cfg.output) / hardware)
+    return write_results(bench, run_parts(bench, RichConsole()))
+
+
 @hydra.main(config_path="../../conf", config_name="gpu", version_base="1.3")
 @command("interrupted; complete runs are kept: start again to go on")
 def main(cfg: DictConfig) -> None:
-    """Run the parts; exit 1 if one failed, 2 without a CUDA device."""
+    """Check this machine; exit 1 if a line falls short, 2 without a CUDA device."""
     transformers.logging.disable_progress_bar()
-    testbed = build(cfg.testbed)
-    if not isinstance(testbed, Testbed) or testbed.mode != "measured":
-        raise UserError(
-            "testbed: it checks CUDA devices; use testbed=local, or python -m experiments.bench"
-        )
-    hardware = re.sub(r"[^a-z0-9]+", "-", testbed.name.lower()).strip("-")
-    bench = Bench(cfg, testbed, Path(cfg.output) / hardware)
-    passed = write_results(bench, run_parts(bench, RichConsole()))
-    sys.exit(0 if passed else 1)
+    sys.exit(0 if check(cfg) else 1)
 
 
 if __name__ == "__main__":

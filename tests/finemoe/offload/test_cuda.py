@@ -73,7 +73,7 @@ def expected(family: str) -> tuple[list[Tensor], Routing]:
         return logits_on(runtime), routing
 
 
-def logits_on(runtime: LiveRuntime) -> list[Tensor]:
+def logits_on(runtime: LiveRuntime | PlainRuntime) -> list[Tensor]:
     """Serve one request, then three together; return each step's logits, on the host."""
     backend, logits = LiveBackend(runtime), list[Tensor]()
     server = Server(backend, listeners=[lambda _: logits.append(backend.logits)])
