@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.run import protocol
+from experiments.run.config import build
 from experiments.run.console import Console
+from experiments.run.live import load_setup
+from experiments.run.testbeds import local
 from finemoe.offload.device import DeviceSlots
 from tests.command import composed
 
@@ -38,3 +44,28 @@ def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
     finally:
         gc.enable()
     assert held == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("cards", "name"),
+    [
+        ([("A", 24), ("A", 24)], "2 x A"),
+        ([("A", 24), ("B", 24), ("A", 24)], "2 x A (24 GB) + 1 x B (24 GB)"),
+        ([("A", 40), ("A", 80)], "1 x A (40 GB) + 1 x A (80 GB)"),
+    ],
+)
+def test_devices_that_are_not_alike_are_recorded_and_said(
+    cards: list[tuple[str, int]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = [SimpleNamespace(name=card, total_memory=size * 10**9) for card, size in cards]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device.index][0])
+    testbed = local(None, 8.0)
+    assert testbed.name == name
+    cfg = composed("system=on_demand")
+    setup = replace(load_setup(cfg, build(cfg.testbed)), testbed=testbed)
+    lines = "\n".join(setup.description())
+    assert name in lines
+    assert ("the slowest the speed" in lines) is (" + " in name)
