@@ -1,0 +1,372 @@
+"""The CUDA path on pretended devices: ordered, lossless, within memory, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from baselines.on_demand import OnDemandPolicy
+from experiments.errors import UserError
+from experiments.run.console import Console
+from experiments.run.live import LiveBackend, PlainRuntime
+from experiments.run.models import load_model
+from experiments.run.protocol import run
+from experiments.run.schedule import FixedBatches, Server
+from experiments.run.small_models import small_model
+from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload import device
+from finemoe.offload.device import CudaLink, ExpertKernel
+from finemoe.offload.live import LiveRuntime
+from finemoe.offload.model import OffloadedModel
+from finemoe.offload.policy import (
+    FloatArray,
+    Iteration,
+    LayerOutcome,
+    ModelShape,
+    Placement,
+    Policy,
+    Priorities,
+    Routing,
+)
+from finemoe.offload.transfer import Chunk
+from finemoe.testbed import Testbed
+from tests.command import config
+from tests.engine import (
+    OPTIONS,
+    configured,
+    offloaded,
+    prepared,
+    requests,
+    saved_mixtral,
+)
+from tests.pretend_cuda import Machine, Stream, pretend_cuda
+
+SYSTEMS = [*OPTIONS, "resident"]
+OUTPUT = 4
+
+
+@cache
+def expected(family: str) -> tuple[list[Tensor], Routing]:
+    """Return logits on the CPU with every expert resident, and the routing of every iteration."""
+    model, routing = offloaded(family), list[list[tuple[int, ...]]]()
+
+    def listen(outcome: LayerOutcome) -> None:
+        if outcome.layer == 0:
+            routing.append([])
+        routing[-1].append(outcome.activated)
+
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        runtime.listeners.append(listen)
+        return logits_on(runtime), routing
+
+
+def logits_on(runtime: LiveRuntime) -> list[Tensor]:
+    """Serve one request, then three together; return each step's logits, on the host."""
+    backend, logits = LiveBackend(runtime), list[Tensor]()
+    server = Server(backend, listeners=[lambda _: logits.append(backend.logits)])
+    for batch in (requests(1, 7, output=OUTPUT), requests(3, 7, first=10, output=OUTPUT)):
+        list(server.serve(FixedBatches(batch, len(batch))))
+    return [one.cpu() for one in logits]
+
+
+@contextmanager
+def machine(devices: int = 1, **options: Any) -> Iterator[Machine]:
+    """Enter a machine that is left without a hazard, and with nothing allocated or page-locked."""
+    with pretend_cuda(devices, **options) as made:
+        yield made
+        gc.collect()
+        assert made.hazards == []
+        assert (sum(made.allocated), made.locked) == (0, {})
+
+
+def on_devices(made: Machine) -> tuple[torch.device, ...]:
+    return tuple(torch.device("cuda", index) for index in range(made.devices))
+
+
+@contextmanager
+def offloading(
+    made: Machine, model: OffloadedModel, policy: Policy, slots: int, chunk_bytes: int = 1024
+) -> Iterator[LiveRuntime]:
+    """Enter a runtime with `slots` on each device, all of which are still at something else."""
+    devices = on_devices(made)
+    testbed = Testbed("pretended", "measured", devices, chunk_bytes)
+    busy = [torch.zeros(8, device=one) for one in devices]
+    each, nbytes = (slots,) * made.devices, model.store.layout.nbytes
+    with offloading_runtime(model, policy, testbed, each, nbytes) as runtime:
+        yield runtime
+    assert len(busy) == made.devices
+    runtime.residency.cache.check_integrity()
+
+
+def on_cuda(family: str = "mixtral") -> OffloadedModel:
+    return OffloadedModel.from_model(small_model(family), torch.device("cuda", 0))
+
+
+# What runs rightly --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(("devices", "family"), [(1, "mixtral"), (6, "qwen2_moe")])
+def test_every_system_serves_the_same_logits_in_order(
+    system: str, devices: int, family: str
+) -> None:
+    logits, routing = expected(family)
+    with machine(devices) as made:
+        model = on_cuda(family)
+        policy = prepared(configured(system, model.shape), model)
+        if policy.set_future_routing:
+            policy.set_future_routing(routing)
+        # So few that a prefill brings the experts of a layer in waves.
+        few = model.shape.top_k if devices == 1 else 1
+        slots = model.shape.size if policy.placement.everything_resident else few
+        with offloading(made, model, policy, slots) as runtime:
+            assert all(map(torch.equal, logits_on(runtime), logits))
+        assert made.kernels["mm"] > 0
+        del model, policy, runtime
+
+
+class LaterLayers(OnDemandPolicy):
+    """Asks for all experts but those of the first layer, before its gate speaks."""
+
+    placement = Placement(prediction="critical_path")
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(shape)
+        self.gate_spoke = threading.Event()
+
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
+        later = np.arange(self.shape.layers) > 0
+        return np.tile(later[:, None].astype(float), self.shape.experts)
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        self.gate_spoke.set()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_on_demand_loads_preempt_prefetches(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[CudaLink, list[bool]] = {}
+    with machine(devices) as made:
+        model = on_cuda()
+        policy, start = LaterLayers(model.shape), CudaLink.start
+        gate_spoke = policy.gate_spoke
+
+        def started(link: CudaLink, chunk: Chunk) -> None:
+            gate_spoke.wait()
+            begun.setdefault(link, []).append(chunk.urgent)
+            start(link, chunk)
+
+        monkeypatch.setattr(CudaLink, "start", started)
+        with offloading(made, model, policy, 2, chunk_bytes=256) as runtime:
+            assert all(map(torch.equal, logits_on(runtime), expected("mixtral")[0]))
+        assert [urgent[:2] for urgent in begun.values()] == [[False, True]] * devices
+        begun.clear()
+        del model, policy, runtime
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that run.py serves a saved model of 3 layers with."""
+    weights = saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
+    facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
+    told = [f"model.{name}={value}" for name, value in facts.items()]
+    return [f"weights='{weights}'", *told, "testbed=local", "testbed.chunk_mb=0.1"]
+
+
+OFFLINE = (
+    *("workload.prompts=4", "workload.history_share=0.5", "workload.output_tokens=3"),
+    *("workload.input_tokens=8", "workload.batch_size=2", "workload.repeats=2"),
+    *("timeline=true", "record=true"),
+)
+ONLINE = (
+    *("workload=online", "workload.requests=4", "workload.rate=1000", "workload.max_batch_size=2"),
+    *("workload.max_input_tokens=8", "workload.max_output_tokens=3"),
+)
+
+
+@pytest.mark.parametrize("workload", [OFFLINE, ONLINE], ids=["offline", "online"])
+@pytest.mark.parametrize("devices", [1, 6])
+def test_a_run_leaves_a_complete_measured_lossless_record(
+    workload: tuple[str, ...], devices: int, tiny: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny, *workload, "memory_budget=50%", f"output='{tmp_path}'"]
+    with machine(devices):
+        record = run(config("config", *words), Console())
+    assert (record["status"], record["mode"]) == ("complete", "measured")
+    assert record["testbed"].startswith(f"{devices} x Pretended GPU")
+    assert record["summary"]["lossless"] is True
+    assert record["summary"]["hits"] + record["summary"]["misses"] > 0
+    assert len(pd.read_parquet(tmp_path / "requests.parquet")) == 4
+    if workload is OFFLINE:
+        assert (tmp_path / "timeline.json").exists()
+        assert (tmp_path / "trace.parquet").exists()
+
+
+# What cannot be -----------------------------------------------------------------------------------
+
+
+def test_a_budget_beyond_a_device_s_memory_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    cfg = config("config", *tiny, *OFFLINE, "system=resident", f"output='{tmp_path}'")
+    with machine() as roomy:
+        model = load_model(cfg.model, cfg.weights, torch.device("cuda", 0), cfg.seed)
+        dense = roomy.allocated[0]
+        del model
+    room = UserError, "on cuda:0, which has 0.0 GB free"
+    with machine(memory=dense + 4096), pytest.raises(room[0], match=room[1]):
+        run(cfg, Console())
+
+
+@pytest.mark.xfail(strict=True, reason="blocks that were locked before the refusal stay so")
+def test_memory_that_cannot_be_page_locked_is_an_error() -> None:
+    with machine(lockable=10_000), pytest.raises(MemoryError, match="cannot page-lock 9216 bytes"):
+        on_cuda()
+
+
+# What would be wrong ------------------------------------------------------------------------------
+
+
+def no_guard(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CudaLink, "guard", lambda link, slot: None)
+
+
+def readers_ignored(patch: pytest.MonkeyPatch) -> None:
+    start = CudaLink.start
+
+    def hasty(link: CudaLink, chunk: Chunk) -> None:
+        patch.setattr(link._stream, "wait_event", lambda event: None)
+        start(link, chunk)
+
+    patch.setattr(CudaLink, "start", hasty)
+
+
+def told_early(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CudaLink, "finish", lambda link: link._in_flight.popleft())
+
+
+def guarded_early(patch: pytest.MonkeyPatch) -> None:
+    """What guards a slot is recorded before the kernel that reads it."""
+    call, begun = ExpertKernel.__call__, dict[torch.device, Any]()
+
+    def marked(kernel: ExpertKernel, rows: Tensor, weights: Any) -> Tensor:
+        begun[rows.device] = torch.cuda.current_stream(rows.device).record_event()
+        return call(kernel, rows, weights)
+
+    def guard(link: CudaLink, slot: Any) -> None:
+        link._readers[slot] = begun[link._device]
+
+    patch.setattr(ExpertKernel, "__call__", marked)
+    patch.setattr(CudaLink, "guard", guard)
+
+
+def not_locked(patch: pytest.MonkeyPatch) -> None:
+    block = device.host_block
+    patch.setattr(device, "host_block", lambda nbytes, pin: block(nbytes, pin=False))
+    patch.setattr(device, "_unlock", lambda pointers: None)
+
+
+def unlocked_early(patch: pytest.MonkeyPatch) -> None:
+    """The store is unlocked while a link may still copy from it."""
+    start = CudaLink.start
+
+    def hasty(link: CudaLink, chunk: Chunk) -> None:
+        start(link, chunk)
+        cudart: Any = torch.cuda.cudart()
+        cudart.cudaHostUnregister(link._store.blocks[chunk.flat].data_ptr())
+
+    patch.setattr(CudaLink, "start", hasty)
+
+
+def slots_not_awaited(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Stream, "wait_stream", lambda stream, other: None)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *(no_guard, readers_ignored, told_early, guarded_early),
+        *(not_locked, unlocked_early, slots_not_awaited),
+    ],
+)
+def test_what_is_broken_is_found(
+    broken: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretend_cuda(2) as made:
+        broken(monkeypatch)
+        model = on_cuda()
+        with offloading(made, model, OnDemandPolicy(model.shape), slots=1) as runtime:
+            logits_on(runtime)
+        del model, runtime
+        gc.collect()
+    assert made.hazards != []
+
+
+# What it costs ------------------------------------------------------------------------------------
+
+
+def per_decode(made: Machine, runtime: Any, batch: int = 1) -> tuple[int, int]:
+    """Return the kernels that a decode iteration launches, and how often it waits for a device."""
+    backend, seen = LiveBackend(runtime), list[tuple[int, int]]()
+
+    def count(_: Any) -> None:
+        seen.append((made.kernels.total(), made.waits.total()))
+        made.reset()
+
+    made.reset()
+    server = Server(backend, listeners=[count])
+    list(server.serve(FixedBatches(requests(batch, 7, output=OUTPUT), batch)))
+    return seen[-1]
+
+
+def plain_on_cuda(family: str, experts: str = "grouped_mm") -> PlainRuntime:
+    """Return what runs a model as `generate` does."""
+    model: Any = small_model(family)
+    model.set_experts_implementation(experts)
+    return PlainRuntime(model.to("cuda:0"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_decode_waits_for_its_token_and_once_a_layer(family: str) -> None:
+    with machine() as made:
+        _, plain = per_decode(made, plain_on_cuda(family))
+        model = on_cuda(family)
+        with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+            _, waits = per_decode(made, runtime)
+        assert waits <= plain + model.shape.layers
+        del model, runtime
+
+
+@pytest.mark.xfail(strict=True, reason="an expert's output comes home before the next one starts")
+def test_devices_compute_their_experts_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = ExpertKernel.__call__
+    with machine(6, copy_s=1e-6, kernel_s=1e-6) as made:
+
+        def slow(kernel: ExpertKernel, rows: Tensor, weights: Any) -> Tensor:
+            made.kernel_s = 1e-2
+            output = call(kernel, rows, weights)
+            made.kernel_s = 1e-6
+            return output
+
+        monkeypatch.setattr(ExpertKernel, "__call__", slow)
+        model = on_cuda("olmoe")
+        with offloading(made, model, OnDemandPolicy(model.shape), 3) as runtime:
+            made.reset()
+            logits_on(runtime)
+        # Qwen's shared experts ...
+        spans = sorted((begin, end) for _, _, begin, end in made.spans if end - begin > 1e-3)
+        computing, until = 0.0, 0.0
+        for begin, end in spans:
+            computing += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        del model, runtime
+    assert computing < 0.5 * sum(end - begin for begin, end in spans)
