@@ -124,7 +124,7 @@ def shortage(
         names = beside if device == devices[0] else ("activations", "CUDA")
         parts = {name: beside[name] for name in names if device.type == "cuda" or name != "CUDA"}
         if asked + sum(parts.values()) > (free := free_bytes(device)):
-            rest = ", ".join(f"{size / 1e9:.1f} for {name}" for name, size in parts.items())
-            has = f"{free / 1e9:.1f} GB are free"
-            return f"{asked / 1e9:.1f} GB of experts on {device}, where {has} and {rest} are needed"
+            rest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+            has = f"has {free / 1e9:.1f} GB free, with {sum(parts.values()) / 1e9:.1f} GB needed"
+            return f"{asked / 1e9:.1f} GB of experts on {device}, which {has} beside them ({rest})"
     return ""

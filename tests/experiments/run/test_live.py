@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.run import protocol
+from experiments.run import protocol, room
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import load_setup
 from experiments.run.testbeds import local
 from finemoe.offload.device import DeviceSlots
-from tests.command import composed
+from tests.command import SMALL, composed, config
+from tests.engine import saved_mixtral
+from tests.pretend_cuda import pretend_cuda
 
 
 @pytest.mark.parametrize("system", ["finemoe", "on_demand"])
@@ -69,3 +71,33 @@ def test_devices_that_are_not_alike_are_recorded_and_said(
     lines = "\n".join(setup.description())
     assert name in lines
     assert ("the slowest the speed" in lines) is (" + " in name)
+
+
+def test_six_devices_that_hold_all_experts_together_verify_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "CUDA_BYTES", 0)
+    weights = saved_mixtral(tmp_path / "model", 3, intermediate=2048)
+    facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 2048}
+    words = [f"weights='{weights}'", *(f"model.{name}={value}" for name, value in facts.items())]
+    words += [
+        "testbed=local",
+        "memory_budget=50%",
+        "workload.prompts=2",
+        f"output='{tmp_path / 'run'}'",
+    ]
+    small = [one for one in SMALL if not one.startswith("testbed")]
+    cfg = config("config", *small, *words)
+    with pretend_cuda(6) as roomy:
+        setup = load_setup(cfg, build(cfg.testbed))
+        experts = setup.shape.size * setup.model.offloaded.store.layout.nbytes
+        dense = roomy.allocated[0]
+        del setup
+        gc.collect()
+    # A sixth of the experts leaves the other parts some room; all of them do not fit.
+    with pretend_cuda(6, memory=dense + experts // 2) as made:
+        record = protocol.run(cfg, Console())
+        gc.collect()
+    assert record["summary"]["lossless"] is True
+    assert record["history"] == "served with everything resident"
+    assert made.hazards == []
