@@ -83,7 +83,7 @@ def needed_beside(config: PreTrainedConfig, width: int, extents: Sequence[Extent
     size = getattr(config, "head_dim", None) or hidden // heads
     widest = max(getattr(config, name, None) or 0 for name in MLP_WIDTHS)
     cached, prefill, rows = map(max, *extents, (0, 0, 0))
-    keys = config.num_hidden_layers * config.num_key_value_heads * size
+    keys = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
     layer = (10 + config.num_experts_per_tok) * max(hidden, heads * size) + 4 * widest
     return {
         "KV cache": 4 * keys * cached * width,
