@@ -8,7 +8,7 @@ from finemoe.offload.budget import spread
 from finemoe.offload.cache import Slot
 from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
-from finemoe.offload.model import OffloadedModel
+from finemoe.offload.model import OffloadedModel, grouped_mm_waits
 from finemoe.offload.policy import Policy
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.timeline import Timeline
@@ -40,15 +40,21 @@ def offloading_runtime(
             seconds = full_expert_bytes / (testbed.link_gb_s * 1e9) * testbed.time_scale
             latency = testbed.link_latency_s * testbed.time_scale
             links.append(EmulatedLink(model.store, memory, layout.nbytes / seconds, latency))
-    return LiveRuntime(model, policy, residency, memory, links, devices, timeline, testbed.cores)
+    grouped = residency.holds_everything and _grouped_is_faster(model, devices)
+    places = (model, policy, residency, memory, links, devices)
+    return LiveRuntime(*places, timeline, testbed.cores, grouped)
 
 
 def resident_runtime(
-    model: OffloadedModel, policy: Policy, devices: Sequence[torch.device] = ()
+    model: OffloadedModel,
+    policy: Policy,
+    devices: Sequence[torch.device] = (),
+    grouped: bool = True,
 ) -> LiveRuntime:
     """Return a runtime with every expert on one of `devices`, by default on the model's own.
 
-    Each is on the device that it has under a budget. A CPU uses them where they lie.
+    Each is on the device that it has under a budget. A CPU uses them where they lie. Without
+    `grouped` experts compute one by one, as under a budget, to the last bit.
     """
     layout, devices = model.store.layout, tuple(devices) or (model.device,)
     slots = spread(model.shape, len(devices))
@@ -62,7 +68,13 @@ def resident_runtime(
         }
         rows = [[blocks[Slot(d, i)] for i in range(count)] for d, count in enumerate(slots)]
         memory = DeviceSlots(layout, rows)
-    return LiveRuntime(model, policy, residency, memory, (), devices)
+    grouped = grouped and _grouped_is_faster(model, devices)
+    return LiveRuntime(model, policy, residency, memory, (), devices, grouped=grouped)
+
+
+def _grouped_is_faster(model: OffloadedModel, devices: Sequence[torch.device]) -> bool:
+    dtype = model.store.layout.fields[0][2]
+    return len(devices) == 1 and not grouped_mm_waits(model.device, dtype)
 
 
 def _fill(memory: DeviceSlots, residency: Residency, model: OffloadedModel) -> None:

@@ -48,12 +48,13 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     third = size // 3
     assert third * 3 == size
     cache = ExpertCache(model.shape, (1,), keys=lambda incoming, urgent: np.zeros((3, 4)))
-    queue = TransferQueue(cache, PrefetchQueue(cache), 0, size, third)
+    prefetches = PrefetchQueue(cache)
+    queue = TransferQueue(cache, prefetches, 0, size, third)
     slots = DeviceSlots.allocate(model.store.layout, (1,), (torch.device("cpu"),))
 
     # A third of an expert takes a second.
     link = EmulatedLink(model.store, slots, float(third), LATENCY)
-    queue.demand(FLAT)
+    prefetches.put(FLAT, 1.0)
 
     def copy_until(due: float) -> None:
         chunk = queue.next_chunk()
@@ -75,9 +76,13 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     link.idle()
     clock.now = 200
     cache.loaded(FLAT)
-    queue.demand(FLAT + 1)
+    prefetches.put(FLAT + 1, 1.0)
     copy_until(201.5)
     assert link.lags == 2
+    # The rest of it, demanded meanwhile, is one chunk.
+    queue.demand(FLAT + 1)
+    copy_until(203.5)
+    assert (link.lags, link.copied_bytes) == (3, 2 * size)
 
 
 def test_no_two_locked_blocks_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
