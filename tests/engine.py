@@ -72,10 +72,10 @@ def offloaded(
     return OffloadedModel.from_model(small_model(family, dtype, seed), CPU)
 
 
-def saved_mixtral(folder: Path, layers: int) -> Path:
+def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:
     """Save a random Mixtral of 4 experts, top-2, in shards, with its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers}
+    sizes = {"hidden_size": 16, "intermediate_size": intermediate, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
     facts = AutoConfig.for_model("mixtral", vocab_size=len(tokenizer), **sizes, **heads)
     random_model(facts, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")

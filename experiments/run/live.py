@@ -22,6 +22,7 @@ from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.room import Extent, extent, needed_beside, shortage
 from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
+from experiments.run.testbeds import kinds
 from experiments.run.traced import Script, script, traced_workload
 from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -235,6 +236,8 @@ class LiveSetup(Setup):
         if testbed.mode == "emulated":
             load = testbed.load_seconds(self.model.full_expert_bytes)
             line += f", {load * 1e3:.2f} ms to load an expert"
+        elif len(kinds(testbed.devices)) > 1:
+            line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         return (
             f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
             line,

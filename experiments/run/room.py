@@ -83,7 +83,7 @@ def needed_beside(config: PreTrainedConfig, width: int, extents: Sequence[Extent
     size = getattr(config, "head_dim", None) or hidden // heads
     widest = max(getattr(config, name, None) or 0 for name in MLP_WIDTHS)
     cached, prefill, rows = map(max, *extents, (0, 0, 0))
-    keys = config.num_hidden_layers * config.num_key_value_heads * size
+    keys = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
     layer = (10 + config.num_experts_per_tok) * max(hidden, heads * size) + 4 * widest
     return {
         "KV cache": 4 * keys * cached * width,
@@ -124,7 +124,7 @@ def shortage(
         names = beside if device == devices[0] else ("activations", "CUDA")
         parts = {name: beside[name] for name in names if device.type == "cuda" or name != "CUDA"}
         if asked + sum(parts.values()) > (free := free_bytes(device)):
-            rest = ", ".join(f"{size / 1e9:.1f} for {name}" for name, size in parts.items())
-            has = f"{free / 1e9:.1f} GB are free"
-            return f"{asked / 1e9:.1f} GB of experts on {device}, where {has} and {rest} are needed"
+            rest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+            has = f"has {free / 1e9:.1f} GB free, with {sum(parts.values()) / 1e9:.1f} GB needed"
+            return f"{asked / 1e9:.1f} GB of experts on {device}, which {has} beside them ({rest})"
     return ""

@@ -115,7 +115,12 @@ class ZeroSetup(Setup):
             scaled = hidden if cfg.weights == "scale" else 1.0
             shrinkage = Shrinkage(self.full / self.stored, scaled)
             zero = ZeroModel(model, self.device, self.options, shrinkage)
-            self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
+            try:
+                self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
+            except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+                cause = f"DeepSpeed cannot take the model over: {str(error).splitlines()[0]}"
+                remedy = "lift the limit of page-locked memory (ulimit -l unlimited), or take a"
+                raise UserError(f"{cause}; {remedy} smaller model or a larger machine") from error
         yield self.started[0]
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:

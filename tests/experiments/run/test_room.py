@@ -111,6 +111,6 @@ def test_a_line_says_what_a_device_cannot_hold(free: Callable[..., None]) -> Non
     free(6.8, 6.5)
     cause = room.shortage(GPUS[:2], slots, EXPERT, BESIDE)
     assert cause == (
-        "5.6 GB of experts on cuda:0, where 6.8 GB are free and 0.4 for KV cache, "
-        "0.3 for activations, 0.0 for logits, 0.5 for CUDA are needed"
+        "5.6 GB of experts on cuda:0, which has 6.8 GB free, with 1.2 GB needed beside them "
+        "(KV cache 0.4, activations 0.3, logits 0.0, CUDA 0.5)"
     )

@@ -233,7 +233,7 @@ def test_a_budget_beyond_a_device_s_memory_is_refused(tiny: list[str], tmp_path:
         model = load_model(cfg.model, cfg.weights, torch.device("cuda", 0), cfg.seed)
         dense = roomy.allocated[0]
         del model
-    room = "on cuda:0, where 0.0 GB are free"
+    room = "on cuda:0, which has 0.0 GB free"
     with machine(memory=dense + 4096), pytest.raises(UserError, match=room):
         run(cfg, Console())
 
