@@ -700,6 +700,9 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "set_device": lambda device: machine.exchange(machine.index(device)),
         "get_device_name": lambda device=None: "Pretended GPU",
         "get_device_capability": lambda device=None: machine.capability,
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="Pretended GPU", total_memory=machine.memory
+        ),
         "get_arch_list": lambda: ["sm_{}{}".format(*machine.capability)],
         "Stream": machine.stream,
         "Event": machine.event,
