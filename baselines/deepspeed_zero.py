@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 from finemoe.options import CHECKED, Whole
 
+EXACT = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
+"""For torch's page-locked memory, which it else rounds up to powers of two (half as much again for
+Qwen's experts) and keeps when a model is gone."""
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
@@ -83,6 +86,7 @@ class ZeroModel:
     def __enter__(self) -> Self:
         """Start DeepSpeed; raise ValueError if this process cannot have it on this device."""
         choose_accelerator(self.device)
+        torch._C._accelerator_setAllocatorSettings(EXACT)
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.dict(os.environ, ALONE))
             stack.enter_context(_process_group(self.device))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoTokenizer
@@ -70,15 +72,30 @@ def offloaded(
     return OffloadedModel.from_model(small_model(family, dtype, seed), CPU)
 
 
-def saved_mixtral(folder: Path, layers: int) -> Path:
+def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:
     """Save a random Mixtral of 4 experts, top-2, in shards, with its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers}
+    sizes = {"hidden_size": 16, "intermediate_size": intermediate, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
     facts = AutoConfig.for_model("mixtral", vocab_size=len(tokenizer), **sizes, **heads)
     random_model(facts, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def page_locks(monkeypatch: pytest.MonkeyPatch, limit: int) -> dict[int, int]:
+    """Let CUDA's runtime lock up to `limit` blocks of host memory; return those that are locked."""
+    locked: dict[int, int] = {}
+
+    def register(address: int, nbytes: int, flags: int) -> int:
+        if len(locked) == limit:
+            return 2
+        locked[address] = nbytes
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    return locked
 
 
 def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:

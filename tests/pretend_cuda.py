@@ -233,6 +233,20 @@ class Pretend(Tensor):
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Any:
         return self.memory.machine.copy(self, source, non_blocking)
 
+    def nonzero(self, *, as_tuple: bool = False) -> Any:
+        found: Tensor = self.memory.machine.run(aten.nonzero.default, (self,), {})
+        return found.unbind(1) if as_tuple else found
+
+    def __and__(self, other: Any) -> Any:
+        return torch.bitwise_and(self, other)
+
+    def __invert__(self) -> Any:
+        return torch.bitwise_not(self)
+
+    def contiguous(self, memory_format: Any = torch.contiguous_format) -> Any:
+        same = self.elem.is_contiguous(memory_format=memory_format)
+        return self if same else self.clone(memory_format=memory_format)
+
     def __int__(self) -> int:
         return int(self.item())
 
@@ -243,9 +257,6 @@ class Pretend(Tensor):
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         return self  # There is no autograd.
-
-    def nonzero(self, **_: Any) -> Any:
-        return self.memory.machine.run(aten.nonzero.default, (self,), {})
 
     def __getitem__(self, at: Any) -> Any:
         found = self.elem[mapped(plain, at)]
@@ -295,6 +306,12 @@ def is_cuda(one: Any) -> bool:
 
 def place(elem: Tensor) -> int:
     return elem.untyped_storage()._cdata
+
+
+def _write(target: Tensor, values: Tensor) -> None:
+    # In whichever thread it is learned of.
+    with torch.inference_mode(target.is_inference()):
+        target.copy_(values)
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -507,7 +524,7 @@ class Machine:
         pretended = any(isinstance(one, Pretend) or is_cuda(one) for one in given)
         if func is aten.is_pinned.default:
             return not pretended and self.is_locked(args[0])
-        if func is aten._pin_memory.default:
+        if func in (aten._pin_memory.default, aten.pin_memory.default):
             return self.page_locked(args[0])
         if pretended and is_composed(func):
             with Mode(self):
@@ -593,7 +610,7 @@ class Machine:
             kind = target.dtype
             whole = not (kind.is_floating_point or kind == torch.bool)
             target.fill_(torch.iinfo(kind).max if whole else math.nan)
-            copy = HostCopy(here.key, tick, target, lambda: target.copy_(values))
+            copy = HostCopy(here.key, tick, target, partial(_write, target, values))
             return self._host_copy(target, copy, here, non_blocking)
         target.elem.copy_(values)
         there = self.current_stream(target.device)
@@ -651,9 +668,17 @@ def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
     is_torch_cuda_available.cache_clear()
 
 
-def tensor(make: Callable[..., Tensor], data: Any, *, device: Any = None, **kind: Any) -> Tensor:
+def tensor(
+    make: Callable[..., Tensor],
+    data: Any,
+    *,
+    device: Any = None,
+    pin_memory: bool = False,
+    **kind: Any,
+) -> Tensor:
     # Here too torch asks for CUDA's device guard.
     made = make(data, **kind)
+    made = made.pin_memory() if pin_memory else made
     return made if device is None else made.to(device)
 
 
@@ -680,6 +705,10 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "set_device": lambda device: machine.exchange(machine.index(device)),
         "get_device_name": lambda device=None: "Pretended GPU",
         "get_device_capability": lambda device=None: machine.capability,
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="Pretended GPU", total_memory=machine.memory
+        ),
+        "get_arch_list": lambda: ["sm_{}{}".format(*machine.capability)],
         "Stream": machine.stream,
         "Event": machine.event,
         "stream": machine.on,

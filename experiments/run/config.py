@@ -63,6 +63,16 @@ OPTIONS = schema(
 """What a config has, but for what targets check of their own options."""
 
 
+def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
+    """Return the config that run.py would have for one of the `systems` of a command's own."""
+    same = ("model", "dataset", "workload", "testbed", "reading", "weights", "seed", "output")
+    run: Any = {name: cfg[name] for name in same if name in cfg}
+    run |= dict.fromkeys(("verify", "record", "timeline"), False)
+    run |= {"routing": None, "store": {"load": None, "save": None}, "logger": {"name": "none"}}
+    run |= {"traces": "outputs/traces", "protect": cfg.reading.protect}
+    return OmegaConf.create(run | changes | {"system": cfg.systems[system]})
+
+
 def check(cfg: DictConfig) -> None:
     """Raise UserError for what cannot be served, before weights or a dataset are loaded."""
     values = values_of(cfg)

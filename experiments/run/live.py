@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,10 +20,13 @@ from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.room import Extent, extent, needed_beside, shortage
 from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
+from experiments.run.testbeds import kinds
 from experiments.run.traced import Script, script, traced_workload
-from experiments.run.workloads import Workload
+from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.budget import spread
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import Iteration, LayerOutcome, Policy
 from finemoe.offload.timeline import Timeline
@@ -98,7 +98,7 @@ class LiveBackend:
 
     def _prefill(self, step: Step) -> Tensor:
         prompts = [request.prompt for request in step.requests]
-        tokens = torch.tensor(prompts, device=self.runtime.model.device)
+        tokens = _sent(prompts, self.runtime.model.device)
         output = self._run(step, input_ids=tokens)
         for row, request in enumerate(step.requests):
             self._contexts[request.number] = Context(output.cache, row, *tokens.shape)
@@ -107,12 +107,12 @@ class LiveBackend:
     def _decode(self, step: Step) -> Tensor:
         device, numbers = self.runtime.model.device, [one.number for one in step.requests]
         contexts = self._together([self._contexts[number] for number in numbers])
-        lengths = torch.tensor([[context.tokens] for context in contexts], device=device)
+        lengths = _sent([[context.tokens] for context in contexts], device)
         longest = max(context.tokens for context in contexts)
         mask = None
         if any(context.tokens < longest for context in contexts):
             mask = (torch.arange(longest + 1, device=device) >= longest - lengths).long()
-        tokens = torch.tensor([[self._tokens[n][-1]] for n in numbers], device=device)
+        tokens = _sent([[self._tokens[n][-1]] for n in numbers], device)
         inputs = {"input_ids": tokens, "position_ids": lengths, "attention_mask": mask}
         output = self._run(step, cache=contexts[0].cache, **inputs)
         for number, context in zip(numbers, contexts, strict=True):
@@ -127,6 +127,12 @@ class LiveBackend:
             return contexts
         cache, count = merged(contexts, self.runtime.model.model.config), len(contexts)
         return [Context(cache, row, count, one.tokens) for row, one in enumerate(contexts)]
+
+
+def _sent(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return whole numbers on a device, on their way there: the host does not wait."""
+    tensor = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -220,14 +226,9 @@ class LiveSetup(Setup):
     policy: Policy
     model: LoadedModel
     budget_bytes: int
+    resident: bool  # whether all experts fit the devices; on the CPU they are used where they lie
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
-
-    @property
-    def resident(self) -> bool:
-        """Whether all experts fit the main device; on the CPU they are used where they lie."""
-        device, nbytes = self.model.offloaded.device, self.model.offloaded.store.layout.nbytes
-        return device.type != "cuda" or self.shape.size * nbytes < 0.9 * free_bytes(device)
 
     def description(self) -> tuple[str, ...]:
         testbed, prompts = self.testbed, self.workload.prompts
@@ -235,6 +236,8 @@ class LiveSetup(Setup):
         if testbed.mode == "emulated":
             load = testbed.load_seconds(self.model.full_expert_bytes)
             line += f", {load * 1e3:.2f} ms to load an expert"
+        elif len(kinds(testbed.devices)) > 1:
+            line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         return (
             f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
             line,
@@ -269,7 +272,9 @@ class LiveSetup(Setup):
         """Return a runtime with every expert resident if they fit, else one under the budget."""
         policy = policy or OnDemandPolicy(self.shape)
         if self.resident:
-            return resident_runtime(self.model.offloaded, policy)
+            # The kernel is the one under the budget: logits are compared.
+            grouped = sum(self.slots) == self.shape.size
+            return resident_runtime(self.model.offloaded, policy, self.testbed.devices, grouped)
         return self.under_budget(policy)
 
     def record_routing(self, path: Path, console: Console) -> None:
@@ -374,12 +379,31 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_gates:
         policy.set_gates(gate_weights(model.offloaded))
-    full, devices = model.full_expert_bytes, len(testbed.devices)
-    budget, slots = budget_slots(cfg, policy, full, shape, devices)
-    _check_room(testbed, model, slots)
+    full, devices = model.full_expert_bytes, testbed.devices
+    budget, slots = budget_slots(cfg, policy, full, shape, len(devices))
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+    extents = _extents(cfg, settings, load, bool(policy.learn))
+    own, nbytes = model.offloaded.model, model.offloaded.store.layout.nbytes
+    beside = needed_beside(own.config.get_text_config(), own.dtype.itemsize, extents)
+    if cause := shortage(devices, slots, nbytes, beside):
+        remedy = "lower memory_budget, or the workload's batch size or lengths"
+        raise UserError(f"the memory budget puts {cause}; {remedy}")
+    everything = spread(shape, len(devices))
+    resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
     load_store(cfg, policy)
-    return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget)
+    return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget, resident)
+
+
+def _extents(
+    cfg: DictConfig, settings: WorkloadSettings, load: Workload, learns: bool
+) -> list[Extent]:
+    """Return the extents of all that a run serves."""
+    extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
+    if learns or cfg.record:
+        extents.append(extent(settings.schedule(load.history, history=True)))
+    if cfg.record and not settings.fixed:
+        extents.append(extent(settings.recording(load)))
+    return extents
 
 
 @contextmanager
@@ -399,23 +423,3 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Liv
     with TracedGates(setup.model.offloaded) as gates:
         setup.script = script(cfg, traced, routing, gates, setup.model.offloaded)
         yield setup
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return how much more a device can hold, after what nobody uses any more was given back."""
-    gc.collect()
-    if device.type != "cuda":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def _check_room(testbed: Testbed, model: LoadedModel, slots: tuple[int, ...]) -> None:
-    needed: Counter[torch.device] = Counter()
-    for device, count in zip(testbed.devices, slots, strict=True):
-        needed[device] += count * model.offloaded.store.layout.nbytes
-    for device, asked in needed.items():
-        free = free_bytes(device)
-        if asked > free:
-            puts = f"the memory budget puts {asked / 1e9:.1f} GB of experts on {device}"
-            raise UserError(f"{puts}, which has {free / 1e9:.1f} GB free; lower memory_budget")

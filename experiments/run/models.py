@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from experiments import CONF
 from experiments.errors import UserError
+from experiments.run.room import available_bytes
 from experiments.run.weights import SCALE_MODELS, hub_access, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 
@@ -25,6 +27,9 @@ FACTS = (
     *("hidden_size", "expert_intermediate_size"),
 )
 """What tells models apart; scale models have the first four in common with the full ones."""
+
+LOADING_SHARE = 1.15
+"""What loading takes in terms of what it must; 1.0 for large tensors, up to this for small ones."""
 
 DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
 
@@ -65,13 +70,13 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     import transformers
 
     if weights == "dummy":
-        folder = SCALE_MODELS / cfg.dummy_tokenizer
-        with loading(f"weights={weights}", "choose another model"):
-            offloaded = OffloadedModel.from_meta(_outline(cfg, weights, None), device, seed)
+        folder, outline = SCALE_MODELS / cfg.dummy_tokenizer, _outline(cfg, weights, None)
+        with loading(f"weights={weights}", "choose another model"), _locking(outline, 1):
+            offloaded = OffloadedModel.from_meta(outline, device, seed)
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     else:
         model, tokenizer = load_plain(cfg, weights)
-        with loading(f"weights={weights}", "choose another model"):
+        with loading(f"weights={weights}", "choose another model"), _locking(model):
             offloaded = OffloadedModel.from_model(model, device)
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
@@ -85,7 +90,43 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedMo
     with hub_access() if weights == "hub" else nullcontext():
         outline = _outline(cfg, weights, source)
         tokenizer = _tokenizer(source, outline)
+        _check_memory(outline, f"weights={weights} of {cfg.name}")
         return _whole(source, outline.dtype), tokenizer
+
+
+def _check_memory(outline: transformers.PreTrainedModel, what: str) -> None:
+    """Raise UserError unless the host has room for the peak of loading a model.
+
+    That is when its first MoE layer has been copied into blocks, or by DeepSpeed, and not been
+    freed yet: all weights and that layer twice. Files are mapped, and their pages given back.
+    """
+    whole = sum(parameter.nbytes for parameter in outline.parameters())
+    layers = list(_layer_bytes(outline))
+    needed, free = LOADING_SHARE * (whole + max(layers)), available_bytes()
+    if needed > free:
+        cause = f"loading {what} takes {needed / 1e9:.1f} GB of host memory"
+        parts = f"{sum(layers) / 1e9:.1f} GB for experts stay"
+        remedy = "choose a smaller model or a machine with more memory"
+        raise UserError(f"{cause} ({parts}), and {free / 1e9:.1f} GB are available; {remedy}")
+
+
+@contextmanager
+def _locking(model: transformers.PreTrainedModel, experts: int | None = None) -> Iterator[None]:
+    """Say what helps if the system refuses to page-lock so many of the experts; None: all."""
+    shape, layer = shape_of(model), next(_layer_bytes(model))
+    wanted = layer // shape.experts * (experts or shape.size)
+    try:
+        yield
+    except MemoryError as error:
+        free = f"{wanted / 1e9:.1f} GB are wanted and {available_bytes() / 1e9:.1f} GB available"
+        remedy = "lift the limit (ulimit -l unlimited), or take a smaller model or a larger machine"
+        raise UserError(f"{error}: for experts {free}; {remedy}") from error
+
+
+def _layer_bytes(model: transformers.PreTrainedModel) -> Iterator[int]:
+    """Yield the bytes of each layer's experts."""
+    for module in find_moe_layers(model)[1]:
+        yield sum(parameter.nbytes for parameter in module.parameters(recurse=False))
 
 
 def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:

@@ -221,6 +221,8 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
                         bar(1)
                 measurement.busy_seconds += server.busy_seconds
                 batches, iterations = server.batches, server.iterations
+            # They hold the slots, and the next repeat takes as many.
+            del backend, server
     measurement.served.sort(key=lambda served: served.batch)
     return measurement
 

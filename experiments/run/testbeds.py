@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
@@ -19,6 +20,9 @@ from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed, cuda_devices
+
+if TYPE_CHECKING:
+    import torch
 
 MB = 1_000_000
 AGAIN = "calibrate again: python -m experiments.validate.calibrate"
@@ -91,8 +95,17 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
         cause = f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}"
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
-    name = f"{len(chosen)} x {torch.cuda.get_device_name(chosen[0])}"
+    name = " + ".join(f"{count} x {kind}" for kind, count in kinds(chosen).items())
     return Testbed(name, "measured", chosen, round(chunk_mb * MB))
+
+
+def kinds(devices: Sequence[torch.device]) -> Counter[str]:
+    """Count CUDA devices by name and, if they are not alike, memory."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(device) for device in devices]
+    full = Counter(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in found)
+    return full if len(full) > 1 else Counter(one.name for one in found)
 
 
 def simulated(

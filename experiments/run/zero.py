@@ -19,10 +19,11 @@ from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_a
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, free_bytes, texts
+from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, texts
 from experiments.run.metrics import KINDS
 from experiments.run.models import full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
+from experiments.run.room import free_bytes
 from experiments.run.schedule import Served, Server
 from finemoe.offload.model import find_moe_layers, shape_of
 from finemoe.offload.policy import Policy
@@ -114,7 +115,12 @@ class ZeroSetup(Setup):
             scaled = hidden if cfg.weights == "scale" else 1.0
             shrinkage = Shrinkage(self.full / self.stored, scaled)
             zero = ZeroModel(model, self.device, self.options, shrinkage)
-            self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
+            try:
+                self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
+            except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
+                cause = f"DeepSpeed cannot take the model over: {str(error).splitlines()[0]}"
+                remedy = "lift the limit of page-locked memory (ulimit -l unlimited), or take a"
+                raise UserError(f"{cause}; {remedy} smaller model or a larger machine") from error
         yield self.started[0]
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.optimize import nnls
 
 from experiments.errors import UserError, command
-from experiments.run.config import build
+from experiments.run.config import build, run_config
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LiveSetup, load_setup
 from experiments.run.protocol import build_history
@@ -37,16 +37,6 @@ from finemoe.trace import TraceReader
 NEUTRAL = "on_demand"
 """The system whose runs show waits and links alone: it predicts nothing."""
 DISTURBED = ("after_wait", "while_copying")
-
-
-def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
-    """Return the config that run.py would have for one system of this command's."""
-    same = ("model", "dataset", "workload", "testbed", "reading", "weights", "seed", "output")
-    run: Any = {name: cfg[name] for name in same}
-    run |= dict.fromkeys(("verify", "record", "timeline"), False)
-    run |= {"routing": None, "store": {"load": None, "save": None}}
-    run |= {"system": cfg.systems[system], "protect": cfg.reading.protect}
-    return OmegaConf.create(run | changes)
 
 
 def emulated_testbed(cfg: DictConfig) -> Testbed:

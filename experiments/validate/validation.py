@@ -22,12 +22,12 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from experiments.errors import UserError, command
 from experiments.run import replay
-from experiments.run.config import build
+from experiments.run.config import build, run_config
 from experiments.run.console import Console
 from experiments.run.live import load_setup
 from experiments.run.protocol import Setup, build_history, measure
 from experiments.run.records import provenance
-from experiments.validate.calibrate import Calibration, emulated_testbed, run_config, write_testbed
+from experiments.validate.calibrate import Calibration, emulated_testbed, write_testbed
 from finemoe.files import write_json
 from finemoe.testbed import SimulatedTestbed, Testbed
 

@@ -38,9 +38,13 @@ def plan_slots(
             f"a memory budget of {budget_bytes / GB:.3f} GB holds {total} experts of "
             f"{full_expert_bytes / GB:.3f} GB; give at least {minimum:.3f} GB ({least} experts)"
         )
-    experts = shape.layers * shape.experts
-    slots = []
-    for device in range(devices):
-        share = total // devices + (device < total % devices)
-        slots.append(min(share, len(range(device, experts, devices))))
-    return tuple(slots)
+    return spread(shape, devices, total)
+
+
+def spread(shape: ModelShape, devices: int, slots: int | None = None) -> tuple[int, ...]:
+    """Return each device's share of `slots`, no more than it has experts; None: one for each."""
+    total = shape.size if slots is None else slots
+    return tuple(
+        min(total // devices + (device < total % devices), len(range(device, shape.size, devices)))
+        for device in range(devices)
+    )

@@ -1,6 +1,7 @@
 """All that touches a device: blocks of expert weights, slots, links, dispatch and kernels."""
 
 import math
+import mmap
 import time
 import weakref
 from collections import deque
@@ -65,20 +66,26 @@ class HostStore:
 
     @classmethod
     def take_from(cls, layers: Sequence[nn.Module], pin: bool) -> Self:
-        """Move the experts of `layers` into blocks, emptying one module after the other."""
-        layout = BlockLayout.of(layers[0])
-        blocks = []
-        for module in layers:
-            if BlockLayout.of(module) != layout:
-                raise ValueError("the MoE layers of this model differ in their experts' shapes")
-            parameters = dict(module.named_parameters(recurse=False))
-            for index in range(len(next(iter(parameters.values())))):
-                block = host_block(layout.nbytes, pin)
-                for name, view in layout.views(block).items():
-                    view.copy_(parameters[name].data[index])
-                blocks.append(block)
-            # Moving the model must not move them.
-            module._parameters.clear()
+        """Move the experts of `layers` into blocks, emptying one module after the other.
+
+        Raises MemoryError, with nothing left page-locked, if the system refuses to lock them all.
+        """
+        layout, blocks = BlockLayout.of(layers[0]), list[Tensor]()
+        try:
+            for module in layers:
+                if BlockLayout.of(module) != layout:
+                    raise ValueError("the MoE layers of this model differ in their experts' shapes")
+                parameters = dict(module.named_parameters(recurse=False))
+                for index in range(len(next(iter(parameters.values())))):
+                    blocks.append(host_block(layout.nbytes, pin))
+                    for name, view in layout.views(blocks[-1]).items():
+                        view.copy_(parameters[name].data[index])
+                # Moving the model must not move them.
+                module._parameters.clear()
+        except BaseException:
+            if pin:
+                _unlock({block.data_ptr() for block in blocks})
+            raise
         return cls(layout, blocks, pin)
 
     @classmethod
@@ -97,16 +104,17 @@ class HostStore:
 
 
 def host_block(nbytes: int, pin: bool) -> Tensor:
-    """Return uninitialised host memory, page-locked in place if `pin`.
+    """Return host memory on pages of its own, page-locked in place if `pin`.
 
-    torch's own pinned allocator rounds up to a power of two, half as much again for Mixtral.
-    Raises MemoryError if the system refuses to lock that much.
+    Locking is by pages, so no two blocks may share one; and torch's own pinned allocator rounds up
+    to a power of two, half as much again for Mixtral. Raises MemoryError if the system refuses.
     """
-    block = _aligned(nbytes, torch.device("cpu"))
+    pages = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = torch.frombuffer(pages, dtype=torch.uint8)
     if pin:
         cudart: Any = torch.cuda.cudart()
         if int(cudart.cudaHostRegister(block.data_ptr(), nbytes, 0)):
-            raise MemoryError(f"cannot page-lock {nbytes} bytes of host memory")
+            raise MemoryError("the system refuses to page-lock more host memory")
     return block
 
 
@@ -126,6 +134,7 @@ class DeviceSlots:
     """Slots by device and index: blocks that links copy to, and the weights that they hold."""
 
     def __init__(self, layout: BlockLayout, blocks: Sequence[Sequence[Tensor]]) -> None:
+        self._layout = layout
         self._blocks = blocks
         self._weights = [[layout.views(block) for block in row] for row in blocks]
 
@@ -144,15 +153,31 @@ class DeviceSlots:
     def weights(self, slot: Slot) -> Weights:
         return self._weights[slot.device][slot.index]
 
+    def stacked(self, first: int, count: int) -> Weights:
+        """Return the parameters of consecutive slots of device 0, shape (count, ...) each.
+
+        Of slots of one allocation only.
+        """
+        row = self._blocks[0][first]
+        rows = row.as_strided((count, len(row)), (len(row), 1))
+        return {
+            name: rows[:, start : start + math.prod(shape) * dtype.itemsize]
+            .view(dtype)
+            .unflatten(1, shape)
+            for name, shape, dtype, start in self._layout.fields
+        }
+
 
 # Links ------------------------------------------------------------------------------------------
 
 
 class Link:
-    """One host-to-device path, driven by one thread; only `guard` is the model thread's."""
+    """One host-to-device path, driven by one thread; `admit` and `guard` are the model thread's."""
 
     depth = 1
     """Chunks that may be in flight at once."""
+    queues_kernels = False
+    """Whether the device itself makes kernels wait for a copy that was begun."""
 
     def __init__(self, store: HostStore, slots: DeviceSlots) -> None:
         self._store = store
@@ -162,12 +187,18 @@ class Link:
         """Begin to copy a chunk."""
         raise NotImplementedError
 
-    def finish(self) -> None:
-        """Wait until the oldest chunk in flight has arrived."""
+    def finish(self) -> tuple[float, float]:
+        """Wait until the oldest chunk in flight has arrived; return when its copy began and ended.
+
+        In seconds of `time.perf_counter`.
+        """
         raise NotImplementedError
 
     def idle(self) -> None:
         """Take note that there is nothing to copy."""
+
+    def admit(self, slot: Slot) -> None:
+        """Keep later kernels from overtaking a copy into `slot` that was begun."""
 
     def guard(self, slot: Slot) -> None:
         """Keep later copies into `slot` from overtaking the kernels that still read it."""
@@ -193,6 +224,7 @@ class EmulatedLink(Link):
         self._latency = latency
         self._free_at = self._counted_to = 0.0
         self._busy = False
+        self._began = 0.0
         self._sent = 0
         """Bytes of the chunk in flight."""
         self.copied_bytes = 0
@@ -204,7 +236,7 @@ class EmulatedLink(Link):
 
     def start(self, chunk: Chunk) -> None:
         # A link that was busy goes on from its own schedule, so that late wake-ups do not add up.
-        now = time.perf_counter()
+        now = self._began = time.perf_counter()
         if not self._busy:
             self._free_at = self._counted_to = now
         else:
@@ -217,7 +249,7 @@ class EmulatedLink(Link):
             self._free_at += self._latency
         self._copy(chunk)
 
-    def finish(self) -> None:
+    def finish(self) -> tuple[float, float]:
         wait = self._free_at - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
@@ -225,37 +257,70 @@ class EmulatedLink(Link):
         now = time.perf_counter()
         self.copying_seconds += now - self._counted_to
         self._counted_to = now
+        return self._began, now
 
     def idle(self) -> None:
         self._busy = False
+
+
+class DeviceClock:
+    """Tells when a CUDA device reached an event, in seconds of `time.perf_counter`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._base = self.mark()
+        self._base.synchronize()
+        self._at = time.perf_counter()
+
+    def mark(self) -> torch.cuda.Event:
+        """Return an event that the device's current stream reaches after all it has to do now."""
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self, event: torch.cuda.Event) -> float:
+        """Return when a marked event was reached; wait for it."""
+        event.synchronize()
+        return self._at + self._base.elapsed_time(event) / 1e3
 
 
 class CudaLink(Link):
     """Copies from pinned memory on a stream of their own, at most two chunks in flight."""
 
     depth = 2
+    queues_kernels = True
 
     def __init__(self, store: HostStore, slots: DeviceSlots, device: torch.device) -> None:
         super().__init__(store, slots)
         self._device = device
+        self._clock = DeviceClock(device)
         self._stream = torch.cuda.Stream(device)
         # What filled the slots before may still be under way on the device's own stream.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._in_flight: deque[torch.cuda.Event] = deque()
+        self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        # Last events of each slot, set by one thread and taken by the other.
         self._readers: dict[Slot, torch.cuda.Event] = {}
+        self._writers: dict[Slot, torch.cuda.Event] = {}
 
     def start(self, chunk: Chunk) -> None:
         reader = self._readers.pop(chunk.slot, None)
         if reader is not None:
             self._stream.wait_event(reader)
         with torch.cuda.stream(self._stream):
+            began = self._clock.mark()
             self._copy(chunk)
-            arrived = torch.cuda.Event(blocking=True)
-            arrived.record()
-        self._in_flight.append(arrived)
+            arrived = self._clock.mark()
+        self._writers[chunk.slot] = arrived
+        self._in_flight.append((began, arrived))
 
-    def finish(self) -> None:
-        self._in_flight.popleft().synchronize()
+    def finish(self) -> tuple[float, float]:
+        began, arrived = self._in_flight.popleft()
+        return self._clock.seconds(began), self._clock.seconds(arrived)
+
+    def admit(self, slot: Slot) -> None:
+        arrived = self._writers.get(slot)
+        if arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(arrived)
 
     def guard(self, slot: Slot) -> None:
         event = torch.cuda.Event()
@@ -264,6 +329,29 @@ class CudaLink(Link):
 
 
 # One layer --------------------------------------------------------------------------------------
+
+
+class HostCopy:
+    """Copies of one device's tensors on the host, on their way until `read` has waited for them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        device = tensors[0].device
+        self._event: torch.cuda.Event | None = None
+        if device.type != "cuda":
+            # The model may go on and overwrite them.
+            self._copies = [tensor.detach().clone() for tensor in tensors]
+            return
+        self._copies = [
+            torch.empty(one.shape, dtype=one.dtype, pin_memory=True).copy_(one, non_blocking=True)
+            for one in tensors
+        ]
+        self._event = torch.cuda.current_stream(device).record_event()
+
+    def read(self) -> list[Tensor]:
+        """Return the copies, after one wait for them all."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
 
 
 class Dispatch:
@@ -276,46 +364,54 @@ class Dispatch:
     activated: list[int]
     """Indices of the experts that at least one token goes to, ascending."""
 
-    def __init__(self, hidden: Tensor, chosen: NDArray[Any], weights: Tensor) -> None:
-        """Take tokens (T, h), their experts (T, K, on the host) and routing weights (T, K)."""
+    def __init__(
+        self, hidden: Tensor, index: Tensor, chosen: NDArray[Any], weights: Tensor
+    ) -> None:
+        """Take tokens (T, h), their experts (T, K) and the same on the host, weights (T, K)."""
         self._hidden = hidden
         self._weights = weights
         self._one_token = len(chosen) == 1
+        counts = np.bincount(chosen.ravel())
+        self.activated = counts.nonzero()[0].tolist()
         if self._one_token:
-            # No rows to gather, no index to send to the device.
-            self.activated = sorted(chosen[0].tolist())
-            self._choices: dict[int, Any] = {
-                index: (rank, slice(None)) for rank, index in enumerate(chosen[0].tolist())
-            }
+            # No rows to gather.
+            self._ranks = {expert: rank for rank, expert in enumerate(chosen[0].tolist())}
+            self._sent = {hidden.device: [hidden]}
             return
-        experts = chosen.T.ravel()
-        order = experts.argsort(kind="stable")
-        indices, starts = np.unique(experts[order], return_index=True)
-        ranks_and_rows = torch.from_numpy(np.stack(np.divmod(order, len(chosen))))
-        parts = ranks_and_rows.to(hidden.device).tensor_split(starts[1:].tolist(), dim=1)
-        self.activated = indices.tolist()
-        self._choices = {
-            i: (part[0], part[1]) for i, part in zip(self.activated, parts, strict=True)
-        }
+        order = index.T.flatten().argsort(stable=True)
+        rows = order % len(chosen)
+        stops = counts.cumsum().tolist()
+        self._spans = {i: slice(stops[i] - counts.item(i), stops[i]) for i in self.activated}
+        self._rows, self._order_of = rows, order // len(chosen)
+        self._sent = {hidden.device: [hidden, rows]}
 
-    def gather(self, index: int) -> Tensor:
-        """Return the hidden states of the tokens that go to an expert, shape (n, h)."""
-        return self._hidden[self._choices[index][1]]
-
-    def weigh(self, index: int, output: Tensor) -> Tensor:
-        """Return an expert's output (n, h) times its routing weights."""
-        ranks, rows = self._choices[index]
-        return (output * self._weights[rows, ranks, None]).to(self._hidden.dtype)
+    def gather(self, index: int, device: torch.device) -> Tensor:
+        """Return the hidden states of the tokens that go to an expert, on a device, (n, h)."""
+        if device not in self._sent:
+            # Once a layer, so that no device waits for another's kernels in between.
+            main = self._sent[self._hidden.device]
+            self._sent[device] = [one.to(device, non_blocking=True) for one in main]
+        hidden, *rows = self._sent[device]
+        return hidden[rows[0][self._spans[index]]] if rows else hidden
 
     def combine(self, outputs: dict[int, Tensor]) -> Tensor:
-        """Return the sum of the weighted outputs for every token, shape (T, h)."""
+        """Return the sum of the experts' outputs (n, h) times their routing weights, (T, h).
+
+        Only here do outputs leave their device: on the way they would make the others wait.
+        """
         total = torch.zeros_like(self._hidden)
         for index in self.activated:
+            output = outputs[index].to(total.device)
             if self._one_token:
-                total += outputs[index]
+                total += self._weighed(output, slice(None), self._ranks[index])
             else:
-                total.index_add_(0, self._choices[index][1], outputs[index])
+                span = self._spans[index]
+                rows, ranks = self._rows[span], self._order_of[span]
+                total.index_add_(0, rows, self._weighed(output, rows, ranks))
         return total
+
+    def _weighed(self, output: Tensor, rows: Any, ranks: Any) -> Tensor:
+        return (output * self._weights[rows, ranks, None]).to(self._hidden.dtype)
 
 
 class ExpertKernel:

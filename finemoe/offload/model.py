@@ -24,6 +24,28 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
     return module.offload_forward(hidden, index, weights)
 
 
+def grouped_mm(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Return what transformers' grouped kernels make of a module that has its experts' parameters.
+
+    Tokens (T, h), their experts (T, K) and routing weights (T, K) give (T, h).
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    output: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, index, weights)
+    return output
+
+
+def grouped_mm_waits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether the host has to wait for grouped kernels on a device.
+
+    Not in torch 2.13 for bfloat16 on compute capability 9 and 10; elsewhere it reads the groups'
+    sizes and multiplies one by one (ATen/native/cuda/GroupedBlas.cpp and GroupMM.cu).
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return True
+    return torch.cuda.get_device_capability(device)[0] not in (9, 10)
+
+
 @dataclass(frozen=True)
 class OffloadedModel:
     """Dense parts on the main device, experts in the host store."""

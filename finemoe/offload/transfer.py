@@ -216,7 +216,8 @@ class TransferQueue:
     def next_chunk(self, whole: bool = False) -> Chunk | None:
         """Return the chunk to copy now, taking a slot if it is a first one; None to wait.
 
-        With `whole` it spans all chunks that follow one another if nothing intervenes; see `cut`.
+        An on-demand load, which nothing interrupts, is one chunk; with `whole` a prefetch's spans
+        all that follow one another if nothing intervenes, see `cut`.
         """
         self.starved = False
         if not self.under_way and self._prefetches.first[self._device] == NOBODY:
@@ -227,7 +228,9 @@ class TransferQueue:
             return None
         assert transfer.slot is not None
         start = transfer.sent
-        stop = self._expert_bytes if whole else min(start + self._chunk_bytes, self._expert_bytes)
+        stop = self._expert_bytes
+        if not (whole or transfer.urgent):
+            stop = min(stop, start + self._chunk_bytes)
         transfer.sent = stop
         if transfer.urgent:
             self.traffic.on_demand += stop - start

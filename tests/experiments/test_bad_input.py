@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.errors import UserError
-from experiments.run import live, testbeds
+from experiments.run import live, room, testbeds
 from experiments.run.config import build, check
 from experiments.run.records import provenance
 from finemoe.expert_map import ExpertMapStore
@@ -121,5 +121,5 @@ def test_a_mistake_is_refused_before_anything_is_loaded(overrides: str) -> None:
 
 
 def test_a_budget_beyond_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1_000_000)
     assert "lower memory_budget" in complaint("memory_budget=100%")

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
+from baselines.deepspeed_zero import (
+    ALONE,
+    Shrinkage,
+    ZeroModel,
+    ZeroOptions,
+    choose_accelerator,
+)
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, PlainRuntime
@@ -73,6 +79,7 @@ def test_nothing_lingers() -> None:
     model = small_model("mixtral")
     with ZeroModel(model, CPU) as zero:
         assert torch.distributed.get_backend() == "gloo"
+        assert "pinned_max_cached_size_mb:1" in torch._C._accelerator_getAllocatorSettings()
         logits_of(zero)
     assert not torch.distributed.is_initialized()
     assert {name: os.environ.get(name) for name in ALONE} == before
@@ -84,6 +91,22 @@ def test_what_it_cannot_serve_is_refused_in_one_line(bad: str) -> None:
     with pytest.raises(UserError) as caught:
         run(composed("system=deepspeed_zero", bad), Console())
     assert "\n" not in str(caught.value)
+
+
+def test_memory_that_deepspeed_cannot_have_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose_accelerator(CPU)
+    import deepspeed
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(deepspeed.zero, "Init", refuse)
+    with pytest.raises(UserError, match="out of memory; lift the limit") as caught:
+        run(composed("system=deepspeed_zero", "verify=false"), Console())
+    assert "\n" not in str(caught.value)
+    assert not torch.distributed.is_initialized()
 
 
 def test_same_table_same_tokens(tmp_path: Path) -> None:

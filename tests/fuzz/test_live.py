@@ -99,12 +99,13 @@ def plain(family: str) -> PlainRuntime:
 def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], Routing]:
     """Return the plain model's logits, and what its gates choose."""
     logits = logits_of(plain(family), requests(batch, length))
-    routing: list[list[tuple[int, ...]]] = []
+    routing: list[tuple[int, ...]] = []
     model = shared(family)
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        runtime.listeners.append(lambda outcome: routing[-1].append(outcome.activated))
-        served(runtime, requests(batch, length), before=lambda _: routing.append([]))
-    return logits, routing
+        runtime.listeners.append(lambda outcome: routing.append(outcome.activated))
+        served(runtime, requests(batch, length))
+    layers = model.shape.layers
+    return logits, [routing[n : n + layers] for n in range(0, len(routing), layers)]
 
 
 @st.composite

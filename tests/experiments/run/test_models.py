@@ -17,11 +17,12 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
+from experiments.run import room
 from experiments.run.datasets import template
 from experiments.run.models import check_weights, load_model
 from experiments.run.weights import SCALE_MODELS
 from tests.command import SMALL, composed, run_command
-from tests.engine import saved_mixtral
+from tests.engine import page_locks, saved_mixtral
 
 FACTS = {"layers": 2, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
 CPU = torch.device("cpu")
@@ -191,3 +192,57 @@ def test_a_chat_template_that_changes_prompts_is_refused(chat_template: str) -> 
     tokenizer.chat_template = chat_template
     with pytest.raises(UserError, match=r"chat template.*; remove or replace its chat template"):
         template(tokenizer)
+
+
+def test_memory_that_cannot_be_page_locked_is_said_in_one_line(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = page_locks(monkeypatch, limit=5)
+    cfg = config_of(whole)
+    with pytest.raises(UserError, match=r"page-lock.*GB are wanted.*ulimit -l unlimited") as caught:
+        load_model(cfg.model, str(whole), torch.device("cuda"), 0)
+    assert "\n" not in str(caught.value)
+    assert not locked
+
+
+def memory(folder: Path, available_kb: int, **files: str) -> Path:
+    """Write what a machine says of its memory, with the limits of a control group."""
+    (folder / "self").mkdir()
+    (folder / "meminfo").write_text(f"MemTotal: 9999 kB\nMemAvailable: {available_kb} kB\n")
+    (folder / "self" / "cgroup").write_text("4:memory:/job/step\n0::/job/step\n")
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+V2 = {"memory.max": "3000000", "memory.current": "2500000"}
+V1 = {"memory/job/memory.limit_in_bytes": "3000000", "memory/job/memory.usage_in_bytes": "2500000"}
+STAT = "anon 5\nactive_file 200000\ninactive_file 100000\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1_024_000),
+        ({"job/memory.stat": STAT} | {f"job/{name}": text for name, text in V2.items()}, 800_000),
+        ({"memory.stat": STAT, **V2, "memory.max": "max"}, 1_024_000),
+        ({"memory/job/memory.stat": STAT, **V1}, 800_000),
+    ],
+    ids=["machine", "group", "no limit", "group of version 1"],
+)
+def test_available_memory_is_the_machine_s_or_its_control_group_s(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PROC", memory(tmp_path, 1000, **files))
+    monkeypatch.setattr(room, "CGROUPS", tmp_path)
+    assert room.available_bytes() == expected
+
+
+def test_a_model_beyond_the_host_s_memory_is_refused_before_its_weights_are_read(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove(folder, "model*")
+    monkeypatch.setattr(room, "PROC", memory(tmp_path_factory.mktemp("proc"), 200))
+    refused(folder, r"loading weights=.* takes 0.0 GB .*\(0.0 GB for experts stay\), and 0.0 GB")

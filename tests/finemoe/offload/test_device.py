@@ -1,18 +1,21 @@
-"""The emulated link's schedule, by a clock that only sleeping and the test move."""
+"""Host blocks, and the emulated link's schedule by a clock that only sleeping and the test move."""
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
+from experiments.run.small_models import small_model
 from finemoe.offload import device
 from finemoe.offload.cache import ExpertCache, Slot
-from finemoe.offload.device import DeviceSlots, EmulatedLink
+from finemoe.offload.device import DeviceSlots, EmulatedLink, HostStore
+from finemoe.offload.model import find_moe_layers
 from finemoe.offload.transfer import PrefetchQueue, TransferQueue
-from tests.engine import offloaded
+from tests.engine import offloaded, page_locks
 
 SLOT = Slot(0, 0)
 FLAT = 3
@@ -45,12 +48,13 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     third = size // 3
     assert third * 3 == size
     cache = ExpertCache(model.shape, (1,), keys=lambda incoming, urgent: np.zeros((3, 4)))
-    queue = TransferQueue(cache, PrefetchQueue(cache), 0, size, third)
+    prefetches = PrefetchQueue(cache)
+    queue = TransferQueue(cache, prefetches, 0, size, third)
     slots = DeviceSlots.allocate(model.store.layout, (1,), (torch.device("cpu"),))
 
     # A third of an expert takes a second.
     link = EmulatedLink(model.store, slots, float(third), LATENCY)
-    queue.demand(FLAT)
+    prefetches.put(FLAT, 1.0)
 
     def copy_until(due: float) -> None:
         chunk = queue.next_chunk()
@@ -72,6 +76,31 @@ def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
     link.idle()
     clock.now = 200
     cache.loaded(FLAT)
-    queue.demand(FLAT + 1)
+    prefetches.put(FLAT + 1, 1.0)
     copy_until(201.5)
     assert link.lags == 2
+    # The rest of it, demanded meanwhile, is one chunk.
+    queue.demand(FLAT + 1)
+    copy_until(203.5)
+    assert (link.lags, link.copied_bytes) == (3, 2 * size)
+
+
+def test_no_two_locked_blocks_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = page_locks(monkeypatch, 1000)
+    store = HostStore.take_from(find_moe_layers(small_model("qwen2_moe"))[1], pin=True)
+    pages = [
+        range(pointer // mmap.PAGESIZE, (pointer + nbytes - 1) // mmap.PAGESIZE + 1)
+        for pointer, nbytes in locked.items()
+    ]
+    assert len(pages) == len(store.blocks)
+    assert len(set().union(*pages)) == sum(map(len, pages))
+    assert all(pointer % mmap.PAGESIZE == 0 for pointer in locked)
+    del store
+    assert not locked
+
+
+def test_blocks_are_unlocked_if_not_all_can_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = page_locks(monkeypatch, 5)
+    with pytest.raises(MemoryError, match="refuses to page-lock"):
+        HostStore.take_from(find_moe_layers(small_model("mixtral"))[1], pin=True)
+    assert not locked

@@ -121,7 +121,8 @@ def live(
     lockstep, found = Lockstep(), list[LayerOutcome]()
     stored = model.store.layout.nbytes
     runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep, protect)
-    runtime.listeners.append(found.append)
+    # On-demand loads are done before the policy is asked, as its answer takes long in the replay.
+    runtime.listeners += [found.append, lockstep.settle]
     broken = breaches(runtime.residency)
     lockstep.runtime = runtime
     hooks = [gate.register_forward_pre_hook(lockstep.settle) for gate in model.gates]

@@ -9,7 +9,7 @@ import torch
 
 from experiments.run.live import PlainRuntime
 from experiments.run.small_models import FAMILIES, small_model
-from finemoe.assemble import offloading_runtime
+from finemoe.assemble import offloading_runtime, resident_runtime
 from tests.engine import OPTIONS, configured, emulated, logits_of, offloaded, prepared, requests
 
 FEW: dict[str, dict[str, Any]] = {
@@ -47,3 +47,18 @@ def test_every_budget_serves_the_same_logits(
             assert len(logits) == len(expected) == 5
             assert all(map(torch.equal, logits, expected))
             runtime.residency.cache.check_integrity()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residents_spread_over_devices_serve_the_same_logits(family: str) -> None:
+    served = requests(3, 7)
+    expected = logits_of(PlainRuntime(small_model(family)), served)
+    model = offloaded(family)
+    policy, devices = configured("on_demand", model.shape), emulated(3).devices
+    with resident_runtime(model, policy, devices) as runtime:
+        assert all(map(torch.equal, logits_of(runtime, served), expected))
+        experts = range(model.shape.size)
+        places = [runtime.residency.cache.slot(flat) for flat in experts]
+        assert [place.device for place in places] == [flat % 3 for flat in experts]
+    for flat, place in enumerate(places):
+        assert torch.equal(runtime.memory.block(place), model.store.blocks[flat])

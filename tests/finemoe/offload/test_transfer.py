@@ -126,7 +126,7 @@ class Model:
         if not load.slotted:
             self.take_slot(load)
         start = load.sent
-        load.sent = min(start + self.chunk_bytes, EXPERT_BYTES)
+        load.sent = EXPERT_BYTES if load.urgent else min(start + self.chunk_bytes, EXPERT_BYTES)
         if load.urgent:
             self.traffic.on_demand += load.sent - start
         else:
