@@ -427,11 +427,8 @@ class Machine:
             join(self._known, clock)
             copies, self._copies = self._copies, []
             for copy in copies:
-                if clock.get(copy.stream, 0) < copy.tick:
-                    self._copies.append(copy)
-                    continue
-                with torch.inference_mode():  # Its memory may have been made there.
-                    copy.then()
+                done = clock.get(copy.stream, 0) >= copy.tick
+                copy.then() if done else self._copies.append(copy)
 
     def synchronize(self, device: Any = None) -> None:
         for stream in self.streams:
