@@ -314,6 +314,12 @@ def _write(target: Tensor, values: Tensor) -> None:
         target.copy_(values)
 
 
+def poison(kind: torch.dtype) -> float:
+    if kind == torch.bool or kind.is_floating_point:
+        return math.nan
+    return torch.iinfo(kind).min or torch.iinfo(kind).max
+
+
 def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -604,9 +610,7 @@ class Machine:
             here = self.current_stream(source.device)
             engine = here.key[0], "out"
             tick = self.launch(here, "copy to host", seconds, [source], [], engine)
-            kind = target.dtype
-            whole = not (kind.is_floating_point or kind == torch.bool)
-            target.fill_(torch.iinfo(kind).max if whole else math.nan)
+            target.fill_(poison(target.dtype))
             copy = HostCopy(here.key, tick, target, partial(_write, target, values))
             return self._host_copy(target, copy, here, non_blocking)
         target.elem.copy_(values)

@@ -51,7 +51,7 @@ from tests.engine import (
     saved_mixtral,
     serve,
 )
-from tests.pretend_cuda import Machine, Stream, pretend_cuda
+from tests.pretend_cuda import Event, Machine, Stream, pretend_cuda
 
 SYSTEMS = [*OPTIONS, "resident"]
 OUTPUT = 4
@@ -302,7 +302,16 @@ def unlocked_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def slots_not_awaited(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Stream, "wait_stream", lambda stream, other: None)
+    """A link begins though its device may still use what is to become slots."""
+    make = CudaLink.__init__
+
+    def hasty(link: CudaLink, *given: Any) -> None:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(Stream, "wait_stream", lambda stream, other: None)
+            within.setattr(Event, "synchronize", lambda event: None)
+            make(link, *given)
+
+    patch.setattr(CudaLink, "__init__", hasty)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +332,21 @@ def test_what_is_broken_is_found(
         del model, runtime
         gc.collect()
     assert made.hazards != []
+
+
+def test_a_choice_of_experts_that_is_read_too_early_is_poison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device.HostCopy, "read", lambda copy: copy._copies)
+    with pretend_cuda() as made:
+        model = on_cuda()
+        with (
+            pytest.raises(ValueError, match="negative"),
+            offloading(made, model, OnDemandPolicy(model.shape), slots=2) as runtime,
+        ):
+            logits_on(runtime)
+        del model, runtime
+        gc.collect()
 
 
 # What the machine itself finds --------------------------------------------------------------------
