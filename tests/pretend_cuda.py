@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakSet, finalize
+from weakref import finalize
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ class Stream:
         self.clock: Clock = {self.key: 0}
         self.busy = 0.0
         """When the last operation will be done, in seconds."""
-        self.machine.streams.add(self)
+        self.machine.streams.append(self)
 
     def wait_event(self, event: Event) -> None:
         with self.machine.lock:
@@ -165,13 +165,12 @@ class Event:
 class Memory:
     """One allocation, made as torch does for the stream that is current."""
 
-    def __init__(self, machine: Machine, stream: Stream, size: int) -> None:
-        self.machine, self.stream = machine, stream
-        self.number, self.nbytes = next(machine.numbers), -(-size // 512) * 512
+    def __init__(self, stream: Stream, nbytes: int) -> None:
+        self.stream, self.nbytes = stream, nbytes
+        self.machine, self.number = stream.machine, next(stream.machine.numbers)
         before = stream.clock[stream.key], stream.busy, "what had that memory before"
         self.accesses = [Access(0, self.nbytes, True, stream.key, *before)]
         self.recorded = {stream.key}
-        machine.take(stream.device.index, self.nbytes)
 
     def use(self, new: Access) -> None:
         """Take note of an access; a write stands for all that it covers."""
@@ -208,6 +207,9 @@ class Pretend(Tensor):
         (one, *_) = (o for o in leaves((args, kwargs)) if isinstance(o, Pretend))
         return one.memory.machine.run(func, args, kwargs or {})
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{self.elem} on {self.device}"
+
     def span(self) -> tuple[int, int]:
         """Return the bytes from the first element to the last, in its allocation."""
         size, shape = self.elem.element_size(), self.elem.shape
@@ -233,6 +235,27 @@ class Pretend(Tensor):
         found: Tensor = self.memory.machine.run(aten.nonzero.default, (self,), {})
         return found.unbind(1) if as_tuple else found
 
+    def __and__(self, other: Any) -> Any:
+        return torch.bitwise_and(self, other)
+
+    def __invert__(self) -> Any:
+        return torch.bitwise_not(self)
+
+    def contiguous(self, memory_format: Any = torch.contiguous_format) -> Any:
+        same = self.elem.is_contiguous(memory_format=memory_format)
+        return self if same else self.clone(memory_format=memory_format)
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    __index__ = __int__
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        return self  # There is no autograd.
+
     def __getitem__(self, at: Any) -> Any:
         found = self.elem[mapped(plain, at)]
         if place(found) == place(self.elem):
@@ -242,8 +265,9 @@ class Pretend(Tensor):
 
     def __setitem__(self, at: Any, value: Any) -> None:
         if any(isinstance(one, Tensor) for one in leaves(at)):
-            value = value if isinstance(value, Tensor) else torch.full_like(self[at], value)
-            self.index_put_(at if isinstance(at, tuple) else (at,), value)
+            indices = at if isinstance(at, tuple) else (at,)
+            value = value if isinstance(value, Tensor) else self.new_full((), value)
+            self.index_put_(indices, value)
         else:
             part = self[at]
             part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
@@ -359,7 +383,7 @@ class Machine:
         self._engines: Counter[tuple[int, str]] = Counter()
         self._copies: list[HostCopy] = []
         self._known: Clock = {}  # to any host thread
-        self.streams = WeakSet[Stream]()
+        self.streams: list[Stream] = []
         self._defaults: list[Stream] = [self.stream(device) for device in range(self.devices)]
 
     def reset(self) -> None:
@@ -401,11 +425,14 @@ class Machine:
             join(self._known, clock)
             copies, self._copies = self._copies, []
             for copy in copies:
-                done = clock.get(copy.stream, 0) >= copy.tick
-                copy.then() if done else self._copies.append(copy)
+                if clock.get(copy.stream, 0) < copy.tick:
+                    self._copies.append(copy)
+                    continue
+                with torch.inference_mode():  # Its memory may have been made there.
+                    copy.then()
 
     def synchronize(self, device: Any = None) -> None:
-        for stream in [*self.streams]:
+        for stream in self.streams:
             if stream.key[0] == self.index(device):
                 stream.synchronize()
 
@@ -427,9 +454,6 @@ class Machine:
         index = self.index(device)
         return self.host.streams.get(index, self._defaults[index])
 
-    def default_stream(self, device: Any = None) -> Stream:
-        return self._defaults[self.index(device)]
-
     @contextmanager
     def on(self, stream: Stream | None) -> Iterator[None]:
         """Make a stream its device's current one, and the device the current one."""
@@ -443,13 +467,15 @@ class Machine:
         finally:
             self.host.device, self.host.streams[index] = device, before
 
-    def take(self, device: int, size: int) -> None:
+    def allocate(self, stream: Stream, size: int) -> Memory:
         with self.lock:
-            self.allocated[device] += size
-            if self.allocated[device] > self.memory:
+            device, whole = stream.key[0], -(-size // 512) * 512
+            if self.allocated[device] + whole > self.memory:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            self.allocated[device] += whole
             for high in (self.peak, self.reserved):
                 high[device] = max(high[device], self.allocated[device])
+            return Memory(stream, whole)
 
     def give_back(self, memory: Memory) -> None:
         with self.lock:
@@ -492,30 +518,25 @@ class Machine:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Carry out an operation of torch, whether on pretended tensors or not."""
-        given = [*leaves((args, kwargs))]
-        mine = any(isinstance(one, Pretend) for one in given)
+        given, device = [*leaves((args, kwargs))], kwargs.get("device")
+        pretended = any(isinstance(one, Pretend) or is_cuda(one) for one in given)
         if func is aten.is_pinned.default:
-            return not mine and self.is_locked(args[0])
+            return not pretended and self.is_locked(args[0])
         if func in (aten._pin_memory.default, aten.pin_memory.default):
             return self.page_locked(args[0])
-        if not mine and not any(map(is_cuda, given)):
-            pin = kwargs.pop("pin_memory", None)
-            out = func(*args, **kwargs)
-            return self.page_locked(out) if pin else out
-        if is_composed(func):
+        if pretended and is_composed(func):
             with Mode(self):
                 return func.decompose(*args, **kwargs)
-        if func is aten._to_copy.default:
-            return self._to_copy(*args, **kwargs)
-        if func is aten.copy_.default:
-            return self.copy(*args, **kwargs)
-        values, named = mapped(plain, (args, {**kwargs, "pin_memory": None}))
-        if "pin_memory" not in kwargs:
-            del named["pin_memory"]
-        if func is aten.histc.default:  # The CPU's takes floats only.
+        if pretended and func in (aten._to_copy.default, aten.copy_.default):
+            return (self.copy if func is aten.copy_.default else self._to_copy)(*args, **kwargs)
+        pin = kwargs.pop("pin_memory", None)
+        values, named = mapped(plain, (args, kwargs))
+        if pretended and func is aten.histc.default:  # The CPU's takes floats only.
             out = func(values[0].float(), *values[1:], **named).to(values[0].dtype)
         else:
             out = func(*values, **named)
+        if not pretended or (device is not None and not is_cuda(device)):
+            return self.page_locked(out) if pin else out
         return self.launched(func, out, args, kwargs)
 
     def launched(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
@@ -535,7 +556,7 @@ class Machine:
                 # A view of a normal tensor is one, even where inference tensors are made.
                 with torch.inference_mode(base.is_inference()):
                     return Pretend(one, base.memory)
-            fresh.append(Pretend(one, Memory(self, stream, one.untyped_storage().nbytes())))
+            fresh.append(Pretend(one, self.allocate(stream, one.untyped_storage().nbytes())))
             return fresh[-1]
 
         result, name = mapped(wrap, out), func._schema.name.removeprefix("aten::")
@@ -572,7 +593,7 @@ class Machine:
         kind = {key: options.get(key) for key in ("dtype", "memory_format")}
         made = torch.empty_like(plain(source), **{key: one for key, one in kind.items() if one})
         if is_cuda(device):
-            made = Pretend(made, Memory(self, self.current_stream(device), nbytes(made)))
+            made = Pretend(made, self.allocate(self.current_stream(device), nbytes(made)))
         elif non_blocking:
             made = self.page_locked(made)
         return self.copy(made, source, non_blocking)
@@ -599,7 +620,8 @@ class Machine:
             self.launch(here, name, seconds, [source], [target], *engines)
             there.wait_stream(here)
         elif isinstance(source, Pretend) or not source.dim():  # A number goes with the launch.
-            self._kernel(there, "copy_", [one for one in [source] if source.dim()], [target])
+            reads = [source] if isinstance(source, Pretend) else []
+            self._kernel(there, "copy_", reads, [target])
         else:
             tick = self.launch(there, "copy to device", seconds, [], [target], into)
             copy = HostCopy(there.key, tick, source, lambda: self._compare(source, values))
@@ -627,6 +649,8 @@ class Machine:
 @contextmanager
 def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
     """Have torch find pretended CUDA devices; `options` are those of `Machine`."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # A machine's own devices can be used afterwards.
     machine, params = Machine(devices, **options), torch.__future__
     with pytest.MonkeyPatch.context() as patch, Mode(machine):
         for name, value in cuda(machine).items():
@@ -656,8 +680,6 @@ def tensor(
 def cuda(machine: Machine) -> dict[str, Any]:
     """Return what stands for parts of torch.cuda."""
     host = {"cudaHostRegister": machine.lock_host, "cudaHostUnregister": machine.unlock_host}
-    facts: dict[str, Any] = {"name": "Pretended GPU", "total_memory": machine.memory}
-    facts |= dict(zip(("major", "minor"), machine.capability, strict=True))
 
     def reset_peak(device: Any = None) -> None:
         machine.peak[machine.index(device)] = machine.allocated[machine.index(device)]
@@ -665,8 +687,8 @@ def cuda(machine: Machine) -> dict[str, Any]:
     def empty_cache() -> None:
         machine.reserved[:] = machine.allocated
 
-    def of(kind: list[int], device: Any = None) -> int:
-        return kind[machine.index(device)]
+    def free(device: Any = None) -> tuple[int, int]:
+        return machine.memory - machine.reserved[machine.index(device)], machine.memory
 
     return {
         "_lazy_init": lambda: None,
@@ -676,23 +698,17 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "device_count": lambda: machine.devices,
         "current_device": machine.index,
         "set_device": lambda device: machine.exchange(machine.index(device)),
-        "get_device_name": lambda device=None: facts["name"],
+        "get_device_name": lambda device=None: "Pretended GPU",
         "get_device_capability": lambda device=None: machine.capability,
-        "get_device_properties": lambda device=None: SimpleNamespace(**facts),
+        "get_arch_list": lambda: ["sm_{}{}".format(*machine.capability)],
         "Stream": machine.stream,
         "Event": machine.event,
         "stream": machine.on,
         "current_stream": machine.current_stream,
-        "default_stream": machine.default_stream,
         "synchronize": machine.synchronize,
-        "mem_get_info": lambda device=None: (
-            machine.memory - of(machine.reserved, device),
-            machine.memory,
-        ),
+        "mem_get_info": free,
         "empty_cache": empty_cache,
-        "memory_allocated": partial(of, machine.allocated),
-        "memory_reserved": partial(of, machine.reserved),
-        "max_memory_allocated": partial(of, machine.peak),
+        "max_memory_allocated": lambda device=None: machine.peak[machine.index(device)],
         "reset_peak_memory_stats": reset_peak,
         "cudart": lambda: SimpleNamespace(**host),
     }
@@ -733,8 +749,7 @@ class Lock:
 
 def order_threads(host: Host, mode: Callable[[], Mode], patch: pytest.MonkeyPatch) -> None:
     """Have locks and threads hand on what host threads know, and conditions tell the time."""
-    lock, ends = threading.RLock, dict[threading.Thread, Clock]()
-    start, wait_for = threading.Thread.start, threading.Thread.join
+    lock, start, wait_for = threading.RLock, threading.Thread.start, threading.Thread.join
 
     class Condition(threading.Condition):
         told = 0.0
@@ -749,20 +764,21 @@ def order_threads(host: Host, mode: Callable[[], Mode], patch: pytest.MonkeyPatc
             super().notify(n)
 
     def started(thread: threading.Thread) -> None:
-        clock, now, body = {**host.clock}, host.now, thread.run
+        own, body = vars(thread), thread.run
+        own["clock"], now = {**host.clock}, host.now
 
         def run() -> None:
-            host.clock, host.now = clock, now
+            del own["run"]  # So that nothing refers back to the thread.
+            host.clock, host.now = own["clock"], now
             with mode():
                 body()
-            ends[thread] = host.clock
 
-        thread.run = run  # type: ignore[method-assign]
+        own["run"] = run
         start(thread)
 
     def joined(thread: threading.Thread, timeout: float | None = None) -> None:
         wait_for(thread, timeout)
-        join(host.clock, ends.pop(thread, {}))
+        join(host.clock, vars(thread).get("clock", {}))
 
     patch.setattr(threading, "RLock", lambda: Lock(host, lock()))
     patch.setattr(threading, "Condition", Condition)

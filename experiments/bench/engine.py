@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_given(__doc__, OPTIONS, arguments)
     folder, tokens, threads = Path(options["model"]), options["tokens"], options["threads"]
     torch.set_num_threads(threads)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
     testbed = emulated(1, LINK_GB_S, 0, options["time_scale"], CHUNK_MB, threads=None)
     device, few = cuda if torch.cuda.is_available() else cpu, min(tokens, 12)
     checks = resident_overheads(folder, device, tokens, options["rounds"])

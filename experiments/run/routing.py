@@ -53,7 +53,7 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
     check_writable(Path(cfg.traces), "traces")
     # A sum's last bits depend on the threads, and so would tokens that nearly tie.
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
     load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     # Loading may have downloaded weights whose revision was not known before.

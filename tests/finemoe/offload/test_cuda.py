@@ -58,6 +58,15 @@ SYSTEMS = [*OPTIONS, "resident"]
 OUTPUT = 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage() -> Iterator[None]:
+    """Keep what was there before out of collections, which runs and tests make many of."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @cache
 def expected(family: str) -> tuple[list[Tensor], Routing]:
     """Return logits on the CPU with every expert resident, and the routing of every iteration."""
@@ -73,7 +82,7 @@ def expected(family: str) -> tuple[list[Tensor], Routing]:
         return logits_on(runtime), routing
 
 
-def logits_on(runtime: LiveRuntime) -> list[Tensor]:
+def logits_on(runtime: LiveRuntime | PlainRuntime) -> list[Tensor]:
     """Serve one request, then three together; return each step's logits, on the host."""
     backend, logits = LiveBackend(runtime), list[Tensor]()
     server = Server(backend, listeners=[lambda _: logits.append(backend.logits)])
