@@ -103,9 +103,9 @@ def kinds(devices: Sequence[torch.device]) -> Counter[str]:
     """Count CUDA devices by name and, if they are not alike, memory."""
     import torch
 
-    found = [torch.cuda.get_device_properties(device) for device in devices]
-    full = Counter(f"{one.name} ({one.total_memory / 1e9:.0f} GB)" for one in found)
-    return full if len(full) > 1 else Counter(one.name for one in found)
+    found = [(torch.cuda.get_device_name(one), torch.cuda.mem_get_info(one)[1]) for one in devices]
+    full = Counter(f"{name} ({size / 1e9:.0f} GB)" for name, size in found)
+    return full if len(full) > 1 else Counter(name for name, _ in found)
 
 
 def simulated(

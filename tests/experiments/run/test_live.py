@@ -6,7 +6,6 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,10 +58,10 @@ def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
 def test_devices_that_are_not_alike_are_recorded_and_said(
     cards: list[tuple[str, int]], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = [SimpleNamespace(name=card, total_memory=size * 10**9) for card, size in cards]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts[device.index])
+    total = [(0, size * 10**9) for _, size in cards]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: total[device.index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device.index][0])
     testbed = local(None, 8.0)
     assert testbed.name == name
