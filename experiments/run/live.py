@@ -408,10 +408,20 @@ def _extents(
 
 @contextmanager
 def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield the setup of a run, whose gates a trace overrules where `routing` names one.
+    """Yield the setup of a run. Raises UserError for what cannot be, or does not fit a device."""
+    try:
+        with _setup(cfg, testbed, console) as setup:
+            yield setup
+    except torch.OutOfMemoryError as error:
+        cause = str(error).partition(". ")[0]
+        raise UserError(
+            f"{cause}; lower memory_budget, or the workload's batch or lengths"
+        ) from error
 
-    Raises UserError for what cannot be.
-    """
+
+@contextmanager
+def _setup(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
+    """Yield a setup whose gates a trace overrules where `routing` names one."""
     if not cfg.routing:
         yield load_setup(cfg, testbed)
         return

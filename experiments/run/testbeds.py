@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 MB = 1_000_000
+LINK_CHUNK_MB = 8.0
+"""A demand waits for two: a third of a millisecond each over PCIe 4.0 x16."""
 AGAIN = "calibrate again: python -m experiments.validate.calibrate"
 FREE = "none: a bound, or a system that predicts nothing"
 
@@ -81,8 +83,12 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
     return frozenset(cores[:threads]), frozenset(cores[threads:])
 
 
-def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
-    """Return the CUDA devices of this machine, all of them or the first `devices`."""
+def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
+    """Return the CUDA devices of this machine, all of them or the first `devices`.
+
+    Chunks are of `LINK_CHUNK_MB` for each device if nothing is said: all links' threads together
+    then take as much of the interpreter as one link's.
+    """
     import torch
 
     there = cuda_devices()
@@ -96,7 +102,7 @@ def local(devices: Few | None, chunk_mb: Megabytes) -> Testbed:
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = " + ".join(f"{count} x {kind}" for kind, count in kinds(chosen).items())
-    return Testbed(name, "measured", chosen, round(chunk_mb * MB))
+    return Testbed(name, "measured", chosen, round((chunk_mb or LINK_CHUNK_MB * len(chosen)) * MB))
 
 
 def kinds(devices: Sequence[torch.device]) -> Counter[str]:

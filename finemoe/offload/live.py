@@ -385,8 +385,9 @@ class LiveRuntime:
                 if in_flight and (chunk is None or len(in_flight) == link.depth):
                     oldest = in_flight.popleft()
                     times = link.finish()
-                    name = oldest.name(self.residency.experts[oldest.flat])
-                    self._note(f"link {device}", name, *times)
+                    if self.timeline:
+                        name = oldest.name(self.residency.experts[oldest.flat])
+                        self.timeline.span(f"link {device}", name, *times)
                     self._arrive(device, oldest)
                 elif not in_flight and chunk is None:
                     return

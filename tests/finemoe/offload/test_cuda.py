@@ -19,6 +19,7 @@ from torch import Tensor
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
+from experiments.run import live
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, PlainRuntime
 from experiments.run.models import load_model
@@ -237,6 +238,15 @@ def test_a_budget_beyond_a_device_s_memory_is_refused(tiny: list[str], tmp_path:
         del model
     room = "on cuda:0, which has 0.0 GB free"
     with machine(memory=dense + 4096), pytest.raises(UserError, match=room):
+        run(cfg, Console())
+
+
+def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config("config", *tiny, *OFFLINE, "memory_budget=50%", f"output='{tmp_path}'")
+    monkeypatch.setattr(live, "shortage", lambda *_: "")
+    with machine(memory=60_000), pytest.raises(UserError, match=r"out of memory.*; lower"):
         run(cfg, Console())
 
 
