@@ -1,18 +1,27 @@
-"""Traces of other projects: a CSV or Parquet file with one row per expert that a token chose.
+"""Traces of other projects, which say which experts were activated and little else.
 
-Which token a row belongs to is not said, and neither are logits, embeddings or hidden states.
+Tables have a row per expert that a token chose; streams have the ids of every token. Neither has
+logits or embeddings. In their place stand sparse ones, so that systems that predict can be tried:
+a gate's probabilities are the shares of the chosen experts, and a token's embedding is what the
+token before it chose in all layers.
 """
 
 import itertools
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from finemoe.offload.policy import ModelShape
+from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import (
     UNREADABLE,
@@ -36,6 +45,21 @@ COLUMNS = pa.schema(
     }
 )
 
+NAMES = {
+    "request": ("request_id", "req_id", "seq_id", "sequence", "prompt_id"),
+    "phase": ("stage", "is_decode"),
+    "step": ("iteration", "iter", "token", "token_idx", "position", "pos"),
+    "layer": ("layer_id", "layer_idx", "layer_index", "layer_number"),
+    "rank": ("k", "slot", "choice", "expert_rank"),
+    "expert": ("expert_id", "expert_idx", "expert_index"),
+    "weight": ("gate_weight", "routing_weight", "score", "prob", "probability"),
+}
+"""What others call the columns."""
+PHASES = {"0": "prefill", "1": "decode"}
+STREAM_KEYS = ("experts", "topk_experts", "topk_indices", "expert_ids", "indices")
+"""What a line of a stream may call its ids."""
+STREAMS = (".npy", ".npz", ".jsonl")
+NO_SHARE = 1e-12
 ROW_BYTES = 50  # in memory
 LARGEST_SIZE = 4096
 """Layers, experts and K that a trace alone may claim."""
@@ -44,22 +68,23 @@ PREFILL = -1
 
 
 def is_foreign(path: Path) -> bool:
-    """Tell whether a file is a CSV, or a Parquet table with a column of foreign traces only."""
-    if path.suffix == ".csv":
+    """Tell whether a file is a CSV, a stream, or a Parquet table as only others write it."""
+    if path.suffix in (".csv", *STREAMS):
         return True
     try:
-        return "rank" in pq.read_schema(path).names
+        return bool({"rank", *NAMES["rank"]} & {*pq.read_schema(path).names})
     except UNREADABLE:
         return False
 
 
 class ForeignTrace(Trace):
-    """The requests of a foreign trace, with counts only.
+    """The requests of a foreign table.
 
     A request's prefill rows are its step 0, whatever their `step`; its decode steps follow in the
-    order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up.
-    Layers count MoE layers from 0. Unless `shape` is given, L, J and K are the largest layer,
-    expert and rank plus one, up to `LARGEST_SIZE`, and the hidden size is 0: unknown.
+    order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up; they
+    are not told apart, so each has the shares of all. Layers count MoE layers from 0. Unless
+    `shape` is given, L, J and K are the largest layer, expert and rank plus one, up to
+    `LARGEST_SIZE`.
 
     Raises TraceError if the file is no such table, a number is out of range, or steps are missing.
     """
@@ -72,9 +97,9 @@ class ForeignTrace(Trace):
             layers, experts, top_k = (largest + 1).tolist()
             shape = shape or ModelShape(layers, experts, top_k, 0)
             _check_values(rows, shape)
-        self.header = TraceHeader(shape, "float32", (), {"foreign": self.path.name})
+        self.header = _header(self.path, shape)
         rows["step"] = rows["step"].where(rows["phase"] == "decode", PREFILL)
-        self._groups = rows.groupby("request")[["step", "layer", "expert"]]
+        self._groups = rows.groupby("request")[["step", "layer", "expert", "weight"]]
         self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
 
     def prompt(self, number: int) -> tuple[int, ...]:
@@ -98,12 +123,133 @@ class ForeignTrace(Trace):
                 raise self._error(
                     f"request {number} routes nothing in layer {missing[0]} of its step {step}"
                 )
-        counts = np.zeros((len(numbers), shape.layers, shape.experts), np.int64)
-        np.add.at(counts, (steps, rows["layer"], rows["expert"]), 1)
+        size, where = (len(numbers), shape.layers, shape.experts), (steps, rows["layer"])
+        counts, weights = np.zeros(size, np.int64), np.zeros(size)
+        np.add.at(counts, (*where, rows["expert"]), 1)
+        np.add.at(weights, (*where, rows["expert"]), rows["weight"])
         tokens = -(-counts.sum(axis=2).max(axis=1) // shape.top_k)
-        nothing = [None] * len(tokens)
-        routed = tuple(map(RoutedStep, tokens.tolist(), counts, nothing, nothing, nothing))
-        return TracedRequest(number, (), (), routed)
+        shares = _shares(weights, counts)
+        each = np.repeat(shares.swapaxes(0, 1), tokens, axis=1)
+        return TracedRequest(number, (), (), _steps(counts, each, tokens.tolist()))
+
+
+class RoutedStream(Trace):
+    """Requests cut from the experts that token after token chose, in every layer.
+
+    A `.npy` or `.npz` holds ids as whole numbers, (tokens, L, K) as vLLM and SGLang hand them out
+    for a request, or (L, tokens, K); of several arrays each is cut for itself. A `.jsonl` has an
+    object a line, with a `layer` and its tokens' ids, (tokens, K), layer by layer in the order of
+    the tokens. A request takes `prompt` tokens, which are one prefill, and `output` - 1 more; what
+    is left at the end is not used. Raises TraceError if the file is no such stream of `shape`.
+    """
+
+    def __init__(self, path: Path, shape: ModelShape, prompt: int, output: int) -> None:
+        self.path = Path(path)
+        with reading(self.path, fault="is no stream of expert ids", remedy="write it again"):
+            read = _read_lines if self.path.suffix == ".jsonl" else _read_arrays
+            streams = [_checked(ids, shape) for ids in read(self.path, shape)]
+        self.header = _header(self.path, shape)
+        self._prompt, length = prompt, prompt + output - 1
+        cut = [ids[n : n + length] for ids in streams for n in range(0, len(ids), length)]
+        self._rows = dict(enumerate(one for one in cut if len(one) == length))
+        if not self._rows:
+            longest = max(map(len, streams), default=0)
+            raise self._error(
+                f"has {longest} tokens in a row, a request takes {length}; lower workload."
+                "input_tokens or output_tokens"
+            )
+
+    def prompt(self, number: int) -> tuple[int, ...]:
+        self._row(number)
+        return ()
+
+    def request(self, number: int) -> TracedRequest:
+        ids, (layers, experts, _, _) = self._row(number), self._sizes()
+        chosen = np.zeros((layers, len(ids), experts), np.int64)
+        np.put_along_axis(chosen, ids.swapaxes(0, 1), 1, axis=2)
+        tokens = [self._prompt] + [1] * (len(ids) - self._prompt)
+        starts = np.cumsum([0, *tokens[:-1]])
+        counts = np.add.reduceat(chosen, starts, axis=1).swapaxes(0, 1)
+        shares = chosen / chosen.sum(axis=2, keepdims=True)
+        return TracedRequest(number, (), (), _steps(counts, shares, tokens))
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        shape = self.header.shape
+        return shape.layers, shape.experts, shape.top_k, shape.hidden_size
+
+
+def _header(path: Path, shape: ModelShape) -> TraceHeader:
+    said = f"{path.name}: maps are sparse, the choices before stand for embeddings"
+    shape = replace(shape, hidden_size=shape.size)
+    return TraceHeader(shape, "float32", ("logits", "embeddings"), {"foreign": said})
+
+
+def _shares(weights: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
+    """Return what adds up to 1 over the experts, (..., J): weights, or counts where they are 0."""
+    total = weights.sum(axis=-1, keepdims=True)
+    counted = counts / counts.sum(axis=-1, keepdims=True)
+    return np.where(total > 0, weights / np.maximum(total, NO_SHARE), counted)
+
+
+def _steps(
+    counts: NDArray[Any], shares: NDArray[Any], tokens: Sequence[int]
+) -> tuple[RoutedStep, ...]:
+    """Return the steps of a request by counts (S, L, J), all tokens' shares (L, T, J)."""
+    logits: FloatArray = np.log(np.maximum(shares, NO_SHARE)).astype(np.float32)
+    before = shares.swapaxes(0, 1).reshape(shares.shape[1], -1).astype(np.float32)
+    embeddings = np.concatenate([np.zeros_like(before[:1]), before[:-1]])
+    rows = [slice(stop - n, stop) for stop, n in zip(np.cumsum(tokens), tokens, strict=True)]
+    return tuple(
+        RoutedStep(count, one, logits[:, own], embeddings[own], None)
+        for count, one, own in zip(tokens, counts, rows, strict=True)
+    )
+
+
+def _read_arrays(path: Path, shape: ModelShape) -> list[NDArray[Any]]:
+    """Return the ids of each array of a file, (tokens, L, K)."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                check_size(sum(one.file_size for one in file.infolist()), path.stat().st_size)
+        loaded = np.load(path, allow_pickle=False)
+        arrays = [loaded] if isinstance(loaded, np.ndarray) else list(loaded.values())
+    except Exception as error:  # Of a damaged file, zipfile and numpy raise unrelated types.
+        raise ValueError(str(error)) from error
+    found = [one for one in arrays if one.ndim == 3]
+    if not found:
+        raise TraceError("has no array of three dimensions; store (tokens, layers, K)")
+    return [ids if ids.shape[1] == shape.layers else ids.swapaxes(0, 1) for ids in found]
+
+
+def _read_lines(path: Path, shape: ModelShape) -> list[NDArray[Any]]:
+    """Return the one stream of a file with an object a line."""
+    of_layers: dict[int, list[list[int]]] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.strip():
+            entry: Mapping[str, Any] = json.loads(line)
+            layer = _value(entry, ("layer", *NAMES["layer"]), number)
+            of_layers.setdefault(layer, []).extend(_value(entry, STREAM_KEYS, number))
+    return [np.stack([np.array(of_layers[layer]) for layer in sorted(of_layers)], axis=1)]
+
+
+def _value(entry: Mapping[str, Any], keys: Sequence[str], line: int) -> Any:
+    for key in keys:
+        if key in entry:
+            return entry[key]
+    raise TraceError(f"line {line} lacks {keys[0]!r}; name it so")
+
+
+def _checked(ids: NDArray[Any], shape: ModelShape) -> NDArray[np.int64]:
+    """Return ids (tokens, L, K) that are a model's; TraceError if they are another's."""
+    due = shape.layers, shape.top_k
+    if ids.shape[1:] != due or not np.issubdtype(ids.dtype, np.integer):
+        has = f"ids of {ids.dtype}, {ids.shape[1]} layers, top {ids.shape[2]}"
+        raise TraceError(f"has {has}, not whole numbers of {due[0]}, top {due[1]}; give its model")
+    if ids.size and not 0 <= ids.min() <= ids.max() < shape.experts:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        limit = f"not in 0..{shape.experts - 1}"
+        raise TraceError(f"has expert {wrong}, {limit}; give the model it is of")
+    return ids.astype(np.int64)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -113,10 +259,12 @@ def _read_table(path: Path) -> pd.DataFrame:
     if is_parquet:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
-            table = file.read(COLUMNS.names)
+            table = file.read()
+            table = table.rename_columns(_ours(table.column_names))
     else:
-        options = pa.csv.ConvertOptions(column_types=COLUMNS)
-        table = pa.csv.read_csv(path, convert_options=options)
+        table = _read_csv(path)
+    if "weight" not in table.column_names:
+        table = table.append_column("weight", pa.array(np.ones(len(table))))
     missing = [name for name in COLUMNS.names if name not in table.column_names]
     if missing:
         raise TraceError(f"lacks the columns {', '.join(missing)}; name them so")
@@ -127,7 +275,28 @@ def _read_table(path: Path) -> pd.DataFrame:
     empty = [name for name in COLUMNS.names if table[name].null_count]
     if empty:
         raise TraceError(f"has rows without a {empty[0]}; fill them in")
-    return table.to_pandas()
+    rows: pd.DataFrame = table.to_pandas()
+    rows["phase"] = rows["phase"].replace(PHASES)
+    return rows
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """Return the columns of a CSV file under our names; lines before them may begin with a #."""
+    with path.open(encoding="utf-8") as file:
+        preamble = list(itertools.takewhile(lambda line: line.startswith("#"), file))
+        file.seek(0)
+        head = next(itertools.islice(file, len(preamble), None), "")
+    names = _ours([name.strip() for name in head.rstrip("\n").split(",")])
+    read = pa.csv.ReadOptions(skip_rows=len(preamble) + 1, column_names=names)
+    kinds = {name: COLUMNS.field(name).type for name in names if name in COLUMNS.names}
+    convert = pa.csv.ConvertOptions(column_types=kinds)
+    return pa.csv.read_csv(path, read_options=read, convert_options=convert)
+
+
+def _ours(names: Sequence[str]) -> list[str]:
+    """Return column names with ours in place of what others call them, unless ours is there."""
+    known = {other: name for name, others in NAMES.items() if name not in names for other in others}
+    return [known.get(name.strip().lower(), name.strip()) for name in names]
 
 
 def _check_values(rows: pd.DataFrame, shape: ModelShape) -> None:

@@ -113,7 +113,8 @@ def _check_backend(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTest
 
 def _check_policy(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
     own = cfg.model
-    hidden = own.scale.config.hidden_size if cfg.weights == "scale" else own.hidden_size
+    small = OmegaConf.select(own, "scale.config.hidden_size")
+    hidden = small if cfg.weights == "scale" and small else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_future_routing and not settings.fixed:

@@ -116,10 +116,10 @@ class ReplaySetup(Setup):
     def description(self) -> tuple[str, ...]:
         origin, testbed = self.trace.header.provenance, self.testbed
         return (
-            f"{self.cfg.model.name} (routing of {origin.get('weights')} weights, simulated) on "
-            f"{testbed.name}, {testbed.devices} device(s)",
+            f"{self.cfg.model.name} (routing of {origin.get('weights', 'foreign')} weights, "
+            f"simulated) on {testbed.name}, {testbed.devices} device(s)",
             slots_line(self.shape, self.slots),
-            f"routing from {self.trace.path}: {origin.get('dataset')}",
+            f"routing from {self.trace.path}: {origin.get('dataset', 'of others')}",
         )
 
     @contextmanager
@@ -182,7 +182,8 @@ class ReplaySetup(Setup):
         return max(own, sum(loads) * expert_bytes / rate.shared_bytes_per_second)
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
-        origin, routing = self.trace.header.provenance, f"a foreign trace, {self.trace.path.name}"
+        origin = self.trace.header.provenance
+        routing = f"a foreign trace, {origin.get('foreign')}"
         if "model" in origin:
             routing = f"a trace of {origin['model']} with weights {origin['weights']}"
         return {

@@ -22,14 +22,14 @@ from experiments.run.schedule import Schedule, Server
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.assemble import resident_runtime
-from finemoe.foreign_trace import ForeignTrace, is_foreign
+from finemoe.foreign_trace import STREAMS, ForeignTrace, RoutedStream, is_foreign
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.policy import ModelShape
 from finemoe.recorder import Recorder, gate_weights
-from finemoe.trace import CONTENTS, TraceHeader, TraceReader, trace_writer
+from finemoe.trace import CONTENTS, Trace, TraceHeader, TraceReader, trace_writer
 
 
-def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrace:
+def open_routing(cfg: DictConfig, console: Console) -> Trace:
     """Open the trace that `routing` names, or the kept one of this model and workload.
 
     The latter is recorded first if it is not there. A table of activations alone, CSV or Parquet,
@@ -37,6 +37,10 @@ def open_routing(cfg: DictConfig, console: Console) -> TraceReader | ForeignTrac
     """
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
     shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
+    if cfg.routing and path.suffix in STREAMS:
+        load = cfg.workload
+        lengths = load.get("input_tokens") or 1, load.get("output_tokens") or 1
+        return RoutedStream(path, shape, *lengths)
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
     reader = TraceReader(path)

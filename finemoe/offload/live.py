@@ -320,10 +320,11 @@ class LiveRuntime:
         output = self.model.kernels[expert.layer](rows, self.memory.weights(slot))
         if link:
             link.guard(slot)
-        name = f"expert {expert.layer}.{expert.index}"
-        self._computed.append((f"device {slot.device}", name, began, self._mark(device)))
-        if device.type != "cuda":
-            self._note_computed()
+        if self.timeline:
+            name = f"expert {expert.layer}.{expert.index}"
+            self._computed.append((f"device {slot.device}", name, began, self._mark(device)))
+            if device.type != "cuda":
+                self._note_computed()
         return output
 
     def _mark(self, device: torch.device) -> Callable[[], float]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finemoe.foreign_trace import COLUMNS, ForeignTrace
+from finemoe.foreign_trace import COLUMNS, ForeignTrace, RoutedStream, is_foreign
 from finemoe.offload.policy import ModelShape
+from finemoe.offload.routed import softmax
 from finemoe.trace import TraceError
+from tests.command import ROOT
+
+SHARED = ROOT.parent / "shared"
 
 # Two layers, four experts, two a token. Request 4 has a prompt of two tokens and decodes twice;
 # request 9 has a prompt of one token, and is written first.
@@ -64,7 +71,7 @@ def changed(path: Path, frame: pd.DataFrame) -> ForeignTrace:
 
 def test_requests_by_hand(path: Path) -> None:
     trace = ForeignTrace(path)
-    assert trace.header.shape == ModelShape(2, 4, 2, 0)
+    assert trace.header.shape == ModelShape(2, 4, 2, 8)
     assert trace.numbers == (4, 9)
     four, nine = trace.requests()
     assert (four.number, four.prompt, four.output) == (4, (), ())
@@ -76,12 +83,23 @@ def test_requests_by_hand(path: Path) -> None:
         [[0, 0, 1, 1], [0, 1, 0, 1]],
     ]
     assert [step.counts.tolist() for step in nine.steps] == [[[0, 1, 1, 0], [1, 0, 0, 1]]]
-    assert all(step.logits is None for step in (*four.steps, *nine.steps))
+    # Shares by weight, of a prefill for each of its tokens; what was chosen before stands for a
+    # token's embedding.
+    prefill, first, _ = (softmax(step.logits) for step in four.steps if step.logits is not None)
+    assert prefill == pytest.approx(
+        np.array([[[0.75, 0.15, 0, 0.1]] * 2, [[0, 0.25, 0.75, 0]] * 2]), abs=1e-6
+    )
+    assert first == pytest.approx(np.array([[[0.5, 0.5, 0, 0]], [[0.5, 0, 0.5, 0]]]), abs=1e-6)
+    _, decoded, last = (step.embeddings for step in four.steps)
+    assert decoded is not None
+    assert last is not None
+    assert decoded.tolist() == [pytest.approx([0.75, 0.15, 0, 0.1, 0, 0.25, 0.75, 0])]
+    assert last.tolist() == [[0.5, 0.5, 0, 0, 0.5, 0, 0.5, 0]]
 
 
 def test_a_given_shape_is_taken(path: Path) -> None:
     trace = ForeignTrace(path, ModelShape(2, 6, 2, 16))
-    assert trace.header.shape == ModelShape(2, 6, 2, 16)
+    assert trace.header.shape == ModelShape(2, 6, 2, 12)
     assert trace.request(9).steps[0].counts.tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
 
 
@@ -135,7 +153,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TraceError, match=message):
             ForeignTrace(path)
     for frame, message in (
-        (table().drop(columns=["rank", "weight"]), "lacks the columns rank, weight; name them so"),
+        (table().drop(columns=["rank", "step"]), "lacks the columns step, rank; name them so"),
         (table().iloc[:0], "has no rows"),
     ):
         with pytest.raises(TraceError, match=message):
@@ -149,3 +167,97 @@ def test_rows_that_fill_memory_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({**zeros, "phase": ["prefill"] * 2**21}), path)
     with pytest.raises(TraceError, match=r"bytes that unpack to 104,857,600"):
         ForeignTrace(path)
+
+
+def test_other_words_for_the_same_columns(tmp_path: Path) -> None:
+    """A preamble, phases as numbers, other names, weights left out: as runtimes write them."""
+    lines = ROWS.replace("prefill", "0").replace("decode", "1").splitlines()
+    rows = [line.rpartition(",")[0] for line in lines[1:]]
+    head = "req_id,phase,token_idx,layer_id,k,expert_id"
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["# model: one", "# budget: 4096 MiB", head, *rows]) + "\n")
+    ours = tmp_path / "ours.csv"
+    ours.write_text(ROWS)
+    for one, other in zip(
+        ForeignTrace(path).requests(), ForeignTrace(ours).requests(), strict=True
+    ):
+        pairs = list(zip(one.steps, other.steps, strict=True))
+        assert all(mine.tokens == due.tokens for mine, due in pairs)
+        assert all(np.array_equal(mine.counts, due.counts) for mine, due in pairs)
+
+
+# Three tokens, two layers, two of four experts each.
+IDS = np.array([[[0, 1], [2, 3]], [[1, 2], [3, 0]], [[3, 0], [1, 2]]], np.int16)
+SHAPE = ModelShape(2, 4, 2, 0)
+
+
+def as_lines(path: Path, ids: np.ndarray) -> None:
+    chunks = [(0, ids[:2]), (1, ids[:2]), (0, ids[2:]), (1, ids[2:])]
+    lines = [{"layer_number": n + 1, "topk_indices": of[:, n].tolist()} for n, of in chunks]
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("vllm.npy", lambda path: np.save(path, IDS)),
+        ("layers.npz", lambda path: np.savez(path, experts=IDS.swapaxes(0, 1), meta="a text")),
+        ("router.jsonl", lambda path: as_lines(path, IDS)),
+    ],
+)
+def test_a_stream_of_ids_is_cut_into_requests(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(path := tmp_path / name)
+    assert is_foreign(path)
+    (one,) = RoutedStream(path, SHAPE, prompt=2, output=2).requests()
+    assert [step.tokens for step in one.steps] == [2, 1]
+    assert [step.counts.tolist() for step in one.steps] == [
+        [[1, 2, 1, 0], [1, 0, 1, 2]],
+        [[1, 0, 0, 1], [0, 1, 1, 0]],
+    ]
+    logits, embeddings = one.steps[0].logits, one.steps[0].embeddings
+    assert logits is not None
+    assert embeddings is not None
+    shares = [[[0.5, 0.5, 0, 0], [0, 0.5, 0.5, 0]], [[0, 0, 0.5, 0.5], [0.5, 0, 0, 0.5]]]
+    assert softmax(logits) == pytest.approx(np.array(shares), abs=1e-6)
+    assert embeddings.tolist() == [[0] * 8, [0.5, 0.5, 0, 0, 0, 0, 0.5, 0.5]]
+    assert len(RoutedStream(path, SHAPE, prompt=1, output=1)) == 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS + 1, r"has expert 4, not in 0..3; give the model it is of"),
+        (IDS[..., :1], r"has ids of int16, 2 layers, top 1, not whole numbers of 2, top 2"),
+        (IDS.astype(float), "has ids of float64"),
+        (IDS[:, 0], "has no array of three dimensions"),
+        (IDS[:2], r"has 2 tokens in a row, a request takes 3; lower workload"),
+    ],
+)
+def test_streams_of_another_model_or_too_short_are_refused(
+    ids: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "t.npy", ids)
+    with pytest.raises(TraceError, match=message) as caught:
+        RoutedStream(tmp_path / "t.npy", SHAPE, prompt=2, output=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_that_say_no_layer_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"experts": [[0, 1]]}')
+    with pytest.raises(TraceError, match="line 1 lacks 'layer'; name it so"):
+        RoutedStream(path, SHAPE, prompt=1, output=1)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared")
+@pytest.mark.parametrize("text", ["code", "general"])
+def test_real_routing_of_a_real_model(text: str) -> None:
+    """48 layers choose 8 of 128 experts for each of 8,000 tokens."""
+    path = SHARED / "data" / f"qwen3-30b-a3b-{text}.npz"
+    trace = RoutedStream(path, ModelShape(48, 128, 8, 0), prompt=37, output=127)
+    assert len(trace) == 8000 // 163
+    last = trace.request(len(trace) - 1)
+    assert [step.tokens for step in last.steps] == [37] + [1] * 126
+    assert all((step.counts.sum(axis=1) == 8 * step.tokens).all() for step in last.steps)

@@ -35,7 +35,7 @@ from experiments.run.datasets import conversations
 from experiments.run.records import of_these_weights, read_record
 from experiments.run.workloads import read_azure_trace
 from finemoe.expert_map import ExpertMapStore, StoreMismatch
-from finemoe.foreign_trace import ForeignTrace, is_foreign
+from finemoe.foreign_trace import ForeignTrace, RoutedStream, is_foreign
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import HEADER_KEY, TracedRequest, TraceError, TraceReader, fingerprint
 from tests.experiments.judge.test_claims import Results
@@ -213,6 +213,25 @@ def test_foreign_traces(folder: Path, data: st.DataObject) -> None:
     def read() -> tuple[ModelShape, bool, list[TracedRequest]]:
         is_foreign(path)
         trace = ForeignTrace(path, shape)
+        return trace.header.shape, True, list(trace.requests())
+
+    check_requests(read_or_refused(read, TraceError))
+
+
+@fuzzed(40)
+@given(st.data())
+def test_damaged_streams(folder: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(["s.npy", "s.npz", "s.jsonl"]))
+    ids, buffer = np.arange(24, dtype=np.int16).reshape(6, 2, 2) % 4, io.BytesIO()
+    lines = "\n".join(json.dumps({"layer": n, "experts": ids[:, n].tolist()}) for n in range(2))
+    if name == "s.jsonl":
+        buffer.write(lines.encode())
+    else:
+        (np.save if name == "s.npy" else np.savez)(buffer, ids)
+    (folder / name).write_bytes(data.draw(damaged(buffer.getvalue())))
+
+    def read() -> tuple[ModelShape, bool, list[TracedRequest]]:
+        trace = RoutedStream(folder / name, ModelShape(2, 4, 2, 0), prompt=2, output=2)
         return trace.header.shape, True, list(trace.requests())
 
     check_requests(read_or_refused(read, TraceError))
