@@ -55,6 +55,7 @@ from finemoe.testbed import Testbed
 MB, GB = 1e6, 1e9
 TESTBED = "testbed.yaml"
 Record = dict[str, Any]
+MOST_OF_MEMORY = 0.8
 MOST_DEVIATION = 0.2
 """Largest acceptable deviation of a simulated TTFT or TPOT from the measured one."""
 
@@ -325,7 +326,12 @@ def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:
 def full_size(bench: Bench) -> list[Check]:
     """Serve full-size models under every budget with every system; simulate each run beside it."""
     checks, cfg = [], bench.cfg
-    for case in itertools.product(cfg.models, cfg.routings, cfg.budgets, cfg.systems):
+    room = sum(torch.cuda.mem_get_info(device)[1] for device in bench.testbed.devices) / GB
+    # The rest of a model, its caches and CUDA need some as well.
+    budgets = [budget for budget in cfg.budgets if budget < MOST_OF_MEMORY * room]
+    if left := [budget for budget in cfg.budgets if budget not in budgets]:
+        print(f"left out, as the devices have {room:.0f} GB: budgets of {left} GB")
+    for case in itertools.product(cfg.models, cfg.routings, budgets, cfg.systems):
         model, routing, budget, system = case
         name = f"{model}, {routing} routing, {budget} GB, {system}"
         if routing == "scale" and _speculates(cfg, model, system):
