@@ -384,7 +384,8 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = _extents(cfg, settings, load, bool(policy.learn))
     own, nbytes = model.offloaded.model, model.offloaded.store.layout.nbytes
-    beside = needed_beside(own.config.get_text_config(), own.dtype.itemsize, extents)
+    text = own.config.get_text_config()
+    beside = needed_beside(text, shape.top_k, own.dtype.itemsize, extents)
     if cause := shortage(devices, slots, nbytes, beside):
         remedy = "lower memory_budget, or the workload's batch size or lengths"
         raise UserError(f"the memory budget puts {cause}; {remedy}")

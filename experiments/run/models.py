@@ -16,7 +16,7 @@ from safetensors import safe_open
 from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.room import available_bytes
-from experiments.run.weights import SCALE_MODELS, hub_access, loading, source_of
+from experiments.run.weights import SCALE_MODELS, hub_access, is_hub, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 
 if TYPE_CHECKING:
@@ -58,22 +58,21 @@ def check_weights(cfg: DictConfig) -> None:
     """
     model, weights = cfg.model, str(cfg.weights)
     source: Any = source_of(model, weights)
-    if weights == "hub":
-        cached = try_to_load_from_cache(model.hub_id, "config.json")
+    if is_hub(weights):
+        cached = try_to_load_from_cache(source, "config.json")
         source = Path(cached).parent if isinstance(cached, str) else None
     if source:
-        _outline(model, weights, str(source))
+        outline_of(model, weights, str(source))
 
 
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
     """Load `weights` of the model of `cfg`; UserError if they are missing, damaged or another's."""
-    import transformers
-
     if weights == "dummy":
-        folder, outline = SCALE_MODELS / cfg.dummy_tokenizer, _outline(cfg, weights, None)
+        borrowed = cfg.dummy_tokenizer and str(SCALE_MODELS / cfg.dummy_tokenizer)
+        outline = outline_of(cfg, weights, None if borrowed else source_of(cfg, cfg.hub_id))
         with loading(f"weights={weights}", "choose another model"), _locking(outline, 1):
+            tokenizer: Any = _tokenizer(borrowed or source_of(cfg, cfg.hub_id), outline)
             offloaded = OffloadedModel.from_meta(outline, device, seed)
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     else:
         model, tokenizer = load_plain(cfg, weights)
         with loading(f"weights={weights}", "choose another model"), _locking(model):
@@ -87,8 +86,8 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedMo
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
-    with hub_access() if weights == "hub" else nullcontext():
-        outline = _outline(cfg, weights, source)
+    with hub_access() if is_hub(weights) else nullcontext():
+        outline = outline_of(cfg, weights, source)
         tokenizer = _tokenizer(source, outline)
         _check_memory(outline, f"weights={weights} of {cfg.name}")
         return _whole(source, outline.dtype), tokenizer
@@ -134,11 +133,11 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
-def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
+def outline_of(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     import transformers
 
-    wanted, dtype = [OmegaConf.select(cfg, key) for key in FACTS], getattr(torch, cfg.dtype)
+    wanted = [OmegaConf.select(cfg, key) for key in FACTS]
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
         configs, models = transformers.AutoConfig, transformers.AutoModelForCausalLM
@@ -146,6 +145,8 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
             config = configs.for_model(wanted[0])
         else:
             config = configs.from_pretrained(source, trust_remote_code=False)
+        told = cfg.dtype or getattr(config.get_text_config(), "dtype", None) or config.dtype
+        dtype = getattr(torch, str(told or "bfloat16").removeprefix("torch."))
         model = models.from_config(config, dtype=dtype, trust_remote_code=False)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
@@ -167,7 +168,7 @@ def _better(facts: tuple[Any, ...], folder: Path) -> str:
         model = OmegaConf.load(path)
         if facts == tuple(OmegaConf.select(model, key) for key in FACTS):
             return f"use model={path.stem}"
-    return "write a YAML for them in conf/model"
+    return "use model=checkpoint, which takes their facts"
 
 
 def _tokenizer(source: str, outline: Any) -> Any:

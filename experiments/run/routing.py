@@ -67,8 +67,9 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
 
 def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:
     model = values_of(cfg.model)
-    # Routing does not depend on it.
-    del model["prefetch_distance"]
+    # Routing does not depend on them.
+    for name in ("prefetch_distance", "facts"):
+        model.pop(name, None)
     asked = {
         "model": model,
         "weights": str(cfg.weights),
