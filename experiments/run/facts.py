@@ -44,7 +44,7 @@ def complete(cfg: DictConfig) -> None:
 def facts_of(model: transformers.PreTrainedModel, source: str) -> dict[str, Any]:
     """Return the facts of a model on the meta device that a folder or hub id describes."""
     config: Any = model.config.get_text_config()
-    path = Path(source).expanduser()
+    path = Path(source)
     name = re.sub(r"[^\w.+-]+", "-", (path.resolve() if path.exists() else path).name.lower())
     facts = {
         **{"name": name.lstrip(".+-") or "checkpoint", "hub_id": source if is_hub(source) else ""},

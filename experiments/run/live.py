@@ -240,6 +240,7 @@ class LiveSetup(Setup):
             line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         return (
             f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
+            *([f"weights: {self.model.cast}"] if self.model.cast else []),
             line,
             slots_line(self.shape, self.slots),
             f"prompts from {prompts.dataset}: {prompts.source}",
@@ -354,6 +355,7 @@ class LiveSetup(Setup):
             "expert_bytes": model.full_expert_bytes,
             "stored_expert_bytes": model.offloaded.store.layout.nbytes,
             "positions": model.positions,
+            "cast": model.cast,
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": model.offloaded.dense_bytes,

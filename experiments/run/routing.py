@@ -119,6 +119,7 @@ def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> T
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": load.passes,
         "positions": model.positions,
+        "cast": model.cast,
         **provenance(),
     }
     gates = gate_weights(model.offloaded)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.errors import UserError
 from experiments.run.config import check, full_size
 from experiments.run.console import Console
 from experiments.run.facts import facts_of
+from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import run
 from experiments.run.weights import SCALE_MODELS
 from finemoe.costs import Accelerator, CountedModel, RooflineCosts
@@ -153,3 +157,59 @@ def test_dummies_are_like_the_checkpoint(folders: dict[str, Path], tmp_path: Pat
     record = record_of(tmp_path)
     assert (record["model"], record["summary"]["lossless"]) == ("my-jamba", True)
     assert SCALE_MODELS.name not in record["config"]["model"]["facts"]
+
+
+# Loading ----------------------------------------------------------------------------------------
+
+
+def loaded(folder: Path, *told: str) -> LoadedModel:
+    cfg = composed("model=checkpoint", f"weights='{folder}'", *told)
+    check(cfg)
+    return load_model(cfg.model, str(folder), torch.device("cpu"), 0)
+
+
+def test_a_cast_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = folders["qwen3_moe"]
+    assert loaded(folder).cast is None
+    cfg = composed("model=checkpoint", f"weights='{folder}'", "model.dtype=float32")
+    cfg.output = str(tmp_path)
+    record = run(cfg, Console(quiet=True))
+    assert record["cast"] == "BF16 cast to float32"
+    assert record["config"]["model"]["facts"].startswith("my-qwen3_moe is a qwen3_moe in float32")
+
+
+def test_quantised_weights_are_brought_to_the_model_s_dtype_and_said(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["qwen3_moe"], tmp_path / "fp8"))
+    tensors = load_file(folder / "model.safetensors")
+    routed = [name for name in tensors if ".experts." in name]
+    for name in routed:
+        tensors[name] = tensors[name].mul(4).to(torch.float8_e4m3fn)
+        tensors[name.replace("weight", "weight_scale_inv")] = torch.full((2, 2), 0.25)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = loaded(folder)
+    assert model.cast == "fp8 dequantised to bfloat16"
+    store = model.offloaded.store
+    down = tensors["model.layers.0.mlp.experts.3.down_proj.weight"].float().mul(0.25).bfloat16()
+    assert torch.equal(store.layout.views(store.blocks[3])["down_proj"], down)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["qwen3_moe"], tmp_path / "mute"))
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"cannot load the tokenizer .*: it makes no tokens"):
+        loaded(folder)
+
+
+def test_a_damaged_folder_ends_in_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["qwen3_moe"], tmp_path / "short"))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    done = run_command(*SMALL, f"weights={folder}", f"output={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "not fully covered; copy or download the checkpoint again" in done.stderr
