@@ -380,7 +380,11 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     shape = model.offloaded.shape
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_gates:
-        policy.set_gates(gate_weights(model.offloaded))
+        try:
+            policy.set_gates(gate_weights(model.offloaded))
+        except ValueError as error:
+            cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
+            raise UserError(f"{cause}; choose another system") from error
     full, devices = model.full_expert_bytes, testbed.devices
     budget, slots = budget_slots(cfg, policy, full, shape, len(devices))
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)

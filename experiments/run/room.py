@@ -70,14 +70,18 @@ def free_bytes(device: torch.device) -> int:
 def attention_of(config: Any) -> tuple[int, int]:
     """Return the numbers that an attention layer keeps of a token: keys and values, or their latent
     form; and the width of all heads' keys and values."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if latent := getattr(config, "kv_lora_rank", None):
-        rotary = config.qk_rope_head_dim
-        return latent + rotary, heads * (config.qk_nope_head_dim + rotary + config.v_head_dim)
-    values = getattr(config, "v_head_dim", None) or size
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return kept * (size + values), heads * (size + values)
+    heads = _of(config, "num_attention_heads")
+    size = _of(config, "head_dim") or config.hidden_size // heads
+    values = _of(config, "v_head_dim") or size
+    if latent := _of(config, "kv_lora_rank"):
+        rotary = _of(config, "qk_rope_head_dim")
+        return latent + rotary, heads * (_of(config, "qk_nope_head_dim") + rotary + values)
+    return (_of(config, "num_key_value_heads") or heads) * (size + values), heads * (size + values)
+
+
+def _of(config: Any, name: str) -> Any:
+    """Return a value of a config, also one that single layers may have otherwise."""
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
 
 def needed_beside(
@@ -94,7 +98,7 @@ def needed_beside(
     - CUDA: 0.5 GB on each device, for kernels, workspaces and what its allocator cannot use.
     """
     (kept, attended), hidden = attention_of(config), config.hidden_size
-    widest = max(getattr(config, name, None) or 0 for name in MLP_WIDTHS)
+    widest = max(_of(config, name) or 0 for name in MLP_WIDTHS)
     cached, prefill, rows = map(max, *extents, (0, 0, 0))
     layer = (10 + top_k) * max(hidden, attended // 2) + 4 * widest
     return {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.offload.device import ExpertKernel, HostStore
+from finemoe.offload.gates import rank_as_chosen
 from finemoe.offload.policy import ModelShape
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class OffloadedModel:
         model.eval()
         model.set_experts_implementation(IMPLEMENTATION)
         gates, experts, logits_index = find_moe_layers(model)
+        with torch.inference_mode():
+            hidden = torch.zeros(1, 2, shape.hidden_size, dtype=model.dtype, device=model.device)
+            rank_as_chosen(gates, logits_index, shape.experts, hidden)
         kernels = tuple(map(ExpertKernel, experts))
         return cls(model, store, shape, tuple(gates), tuple(experts), kernels, logits_index)
 
