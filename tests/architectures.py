@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from experiments.run.small_models import COMMON, random_model
 from experiments.run.weights import SCALE_MODELS
@@ -34,32 +36,60 @@ SMALL: dict[str, Any] = {
 
 LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 PERIODS = {"attn_layer_period": 2, "attn_layer_offset": 1}
+SHORT = {
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    **{"d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 128},
+}
 OWN: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": LINEAR,
+    "bailing_hybrid": {**LINEAR, "n_group": 2},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note_text": {"layer_types": ["indexed_attention"] * 3},
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2},
+        **{"moe_intermediate_size": 16, "hidden_size_per_layer_input": 8},
+        **{"vocab_size_per_layer_input": 128, "global_head_dim": 8},
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "inkling2_loop_text": SHORT,
+    "inkling2_text": SHORT,
     "jamba": {**PERIODS, "expert_layer_period": 2, "expert_layer_offset": 0},
+    "kimi_linear": LINEAR,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "full_attention", "moe", "mlp", "moe"],
+        "num_hidden_layers": 5,
+    },
     "qwen3_5_moe_text": LINEAR,
     "qwen3_next": LINEAR,
+    "qwen4_exp_text": {
+        **LINEAR,
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_budget": 8, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 64},
+        **{"ple_embed_dim": 8, "hc_lowrank": 4},
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What kinds need beside it."""
+
+
+def kinds() -> list[str]:
+    """Return the language models of transformers whose experts go through its interface."""
+    folder = Path(transformers.__file__).parent / "models"
+    files = sorted(folder.glob("*/modeling_*.py"))
+    found = {one.parent.name for one in files if "use_experts_implementation" in one.read_text()}
+    texts = {name.removesuffix("_text") for name in CAUSAL if name.endswith("_text")}
+    named = {f"{name}_text" if name in texts else name for name in found}
+    return sorted(named & {*CAUSAL})
 
 
 def small_config(kind: str, **changes: Any) -> PreTrainedConfig:
     """Return the config of a small member of an architecture."""
     default = AutoConfig.for_model(kind)
-    facts = {key: value for key, value in SMALL.items() if key in COMMON or _has(default, key)}
+    own = {key for key, value in vars(default).items() if value is not None or "rank" not in key}
+    facts = {key: value for key, value in SMALL.items() if key in own | {*COMMON}}
     if "kv_lora_rank" in facts:
         facts["num_key_value_heads"] = facts["num_attention_heads"]
     return AutoConfig.for_model(kind, **facts | OWN.get(kind, {}) | changes)
-
-
-def _has(config: PreTrainedConfig, key: str) -> bool:
-    """Tell whether a config has a value for a key; what may differ by layer raises."""
-    try:
-        return getattr(config, key, None) is not None
-    except AttributeError:
-        return True
 
 
 def saved(kind: str, folder: Path) -> Path:
