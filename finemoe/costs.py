@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from finemoe.offload.runtime import CostModel, IterationCosts
-from finemoe.options import CHECKED, Count, Micros, Rate, Share, Whole
+from finemoe.options import CHECKED, Bytes, Count, Flag, Micros, Rate, Share, Whole
 
 START_KERNELS = 14
 """Kernels before the first layer, counted in a decode step of transformers 5.23: embedding, rotary
@@ -65,6 +65,26 @@ class FullSizeModel:
     vocab_size: Count
     bytes_per_parameter: Count = 2
 
+    attention_share = 1
+    """Attention layers per MoE layer."""
+    layer_kernels = DENSE_KERNELS
+
+    @property
+    def layer_parts(self) -> tuple[int, ...]:
+        """Parameters outside routed experts that a MoE layer reads, product by product."""
+        router = self.hidden_size * self.experts
+        return self.attention_parameters, self.shared_parameters, router
+
+    @property
+    def cached(self) -> int:
+        """Numbers that an attention layer keeps of each token: its keys and values."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def attended(self) -> int:
+        """Width of all heads' queries and values, two operations each for a pair of tokens."""
+        return 2 * self.num_attention_heads * self.head_dim
+
     @property
     def attention_parameters(self) -> int:
         """Parameters of one layer's query, key, value and output projections."""
@@ -89,8 +109,7 @@ class FullSizeModel:
     @property
     def dense_bytes(self) -> int:
         """Bytes of what is never offloaded, norms and biases left out."""
-        router = self.hidden_size * self.experts
-        layer = self.attention_parameters + self.shared_parameters + router
+        layer = sum(self.layer_parts)
         return (self.layers * layer + 2 * self.head_parameters) * self.bytes_per_parameter
 
     @property
@@ -99,12 +118,64 @@ class FullSizeModel:
         return self.expert_parameters * self.bytes_per_parameter
 
 
+@checked_dataclass(frozen=True, config=CHECKED)
+class CountedModel:
+    """A model whose parameters were counted, whatever its layers are made of.
+
+    What is neither a routed expert nor embedding or head, dense layers, linear attention and Mamba
+    included, is spread evenly over the MoE layers. Windows and recurrent states are left out.
+    """
+
+    layers: Count
+    experts: Count
+    top_k: Count
+    hidden_size: Count
+    expert_bytes: Count
+    dense_bytes: Bytes
+    """Of all but routed experts."""
+    embedding_bytes: Bytes
+    head_bytes: Bytes
+    tied: Flag
+    """Whether embedding and head are one tensor."""
+    depth: Count
+    """Layers of all kinds."""
+    attention_layers: Whole
+    """Layers whose cache grows with every token."""
+    cached: Count
+    """See `FullSizeModel`; of one attention layer."""
+    attended: Count
+    shared_expert_bytes: Bytes
+    bytes_per_parameter: Count
+
+    @property
+    def attention_share(self) -> float:
+        return self.attention_layers / self.layers
+
+    @property
+    def layer_kernels(self) -> int:
+        """Kernels of as many layers as come with one MoE layer."""
+        return round(DENSE_KERNELS * self.depth / self.layers)
+
+    @property
+    def layer_parts(self) -> tuple[float, ...]:
+        ends = self.embedding_bytes + self.head_bytes * (not self.tied)
+        return ((self.dense_bytes - ends) / self.layers / self.bytes_per_parameter,)
+
+    @property
+    def head_parameters(self) -> float:
+        return self.head_bytes / self.bytes_per_parameter
+
+    @property
+    def expert_parameters(self) -> float:
+        return self.expert_bytes / self.bytes_per_parameter
+
+
 @dataclass(frozen=True)
 class RooflineCosts(CostModel):
     """A full-size model on an accelerator; all but routed experts runs on one device."""
 
     accelerator: Accelerator
-    model: FullSizeModel
+    model: FullSizeModel | CountedModel
     layer: float = 0.0
     """Seconds that a host adds to each layer."""
 
@@ -113,12 +184,10 @@ class RooflineCosts(CostModel):
         model, rows = self.model, sum(tokens)
         sync = self.accelerator.sync_us * 1e-6
         embedding = rows * model.hidden_size * model.bytes_per_parameter
-        dense = (
-            self._product(model.attention_parameters, rows, DENSE_KERNELS)
-            + self._attention(tokens, contexts)
-            + self._product(model.shared_parameters, rows)
-            + self._product(model.hidden_size * model.experts, rows)
-        )
+        first, *others = model.layer_parts
+        dense = self._product(first, rows, model.layer_kernels) + self._attention(tokens, contexts)
+        for part in others:
+            dense += self._product(part, rows)
         return IterationCosts(
             start=self.accelerator.seconds(embedding, 0, START_KERNELS) + sync,
             dense=dense + sync + self.layer,
@@ -128,7 +197,7 @@ class RooflineCosts(CostModel):
     def expert(self, tokens: int) -> float:
         return self._product(self.model.expert_parameters, tokens, EXPERT_KERNELS)
 
-    def _product(self, parameters: int, rows: int, kernels: int = 0) -> float:
+    def _product(self, parameters: float, rows: int, kernels: int = 0) -> float:
         """Return the seconds in which `rows` are multiplied with weights that are read once."""
         nbytes = parameters * self.model.bytes_per_parameter
         return self.accelerator.seconds(nbytes, 2 * parameters * rows, kernels)
@@ -137,8 +206,8 @@ class RooflineCosts(CostModel):
         """Return the seconds in which one layer reads its keys and values and attends causally."""
         model = self.model
         pairs = sum(t * c - t * (t - 1) // 2 for t, c in zip(tokens, contexts, strict=True))
-        cached = 2 * model.num_key_value_heads * model.head_dim * model.bytes_per_parameter
-        flops = 4 * model.num_attention_heads * model.head_dim * pairs
+        cached = model.cached * model.bytes_per_parameter * model.attention_share
+        flops = 2 * model.attended * pairs * model.attention_share
         return self.accelerator.seconds(cached * sum(contexts), flops, 0)
 
 

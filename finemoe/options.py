@@ -13,6 +13,7 @@ Flag = StrictBool
 Text = StrictStr
 Count = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=2**31)]
+Bytes = Annotated[int, Field(strict=True, ge=0, le=2**50)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(gt=0, le=1)]
 Rate = Annotated[Number, Field(ge=1e-3, le=1e9)]

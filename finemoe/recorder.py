@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finemoe.offload.gates import is_plain
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import FloatArray, GateWeights, Iteration
 from finemoe.offload.routed import RoutedStep
@@ -95,11 +96,11 @@ class Recorder:
 
 
 def gate_weights(model: OffloadedModel) -> GateWeights:
-    """Return the model's gates on the host; ValueError if they are no linear maps of (J, h)."""
+    """Return the model's gates on the host; ValueError if they choose by more than a linear map."""
     shape = model.shape
     weight = _stacked(model, "weight", (shape.experts, shape.hidden_size))
-    if weight is None:
-        raise ValueError(f"{type(model.gates[0]).__name__} is no linear gate; record without gates")
+    if weight is None or not all(map(is_plain, model.gates)):
+        raise ValueError(f"{type(model.gates[0]).__name__} chooses by more than a linear map")
     return GateWeights(weight, _stacked(model, "bias", (shape.experts,)))
 
 

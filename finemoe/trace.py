@@ -146,7 +146,8 @@ class Trace(ABC):
         missing += ["gates"] if gates and header.gates is None else []
         if missing:
             names = ", ".join(missing).replace("_", " ")
-            raise self._error(f"holds no {names}, which this run needs; record them too")
+            remedy = "record them too (of gates, only linear ones can be)"
+            raise self._error(f"holds no {names}, which this run needs; {remedy}")
 
 
 # Values in a file -------------------------------------------------------------------------------

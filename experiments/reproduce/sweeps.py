@@ -140,6 +140,7 @@ def source(overrides: Sequence[str], conf: Path = CONF) -> str:
     defaults = OmegaConf.load(conf / "config.yaml")
     kinds = [_value(one) for one in parse(overrides).get("weights", [])] or [str(defaults.weights)]
     models = [OmegaConf.load(path) for path in sorted((conf / "model").glob("*.yaml"))]
+    models = [one for one in models if one.name]  # A checkpoint's weights are among `kinds`.
     # A seed among the overrides is in the digest as such.
     prints = [fingerprint(model, kind, defaults.seed) for model in models for kind in kinds]
     return _digest_of([texts, overrides, prints])

@@ -22,7 +22,7 @@ from experiments.errors import UserError
 from experiments.run.records import check_writable
 from experiments.run.weights import source_of
 from experiments.run.workloads import WorkloadSettings
-from finemoe.costs import FullSizeModel
+from finemoe.costs import CountedModel, FullSizeModel
 from finemoe.expert_map import StoreMismatch
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
 from finemoe.offload.policy import ModelShape, Policy
@@ -41,7 +41,7 @@ OPTIONS = schema(
         hub_id=Text,
         dtype=Literal["bfloat16", "float16", "float32"],
         prefetch_distance=Count,
-        dummy_tokenizer=Text,
+        dummy_tokenizer=Text | None,
     ),
     dataset=schema(name=NAME),
     workload=dict[str, Any],
@@ -74,8 +74,16 @@ def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise UserError for what cannot be served, before weights or a dataset are loaded."""
+    """Raise UserError for what cannot be served, before weights or a dataset are loaded.
+
+    What `model=checkpoint` leaves open is filled in first.
+    """
     values = values_of(cfg)
+    if values["model"].get("counted", ...) is None:
+        from experiments.run.facts import complete
+
+        complete(cfg)
+        values = values_of(cfg)
     checked(OPTIONS, values, "")
     try:
         full_size(cfg.model)
@@ -199,13 +207,15 @@ def _key(cfg: DictConfig) -> str:
     return str(cfg._get_full_key(None) or cfg.get("_target_", ""))
 
 
-def full_size(model: DictConfig) -> FullSizeModel:
-    """Return the full-size shapes that conf/model gives; raise UserError."""
+def full_size(model: DictConfig) -> FullSizeModel | CountedModel:
+    """Return the full-size shapes that conf/model or a checkpoint gives; raise UserError."""
     values = values_of(model)
+    counted = values.get("counted")
     routing = ("layers", "experts", "top_k", "hidden_size", "expert_intermediate_size")
     own = {name: values[name] for name in routing if name in values}
-    own |= values.get("full_size") or {}
-    sizes: FullSizeModel = checked(FullSizeModel, own, "model")
+    own |= counted or values.get("full_size") or {}
+    kind = CountedModel if counted else FullSizeModel
+    sizes: FullSizeModel | CountedModel = checked(kind, own, "model")
     if sizes.top_k > sizes.experts:
         raise UserError(f"model.top_k={sizes.top_k}: there are only {sizes.experts} experts")
     return sizes

@@ -240,6 +240,7 @@ class LiveSetup(Setup):
             line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         return (
             f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
+            *([f"weights: {self.model.cast}"] if self.model.cast else []),
             line,
             slots_line(self.shape, self.slots),
             f"prompts from {prompts.dataset}: {prompts.source}",
@@ -354,6 +355,7 @@ class LiveSetup(Setup):
             "expert_bytes": model.full_expert_bytes,
             "stored_expert_bytes": model.offloaded.store.layout.nbytes,
             "positions": model.positions,
+            "cast": model.cast,
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": model.offloaded.dense_bytes,
@@ -378,13 +380,18 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     shape = model.offloaded.shape
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_gates:
-        policy.set_gates(gate_weights(model.offloaded))
+        try:
+            policy.set_gates(gate_weights(model.offloaded))
+        except ValueError as error:
+            cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
+            raise UserError(f"{cause}; choose another system") from error
     full, devices = model.full_expert_bytes, testbed.devices
     budget, slots = budget_slots(cfg, policy, full, shape, len(devices))
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = _extents(cfg, settings, load, bool(policy.learn))
     own, nbytes = model.offloaded.model, model.offloaded.store.layout.nbytes
-    beside = needed_beside(own.config.get_text_config(), own.dtype.itemsize, extents)
+    text = own.config.get_text_config()
+    beside = needed_beside(text, shape.top_k, own.dtype.itemsize, extents)
     if cause := shortage(devices, slots, nbytes, beside):
         remedy = "lower memory_budget, or the workload's batch size or lengths"
         raise UserError(f"the memory budget puts {cause}; {remedy}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
@@ -16,7 +18,7 @@ from safetensors import safe_open
 from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.room import available_bytes
-from experiments.run.weights import SCALE_MODELS, hub_access, loading, source_of
+from experiments.run.weights import SCALE_MODELS, hub_access, is_hub, loading, source_of
 from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ FACTS = (
     *("hidden_size", "expert_intermediate_size"),
 )
 """What tells models apart; scale models have the first four in common with the full ones."""
+
+DEQUANTISED = ("fp8", "mxfp4")
+"""How weights may be quantised that transformers can bring to the model's own dtype."""
+
+SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 LOADING_SHARE = 1.15
 """What loading takes in terms of what it must; 1.0 for large tensors, up to this for small ones."""
@@ -43,6 +50,8 @@ class LoadedModel:
     offloaded: OffloadedModel
     tokenizer: Any
     full_expert_bytes: int
+    cast: str | None = None
+    """From which dtype to which most of the weights were brought, if that is not their own."""
 
     @property
     def positions(self) -> int | None:
@@ -57,29 +66,26 @@ def check_weights(cfg: DictConfig) -> None:
     What the hub's cache lacks is compared when it is loaded.
     """
     model, weights = cfg.model, str(cfg.weights)
-    source: Any = source_of(model, weights)
-    if weights == "hub":
-        cached = try_to_load_from_cache(model.hub_id, "config.json")
-        source = Path(cached).parent if isinstance(cached, str) else None
-    if source:
-        _outline(model, weights, str(source))
+    if folder := _folder(source_of(model, weights)):
+        outline_of(model, weights, str(folder))
 
 
 def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -> LoadedModel:
     """Load `weights` of the model of `cfg`; UserError if they are missing, damaged or another's."""
-    import transformers
-
     if weights == "dummy":
-        folder, outline = SCALE_MODELS / cfg.dummy_tokenizer, _outline(cfg, weights, None)
+        borrowed = cfg.dummy_tokenizer and str(SCALE_MODELS / cfg.dummy_tokenizer)
+        outline = outline_of(cfg, weights, None if borrowed else source_of(cfg, cfg.hub_id))
         with loading(f"weights={weights}", "choose another model"), _locking(outline, 1):
+            tokenizer: Any = _tokenizer(borrowed or source_of(cfg, cfg.hub_id), outline)
             offloaded = OffloadedModel.from_meta(outline, device, seed)
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     else:
         model, tokenizer = load_plain(cfg, weights)
         with loading(f"weights={weights}", "choose another model"), _locking(model):
             offloaded = OffloadedModel.from_model(model, device)
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
-    return LoadedModel(cfg.name, weights, offloaded, tokenizer, full)
+    folder = None if weights in ("dummy", "scale") else _folder(source_of(cfg, weights))
+    cast = _cast(folder, offloaded.model.dtype) if folder else None
+    return LoadedModel(cfg.name, weights, offloaded, tokenizer, full, cast)
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
@@ -87,8 +93,8 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedMo
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
-    with hub_access() if weights == "hub" else nullcontext():
-        outline = _outline(cfg, weights, source)
+    with hub_access() if is_hub(weights) else nullcontext():
+        outline = outline_of(cfg, weights, source)
         tokenizer = _tokenizer(source, outline)
         _check_memory(outline, f"weights={weights} of {cfg.name}")
         return _whole(source, outline.dtype), tokenizer
@@ -134,11 +140,11 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
-def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
+def outline_of(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     import transformers
 
-    wanted, dtype = [OmegaConf.select(cfg, key) for key in FACTS], getattr(torch, cfg.dtype)
+    wanted = [OmegaConf.select(cfg, key) for key in FACTS]
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
         configs, models = transformers.AutoConfig, transformers.AutoModelForCausalLM
@@ -146,6 +152,8 @@ def _outline(cfg: DictConfig, weights: str, source: str | None) -> transformers.
             config = configs.for_model(wanted[0])
         else:
             config = configs.from_pretrained(source, trust_remote_code=False)
+        told = cfg.dtype or getattr(config.get_text_config(), "dtype", None) or config.dtype
+        dtype = getattr(torch, str(told or "bfloat16").removeprefix("torch."))
         model = models.from_config(config, dtype=dtype, trust_remote_code=False)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
@@ -167,7 +175,7 @@ def _better(facts: tuple[Any, ...], folder: Path) -> str:
         model = OmegaConf.load(path)
         if facts == tuple(OmegaConf.select(model, key) for key in FACTS):
             return f"use model={path.stem}"
-    return "write a YAML for them in conf/model"
+    return "use model=checkpoint, which takes their facts"
 
 
 def _tokenizer(source: str, outline: Any) -> Any:
@@ -177,6 +185,8 @@ def _tokenizer(source: str, outline: Any) -> Any:
     with loading(f"the tokenizer of {source}", remedy):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         ids, rows = max(tokenizer.get_vocab().values()) + 1, outline.get_input_embeddings().weight
+        if not tokenizer.encode("text", add_special_tokens=False):
+            raise ValueError("it makes no tokens of text, as if its files were missing")
     if ids > len(rows):
         cause = f"the tokenizer of {source} has {ids} ids, the model's vocabulary {len(rows)}"
         raise UserError(f"{cause}; {remedy}")
@@ -184,7 +194,7 @@ def _tokenizer(source: str, outline: Any) -> Any:
 
 
 def _whole(source: str, dtype: torch.dtype) -> Any:
-    """Return a model with every weight from its files, and none left over."""
+    """Return a model with every weight from its files, dequantised, and none left over."""
     import transformers
 
     again = "copy or download the checkpoint again"
@@ -193,11 +203,44 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
             pass
     with loading(f"the weights of {source}", again):
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if (method := _quantised(config)) in DEQUANTISED:
+            config.quantization_config["dequantize"] = True
+        elif method and method not in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING:
+            raise ValueError(f"transformers knows no {method}, by which they are quantised")
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         options = {"dtype": dtype, "device_map": "cpu", "trust_remote_code": False}
-        model, report = load(source, **options, **checks)
+        model, report = load(source, config=config, **options, **checks)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
             cause = f"{len(keys)} tensors are {kind}, such as {min(map(str, keys))}; {again}"
             raise UserError(f"the weights of {source} do not fit its config.json: {cause}")
     return model
+
+
+def _quantised(config: Any) -> str | None:
+    """Return by which method the weights of a config are quantised, if they are."""
+    told: Any = getattr(config, "quantization_config", None)
+    return told and str(told.get("quant_method"))
+
+
+def _cast(folder: Path, dtype: torch.dtype) -> str | None:
+    """Say what weights were in their files, by most of them, if a model of `dtype` has others."""
+    import transformers
+
+    own = str(dtype).removeprefix("torch.")
+    if method := _quantised(transformers.AutoConfig.from_pretrained(folder)):
+        return f"{method} dequantised to {own}"
+    stored = Counter[str]()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            for one in map(tensors.get_slice, tensors.keys()):
+                stored[one.get_dtype()] += math.prod(one.get_shape())
+    (most, _), *_ = stored.most_common(1) or [(SAFETENSORS[own], 0)]
+    return None if most == SAFETENSORS[own] else f"{most} cast to {own}"
+
+
+def _folder(source: str) -> Path | None:
+    """Return the folder of weights, if they are here."""
+    path = try_to_load_from_cache(source, "config.json") if is_hub(source) else f"{source}/_"
+    return Path(path).parent if isinstance(path, str) else None

@@ -146,6 +146,8 @@ class Setup(ABC):
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Carry out one run, write its record, and return it. Raises UserError."""
     check(cfg)
+    if facts := cfg.model.get("facts"):
+        console.announce([facts])
     try:
         with prepare(cfg, console) as setup:
             console.announce(setup.description())

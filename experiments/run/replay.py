@@ -192,6 +192,7 @@ class ReplaySetup(Setup):
             "expert_bytes": self.plan.expert_bytes,
             "stored_expert_bytes": self.plan.expert_bytes,
             "positions": origin.get("positions"),
+            "cast": origin.get("cast"),
             "prediction_costs": self.costs.prediction_source,
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,

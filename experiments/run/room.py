@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,26 +67,42 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def needed_beside(config: PreTrainedConfig, width: int, extents: Sequence[Extent]) -> Parts:
+def attention_of(config: Any) -> tuple[int, int]:
+    """Return the numbers that an attention layer keeps of a token: keys and values, or their latent
+    form; and the width of all heads' keys and values."""
+    heads = _of(config, "num_attention_heads")
+    size = _of(config, "head_dim") or config.hidden_size // heads
+    values = _of(config, "v_head_dim") or size
+    if latent := _of(config, "kv_lora_rank"):
+        rotary = _of(config, "qk_rope_head_dim")
+        return latent + rotary, heads * (_of(config, "qk_nope_head_dim") + rotary + values)
+    return (_of(config, "num_key_value_heads") or heads) * (size + values), heads * (size + values)
+
+
+def _of(config: Any, name: str) -> Any:
+    """Return a value of a config, also one that single layers may have otherwise."""
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
+
+
+def needed_beside(
+    config: PreTrainedConfig, top_k: int, width: int, extents: Sequence[Extent]
+) -> Parts:
     """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
 
-    - KV cache: 2 x 2 x layers x KV heads x head size for each token of the most that lie in caches
-      at once, padding included: keys and values, and all twice, for a cache that grows or is joined
-      is copied.
+    - KV cache: 2 x layers x keys and values for each token of the most that lie in caches at once,
+      padding included: all twice, for a cache that grows or is joined is copied.
     - activations: (10 + K) h + 4 w for each token of the longest prefill: hidden states, attention
       (of h, or all its heads) and the outputs of K experts; and one expert, of width w, that all
       tokens went to. Attention keeps no matrix of scores.
     - logits: the vocabulary for each row of them.
     - CUDA: 0.5 GB on each device, for kernels, workspaces and what its allocator cannot use.
     """
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    size = getattr(config, "head_dim", None) or hidden // heads
-    widest = max(getattr(config, name, None) or 0 for name in MLP_WIDTHS)
+    (kept, attended), hidden = attention_of(config), config.hidden_size
+    widest = max(_of(config, name) or 0 for name in MLP_WIDTHS)
     cached, prefill, rows = map(max, *extents, (0, 0, 0))
-    keys = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
-    layer = (10 + config.num_experts_per_tok) * max(hidden, heads * size) + 4 * widest
+    layer = (10 + top_k) * max(hidden, attended // 2) + 4 * widest
     return {
-        "KV cache": 4 * keys * cached * width,
+        "KV cache": 2 * config.num_hidden_layers * kept * cached * width,
         "activations": layer * prefill * width,
         "logits": config.vocab_size * rows * width,
         "CUDA": CUDA_BYTES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,9 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
 
 def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:
     model = values_of(cfg.model)
-    # Routing does not depend on it.
-    del model["prefetch_distance"]
+    # Routing does not depend on them.
+    for name in ("prefetch_distance", "facts"):
+        model.pop(name, None)
     asked = {
         "model": model,
         "weights": str(cfg.weights),
@@ -122,7 +123,10 @@ def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> T
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": load.passes,
         "positions": model.positions,
+        "cast": model.cast,
         **provenance(),
     }
-    gates = gate_weights(model.offloaded)
+    gates = None
+    with suppress(ValueError):  # Who applies them to hidden states has no use for such a trace.
+        gates = gate_weights(model.offloaded)
     return TraceHeader(model.offloaded.shape, dtype, CONTENTS, origin, gates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from experiments.errors import UserError
 
 SCALE_MODELS = ROOT / "experiments" / "scale"
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
+NAMED = ("scale", "dummy", "hub")
+"""Weights that go with a model of conf/model; all others bring their own facts."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LARGE = 2**30  # bytes, from which on a file is told by its size and time of change
 
 
@@ -32,17 +36,24 @@ def fingerprint(model: Any, weights: str, seed: int) -> str:
     """
     if weights == "dummy":
         facts = [("dummy", str(seed))]
-    elif weights == "hub":
-        name = "models--" + model["hub_id"].replace("/", "--")
+    elif is_hub(weights):
+        hub_id = model["hub_id"] if weights == "hub" else weights
+        name = "models--" + hub_id.replace("/", "--")
         reference = Path(constants.HF_HUB_CACHE, name, "refs", "main")
         revision = reference.read_text().strip() if reference.exists() else "unknown"
-        facts = [(model["hub_id"], revision)]
+        facts = [(hub_id, revision)]
     else:
         folder = folder_of(model, weights).resolve()
         paths = sorted(path for pattern in OF_A_MODEL for path in folder.glob(pattern))
         stats = [(path, path.stat()) for path in paths]
         facts = [(path.name, _digest(path, one.st_size, one.st_mtime_ns)) for path, one in stats]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def is_hub(weights: str) -> bool:
+    """Tell whether weights come from the hub: no folder here has the name of an id."""
+    named = HUB_ID.fullmatch(weights) and not Path(weights).exists()
+    return weights == "hub" or bool(named)
 
 
 def folder_of(model: Any, weights: str) -> Path:
@@ -52,8 +63,8 @@ def folder_of(model: Any, weights: str) -> Path:
 
 def source_of(model: Any, weights: str) -> str:
     """Return the folder or hub id of weights; UserError for a folder that is no checkpoint."""
-    if weights == "hub":
-        return str(model.hub_id)
+    if is_hub(weights):
+        return str(model.hub_id) if weights == "hub" else weights
     path = folder_of(model, weights)
     if (path / "config.json").exists():
         return str(path)
@@ -61,7 +72,8 @@ def source_of(model: Any, weights: str) -> str:
         train = f"train one with python -m experiments.train.scale_models model={model.name}"
         others = "or use weights=dummy, weights=hub or a local folder"
         raise UserError(f"no scale model of {model.name} is there; {train}, {others}")
-    raise UserError(f"weights={weights} is neither scale, dummy, hub nor a folder with config.json")
+    known = "neither scale, dummy, hub nor a folder with config.json, nor owner/name on the hub"
+    raise UserError(f"weights={weights} is {known}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.offload.device import ExpertKernel, HostStore
+from finemoe.offload.gates import rank_as_chosen
 from finemoe.offload.policy import ModelShape
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPLEMENTATION = "finemoe"
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+"""What configs call the experts of a token."""
 
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -97,6 +100,9 @@ class OffloadedModel:
         model.eval()
         model.set_experts_implementation(IMPLEMENTATION)
         gates, experts, logits_index = find_moe_layers(model)
+        with torch.inference_mode():
+            hidden = torch.zeros(1, 2, shape.hidden_size, dtype=model.dtype, device=model.device)
+            rank_as_chosen(gates, logits_index, shape.experts, hidden)
         kernels = tuple(map(ExpertKernel, experts))
         return cls(model, store, shape, tuple(gates), tuple(experts), kernels, logits_index)
 
@@ -118,8 +124,19 @@ def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.
 def shape_of(model: "PreTrainedModel") -> ModelShape:
     """Return the shape of a model that has its experts; ValueError if a token needs more."""
     config = model.config.get_text_config()
-    experts = find_moe_layers(model)[1]
-    count = next(experts[0].parameters(recurse=False)).shape[0]
-    if not 1 <= config.num_experts_per_tok <= count:
-        raise ValueError(f"num_experts_per_tok={config.num_experts_per_tok} of {count} experts")
-    return ModelShape(len(experts), count, config.num_experts_per_tok, config.hidden_size)
+    gates, experts, _ = find_moe_layers(model)
+    count, top_k = next(experts[0].parameters(recurse=False)).shape[0], _top_k(gates, config)
+    if not 1 <= top_k <= count:
+        raise ValueError(f"tokens go to {top_k} of {count} experts")
+    return ModelShape(len(experts), count, top_k, config.hidden_size)
+
+
+def _top_k(gates: list[nn.Module], config: Any) -> int:
+    """Return to how many experts a token goes, by the gates or else the config, or ValueError."""
+    told = next((k for name in TOP_K if (k := getattr(config, name, None)) is not None), 0)
+    found: set[Any] = {getattr(gate, "top_k", None) for gate in gates}
+    if None in found:
+        found = set(told) if isinstance(told, list) else {told}
+    if len(found) != 1:
+        raise ValueError(f"the layers differ in how many experts a token goes to: {found}")
+    return int(found.pop())

@@ -57,7 +57,10 @@ COSTS = RooflineCosts(ROUND, TINY)
 
 
 def full_size(name: str) -> FullSizeModel:
-    return shapes(OmegaConf.load(CONF / "model" / f"{name}.yaml"))  # type: ignore[arg-type]
+    option: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    sizes = shapes(option)
+    assert isinstance(sizes, FullSizeModel)
+    return sizes
 
 
 @pytest.fixture(scope="module", params=TESTBEDS)

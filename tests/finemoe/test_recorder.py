@@ -66,7 +66,7 @@ def test_gates_have_a_bias_and_one_shape() -> None:
     with_bias, without = gates.logits(2, np.zeros((1, 32), np.float32)), np.full((1, 4), 3.0)
     np.testing.assert_array_equal(with_bias, without)
     model.gates[0].weight = torch.nn.Parameter(torch.zeros(3, 32))
-    with pytest.raises(ValueError, match="no linear gate"):
+    with pytest.raises(ValueError, match="more than a linear map"):
         gate_weights(model)
 
 

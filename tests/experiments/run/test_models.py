@@ -73,6 +73,7 @@ def enlarge_tokenizer(folder: Path) -> None:
 CUSTOM = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "model-00001-of-.*not fully": lambda it: shard(it).write_bytes(shard(it).read_bytes()[:-100]),
+    "model-00001-of-.*header too small": lambda it: shard(it).write_bytes(b""),
     "No such file.*model-00001": lambda it: shard(it).unlink(),
     "no file named model.safetensors": lambda it: remove(it, "model*"),
     "cannot load the tokenizer of": lambda it: remove(it, "tokenizer*"),
@@ -82,6 +83,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 ODD_CONFIGS: dict[str, dict[str, Any]] = {
     "requires optimum.*; install": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "requires gptqmodel.*; install": {"quantization_config": {"quant_method": "awq"}},
+    "transformers knows no odd, by which": {"quantization_config": {"quant_method": "odd"}},
     "9 tensors are missing, such as model.layers.2": {"num_hidden_layers": 3},
     "tensors are mismatched": {"hidden_size": 32},
     "'hidden_size' expected int": {"hidden_size": "x"},

@@ -1,0 +1,85 @@
+"""Gates that choose experts by other scores than their logits: sigmoids, biases, groups.
+
+What such a gate takes its top K of is handed on in place of its logits, so that a softmax of them
+ranks experts as the gate does and everybody sees the same: policies, traces and replays.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+SQUASHING = ("sigmoid", "softmax")
+PASSING = ("linear", "matmul", "mm", "softmax", "to", "float", "type", "view", "reshape")
+"""Functions that leave the order of logits as it is, or make them."""
+LEAST = 1e-6
+"""Share of scores below zero and of masked experts."""
+
+
+class Ranking(TorchFunctionMode):
+    """Keeps what is last ranked within the block, if its order is not that of the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: Tensor | None = None
+        self._like_logits: list[Any] = []
+        self._squashed = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        self._squashed |= name in SQUASHING
+        known = name in ("linear", "matmul", "mm") or self._knows(args[0] if args else None)
+        if name in PASSING and known:
+            self._like_logits.append(output)
+        if name == "topk":
+            self.scores = None if self._knows(args[0]) else args[0]
+        return output
+
+    def _knows(self, value: Any) -> bool:
+        return any(value is one for one in self._like_logits)
+
+    def logits(self, own: Tensor) -> Tensor:
+        """Return what a softmax turns into the scores' shares, or a gate's own logits."""
+        if self.scores is None:
+            return own
+        scores = self.scores.float().reshape(own.shape)
+        if not self._squashed:
+            return scores
+        scores = scores.clamp_min(LEAST)
+        return (scores / scores.sum(-1, keepdim=True)).log()
+
+
+def rank_as_chosen(gates: Sequence[Any], index: int, experts: int, hidden: Tensor) -> None:
+    """Have gates say what they choose by; `hidden` (1, T, h) is what they are tried with.
+
+    Raises ValueError for gates that choose among others than a layer's experts.
+    """
+    for gate in gates:
+        try:
+            with Ranking() as ranking:
+                width = gate(hidden)[index].shape[-1]
+        except TypeError:  # It takes more, such as a bias.
+            width, plain = experts, False
+        else:
+            plain = ranking.scores is None
+        if width != experts:
+            raise ValueError(f"gates choose among {width}, and layers have {experts} experts")
+        if not plain:
+            gate.forward = partial(_told, gate.forward, index)
+
+
+def is_plain(gate: nn.Module) -> bool:
+    """Tell whether a gate chooses by its logits alone."""
+    return "forward" not in vars(gate)
+
+
+def _told(forward: Callable[..., Any], index: int, *inputs: Any, **options: Any) -> Any:
+    with Ranking() as ranking:
+        output = list(forward(*inputs, **options))
+    output[index] = ranking.logits(output[index])
+    return tuple(output)

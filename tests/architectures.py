@@ -1,0 +1,101 @@
+"""Small members of the mixture-of-experts architectures of the installed transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+from experiments.run.small_models import COMMON, random_model
+from experiments.run.weights import SCALE_MODELS
+
+SMALL: dict[str, Any] = {
+    **COMMON,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size"), 32),
+    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("head_dim", "kv_lora_rank", "q_lora_rank", "v_head_dim"), 8),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
+    **{"n_group": 2, "topk_group": 1, "sliding_window": 6},
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
+    **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{"linear_head_dim": 8, "mamba_d_state": 4, "mamba_dt_rank": 4, "mamba_n_heads": 8},
+    **{"mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, "mamba_num_heads": 8},
+    **{"mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1},
+    **{"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+}
+"""By key; a config gets those that its kind has."""
+
+LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+PERIODS = {"attn_layer_period": 2, "attn_layer_offset": 1}
+SHORT = {
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    **{"d_rel": 4, "rel_extent": 16, "unpadded_vocab_size": 128},
+}
+OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {**LINEAR, "n_group": 2},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "dots3_note_text": {"layer_types": ["indexed_attention"] * 3},
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2},
+        **{"moe_intermediate_size": 16, "hidden_size_per_layer_input": 8},
+        **{"vocab_size_per_layer_input": 128, "global_head_dim": 8},
+    },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "inkling2_loop_text": SHORT,
+    "inkling2_text": SHORT,
+    "jamba": {**PERIODS, "expert_layer_period": 2, "expert_layer_offset": 0},
+    "kimi_linear": LINEAR,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "full_attention", "moe", "mlp", "moe"],
+        "num_hidden_layers": 5,
+    },
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "qwen4_exp_text": {
+        **LINEAR,
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+        **{"indexer_budget": 8, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 64},
+        **{"ple_embed_dim": 8, "hc_lowrank": 4},
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What kinds need beside it."""
+
+
+def kinds() -> list[str]:
+    """Return the language models of transformers whose experts go through its interface."""
+    folder = Path(transformers.__file__).parent / "models"
+    files = sorted(folder.glob("*/modeling_*.py"))
+    found = {one.parent.name for one in files if "use_experts_implementation" in one.read_text()}
+    texts = {name.removesuffix("_text") for name in CAUSAL if name.endswith("_text")}
+    named = {f"{name}_text" if name in texts else name for name in found}
+    return sorted(named & {*CAUSAL})
+
+
+def small_config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """Return the config of a small member of an architecture."""
+    default = AutoConfig.for_model(kind)
+    own = {key for key, value in vars(default).items() if value is not None or "rank" not in key}
+    facts = {key: value for key, value in SMALL.items() if key in own | {*COMMON}}
+    if "kv_lora_rank" in facts:
+        facts["num_key_value_heads"] = facts["num_attention_heads"]
+    return AutoConfig.for_model(kind, **facts | OWN.get(kind, {}) | changes)
+
+
+def saved(kind: str, folder: Path) -> Path:
+    """Save a random small member of an architecture with a tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
+    config = small_config(kind, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    random_model(config, torch.bfloat16, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

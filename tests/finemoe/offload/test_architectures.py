@@ -1,0 +1,86 @@
+"""Every mixture-of-experts architecture of transformers is served bit for bit, or listed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.run.live import PlainRuntime
+from experiments.run.small_models import random_model
+from finemoe.assemble import offloading_runtime
+from finemoe.offload.model import OffloadedModel
+from tests.architectures import kinds, small_config
+from tests.engine import CPU, configured, emulated, logits_of, prepared, requests
+
+ROUNDED = "other logits than eager experts"
+"""Theirs add up in float32: the engine's logits are the same under every budget, but not these."""
+NOT_SERVED = {
+    "deepseek_v4": "ValueError: 0 gates for 3 MoE layers",
+    "inkling2_loop_text": ROUNDED,
+    "inkling2_text": ROUNDED,
+    "nemotron_h": ROUNDED,
+    "zaya": "ValueError: gates choose among 9, and layers have 8 experts",
+}
+"""Why, as the outcome begins."""
+
+
+def member(kind: str) -> Any:
+    """Return a random small model whose gates are biased, with eager experts."""
+    model = random_model(small_config(kind), torch.bfloat16, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in (*model.named_buffers(), *model.named_parameters()):
+        if name.endswith(("score_correction_bias", "expert_bias", "expert_biases")):
+            value.data.uniform_(0, 0.5, generator=generator)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def watch(model: OffloadedModel) -> list[str]:
+    """Compare what gates are said to choose by with what they choose; return where it differs."""
+    wrong: list[str] = []
+    ranked: list[torch.Tensor] = []
+
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
+        ranked.append(output[model.logits_index].reshape(-1, model.shape.experts))
+
+    def compare(layer: int, _module: Any, inputs: Any) -> None:
+        logits, chosen = ranked.pop(), inputs[1]
+        best = logits.topk(model.shape.top_k).values[:, -1:]
+        if (logits.gather(1, chosen) < best).any():
+            wrong.append(f"layer {layer}")
+
+    for layer, (gate, experts) in enumerate(zip(model.gates, model.experts, strict=True)):
+        gate.register_forward_hook(note)
+        experts.register_forward_pre_hook(partial(compare, layer))
+    return wrong
+
+
+def outcome(kind: str) -> str:
+    """Serve a kind under a tight budget; return "served", or what is in the way."""
+    load = requests(2, 9)
+    try:
+        expected = logits_of(PlainRuntime(member(kind)), load)
+        model = OffloadedModel.from_model(member(kind), CPU)
+        policy = prepared(configured("finemoe", model.shape), model)
+        wrong, slots = watch(model), (max(model.shape.top_k, model.shape.size // 3),)
+        nbytes = model.store.layout.nbytes
+        with offloading_runtime(model, policy, emulated(), slots, nbytes) as runtime:
+            logits = logits_of(runtime, load)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if len(logits) != len(expected) or not all(map(torch.equal, logits, expected)):
+        return "other logits than eager experts"
+    return f"chooses otherwise in {wrong[0]}" if wrong else "served"
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_an_architecture_is_served_bit_for_bit_or_listed(kind: str) -> None:
+    assert outcome(kind).startswith(NOT_SERVED.get(kind, "served"))
+
+
+def test_only_architectures_that_exist_are_listed() -> None:
+    assert {*NOT_SERVED} <= {*kinds()}
+    assert len(kinds()) > 50
