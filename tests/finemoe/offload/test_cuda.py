@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from baselines.on_demand import OnDemandPolicy
@@ -230,12 +231,18 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
 # What cannot be -----------------------------------------------------------------------------------
 
 
-def test_a_budget_beyond_a_device_s_memory_is_refused(tiny: list[str], tmp_path: Path) -> None:
-    cfg = config("config", *tiny, *OFFLINE, "system=resident", f"output='{tmp_path}'")
+def dense_bytes(cfg: DictConfig) -> int:
+    """Return what a device has allocated once a model is loaded."""
     with machine() as roomy:
         model = load_model(cfg.model, cfg.weights, torch.device("cuda", 0), cfg.seed)
         dense = roomy.allocated[0]
         del model
+    return dense
+
+
+def test_a_budget_beyond_a_device_s_memory_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    cfg = config("config", *tiny, *OFFLINE, "system=resident", f"output='{tmp_path}'")
+    dense = dense_bytes(cfg)
     room = "on cuda:0, which has 0.0 GB free"
     with machine(memory=dense + 4096), pytest.raises(UserError, match=room):
         run(cfg, Console())
@@ -245,8 +252,9 @@ def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config("config", *tiny, *OFFLINE, "memory_budget=50%", f"output='{tmp_path}'")
+    dense = dense_bytes(cfg)
     monkeypatch.setattr(live, "shortage", lambda *_: "")
-    with machine(memory=60_000), pytest.raises(UserError, match=r"out of memory.*; lower"):
+    with machine(memory=dense + 40_000), pytest.raises(UserError, match=r"out of memory.*; lower"):
         run(cfg, Console())
 
 
