@@ -23,8 +23,9 @@ class Ranking(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scores: Tensor | None = None
+        self._ranked: Tensor | None = None
         self._like_logits: list[Any] = []
+        self._shares: list[Any] = []
         self._squashed = False
 
     def __torch_function__(
@@ -36,18 +37,21 @@ class Ranking(TorchFunctionMode):
         known = name in ("linear", "matmul", "mm") or self._knows(args[0] if args else None)
         if name in PASSING and known:
             self._like_logits.append(output)
+        if name == "softmax":
+            self._shares.append(output)
         if name == "topk":
-            self.scores = None if self._knows(args[0]) else args[0]
+            self._ranked = None if self._knows(args[0]) else args[0]
         return output
 
     def _knows(self, value: Any) -> bool:
         return any(value is one for one in self._like_logits)
 
-    def logits(self, own: Tensor) -> Tensor:
-        """Return what a softmax turns into the scores' shares, or a gate's own logits."""
-        if self.scores is None:
-            return own
-        scores = self.scores.float().reshape(own.shape)
+    def logits(self, told: Tensor) -> Tensor:
+        """Return what a softmax turns into the shares of what was ranked, or what a gate told."""
+        ranked = told if any(told is one for one in self._shares) else self._ranked
+        if ranked is None:
+            return told
+        scores = ranked.float().reshape(told.shape)
         if not self._squashed:
             return scores
         scores = scores.clamp_min(LEAST)
@@ -62,11 +66,10 @@ def rank_as_chosen(gates: Sequence[Any], index: int, experts: int, hidden: Tenso
     for gate in gates:
         try:
             with Ranking() as ranking:
-                width = gate(hidden)[index].shape[-1]
+                told = gate(hidden)[index]
+            width, plain = told.shape[-1], ranking.logits(told) is told
         except TypeError:  # It takes more, such as a bias.
             width, plain = experts, False
-        else:
-            plain = ranking.scores is None
         if width != experts:
             raise ValueError(f"gates choose among {width}, and layers have {experts} experts")
         if not plain:

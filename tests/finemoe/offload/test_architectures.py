@@ -84,3 +84,10 @@ def test_an_architecture_is_served_bit_for_bit_or_listed(kind: str) -> None:
 def test_only_architectures_that_exist_are_listed() -> None:
     assert {*NOT_SERVED} <= {*kinds()}
     assert len(kinds()) > 50
+
+
+def test_shares_that_a_gate_tells_are_not_taken_for_logits() -> None:
+    gate: Any = OffloadedModel.from_model(member("gemma4_text"), CPU).gates[0]
+    hidden = torch.randn(5, 32, dtype=torch.bfloat16)
+    shares = type(gate).forward(gate, hidden)[0]
+    assert torch.allclose(gate(hidden)[0].softmax(-1), shares, atol=1e-4)
