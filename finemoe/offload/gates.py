@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SQUASHING = ("sigmoid", "softmax")
-PASSING = ("linear", "matmul", "mm", "softmax", "to", "float", "type", "view", "reshape")
-"""Functions that leave the order of logits as it is, or make them."""
+MAKING = ("linear", "matmul", "mm")
+"""Functions that make logits."""
+PASSING = ("softmax", "to", "float", "type", "view", "reshape")
+"""Functions that leave their order as it is."""
 LEAST = 1e-6
 """Share of scores below zero and of masked experts."""
 
@@ -31,16 +33,16 @@ class Ranking(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        output, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        source = args[0] if args else kwargs.get("input")
         self._squashed |= name in SQUASHING
-        known = name in ("linear", "matmul", "mm") or self._knows(args[0] if args else None)
-        if name in PASSING and known:
+        if name in MAKING or (name in PASSING and self._knows(source)):
             self._like_logits.append(output)
         if name == "softmax":
             self._shares.append(output)
         if name == "topk":
-            self._ranked = None if self._knows(args[0]) else args[0]
+            self._ranked = None if self._knows(source) else source
         return output
 
     def _knows(self, value: Any) -> bool:
