@@ -79,7 +79,7 @@ def check(cfg: DictConfig) -> None:
     What `model=checkpoint` leaves open is filled in first.
     """
     values = values_of(cfg)
-    if values["model"].get("counted", ...) is None:
+    if (values.get("model") or {}).get("counted", ...) is None:
         from experiments.run.facts import complete
 
         complete(cfg)

@@ -180,11 +180,13 @@ def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCach
 
 def _own(context: Context, index: int) -> tuple[Tensor, Tensor]:
     """Return a context's keys and values in one layer, each (1, heads, tokens kept, width)."""
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    layer = context.cache.layers[index]
-    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-        raise ValueError(f"a cache layer of type {type(layer).__name__} cannot be batched")
+    layer: Any = context.cache.layers[index]
+    # A kind of its own keeps more than keys and values, such as an index or a state.
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+        cause = f"requests cannot share a {type(layer).__name__} of this model's cache"
+        raise UserError(f"{cause}; use workload=offline")
     row = slice(context.row, context.row + 1)
     kept = min(context.tokens, layer.keys.shape[-2])
     return layer.keys[row, :, -kept:], layer.values[row, :, -kept:]

@@ -365,10 +365,19 @@ class Dispatch:
     """Indices of the experts that at least one token goes to, ascending."""
 
     def __init__(
-        self, hidden: Tensor, index: Tensor, chosen: NDArray[Any], weights: Tensor
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        chosen: NDArray[Any],
+        weights: Tensor,
+        sums: torch.dtype | None = None,
     ) -> None:
-        """Take tokens (T, h), their experts (T, K) and the same on the host, weights (T, K)."""
+        """Take tokens (T, h), their experts (T, K) and the same on the host, weights (T, K).
+
+        Outputs are added in the dtype `sums`; None: that of the tokens.
+        """
         self._hidden = hidden
+        self._sums = sums or hidden.dtype
         self._weights = weights
         self._one_token = len(chosen) == 1
         counts = np.bincount(chosen.ravel())
@@ -399,7 +408,7 @@ class Dispatch:
 
         Only here do outputs leave their device: on the way they would make the others wait.
         """
-        total = torch.zeros_like(self._hidden)
+        total = torch.zeros_like(self._hidden, dtype=self._sums)
         for index in self.activated:
             output = outputs[index].to(total.device)
             if self._one_token:
@@ -408,10 +417,10 @@ class Dispatch:
                 span = self._spans[index]
                 rows, ranks = self._rows[span], self._order_of[span]
                 total.index_add_(0, rows, self._weighed(output, rows, ranks))
-        return total
+        return total.to(self._hidden.dtype)
 
     def _weighed(self, output: Tensor, rows: Any, ranks: Any) -> Tensor:
-        return (output * self._weights[rows, ranks, None]).to(self._hidden.dtype)
+        return (output * self._weights[rows, ranks, None]).to(self._sums)
 
 
 class ExpertKernel:

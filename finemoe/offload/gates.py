@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SQUASHING = ("sigmoid", "softmax")
-PASSING = ("linear", "matmul", "mm", "softmax", "to", "float", "type", "view", "reshape")
-"""Functions that leave the order of logits as it is, or make them."""
+MAKING = ("linear", "matmul", "mm")
+"""Functions that make logits."""
+PASSING = ("softmax", "to", "float", "type", "view", "reshape")
+"""Functions that leave their order as it is."""
 LEAST = 1e-6
 """Share of scores below zero and of masked experts."""
 
@@ -23,31 +25,35 @@ class Ranking(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scores: Tensor | None = None
+        self._ranked: Tensor | None = None
         self._like_logits: list[Any] = []
+        self._shares: list[Any] = []
         self._squashed = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        output, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        source = args[0] if args else kwargs.get("input")
         self._squashed |= name in SQUASHING
-        known = name in ("linear", "matmul", "mm") or self._knows(args[0] if args else None)
-        if name in PASSING and known:
+        if name in MAKING or (name in PASSING and self._knows(source)):
             self._like_logits.append(output)
+        if name == "softmax":
+            self._shares.append(output)
         if name == "topk":
-            self.scores = None if self._knows(args[0]) else args[0]
+            self._ranked = None if self._knows(source) else source
         return output
 
     def _knows(self, value: Any) -> bool:
         return any(value is one for one in self._like_logits)
 
-    def logits(self, own: Tensor) -> Tensor:
-        """Return what a softmax turns into the scores' shares, or a gate's own logits."""
-        if self.scores is None:
-            return own
-        scores = self.scores.float().reshape(own.shape)
+    def logits(self, told: Tensor) -> Tensor:
+        """Return what a softmax turns into the shares of what was ranked, or what a gate told."""
+        ranked = told if any(told is one for one in self._shares) else self._ranked
+        if ranked is None:
+            return told
+        scores = ranked.float().reshape(told.shape)
         if not self._squashed:
             return scores
         scores = scores.clamp_min(LEAST)
@@ -62,11 +68,10 @@ def rank_as_chosen(gates: Sequence[Any], index: int, experts: int, hidden: Tenso
     for gate in gates:
         try:
             with Ranking() as ranking:
-                width = gate(hidden)[index].shape[-1]
+                told = gate(hidden)[index]
+            width, plain = told.shape[-1], ranking.logits(told) is told
         except TypeError:  # It takes more, such as a bias.
             width, plain = experts, False
-        else:
-            plain = ranking.scores is None
         if width != experts:
             raise ValueError(f"gates choose among {width}, and layers have {experts} experts")
         if not plain:

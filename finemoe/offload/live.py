@@ -215,7 +215,8 @@ class LiveRuntime:
         assert self._iteration is not None
         # One wait for all that the host is to see of a layer.
         copy = HostCopy(*self._shown(layer, hidden, index))
-        routing = Dispatch(hidden, index, copy.read()[0].numpy(), weights)
+        chosen = copy.read()[0].numpy()
+        routing = Dispatch(hidden, index, chosen, weights, self.model.sums)
         with self._lock:
             self._raise_failure()
             self._arrived.clear()
@@ -236,7 +237,8 @@ class LiveRuntime:
         self._unread.append(copy)
         if self.grouped:
             return grouped_mm(self.model.experts[layer], hidden, index, weights)
-        routing = Dispatch(hidden, index, copy.read()[0].numpy(), weights)
+        chosen = copy.read()[0].numpy()
+        routing = Dispatch(hidden, index, chosen, weights, self.model.sums)
         flat = layer * self.model.shape.experts
         return routing.combine({i: self._run_expert(flat + i, routing) for i in routing.activated})
 

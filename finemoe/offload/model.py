@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from finemoe.offload.device import ExpertKernel, HostStore
+from finemoe.offload.device import Dispatch, ExpertKernel, HostStore
 from finemoe.offload.gates import rank_as_chosen
 from finemoe.offload.policy import ModelShape
 
@@ -61,6 +61,8 @@ class OffloadedModel:
     kernels: tuple[ExpertKernel, ...]
     logits_index: int
     """Which of the router's outputs holds the logits."""
+    sums: torch.dtype | None = None
+    """In which dtype the model's own experts add up, if not in that of the tokens."""
 
     @property
     def device(self) -> torch.device:
@@ -74,10 +76,11 @@ class OffloadedModel:
     @classmethod
     def from_model(cls, model: "PreTrainedModel", device: torch.device) -> Self:
         """Take the experts out of a model on the CPU and move the rest to `device`."""
-        shape = shape_of(model)
-        store = HostStore.take_from(find_moe_layers(model)[1], pin=device.type == "cuda")
+        shape, experts = shape_of(model), find_moe_layers(model)[1]
+        sums = _sums(experts[0], shape)
+        store = HostStore.take_from(experts, pin=device.type == "cuda")
         dense: Any = model
-        return cls._assemble(dense.to(device), store, shape)
+        return cls._assemble(dense.to(device), store, shape, sums)
 
     @classmethod
     def from_meta(cls, model: "PreTrainedModel", device: torch.device, seed: int) -> Self:
@@ -93,7 +96,9 @@ class OffloadedModel:
         return cls._assemble(model, store, shape)
 
     @classmethod
-    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape) -> Self:
+    def _assemble(
+        cls, model: Any, store: HostStore, shape: ModelShape, sums: torch.dtype | None = None
+    ) -> Self:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
@@ -104,7 +109,32 @@ class OffloadedModel:
             hidden = torch.zeros(1, 2, shape.hidden_size, dtype=model.dtype, device=model.device)
             rank_as_chosen(gates, logits_index, shape.experts, hidden)
         kernels = tuple(map(ExpertKernel, experts))
-        return cls(model, store, shape, tuple(gates), tuple(experts), kernels, logits_index)
+        layers = tuple(gates), tuple(experts), kernels
+        return cls(model, store, shape, *layers, logits_index, sums)
+
+
+@torch.inference_mode()
+def _sums(module: Any, shape: ModelShape) -> torch.dtype | None:
+    """Return float32 if that is where a layer's own eager experts add up, by trying them."""
+    parameters = dict(module.named_parameters(recurse=False))
+    down = parameters["down_proj"]
+    if down.dtype == torch.float32 or shape.top_k == 1:
+        return None
+    width = down.shape[2 if module.is_transposed else 1]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, width, generator=generator).to(down.dtype)
+    chosen = torch.arange(shape.top_k).expand(4, -1)
+    weights = torch.rand(4, shape.top_k, generator=generator)
+    eager = type(module).forward.__wrapped__(module, hidden, chosen, weights)
+    kernel, found = ExpertKernel(module), []
+    for sums in (None, torch.float32):
+        routing = Dispatch(hidden, chosen, chosen.numpy(), weights, sums)
+        outputs = {
+            i: kernel(routing.gather(i, hidden.device), {n: p[i] for n, p in parameters.items()})
+            for i in routing.activated
+        }
+        found.append(torch.equal(routing.combine(outputs), eager))
+    return torch.float32 if found == [False, True] else None
 
 
 def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.Module], int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -131,6 +132,21 @@ def test_run_py_takes_the_model_from_the_weights(folders: dict[str, Path], tmp_p
     record = record_of(tmp_path)
     assert record["config"]["model"]["prefetch_distance"] == 2
     assert record["config"]["system"]["prefetch_distance"] == 2
+
+
+def test_a_hub_id_is_enough(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, revision = tmp_path / "models--someone--Large.MoE", "a" * 40
+    shutil.copytree(folders["jamba"], cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cfg = composed("model=checkpoint", "weights=someone/Large.MoE", f"output={tmp_path / 'run'}")
+    record = run(cfg, Console(quiet=True))
+    own = record["config"]["model"]
+    assert (own["name"], own["hub_id"], own["layers"]) == ("large.moe", "someone/Large.MoE", 2)
+    assert record["summary"]["lossless"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.errors import UserError
 from experiments.run.live import LiveBackend, LogitsLog
 from experiments.run.schedule import (
     ContinuousBatches,
@@ -29,6 +30,7 @@ from experiments.run.small_models import COMMON, FAMILIES, random_model, small_m
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Placement
+from tests.architectures import small_config
 from tests.engine import emulated
 
 CPU = torch.device("cpu")
@@ -245,6 +247,15 @@ def test_requests_get_the_same_tokens_as_alone(family: str, config: dict[str, An
     assert all(together[number].tokens == one.tokens for number, one in alone.items())
     sizes = {len(step.requests) for step in steps if step.phase == "decode"}
     assert sizes == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ["jamba", "deepseek_v32"])
+def test_caches_that_cannot_be_joined_are_refused(kind: str) -> None:
+    model = OffloadedModel.from_model(random_model(small_config(kind), torch.float32, 0), CPU)
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        served(runtime, FixedBatches(LOAD[:2], 1))
+        with pytest.raises(UserError, match=r"cannot share a .*Layer .*; use workload=offline"):
+            served(runtime, ContinuousBatches(LOAD, 3))
 
 
 def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
