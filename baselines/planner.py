@@ -32,6 +32,10 @@ SMALLEST_PROBABILITY = 1e-7
 """Of a gate, before its logarithm is taken."""
 LOGISTIC = 1.7
 """The logistic of 1.7 x is the normal distribution function of x, within 0.01."""
+START_INPUTS = 128
+"""Logits of the first layers that tell what token an embedding is of."""
+NEWTON = 2
+"""Steps to the shift of a token's probabilities."""
 DISTRUST = 4.0
 """Tokens of history that a spread of 1 around the gates' own logits weighs as much as."""
 
@@ -42,111 +46,153 @@ class PlannerOptions:
 
     horizon: Count = 10
     """Layers that a gate's input tells of."""
-    threshold: Share = 0.4
+    threshold: Share = 0.2
     """Probability of activation from which on an expert is prefetched."""
     discount: Share = 0.95
     """What a use one layer later is worth."""
-    memory: Share = 0.2
+    memory: Share = 0.05
     """Weight of one token in the average of a request's activations."""
     ridge: Number = 1.0
     """Strength with which the regression is held to the gates' own logits."""
 
 
-class GatePredictor:
-    """Later gates applied to an input, corrected by a ridge regression on what a history showed.
+class Regression:
+    """Ridge regressions of S sources and H targets each, from sums over a history.
 
-    Source s is what layer s - 1 saw, or for s = 0 the embedding; it tells of layers s to s + H - 1,
-    where layer L + t is layer t of the next token.
+    Their inputs are 2 J that belong to the target (its own gate's logits, and what it said of the
+    token before), M that the targets of a source share, and 1.
+    """
+
+    def __init__(self, sources: int, horizon: int, experts: int, shared: int, ridge: float) -> None:
+        self._experts = experts
+        width = 2 * experts + shared + 1
+        self._gram = np.zeros((sources, horizon, width, width))
+        self._cross = np.zeros((sources, horizon, width, experts))
+        self._squares = np.zeros((sources, horizon))
+        self._tokens = 0
+        self._ridge = ridge * np.eye(width)
+
+    def learn(self, source: int, own: FloatArray, shared: FloatArray, wanted: FloatArray) -> None:
+        """Take in T tokens of one source: (H, T, 2 J), (T, M) and the truth (H, T, J)."""
+        horizon, tokens, _ = own.shape
+        known = np.ones((horizon, tokens, self._gram.shape[-1]))
+        known[..., : own.shape[-1]] = own
+        known[..., own.shape[-1] : -1] = shared
+        self._gram[source] += known.swapaxes(1, 2) @ known
+        self._cross[source] += known.swapaxes(1, 2) @ wanted
+        self._squares[source] += (wanted.astype(np.float64) ** 2).sum(axis=(1, 2))
+        self._tokens += tokens if source == 0 else 0
+
+    def fit(self) -> None:
+        """Solve them; without a history the gates' own logits stand."""
+        experts = self._experts
+        weights = np.linalg.solve(self._gram + self._ridge, self._cross + self._ridge[:, :experts])
+        residual = self._squares - 2 * (weights * self._cross).sum(axis=(2, 3))
+        residual += (weights * (self._gram @ weights)).sum(axis=(2, 3))
+        residual = np.maximum(residual, 0) + DISTRUST * experts
+        spread = np.sqrt(residual / ((self._tokens + DISTRUST) * experts))
+        self._own = weights[:, :, : 2 * experts].astype(np.float32)
+        shared = weights[:, :, 2 * experts : -1].swapaxes(1, 2).astype(np.float32)
+        self._shared = shared.reshape(*shared.shape[:2], -1)
+        self._shift = weights[:, :, -1:].astype(np.float32)
+        self._scale = (LOGISTIC / spread).astype(np.float32)[:, :, None, None]
+
+    def scores(self, first: int, own: FloatArray, shared: FloatArray) -> FloatArray:
+        """Return logits over their spread, (S, H, T, J), for inputs (S, H, T, 2 J), (S, T, M)."""
+        sources, horizon, tokens, _ = own.shape
+        those = slice(first, first + sources)
+        common = (shared @ self._shared[those]).reshape(sources, tokens, horizon, -1)
+        logits = own @ self._own[those] + common.swapaxes(1, 2) + self._shift[those]
+        return logits * self._scale[those]
+
+
+class GatePredictor:
+    """Later gates applied to an input, corrected by what a history showed.
+
+    Source s is what layer s - 1 saw; it tells of layers s to s + H - 1, where layer L + t is layer
+    t of the next token. Source 0 is the embedding and tells of all L layers. Logs are the centred
+    logarithms of what gates said; those of a token, and in front of them those of the token before,
+    are (2 L, T, J).
     """
 
     def __init__(self, shape: ModelShape, horizon: int, ridge: float) -> None:
         self.shape = shape
         self.horizon = min(horizon, shape.layers)
-        self._ridge = ridge
-        experts, sources = shape.experts, shape.layers + 1
-        # Gram matrices of the inputs: logits (J), log-probabilities seen (J), 1.
-        inputs = 2 * experts + 1
-        self._gram = np.zeros((sources, self.horizon, inputs, inputs))
-        self._cross = np.zeros((sources, self.horizon, inputs, experts))
-        self._squares = np.zeros((sources, self.horizon))
+        layers, experts = shape.layers, shape.experts
+        self._shared = min(layers * experts, START_INPUTS)
+        self._start = Regression(1, layers, experts, self._shared, ridge)
+        self._after = Regression(layers, self.horizon, experts, experts, ridge)
+        self._sum = np.zeros((layers, experts))
         self._tokens = 0
-        self._gates: FloatArray = np.zeros((sources, 0, 0), np.float32)
-        self._biases: FloatArray = np.zeros((sources, 1, 0), np.float32)
 
     def set_gates(self, gates: GateWeights) -> None:
         """Take the gates; their logits are centred, as only differences count."""
-        shape, horizon = self.shape, self.horizon
-        weight = np.concatenate([centred(gates.weight, 1)] * 2)
-        bias = np.zeros((shape.layers, shape.experts), np.float32)
-        if gates.bias is not None:
-            bias = centred(gates.bias, 1)
-        bias = np.concatenate([bias] * 2)
-        # Windows of H layers, which overlap: (sources, H * J, h) and (sources, 1, H * J).
-        layer, row, one = weight.strides
-        sources, width = shape.layers + 1, horizon * shape.experts
-        size = (sources, width, shape.hidden_size)
-        self._gates = as_strided(weight, size, (layer, row, one), writeable=False)
-        strides = (bias.strides[0], 0, bias.strides[1])
-        self._biases = as_strided(bias, (sources, 1, width), strides, writeable=False)
+        shape = self.shape
+        self._weight = np.concatenate([centred(gates.weight, 1)] * 2)
+        bias = gates.bias
+        if bias is None:
+            bias = np.zeros((shape.layers, shape.experts), np.float32)
+        self._bias = np.concatenate([centred(bias)] * 2)[:, None]
 
     def learn(self, inputs: FloatArray, logs: FloatArray) -> None:
         """Take in tokens that follow one another: inputs (L + 1, T, h) and logs (L, T, J)."""
-        tokens, experts = inputs.shape[1] - 1, self.shape.experts
-        if tokens < 1:
+        if logs.shape[1] < 3:
             return
-        targets = np.concatenate([logs[:, :-1], logs[:, 1:]]).astype(np.float64)
-        self._tokens += tokens
+        before, now, after = logs[:, :-2], logs[:, 1:-1], logs[:, 2:]
+        known, truth = np.concatenate([before, now]), np.concatenate([now, after])
+        self._sum += now.sum(axis=1)
+        self._tokens += now.shape[1]
         for source in range(self.shape.layers + 1):
-            logits = self._logits(source, inputs[source : source + 1, :-1])[0]
-            known = np.ones((self.horizon, tokens, 2 * experts + 1))
-            known[..., :experts] = logits
-            known[..., experts:-1] = logs[source - 1, :-1] if source else 0.0
-            wanted = targets[source : source + self.horizon]
-            self._gram[source] += known.swapaxes(1, 2) @ known
-            self._cross[source] += known.swapaxes(1, 2) @ wanted
-            self._squares[source] += (wanted**2).sum(axis=(1, 2))
+            own, shared = self._inputs(source, inputs[source : source + 1, 1:-1], known)
+            wanted = truth[self._targets(source, 1)[0]]
+            self._of(source).learn(max(source - 1, 0), own[0], shared[0], wanted)
 
     def fit(self) -> None:
-        """Solve the regressions; without a history the gates' own logits stand."""
-        experts = self.shape.experts
-        prior = self._ridge * np.eye(self._gram.shape[-1])
-        own = prior[:, :experts]
-        weights = np.linalg.solve(self._gram + prior, self._cross + own)
-        residual = self._squares - 2 * (weights * self._cross).sum(axis=(2, 3))
-        residual += (weights * (self._gram @ weights)).sum(axis=(2, 3))
-        residual = np.maximum(residual, 0) + DISTRUST * experts
-        spread = np.sqrt(residual / ((self._tokens + DISTRUST) * experts))
-        self._own = weights[:, :, :experts].astype(np.float32)
-        seen = weights[:, :, experts:-1].swapaxes(1, 2)
-        self._seen = np.ascontiguousarray(seen, np.float32).reshape(len(seen), experts, -1)
-        self._shift = weights[:, :, -1:].astype(np.float32)
-        self._scale = (LOGISTIC / spread).astype(np.float32)[:, :, None, None]
+        """Solve the regressions."""
+        self._start.fit()
+        self._after.fit()
+        self.usual = (self._sum / max(self._tokens, 1)).astype(np.float32)
+        """Mean logs of the history, (L, J)."""
 
     def probabilities(self, first: int, inputs: FloatArray, logs: FloatArray) -> FloatArray:
         """Return how likely it is that some token activates an expert, (S, H, J).
 
-        Of S sources from `first` on: inputs (S, T, h), logs of the gates seen (S, T, J).
+        Of S sources from `first` on, or of source 0 alone: inputs (S, T, h), logs (2 L, T, J) as
+        far as known.
         """
-        sources, tokens, _ = inputs.shape
-        stop, count = first + sources, self.shape.top_k
-        scores = self._logits(first, inputs) @ self._own[first:stop]
-        seen = (logs @ self._seen[first:stop]).reshape(sources, tokens, self.horizon, -1)
-        scores += seen.swapaxes(1, 2)
-        scores += self._shift[first:stop]
-        last = min(count, self.shape.experts - 1)
-        ordered = np.partition(-scores, (count - 1, last), axis=-1)
-        border = (ordered[..., count - 1, None] + ordered[..., last, None]) / 2
-        with np.errstate(over="ignore"):
-            unlikely = np.exp((scores + border) * self._scale[first:stop])
-        # 1 - p = 1 / (1 + exp(margin / spread)).
-        return 1 - (1 / (1 + unlikely)).prod(axis=2)
+        own, shared = self._inputs(first, inputs, logs)
+        scores = self._of(first).scores(max(first - 1, 0), own, shared)
+        return 1 - unlikely(scores, self.shape.top_k).prod(axis=2)
 
-    def _logits(self, first: int, inputs: FloatArray) -> FloatArray:
-        """Return what the later gates make of inputs (S, T, h): (S, H, T, J)."""
-        stop = first + len(inputs)
-        logits = inputs @ self._gates[first:stop].swapaxes(1, 2) + self._biases[first:stop]
-        windows = logits.reshape(*logits.shape[:2], self.horizon, self.shape.experts)
-        return windows.swapaxes(1, 2)
+    def _of(self, source: int) -> Regression:
+        return self._after if source else self._start
+
+    def _targets(self, first: int, sources: int) -> NDArray[np.intp]:
+        """Return the layers that sources tell of, (S, H)."""
+        ahead = self.horizon if first else self.shape.layers
+        return first + np.arange(sources)[:, None] + np.arange(ahead)
+
+    def _inputs(
+        self, first: int, inputs: FloatArray, logs: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return what regressions from source `first` on take: (S, H, T, 2 J) and (S, T, M)."""
+        sources, tokens, hidden = inputs.shape
+        experts, targets = self.shape.experts, self._targets(first, sources)
+        ahead = targets.shape[1]
+        # Windows of gates, which overlap: (S, H * J, h).
+        layer, row, one = self._weight.strides
+        size, strides = (sources, ahead * experts, hidden), (layer, row, one)
+        gates = as_strided(self._weight[first:], size, strides, writeable=False)
+        logits = (inputs @ gates.swapaxes(1, 2)).reshape(sources, tokens, ahead, experts)
+        own = np.empty((sources, ahead, tokens, 2 * experts), np.float32)
+        np.add(logits.swapaxes(1, 2), self._bias[targets], out=own[..., :experts])
+        own[..., experts:] = logs[targets]
+        if not first:
+            return own, own[..., :experts].swapaxes(1, 2).reshape(1, tokens, -1)[
+                ..., : self._shared
+            ]
+        said = self.shape.layers + first - 1
+        return own, logs[said : said + sources]
 
 
 class UseValue:
@@ -164,7 +210,8 @@ class UseValue:
         layers = np.arange(shape.layers)
         # By the next layer to be run: layers until each layer's next visit, from 1 on.
         away = (layers - np.arange(shape.layers + 1)[:, None]) % shape.layers + 1
-        self._near = (discount**away)[:, :, None]
+        self.away = away[:, :, None]
+        self._near = discount**self.away
         later = min(discount, 1 - 1e-9) ** shape.layers
         self._far = self._near * later / (1 - later)
         self._running: dict[int, Table] = {}
@@ -204,14 +251,12 @@ class UseValue:
             averages.append(average)
         self.rates[gate.layer] = union(averages)
 
-    def of(self, following: int, layers: NDArray[np.intp], likely: FloatArray) -> Table:
+    def of(self, following: int, likely: Table) -> Table:
         """Return the value of every expert before layer `following` runs.
 
-        `likely` (N, J) are the probabilities of the next visits of N `layers`.
+        `likely` (L, J) are the probabilities of the next visit.
         """
-        expected = self.rates.copy()
-        expected[layers] = likely
-        return self._near[following] * expected + self._far[following] * self.rates
+        return self._near[following] * likely + self._far[following] * self.rates
 
 
 class PlannerPolicy(Policy):
@@ -226,17 +271,19 @@ class PlannerPolicy(Policy):
         self.value = UseValue(shape, options.discount, options.memory)
         self.set_gates = self.predictor.set_gates
         self._rows: dict[int, list[tuple[FloatArray, FloatArray]]] = {}
-        steps = np.arange(self.predictor.horizon)
-        self._targets = (np.arange(shape.layers + 1)[:, None] + steps) % shape.layers
-        self._nearness = 1 / np.sqrt(steps + 1)[:, None]
+        self._nearness = 1 / np.sqrt(self.value.away)
         self.begin_serving()
 
     def begin_serving(self) -> None:
         self.predictor.fit()
         self.value.begin((), forget=True)
+        self._said: dict[int, FloatArray] = {}
+        self._logs: FloatArray = np.empty((0, 0, 0), np.float32)
         self._ahead: FloatArray | None = None
-        self._next: Priorities | None = None
-        self._keys = -self.value.of(0, self._targets[0, :0], np.empty((0, 1), np.float32))
+        self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
+        self._likely = self.value.rates.copy()
+        """Probabilities of the next visit, as far as known."""
+        self._keys = -self.value.of(0, self._likely)
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         assert gates.hidden_states is not None
@@ -249,50 +296,65 @@ class PlannerPolicy(Policy):
 
     def end_request(self, request: int) -> None:
         self.value.end(request)
+        self._said.pop(request, None)
         if rows := self._rows.pop(request, []):
             inputs, logs = (np.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
             self.predictor.learn(inputs, logs)
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
         self._ahead = None
         self.value.begin(iteration.requests)
-        unseen = np.zeros((1, len(embeddings), self.shape.experts), np.float32)
-        return self._plan(0, self.predictor.probabilities(0, embeddings[None], unseen)[0])
+        layers, tokens = self.shape.layers, len(embeddings)
+        self._logs = np.zeros((2 * layers, tokens, self.shape.experts), np.float32)
+        for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
+            before = self._said.get(request, self.predictor.usual)
+            self._logs[:layers, rows] = before[:, None]
+        self._likely[:] = self.predictor.probabilities(0, embeddings[None], self._logs)[0]
+        return self._plan(0)
 
     def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
         assert gates.hidden_states is not None
-        logs = logarithms(gates.probabilities)
-        self._ahead = self.predictor.probabilities(1, gates.hidden_states, logs)
+        self._logs[self.shape.layers :] = logarithms(gates.probabilities)
+        self._ahead = self.predictor.probabilities(1, gates.hidden_states, self._logs)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         self.value.observe(iteration, gate)
-        following = gate.layer + 1
-        if self._ahead is not None:
-            return self._plan(following, self._ahead[gate.layer])
-        assert gate.hidden_states is not None
-        logs = logarithms(gate.probabilities[None])
-        likely = self.predictor.probabilities(following, gate.hidden_states[None], logs)
-        return self._plan(following, likely[0])
+        following, layers = gate.layer + 1, self.shape.layers
+        self._likely[gate.layer] = self.value.rates[gate.layer]
+        if self._ahead is None:
+            assert gate.hidden_states is not None
+            self._logs[layers + gate.layer] = logarithms(gate.probabilities)
+            inputs = gate.hidden_states[None]
+            likely = self.predictor.probabilities(following, inputs, self._logs)[0]
+        else:
+            likely = self._ahead[gate.layer]
+        here = layers - following
+        self._likely[following : following + len(likely)] = likely[:here]
+        self._likely[: max(len(likely) - here, 0)] = likely[here:]
+        return self._plan(following)
 
     def end_iteration(self, iteration: Iteration) -> Priorities | None:
-        return self._next
+        for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
+            self._said[request] = self._logs[self.shape.layers :, rows.stop - 1].copy()
+        return self._plan(0)
+
+    def on_load(self, expert: ExpertId) -> None:
+        self._absent[expert] = False
+
+    def on_evict(self, expert: ExpertId) -> None:
+        self._absent[expert] = True
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Least value first; a prefetch keeps what is worth no less than itself."""
         keys = self._keys
         return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
 
-    def _plan(self, following: int, likely: FloatArray) -> Priorities | None:
-        """Value all experts by what is likely (H, J) from layer `following` on; ask for some."""
-        layers = self._targets[following]
-        self._keys = -self.value.of(following, layers, likely)
-        wanted = np.where(likely >= self.options.threshold, likely * self._nearness, 0.0)
-        here = min(self.shape.layers - following, len(layers))
-        requests = np.zeros((2, self.shape.layers, self.shape.experts))
-        requests[0, layers[:here]] = wanted[:here]
-        requests[1, layers[here:]] = wanted[here:]
-        self._next = requests[1]
-        return requests[0]
+    def _plan(self, following: int) -> Priorities | None:
+        """Value all experts before layer `following` runs; ask for the likely ones from it on."""
+        self._keys = -self.value.of(following, self._likely)
+        wanted = (self._likely >= self.options.threshold) # & self._absent self._absent
+        wanted[:following] = False
+        return np.where(wanted, self._likely * self._nearness[following], 0.0)
 
 
 def chosen(probabilities: FloatArray, count: int) -> Table:
@@ -301,6 +363,25 @@ def chosen(probabilities: FloatArray, count: int) -> Table:
     uses = np.zeros(probabilities.shape)
     np.put_along_axis(uses, best, 1.0, axis=-1)
     return uses
+
+
+def unlikely(scores: FloatArray, count: int) -> FloatArray:
+    """Return how likely it is that a token does not activate an expert, by scores (..., J).
+
+    A score counts from the middle between the `count`-th and the next one; then all are shifted
+    until `count` experts are expected, by Newton's method.
+    """
+    last = min(count, scores.shape[-1] - 1)
+    ordered = np.partition(-scores, (count - 1, last), axis=-1)
+    border = (ordered[..., count - 1, None] + ordered[..., last, None]) / 2
+    margin = np.clip(-scores - border, -30, 30)
+    for _ in range(NEWTON):
+        rest = 1 / (1 + np.exp(-margin))
+        likely = 1 - rest
+        slope = (likely * rest).sum(axis=-1, keepdims=True) + np.float32(0.05)
+        margin += np.clip((likely.sum(axis=-1, keepdims=True) - count) / slope, -2, 2)
+    rest: FloatArray = 1 / (1 + np.exp(-margin))
+    return rest
 
 
 def union(rates: list[Table]) -> Table:
