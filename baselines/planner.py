@@ -34,6 +34,8 @@ LOGISTIC = 1.7
 """The logistic of 1.7 x is the normal distribution function of x, within 0.01."""
 START_INPUTS = 128
 """Logits of the first layers that tell what token an embedding is of."""
+SLOPE = np.float32(0.05)
+"""Added to the slope of Newton's steps, which is none where all is certain."""
 NEWTON = 2
 """Steps to the shift of a token's probabilities."""
 DISTRUST = 4.0
@@ -352,7 +354,7 @@ class PlannerPolicy(Policy):
     def _plan(self, following: int) -> Priorities | None:
         """Value all experts before layer `following` runs; ask for the likely ones from it on."""
         self._keys = -self.value.of(following, self._likely)
-        wanted = (self._likely >= self.options.threshold) # & self._absent self._absent
+        wanted = (self._likely >= self.options.threshold) & self._absent
         wanted[:following] = False
         return np.where(wanted, self._likely * self._nearness[following], 0.0)
 
@@ -375,12 +377,12 @@ def unlikely(scores: FloatArray, count: int) -> FloatArray:
     ordered = np.partition(-scores, (count - 1, last), axis=-1)
     border = (ordered[..., count - 1, None] + ordered[..., last, None]) / 2
     margin = np.clip(-scores - border, -30, 30)
-    for _ in range(NEWTON):
-        rest = 1 / (1 + np.exp(-margin))
-        likely = 1 - rest
-        slope = (likely * rest).sum(axis=-1, keepdims=True) + np.float32(0.05)
-        margin += np.clip((likely.sum(axis=-1, keepdims=True) - count) / slope, -2, 2)
-    rest: FloatArray = 1 / (1 + np.exp(-margin))
+    for step in range(NEWTON + 1):
+        rest: FloatArray = 1 / (1 + np.exp(-margin))
+        if step < NEWTON:
+            likely = 1 - rest
+            slope = (likely * rest).sum(axis=-1, keepdims=True) + SLOPE
+            margin += np.clip((likely.sum(axis=-1, keepdims=True) - count) / slope, -2, 2)
     return rest
 
 
