@@ -6,11 +6,12 @@ uses of a resident; `PlannerPolicy` prefetches what is likely, and only over res
 value. docs/planner.md holds the mathematics and what each part is worth.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from finemoe.offload.policy import (
@@ -34,6 +35,8 @@ LOGISTIC = 1.7
 """The logistic of 1.7 x is the normal distribution function of x, within 0.01."""
 START_INPUTS = 128
 """Logits of the first layers that tell what token an embedding is of."""
+SAMPLE = 16
+"""Tokens of a prompt that stand for all of them."""
 SLOPE = np.float32(0.05)
 """Added to the slope of Newton's steps, which is none where all is certain."""
 NEWTON = 2
@@ -48,13 +51,13 @@ class PlannerOptions:
 
     horizon: Count = 10
     """Layers that a gate's input tells of."""
-    threshold: Share = 0.2
+    threshold: Share = 0.1
     """Probability of activation from which on an expert is prefetched."""
     discount: Share = 0.95
     """What a use one layer later is worth."""
-    memory: Share = 0.05
+    recency: Share = 0.05
     """Weight of one token in the average of a request's activations."""
-    ridge: Number = 1.0
+    ridge: Annotated[Number, Field(ge=1e-3)] = 1.0
     """Strength with which the regression is held to the gates' own logits."""
 
 
@@ -162,9 +165,14 @@ class GatePredictor:
         Of S sources from `first` on, or of source 0 alone: inputs (S, T, h), logs (2 L, T, J) as
         far as known.
         """
+        tokens = inputs.shape[1]
+        if tokens > SAMPLE:
+            rows = np.linspace(0, tokens - 1, SAMPLE).astype(np.intp)
+            inputs, logs = inputs[:, rows], logs[:, rows]
         own, shared = self._inputs(first, inputs, logs)
         scores = self._of(first).scores(max(first - 1, 0), own, shared)
-        return 1 - unlikely(scores, self.shape.top_k).prod(axis=2)
+        nobody: FloatArray = unlikely(scores, self.shape.top_k).prod(axis=2)
+        return 1 - nobody ** max(1.0, tokens / SAMPLE)
 
     def _of(self, source: int) -> Regression:
         return self._after if source else self._start
@@ -190,9 +198,7 @@ class GatePredictor:
         np.add(logits.swapaxes(1, 2), self._bias[targets], out=own[..., :experts])
         own[..., experts:] = logs[targets]
         if not first:
-            return own, own[..., :experts].swapaxes(1, 2).reshape(1, tokens, -1)[
-                ..., : self._shared
-            ]
+            return own, logits.reshape(1, tokens, -1)[..., : self._shared]
         said = self.shape.layers + first - 1
         return own, logs[said : said + sources]
 
@@ -204,37 +210,38 @@ class UseValue:
     layer being one, and from then on, once every L layers, the average of the running requests.
     """
 
-    def __init__(self, shape: ModelShape, discount: float, memory: float) -> None:
+    def __init__(self, shape: ModelShape, discount: float, recency: float) -> None:
         self.shape = shape
-        self._memory = memory
+        self._recency = recency
         self._counts = np.zeros((shape.layers, shape.experts))
         self._tokens = 0
         layers = np.arange(shape.layers)
         # By the next layer to be run: layers until each layer's next visit, from 1 on.
-        away = (layers - np.arange(shape.layers + 1)[:, None]) % shape.layers + 1
+        away = (layers - np.arange(shape.layers + 1)[:, None]) % shape.layers + 1.0
         self.away = away[:, :, None]
         self._near = discount**self.away
         later = min(discount, 1 - 1e-9) ** shape.layers
         self._far = self._near * later / (1 - later)
-        self._running: dict[int, Table] = {}
-        self.begin((), forget=True)
+        self.forget()
 
     def learn(self, probabilities: FloatArray) -> None:
         """Count what gates choose, (L, T, J)."""
         self._counts += chosen(probabilities, self.shape.top_k).sum(axis=1)
         self._tokens += probabilities.shape[1]
 
-    def begin(self, requests: tuple[int, ...], forget: bool = False) -> None:
+    def forget(self) -> None:
+        """Forget all requests; the history is over."""
+        self._running: dict[int, Table] = {}
+        share = self.shape.top_k / self.shape.experts
+        self._usual = (self._counts + share) / (self._tokens + 1)
+        self.begin(())
+
+    def begin(self, requests: tuple[int, ...]) -> None:
         """Go by the averages of these requests; new ones start with the history's frequencies."""
-        if forget:
-            self._running.clear()
-            share = self.shape.top_k / self.shape.experts
-            self._usual = (self._counts + share) / (self._tokens + 1)
         for request in requests:
             self._running.setdefault(request, self._usual.copy())
-        self._requests = requests
         averages = [self._running[request] for request in requests]
-        self.rates = union(averages) if averages else self._usual.copy()
+        self.rates = union(averages or [self._usual])
 
     def end(self, request: int) -> None:
         """Forget a request's average."""
@@ -242,13 +249,11 @@ class UseValue:
 
     def observe(self, iteration: Iteration, gate: Gate) -> None:
         """Have the averages follow what the tokens of each request chose."""
-        if iteration.requests != self._requests:
-            self.begin(iteration.requests)
         uses = chosen(gate.probabilities, self.shape.top_k)
         averages = []
         for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
             average = self._running[request][gate.layer]
-            weight = 1 - (1 - self._memory) ** (rows.stop - rows.start)
+            weight = 1 - (1 - self._recency) ** (rows.stop - rows.start)
             average += weight * (uses[rows].mean(axis=0) - average)
             averages.append(average)
         self.rates[gate.layer] = union(averages)
@@ -270,7 +275,7 @@ class PlannerPolicy(Policy):
         self.shape = shape
         self.options = options
         self.predictor = GatePredictor(shape, options.horizon, options.ridge)
-        self.value = UseValue(shape, options.discount, options.memory)
+        self.value = UseValue(shape, options.discount, options.recency)
         self.set_gates = self.predictor.set_gates
         self._rows: dict[int, list[tuple[FloatArray, FloatArray]]] = {}
         self._nearness = 1 / np.sqrt(self.value.away)
@@ -278,7 +283,7 @@ class PlannerPolicy(Policy):
 
     def begin_serving(self) -> None:
         self.predictor.fit()
-        self.value.begin((), forget=True)
+        self.value.forget()
         self._said: dict[int, FloatArray] = {}
         self._logs: FloatArray = np.empty((0, 0, 0), np.float32)
         self._ahead: FloatArray | None = None
@@ -378,7 +383,7 @@ def unlikely(scores: FloatArray, count: int) -> FloatArray:
     border = (ordered[..., count - 1, None] + ordered[..., last, None]) / 2
     margin = np.clip(-scores - border, -30, 30)
     for step in range(NEWTON + 1):
-        rest: FloatArray = 1 / (1 + np.exp(-margin))
+        rest: FloatArray = (1 / (1 + np.exp(-margin))).astype(np.float32, copy=False)
         if step < NEWTON:
             likely = 1 - rest
             slope = (likely * rest).sum(axis=-1, keepdims=True) + SLOPE
@@ -388,8 +393,6 @@ def unlikely(scores: FloatArray, count: int) -> FloatArray:
 
 def union(rates: list[Table]) -> Table:
     """Return the probability that any of several happens."""
-    if len(rates) == 1:
-        return rates[0].copy()
     return 1 - np.prod([1 - rate for rate in rates], axis=0)
 
 
