@@ -1,10 +1,10 @@
-"""LFU: no prediction, no prefetch; the expert with the fewest uses leaves the cache."""
+"""LFU and LFRU: no prediction, no prefetch; what was used least, or least and longest ago, leaves."""
 
 from typing import Literal
 
 from pydantic import validate_call
 
-from finemoe.offload.eviction import UsageTable
+from finemoe.offload.eviction import TICK, UsageTable
 from finemoe.offload.policy import ExpertId, ModelShape, Policy, Table
 from finemoe.options import CHECKED
 
@@ -30,3 +30,17 @@ class LfuPolicy(UsageTable, Policy):
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         return self.lfu_keys()
+
+
+class LfruPolicy(UsageTable, Policy):
+    """The expert of the smallest f / (age + 1) leaves: its uses so far, and layers since the last.
+
+    A load counts as a layer. Counts are kept when an expert leaves.
+    """
+
+    def begin_serving(self) -> None:
+        self.forget()
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        age = (self._recency - self._now) / TICK
+        return -self.visits / (age + 1)

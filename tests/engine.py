@@ -67,6 +67,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "deepspeed": {},
     "on_demand": {},
     "lfu": {"counts": ["kept", "forgotten"]},
+    "lfru": {},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }
