@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines.planner import (
-    GatePredictor,
-    PlannerPolicy,
-    Regression,
-    UseValue,
-    logarithms,
-    planner,
-    unlikely,
-)
+from baselines.gate_predictor import GatePredictor, Regression, logarithms, unlikely
+from baselines.planner import PlannerPolicy, UseValue, planner
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
