@@ -1,11 +1,12 @@
-"""LFU: no prediction, no prefetch; the expert with the fewest uses leaves the cache."""
+"""LFU and LFRU: no prediction, no prefetch; what was used least, or least lately, leaves."""
 
 from typing import Literal
 
+import numpy as np
 from pydantic import validate_call
 
 from finemoe.offload.eviction import UsageTable
-from finemoe.offload.policy import ExpertId, ModelShape, Policy, Table
+from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy, Table
 from finemoe.options import CHECKED
 
 
@@ -30,3 +31,26 @@ class LfuPolicy(UsageTable, Policy):
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         return self.lfu_keys()
+
+
+class LfruPolicy(UsageTable, Policy):
+    """The expert of the smallest f / (age + 1) leaves: its uses so far, and layers since the last.
+
+    Counts are kept when an expert leaves.
+    """
+
+    def forget(self) -> None:
+        super().forget()
+        self._layers_run = 0
+        self._last_use = np.zeros((self.shape.layers, self.shape.experts))
+
+    def begin_serving(self) -> None:
+        self.forget()
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        self._layers_run += 1
+        self._last_use[outcome.layer, list(outcome.activated)] = self._layers_run
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        return -self.visits / (self._layers_run - self._last_use + 1)

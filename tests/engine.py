@@ -57,9 +57,17 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "prefetch_distance": [1, 3],
         "eviction": ["lru", "lfu"],
     },
+    "planner": {
+        "horizon": [1, 3, 10],
+        "threshold": [0.1, 0.4],
+        "discount": [0.5, 0.95, 1.0],
+        "recency": [0.2, 1.0],
+        "ridge": [0.1, 1.0],
+    },
     "deepspeed": {},
     "on_demand": {},
     "lfu": {"counts": ["kept", "forgotten"]},
+    "lfru": {},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }

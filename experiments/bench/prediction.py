@@ -21,7 +21,7 @@ from finemoe.offload.routed import softmax
 
 OPTIONS = {
     "models": "mixtral,qwen,phi",
-    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed",
+    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed,planner",
     "output": "",
 }
 REQUESTS = 45
@@ -101,7 +101,7 @@ def teach(policy: Policy, shape: ModelShape) -> None:
     for number in range(REQUESTS * STEPS):
         request, step = divmod(number, STEPS)
         iteration = Iteration(number, "decode", (request,), (1,))
-        _, gates = random_gates(shape, 1, hidden_states=False)
+        _, gates = random_gates(shape, 1, policy.placement.hidden_states)
         policy.learn(iteration, normal(1, shape.hidden_size), gates)
         if step == STEPS - 1:
             policy.end_request(request)

@@ -300,9 +300,9 @@ class LiveRuntime:
         waiting = {*outcome.late, *outcome.misses}
         while ready or waiting:
             if not ready:
-                arrivals = waiting & self._await("on_demand_wait", self._take_arrivals)
-                ready.extend(sorted(arrivals))
-                waiting -= arrivals
+                arrivals = self._await("on_demand_wait", self._take_arrivals)
+                ready.extend(index for index in arrivals if index in waiting)
+                waiting.difference_update(arrivals)
                 continue
             index = ready.popleft()
             outputs[index] = self._run_expert(first + index, routing)
@@ -427,9 +427,9 @@ class LiveRuntime:
                 self._arrived.append(flat)
             self._changed.notify_all()
 
-    def _take_arrivals(self) -> set[int]:
-        """Return which on-demand loads of the layer arrived since the last call."""
-        arrivals = {flat % self.model.shape.experts for flat in self._arrived}
+    def _take_arrivals(self) -> list[int]:
+        """Return which on-demand loads of the layer arrived since the last call, in that order."""
+        arrivals = list(dict.fromkeys(flat % self.model.shape.experts for flat in self._arrived))
         self._arrived.clear()
         return arrivals
 

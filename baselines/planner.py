@@ -1,0 +1,223 @@
+"""Planner: one expected value of every expert decides what is fetched and what leaves.
+
+Three parts. `GatePredictor` turns the input of a gate into probabilities that later layers activate
+their experts; `UseValue` turns those, and how often a request used each expert, into the expected
+uses of a resident; `PlannerPolicy` prefetches what is likely, and only over residents of less
+value. docs/planner.md holds the mathematics and what each part is worth.
+"""
+
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from baselines.gate_predictor import GatePredictor, logarithms
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    Gate,
+    Gates,
+    Iteration,
+    ModelShape,
+    Placement,
+    Policy,
+    Priorities,
+    Table,
+)
+from finemoe.options import CHECKED, Count, Number, Share
+
+
+@dataclass(frozen=True, config=CHECKED)
+class PlannerOptions:
+    """What docs/planner.md varies. Raises ValueError for a wrong value."""
+
+    horizon: Count = 10
+    """Layers that a gate's input tells of."""
+    threshold: Share = 0.1
+    """Probability of activation from which on an expert is prefetched."""
+    discount: Share = 0.95
+    """What a use one layer later is worth."""
+    recency: Share = 0.05
+    """Weight of one token in the average of a request's activations."""
+    ridge: Annotated[Number, Field(ge=1e-3)] = 1.0
+    """Strength with which the regression is held to the gates' own logits."""
+
+
+class UseValue:
+    """How often requests use each expert, and what a resident is worth by that and by predictions.
+
+    The value of an expert is its discounted expected uses: the probability of the next visit of its
+    layer being one, and from then on, once every L layers, the average of the running requests.
+    """
+
+    def __init__(self, shape: ModelShape, discount: float, recency: float) -> None:
+        self.shape = shape
+        self._recency = recency
+        self._counts = np.zeros((shape.layers, shape.experts))
+        self._tokens = 0
+        layers = np.arange(shape.layers)
+        # By the next layer to be run: layers until each layer's next visit, from 1 on.
+        away = (layers - np.arange(shape.layers + 1)[:, None]) % shape.layers + 1.0
+        self.away = away[:, :, None]
+        self._near = discount**self.away
+        later = min(discount, 1 - 1e-9) ** shape.layers
+        self._far = self._near * later / (1 - later)
+        self.forget()
+
+    def learn(self, probabilities: FloatArray) -> None:
+        """Count what gates choose, (L, T, J)."""
+        self._counts += chosen(probabilities, self.shape.top_k).sum(axis=1)
+        self._tokens += probabilities.shape[1]
+
+    def forget(self) -> None:
+        """Forget all requests; the history is over."""
+        self._running: dict[int, Table] = {}
+        share = self.shape.top_k / self.shape.experts
+        self._usual = (self._counts + share) / (self._tokens + 1)
+        self.begin(())
+
+    def begin(self, requests: tuple[int, ...]) -> None:
+        """Go by the averages of these requests; new ones start with the history's frequencies."""
+        for request in requests:
+            self._running.setdefault(request, self._usual.copy())
+        averages = [self._running[request] for request in requests]
+        self.rates = union(averages or [self._usual])
+
+    def end(self, request: int) -> None:
+        """Forget a request's average."""
+        self._running.pop(request, None)
+
+    def observe(self, iteration: Iteration, gate: Gate) -> None:
+        """Have the averages follow what the tokens of each request chose."""
+        uses = chosen(gate.probabilities, self.shape.top_k)
+        averages = []
+        for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
+            average = self._running[request][gate.layer]
+            weight = 1 - (1 - self._recency) ** (rows.stop - rows.start)
+            average += weight * (uses[rows].mean(axis=0) - average)
+            averages.append(average)
+        self.rates[gate.layer] = union(averages)
+
+    def of(self, following: int, likely: Table) -> Table:
+        """Return the value of every expert before layer `following` runs.
+
+        `likely` (L, J) are the probabilities of the next visit.
+        """
+        return self._near[following] * likely + self._far[following] * self.rates
+
+
+class PlannerPolicy(Policy):
+    """Prefetches by probability over the root of the distance; the least valuable resident goes."""
+
+    placement = Placement("background", hidden_states=True, replaces=True)
+
+    def __init__(self, shape: ModelShape, options: PlannerOptions) -> None:
+        self.shape = shape
+        self.options = options
+        self.predictor = GatePredictor(shape, options.horizon, options.ridge)
+        self.value = UseValue(shape, options.discount, options.recency)
+        self.set_gates = self.predictor.set_gates
+        self._rows: dict[int, list[tuple[FloatArray, FloatArray]]] = {}
+        self._nearness = 1 / np.sqrt(self.value.away)
+        self.begin_serving()
+
+    def begin_serving(self) -> None:
+        self.predictor.fit()
+        self.value.forget()
+        self._said: dict[int, FloatArray] = {}
+        self._logs: FloatArray = np.empty((0, 0, 0), np.float32)
+        self._ahead: FloatArray | None = None
+        self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
+        self._likely = self.value.rates.copy()
+        """Probabilities of the next visit, as far as known."""
+        self._keys = -self.value.of(0, self._likely)
+
+    def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
+        assert gates.hidden_states is not None
+        inputs = np.concatenate([embeddings[None], gates.hidden_states])
+        logs = logarithms(gates.probabilities)
+        self.value.learn(gates.probabilities)
+        for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
+            seen = (inputs[:, rows], logs[:, rows])
+            self._rows.setdefault(request, []).append(seen)
+
+    def end_request(self, request: int) -> None:
+        self.value.end(request)
+        self._said.pop(request, None)
+        if rows := self._rows.pop(request, []):
+            inputs, logs = (np.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
+            self.predictor.learn(inputs, logs)
+
+    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
+        self._ahead = None
+        self.value.begin(iteration.requests)
+        layers, tokens = self.shape.layers, len(embeddings)
+        self._logs = np.zeros((2 * layers, tokens, self.shape.experts), np.float32)
+        for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
+            before = self._said.get(request, self.predictor.usual)
+            self._logs[:layers, rows] = before[:, None]
+        self._likely[:] = self.predictor.probabilities(0, embeddings[None], self._logs)[0]
+        return self._plan(0)
+
+    def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
+        assert gates.hidden_states is not None
+        self._logs[self.shape.layers :] = logarithms(gates.probabilities)
+        self._ahead = self.predictor.probabilities(1, gates.hidden_states, self._logs)
+
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+        self.value.observe(iteration, gate)
+        following, layers = gate.layer + 1, self.shape.layers
+        self._likely[gate.layer] = self.value.rates[gate.layer]
+        if self._ahead is None:
+            assert gate.hidden_states is not None
+            self._logs[layers + gate.layer] = logarithms(gate.probabilities)
+            inputs = gate.hidden_states[None]
+            likely = self.predictor.probabilities(following, inputs, self._logs)[0]
+        else:
+            likely = self._ahead[gate.layer]
+        here = layers - following
+        self._likely[following : following + len(likely)] = likely[:here]
+        self._likely[: max(len(likely) - here, 0)] = likely[here:]
+        return self._plan(following)
+
+    def end_iteration(self, iteration: Iteration) -> Priorities | None:
+        for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
+            self._said[request] = self._logs[self.shape.layers :, rows.stop - 1].copy()
+        return self._plan(0)
+
+    def on_load(self, expert: ExpertId) -> None:
+        self._absent[expert] = False
+
+    def on_evict(self, expert: ExpertId) -> None:
+        self._absent[expert] = True
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        """Least value first; a prefetch keeps what is worth no less than itself."""
+        keys = self._keys
+        return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
+
+    def _plan(self, following: int) -> Priorities | None:
+        """Value all experts before layer `following` runs; ask for the likely ones from it on."""
+        self._keys = -self.value.of(following, self._likely)
+        wanted = (self._likely >= self.options.threshold) & self._absent
+        wanted[:following] = False
+        return np.where(wanted, self._likely * self._nearness[following], 0.0)
+
+
+def chosen(probabilities: FloatArray, count: int) -> Table:
+    """Return 1 for the `count` experts that each token goes to, else 0, in the same shape."""
+    best = (-probabilities).argpartition(count - 1, axis=-1)[..., :count]
+    uses = np.zeros(probabilities.shape)
+    np.put_along_axis(uses, best, 1.0, axis=-1)
+    return uses
+
+
+def union(rates: list[Table]) -> Table:
+    """Return the probability that any of several happens."""
+    return 1 - np.prod([1 - rate for rate in rates], axis=0)
+
+
+def planner(shape: ModelShape, **options: Any) -> PlannerPolicy:
+    """Return the policy for `PlannerOptions` given one by one; ValueError for a wrong value."""
+    return PlannerPolicy(shape, PlannerOptions(**options))

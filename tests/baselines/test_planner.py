@@ -1,0 +1,237 @@
+"""The planner's parts, each alone: what it predicts, what an expert is worth, what it asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baselines.gate_predictor import GatePredictor, Regression, logarithms, unlikely
+from baselines.planner import PlannerPolicy, UseValue, planner
+from finemoe.offload.policy import (
+    ExpertId,
+    FloatArray,
+    Gate,
+    Gates,
+    GateWeights,
+    Iteration,
+    ModelShape,
+)
+from finemoe.offload.routed import softmax
+
+SMALL = ModelShape(layers=2, experts=2, top_k=1, hidden_size=2)
+WIDE = ModelShape(layers=5, experts=4, top_k=2, hidden_size=6)
+
+
+def normal(rng: np.random.Generator, *size: int) -> FloatArray:
+    return rng.normal(size=size).astype(np.float32)
+
+
+def decode(number: int, *requests: int) -> Iteration:
+    return Iteration(number, "decode", requests, (1,) * len(requests))
+
+
+# The predictor ------------------------------------------------------------------------------------
+
+
+def test_a_regression_finds_the_ridge_solution_and_what_it_leaves_over() -> None:
+    """One source and target, one expert: y = 3 x, seen at x = 1 and -1, of a ridge of 2 to 1."""
+    regression = Regression(1, 1, 1, 1, 2.0)
+    own = np.array([[[1, 0], [-1, 0]]], np.float32)
+    wanted = np.array([[[3], [-3]]], np.float32)
+    regression.learn(0, own, np.zeros((2, 1), np.float32), wanted)
+    regression.fit()
+    # (2 + 2) w = 6 + 2, so w = 2; residuals of 1 twice, and 4 tokens of spread 1.
+    scores = regression.scores(0, own[None, :, :1], np.zeros((1, 1, 1), np.float32))
+    assert scores.item() == pytest.approx(1.7 * 2.0)
+
+
+def test_the_token_before_is_an_input() -> None:
+    """Layer 1 does the opposite of the token before; gates say nothing, layer 0 is a coin."""
+    rng = np.random.default_rng(0)
+    predictor = GatePredictor(SMALL, 2, 1e-3)
+    predictor.set_gates(GateWeights(np.zeros((2, 2, 2), np.float32)))
+    signs = np.array([rng.choice([-1, 1], 400), [1, -1] * 200])
+    logs = (2 * signs[:, :, None] * np.array([1, -1])).astype(np.float32)
+    predictor.learn(normal(rng, 3, 400, 2), logs)
+    predictor.fit()
+    known = np.zeros((4, 1, 2), np.float32)
+    known[1, 0] = 2, -2
+    # After the gate of layer 0: layer 1, and layer 0 of the next token.
+    likely = predictor.probabilities(1, np.zeros((1, 1, 2), np.float32), known)[0]
+    assert likely[0] == pytest.approx([0, 1], abs=1e-3)
+    assert likely[1] == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_without_a_history_the_later_gates_speak_for_themselves() -> None:
+    rng = np.random.default_rng(1)
+    weights, inputs = normal(rng, 5, 4, 6), normal(rng, 1, 1, 6)
+    predictor = GatePredictor(WIDE, 3, 1.0)
+    predictor.set_gates(GateWeights(weights))
+    predictor.fit()
+    logs = np.zeros((10, 1, 4), np.float32)
+    likely = predictor.probabilities(1, inputs, logs)[0]
+    logits = np.einsum("lje,e->lj", weights[1:4], inputs[0, 0])
+    assert (likely.argsort() == logits.argsort()).all()
+    assert likely.sum(axis=1) == pytest.approx([2, 2, 2], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "expected"),
+    [
+        # Symmetric about the border, so that two are expected as it stands.
+        ([3, 1, -1, -3], 2, 1 / (1 + np.exp([-3.0, -1.0, 1.0, 3.0]))),
+        ([0, 0, 0, 0], 1, [0.25] * 4),
+        ([40, 40, 40], 3, [1, 1, 1]),
+    ],
+)
+def test_as_many_are_expected_as_a_token_activates(
+    scores: list[float], count: int, expected: list[float]
+) -> None:
+    likely = 1 - unlikely(np.array([scores], np.float32), count)[0]
+    assert likely == pytest.approx(expected, abs=0.06)
+
+
+# The value ----------------------------------------------------------------------------------------
+
+
+def test_value_is_discounted_expected_uses() -> None:
+    value = UseValue(SMALL, discount=0.5, recency=0.5)
+    value.begin((7,))
+    assert value.rates.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    likely = np.array([[1.0, 0.0], [0.5, 0.25]])
+    # Before layer 0: one and two layers away, then every two layers: 1/4 + 1/16 + ... = 1/3.
+    expected = [
+        [0.5 * (1 + 0.5 / 3), 0.5 * 0.5 / 3],
+        [0.25 * (0.5 + 0.5 / 3), 0.25 * (0.25 + 0.5 / 3)],
+    ]
+    assert value.of(0, likely) == pytest.approx(np.array(expected))
+    # Before layer 1 the layers have changed places.
+    assert value.of(1, likely)[::-1] == pytest.approx(value.of(0, likely[::-1]))
+
+
+def test_averages_follow_each_request_and_are_joined() -> None:
+    value = UseValue(SMALL, discount=0.5, recency=0.5)
+    first, second = [0.9, 0.1], [0.2, 0.8]
+    value.begin((1, 2))
+    value.observe(decode(0, 1, 2), Gate(0, np.array([first, second], np.float32), (0, 1), None))
+    # Of request 1 (0.75, 0.25), of request 2 (0.25, 0.75): one of both 1 - 0.25 * 0.75.
+    assert value.rates[0] == pytest.approx([0.8125, 0.8125])
+    value.begin((1,))
+    assert value.rates[0] == pytest.approx([0.75, 0.25])
+    value.end(1)
+    value.begin((1,))
+    assert value.rates[0] == pytest.approx([0.5, 0.5])
+
+
+# The planner --------------------------------------------------------------------------------------
+
+
+def served(seed: int, horizon: int = 2, threshold: float = 0.1) -> PlannerPolicy:
+    """Return a policy that has its gates and a history of two requests."""
+    rng = np.random.default_rng(seed)
+    policy = planner(WIDE, horizon=horizon, threshold=threshold)
+    policy.predictor.set_gates(GateWeights(normal(rng, 5, 4, 6)))
+    for number, (iteration, embeddings, gates) in enumerate(events(rng, 8)):
+        policy.learn(iteration, embeddings, gates)
+        if number == 7:
+            policy.end_request(0)
+    policy.begin_serving()
+    return policy
+
+
+def events(rng: np.random.Generator, count: int) -> list[tuple[Iteration, FloatArray, Gates]]:
+    """Draw iterations of one request: its prompt of three tokens, then one token each."""
+    drawn = []
+    for number in range(count):
+        tokens = 1 if number else 3
+        phase: Any = "decode" if number else "prefill"
+        rows = softmax(3 * normal(rng, 5, tokens, 4))
+        best = (-rows).argsort(axis=2)[..., :2]
+        activated = [tuple(np.unique(layer).tolist()) for layer in best]
+        gates = Gates(rows, activated, normal(rng, 5, tokens, 6))
+        drawn.append((Iteration(number, phase, (0,), (tokens,)), normal(rng, tokens, 6), gates))
+    return drawn
+
+
+def test_it_asks_for_likely_absent_experts_that_are_still_to_come_the_nearest_first() -> None:
+    policy = served(3, threshold=0.3)
+    iteration, embeddings, gates = events(np.random.default_rng(4), 1)[0]
+    policy.on_load(ExpertId(3, 0))
+    policy.on_embeddings(iteration, embeddings)
+    requests = policy.on_gate(iteration, gates.of(0))
+    assert requests is not None
+    likely, away = policy._likely, np.arange(5)[:, None].clip(1)
+    expected = np.where(likely >= 0.3, likely / np.sqrt(away), 0)
+    expected[0] = expected[3, 0] = 0
+    assert requests == pytest.approx(expected)
+    assert (requests > 0).any()
+    policy.on_evict(ExpertId(3, 0))
+    again = policy.on_gate(iteration, gates.of(0))
+    assert again is not None
+    assert (again[3, 0] > 0) == (likely[3, 0] >= 0.3)
+
+
+def test_a_prefetch_displaces_less_value_and_nobody_else() -> None:
+    policy = served(5)
+    iteration, embeddings, _ = events(np.random.default_rng(6), 1)[0]
+    policy.on_embeddings(iteration, embeddings)
+    value = policy.value.of(0, policy._likely)
+    incoming = ExpertId(1, 2)
+    assert (policy.eviction_keys(incoming, True) == -value).all()
+    kept = policy.eviction_keys(incoming, False) == -np.inf
+    assert (kept == (value >= value[incoming])).all()
+    assert 0 < kept.sum() < kept.size
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    when=st.integers(0, 3),
+    layer=st.integers(-1, 4),
+    ahead=st.booleans(),
+)
+def test_no_answer_depends_on_the_future(seed: int, when: int, layer: int, ahead: bool) -> None:
+    """What follows layer `layer` of iteration `when` is permuted and drawn anew."""
+    past, other = (events(np.random.default_rng(seed + n), 4) for n in (0, 1))
+    changed = past[:when] + other[when:]
+    iteration, embeddings, gates = past[when]
+    anew, split = other[when][2], layer + 1
+    assert gates.hidden_states is not None
+    assert anew.hidden_states is not None
+    mixed = Gates(
+        np.concatenate([gates.probabilities[:split], anew.probabilities[split:][::-1]]),
+        [*gates.activated[:split], *anew.activated[split:][::-1]],
+        np.concatenate([gates.hidden_states[:split], anew.hidden_states[split:][::-1]]),
+    )
+    changed[when] = iteration, embeddings, mixed
+    known = 7 * when + split + 1
+    first, second = (answers(served(9), trace, ahead)[:known] for trace in (past, changed))
+    assert len(first) == known
+    assert first == second
+
+
+def answers(
+    policy: PlannerPolicy, trace: list[tuple[Iteration, FloatArray, Gates]], ahead: bool
+) -> list[Any]:
+    """Return what is asked for and kept after embeddings, every gate, and every iteration."""
+    found: list[Any] = []
+
+    def note(requests: Any) -> None:
+        found.append((requests.tolist(), policy.eviction_keys(ExpertId(0, 0), False).tolist()))
+
+    for iteration, embeddings, gates in trace:
+        note(policy.on_embeddings(iteration, embeddings))
+        if ahead:
+            policy.predict_ahead(iteration, gates)
+        for layer in range(5):
+            note(policy.on_gate(iteration, gates.of(layer)))
+        note(policy.end_iteration(iteration))
+    return found
+
+
+def test_logarithms_bear_certainty() -> None:
+    logs = logarithms(np.array([1.0, 0.0], np.float32))
+    assert logs == pytest.approx(np.log(1e-7) * np.array([-0.5, 0.5]))
