@@ -28,7 +28,7 @@ from tests.command import ROOT
 
 CONF = Path(ROOT) / "conf"
 MODELS = ("mixtral", "qwen", "phi")
-PREDICTING = ("finemoe", "moe_infinity", "promoe", "mixtral_offload", "deepspeed")
+PREDICTING = ("finemoe", "moe_infinity", "promoe", "mixtral_offload", "deepspeed", "planner")
 TESTBEDS = ("rtx3090x6", "a100", "rtx4090", "h100", "h200")
 
 # What is left of it, 100 GB/s and 2 TFLOPS: 10 ns a 1,000 bytes, 0.5 ns a 1,000 operations.

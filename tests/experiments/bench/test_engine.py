@@ -54,7 +54,7 @@ def test_every_call_of_every_system_is_timed(
     monkeypatch.setattr(prediction_bench, "REQUESTS", 2)
     prediction_bench.main(["models=qwen", f"output={tmp_path / 'times.json'}"])
     times = {one["system"]: one for one in written(tmp_path / "times.json")["times"]}
-    assert len(times) == 5
+    assert len(times) == 6
     assert all(one["gate"] > 0 for one in times.values())
     # The semantic search reads every stored embedding; DeepSpeed looks nothing up.
     assert times["finemoe"]["embeddings"] > times["deepspeed"]["embeddings"]
