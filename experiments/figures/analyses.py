@@ -134,10 +134,12 @@ def history_length(share: float, requests: int) -> int:
 
 def model_facts(name: str) -> DictConfig:
     """Return conf/model/<name>.yaml; raise UserError if there is none."""
-    known = {path.stem: path for path in sorted((CONF / "model").glob("*.yaml"))}
+    models = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "model").glob("*.yaml"))}
+    # One has no facts of its own: any checkpoint's.
+    known = {stem: DictConfig(facts) for stem, facts in models.items() if facts.name}
     if name not in known:
         raise UserError(f"no model {name!r}; choose some of {', '.join(known)}")
-    return DictConfig(OmegaConf.load(known[name]))
+    return known[name]
 
 
 def analyse(
