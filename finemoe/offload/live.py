@@ -117,9 +117,9 @@ class LiveRuntime:
         for device, link in enumerate(self.links):
             drive = partial(self._drive, device, link)
             self._threads.append(threading.Thread(target=drive, name=f"link-{device}", daemon=True))
-        if self.policy.placement.prediction == "background":
-            tasks = 1 if self._unhurried else self.model.shape.layers + 2
-            capacity = SEARCH_QUEUE_ITERATIONS * tasks
+        # After an iteration there is nothing to hurry for: two threads would only take turns.
+        if self.policy.placement.prediction == "background" and not self._unhurried:
+            capacity = SEARCH_QUEUE_ITERATIONS * (self.model.shape.layers + 2)
             self._worker = Worker(capacity, self._fail)
             self._threads.append(self._worker)
         for thread in self._threads:

@@ -268,7 +268,7 @@ def test_a_thread_that_fails_to_start_leaves_nothing_behind(
     policy = Spy(model.shape, Placement("background"))
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
-        with pytest.raises(error), runtime(model, policy, devices=2):
+        with pytest.raises(error), runtime(model, policy, slots=5, devices=2):
             pytest.fail("entered")
     leaves_nothing(model, before)
 
@@ -286,7 +286,7 @@ def test_an_interrupt_of_the_exit_comes_when_everything_is_undone(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         patch.setattr(threading.Thread, "join", interrupted)
-        with runtime(model, Spy(model.shape, Placement("background")), devices=2) as live:
+        with runtime(model, Spy(model.shape, Placement("background")), 5, devices=2) as live:
             serve_and_drain(live)
     leaves_nothing(model, before)
 
