@@ -164,18 +164,14 @@ class RoutedStream(Trace):
         return ()
 
     def request(self, number: int) -> TracedRequest:
-        ids, (layers, experts, _, _) = self._row(number), self._sizes()
-        chosen = np.zeros((layers, len(ids), experts), np.int64)
+        ids, shape = self._row(number), self.header.shape
+        chosen = np.zeros((shape.layers, len(ids), shape.experts), np.int64)
         np.put_along_axis(chosen, ids.swapaxes(0, 1), 1, axis=2)
         tokens = [self._prompt] + [1] * (len(ids) - self._prompt)
         starts = np.cumsum([0, *tokens[:-1]])
         counts = np.add.reduceat(chosen, starts, axis=1).swapaxes(0, 1)
         shares = chosen / chosen.sum(axis=2, keepdims=True)
         return TracedRequest(number, (), (), _steps(counts, shares, tokens))
-
-    def _sizes(self) -> tuple[int, int, int, int]:
-        shape = self.header.shape
-        return shape.layers, shape.experts, shape.top_k, shape.hidden_size
 
 
 def _header(path: Path, shape: ModelShape) -> TraceHeader:
@@ -216,6 +212,8 @@ def _read_arrays(path: Path, shape: ModelShape) -> list[NDArray[Any]]:
     except Exception as error:  # Of a damaged file, zipfile and numpy raise unrelated types.
         raise ValueError(str(error)) from error
     found = [one for one in arrays if one.ndim == 3]
+    # Beside ids there may be their weights.
+    found = [one for one in found if np.issubdtype(one.dtype, np.integer)] or found
     if not found:
         raise TraceError("has no array of three dimensions; store (tokens, layers, K)")
     return [ids if ids.shape[1] == shape.layers else ids.swapaxes(0, 1) for ids in found]

@@ -201,7 +201,10 @@ def as_lines(path: Path, ids: np.ndarray) -> None:
     ("name", "write"),
     [
         ("vllm.npy", lambda path: np.save(path, IDS)),
-        ("layers.npz", lambda path: np.savez(path, experts=IDS.swapaxes(0, 1), meta="a text")),
+        (
+            "layers.npz",
+            lambda path: np.savez(path, weights=IDS / 9, experts=IDS.swapaxes(0, 1), meta="text"),
+        ),
         ("router.jsonl", lambda path: as_lines(path, IDS)),
     ],
 )
