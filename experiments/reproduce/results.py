@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,25 +96,25 @@ def record_traces(configs: Iterable[DictConfig]) -> None:
         kept_trace(cfg, Console(quiet=True))
 
 
-def ensure_record(cfg: DictConfig, console: Console | None = None) -> None:
-    """Make the complete record of this config unless it is there, and log it. Raises UserError."""
+def ensure_record(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
+    """Return the complete record of this config, made unless it is there, and logged if asked for.
+
+    Raises UserError.
+    """
     from experiments.run.protocol import run
     from experiments.run.tracking import log_record
 
-    folder, record = Path(cfg.output), None
-    console = console or Console(quiet=True)
+    folder, console = Path(cfg.output), console or Console(quiet=True)
     path = existing_record(cfg)
-    if path is None:
-        with alone_in(folder):
-            # Another process may have made it meanwhile.
-            path = existing_record(cfg)
-            if path is None:
-                record = run(cfg, console)
+    # Another process may make it meanwhile.
+    with nullcontext() if path else alone_in(folder):
+        path = path or existing_record(cfg)
+        record = read_record(path) if path else run(cfg, console)
     if path:
-        record = read_record(path)
         console.skipped(path, other_code(record))
-    if record and cfg.logger.name == "wandb":
+    if cfg.logger.name == "wandb":
         log_record(cfg.logger.project, folder, record)
+    return record
 
 
 def make(plan: Plan, results: ResultsFolder) -> None:
