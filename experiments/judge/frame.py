@@ -203,11 +203,15 @@ class ResultsFolder:
         path, due = self.experiment(experiment), "experiment record; remove it and draw again"
         return read_checked(path, INDEX, due) if path.exists() else {}
 
-    def table(self, experiment: str, name: str) -> pd.DataFrame:
-        """Return a CSV of an analysis with its `digest`, `mode` and `weights`; empty if missing."""
-        path = self.analysis(experiment) / f"{name}.csv"
+    def rows(self, experiment: str) -> pd.DataFrame:
+        """Return what claims judge, empty if it is missing: the table that an analysis left, with
+        its `digest`, `mode` and `weights`, or complete runs.
+        """
         record = self.analysis_record(experiment)
-        if not record or not path.exists():
+        if not record:
+            return self.runs_of(experiment)
+        path = self.analysis(experiment) / f"{next(iter(record['tables']), '')}.csv"
+        if not path.exists():
             return pd.DataFrame()
         return read_table(path).assign(
             digest=hashlib.sha256(path.read_bytes()).hexdigest(),
