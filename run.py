@@ -46,7 +46,7 @@ def serve(cfg: DictConfig) -> None:
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))
             # What follows takes seconds to import.
-            from experiments.reproduce.run_store import ensure_record
+            from experiments.reproduce.results import ensure_record
             from experiments.run.console import Console
 
             ensure_record(cfg, Console(job=job))

@@ -8,7 +8,6 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,25 +52,23 @@ OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """One measured number and, if it has one, the bound that it should keep."""
+Check = dict[str, Any]
+"""One measured number, the bound that it should keep, and whether it is `met`; see `measured`."""
 
-    name: str
-    value: float
-    unit: str = ""
-    at_least: float | None = None
-    at_most: float | None = None
 
-    @property
-    def met(self) -> bool | None:
-        """Whether the bound is kept; None if the number has none."""
-        if self.at_least is not None:
-            return self.value >= self.at_least
-        return None if self.at_most is None else self.value <= self.at_most
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "met": self.met}
+def measured(
+    name: str,
+    value: float,
+    unit: str = "",
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Check:
+    """Return a check; `met` is None if the number has no bound."""
+    kept = [value >= at_least] if at_least is not None else []
+    kept += [value <= at_most] if at_most is not None else []
+    bounds = {"at_least": at_least, "at_most": at_most}
+    met = all(kept) if kept else None
+    return {"name": name, "value": float(value), "unit": unit, **bounds, "met": met}
 
 
 def random_request(
@@ -140,8 +137,8 @@ def resident_overheads(
     taken = pd.DataFrame(rounds[1:])
     ratios = {f"TPOT {a} / {b}": taken[a] / taken[b] for a in policies for b in baselines}
     return [
-        *(Check(name, float(one.median()), at_most=MOST_OVERHEAD) for name, one in ratios.items()),
-        *(Check(f"TPOT {name}", float(one.median()) * 1e3, "ms") for name, one in taken.items()),
+        *(measured(name, one.median(), at_most=MOST_OVERHEAD) for name, one in ratios.items()),
+        *(measured(f"TPOT {name}", one.median() * 1e3, "ms") for name, one in taken.items()),
     ]
 
 
@@ -154,13 +151,15 @@ def link_rate(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> Check
     assert isinstance(link, EmulatedLink)
     achieved = link.copied_bytes / link.copying_seconds
     configured = model.store.layout.nbytes / testbed.load_seconds(FULL_EXPERT_BYTES)
-    return Check("emulated link, achieved / configured rate", achieved / configured, at_least=0.95)
+    return measured(
+        "emulated link, achieved / configured rate", achieved / configured, at_least=0.95
+    )
 
 
 def synchronous_share(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> list[Check]:
     """Return FineMoE's synchronous work over the decode iteration at the paper's ratio."""
     policy = FineMoEPolicy(model.shape, FineMoEOptions(PREFETCH_DISTANCE))
-    *earlier, measured = (random_request(number, model, new_tokens) for number in range(3))
+    *earlier, last = (random_request(number, model, new_tokens) for number in range(3))
     with resident_runtime(model, policy) as runtime:
         serve(runtime, earlier)
         runtime.drain()
@@ -174,14 +173,14 @@ def synchronous_share(model: OffloadedModel, testbed: Testbed, new_tokens: int) 
 
     with offloading_runtime(model, policy, testbed, slots, FULL_EXPERT_BYTES) as runtime:
         runtime.listeners.append(listen)
-        serve(runtime, [measured])
+        serve(runtime, [last])
     # From first gate to first gate, without the prefill's iteration.
     iterations, work = np.diff(first_gates[1:], axis=0).T
     share = float(np.median(work / iterations))
     return [
-        Check("FineMoE synchronous work / decode iteration", share, at_most=0.01),
-        Check("decode iteration, 25 % of the experts", float(np.median(iterations)) * 1e3, "ms"),
-        Check("of which synchronous work", float(np.median(work)) * 1e3, "ms"),
+        measured("FineMoE synchronous work / decode iteration", share, at_most=0.01),
+        measured("decode iteration, 25 % of the experts", float(np.median(iterations)) * 1e3, "ms"),
+        measured("of which synchronous work", float(np.median(work)) * 1e3, "ms"),
     ]
 
 
@@ -190,10 +189,10 @@ def print_checks(title: str, checks: Sequence[Check], console: Console) -> None:
     rows = Table("measured", "value", "target", "", title=title)
     words = {True: "[green]met[/]", False: "[red]falls short[/]", None: ""}
     for check in checks:
-        bounds = {">=": check.at_least, "<=": check.at_most}
+        bounds = {">=": check["at_least"], "<=": check["at_most"]}
         target = "".join(f"{sign} {one:g}" for sign, one in bounds.items() if one is not None)
-        value = f"{check.value:.4g} {check.unit}".strip()
-        rows.add_row(check.name, value, target, words[check.met])
+        value = f"{check['value']:.4g} {check['unit']}".strip()
+        rows.add_row(check["name"], value, target, words[check["met"]])
     console.print(rows)
 
 
@@ -214,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
         "model": os.path.relpath(folder),
         "torch_threads": threads,
         "time_scale": options["time_scale"],
-        "checks": [check.as_dict() for check in checks],
+        "checks": checks,
         **provenance(),
     }
     write_json(Path(options["output"]), record)

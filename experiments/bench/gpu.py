@@ -32,13 +32,13 @@ from torch.utils.benchmark import Timer
 from baselines.on_demand import OnDemandPolicy
 from experiments import CONF
 from experiments.bench import engine
-from experiments.bench.engine import SCALE_MODEL, Check, random_request, two_policies
+from experiments.bench.engine import SCALE_MODEL, Check, measured, random_request, two_policies
 from experiments.errors import UserError, command
+from experiments.reproduce.results import ensure_record
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, serve
-from experiments.run.protocol import run
-from experiments.run.records import existing_record, provenance, read_record
+from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Request, Server
 from experiments.run.small_models import FAMILIES, small_model
@@ -54,7 +54,7 @@ from finemoe.testbed import Testbed
 
 MB, GB = 1e6, 1e9
 TESTBED = "testbed.yaml"
-Record = dict[str, Any]
+Facts = dict[str, Any]
 MOST_OF_MEMORY = 0.8
 MOST_DEVIATION = 0.2
 """Largest acceptable deviation of a simulated TTFT or TPOT from the measured one."""
@@ -92,12 +92,12 @@ def machine(bench: Bench) -> list[Check]:
         fits = any(re.fullmatch(rf"(sm|compute)_{major}\d", one) for one in built)
         room = torch.cuda.mem_get_info(device)
         checks += [
-            Check(f"{device}: kernels for capability {major}.{minor}", float(fits), at_least=1),
-            Check(f"{device}: memory", room[1] / GB, "GB"),
-            Check(f"{device}: of which free", room[0] / room[1], at_least=0.9),
+            measured(f"{device}: kernels for capability {major}.{minor}", fits, at_least=1),
+            measured(f"{device}: memory", room[1] / GB, "GB"),
+            measured(f"{device}: of which free", room[0] / room[1], at_least=0.9),
         ]
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return [*checks, Check("host memory", host / GB, "GB")]
+    return [*checks, measured("host memory", host / GB, "GB")]
 
 
 def lossless(bench: Bench) -> list[Check]:
@@ -116,7 +116,7 @@ def lossless(bench: Bench) -> list[Check]:
                     for policy in two_policies(model, distance=1).values()
                 )
                 name = f"{family}: logits equal, {name} budget, {count} device(s)"
-                checks.append(Check(name, float(equal), at_least=1))
+                checks.append(measured(name, equal, at_least=1))
     return checks
 
 
@@ -183,10 +183,10 @@ def rate(bench: Bench) -> list[Check]:
 
     together = bench.timed(at_once)
     return [
-        Check("link rate / plain copy rate", memcpy / link, at_least=0.95),
-        Check("link rate", gigabytes / link, "GB/s"),
-        Check("plain copy rate", gigabytes / memcpy, "GB/s"),
-        Check("rate of all links at once", gigabytes * len(ways) / together, "GB/s"),
+        measured("link rate / plain copy rate", memcpy / link, at_least=0.95),
+        measured("link rate", gigabytes / link, "GB/s"),
+        measured("plain copy rate", gigabytes / memcpy, "GB/s"),
+        measured("rate of all links at once", gigabytes * len(ways) / together, "GB/s"),
     ]
 
 
@@ -211,10 +211,10 @@ def overlap(bench: Bench) -> list[Check]:
     times = max(1, round(times * copying / bench.timed(compute)))
     alone, together = bench.timed(compute), bench.timed(both)
     return [
-        Check("overlap", (alone + copying - together) / min(alone, copying), at_least=0.8),
-        Check("compute alone", alone * 1e3, "ms"),
-        Check("copy alone", copying * 1e3, "ms"),
-        Check("both at once", together * 1e3, "ms"),
+        measured("overlap", (alone + copying - together) / min(alone, copying), at_least=0.8),
+        measured("compute alone", alone * 1e3, "ms"),
+        measured("copy alone", copying * 1e3, "ms"),
+        measured("both at once", together * 1e3, "ms"),
         *_small_copies(drive, bench.device),
     ]
 
@@ -243,8 +243,8 @@ def _small_copies(drive: Callable[[], None], device: torch.device) -> list[Check
             busy.append(send())
         driven.result()
     return [
-        Check("index to device, link idle", statistics.median(idle) * 1e3, "ms"),
-        Check("index to device, link busy", statistics.median(busy) * 1e3, "ms"),
+        measured("index to device, link idle", statistics.median(idle) * 1e3, "ms"),
+        measured("index to device, link busy", statistics.median(busy) * 1e3, "ms"),
     ]
 
 
@@ -260,7 +260,7 @@ def calibrate(bench: Bench) -> list[Check]:
     # Four matrices together do not fit a cache.
     rows, row, tall = len(matrix), matrix[:1], matrix.repeat(4, 1)
     scalar = torch.zeros((), device=device)
-    link = {check.name: check.value for check in rate(bench)}
+    rates = {check["name"]: check["value"] for check in rate(bench)}
     kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
     sync_s = max(0.0, bench.timed(lambda: scalar.add_(1).item()) - kernel_s)
     # A row times a matrix takes as long as reading it.
@@ -269,24 +269,21 @@ def calibrate(bench: Bench) -> list[Check]:
     small = torch.zeros(1, pin_memory=True)
     latency_s = bench.timed(lambda: scalar.copy_(small[0], non_blocking=True))
     layer_s = _layer_seconds(bench, kernel_s, sync_s)
-    testbed = {
-        "name": f"{bench.testbed.name} (measured)",
-        "devices": len(bench.testbed.devices),
-        "accelerator": {
-            "memory_gb_s": tall.nbytes / read_s / 1e9,
-            "matrix_tflops": 2 * rows**3 / product_s / 1e12,
-            "memory_gb": torch.cuda.mem_get_info(device)[1] / 1e9,
-            "kernel_us": kernel_s * 1e6,
-            "sync_us": sync_s * 1e6,
-        },
-        "link": {"gb_s": link["link rate"], "latency_us": latency_s * 1e6},
-        "host_memory_gb_s": link["rate of all links at once"],
+    host = {
+        "host_memory_gb_s": rates["rate of all links at once"],
         "hop_us": _hop_seconds(bench) * 1e6,
         "layer_us": layer_s * 1e6,
     }
-    _write_testbed(bench, testbed)
-    numbers = {**testbed, **testbed.pop("accelerator"), **testbed.pop("link")}  # type: ignore[dict-item]
-    return [Check(name, value) for name, value in numbers.items() if isinstance(value, float)]
+    accelerator = {
+        "memory_gb_s": tall.nbytes / read_s / 1e9,
+        "matrix_tflops": 2 * rows**3 / product_s / 1e12,
+        "memory_gb": torch.cuda.mem_get_info(device)[1] / 1e9,
+        "kernel_us": kernel_s * 1e6,
+        "sync_us": sync_s * 1e6,
+    }
+    link = {"gb_s": rates["link rate"], "latency_us": latency_s * 1e6}
+    _write_testbed(bench, {**host, "accelerator": accelerator, "link": link})
+    return [measured(name, value) for name, value in {**host, **accelerator, **link}.items()]
 
 
 def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
@@ -315,6 +312,7 @@ def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:
         OmegaConf.load(CONF / "simulated.yaml"),
         {"accelerator": {"memory_efficiency": 1.0, "matrix_efficiency": 1.0}},
         {"link": {"efficiency": 1.0}, "chunk_mb": bench.testbed.chunk_bytes / MB},
+        {"name": f"{bench.testbed.name} (measured)", "devices": len(bench.testbed.devices)},
         numbers,
     )
     with atomic_write(bench.folder / TESTBED) as partial:
@@ -340,7 +338,7 @@ def full_size(bench: Bench) -> list[Check]:
             live, simulated = _measured_and_simulated(bench, *case)
         except Exception as error:
             first, *_ = str(error).splitlines() or [""]
-            checks.append(Check(f"{name}: {type(error).__name__}: {first}", 0.0, at_least=1))
+            checks.append(measured(f"{name}: {type(error).__name__}: {first}", 0.0, at_least=1))
         else:
             checks += _compared(name, budget, live, simulated)
         release()
@@ -357,7 +355,7 @@ def _speculates(cfg: DictConfig, model: str, system: str) -> bool:
 
 def _measured_and_simulated(
     bench: Bench, model: str, routing: str, budget: float, system: str
-) -> tuple[Record, Record]:
+) -> tuple[Facts, Facts]:
     """Return the records of a run and of its replay in the calibrated testbed."""
     cfg, runs = bench.cfg, bench.folder / "runs"
     choices = {"model": cfg.models[model], "memory_budget": budget}
@@ -367,41 +365,25 @@ def _measured_and_simulated(
         trace = kept_trace(run_config(cfg, system, **choices, weights="scale"), Console(quiet=True))
     elif not trace.exists():
         # Once for all: what is served is lossless, whatever the system.
-        _ran(run_config(cfg, "on_demand", **choices, record=True, output=str(own)))
+        ensure_record(run_config(cfg, "on_demand", **choices, record=True, output=str(own)))
     folder = runs / f"{model}-{routing}-{budget}-{system}"
     follows = str(trace) if routing == "scale" else None
-    live = _ran(run_config(cfg, system, **choices, routing=follows, output=str(folder)))
+    live = ensure_record(run_config(cfg, system, **choices, routing=follows, output=str(folder)))
     choices |= {"testbed": OmegaConf.load(bench.folder / TESTBED), "routing": str(trace)}
-    return live, _ran(run_config(cfg, system, **choices, output=str(folder / "simulated")))
+    return live, ensure_record(run_config(cfg, system, **choices, output=str(folder / "simulated")))
 
 
-def _compared(name: str, budget: float, live: Record, simulated: Record) -> list[Check]:
+def _compared(name: str, budget: float, live: Facts, simulated: Facts) -> list[Check]:
     """Say in a line what a run measured, and return how far its simulation is from that."""
-    both = zip(_latencies(live).items(), _latencies(simulated).values(), strict=True)
-    times = {of: (measured, sim) for (of, measured), sim in both}
-    told = (f"{of} {m * 1e3:,.0f} ms (simulated {s * 1e3:,.0f})" for of, (m, s) in times.items())
+    peak = live["summary"]["peak_slot_bytes"] / (budget * GB)
+    checks, told = [measured(f"{name}: peak slot bytes / budget", peak, at_most=1)], []
+    for of in ("TTFT", "TPOT"):
+        real, sim = (one["summary"][f"{of.lower()}_s"]["mean"] for one in (live, simulated))
+        told.append(f"{of} {real * 1e3:,.0f} ms (simulated {sim * 1e3:,.0f})")
+        off = abs(sim / real - 1)
+        checks.append(measured(f"{name}: {of}, simulated is off by", off, at_most=MOST_DEVIATION))
     print(f"{name}:", ", ".join(told))
-    return [
-        Check(
-            f"{name}: peak slot bytes / budget",
-            live["summary"]["peak_slot_bytes"] / (budget * GB),
-            at_most=1,
-        ),
-        *(
-            Check(f"{name}: {of}, simulated is off by", abs(s / m - 1), at_most=MOST_DEVIATION)
-            for of, (m, s) in times.items()
-        ),
-    ]
-
-
-def _latencies(record: Record) -> dict[str, float]:
-    return {name: record["summary"][f"{name.lower()}_s"]["mean"] for name in ("TTFT", "TPOT")}
-
-
-def _ran(cfg: DictConfig) -> Record:
-    """Return the record of a run, which is made unless it is there."""
-    path = existing_record(cfg)
-    return read_record(path) if path else run(cfg, Console(quiet=True))
+    return checks
 
 
 Part = Callable[[Bench], list[Check]]
@@ -418,22 +400,21 @@ PARTS: dict[str, Part] = {
 
 def run_parts(
     bench: Bench, console: RichConsole, parts: Mapping[str, Part] = PARTS
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Facts]:
     """Run every part, whatever becomes of the others, and print and return what each measured."""
     results = {}
     for name, part in parts.items():
-        checks, cause = [], None
+        checks, cause = list[Check](), None
         try:
             checks = part(bench)
             # Runs are told one by one.
-            shown = [one for one in checks if part is not full_size or one.met is False]
+            shown = [one for one in checks if part is not full_size or one["met"] is False]
             engine.print_checks(name, shown, console)
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
             console.print(f"{name} failed: {cause}", style="red", markup=False)
-        passed = cause is None and all(check.met is not False for check in checks)
-        measured = [check.as_dict() for check in checks]
-        results[name] = {"passed": passed, "error": cause, "checks": measured}
+        passed = cause is None and all(one["met"] is not False for one in checks)
+        results[name] = {"passed": passed, "error": cause, "checks": checks}
         release()
     return results
 
@@ -444,8 +425,8 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def summary(parts: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Return a line a part, pass or fail, with how many of its lines fell short and which."""
+def summary(parts: Mapping[str, Facts]) -> list[str]:
+    """Return a line a part, pass or fail, and which of its lines fell short."""
     lines = []
     for name, part in parts.items():
         short = [one["name"] for one in part["checks"] if one["met"] is False]
@@ -454,28 +435,24 @@ def summary(parts: Mapping[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write_results(bench: Bench, parts: Mapping[str, dict[str, Any]]) -> bool:
-    """Write everything measured; return whether all passed."""
-    passed = all(part["passed"] for part in parts.values())
-    driver, query = None, ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    with suppress(OSError, subprocess.CalledProcessError):
-        driver = subprocess.check_output([*query, "--id=0"], text=True).strip()
-    facts = {"hardware": bench.testbed.name, "driver": driver, "cuda": torch.version.cuda}
-    path = bench.folder / "summary.json"
-    write_json(path, {**facts, "passed": passed, "parts": parts, **provenance()})
-    print(*summary(parts), f"written to {bench.folder}", sep="\n")
-    return passed
-
-
 def check(cfg: DictConfig) -> bool:
-    """Run all parts; return whether every line is as it should be. Raises UserError."""
+    """Run all parts, write what they measured; return whether all passed. Raises UserError."""
     testbed = build(cfg.testbed)
     if not isinstance(testbed, Testbed) or testbed.mode != "measured":
         cause = "testbed: only CUDA devices are checked"
         raise UserError(f"{cause}; use testbed=local, or python -m experiments.bench")
     hardware = re.sub(r"[^a-z0-9]+", "-", testbed.name.lower()).strip("-")
     bench = Bench(cfg, testbed, Path(cfg.output) / hardware)
-    return write_results(bench, run_parts(bench, RichConsole()))
+    parts = run_parts(bench, RichConsole())
+    passed = all(part["passed"] for part in parts.values())
+    driver, query = None, ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    with suppress(OSError, subprocess.CalledProcessError):
+        driver = subprocess.check_output([*query, "--id=0"], text=True).strip()
+    facts: Facts = {"hardware": testbed.name, "driver": driver, "cuda": torch.version.cuda}
+    facts |= {"passed": passed, "parts": parts, **provenance()}
+    write_json(bench.folder / "summary.json", facts)
+    print(*summary(parts), f"written to {bench.folder}", sep="\n")
+    return passed
 
 
 @hydra.main(config_path="../../conf", config_name="gpu", version_base="1.3")

@@ -7,7 +7,7 @@ yours as well. `RULES` says when each holds. Writes `<results>/claims.json` and 
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from experiments.judge.findings import (
     Claim,
     Finding,
     Part,
+    Rows,
     Untestable,
     cell_name,
     selector_name,
@@ -109,7 +110,7 @@ def judge(
     A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
     UserError if the folder is unreadable, OSError if it cannot be written to.
     """
-    verdicts = [judge_one(claim, results, mixed_modes) for claim in load_claims(claims)]
+    verdicts = [judge_one(claim, results.rows, mixed_modes) for claim in load_claims(claims)]
     rows = [asdict(one) for one in verdicts]
     write_json(results.root / "claims.json", {"rules": RULES, "claims": rows})
     texts = [one | {name: "; ".join(one[name]) for name in ("cells", "digests")} for one in rows]
@@ -118,8 +119,8 @@ def judge(
     return verdicts
 
 
-def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -> Verdict:
-    """Return the verdict on one claim."""
+def judge_one(claim: Claim, rows_of: Callable[[str], Rows], mixed_modes: bool = False) -> Verdict:
+    """Return the verdict on one claim, of the rows of experiments by their ids."""
     paper, says, bound = None, claim.paper, claim.kind in ("at most", "at least")
     if not isinstance(claim.paper, str | None):
         paper, says = claim.paper * claim.scale, claim.number(claim.paper, digits=6)
@@ -130,7 +131,12 @@ def judge_one(claim: Claim, results: ResultsFolder, mixed_modes: bool = False) -
         paper_says=f"{claim.kind} {says}" if bound else says or "every margin above 0",
     )
     try:
-        return replace(untestable, **_judged(claim, claim.measure(results), mixed_modes))
+        of_each = {one: rows_of(one) for one in (claim.experiment, claim.against) if one}
+        for experiment, rows in of_each.items():
+            if rows.empty:
+                raise Untestable("", experiment)
+        finding = claim.measure(*of_each.values())
+        return replace(untestable, **_judged(claim, finding, mixed_modes))
     except KeyError as error:
         return replace(untestable, why=f"its records have no {error}")
     except Untestable as error:

@@ -1,7 +1,7 @@
-"""A claim is a function, registered by `claim`, from a results folder to a Finding.
+"""A claim is a function, registered by `claim`, from an experiment's rows to a Finding.
 
-`runs` and `analysis` load the rows that it is about; `reductions`, `ranked`, `trend` and the other
-comparisons turn these into what was measured in every cell, as bootstrap draws.
+`reductions`, `ranked`, `trend` and the other comparisons turn rows into what was measured in every
+cell, as bootstrap draws.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from experiments.bootstrap import Draws, constant, ratio, request_draws, spearman, table_draws
-from experiments.judge.frame import ResultsFolder
 from experiments.style import dataset_name, model_name, system_name
 
 Rows = pd.DataFrame  # rows of a `run_frame`, or of a CSV of an analysis
@@ -83,10 +82,11 @@ class Claim:
     paper: Any
     """The paper's number or limit (a share, seconds, or in `unit`), None for an order, and for a
     trend rises, falls or flat. By model or system where the claim is made of each."""
-    measure: Callable[..., Finding]  # of the results folder, and of the model or system if of each
+    measure: Callable[..., Finding]  # of the rows, and of the model or system if of each
     unit: str = ""  # in which numbers are shown: shares in %, seconds in ms, others as they are
     tolerance: float = 0.0
     weaker: float | None = None  # the wider bound or tolerance at which it holds weaker
+    against: str = ""  # another experiment, whose rows `measure` takes after the claim's own
 
     @property
     def scale(self) -> float:
@@ -105,7 +105,7 @@ class Claim:
             names = {"model": model_name(case), "system": system_name(case)}
             text = self.text.format(**names, paper=self.number(paper, digits=6))
             name = f"{self.id}-{names['system'].lower()}"
-            measure: Any = lambda results, case=case: self.measure(results, case)  # noqa: E731
+            measure: Any = lambda *rows, case=case: self.measure(*rows, case)  # noqa: E731
             yield replace(self, id=name, text=text, paper=paper, measure=measure)
 
 
@@ -114,8 +114,9 @@ def claim(
 ) -> Callable[[Callable[..., Finding]], Claim]:
     """Make a claim of a function, named as the function is; its docstring is the claim's text.
 
-    In a text of several claims {model} or {system} and {paper} are filled in. See Claim for
-    `paper` and the options.
+    The function takes the experiment's runs, as `run_frame` gives them, or the rows that its
+    analysis left. In a text of several claims {model} or {system} and {paper} are filled in. See
+    Claim for `paper` and the options.
     """
 
     def register(measure: Callable[..., Finding]) -> Claim:
@@ -125,23 +126,6 @@ def claim(
     if kind in ("reduction", "increase", "order"):
         options.setdefault("unit", "%")
     return register
-
-
-def runs(results: ResultsFolder, experiment: str, **where: Any) -> Rows:
-    """Return an experiment's rows of the `run_frame`; raise Untestable if none is as asked for."""
-    return _chosen(results.runs_of(experiment), experiment, where)
-
-
-def analysis(results: ResultsFolder, experiment: str, name: str, **where: Any) -> Rows:
-    """Return rows of a CSV that an analysis left; raise Untestable if none is as asked for."""
-    return _chosen(results.table(experiment, name), experiment, where)
-
-
-def _chosen(rows: Rows, experiment: str, where: Mapping[str, Any]) -> Rows:
-    rows = select(rows, where)
-    if rows.empty:
-        raise Untestable("", experiment)
-    return rows
 
 
 def select(rows: Rows, wanted: Selector) -> Rows:
@@ -170,6 +154,8 @@ def _measured(
     compared = {key for one in selectors if not isinstance(one, str) for key in one}
     names = [name for name in ("model", "dataset") if name in {*rows.columns} - compared]
     keys, draws = [], []
+    if rows.empty:
+        raise Untestable("")
     for cell, here in rows.groupby([*names, *by], dropna=False):
         chosen = [select(here, one) for one in selectors]
         for metric in metrics:

@@ -163,14 +163,29 @@ def by_system(runs: pd.DataFrame) -> Any:
 
 
 class ResultsFolder:
-    """Reads a results folder: its runs, by experiment, and its analysis tables."""
+    """Where the parts of reproduced results lie, and their content.
+
+    <root>/runs/<digest>/run.json, requests.parquet    one run; all of them: runs.tar.xz
+    <root>/analysis/<id>/                              one analysis of routing traces
+    <root>/figures/<id>.png, .pdf, .csv, .txt          what was drawn
+    <root>/experiments/<id>.json                       an experiment: written last
+    """
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             remedy = "run `python -m experiments.reproduce all` first"
             raise UserError(f"{root}: no such folder; {remedy}")
-        self.root = root
+        self.root, self.figures = root, root / "figures"
         unpack_runs(root)
+
+    def run(self, digest: str) -> Path:
+        return self.root / "runs" / digest
+
+    def analysis(self, name: str) -> Path:
+        return self.root / "analysis" / name
+
+    def experiment(self, name: str) -> Path:
+        return self.root / "experiments" / f"{name}.json"
 
     @cached_property
     def runs(self) -> pd.DataFrame:
@@ -185,15 +200,18 @@ class ResultsFolder:
 
     def index(self, experiment: str) -> dict[str, Any]:
         """Return what an experiment consists of, empty where it was not made."""
-        path = self.root / "experiments" / f"{experiment}.json"
-        due = "experiment record; remove it and draw again"
+        path, due = self.experiment(experiment), "experiment record; remove it and draw again"
         return read_checked(path, INDEX, due) if path.exists() else {}
 
-    def table(self, experiment: str, name: str) -> pd.DataFrame:
-        """Return a CSV of an analysis with its `digest`, `mode` and `weights`; empty if missing."""
-        path = self.root / "analysis" / experiment / f"{name}.csv"
+    def rows(self, experiment: str) -> pd.DataFrame:
+        """Return what claims judge, empty if it is missing: the table that an analysis left, with
+        its `digest`, `mode` and `weights`, or complete runs.
+        """
         record = self.analysis_record(experiment)
-        if not record or not path.exists():
+        if not record:
+            return self.runs_of(experiment)
+        path = self.analysis(experiment) / f"{next(iter(record['tables']), '')}.csv"
+        if not path.exists():
             return pd.DataFrame()
         return read_table(path).assign(
             digest=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -201,8 +219,8 @@ class ResultsFolder:
             weights=", ".join(sorted({one["weights"] for one in record["subjects"]})),
         )
 
-    def analysis_record(self, experiment: str) -> dict[str, Any]:
+    def analysis_record(self, name: str) -> dict[str, Any]:
         """Return an analysis's record, empty where there is none."""
-        path = self.root / "analysis" / experiment / "record.json"
+        path = self.analysis(name) / "record.json"
         due = "analysis record; remove it and analyse again"
         return read_checked(path, ANALYSIS, due) if path.exists() else {}

@@ -14,7 +14,7 @@ from scipy.special import entr
 from experiments.judge.findings import (
     LAST,
     Finding,
-    analysis,
+    Rows,
     best_setting,
     changes,
     claim,
@@ -23,14 +23,13 @@ from experiments.judge.findings import (
     plateau,
     ranked,
     reductions,
-    runs,
+    select,
     share_lowest,
     smaller,
     trend,
     trend_of_reductions,
     values,
 )
-from experiments.judge.frame import ResultsFolder
 
 BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")
 PAPER_SYSTEMS = ("finemoe", *BASELINES)
@@ -47,43 +46,42 @@ def against(others: Sequence[str], *shares: float) -> dict[str, float]:
 
 
 @claim("value", *TABLE_1, {"mixtral": 0.72, "qwen": 0.81, "phi": 0.84}, unit="%", tolerance=0.01)
-def table1_inactive_share(results: ResultsFolder, model: str) -> Finding:
+def table1_inactive_share(rows: Rows, model: str) -> Finding:
     """Of the parameters of {model}, {paper} are inactive for a token."""
     # The tolerance is one unit of the last digit printed.
-    return values(analysis(results, "table1", "models", model=model), "inactive_share")
+    return values(select(rows, {"model": model}), "inactive_share")
 
 
 @claim("value", *TABLE_1, {"mixtral": 67, "qwen": 23, "phi": 70}, unit="GB", tolerance=1)
-def table1_inactive_gb(results: ResultsFolder, model: str) -> Finding:
+def table1_inactive_gb(rows: Rows, model: str) -> Finding:
     """The inactive parameters of {model} take {paper}."""
-    return values(analysis(results, "table1", "models", model=model), "inactive_gb")
+    return values(select(rows, {"model": model}), "inactive_gb")
 
 
 @claim("value", *TABLE_1, {"mixtral": 12.9, "qwen": 2.7, "phi": 6.6}, tolerance=0.1)
-def table1_active(results: ResultsFolder, model: str) -> Finding:
+def table1_active(rows: Rows, model: str) -> Finding:
     """{model} activates {paper} billion parameters for a token."""
-    return values(analysis(results, "table1", "models", model=model), "active_b")
+    return values(select(rows, {"model": model}), "active_b")
 
 
 @claim("value", *TABLE_1, {"mixtral": 46.7, "qwen": 14.3, "phi": 42}, tolerance=0.1)
-def table1_total(results: ResultsFolder, model: str) -> Finding:
+def table1_total(rows: Rows, model: str) -> Finding:
     """{model} has {paper} billion parameters."""
-    return values(analysis(results, "table1", "models", model=model), "total_b")
+    return values(select(rows, {"model": model}), "total_b")
 
 
 @claim("order", "1b", "Section 1, Figure 1b")
-def fig1b_origin(results: ResultsFolder) -> Finding:
+def fig1b_origin(rows: Rows) -> Finding:
     """FineMoE is nearest the origin of latency and memory footprint, no offloading included."""
     # TPOT and footprint, each over the largest of the systems compared.
-    return lowest(runs(results, "1b"), ["origin"], [*PAPER_SYSTEMS, "resident"])
+    return lowest(rows, ["origin"], [*PAPER_SYSTEMS, "resident"])
 
 
 @claim("order", "3a", "Figure 3a")
-def fig3a_structure(results: ResultsFolder) -> Finding:
+def fig3a_structure(rows: Rows) -> Finding:
     """Fine-grained (iteration) heatmaps are structured, coarse-grained (request) ones blurred."""
     # A blurred row has a higher entropy.
-    heatmaps = analysis(results, "3a", "heatmaps")
-    return ranked(row_entropies(heatmaps), "nats", GRANULARITIES, by=["layer"])
+    return ranked(row_entropies(rows), "nats", GRANULARITIES, by=["layer"])
 
 
 def row_entropies(heatmaps: pd.DataFrame) -> pd.DataFrame:
@@ -96,141 +94,139 @@ def row_entropies(heatmaps: pd.DataFrame) -> pd.DataFrame:
 
 
 @claim("order", "3b", "Figure 3b")
-def fig3b_entropy_counts(results: ResultsFolder) -> Finding:
+def fig3b_entropy_counts(rows: Rows) -> Finding:
     """Activation counts have a higher entropy by request than by iteration, everywhere."""
-    return ranked(analysis(results, "3b", "entropy", measure="counts"), "nats", GRANULARITIES)
+    return ranked(select(rows, {"measure": "counts"}), "nats", GRANULARITIES)
 
 
 @claim("order", "3b", "Figure 3b")
-def fig3b_entropy_gate(results: ResultsFolder) -> Finding:
+def fig3b_entropy_gate(rows: Rows) -> Finding:
     """Gate probabilities have a higher entropy by request than by iteration, everywhere."""
-    return ranked(analysis(results, "3b", "entropy", measure="gate"), "nats", GRANULARITIES)
+    return ranked(select(rows, {"measure": "gate"}), "nats", GRANULARITIES)
 
 
 @claim("trend", "3c", "Figure 3c", "rises")
-def fig3c_rises(results: ResultsFolder) -> Finding:
+def fig3c_rises(rows: Rows) -> Finding:
     """Entropy rises as the activations of more iterations are added up."""
-    return trend(analysis(results, "3c", "growth"), "iterations", "nats", "rises")
+    return trend(rows, "iterations", "nats", "rises")
 
 
 @claim("trend", "3c", "Figure 3c", "flat")
-def fig3c_plateau(results: ResultsFolder) -> Finding:
+def fig3c_plateau(rows: Rows) -> Finding:
     """The entropy plateaus after about 10 iterations."""
-    return plateau(analysis(results, "3c", "growth"), "iterations", "nats", after=10)
+    return plateau(rows, "iterations", "nats", after=10)
 
 
 @claim("order", "3c", "Figure 3c")
-def fig3c_models(results: ResultsFolder) -> Finding:
+def fig3c_models(rows: Rows) -> Finding:
     """The accumulated entropy is highest for Qwen1.5-MoE, then Phi-3.5-MoE, then Mixtral-8x7B."""
-    rows = analysis(results, "3c", "growth", iterations=LAST)
+    rows = select(rows, {"iterations": LAST})
     return ranked(rows, "nats", [{"model": one} for one in ("mixtral", "phi", "qwen")])
 
 
 @claim("order", "4", "Figure 4")
-def fig4_fine(results: ResultsFolder) -> Finding:
+def fig4_fine(rows: Rows) -> Finding:
     """Fine-grained prediction has a higher hit rate than coarse-grained, at every distance."""
     fine, coarse = GRANULARITIES
-    return ranked(analysis(results, "4", "hit_rates"), "hit_rate", [coarse, fine], by=["distance"])
+    return ranked(rows, "hit_rate", [coarse, fine], by=["distance"])
 
 
 @claim("trend", "4", "Figure 4", "falls")
-def fig4_falls(results: ResultsFolder) -> Finding:
+def fig4_falls(rows: Rows) -> Finding:
     """The hit rate of fine-grained prediction falls with the prefetch distance."""
-    rows = analysis(results, "4", "hit_rates", granularity="fine")
+    rows = select(rows, {"granularity": "fine"})
     return trend(rows, "distance", "hit_rate", "falls")
 
 
 @claim("trend", "8", "Section 4.2, Figure 8", "rises")
-def fig8_similarity(results: ResultsFolder) -> Finding:
+def fig8_similarity(rows: Rows) -> Finding:
     """The mean hit rate rises with semantic and with trajectory similarity of two prompts."""
-    rows = analysis(results, "8", "similarity", method="pairs")
+    rows = select(rows, {"method": "pairs"})
     return trend(rows, "score", "hit_rate", "rises", by=["search"])
 
 
 @claim("at least", "9", "Section 4.2, Figure 9", 0.5, weaker=0)
-def fig9_pearson(results: ResultsFolder) -> Finding:
+def fig9_pearson(rows: Rows) -> Finding:
     """Over pairs of prompts, similarity and hit rate correlate strongly, everywhere."""
     # 0.5 is "strong" by Cohen's convention; the paper draws bars, no limit.
-    return values(analysis(results, "9", "pearson", method="pairs"), "pearson", by=["search"])
+    return values(select(rows, {"method": "pairs"}), "pearson", by=["search"])
 
 
 @claim("value", "9", "Section 4.2, Figure 9", 0.93, tolerance=0.005)
-def fig9_mean(results: ResultsFolder) -> Finding:
+def fig9_mean(rows: Rows) -> Finding:
     """Over pairs of prompts, the mean of the twelve Pearson coefficients is 0.93."""
-    rows = analysis(results, "9", "pearson", method="pairs")
+    rows = select(rows, {"method": "pairs"})
     binned = f"Of the means of figure 8's bins it is {rows['of_bins'].mean():.2f}."
     return replace(values(rows, "pearson", by=["search"]), details=[binned])
 
 
 @claim("at least", "9", "Section 4.2, Figure 9", 0.5, weaker=0)
-def fig9_match(results: ResultsFolder) -> Finding:
+def fig9_match(rows: Rows) -> Finding:
     """Beyond pairs: a best match's similarity correlates strongly with its hit rate, everywhere."""
     # Of layers ahead for a trajectory; the paper's pairs compare whole maps, and predict nothing.
-    return values(analysis(results, "9", "pearson", method="matches"), "pearson", by=["search"])
+    return values(select(rows, {"method": "matches"}), "pearson", by=["search"])
 
 
 @claim("reduction", "10", "Section 6.2, Figure 10", against(BASELINES, 0.74, 0.67, 0.56, 0.53))
-def fig10_ttft(results: ResultsFolder, system: str) -> Finding:
+def fig10_ttft(rows: Rows, system: str) -> Finding:
     """FineMoE lowers TTFT by {paper} against {system}."""
-    return reductions(runs(results, "10"), ["ttft_s"], ["finemoe", system])
+    return reductions(rows, ["ttft_s"], ["finemoe", system])
 
 
 @claim("reduction", "10", "Section 6.2, Figure 10", against(BASELINES, 0.46, 0.38, 0.27, 0.22))
-def fig10_tpot(results: ResultsFolder, system: str) -> Finding:
+def fig10_tpot(rows: Rows, system: str) -> Finding:
     """FineMoE lowers TPOT by {paper} against {system}."""
-    return reductions(runs(results, "10"), ["tpot_s"], ["finemoe", system])
+    return reductions(rows, ["tpot_s"], ["finemoe", system])
 
 
 @claim("increase", "10", "Section 6.2, Figure 10", against(BASELINES[1:], 0.14, 0.37, 0.68))
-def fig10_hits(results: ResultsFolder, system: str) -> Finding:
+def fig10_hits(rows: Rows, system: str) -> Finding:
     """FineMoE raises the expert hit rate by {paper} against {system}."""
-    return increases(runs(results, "10"), "hit_rate", ["finemoe", system])
+    return increases(rows, "hit_rate", ["finemoe", system])
 
 
 @claim("order", "11", "Section 6.2, Figure 11")
-def fig11_cdf(results: ResultsFolder) -> Finding:
+def fig11_cdf(rows: Rows) -> Finding:
     """Online, FineMoE's CDF of end-to-end latency lies left of every baseline's."""
     # The paper's requests take 40 to 200 s at 2.91 a second: with queueing they would take hours.
-    return lowest(runs(results, "11"), [f"service_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
+    return lowest(rows, [f"service_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
 
 
 @claim("order", "11", "Section 6.2, Figure 11")
-def fig11_queueing(results: ResultsFolder) -> Finding:
+def fig11_queueing(rows: Rows) -> Finding:
     """The same with the time that a request queues, which "end-to-end" includes elsewhere."""
-    return lowest(runs(results, "11"), [f"e2el_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
+    return lowest(rows, [f"e2el_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
 
 
 @claim("reduction", "12", "Section 6.3, Figure 12", against(BASELINES, 0.36, 0.25, 0.16, 0.29))
-def fig12(results: ResultsFolder, system: str) -> Finding:
+def fig12(rows: Rows, system: str) -> Finding:
     """At 6 GB of expert cache FineMoE lowers TPOT by {paper} against {system}."""
-    return reductions(runs(results, "12", memory_budget=6), ["tpot_s"], ["finemoe", system])
+    return reductions(select(rows, {"memory_budget": 6}), ["tpot_s"], ["finemoe", system])
 
 
 @claim("trend", "12", "Section 6.3, Figure 12", "falls")
-def fig12_narrows(results: ResultsFolder) -> Finding:
+def fig12_narrows(rows: Rows) -> Finding:
     """The gaps in TPOT narrow as the limit of the expert cache grows."""
-    rows = runs(results, "12")
     return trend_of_reductions(rows, "memory_budget_gb", ["tpot_s"], PAPER_SYSTEMS, "falls")
 
 
 @claim("order", "13", "Section 6.4, Figure 13")
-def fig13_first(results: ResultsFolder) -> Finding:
+def fig13_first(rows: Rows) -> Finding:
     """On the A100, too, FineMoE has the lowest TTFT and TPOT."""
-    return lowest(runs(results, "13"), LATENCIES, PAPER_SYSTEMS)
+    return lowest(rows, LATENCIES, PAPER_SYSTEMS)
 
 
-@claim("order", "13", "Section 6.4, Figure 13")
-def fig13_smaller_gains(results: ResultsFolder) -> Finding:
+@claim("order", "13", "Section 6.4, Figure 13", against="10")
+def fig13_smaller_gains(rows: Rows, others: Rows) -> Finding:
     """On the A100 FineMoE's reductions are smaller than on the six RTX 3090s."""
-    both = (runs(results, figure) for figure in ("13", "10"))
-    return smaller(*(reductions(rows, LATENCIES, PAPER_SYSTEMS) for rows in both))
+    return smaller(*(reductions(one, LATENCIES, PAPER_SYSTEMS) for one in (rows, others)))
 
 
-@claim("at most", "13", "Section 6.4, Figure 13", 0.02, unit="%")
-def fig13_hits_unchanged(results: ResultsFolder) -> Finding:
+@claim("at most", "13", "Section 6.4, Figure 13", 0.02, unit="%", against="10")
+def fig13_hits_unchanged(rows: Rows, others: Rows) -> Finding:
     """The hit rates on the A100 are those on the six RTX 3090s."""
     # "Unchanged" is read as within two percentage points.
-    return changes(runs(results, "13"), runs(results, "10"), "hit_rate", EXPERT_SYSTEMS)
+    return changes(rows, others, "hit_rate", EXPERT_SYSTEMS)
 
 
 SPECULATE, HIT_COUNT = (
@@ -243,92 +239,90 @@ T, T_S, T_S_DELTA = (
 
 
 @claim("order", "14a", "Section 6.5, Figure 14a")
-def fig14a_hit_count_worst(results: ResultsFolder) -> Finding:
+def fig14a_hit_count_worst(rows: Rows) -> Finding:
     """Of the ways to track patterns, the hit count has the lowest hit rate."""
     # All five in FineMoE's searcher, with LRU caching.
     others = [SPECULATE, T, T_S, T_S_DELTA]
-    return lowest(runs(results, "14a"), ["hit_rate"], [HIT_COUNT, *others])
+    return lowest(rows, ["hit_rate"], [HIT_COUNT, *others])
 
 
 @claim("order", "14a", "Section 6.5, Figure 14a")
-def fig14a_features_add(results: ResultsFolder) -> Finding:
+def fig14a_features_add(rows: Rows) -> Finding:
     """Each feature of the map adds hits, trajectory (T), semantics (S), threshold (delta)."""
-    return ranked(runs(results, "14a"), "hit_rate", [T, T_S, T_S_DELTA])
+    return ranked(rows, "hit_rate", [T, T_S, T_S_DELTA])
 
 
 @claim("order", "14b", "Section 6.5, Figure 14b")
-def fig14b_caching(results: ResultsFolder) -> Finding:
+def fig14b_caching(rows: Rows) -> Finding:
     """LRU has a lower hit rate than LFU, and LFU than FineMoE's caching."""
     caching = [{"system": "finemoe", "eviction": one} for one in ("lru", "lfu", "finemoe")]
-    return ranked(runs(results, "14b"), "hit_rate", caching)
+    return ranked(rows, "hit_rate", caching)
 
 
 @claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
-def fig15_ttft(results: ResultsFolder, model: str) -> Finding:
+def fig15_ttft(rows: Rows, model: str) -> Finding:
     """For {model} TTFT is lowest at prefetch distance {paper}."""
-    return best_setting(runs(results, "15", model=model), "prefetch_distance", "ttft_s", "finemoe")
+    return best_setting(select(rows, {"model": model}), "prefetch_distance", "ttft_s", "finemoe")
 
 
 @claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
-def fig15_tpot(results: ResultsFolder, model: str) -> Finding:
+def fig15_tpot(rows: Rows, model: str) -> Finding:
     """For {model} TPOT is lowest at prefetch distance {paper}."""
-    return best_setting(runs(results, "15", model=model), "prefetch_distance", "tpot_s", "finemoe")
+    return best_setting(select(rows, {"model": model}), "prefetch_distance", "tpot_s", "finemoe")
 
 
 @claim("trend", "16a", "Section 6.6, Figure 16a", "flat")
-def fig16a_plateau(results: ResultsFolder) -> Finding:
+def fig16a_plateau(rows: Rows) -> Finding:
     """Semantic and trajectory scores rise steeply up to a capacity of 1,000 maps, then are flat."""
-    rows = analysis(results, "16a", "capacity")
     return plateau(rows, "capacity", "score", after=1000, by=["search"])
 
 
 @claim("at least", "16b", "Section 6.6, Figure 16b", 0.5, unit="%")
-def fig16b_lowest_in_most(results: ResultsFolder) -> Finding:
+def fig16b_lowest_in_most(rows: Rows) -> Finding:
     """FineMoE has the lowest TTFT and TPOT at most batch sizes."""
-    rows = runs(results, "16b")
     return share_lowest(rows, LATENCIES, EXPERT_SYSTEMS, by=["batch_size"])
 
 
 @claim("at most", "17", "Section 6.7, Figure 17", 0.05, unit="ms")
-def fig17_overhead(results: ResultsFolder) -> Finding:
+def fig17_overhead(rows: Rows) -> Finding:
     """FineMoE's synchronous overhead is below 50 ms an iteration."""
-    return values(runs(results, "17"), "sync_s", "finemoe")
+    return values(rows, "sync_s", "finemoe")
 
 
 @claim("at most", "17", "Section 6.7, Figure 17", 0.01, unit="%")
-def fig17_share(results: ResultsFolder) -> Finding:
+def fig17_share(rows: Rows) -> Finding:
     """FineMoE's synchronous overhead is at most 1 % of the iteration."""
-    return values(runs(results, "17"), "sync_share", "finemoe")
+    return values(rows, "sync_share", "finemoe")
 
 
 @claim("at most", "18", "Section 6.7, Figure 18", 200, unit="MB")
-def fig18_maps(results: ResultsFolder) -> Finding:
+def fig18_maps(rows: Rows) -> Finding:
     """A store of 32K maps takes less than 200 MB (fp32 maps alone, as the paper counts)."""
-    return values(analysis(results, "18", "memory", capacity=LAST), "maps_mb")
+    return values(select(rows, {"capacity": LAST}), "maps_mb")
 
 
 @claim("at most", "18", "Section 6.7, Figure 18", 200, unit="MB")
-def fig18_with_embeddings(results: ResultsFolder) -> Finding:
+def fig18_with_embeddings(rows: Rows) -> Finding:
     """A store of 32K maps takes less than 200 MB with the embeddings that semantic search needs."""
-    return values(analysis(results, "18", "memory", capacity=LAST), "total_mb")
+    return values(select(rows, {"capacity": LAST}), "total_mb")
 
 
 # The paper's averages. 47 % is the mean of its four TTFT and four TPOT reductions.
 
 
 @claim("reduction", "10", "Abstract", 0.47)
-def headline_latency(results: ResultsFolder) -> Finding:
+def headline_latency(rows: Rows) -> Finding:
     """FineMoE lowers latency by 47 % (mean of TTFT and TPOT over the four baselines)."""
-    return reductions(runs(results, "10"), LATENCIES, PAPER_SYSTEMS)
+    return reductions(rows, LATENCIES, PAPER_SYSTEMS)
 
 
 @claim("increase", "10", "Abstract", 0.39)
-def headline_hits(results: ResultsFolder) -> Finding:
+def headline_hits(rows: Rows) -> Finding:
     """FineMoE raises the expert hit rate by 39 % (mean over three baselines; 36 % in the talk)."""
-    return increases(runs(results, "10"), "hit_rate", EXPERT_SYSTEMS)
+    return increases(rows, "hit_rate", EXPERT_SYSTEMS)
 
 
 @claim("reduction", "12", "Talk", 0.32)
-def headline_6gb(results: ResultsFolder) -> Finding:
+def headline_6gb(rows: Rows) -> Finding:
     """At 6 GB of expert cache FineMoE lowers TPOT by 32 % (mean over the four baselines)."""
-    return reductions(runs(results, "12", memory_budget=6), ["tpot_s"], PAPER_SYSTEMS)
+    return reductions(select(rows, {"memory_budget": 6}), ["tpot_s"], PAPER_SYSTEMS)

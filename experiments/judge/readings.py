@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from experiments.judge.claims import HOLDS, UNTESTABLE, WEAKER, judge_one, load_claims
-from experiments.judge.frame import ResultsFolder
 from finemoe.files import atomic_write
 
 DEFAULT = "default"  # the reading that all others are compared with
@@ -20,16 +20,6 @@ COLUMNS = (
 )
 METRICS = ("ttft_s", "tpot_s", "hit_rate")
 View = Mapping[str, Sequence[str]]  # digests of an experiment's runs, by its id
-
-
-class Reading(ResultsFolder):
-    """The runs of one reading, taken for those of the paper's experiments."""
-
-    def __init__(self, runs: pd.DataFrame, view: View) -> None:
-        self.runs, self._view = runs.set_axis(runs["digest"].tolist()), view
-
-    def index(self, experiment: str) -> dict[str, Any]:
-        return {"runs": self._view.get(experiment, ())}
 
 
 def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path) -> None:
@@ -52,19 +42,22 @@ def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
     Returns claim, experiment, section, text, reading, `touched` (whether its runs are others than
     by default), verdict, and ours, low, high and paper in `unit`.
     """
-    rows: list[dict[str, Any]] = []
-    readings = {name: Reading(runs, view) for name, view in views.items()}
+    judged: list[dict[str, Any]] = []
+    by_digest = runs.set_axis(runs["digest"].tolist())
+    rows = {name: partial(_runs_of, by_digest, view) for name, view in views.items()}
     for claim in load_claims():
-        if claim.experiment not in views[DEFAULT]:
-            continue
-        usual = judge_one(claim, readings[DEFAULT])
+        of_each = {name: judge_one(claim, one) for name, one in rows.items()}
+        usual = of_each[DEFAULT]
         if usual.verdict == UNTESTABLE:
             continue
-        for name, reading in readings.items():
-            one = judge_one(claim, reading)
+        for name, one in of_each.items():
             touched = one.digests != usual.digests
-            rows.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
-    return pd.DataFrame(rows, columns=[*COLUMNS])
+            judged.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
+    return pd.DataFrame(judged, columns=[*COLUMNS])
+
+
+def _runs_of(runs: pd.DataFrame, view: View, experiment: str) -> pd.DataFrame:
+    return runs.loc[[*view.get(experiment, ())]]
 
 
 def summary(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -17,9 +17,9 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import closing, suppress
-from functools import cached_property
-from itertools import chain
+from contextlib import closing
+from functools import cached_property, partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,20 @@ from experiments import CONF, ROOT
 from experiments.errors import BAD_INPUT, UserError, command, words_given
 from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import sweeps
-from experiments.reproduce.parallel import LAUNCHERS, Outcome, Task, attempt, side_by_side
-from experiments.reproduce.run_store import ERROR, Plan, RunStore, make, record_traces, run_one
+from experiments.reproduce.parallel import LAUNCHERS, Outcome, Tasks, attempt, side_by_side
+from experiments.reproduce.results import (
+    Plan,
+    adopt,
+    complete,
+    ensure_record,
+    made,
+    make,
+    record_traces,
+)
 from experiments.reproduce.sweeps import Experiment, Words
 from experiments.run.config import build, check
 from experiments.run.console import bar_on
-from experiments.run.records import check_writable, other_code, pack_runs, read_record, unpack_runs
+from experiments.run.records import RECORD, check_writable, other_code, pack_runs, read_record
 from experiments.run.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
 from finemoe.testbed import SimulatedTestbed
@@ -62,24 +70,25 @@ class Reproduction:
     """One call of the command."""
 
     def __init__(self, ids: Words, overrides: Words, options: Any, conf: Path) -> None:
-        self.options, self.store = options, RunStore(Path(options["results"]))
-        unpack_runs(self.store.root)
+        self.chosen = sweeps.chosen(ids, conf)
+        check_writable(Path(options["results"]), "results")
+        self.options, self.results = options, ResultsFolder(Path(options["results"]))
         self.everything, self.log_to_wandb = "all" in ids, "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
         self.failures: list[Outcome] = []
         self.began, self.done = time.monotonic(), Counter[str]()
-        self.chosen = sweeps.chosen(ids, conf)
-        check_writable(self.store.root, "results")
         source = sweeps.source([*overrides, f"mixed_modes={options['mixed_modes']}"], conf)
         self.plans = [
             self._plan(one, overrides, source, conf)
             for one in self.chosen
-            if options["redraw"] or not self.store.made(one.id, source)
+            if options["redraw"] or not made(self.results, one.id, source)
         ]
+        self.wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
         if options["records"]:
-            wanted = {digest for plan in self.plans for digest in plan.runs}
-            taken = self.store.adopt(Path(options["records"]), wanted)
-            self._say(f"taken from {escape(options['records'])}: {taken} of {len(wanted)} runs")
+            taken = adopt(self.results, Path(options["records"]), self.wanted)
+            self._say(
+                f"taken from {escape(options['records'])}: {taken} of {len(self.wanted)} runs"
+            )
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
@@ -96,7 +105,8 @@ class Reproduction:
         self._say(
             f"{'[red]not done[/]' if self.failures else 'done'} in {minutes} min {seconds} s; "
             f"runs made: {self.done['runs']}, failures: {len(self.failures)}, experiments drawn: "
-            f"{self.done['figures']} of {len(self.plans)}\nresults: {escape(str(self.store.root))}"
+            f"{self.done['figures']} of {len(self.plans)}\n"
+            f"results: {escape(str(self.results.root))}"
         )
         if not self.failures:
             return 0
@@ -113,37 +123,30 @@ class Reproduction:
         }
         if experiment.analysis and not experiment.readings:
             own, traced = sweeps.analysis_config(experiment, overrides, conf)
-            own.output = str(self.store.analysis(experiment.id))
             return Plan(experiment, content, analysis=own, traced=traced)
-        runs: dict[str, DictConfig] = {}
         if experiment.readings:
-            content["views"] = views = dict[str, dict[str, list[str]]]()
-            for name, of in sweeps.reading_configs(experiment, overrides, conf).items():
-                views[name] = {identity: list(one) for identity, one in of.items()}
-                runs |= {key: cfg for one in of.values() for key, cfg in one.items()}
+            content["views"], runs = sweeps.reading_configs(experiment, overrides, conf)
         else:
             runs = sweeps.run_configs(experiment, overrides, conf)
-        for digest, cfg in runs.items():
-            cfg.output = str(self.store.run(digest))
         return Plan(experiment, {**content, "runs": list(runs)}, runs)
 
     @cached_property
     def pending_runs(self) -> dict[str, DictConfig]:
         """The runs that are missing, or not logged as their config asks; long ones first."""
-        wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
         missing = {}
-        for digest, cfg in wanted.items():
-            logged = cfg.logger.name != "wandb" or is_logged(self.store.record(digest))
-            if not (logged and self.store.complete(digest)):
+        for digest, cfg in self.wanted.items():
+            run = self.results.run(digest)
+            logged = cfg.logger.name != "wandb" or is_logged(run / RECORD)
+            if not (logged and complete(run)):
                 missing[digest] = cfg
         return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
 
     def _say_whose_code(self) -> None:
         """Say how much of what is kept other code may have made."""
-        done = {one for plan in self.plans for one in plan.runs} - self.pending_runs.keys()
-        kept = [read_record(self.store.record(one)) for one in done]
+        done = self.wanted.keys() - self.pending_runs.keys()
+        kept = [read_record(self.results.run(one) / RECORD) for one in done]
         for name in {one.id for one in self.chosen} - {plan.experiment.id for plan in self.plans}:
-            kept.append(json.loads(self.store.experiment(name).read_text())["provenance"])
+            kept.append(json.loads(self.results.experiment(name).read_text())["provenance"])
         old = sum(other_code(one) is not None for one in kept)
         if old:
             what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
@@ -159,79 +162,74 @@ class Reproduction:
         groups: dict[str, list[DictConfig]] = defaultdict(list)
         for cfg in chain(replayed.values(), *(plan.traced.values() for plan in self.plans)):
             groups[trace_group(cfg)].append(cfg)
-        tasks = [Task(name, record_traces, (cfgs,)) for name, cfgs in groups.items()]
-        failed = {outcome.name for outcome in self._stage("traces", tasks) if outcome.error}
+        tasks = {name: partial(record_traces, cfgs) for name, cfgs in groups.items()}
+        failed = {outcome.name for outcome in self._stage("traces", tasks, {}) if outcome.error}
         for one, cfg in replayed.items():
             if trace_group(cfg) in failed:
                 del self.pending_runs[one]
 
     def _run(self) -> None:
         """Carry out the missing runs: simulated ones side by side, others alone, as they time."""
-        tasks: dict[bool, list[Task]] = {True: [], False: []}
-        outputs = {}
+        tasks: tuple[dict[str, Any], ...] = ({}, {})
         for digest, cfg in self.pending_runs.items():
+            cfg.output = str(self.results.run(digest))
             what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
             name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
-            outputs[name] = self.store.run(digest)
-            tasks[in_virtual_time(cfg)].append(Task(name, run_one, (cfg,)))
-        for outcome in self._stage("runs", tasks[True], tasks[False]):
-            if outcome.trace:
-                # A run may fail because nothing can be written.
-                with suppress(OSError), atomic_write(outputs[outcome.name] / ERROR) as partial:
-                    partial.write_text(outcome.trace)
+            tasks[not in_virtual_time(cfg)][name] = partial(ensure_record, cfg)
+        self._stage("runs", *tasks)
 
     def _draw(self) -> None:
         """Analyse and draw; an experiment with a run missing is left out and said."""
-        tasks = []
+        tasks = {}
         for plan in self.plans:
             name = f"experiment {plan.experiment.id}"
-            missing = sum(not self.store.complete(one) for one in plan.runs)
+            missing = sum(not complete(self.results.run(one)) for one in plan.runs)
             if missing:
                 self._say(f"{name}: not drawn, {missing} of its runs are missing")
             else:
-                tasks.append(Task(name, make, (plan, self.store)))
-        for outcome in self._stage("figures", tasks):
+                tasks[name] = partial(make, plan, self.results)
+        for outcome in self._stage("figures", tasks, {}):
             if not outcome.error:
-                picture = self.store.figures / f"{outcome.name.split()[-1]}.png"
+                picture = self.results.figures / f"{outcome.name.split()[-1]}.png"
                 self._say(f"{outcome.name}: {escape(str(picture))}")
-            if outcome.trace:
-                self.console.print(outcome.trace, style="dim", markup=False)
 
     def _report(self) -> None:
         """Judge the claims and write the report, unless there is one of these results."""
-        report = self.store.root / "REPORT.md"
+        root = self.results.root
+        report = root / "REPORT.md"
         # Claims, their rules and the report's template.
-        made = [*(ROOT / "experiments" / "judge").glob("*.*")]
-        made += [self.store.experiment(one.id) for one in self.chosen]
-        newest = max(path.stat().st_mtime_ns for path in made)
+        sources = [*(ROOT / "experiments" / "judge").glob("*.*")]
+        sources += [self.results.experiment(one.id) for one in self.chosen]
+        newest = max(path.stat().st_mtime_ns for path in sources)
         if not report.exists() or report.stat().st_mtime_ns <= newest:
             from experiments.judge.report import write
 
-            results = ResultsFolder(self.store.root)
-            write(results)
-            pack_runs(self.store.root)
-            with atomic_write(self.store.root / "records.parquet") as partial:
-                results.runs.drop(columns=["record", "table"]).to_parquet(partial, index=False)
-        claims = json.loads((self.store.root / "claims.json").read_text())["claims"]
+            write(self.results)
+            pack_runs(root)
+            with atomic_write(root / "records.parquet") as file:
+                frame = self.results.runs.drop(columns=["record", "table"])
+                frame.to_parquet(file, index=False)
+        claims = json.loads((root / "claims.json").read_text())["claims"]
         verdicts = Counter(one["verdict"] for one in claims).most_common()
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")
         self._say(f"report: {escape(str(report))}")
         if self.log_to_wandb:
             log_reproduction(WANDB_PROJECT, report)
 
-    def _stage(self, what: str, tasks: Sequence[Task], alone: Sequence[Task] = ()) -> list[Outcome]:
+    def _stage(self, what: str, tasks: Tasks, alone: Tasks) -> list[Outcome]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
         done: list[Outcome] = []
         total, hidden = len(tasks) + len(alone), not self.console.is_terminal
         together = side_by_side(tasks, self.options["launcher"], self.options["n_jobs"])
         with bar_on(self.console) as bar, closing(together):
             shown = bar.add_task(what, total=total)
-            for outcome in chain(together, map(attempt, alone)):
+            for outcome in chain(together, starmap(attempt, alone.items())):
                 done.append(outcome)
                 bar.advance(shown)
                 if outcome.error:
                     self.failures.append(outcome)
                     self._say(f"[red]failed[/] {outcome.name}: {escape(outcome.error)}")
+                    self.console.print(outcome.trace or "", end="", style="dim", markup=False)
                 else:
                     self.done[what] += 1
                 # A log gets a line for every tenth instead of a bar.

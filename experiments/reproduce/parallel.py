@@ -9,12 +9,13 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from itertools import starmap
+from typing import Any
 
 from joblib import register_parallel_backend
 from joblib.externals.loky import get_reusable_executor
@@ -34,12 +35,8 @@ ENVIRONMENT = {
 }
 
 
-class Task(NamedTuple):
-    """A module-level function and what to call it with, in another process."""
-
-    name: str
-    function: Callable[..., None]
-    arguments: tuple[Any, ...]
+Tasks = Mapping[str, Callable[[], None]]
+"""By name, functions that another process can import, with their arguments."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +49,23 @@ class Outcome:
     trace: str | None = None  # the traceback of an error that is nobody's bad input
 
 
-def side_by_side(
-    tasks: Sequence[Task], launcher: str, n_jobs: int
-) -> Generator[Outcome, None, None]:
+def side_by_side(tasks: Tasks, launcher: str, n_jobs: int) -> Generator[Outcome, None, None]:
     """Yield how each task ended, as they end; no task's failure stops the others.
 
     In other processes, where every task has one thread, unless there is but one job. Raises
     UserError if the launcher's package is missing.
     """
     if not tasks or (launcher == "joblib" and n_jobs == 1):
-        yield from map(attempt, tasks)
+        yield from starmap(attempt, tasks.items())
         return
     with LAUNCHERS[launcher](n_jobs) as submit:
-        names = {submit(task): task.name for task in tasks}
+        names = {submit(*task): task[0] for task in tasks.items()}
         for future in as_completed(names):
             yield Outcome(names[future], KILLED) if future.exception() else future.result()
 
 
 @contextmanager
-def _cores(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
+def _cores(n_jobs: int) -> Iterator[Callable[..., Any]]:
     # A worker whose memory grew is replaced, which is warned of; nothing is lost.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     executor = get_reusable_executor(n_jobs, timeout=300, env=ENVIRONMENT)
@@ -82,7 +77,7 @@ def _cores(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
 
 
 @contextmanager
-def _ray(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
+def _ray(n_jobs: int) -> Iterator[Callable[..., Any]]:
     try:
         import ray
     except ImportError as error:
@@ -93,30 +88,29 @@ def _ray(n_jobs: int) -> Iterator[Callable[[Task], Any]]:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
     remote = ray.remote(in_worker)
-    yield lambda task: remote.remote(os.getcwd(), None, task).future()
+    yield lambda *task: remote.remote(os.getcwd(), None, *task).future()
 
 
 LAUNCHERS = {"joblib": _cores, "ray": _ray}
 
 
-def in_worker(folder: str, owner: int | None, task: Task) -> Outcome:
+def in_worker(folder: str, owner: int | None, name: str, task: Callable[[], None]) -> Outcome:
     """Carry out a task in a worker process, in the folder where the user stands."""
     settle(folder, owner)
-    return attempt(task)
+    return attempt(name, task)
 
 
-def attempt(task: Task) -> Outcome:
+def attempt(name: str, task: Callable[[], None]) -> Outcome:
     """Carry out a task; return how it ended."""
     try:
         with file_errors():
-            task.function(*task.arguments)
+            task()
     except (UserError, TraceError) as error:
-        return Outcome(task.name, str(error), bad_input=True)
+        return Outcome(name, str(error), bad_input=True)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        cause = f"{type(error).__name__}: {first_line}"
-        return Outcome(task.name, cause, trace=traceback.format_exc())
-    return Outcome(task.name)
+        return Outcome(name, f"{type(error).__name__}: {first_line}", trace=traceback.format_exc())
+    return Outcome(name)
 
 
 @cache

@@ -11,6 +11,7 @@ import itertools
 import json
 import pickle
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -77,7 +78,7 @@ def _order(identity: str) -> tuple[int, int, str]:
     return kind, int(number.group()) if number else 0, identity
 
 
-def chosen(ids: Sequence[str], conf: Path = CONF) -> list[Experiment]:
+def chosen(ids: Words, conf: Path = CONF) -> list[Experiment]:
     """Return the experiments with these ids, or all; UserError lists what there is."""
     known = available(conf)
     unknown = [one for one in ids if one != "all" and one not in known]
@@ -100,20 +101,19 @@ def run_configs(experiment: Experiment, overrides: Words, conf: Path = CONF) -> 
 
 def reading_configs(
     experiment: Experiment, overrides: Words, conf: Path = CONF
-) -> dict[str, dict[str, Configs]]:
-    """Return the configs of runs by digest, under each reading of each experiment it is of."""
-    known = available(conf)
-    return {
-        name: {
-            identity: run_configs(known[identity], [*narrowed, *own, *overrides], conf)
-            for identity, narrowed in experiment.of.items()
-        }
-        for name, own in experiment.readings.items()
-    }
+) -> tuple[dict[str, dict[str, list[str]]], Configs]:
+    """Return digests of runs, under each reading of each experiment it is of, and their configs."""
+    known, views, runs = available(conf), defaultdict[str, dict[str, list[str]]](dict), Configs()
+    for name, own in experiment.readings.items():
+        for identity, narrowed in experiment.of.items():
+            configs = run_configs(known[identity], [*narrowed, *own, *overrides], conf)
+            views[name][identity] = list(configs)
+            runs |= configs
+    return dict(views), runs
 
 
 def analysis_config(
-    experiment: Experiment, overrides: Sequence[str], conf: Path = CONF
+    experiment: Experiment, overrides: Words, conf: Path = CONF
 ) -> tuple[DictConfig, dict[tuple[str, str], DictConfig]]:
     """Return an analysis's own config, and those of the (model, dataset) whose traces it needs."""
     sweep = parse(overrides)
@@ -133,7 +133,7 @@ def analysis_config(
     return own, traced
 
 
-def source(overrides: Sequence[str], conf: Path = CONF) -> str:
+def source(overrides: Words, conf: Path = CONF) -> str:
     """Return a digest over what an experiment is made of: files of `conf`, overrides, weights."""
     files = sorted(conf.glob("**/*.yaml"))
     texts = [(str(one.relative_to(conf)), one.read_text()) for one in files]
@@ -196,15 +196,15 @@ def _values(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _composed(experiment: Experiment, overrides: Sequence[str], conf: Path) -> DictConfig:
+def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfig:
     """Return the resolved config of an experiment under overrides. Raises UserError.
 
     Plain values are set after composing, as composing takes long.
     """
-    values = [one for one in overrides if _is_value(one, _groups(conf))]
+    values = [one for one in overrides if _is_value(one.partition("=")[0], conf)]
     choices = tuple(one for one in overrides if one not in values)
     try:
-        cfg: DictConfig = pickle.loads(_grouped(conf, experiment.name, choices))
+        cfg: DictConfig = pickle.loads(_by_hydra(conf, experiment.name, choices))
         for one in OverridesParser.create().parse_overrides(values):
             OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
         OmegaConf.resolve(cfg)
@@ -215,40 +215,12 @@ def _composed(experiment: Experiment, overrides: Sequence[str], conf: Path) -> D
 
 
 @cache
-def _grouped(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
-    """Return the pickled config of an experiment under choices of groups.
-
-    An option that sets nothing outside of its group is composed once for all experiments.
-    """
-    keys = [_key(one) for one in choices]
-    own = {"experiment", *OmegaConf.load(conf / "experiment" / f"{experiment}.yaml")}
-    whole = (f"experiment={experiment}", "output=unset", *choices)
-    if not choices or not _groups(conf) - own >= set(keys):
-        return _by_hydra(conf, whole)
-    cfg = pickle.loads(_grouped(conf, experiment, ()))
-    for key, choice in zip(keys, choices, strict=True):
-        option = _option(conf, choice)
-        if option is None:
-            return _by_hydra(conf, whole)
-        cfg[key] = pickle.loads(option)
-    return pickle.dumps(cfg)
-
-
-@cache
-def _option(conf: Path, choice: str) -> bytes | None:
-    """Return what an option sets in its group, pickled; None if it sets something elsewhere."""
-    chosen, plain = (pickle.loads(_by_hydra(conf, one)) for one in ((choice,), ()))
-    key = _key(choice)
-    values: Any = [OmegaConf.to_container(one) for one in (chosen, plain)]
-    ours, others = ({**one, key: None} for one in values)
-    return pickle.dumps(chosen[key]) if ours == others else None
-
-
-@cache
-def _by_hydra(conf: Path, choices: tuple[str, ...]) -> bytes:
+def _by_hydra(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
     """Compose in a tenth of a second; a pickle is read six times as fast as a config is copied."""
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        return pickle.dumps(compose("config", list(choices)))
+        return pickle.dumps(
+            compose("config", [f"experiment={experiment}", "output=unset", *choices])
+        )
 
 
 @cache
@@ -256,12 +228,8 @@ def _groups(conf: Path) -> set[str]:
     return {path.name for path in conf.iterdir() if path.is_dir()}
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0]
-
-
-def _is_value(override: str, groups: set[str]) -> bool:
-    return _key(override) not in groups and bool(re.fullmatch(r"[a-z_.]+", _key(override)))
+def _is_value(key: str, conf: Path) -> bool:
+    return key not in _groups(conf) and bool(re.fullmatch(r"[a-z_.]+", key))
 
 
 def _of_run(cfg: DictConfig) -> DictConfig:

@@ -17,6 +17,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import hydra
+import jinja2
 import matplotlib
 import pandas as pd
 import torch
@@ -37,7 +38,7 @@ from experiments.run.corpus import Document, documents
 from finemoe.files import atomic_write, write_json
 
 END_OF_TEXT = "<|endoftext|>"
-
+CARD = Path(__file__).with_name("card.md")
 
 RECIPE = [
     "tokens", "sequence_length", "batch_sequences", "learning_rate", "warmup_steps", "weight_decay",
@@ -293,37 +294,10 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     }
     write_json(folder / "training.json", summary)
     draw_loss(training, baseline, folder / "loss.png")
-    (folder / "README.md").write_text(card(cfg, summary))
+    card = jinja2.Template(CARD.read_text(), keep_trailing_newline=True)
+    facts = {"model": cfg.model, "checkpoints": cfg.checkpoints}
+    (folder / "README.md").write_text(card.render(facts | summary))
     return summary
-
-
-def card(cfg: DictConfig, summary: dict[str, Any]) -> str:
-    """Return the model card: what it is, what it learned from, how to train it again."""
-    name, shape = cfg.model.name, cfg.model.scale.config
-    return f"""# {name}, scale model
-
-A small `{shape.model_type}` with the routing shape of the paper's model: {cfg.model.layers} layers,
-{cfg.model.experts} experts a layer, top-{cfg.model.top_k}; hidden size {shape.hidden_size},
-{summary["parameters"] / 1e6:.1f} M parameters, stored in bfloat16. Its routing is that of its
-trained gates; the only pressure on them is the family's own auxiliary load-balancing loss.
-
-| | |
-|---|---|
-| corpus | Python {summary["python"]} standard library: docstrings, language reference, source |
-| held out | one document in ten, by a hash of its name (`experiments/run/corpus.py`) |
-| training tokens | {summary["tokens"]:,} |
-| held-out perplexity | {summary["held_out_perplexity"]:.1f} |
-| unigram perplexity, same text | {summary["unigram_perplexity"]:.1f} |
-| least used expert, held-out text | {summary["least_used_share"]:.2f} of its fair share |
-
-![loss](loss.png)
-
-The curve's held-out loss is over {summary["recipe"]["evaluate_sequences"]} windows spread over the
-held-out text; the perplexity above is over all of it.
-
-Train it again: `python -m experiments.train.scale_models model={name} tokens={summary["tokens"]}`
-(resumes where it was stopped; remove `{cfg.checkpoints}` to start over).
-"""
 
 
 def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:

@@ -76,12 +76,10 @@ def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
     path, again = Path(cfg.calibration), "run experiments.validate.calibrate"
     try:
         loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        cause = str(error).splitlines()[0]
-        raise UserError(f"calibration={path}: {cause}; {again}") from error
-    if not isinstance(loaded, dict) or "compute_us" not in loaded:
-        raise UserError(f"calibration={path} is no file of experiments.validate.calibrate; {again}")
-    link = loaded["link"]
+        link, _ = loaded["link"], loaded["compute_us"]
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError) as error:
+        what = f"calibration={path} is no file of experiments.validate.calibrate"
+        raise UserError(f"{what} ({str(error).splitlines()[0]}); {again}") from error
     if (link["gb_s"], link["time_scale"]) != (testbed.link_gb_s, testbed.time_scale):
         raise UserError(
             f"calibrated for links of {link['gb_s']} GB/s at time scale {link['time_scale']}, not "

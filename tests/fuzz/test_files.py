@@ -28,9 +28,9 @@ from safetensors.numpy import save_file
 from baselines.activation_matrices import MatrixCollection
 from baselines.promoe import LearnedPredictor
 from experiments.errors import UserError
-from experiments.judge.frame import run_frame
+from experiments.judge.frame import ResultsFolder, run_frame
 from experiments.judge.report import write
-from experiments.reproduce.run_store import RunStore
+from experiments.reproduce.results import adopt
 from experiments.run.datasets import conversations
 from experiments.run.records import of_these_weights, read_record
 from experiments.run.workloads import read_azure_trace
@@ -426,7 +426,7 @@ def good_record(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 def read_run(folder: Path) -> pd.DataFrame:
     of_these_weights(read_record(folder / "run.json"))
-    RunStore(folder / "results").adopt(folder, ())
+    adopt(ResultsFolder(folder), folder, ())
     return run_frame([folder])
 
 

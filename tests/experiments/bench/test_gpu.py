@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import gpu
-from experiments.bench.engine import Check
+from experiments.bench.engine import Check, measured
 from experiments.bench.gpu import Bench, check, run_parts, summary
 from experiments.run import weights
 from tests.command import config, run_module
@@ -55,7 +55,7 @@ def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path) -> None:
         raise RuntimeError("out of [memory]")
 
     def falls_short(bench: Bench) -> list[Check]:
-        return [Check("one", 1.0, at_least=1), Check("rate", 0.5, at_least=1)]
+        return [measured("one", 1.0, at_least=1), measured("rate", 0.5, at_least=1)]
 
     bench: Any = None
     with pretend_cuda(1):

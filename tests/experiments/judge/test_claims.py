@@ -109,7 +109,7 @@ class Results:
 
     def verdict(self, name: str, **options: Any) -> Any:
         (claim,) = [one for one in load_claims() if one.id == name]
-        return claims.judge_one(claim, self.folder, **options)
+        return claims.judge_one(claim, self.folder.rows, **options)
 
 
 @pytest.fixture
@@ -320,18 +320,17 @@ def test_claims_cover_the_paper() -> None:
 
 
 OWN = '''
-from experiments.judge.findings import analysis, claim, lowest, reductions, runs
+from experiments.judge.findings import claim, lowest, reductions
 
-@claim("order", "mine", "My thesis")
-def fine_first(results):
+@claim("order", "traces", "My thesis")
+def fine_first(rows):
     """Fine is below coarse."""
-    ranked = [{"granularity": "fine"}, {"granularity": "coarse"}]
-    return lowest(analysis(results, "mine", "entropy"), ["nats"], ranked)
+    return lowest(rows, ["nats"], [{"granularity": "fine"}, {"granularity": "coarse"}])
 
 @claim("reduction", "mine", "My thesis", paper={"promoe": 0.4})
-def cheaper(results, system):
+def cheaper(rows, system):
     """TPOT of {system} is {paper} lower."""
-    return reductions(runs(results, "mine"), ["tpot_s"], [system, "finemoe"])
+    return reductions(rows, ["tpot_s"], [system, "finemoe"])
 '''
 
 
@@ -341,7 +340,7 @@ def test_a_claim_is_added_by_a_function_in_a_file_of_ones_own(
     (tmp_path / "own.py").write_text(OWN)
     results.against("mine", [1.0] * 3, [0.5] * 3, "promoe")
     rows = {"model": "phi", "granularity": ["fine", "coarse"], "nats": [2.0, 1.0]}
-    results.analysis("mine", entropy=pd.DataFrame(rows))
+    results.analysis("traces", entropy=pd.DataFrame(rows))
     *_, order, judged = write(results.folder, claims=tmp_path / "own.py")
     assert (order.id, order.verdict, order.bound) == ("fine-first", FAILS, "")
     assert (judged.id, judged.text) == ("cheaper-promoe", "TPOT of ProMoE is 40 % lower.")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from experiments.errors import UserError
+from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import driver, parallel, sweeps
-from experiments.reproduce.run_store import RunStore
+from experiments.reproduce.results import made, write_experiment
 from experiments.run.weights import SCALE_MODELS
 from tests.command import ROOT, config, run_command
 
@@ -345,7 +347,7 @@ def fail(kind: str) -> None:
 def test_failures_come_back_from_workers(launcher: str, n_jobs: int) -> None:
     if launcher == "ray":
         pytest.importorskip("ray")
-    tasks = [parallel.Task(kind, fail, (kind,)) for kind in ("well", "bad", "broken")]
+    tasks = {kind: partial(fail, kind) for kind in ("well", "bad", "broken")}
     ends = {one.name: one for one in parallel.side_by_side(tasks, launcher, n_jobs)}
     assert ends["well"] == parallel.Outcome("well")
     assert ends["bad"].bad_input
@@ -360,22 +362,22 @@ def die(quickly: bool) -> None:
 
 
 def test_a_killed_worker_fails_its_task_and_is_replaced() -> None:
-    killed, after = parallel.Task("killed", die, (True,)), parallel.Task("after", die, (False,))
-    assert list(parallel.side_by_side([killed], "joblib", 2)) == [
+    killed, after = {"killed": partial(die, True)}, {"after": partial(die, False)}
+    assert list(parallel.side_by_side(killed, "joblib", 2)) == [
         parallel.Outcome("killed", parallel.KILLED)
     ]
-    assert list(parallel.side_by_side([after], "joblib", 2)) == [parallel.Outcome("after")]
+    assert list(parallel.side_by_side(after, "joblib", 2)) == [parallel.Outcome("after")]
 
 
 def test_an_experiment_whose_figure_is_gone_is_made_again(tmp_path: Path) -> None:
-    store, picture = RunStore(tmp_path), tmp_path / "figures" / "98.csv"
+    results, picture = ResultsFolder(tmp_path), tmp_path / "figures" / "98.csv"
     picture.parent.mkdir()
     picture.write_text("drawn")
-    store.write_experiment("98", {"source": "here", "runs": []})
-    assert store.made("98", "here")
-    assert not store.made("98", "elsewhere")
+    write_experiment(results, "98", {"source": "here", "runs": []})
+    assert made(results, "98", "here")
+    assert not made(results, "98", "elsewhere")
     picture.unlink()
-    assert not store.made("98", "here")
+    assert not made(results, "98", "here")
 
 
 def test_a_record_of_other_weights_is_not_drawn(
