@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import style
 from experiments.errors import UserError
@@ -23,6 +24,7 @@ from experiments.style import POINTS, Look, dataset_name, model_name, system_nam
 from finemoe.files import atomic_write
 
 INTERVALS = "95 % bootstrap intervals of the mean"
+BUDGET = "Memory for experts (GB, share of all)"
 REFERENCE_DASHES = (0, (3, 1.2))
 CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
 EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
@@ -301,6 +303,24 @@ def bands(
         axes.plot(rows[x], rows[metric] * factor, **_line(look), **EDGE)
         low, high = rows["low"] * factor, rows["high"] * factor
         axes.fill_between(rows[x], low, high, color=look["color"], alpha=0.2, lw=0)
+
+
+def budget_axis(axes: Axes, frame: pd.DataFrame) -> None:
+    """Tick the budgets of a panel: GB, and the share of all experts where one was asked for."""
+    budgets = frame.sort_values("memory_budget_gb").drop_duplicates("memory_budget_gb")
+    shares = budgets["memory_budget"].where(budgets["memory_budget"].str.endswith("%"), "")
+    gigabytes = budgets["memory_budget_gb"]
+    axes.set_xticks(
+        gigabytes, [f"{gb:.3g}\n{of}" for gb, of in zip(gigabytes, shares, strict=True)]
+    )
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with ticks at 1, 2, 5, 10."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def unmarked(looks: Mapping[str, Look]) -> dict[str, Look]:
