@@ -23,7 +23,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw a row of panels a model and dataset, as `experiments.figures` says."""
     frame = charts.checked(frame, NAMES[0], mixed_modes, system="planner")
     charts.single(frame, NAMES[0])
-    frame["option"] = frame["series"].str.extract(r"\((.*)\)", expand=False).fillna(DEFAULTS)
+    frame["option"] = [_option(label) for label in frame["label"]]
     frame = frame.assign(low=np.nan, high=np.nan)  # of what has no interval
     models, datasets = charts.facets(frame)
     cells = list(product(models, datasets))
@@ -43,5 +43,12 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set_xlabel(style.METRICS[metric][0] if (model, dataset) == cells[-1] else "")
             if metric == METRIC:
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
+        charts.apart(figure)
         data = charts.drawn_data(frame, [METRIC, "ttft_s", "hit_rate"], "bytes_prefetched", WASTED)
         charts.save(figure, output, NAMES, frame, data, NOTES)
+
+
+def _option(label: str) -> str:
+    """Return the option of a system's label that is not at its default, its value in short."""
+    name, _, value = label.partition(" ")[2].partition("=")
+    return f"{name}={float(value):g}" if name else DEFAULTS

@@ -39,6 +39,7 @@ SETTINGS: Any = {
     **dict.fromkeys(TEXTS, POINTS),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), POINTS - 0.5),
     "axes.linewidth": 0.6,
+    "axes.titlepad": 3,
     "grid.linewidth": 0.4,
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
@@ -194,7 +195,7 @@ def model_groups(models: Sequence[str]) -> dict[str, str]:
 
 def panel_title(axes: Axes, model: str, dataset: str | None = None) -> None:
     """Name a panel after its model and, where there are several, its dataset."""
-    axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""), pad=3)
+    axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""))
 
 
 def label_once(figure: Figure, xlabel: str, ylabel: str) -> None:
@@ -308,7 +309,8 @@ def bands(
 def budget_axis(axes: Axes, frame: pd.DataFrame) -> None:
     """Tick the budgets of a panel: GB, and the share of all experts where one was asked for."""
     budgets = frame.sort_values("memory_budget_gb").drop_duplicates("memory_budget_gb")
-    shares = budgets["memory_budget"].where(budgets["memory_budget"].str.endswith("%"), "")
+    asked = budgets["memory_budget"]
+    shares = asked.where(asked.str.endswith("%"), "").str.replace("%", " %")
     gigabytes = budgets["memory_budget_gb"]
     axes.set_xticks(
         gigabytes, [f"{gb:.3g}\n{of}" for gb, of in zip(gigabytes, shares, strict=True)]

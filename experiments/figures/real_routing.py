@@ -34,10 +34,10 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set_ylim(bottom=0)
             axes.set_ylabel(style.METRICS[metric][0] if source == sources[0] else "")
             if metric == METRICS[0]:
-                axes.set_title(source, pad=3)
+                axes.set_title(source)
             else:
                 axes.set_xlabel(charts.BUDGET)
-        charts.legend(figure, looks, columns=7)
+        charts.legend(figure, looks, columns=6)
         data = charts.drawn_data(frame, [*METRICS, "ttft_s"], "source")
         charts.save(figure, output, NAMES, frame, data, [*NOTES, *agreement(frame)])
 
