@@ -83,13 +83,18 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
         raise UserError(f"figure {figure}: {first} and {second} are of one cell; draw them apart")
 
 
-def looks(frame: pd.DataFrame) -> dict[str, Look]:
+def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Look]:
     """Return the look of each series, in the order of drawing; a system has one colour everywhere.
 
-    Its variants, or its modes where they are mixed, differ in line and hatch.
+    Its variants, or its modes where they are mixed, differ in line and hatch. Systems that are
+    `references`, none of those that are compared, are dashed lines.
     """
     systems = style.ordered(frame["system"], style.SYSTEMS)
-    return variants(frame, "system", {system: style.system_look(system) for system in systems})
+    styled = variants(frame, "system", {system: style.system_look(system) for system in systems})
+    for name in set(frame.loc[frame["system"].isin(references), "series"]):
+        colour = styled[name]["color"]
+        styled[name] = {"color": colour, "marker": "", "linestyle": REFERENCE_DASHES}
+    return styled
 
 
 def variants(
@@ -241,7 +246,7 @@ def bars(
     """
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
-    width = 0.84 / len(solid)
+    width = 0.84 / max(1, len(solid))
     for name, look in looks.items():
         rows = frame[frame["series"] == name]
         centre = rows[by].map(centres).to_numpy(dtype=float)

@@ -21,17 +21,16 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw the figure, as `experiments.figures` says."""
     frame = charts.checked(frame, NAMES[0], mixed_modes)
     charts.single(frame, NAMES[0], "memory_budget")
-    looks = charts.looks(frame)
-    for system, dashes in ((ORACLE, charts.REFERENCE_DASHES), (RESIDENT, ":")):
-        for name in set(frame.loc[frame["system"] == system, "series"]):
-            looks[name] |= {"linestyle": dashes, "marker": ""}
+    looks = charts.looks(frame, [ORACLE, RESIDENT])
+    for name in set(frame.loc[frame["system"] == RESIDENT, "series"]):
+        looks[name]["linestyle"] = ":"
     labels = charts.BUDGET, style.METRICS[METRIC][0]
     with charts.dataset_panels(frame, *labels) as (figure, panels):
         for axes, part in panels:
             floor = part["system"] == RESIDENT
             charts.lines(axes, part[~floor], "memory_budget_gb", METRIC, looks)
             for name, tpot in part.loc[floor, ["series", METRIC]].itertuples(index=False):
-                axes.axhline(1e3 * tpot, color=looks[name]["color"], linestyle=":")
+                axes.axhline(1e3 * tpot, **looks[name])
             charts.budget_axis(axes, part)
             charts.log_axis(axes)
         charts.legend(figure, looks, narrow=2)

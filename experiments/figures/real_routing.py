@@ -23,9 +23,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     frame["source"] = [_source(run) for run in frame.to_dict("records")]
     charts.single(frame, NAMES[0], "source", "memory_budget")
     sources = list(frame.sort_values("weights", kind="stable")["source"].unique())
-    looks = charts.looks(frame)
-    for name in set(frame.loc[frame["system"].isin(BOUNDS), "series"]):
-        looks[name] |= {"linestyle": charts.REFERENCE_DASHES}
+    looks = charts.looks(frame, BOUNDS)
     with charts.panels(METRICS, sources, style.PAGE_INCHES, 3.7) as (figure, panels):
         for axes, metric, source in panels:
             part = frame[frame["source"] == source]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,10 +38,14 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
+def module_of(name: str) -> Any:
+    file = f"figure{name}" if name[0].isdigit() else name.replace("-", "_")
+    return import_module(f"experiments.figures.{file}")
+
+
 def drawn(name: str, frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> pd.DataFrame:
     """Draw a figure; return the data beside it."""
-    module = f"figure{name}" if name[0].isdigit() else name.replace("-", "_")
-    import_module(f"experiments.figures.{module}").draw(frame, place, mixed_modes)
+    module_of(name).draw(frame, place, mixed_modes)
     return pd.read_csv(place / f"{name}.csv", dtype={"digest": str})
 
 
@@ -127,3 +132,28 @@ def test_tau_is_one_where_routings_rank_alike_and_less_where_not(tmp_path: Path)
     caption = (tmp_path / "real-routing.txt").read_text()
     assert "in Expert hit rate (%): real 1.00 (1.00 to 1.00)." in caption
     assert "in TPOT (ms): real -1.00 (-1.00 to -1.00)." in caption
+
+
+def test_marks_stand_where_their_records_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(charts, "save", lambda figure, *_: shown.append(figure.axes))
+
+    planner = "system=planner"
+    frame = frame_of(tmp_path / "a", (planner,), (planner, "system.horizon=1"))
+    frame["tpot_s"], frame["bytes_wasted"] = [0.1, 0.2], [1e12, 3e12]
+    module_of("ablation").draw(frame, tmp_path)
+    tpot, wasted = shown.pop()
+    assert [label.get_text() for label in tpot.get_yticklabels()] == ["defaults", "horizon=1"]
+    assert [bar.get_width() for bar in tpot.patches] == pytest.approx([100, 200])
+    assert [bar.get_width() for bar in wasted.patches] == pytest.approx([1, 3])
+
+    frame = frame_of(tmp_path / "b", (planner,), (planner, "memory_budget=6"), ("system=resident",))
+    frame["tpot_s"], frame["memory_budget_gb"] = [0.1, 0.2, 0.05], [22.5, 6, 22.5]
+    module_of("frontier").draw(frame, tmp_path)
+    (axes,) = shown.pop()
+    lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert [[6, 200], [22.5, 100]] in lines
+    assert [[0, 50], [1, 50]] in lines
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["6\n", "22.5\n25 %"]
