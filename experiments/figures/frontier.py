@@ -28,10 +28,10 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     with charts.dataset_panels(frame, *labels) as (figure, panels):
         for axes, part in panels:
             floor = part["system"] == RESIDENT
-            charts.lines(axes, part[~floor], "memory_budget_gb", METRIC, looks)
             for name, tpot in part.loc[floor, ["series", METRIC]].itertuples(index=False):
                 axes.axhline(1e3 * tpot, **looks[name])
-            charts.budget_axis(axes, part)
+            charts.lines(axes, part[~floor], "memory_budget_gb", METRIC, looks)
+            charts.budget_axis(axes, part[~floor])
             charts.log_axis(axes)
         charts.legend(figure, looks, narrow=2)
         data = charts.drawn_data(frame, [METRIC, "ttft_s", "hit_rate"])

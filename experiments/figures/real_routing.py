@@ -29,7 +29,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             part = frame[frame["source"] == source]
             charts.lines(axes, part, "memory_budget_gb", metric, looks)
             charts.budget_axis(axes, part)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 103 if metric == "hit_rate" else None)
             axes.set_ylabel(style.METRICS[metric][0] if source == sources[0] else "")
             if metric == METRICS[0]:
                 axes.set_title(source)
