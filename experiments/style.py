@@ -30,6 +30,7 @@ METRICS = {
     "tpot_s": ("TPOT (ms)", 1e3),
     "e2el_s": ("End-to-end latency (s)", 1.0),
     "hit_rate": ("Expert hit rate (%)", 100.0),
+    "bytes_wasted": ("Wasted copies (TB)", 1e-12),
     "nats": ("Entropy (nats)", 1.0),
     "score": ("Mean similarity score (cosine)", 1.0),
     "pearson": ("Pearson coefficient", 1.0),

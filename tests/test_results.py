@@ -27,22 +27,30 @@ def test_small_figures_made_again_equal_the_committed_ones(tmp_path: Path) -> No
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
 
 
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed results, with their runs out of the archive."""
-    folder = tmp_path_factory.mktemp("results")
-    for name in ("experiments", "analysis", RUNS):
-        (folder / name).symlink_to(RESULTS / name)
+def copy_of(results: Path, folder: Path) -> Path:
+    """Return a copy of committed results, with their runs out of the archive."""
+    folder.mkdir()
+    for path in results.iterdir():
+        if path.name in ("experiments", "analysis", RUNS):
+            (folder / path.name).symlink_to(path)
     unpack_runs(folder)
     return folder
 
 
-def test_every_committed_figure_stands_on_records_of_the_archive(unpacked: Path) -> None:
-    experiments = sorted((RESULTS / "experiments").glob("*.json"))
-    assert len(experiments) == len(list((ROOT / "conf" / "experiment").glob("*.yaml")))
-    for path in experiments:
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of(RESULTS, tmp_path_factory.mktemp("committed") / "results")
+
+
+def test_every_committed_figure_stands_on_records_of_its_archive(
+    unpacked: Path, tmp_path: Path
+) -> None:
+    beyond = copy_of(RESULTS / "beyond", tmp_path / "beyond")
+    indices = [path for one in (unpacked, beyond) for path in one.glob("experiments/*.json")]
+    assert len(indices) == len(list((ROOT / "conf" / "experiment").glob("*.yaml")))
+    for path in indices:
         for digest in json.loads(path.read_text()).get("runs", []):
-            record = read_record(unpacked / "runs" / digest / "run.json")
+            record = read_record(path.parent.parent / "runs" / digest / "run.json")
             assert record["mode"] == "simulated"
 
 

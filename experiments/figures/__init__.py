@@ -1,4 +1,6 @@
-"""The figures of the paper's evaluation, one file each, drawn from run records and analyses.
+"""The figures of the paper's evaluation and three more, one file each.
+
+They are drawn from run records and from analyses of routing traces.
 
 `draw(frame, output, mixed_modes)` draws a `run_frame` into a folder, and raises UserError without
 records, for mixed modes unless asked for, and for two records of one cell. For an analysis of

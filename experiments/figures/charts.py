@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import style
 from experiments.errors import UserError
@@ -23,6 +24,7 @@ from experiments.style import POINTS, Look, dataset_name, model_name, system_nam
 from finemoe.files import atomic_write
 
 INTERVALS = "95 % bootstrap intervals of the mean"
+BUDGET = "Memory for experts (GB, share of all)"
 REFERENCE_DASHES = (0, (3, 1.2))
 CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
 EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
@@ -37,6 +39,7 @@ SETTINGS: Any = {
     **dict.fromkeys(TEXTS, POINTS),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), POINTS - 0.5),
     "axes.linewidth": 0.6,
+    "axes.titlepad": 3,
     "grid.linewidth": 0.4,
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
@@ -80,13 +83,18 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
         raise UserError(f"figure {figure}: {first} and {second} are of one cell; draw them apart")
 
 
-def looks(frame: pd.DataFrame) -> dict[str, Look]:
+def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Look]:
     """Return the look of each series, in the order of drawing; a system has one colour everywhere.
 
-    Its variants, or its modes where they are mixed, differ in line and hatch.
+    Its variants, or its modes where they are mixed, differ in line and hatch. Systems that are
+    `references`, none of those that are compared, are dashed lines.
     """
     systems = style.ordered(frame["system"], style.SYSTEMS)
-    return variants(frame, "system", {system: style.system_look(system) for system in systems})
+    styled = variants(frame, "system", {system: style.system_look(system) for system in systems})
+    for name in set(frame.loc[frame["system"].isin(references), "series"]):
+        colour = styled[name]["color"]
+        styled[name] = {"color": colour, "marker": "", "linestyle": REFERENCE_DASHES}
+    return styled
 
 
 def variants(
@@ -192,7 +200,7 @@ def model_groups(models: Sequence[str]) -> dict[str, str]:
 
 def panel_title(axes: Axes, model: str, dataset: str | None = None) -> None:
     """Name a panel after its model and, where there are several, its dataset."""
-    axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""), pad=3)
+    axes.set_title(model_name(model) + (f", {dataset_name(dataset)}" if dataset else ""))
 
 
 def label_once(figure: Figure, xlabel: str, ylabel: str) -> None:
@@ -238,7 +246,7 @@ def bars(
     """
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
-    width = 0.84 / len(solid)
+    width = 0.84 / max(1, len(solid))
     for name, look in looks.items():
         rows = frame[frame["series"] == name]
         centre = rows[by].map(centres).to_numpy(dtype=float)
@@ -301,6 +309,25 @@ def bands(
         axes.plot(rows[x], rows[metric] * factor, **_line(look), **EDGE)
         low, high = rows["low"] * factor, rows["high"] * factor
         axes.fill_between(rows[x], low, high, color=look["color"], alpha=0.2, lw=0)
+
+
+def budget_axis(axes: Axes, frame: pd.DataFrame) -> None:
+    """Tick the budgets of a panel: GB, and the share of all experts where one was asked for."""
+    budgets = frame.sort_values("memory_budget_gb").drop_duplicates("memory_budget_gb")
+    asked = budgets["memory_budget"]
+    shares = asked.where(asked.str.endswith("%"), "").str.replace("%", " %")
+    gigabytes = budgets["memory_budget_gb"]
+    axes.set_xticks(
+        gigabytes, [f"{gb:.3g}\n{of}" for gb, of in zip(gigabytes, shares, strict=True)]
+    )
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with ticks at 1, 2, 5, 10."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def unmarked(looks: Mapping[str, Look]) -> dict[str, Look]:

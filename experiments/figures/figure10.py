@@ -33,16 +33,11 @@ def draw_overall(
     """Draw figure 10, or 13, which is the same on another testbed; `names`: id, title."""
     frame = charts.checked(frame, names[0], mixed_modes)
     charts.single(frame, names[0])
-    present = set(frame["system"])
-    # Alone, the reference is a system like any other.
-    referred = (frame["system"] == REFERENCE) & (len(present) > 1)
-    looks = charts.looks(frame[~referred])
-    for name, look in charts.looks(frame[referred]).items():
-        looks[name] = {"color": look["color"], "linestyle": charts.REFERENCE_DASHES}
+    looks = charts.looks(frame, [REFERENCE])
     hollow = set(frame.loc[frame["system"] == WHOLE_LAYERS, "series"])
     groups = {dataset: style.dataset_name(dataset) for dataset in charts.facets(frame)[1]}
-    named = present if present != {REFERENCE} else ()
-    notes = [*NOTES, *(note for system, note in SYSTEM_NOTES.items() if system in named)]
+    present = set(frame["system"])
+    notes = [*NOTES, *(note for system, note in SYSTEM_NOTES.items() if system in present)]
     with charts.metric_panels(frame, METRICS, 4.6) as (figure, panels):
         for axes, metric, model in panels:
             part = frame[frame["model"] == model]

@@ -65,7 +65,7 @@ def draw_approaches(
             charts.bars(axes, part, METRIC, "model", groups, looks, hollow)
             axes.set_ylabel(style.METRICS[METRIC][0])
             if len(datasets) > 1:
-                axes.set_title(style.dataset_name(dataset), pad=3)
+                axes.set_title(style.dataset_name(dataset))
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
         data = charts.drawn_data(frame, [METRIC], "approach")
         notes = [NOTE, INTERVALS] if hollow else [INTERVALS]

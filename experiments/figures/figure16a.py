@@ -57,7 +57,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             low = min(rows["low"].min(), 1 - NARROWEST)
             axes.set(ylim=(low - 0.05 * (1 - low), 1 + 0.02 * (1 - low)))
             axes.set_xticks(sorted(set(frame["capacity"])))
-            axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
+            axes.set_title(f"{search}, {style.dataset_name(dataset)}")
         charts.label_once(figure, "Store capacity (iterations)", style.METRICS["score"][0])
         charts.model_legend(figure, looks)
         analyses.save(figure, output, record, frame, SHOWS)

@@ -60,7 +60,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             _panel(axes, part, longest, named=column == 0)
             charts.panel_title(axes, run["model"], run["dataset"] if len(datasets) > 1 else None)
             variant = run["series"].removeprefix(style.system_name("finemoe"))
-            axes.set_title(axes.get_title() + variant, pad=3)
+            axes.set_title(axes.get_title() + variant)
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)

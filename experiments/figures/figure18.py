@@ -50,7 +50,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
                 part = frame[frame["model"] == model]
                 axes.plot(part["capacity"], part[kind], **look)
             axes.axhline(CLAIMED_MB, color="#333333", lw=0.8, ls="--")
-            axes.set_title(PANELS[kind], pad=3)
+            axes.set_title(PANELS[kind])
             axes.set(xscale="log", yscale="log", ylim=ylim)
             axes.set_xticks(ticks, [f"{tick / 1000:g}K" for tick in ticks], minor=False)
             axes.set_xticks([], minor=True)

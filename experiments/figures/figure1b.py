@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from experiments import style
 from experiments.figures import charts
@@ -31,11 +31,8 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         for axes, part in panels:
             charts.lines(axes, part, "memory_gb", METRIC, looks)
             axes.set_xlim(0, 1.12 * part["memory_gb"].max())
-            axes.set_yscale("log")
+            charts.log_axis(axes)
             axes.set_ylim(0.7 * part[METRIC].min(), 1.4 * part[METRIC].max())
-            axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_major_locator(MaxNLocator(5))
         charts.legend(figure, looks, columns=6, narrow=2)
         data = charts.drawn_data(frame, [METRIC], "memory_gb")

@@ -58,7 +58,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             shares = heat.pivot(index="layer", columns="expert", values=kind)
             image = axes.imshow(shares, cmap="rocket_r", vmin=0, vmax=largest, aspect="auto")
             axes.grid(visible=False)
-            axes.set_title(PANELS[kind], pad=3)
+            axes.set_title(PANELS[kind])
             axes.set(xlabel="Expert", xticks=range(0, experts, -(-experts // 4)))
             axes.set_yticks(range(0, layers, 4 if layers > 8 else 1))
             axes.label_outer()

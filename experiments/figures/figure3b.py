@@ -68,7 +68,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.hlines(uniform, x - 0.42, x + 0.42, "#333333", (0, (3, 2)), lw=0.8)
             axes.set_ylim(0, top)
             if measure == "counts":
-                axes.set_title(style.dataset_name(dataset), pad=3)
+                axes.set_title(style.dataset_name(dataset))
             axes.set_ylabel(f"Entropy of\n{MEASURES[measure]}\n(nats)")
             axes.label_outer()
         charts.legend(figure, LOOKS, "bar")

@@ -50,7 +50,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.set(ylim=(0, frame["high"].max() * 1.08), ylabel=style.METRICS["nats"][0])
             axes.set(xlim=(0, longest * 1.02), xticks=range(0, longest + 1, max(1, longest // 5)))
             axes.set_xlabel("Decode iterations")
-            axes.set_title(style.dataset_name(dataset), pad=3)
+            axes.set_title(style.dataset_name(dataset))
             axes.label_outer()
         charts.apart(figure)
         charts.model_legend(figure, looks)

@@ -64,7 +64,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
                 shape: style.Look = {"s": area, "color": look["color"], "marker": look["marker"]}
                 axes.scatter(bins["score"], mean, **shape, ec="white", linewidth=0.3, zorder=3)
             axes.set(ylim=(0, 105), yticks=(0, 25, 50, 75, 100))
-            axes.set_title(f"{search}, {style.dataset_name(dataset)}", pad=3)
+            axes.set_title(f"{search}, {style.dataset_name(dataset)}")
             axes.locator_params(axis="x", nbins=4)
             axes.tick_params(labelbottom=True)
         charts.model_legend(figure, looks)

@@ -64,7 +64,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
                 axes.plot(x, bins.reindex(models), ms=3, mew=0.6, zorder=4, **LOOKS["Bin means"])
             if method == "pairs":
                 axes.axhspan(*PAPER, color=LOOKS["Paper"]["color"], lw=0, zorder=0)
-                axes.set_title(style.dataset_name(dataset), pad=3)
+                axes.set_title(style.dataset_name(dataset))
             axes.axhline(0, color="#333333", lw=0.6)
             label = f"{analyses.METHODS[method]}\n{style.METRICS['pearson'][0]}"
             axes.set(ylim=(least, 1.05), ylabel=label)

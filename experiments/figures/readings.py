@@ -82,7 +82,7 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.axvline(usual["paper"], color="#333333", lw=0.8, ls=charts.REFERENCE_DASHES)
             axes.set_yticks(range(len(moves)), list(moves.index), fontsize=style.POINTS - 1.5)
             title = usual["text"].replace(" %", "\N{NO-BREAK SPACE}%")
-            axes.set_title(textwrap.fill(title, 36), pad=3, fontsize=style.POINTS - 0.5)
+            axes.set_title(textwrap.fill(title, 36), fontsize=style.POINTS - 0.5)
             axes.set_xlabel(f"here ({usual['unit']})")
             axes.grid(axis="y", visible=False)
         caption = (

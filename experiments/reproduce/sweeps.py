@@ -44,6 +44,7 @@ class Experiment:
     id: str
     title: str
     draws: str | None = None  # dotted name of the function that draws its figure
+    beyond: bool = False  # made when asked for by its id, not by `all`
     analysis: str | None = None  # the function that analyses traces; None: run records
     models: Sequence[str] = ()
     datasets: Sequence[str] = ()  # models and datasets whose traces are analysed
@@ -85,7 +86,7 @@ def chosen(ids: Words, conf: Path = CONF) -> list[Experiment]:
     if unknown or not ids:
         cause = f"unknown experiment {unknown[0]}" if unknown else "which experiment?"
         raise UserError(f"{cause}; choose all, or some of {', '.join(known)}")
-    return [one for one in known.values() if "all" in ids or one.id in ids]
+    return [one for one in known.values() if one.id in ids or ("all" in ids and not one.beyond)]
 
 
 def run_configs(experiment: Experiment, overrides: Words, conf: Path = CONF) -> Configs:

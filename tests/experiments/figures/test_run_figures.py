@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,12 +27,25 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "15": (("system.prefetch_distance=1",), ("system.prefetch_distance=8",)),
     "16b": (("workload.batch_size=1",), ("workload.batch_size=8",)),
     "17": ((), ("model=phi",)),
+    "frontier": (
+        (),
+        ("memory_budget=12",),
+        ("system=resident",),
+        ("system=oracle", "dataset=code"),
+    ),
+    "ablation": (("system=planner",), ("system=planner", "system.horizon=1")),
+    "real-routing": (("model=qwen",), ("model=qwen3", "weights=hub", "routing=a/real.npz")),
 }
+
+
+def module_of(name: str) -> Any:
+    file = f"figure{name}" if name[0].isdigit() else name.replace("-", "_")
+    return import_module(f"experiments.figures.{file}")
 
 
 def drawn(name: str, frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> pd.DataFrame:
     """Draw a figure; return the data beside it."""
-    import_module(f"experiments.figures.figure{name}").draw(frame, place, mixed_modes)
+    module_of(name).draw(frame, place, mixed_modes)
     return pd.read_csv(place / f"{name}.csv", dtype={"digest": str})
 
 
@@ -56,7 +70,7 @@ def test_without_records_a_figure_says_what_to_run(tmp_path: Path, name: str) ->
     with pytest.raises(UserError, match=f"run python -m experiments.reproduce {name}$"):
         drawn(name, pd.DataFrame(), tmp_path / "figures")
     # Records of another kind are none either.
-    if name in ("11", "14b", "15", "17"):
+    if name in ("11", "14b", "15", "17", "ablation"):
         with pytest.raises(UserError, match="no run records"):
             drawn(name, frame_of(tmp_path, ("system=on_demand",)), tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
@@ -106,3 +120,40 @@ def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
     assert parts["on_demand_wait"] == pytest.approx(6e3 / 33)
     assert parts["rest"] == pytest.approx(5e3 / 33)
     assert parts.isna().sum() == 3
+
+
+def test_tau_is_one_where_routings_rank_alike_and_less_where_not(tmp_path: Path) -> None:
+    real = "model=qwen3", "routing=a/real.npz"
+    systems = [f"system={name}" for name in ("on_demand", "lfu", "finemoe", "oracle")]
+    frame = frame_of(tmp_path, *((one,) for one in systems), *((one, *real) for one in systems))
+    frame["weights"] = ["scale"] * 4 + ["hub"] * 4
+    frame["hit_rate"], frame["tpot_s"] = [0.1, 0.2, 0.3, 0.0] * 2, [4, 3, 2, 1, 2, 3, 4, 1]
+    drawn("real-routing", frame, tmp_path)
+    caption = (tmp_path / "real-routing.txt").read_text()
+    assert "in Expert hit rate (%): real 1.00 (1.00 to 1.00)." in caption
+    assert "in TPOT (ms): real -1.00 (-1.00 to -1.00)." in caption
+
+
+def test_marks_stand_where_their_records_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(charts, "save", lambda figure, *_: shown.append(figure.axes))
+
+    planner = "system=planner"
+    frame = frame_of(tmp_path / "a", (planner,), (planner, "system.horizon=1"))
+    frame["tpot_s"], frame["bytes_wasted"] = [0.1, 0.2], [1e12, 3e12]
+    module_of("ablation").draw(frame, tmp_path)
+    tpot, wasted = shown.pop()
+    assert [label.get_text() for label in tpot.get_yticklabels()] == ["defaults", "horizon=1"]
+    assert [bar.get_width() for bar in tpot.patches] == pytest.approx([100, 200])
+    assert [bar.get_width() for bar in wasted.patches] == pytest.approx([1, 3])
+
+    frame = frame_of(tmp_path / "b", (planner,), (planner, "memory_budget=6"), ("system=resident",))
+    frame["tpot_s"], frame["memory_budget_gb"] = [0.1, 0.2, 0.05], [22.5, 6, 22.5]
+    module_of("frontier").draw(frame, tmp_path)
+    (axes,) = shown.pop()
+    lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert [[6, 200], [22.5, 100]] in lines
+    assert [[0, 50], [1, 50]] in lines
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["6\n", "22.5\n25 %"]

@@ -65,6 +65,7 @@ def leave_run(
     summary |= {
         "expert_hit_rate": float(per_batch["hits"].sum() / (10 * len(per_batch))),
         "bytes_prefetched": 7,
+        "bytes_wasted": 3,
         "slot_budget_bytes": 25_000_000_000,
         "dense_bytes": 3_000_000_000,
         "lossless": None,

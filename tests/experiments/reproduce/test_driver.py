@@ -141,6 +141,12 @@ def test_figures_share_runs_by_digest(conf: Path) -> None:
     assert sweeps.digest(cfg) == digest
 
 
+def test_all_leaves_out_what_goes_beyond_the_paper() -> None:
+    everything = [one.id for one in sweeps.chosen(["all"])]
+    assert sweeps.available().keys() - everything == {"ablation", "frontier", "real-routing"}
+    assert len(sweeps.chosen(["all", "frontier"])) == len(everything) + 1
+
+
 def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
     known = sweeps.available(conf)["98"]
     overrides = [*TINY, "system=finemoe", "memory_budget=12", "system.store_capacity=7"]

@@ -1,0 +1,54 @@
+"""Beyond the paper: TPOT of the planner, and what it prefetches in vain, one option changed."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments import style
+from experiments.figures import charts
+
+NAMES = ("ablation", "What each part of the planner is worth: one option changed at a time")
+METRIC, WASTED = "tpot_s", "bytes_wasted"
+DEFAULTS = "defaults"
+COLOUR, REFERENCE = "#A6761D", "#333333"
+NOTES = (
+    f"Error bars: {charts.INTERVALS}. Dashed: the defaults.",
+    "In vain: copies that left unused, of all measured requests.",
+)
+
+
+def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
+    """Draw a row of panels a model and dataset, as `experiments.figures` says."""
+    frame = charts.checked(frame, NAMES[0], mixed_modes, system="planner")
+    charts.single(frame, NAMES[0])
+    frame["option"] = [_option(label) for label in frame["label"]]
+    frame = frame.assign(low=np.nan, high=np.nan)  # of what has no interval
+    models, datasets = charts.facets(frame)
+    cells = list(product(models, datasets))
+    size = style.COLUMN_INCHES, 0.3 + 1.55 * len(cells)
+    with charts.panels(cells, (METRIC, WASTED), *size) as (figure, panels):
+        for axes, (model, dataset), metric in panels:
+            part = charts.part_of(frame, model, dataset)
+            values, spread = charts.interval(part, metric)
+            rows = np.arange(len(part))
+            ends = spread if spread.any() else None
+            axes.barh(rows, values, 0.75, xerr=ends, color=COLOUR, error_kw=charts.CAPS)
+            usual = values[part["option"] == DEFAULTS]
+            axes.vlines(usual, -0.5, rows[-1] + 0.5, REFERENCE, charts.REFERENCE_DASHES, lw=0.8)
+            axes.set_ylim(rows[-1] + 0.5, -0.5)
+            axes.set_yticks(rows, part["option"] if metric == METRIC else [""] * len(part))
+            axes.grid(axis="y", visible=False)
+            axes.set_xlabel(style.METRICS[metric][0] if (model, dataset) == cells[-1] else "")
+            if metric == METRIC:
+                charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
+        charts.apart(figure)
+        data = charts.drawn_data(frame, [METRIC, "ttft_s", "hit_rate"], "bytes_prefetched", WASTED)
+        charts.save(figure, output, NAMES, frame, data, NOTES)
+
+
+def _option(label: str) -> str:
+    """Return the option of a system's label that is not at its default, its value in short."""
+    name, _, value = label.partition(" ")[2].partition("=")
+    return f"{name}={float(value):g}" if name else DEFAULTS
