@@ -2,14 +2,16 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from experiments import style
 from experiments.figures import charts
 from experiments.judge.claims import FAILS, HOLDS, UNTESTABLE, WEAKER
-from experiments.judge.readings import DEFAULT, TABLE
+from experiments.judge.readings import DEFAULT, LATENCIES, TABLE
 from experiments.run.records import read_table
 
 MARKS: dict[str, style.Look] = {
@@ -19,32 +21,36 @@ MARKS: dict[str, style.Look] = {
     UNTESTABLE: {"marker": "_", "color": "#666666", "linestyle": ""},
 }
 
+SMALL = 5.5
+"""Points of what stands at a row or a column of many."""
+
 
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw a mark for each claim (down) under each reading (across); faint ones are the default's.
 
-    Claims that no reading touches are left out.
+    Claims that no reading touches are left out. It fits a column: claims go by their ids.
     """
     table = read_table(folder / TABLE).astype({"experiment": str})
     touched = table[table.groupby("claim")["touched"].transform("any")]
-    texts = touched.drop_duplicates("claim").set_index("claim")["text"]
-    readings = touched["reading"].drop_duplicates().tolist()
-    height = 1.6 + 0.2 * len(texts)
-    with charts.panels([""], [""], style.PAGE_INCHES, height) as (figure, [(axes, _, _)]):
+    claims, readings = (touched[name].drop_duplicates().tolist() for name in ("claim", "reading"))
+    size = style.COLUMN_INCHES, 1.7 + 0.105 * len(claims)
+    with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
         for name, look in MARKS.items():
-            _mark(axes, touched[touched["verdict"] == name], look, list(texts.index), readings)
-        lines = [textwrap.fill(text, 54, break_on_hyphens=False) for text in texts]
-        axes.set_yticks(range(len(texts)), lines, fontsize=style.POINTS - 1.5, linespacing=0.9)
-        axes.set_xticks(range(len(readings)), readings, rotation=50, ha="left")
+            _mark(axes, touched[touched["verdict"] == name], look, claims, readings)
+        axes.set_yticks(range(len(claims)), claims, fontsize=SMALL)
+        axes.set_xticks(range(len(readings)), readings, fontsize=SMALL, rotation=60, ha="left")
+        axes.tick_params(length=1.5, pad=1)
+        axes.tick_params(axis="x", pad=-1)
         axes.xaxis.tick_top()
-        axes.set(xlim=(-0.6, len(readings) - 0.4), ylim=(len(texts) - 0.4, -0.6))
+        axes.set(xlim=(-0.6, len(readings) - 0.4), ylim=(len(claims) - 0.4, -0.6))
         axes.axvspan(-0.5, 0.5, color="#eeeeee", lw=0, zorder=0)
         present = {name: look for name, look in MARKS.items() if name in set(touched["verdict"])}
         charts.legend(figure, present)
         caption = (
-            "Verdicts under every reading of what the paper leaves open; one choice changes at a "
-            "time, but for the second and the third column. Faint: the reading concerns none of "
-            f"the claim's runs. {_runs(table)}"
+            "Verdicts on the paper's claims, by id, under every reading of what the paper leaves "
+            "open; one choice changes at a time, but for the second and the third column. Faint: "
+            "the reading concerns none of the claim's runs. Empty: not run. "
+            f"{_runs(table)}"
         )
         charts.write(figure, table, output, folder.name, caption)
 
@@ -60,7 +66,7 @@ def _mark(
     own = rows["touched"] | (rows["reading"] == DEFAULT)
     for part, alpha in ((rows[own], 1.0), (rows[~own], 0.25)):
         x, y = part["reading"].map(readings.index), part["claim"].map(claims.index)
-        axes.plot(x, y, **look, ms=5, mew=1.2, alpha=alpha, zorder=3)
+        axes.plot(x, y, **look, ms=3, mew=0.8, alpha=alpha, zorder=3)
 
 
 def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None:
@@ -91,3 +97,36 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
             f"{_runs(table)}"
         )
         charts.write(figure, table, output, folder.name, caption)
+
+
+def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> None:
+    """Draw TTFT and TPOT of each system over the planner's under each condition; right: slower."""
+    table: Any = read_table(folder / LATENCIES).set_index(["reading", "system"])
+    conditions = list(dict.fromkeys(table.index.get_level_values("reading")))
+    systems = style.ordered(table.index.get_level_values("system"), style.SYSTEMS)
+    size = style.COLUMN_INCHES, 0.9 + 0.13 * len(conditions)
+    with charts.panels([""], ["ttft_s", "tpot_s"], *size) as (figure, panels):
+        for axes, _, metric in panels:
+            times = table[metric].unstack()
+            shares = times.div(times["planner"], axis=0).loc[conditions]
+            for system in systems:
+                colour, marker = style.system_look(system)
+                look: style.Look = {"color": colour, "marker": marker, "linestyle": ""}
+                axes.plot(shares[system], range(len(conditions)), **look, clip_on=False, zorder=3)
+            axes.set(xscale="log", ylim=(len(conditions) - 0.5, -0.5))
+            axes.set_xlabel(f"{style.METRICS[metric][0].split()[0]} (planner = 1)")
+            least, most = shares.min(axis=None) * 0.9, shares.max(axis=None) * 1.1
+            ticks = [one for one in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if least < one < most]
+            axes.set_xticks(ticks, [f"{one:g}" for one in ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
+            names = conditions if metric == "ttft_s" else []
+            axes.set_yticks(range(len(conditions)), names or [""] * len(conditions), fontsize=SMALL)
+        looks = {style.system_name(one): style.system_look(one) for one in systems}
+        shown = {n: {"color": c, "marker": m, "linestyle": ""} for n, (c, m) in looks.items()}
+        charts.legend(figure, shown, columns=3)
+        caption = (
+            "TTFT and TPOT of each system over the planner's, by condition: Mixtral, docs, 25 % of "
+            "the experts' memory, six RTX 3090s and fixed batches unless the condition says "
+            "otherwise. Mode: simulated."
+        )
+        charts.write(figure, table.reset_index(), output, folder.name, caption)

@@ -13,7 +13,7 @@ from experiments.judge.claims import HOLDS, UNTESTABLE, WEAKER, judge_one, load_
 from finemoe.files import atomic_write
 
 DEFAULT = "default"  # the reading that all others are compared with
-TABLE = "verdicts.csv"
+TABLE, LATENCIES = "verdicts.csv", "latencies.csv"
 COLUMNS = (
     *("claim", "experiment", "section", "text", "reading", "touched"),
     *("verdict", "ours", "low", "high", "paper", "unit", "mode", "why"),
@@ -24,7 +24,7 @@ View = Mapping[str, Sequence[str]]  # digests of an experiment's runs, by its id
 
 def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path) -> None:
     """Leave `verdicts` and, of the runs of figure 10, `latencies` as CSV files in the folder."""
-    for name, table in ((TABLE, verdicts(runs, views)), ("latencies.csv", latencies(runs, views))):
+    for name, table in ((TABLE, verdicts(runs, views)), (LATENCIES, latencies(runs, views))):
         with atomic_write(folder / name) as partial:
             table.to_csv(partial, index=False)
 
@@ -37,7 +37,7 @@ def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
 
 
 def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
-    """Judge every claim that the default reading's runs decide under every reading.
+    """Judge every claim that the default reading's runs decide under every reading it was run for.
 
     Returns claim, experiment, section, text, reading, `touched` (whether its runs are others than
     by default), verdict, and ours, low, high and paper in `unit`.
@@ -51,6 +51,8 @@ def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
         if usual.verdict == UNTESTABLE:
             continue
         for name, one in of_each.items():
+            if claim.experiment not in views[name]:
+                continue
             touched = one.digests != usual.digests
             judged.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
     return pd.DataFrame(judged, columns=[*COLUMNS])

@@ -53,6 +53,8 @@ class Experiment:
     readings: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Overrides by the name of what they stand for: `of` is run under each of them."""
     of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by id, what narrows it
+    whole: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The same of what is run by default and under each `reading=` alone, as it takes long."""
 
 
 def available(conf: Path = CONF) -> dict[str, Experiment]:
@@ -106,7 +108,9 @@ def reading_configs(
     """Return digests of runs, under each reading of each experiment it is of, and their configs."""
     known, views, runs = available(conf), defaultdict[str, dict[str, list[str]]](dict), Configs()
     for name, own in experiment.readings.items():
-        for identity, narrowed in experiment.of.items():
+        whole = not own or any(one.startswith("reading=") for one in own)
+        of = {**experiment.of, **(experiment.whole if whole else {})}
+        for identity, narrowed in of.items():
             configs = run_configs(known[identity], [*narrowed, *own, *overrides], conf)
             views[name][identity] = list(configs)
             runs |= configs
