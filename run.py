@@ -69,18 +69,11 @@ def output_folder(chosen: HydraConf, single: bool) -> Path:
     return sweep_folder(Path(parent), chosen.job.override_dirname)
 
 
-def model_of(arguments: list[str]) -> list[str]:
-    """Choose the model that weights bring with them, if they do and no other is chosen."""
-    from experiments.run.weights import NAMED
-
-    told = {key.lstrip("+"): value for key, _, value in (one.partition("=") for one in arguments)}
-    own = "weights" in told and {*told["weights"].split(",")}.isdisjoint(NAMED)
-    return ["model=checkpoint"] if own and "model" not in told else []
-
-
 @command("interrupted; complete runs are kept: start again to go on")
 def main() -> None:
     """Run Hydra; exit 2 for bad input, 130 when interrupted, 143 when terminated."""
+    from experiments.run.weights import model_of
+
     say_starting()
     end_workers_with_this_process()
     sys.argv += model_of(sys.argv[1:])

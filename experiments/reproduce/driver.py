@@ -46,6 +46,7 @@ from experiments.run.config import build, check
 from experiments.run.console import bar_on
 from experiments.run.records import RECORD, check_writable, other_code, pack_runs, read_record
 from experiments.run.tracking import is_logged, log_reproduction
+from experiments.run.weights import model_of
 from finemoe.files import atomic_write
 from finemoe.testbed import SimulatedTestbed
 
@@ -275,6 +276,7 @@ def main(words: Sequence[str] | None = None, conf: Path = CONF) -> None:
         raise UserError(f"give n_jobs of 1 or more, and launcher={' or '.join(LAUNCHERS)}")
     ids = [word for word in others if "=" not in word and not word.startswith("~")]
     overrides = [word for word in others if word not in ids]
+    overrides += model_of(overrides)
     sys.exit(Reproduction(ids, overrides, options, conf).carry_out())
 
 

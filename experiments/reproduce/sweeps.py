@@ -212,6 +212,10 @@ def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfi
         cfg: DictConfig = pickle.loads(_by_hydra(conf, experiment.name, choices))
         for one in OverridesParser.create().parse_overrides(values):
             OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
+        if cfg.model.get("counted", ...) is None:
+            from experiments.run.facts import complete  # It needs torch and transformers.
+
+            complete(cfg)
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         cause = f"experiment {experiment.id}, {' '.join(overrides)}: {config_error(error)}"

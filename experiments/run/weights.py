@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -74,6 +74,13 @@ def source_of(model: Any, weights: str) -> str:
         raise UserError(f"no scale model of {model.name} is there; {train}, {others}")
     known = "neither scale, dummy, hub nor a folder with config.json, nor owner/name on the hub"
     raise UserError(f"weights={weights} is {known}")
+
+
+def model_of(overrides: Sequence[str]) -> list[str]:
+    """Choose the model that weights bring with them, if they do and no other is chosen."""
+    told = {key.lstrip("+"): value for key, _, value in (one.partition("=") for one in overrides)}
+    own = "weights" in told and {*told["weights"].split(",")}.isdisjoint(NAMED)
+    return ["model=checkpoint"] if own and "model" not in told else []
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_both_say_every_claim_its_verdict_and_what_the_systems_did(results: Resu
         assert f">{verdict.verdict}</span>" in row
         assert verdict.paper_says in row
         assert verdict.ours_says in row
-        assert f"| {verdict.text} | **{verdict.verdict}** |" in markdown
+        assert f"| {verdict.text} `{verdict.id}` | **{verdict.verdict}** |" in markdown
         assert verdict.why in markdown
     table = system_table(results.folder.runs_of("10"))
     for row in [[*table], *table.to_numpy()]:

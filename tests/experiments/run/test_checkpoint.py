@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.errors import UserError
+from experiments.reproduce.sweeps import available, run_configs
 from experiments.run.config import check, full_size
 from experiments.run.console import Console
 from experiments.run.facts import facts_of
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import run
-from experiments.run.weights import SCALE_MODELS
+from experiments.run.weights import SCALE_MODELS, model_of
 from finemoe.costs import Accelerator, CountedModel, RooflineCosts
 from finemoe.offload.device import Dispatch
 from tests.architectures import saved
@@ -138,6 +139,12 @@ def test_run_py_takes_the_model_from_the_weights(folders: dict[str, Path], tmp_p
     record = record_of(tmp_path)
     assert record["config"]["model"]["prefetch_distance"] == 2
     assert record["config"]["system"]["prefetch_distance"] == 2
+
+
+def test_an_experiment_takes_the_model_from_the_weights(folders: dict[str, Path]) -> None:
+    words = [f"weights='{folders['qwen3_moe']}'", "dataset=docs", "system=finemoe"]
+    (cfg,) = run_configs(available()["10"], [*words, *model_of(words)]).values()
+    assert (cfg.model.name, cfg.system.prefetch_distance) == ("my-qwen3_moe", 3)
 
 
 def test_a_hub_id_is_enough(
