@@ -19,8 +19,7 @@ from finemoe.offload.policy import ExpertId, FloatArray, ModelShape, Placement, 
 from finemoe.options import CHECKED, Count
 from finemoe.selection import divisors, select_experts, union_priorities
 
-Eviction = Literal["lru", "lfu"]
-"""The orders of FineMoE's cache that need no map."""
+Eviction = Literal["lru", "lfu"]  # the orders of FineMoE's cache that need no map
 
 
 class SpeculationInSearcher(UsageTable, SpeculatingPolicy):
@@ -36,7 +35,7 @@ class SpeculationInSearcher(UsageTable, SpeculatingPolicy):
         return probabilities / self._distance
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        return self.lru_keys() if self._eviction == "lru" else self.lfu_keys()
+        return self._recency if self._eviction == "lru" else self._keys
 
 
 class HitCountInSearcher(MoEInfinityPolicy):

@@ -33,14 +33,12 @@ from finemoe.offload.policy import (
     Iteration,
     ModelShape,
     Placement,
-    Policy,
     Priorities,
     Table,
 )
 from finemoe.options import CHECKED, Count, Flag
 
-UNSEEN_RATIO = 1e-8
-"""What the code adds to every ratio before the decay (expert_predictor.py)."""
+UNSEEN_RATIO = 1e-8  # what the code adds to every ratio before the decay (expert_predictor.py)
 SMALLEST_ACTIVITY = 1e-6
 """Added to an activation ratio, so that layers tell even unused experts apart."""
 
@@ -71,7 +69,7 @@ class MoEInfinityOptions:
     """Whether requests enter the collection while serving (`finish_entry`, expert_tracer.py)."""
 
 
-class MoEInfinityPolicy(UsageTable, Policy):
+class MoEInfinityPolicy(UsageTable):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
 
     def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
@@ -105,14 +103,13 @@ class MoEInfinityPolicy(UsageTable, Policy):
     def forget(self) -> None:
         super().forget()
         self._served: tuple[int, ...] = ()
-        self._activity = self._unseen.copy()
-        """Eviction keys by how active an expert is."""
+        self._activity = self._unseen.copy()  # eviction keys by how active an expert is
         self._ahead: list[tuple[Priorities | None, Table]] = []
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
         self.collection.keep_all()
-        self.forget()
+        super().begin_serving()
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         for request in self._requests(iteration):
@@ -235,12 +232,8 @@ class MoEInfinityPolicy(UsageTable, Policy):
         return -activity * self._front[first : first + len(tokens)]
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        eviction = self.options.eviction
-        if eviction == "activation":
-            return self._activity
-        if eviction == "scheduler":
-            return self.visits
-        return self.lru_keys() if eviction == "lru" else self.lfu_keys()
+        orders = {"activation": self._activity, "scheduler": self.visits, "lru": self._recency}
+        return orders.get(self.options.eviction, self._keys)
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:

@@ -32,14 +32,10 @@ from finemoe.options import CHECKED, Count, Number, Share
 class PlannerOptions:
     """What docs/planner.md varies. Raises ValueError for a wrong value."""
 
-    horizon: Count = 10
-    """Layers that a gate's input tells of."""
-    threshold: Share = 0.1
-    """Probability of activation from which on an expert is prefetched."""
-    discount: Share = 0.95
-    """What a use one layer later is worth."""
-    recency: Share = 0.05
-    """Weight of one token in the average of a request's activations."""
+    horizon: Count = 10  # layers that a gate's input tells of
+    threshold: Share = 0.1  # probability of activation from which on an expert is prefetched
+    discount: Share = 0.95  # what a use one layer later is worth
+    recency: Share = 0.05  # weight of one token in the average of a request's activations
     ridge: Annotated[Number, Field(ge=1e-3)] = 1.0
     """Strength with which the regression is held to the gates' own logits."""
 
@@ -129,8 +125,7 @@ class PlannerPolicy(Policy):
         self._logs: FloatArray = np.empty((0, 0, 0), np.float32)
         self._ahead: FloatArray | None = None
         self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
-        self._likely = self.value.rates.copy()
-        """Probabilities of the next visit, as far as known."""
+        self._likely = self.value.rates.copy()  # probabilities of the next visit, as far as known
         self._keys = -self.value.of(0, self._likely)
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:

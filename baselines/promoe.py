@@ -35,8 +35,7 @@ from finemoe.options import CHECKED, Count, Text, Whole
 class ProMoEOptions:
     """What the paper fixes and its ablations vary. Raises ValueError for a wrong value."""
 
-    prefetch_distance: Count
-    """Stride d: layers from the hidden state to the predicted layer."""
+    prefetch_distance: Count  # stride d: layers from the hidden state to the predicted layer
     predictor: Literal["gate", "learned"] = "gate"
     predictor_path: Text | None = None
     prefill: Literal["predicted", "code"] = "predicted"
@@ -44,8 +43,7 @@ class ProMoEOptions:
     (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the last
     layer's output of a decoded token predict the first d layers of the next one
     (`layer_predict_replace_first_input_with_last_output`); here the input of its last MoE block."""
-    extra: Whole = 0
-    """Experts prefetched per token beyond the K that a layer activates."""
+    extra: Whole = 0  # experts prefetched per token beyond the K that a layer activates
 
     def __post_init__(self) -> None:
         if self.predictor == "learned" and self.predictor_path is None:

@@ -11,10 +11,8 @@ from safetensors.numpy import save
 from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, ModelShape
 
-TOLERANCE = 1e-2
-"""How far what adds up to 1 may be from it, rounded as it is."""
-LARGEST = 2.0**24
-"""Up to here float32 counts by ones; nothing that a policy keeps comes near it."""
+TOLERANCE = 1e-2  # how far what adds up to 1 may be from it, rounded as it is
+LARGEST = 2.0**24  # up to here float32 counts by ones; nothing that a policy keeps comes near it
 SMALLEST_NORM = np.finfo(np.float32).tiny
 
 

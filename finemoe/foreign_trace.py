@@ -61,10 +61,8 @@ STREAM_KEYS = ("experts", "topk_experts", "topk_indices", "expert_ids", "indices
 STREAMS = (".npy", ".npz", ".jsonl")
 NO_SHARE = 1e-12
 ROW_BYTES = 50  # in memory
-LARGEST_SIZE = 4096
-"""Layers, experts and K that a trace alone may claim."""
-PREFILL = -1
-"""The step of all prefill rows."""
+LARGEST_SIZE = 4096  # layers, experts and K that a trace alone may claim
+PREFILL = -1  # the step of all prefill rows
 
 
 def is_foreign(path: Path) -> bool:

@@ -33,8 +33,7 @@ FORMAT = "finemoe-routing-trace"
 VERSION = 1
 HEADER_KEY = FORMAT.encode()
 CHECKSUM_KEY = b"sha256"
-ALWAYS_READ = 2**26
-"""Up to this many unpacked bytes nobody asks how small they are stored."""
+ALWAYS_READ = 2**26  # up to this many unpacked bytes nobody asks how small they are stored
 LARGEST_RATIO = 1000
 """Of unpacked to stored bytes. Routing packs into a third to a fiftieth, zeros into a 60,000th."""
 LARGEST_COUNT = np.iinfo(np.uint16).max
@@ -50,8 +49,7 @@ UNREADABLE = (
 )  # fmt: skip
 """What pyarrow, numpy and json raise for a bad file."""
 
-Packed = tuple[DType, str]
-"""A dtype, and values of it as base64."""
+Packed = tuple[DType, str]  # a dtype, and values of it as base64
 
 
 class TraceError(ValueError):
@@ -65,8 +63,7 @@ class TraceHeader:
     shape: ModelShape
     dtype: DType
     """Of logits, embeddings and hidden states, which are stored as the model computed them."""
-    contents: tuple[Content, ...]
-    """Which optional arrays every step holds."""
+    contents: tuple[Content, ...]  # which optional arrays every step holds
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model, weights, dataset, seed, versions: whatever says where the routing came from."""
     gates: GateWeights | None = None
@@ -92,8 +89,7 @@ class Trace(ABC):
 
     path: Path
     header: TraceHeader
-    _rows: Mapping[int, Any]
-    """Where each request lies."""
+    _rows: Mapping[int, Any]  # where each request lies
 
     def __enter__(self) -> Self:
         return self

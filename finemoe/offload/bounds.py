@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 from finemoe.offload.policy import ModelShape, Routing
 
-Uses = list[tuple[int, list[int]]]
-"""Steps at which a device has work, and its experts there, flat."""
+Uses = list[tuple[int, list[int]]]  # steps at which a device has work, and its experts there, flat
 
 
 def minimal_loads(
@@ -47,8 +46,7 @@ def minimal_loads(
 class Roofline:
     """Seconds that serving takes at least: its compute, or its loads over the busiest link."""
 
-    compute_s: float
-    """Compute alone, with every expert resident."""
+    compute_s: float  # compute alone, with every expert resident
     link_s: float
     """Loads of a device times the seconds of one expert on its link, the largest over devices."""
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from finemoe.offload.cache import Slot
 from finemoe.offload.transfer import Chunk
 
-ALIGNMENT = 256
-"""In bytes: what CUDA's matrix kernels are chosen by."""
+ALIGNMENT = 256  # in bytes: what CUDA's matrix kernels are chosen by
 
 Weights = dict[str, Tensor]
 
@@ -174,10 +173,8 @@ class DeviceSlots:
 class Link:
     """One host-to-device path, driven by one thread; `admit` and `guard` are the model thread's."""
 
-    depth = 1
-    """Chunks that may be in flight at once."""
-    queues_kernels = False
-    """Whether the device itself makes kernels wait for a copy that was begun."""
+    depth = 1  # chunks that may be in flight at once
+    queues_kernels = False  # whether the device itself makes kernels wait for a copy that was begun
 
     def __init__(self, store: HostStore, slots: DeviceSlots) -> None:
         self._store = store
@@ -225,14 +222,11 @@ class EmulatedLink(Link):
         self._free_at = self._counted_to = 0.0
         self._busy = False
         self._began = 0.0
-        self._sent = 0
-        """Bytes of the chunk in flight."""
+        self._sent = 0  # bytes of the chunk in flight
         self.copied_bytes = 0
         self.copying_seconds = 0.0
-        self.lags = 0
-        """How often a chunk followed another without a pause."""
-        self.lag_seconds = 0.0
-        """How long after the other was due they were begun, in all."""
+        self.lags = 0  # how often a chunk followed another without a pause
+        self.lag_seconds = 0.0  # how long after the other was due they were begun, in all
 
     def start(self, chunk: Chunk) -> None:
         # A link that was busy goes on from its own schedule, so that late wake-ups do not add up.
@@ -361,8 +355,7 @@ class Dispatch:
     and outputs are added in the order of the experts' indices: both decide the last bits of a sum.
     """
 
-    activated: list[int]
-    """Indices of the experts that at least one token goes to, ascending."""
+    activated: list[int]  # indices of the experts that at least one token goes to, ascending
 
     def __init__(
         self,

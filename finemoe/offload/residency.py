@@ -17,6 +17,7 @@ from finemoe.offload.policy import (
     Priorities,
     call_hook,
     check_table,
+    failed,
     refused,
 )
 from finemoe.offload.transfer import Chunk, PrefetchQueue, Traffic, TransferQueue
@@ -49,7 +50,9 @@ class Residency:
         self.plan = plan
         self.policy = policy
         self.experts = shape.all_experts()
-        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
+        idle = getattr(policy.on_evict, "__func__", None) is Policy.on_evict
+        on_evict = None if idle else policy.on_evict
+        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, on_evict)
         self._prefetches = PrefetchQueue(self.cache)
         self.queues = [
             TransferQueue(self.cache, self._prefetches, device, plan.expert_bytes, plan.chunk_bytes)
@@ -192,7 +195,10 @@ class Residency:
         loaded = self.queues[device].chunk_done(chunk)
         if loaded:
             expert = self.experts[chunk.flat]
-            call_hook(self.policy.on_load, expert.layer, expert)
+            try:
+                self.policy.on_load(expert)
+            except Exception as error:
+                raise failed(self.policy.on_load, expert.layer, error) from error
         return loaded
 
     def traffic(self) -> Traffic:

@@ -41,8 +41,7 @@ class Traffic:
 
     prefetched: int = 0
     on_demand: int = 0
-    wasted: int = 0
-    """Prefetched bytes that were cancelled or evicted before any use."""
+    wasted: int = 0  # prefetched bytes that were cancelled or evicted before any use
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
@@ -66,6 +65,7 @@ class PrefetchQueue:
         self._absent = np.frombuffer(cache.absent, dtype=bool)
         # One column a link, so that one search finds the first of all.
         self._by_link = np.zeros((-(-size // self._devices), self._devices))
+        self._of_link = [self._by_link[:, device] for device in range(self._devices)]
         self._priorities = self._by_link.reshape(-1)[:size]
 
     def priority(self, flat: int) -> float:
@@ -87,14 +87,21 @@ class PrefetchQueue:
         """Request one expert."""
         self._priorities[flat] = priority
         device = flat % self._devices
-        self._set_first(device, int(self._by_link[:, device].argmax()))
+        self._set_first(device, int(self._of_link[device].argmax()))
 
     def drop(self, flat: int) -> None:
         """Forget the request for an expert, if there is one."""
+        device, following = flat % self._devices, flat + self._devices
+        if self.first[device] != flat:
+            self._priorities[flat] = 0.0
+            return
+        priority = self._priorities.item(flat)
         self._priorities[flat] = 0.0
-        device = flat % self._devices
-        if self.first[device] == flat:
-            self._set_first(device, int(self._by_link[:, device].argmax()))
+        # As where a whole layer is requested.
+        if following < len(self._priorities) and self._priorities.item(following) == priority:
+            self.first[device] = following
+        else:
+            self._set_first(device, int(self._of_link[device].argmax()))
 
     def drop_layer(self, layer: int) -> None:
         """Forget all requests for a layer."""
@@ -148,8 +155,7 @@ class TransferQueue:
     ) -> None:
         self.starved = False
         """Whether the last call of `next_chunk` found transfers but no slot for them."""
-        self.traffic = Traffic()
-        """Bytes that crossed the link so far."""
+        self.traffic = Traffic()  # bytes that crossed the link so far
         self.under_way: dict[int, _Transfer] = {}
         self._cache = cache
         self._prefetches = prefetches
