@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call
 
-from baselines.moe_infinity import MoEInfinityOptions, MoEInfinityPolicy
+from baselines.moe_infinity import MoEInfinityPolicy
 from baselines.speculation import SpeculatingPolicy
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import ExpertId, FloatArray, ModelShape, Placement, Priorities, Table
@@ -42,19 +42,19 @@ class HitCountInSearcher(MoEInfinityPolicy):
     """Activation ratios of the nearest matrix; the popular experts of the first d layers."""
 
     def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
-        super().__init__(shape, MoEInfinityOptions(early_layers=distance, eviction=eviction))
+        super().__init__(shape, distance, eviction=eviction)
         self.placement = Placement("background")
 
     def _popular_experts(self) -> Priorities:
         wanted = np.zeros((self.shape.layers, self.shape.experts))
-        early = self.collection.popularity[: self.options.early_layers]
+        early = self.collection.popularity[: self._early]
         if self.collection.size:
             shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
             wanted[: len(early)] = self._likeliest(shares[:, None], range(len(early)), now=-1)
         return wanted
 
     def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
-        distance = self.options.early_layers
+        distance = self._early
         first, last = layers.start + distance, min(layers.stop + distance, self.shape.layers)
         steps = np.arange(max(last - first, 0))
         ratios = [self.collection.ratios(e[: len(steps)])[steps, first + steps] for e in nearest]

@@ -67,9 +67,14 @@ class FullSizeModel:
 
     @property
     def layer_parts(self) -> tuple[int, ...]:
-        """Parameters outside routed experts that a MoE layer reads, product by product."""
-        router = self.hidden_size * self.experts
-        return self.attention_parameters, self.shared_parameters, router
+        """Parameters outside routed experts that a MoE layer reads, product by product.
+
+        Of attention (query, key, value and output), shared experts (gate, up and down), and router.
+        """
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        shared = 3 * self.shared_expert_intermediate_size
+        widths = heads * self.head_dim, shared, self.experts
+        return tuple(self.hidden_size * width for width in widths)
 
     @property
     def cached(self) -> int:
@@ -80,17 +85,6 @@ class FullSizeModel:
     def attended(self) -> int:
         """Width of all heads' queries and values, two operations each for a pair of tokens."""
         return 2 * self.num_attention_heads * self.head_dim
-
-    @property
-    def attention_parameters(self) -> int:
-        """Parameters of one layer's query, key, value and output projections."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * heads * self.head_dim
-
-    @property
-    def shared_parameters(self) -> int:
-        """Parameters of one layer's shared experts."""
-        return 3 * self.hidden_size * self.shared_expert_intermediate_size
 
     @property
     def expert_parameters(self) -> int:

@@ -100,10 +100,6 @@ class ForeignTrace(Trace):
         self._groups = rows.groupby("request")[["step", "layer", "expert", "weight"]]
         self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
 
-    def prompt(self, number: int) -> tuple[int, ...]:
-        self._row(number)
-        return ()
-
     def request(self, number: int) -> TracedRequest:
         self._row(number)
         rows, shape = self._groups.get_group(number), self.header.shape
@@ -156,10 +152,6 @@ class RoutedStream(Trace):
                 f"has {longest} tokens in a row, a request takes {length}; lower workload."
                 "input_tokens or output_tokens"
             )
-
-    def prompt(self, number: int) -> tuple[int, ...]:
-        self._row(number)
-        return ()
 
     def request(self, number: int) -> TracedRequest:
         ids, shape = self._row(number), self.header.shape

@@ -44,9 +44,11 @@ class BlockLayout:
         return cls(tuple(fields), start)
 
     def views(self, block: Tensor) -> Weights:
-        """Return the parameters as views into a block (uint8, shape (nbytes,))."""
+        """Return the parameters as views into a block or rows of them (uint8, (..., nbytes))."""
         return {
-            name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            name: block[..., start : start + math.prod(shape) * dtype.itemsize]
+            .view(dtype)
+            .unflatten(-1, shape)
             for name, shape, dtype, start in self.fields
         }
 
@@ -158,13 +160,7 @@ class DeviceSlots:
         Of slots of one allocation only.
         """
         row = self._blocks[0][first]
-        rows = row.as_strided((count, len(row)), (len(row), 1))
-        return {
-            name: rows[:, start : start + math.prod(shape) * dtype.itemsize]
-            .view(dtype)
-            .unflatten(1, shape)
-            for name, shape, dtype, start in self._layout.fields
-        }
+        return self._layout.views(row.as_strided((count, len(row)), (len(row), 1)))
 
 
 # Links ------------------------------------------------------------------------------------------
