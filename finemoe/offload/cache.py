@@ -43,11 +43,10 @@ class ExpertCache:
         self.slots = tuple(slots)
         self.occupied = 0
         self.peak_occupied = 0
-        self.absent = bytearray(b"\1") * shape.size
-        """Whether an expert has no slot; for reading only."""
+        self.absent = bytearray(b"\1") * shape.size  # whether an expert has no slot; only read it
         self.protected: NDArray[np.bool_] = np.zeros(shape.size, dtype=bool)
         """Who leaves for no prefetch, and for an on-demand load only if nobody else can."""
-        self._devices = len(slots)
+        self._devices = devices = len(slots)
         self._keys = keys
         self._on_evict = on_evict
         self._experts = shape.all_experts()
@@ -55,10 +54,9 @@ class ExpertCache:
         self._pins = [0] * shape.size
         self._resident = bytearray(shape.size)
         self._evictable = bytearray(shape.size)
-        marks = np.frombuffer(self._evictable, dtype=bool)
-        self._evictable_of = [marks[device :: self._devices] for device in range(self._devices)]
-        marks = self.protected
-        self._protected_of = [marks[device :: self._devices] for device in range(self._devices)]
+        evictable = np.frombuffer(self._evictable, dtype=bool)
+        self._evictable_of = [evictable[device::devices] for device in range(devices)]
+        self._protected_of = [self.protected[device::devices] for device in range(devices)]
         self._free = [[Slot(n, i) for i in reversed(range(count))] for n, count in enumerate(slots)]
         self._checked: object = None
         self._keys_of: list[NDArray[np.float64]] = []
@@ -75,10 +73,6 @@ class ExpertCache:
         if slot is None:
             raise ValueError(f"{self._experts[flat]} has no slot")
         return slot
-
-    def has_room(self, device: int) -> bool:
-        """Tell whether a device has a free slot."""
-        return bool(self._free[device])
 
     def reserve(self, flat: int, urgent: bool) -> int:
         """Take a slot, evicting if none is free; return who had to leave, NOBODY, or NO_SLOT."""
@@ -179,8 +173,8 @@ class ExpertCache:
         check_table(self._keys, incoming.layer, keys, (self.shape.layers, self.shape.experts))
         if not keys.flags.c_contiguous:
             raise refused(self._keys, incoming.layer, "answered an array that is not in C order")
-        self._checked, flat = keys, keys.reshape(-1)
-        self._keys_of = [flat[device :: self._devices] for device in range(self._devices)]
+        flat, devices = keys.reshape(-1), self._devices
+        self._checked, self._keys_of = keys, [flat[device::devices] for device in range(devices)]
 
     def _remove(self, flat: int) -> Slot:
         slot = self.slot(flat)

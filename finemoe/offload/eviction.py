@@ -70,22 +70,38 @@ class LayeredLruPolicy(Recency):
 
     def forget(self) -> None:
         super().forget()
-        self._ranks = np.zeros((self.shape.layers, 1))
-        """Twice the residents of each layer; the last uses, above -1, order experts inside."""
-        self._keys = np.zeros((self.shape.layers, self.shape.experts))
+        self._ranks = [0.0] * self.shape.layers
+        self._layered = np.zeros((self.shape.layers, self.shape.experts))
+        """Each layer's rank, and on top the last uses, above -1, which order experts inside."""
+        self._incoming = 0
+        self._raise(0, 1.0)
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        row, key = self._layered[outcome.layer], self._now + self._ranks[outcome.layer]
+        for used in (outcome.hits, outcome.late, outcome.misses):
+            for index in used:
+                row[index] = key
 
     def on_load(self, expert: ExpertId) -> None:
         super().on_load(expert)
-        self._ranks[expert.layer] += 2.0
+        self._raise(expert.layer, 2.0)
+        self._layered[expert] = self._now + self._ranks[expert.layer]
 
     def on_evict(self, expert: ExpertId) -> None:
-        self._ranks[expert.layer] -= 2.0
+        self._raise(expert.layer, -2.0)
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
 
         This keeps the layers' shares equal within one. Keys hold for residents.
         """
-        np.add(self._recency, self._ranks, out=self._keys)
-        self._keys[incoming.layer] += 1.0
-        return self._keys
+        if incoming.layer != self._incoming:
+            self._raise(self._incoming, -1.0)
+            self._incoming = incoming.layer
+            self._raise(self._incoming, 1.0)
+        return self._layered
+
+    def _raise(self, layer: int, by: float) -> None:
+        self._ranks[layer] += by
+        self._layered[layer] += by

@@ -64,12 +64,11 @@ class Residency:
 
     def preload(self) -> list[int]:
         """Make residents of the first experts of every device, as many as fit; return them."""
-        chosen = []
-        for flat in range(self.shape.size):
-            if self.cache.has_room(self.cache.device_of(flat)):
-                self.cache.reserve(flat, True)
-                self.cache.loaded(flat)
-                chosen.append(flat)
+        slots = self.plan.slots
+        chosen = [n for n in range(self.shape.size) if n // len(slots) < slots[n % len(slots)]]
+        for flat in chosen:
+            self.cache.reserve(flat, True)
+            self.cache.loaded(flat)
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:
@@ -135,11 +134,11 @@ class Residency:
             return
         if self.policy.placement.replaces:
             self._prefetches.clear()
-        self._prefetches.request(flat, start)
+        wanted = self._prefetches.request(flat, start)
         if self.policy.placement.awaits:
             self._awaited = self._most_wanted(priorities, layer, *self.policy.placement.awaits)
         if self.plan.protect:
-            self.cache.protected[start:] |= flat[start:] > 0
+            self.cache.protected[start:] |= wanted
         for queue in self.queues:
             if queue.under_way:
                 queue.prioritize(flat, start)

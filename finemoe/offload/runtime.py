@@ -1,5 +1,6 @@
 """What a runtime tells, live or in virtual time, and what virtual time is made of."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -23,8 +24,7 @@ class PhaseSeconds:
     update: float = 0.0
 
     def __add__(self, other: "PhaseSeconds") -> "PhaseSeconds":
-        mine, theirs = astuple(self), astuple(other)
-        return PhaseSeconds(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return PhaseSeconds(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ the paper). A load takes its slot when its first chunk is due, so residents stay
 before, a prefetch is no more than a request. Experts are named by their flat indices.
 """
 
+import operator
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,14 +45,10 @@ class Traffic:
     wasted: int = 0  # prefetched bytes that were cancelled or evicted before any use
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.prefetched + other.prefetched,
-            self.on_demand + other.on_demand,
-            self.wasted + other.wasted,
-        )
+        return Traffic(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, earlier: "Traffic") -> "Traffic":
-        return self + Traffic(-earlier.prefetched, -earlier.on_demand, -earlier.wasted)
+        return Traffic(*map(operator.sub, astuple(self), astuple(earlier)))
 
 
 class PrefetchQueue:
@@ -72,12 +69,16 @@ class PrefetchQueue:
         """Return an expert's priority, 0 if it is not requested."""
         return self._priorities.item(flat)
 
-    def request(self, priorities: NDArray[np.float64], start: int) -> None:
-        """Request absent experts from `start` on by priorities (L * J,); the others keep theirs."""
+    def request(self, priorities: NDArray[np.float64], start: int) -> NDArray[np.bool_]:
+        """Request absent experts from `start` on by priorities (L * J,); the others keep theirs.
+
+        Returns which of the experts from `start` on have a priority.
+        """
         asked = priorities[start:]
-        where = (asked > ZERO) & self._absent[start:]
-        np.putmask(self._priorities[start:], where, asked)
+        wanted: NDArray[np.bool_] = asked > ZERO
+        np.putmask(self._priorities[start:], wanted & self._absent[start:], asked)
         self._find_first()
+        return wanted
 
     def clear(self) -> None:
         """Forget all requests."""
@@ -116,8 +117,11 @@ class PrefetchQueue:
                 return
 
     def _find_first(self) -> None:
-        for device, row in enumerate(self._by_link.argmax(axis=0).tolist()):
-            self._set_first(device, row)
+        by_link, devices = self._by_link, self._devices
+        self.first = [
+            row * devices + device if by_link.item(row, device) > 0 else NOBODY
+            for device, row in enumerate(by_link.argmax(axis=0).tolist())
+        ]
 
     def _set_first(self, device: int, row: int) -> None:
         # The last row may end beyond the experts, where nothing is requested.
@@ -168,7 +172,6 @@ class TransferQueue:
         """Prefetched bytes of residents that no gate asked for yet."""
 
     def is_empty(self) -> bool:
-        """Tell whether nothing is under way or requested."""
         return not self.under_way and self._prefetches.first[self._device] == NOBODY
 
     def settled(self) -> bool:
@@ -178,7 +181,7 @@ class TransferQueue:
         return self.starved and not any(one.in_flight() for one in self.under_way.values())
 
     def requested(self, flat: int) -> bool:
-        """Tell whether a copy of an expert is queued or under way, and wanted."""
+        """Tell whether a copy of an expert is wanted, and queued or under way."""
         transfer = self.under_way.get(flat)
         if transfer is None:
             return self._prefetches.priority(flat) > 0
