@@ -71,16 +71,13 @@ class HitCountInSearcher(MoEInfinityPolicy):
         return union_priorities(probabilities, chosen.reshape(probabilities.shape), by, "paper")
 
 
-InSearcherPolicy = SpeculationInSearcher | HitCountInSearcher
-
-
 @validate_call(config=CHECKED)
 def in_searcher(
     shape: ModelShape,
     predictor: Literal["speculation", "hit_count"],
     prefetch_distance: Count,
     eviction: Eviction = "lru",
-) -> InSearcherPolicy:
+) -> SpeculationInSearcher | HitCountInSearcher:
     """Return the policy that conf/system/in_searcher.yaml describes; ValueError for bad options."""
     kind = SpeculationInSearcher if predictor == "speculation" else HitCountInSearcher
     return kind(shape, prefetch_distance, eviction)

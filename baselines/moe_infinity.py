@@ -160,7 +160,6 @@ class MoEInfinityPolicy(UsageTable):
         return [self._running[number] for number in iteration.requests]
 
     def _popular_experts(self) -> Priorities:
-        """Return requests for the early layers' K most popular experts."""
         wanted = np.zeros((self.shape.layers, self.shape.experts))
         early = self.collection.popularity[: self._early]
         popular = (-early).argsort(axis=1, kind="stable")[:, : self.shape.top_k]

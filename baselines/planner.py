@@ -70,7 +70,6 @@ class UseValue:
         self.rates = union(averages or [self._usual])
 
     def end(self, request: int) -> None:
-        """Forget a request's average."""
         self._running.pop(request, None)
 
     def observe(self, iteration: Iteration, gate: Gate) -> None:

@@ -56,9 +56,7 @@ class LearnedPredictor:
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> Self:
         """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
-        again = (
-            f"train it: python -m experiments.train.predictor model=<its name> distance={distance}"
-        )
+        again = f"python -m experiments.train.predictor model=<its name> distance={distance}"
         sources = max(shape.layers - distance, 0)
         try:
             arrays = read_arrays(
@@ -70,7 +68,7 @@ class LearnedPredictor:
                 down_bias=(sources, shape.experts),
             )
         except StoreMismatch as error:
-            raise StoreMismatch(f"{error}; {again}") from error
+            raise StoreMismatch(f"{error}; train it: {again}") from error
         return cls(*arrays)
 
 

@@ -104,7 +104,6 @@ class FullSizeModel:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one routed expert."""
         return self.expert_parameters * self.bytes_per_parameter
 
 

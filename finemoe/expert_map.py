@@ -54,7 +54,6 @@ class ExpertMapStore:
         return self._prefix_norms[:, : self.size]
 
     def expert_map(self, entry: int) -> FloatArray:
-        """Return the map of one stored iteration, shape (L, J)."""
         return self._maps[:, :, entry]
 
     def memory_bytes(self) -> dict[str, int]:

@@ -43,10 +43,7 @@ STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
-
-UNREADABLE = (
-    pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError,
-)  # fmt: skip
+UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError)
 """What pyarrow, numpy and json raise for a bad file."""
 
 Packed = tuple[DType, str]  # a dtype, and values of it as base64

@@ -101,14 +101,12 @@ class ExpertCache:
         return victim
 
     def loaded(self, flat: int) -> None:
-        """Turn a loading expert into a resident one."""
         if self.absent[flat] or self._resident[flat]:
             raise ValueError(f"{self._experts[flat]} is not loading")
         self._resident[flat] = True
         self._evictable[flat] = not self._pins[flat]
 
     def abandon(self, flat: int) -> None:
-        """Give back the slot of a loading expert."""
         slot = self._remove(flat)
         self._free[slot.device].append(slot)
 

@@ -155,10 +155,7 @@ class DeviceSlots:
         return self._weights[slot.device][slot.index]
 
     def stacked(self, first: int, count: int) -> Weights:
-        """Return the parameters of consecutive slots of device 0, shape (count, ...) each.
-
-        Of slots of one allocation only.
-        """
+        """Return the parameters of consecutive slots in one allocation, shape (count, ...) each."""
         row = self._blocks[0][first]
         return self._layout.views(row.as_strided((count, len(row)), (len(row), 1)))
 
@@ -181,10 +178,7 @@ class Link:
         raise NotImplementedError
 
     def finish(self) -> tuple[float, float]:
-        """Wait until the oldest chunk in flight has arrived; return when its copy began and ended.
-
-        In seconds of `time.perf_counter`.
-        """
+        """Wait for the oldest chunk in flight; return the `perf_counter` of its copy's two ends."""
         raise NotImplementedError
 
     def idle(self) -> None:
@@ -215,9 +209,8 @@ class EmulatedLink(Link):
         super().__init__(store, slots)
         self._bytes_per_second = bytes_per_second
         self._latency = latency
-        self._free_at = self._counted_to = 0.0
+        self._free_at = self._counted_to = self._began = 0.0
         self._busy = False
-        self._began = 0.0
         self._sent = 0  # bytes of the chunk in flight
         self.copied_bytes = 0
         self.copying_seconds = 0.0
@@ -293,8 +286,7 @@ class CudaLink(Link):
         self._writers: dict[Slot, torch.cuda.Event] = {}
 
     def start(self, chunk: Chunk) -> None:
-        reader = self._readers.pop(chunk.slot, None)
-        if reader is not None:
+        if reader := self._readers.pop(chunk.slot, None):
             self._stream.wait_event(reader)
         with torch.cuda.stream(self._stream):
             began = self._clock.mark()
@@ -308,14 +300,11 @@ class CudaLink(Link):
         return self._clock.seconds(began), self._clock.seconds(arrived)
 
     def admit(self, slot: Slot) -> None:
-        arrived = self._writers.get(slot)
-        if arrived is not None:
+        if arrived := self._writers.get(slot):
             torch.cuda.current_stream(self._device).wait_event(arrived)
 
     def guard(self, slot: Slot) -> None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        self._readers[slot] = event
+        self._readers[slot] = torch.cuda.current_stream(self._device).record_event()
 
 
 # One layer --------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ class ModelShape:
 
     @property
     def size(self) -> int:
-        """How many routed experts there are, L * J."""
         return self.layers * self.experts
 
     def flat(self, expert: ExpertId) -> int:
@@ -48,7 +47,6 @@ class ModelShape:
         return expert[0] * self.experts + expert[1]
 
     def all_experts(self) -> list[ExpertId]:
-        """Return all experts in the order of their flat indices."""
         return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
 
 
@@ -96,7 +94,6 @@ class Gates(NamedTuple):
     hidden_states: FloatArray | None  # shape (L, T, h), if `Placement.hidden_states` asks for it
 
     def of(self, layer: int) -> Gate:
-        """Return what the gate of one layer decides."""
         hidden = None if self.hidden_states is None else self.hidden_states[layer]
         return Gate(layer, self.probabilities[layer], self.activated[layer], hidden)
 

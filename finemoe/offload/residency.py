@@ -170,8 +170,11 @@ class Residency:
         if self.policy.placement.awaits is None:
             return self.settled()
         queues = self.queues
-        of = [(queues[flat % len(queues)], flat) for flat in self._awaited]
-        return all(queue.settled() or not queue.requested(flat) for queue, flat in of)
+        for flat in self._awaited:
+            queue = queues[flat % len(queues)]
+            if queue.requested(flat) and not queue.settled():
+                return False
+        return True
 
     @property
     def holds_everything(self) -> bool:
@@ -179,7 +182,6 @@ class Residency:
         return sum(self.plan.slots) == self.shape.size
 
     def release(self, flat: int) -> None:
-        """Unpin an expert whose layer is done with it."""
         self.cache.unpin(flat)
         queue = self.queues[flat % len(self.queues)]
         if queue.starved:

@@ -31,7 +31,6 @@ class Chunk:
     urgent: bool
 
     def name(self, expert: ExpertId) -> str:
-        """Return what a timeline calls it."""
         why = "on demand" if self.urgent else "prefetch"
         return f"{why} {expert.layer}.{expert.index}"
 
@@ -81,17 +80,14 @@ class PrefetchQueue:
         return wanted
 
     def clear(self) -> None:
-        """Forget all requests."""
         self._priorities[:] = 0.0
 
     def put(self, flat: int, priority: float) -> None:
-        """Request one expert."""
         self._priorities[flat] = priority
         device = flat % self._devices
         self._set_first(device, int(self._of_link[device].argmax()))
 
     def drop(self, flat: int) -> None:
-        """Forget the request for an expert, if there is one."""
         device, following = flat % self._devices, flat + self._devices
         if self.first[device] != flat:
             self._priorities[flat] = 0.0
@@ -105,7 +101,6 @@ class PrefetchQueue:
             self._set_first(device, int(self._of_link[device].argmax()))
 
     def drop_layer(self, layer: int) -> None:
-        """Forget all requests for a layer."""
         if max(self.first) == NOBODY:
             return
         start = layer * self._per_layer
@@ -336,7 +331,6 @@ class TransferQueue:
         return True
 
     def _drop(self, transfer: _Transfer) -> None:
-        """Forget a half-copied prefetch."""
         del self.under_way[transfer.flat]
         self._prefetches.drop(transfer.flat)
         self._cache.abandon(transfer.flat)

@@ -27,7 +27,6 @@ class LinkRate:
     wake: float = 0.0  # seconds until an idle link that is given something begins with it
 
     def each(self, copying: int) -> float:
-        """Return what each of `copying` links gets."""
         return min(self.bytes_per_second, self.shared_bytes_per_second / max(copying, 1))
 
 
@@ -42,7 +41,6 @@ class _Lane:
         self.end = NEVER
 
     def moved(self, now: float, speed: float) -> float:
-        """Return the bytes moved until now."""
         return self.sent + max(0.0, now - self.moves_from) * speed
 
 
