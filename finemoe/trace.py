@@ -446,37 +446,32 @@ class TraceReader(Trace):
         self._file.close()
 
     def request(self, number: int) -> TracedRequest:
-        row = self._row(number)
+        _, steps, crc32 = self._row(number)
         with reading(self.path, f"request {number} "):
-            table = self._row_group(number, *row)
+            table = self._row_group(number)
+            if len(table) != steps or fingerprint(table) != crc32:
+                raise ValueError("content that its checksum does not match")
+            due = {"request": number, "step": np.arange(steps)}
+            if any((table[name].to_numpy() != values).any() for name, values in due.items()):
+                raise ValueError("rows of another request, or steps out of order")
             prompt, output = (_tokens(table, name) for name in ("prompt", "output"))
             return TracedRequest(number, prompt, output, self._steps(table))
 
     def prompt(self, number: int) -> tuple[int, ...]:
-        group, steps, _ = self._row(number)
+        self._row(number)
         with reading(self.path, f"request {number} "):
-            self._check_group(group, steps)
-            table = self._file.read_row_group(group, ["prompt"], use_threads=False)
-            return _tokens(table, "prompt")
+            return _tokens(self._row_group(number, ["prompt"]), "prompt")
 
-    def _check_group(self, group: int, steps: int) -> None:
-        """Raise ValueError for a group that is not as announced, or whose bytes fill memory."""
+    def _row_group(self, number: int, only: list[str] | None = None) -> pa.Table:
+        """Return a request's columns; ValueError if it is not as announced or would fill memory."""
+        group, steps, _ = self._rows[number]
         # Checked before anything of that size is allocated.
         stored = self._file.metadata.row_group(group)
         if stored.num_rows != steps:
             raise ValueError("another number of steps than the header says")
         columns = map(stored.column, range(stored.num_columns))
         check_size(stored.total_byte_size, sum(column.total_compressed_size for column in columns))
-
-    def _row_group(self, number: int, group: int, steps: int, crc32: int) -> pa.Table:
-        self._check_group(group, steps)
-        table = self._file.read_row_group(group, use_threads=False)
-        if len(table) != steps or fingerprint(table) != crc32:
-            raise ValueError("content that its checksum does not match")
-        due = {"request": number, "step": np.arange(steps)}
-        if any((table[name].to_numpy() != values).any() for name, values in due.items()):
-            raise ValueError("rows of another request, or steps out of order")
-        return table
+        return self._file.read_row_group(group, only, use_threads=False)
 
     def _steps(self, table: pa.Table) -> tuple[RoutedStep, ...]:
         tokens = table["tokens"].to_numpy()
