@@ -49,7 +49,7 @@ class ExpertCache:
         self._devices = devices = len(slots)
         self._keys = keys
         self._on_evict = on_evict
-        self._experts = shape.all_experts()
+        self.experts = [ExpertId(*divmod(n, shape.experts)) for n in range(shape.size)]
         self._slot: list[Slot | None] = [None] * shape.size
         self._pins = [0] * shape.size
         self._resident = bytearray(shape.size)
@@ -71,13 +71,13 @@ class ExpertCache:
         """Return the slot of a loading or resident expert; ValueError if it is absent."""
         slot = self._slot[flat]
         if slot is None:
-            raise ValueError(f"{self._experts[flat]} has no slot")
+            raise ValueError(f"{self.experts[flat]} has no slot")
         return slot
 
     def reserve(self, flat: int, urgent: bool) -> int:
         """Take a slot, evicting if none is free; return who had to leave, NOBODY, or NO_SLOT."""
         if not self.absent[flat]:
-            raise ValueError(f"{self._experts[flat]} already has a slot")
+            raise ValueError(f"{self.experts[flat]} already has a slot")
         free = self._free[flat % self._devices]
         victim = NOBODY
         if free:
@@ -88,7 +88,7 @@ class ExpertCache:
                 return NO_SLOT
             slot = self._remove(victim)
             if self._on_evict is not None:
-                expert = self._experts[victim]
+                expert = self.experts[victim]
                 try:
                     self._on_evict(expert)
                 except Exception as error:
@@ -102,7 +102,7 @@ class ExpertCache:
 
     def loaded(self, flat: int) -> None:
         if self.absent[flat] or self._resident[flat]:
-            raise ValueError(f"{self._experts[flat]} is not loading")
+            raise ValueError(f"{self.experts[flat]} is not loading")
         self._resident[flat] = True
         self._evictable[flat] = not self._pins[flat]
 
@@ -121,7 +121,7 @@ class ExpertCache:
     def unpin(self, flat: int) -> None:
         """Take one pin back; ValueError if there is none."""
         if not self._pins[flat]:
-            raise ValueError(f"{self._experts[flat]} is not pinned")
+            raise ValueError(f"{self.experts[flat]} is not pinned")
         self._pins[flat] -= 1
         self._evictable[flat] = self._resident[flat] and not self._pins[flat]
 
@@ -144,7 +144,7 @@ class ExpertCache:
 
     def _victim(self, flat: int, urgent: bool) -> int:
         """Return whom the load of an expert may evict, or NOBODY; of equal keys the first."""
-        incoming = self._experts[flat]
+        incoming = self.experts[flat]
         try:
             given = self._keys(incoming, urgent)
         except Exception as error:

@@ -42,13 +42,6 @@ class ModelShape:
     def size(self) -> int:
         return self.layers * self.experts
 
-    def flat(self, expert: ExpertId) -> int:
-        """Return an expert's index in flat arrays, l * J + j."""
-        return expert[0] * self.experts + expert[1]
-
-    def all_experts(self) -> list[ExpertId]:
-        return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
-
 
 SMALLEST_PRIORITY = 1e-300  # of a request for an expert whose probability was rounded to 0
 

@@ -49,10 +49,10 @@ class Residency:
         self.shape = shape
         self.plan = plan
         self.policy = policy
-        self.experts = shape.all_experts()
         idle = getattr(policy.on_evict, "__func__", None) is Policy.on_evict
         on_evict = None if idle else policy.on_evict
         self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, on_evict)
+        self.experts = self.cache.experts
         self._prefetches = PrefetchQueue(self.cache)
         self.queues = [
             TransferQueue(self.cache, self._prefetches, device, plan.expert_bytes, plan.chunk_bytes)
