@@ -67,7 +67,7 @@ class MoEInfinityPolicy(UsageTable):
         eviction: Literal["lfu", "scheduler", "activation", "lru"] = "lfu",
         prefetching: Prefetching = "awaited_next_layer",
         horizon: Count | None = None,  # layers ahead that are asked for; None: all of them
-        online_growth: Flag = True,  # whether served requests join (`finish_entry`, expert_tracer.py)
+        online_growth: Flag = True,  # served requests join (`finish_entry`, expert_tracer.py)
     ) -> None:
         self.shape = shape
         self._early, self._variant, self._eviction = early_layers, variant, eviction
