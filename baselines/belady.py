@@ -4,34 +4,8 @@ The expert whose next use is farthest leaves first, one that is never used again
 (L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
 """
 
-import itertools
-
-import numpy as np
-
+from finemoe.offload.bounds import next_uses
 from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy, Routing, Table
-
-
-def uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[float]]]:
-    """Return the first use of every expert, (L, J), and step by step the uses that come next.
-
-    Steps count layers over all iterations; of each step's activated experts the next uses are
-    given, in their order. What never comes is infinite.
-    """
-    activated = list(itertools.chain.from_iterable(routing))
-    widths = [len(indices) for indices in activated]
-    steps = np.arange(len(activated)).repeat(np.array(widths, np.int64))
-    indices = np.fromiter(itertools.chain.from_iterable(activated), np.int64, len(steps))
-    experts = steps % shape.layers * shape.experts + indices
-    first = np.full(shape.layers * shape.experts, np.inf)
-    np.minimum.at(first, experts, steps)
-    order = experts.argsort(kind="stable")
-    earlier, later = order[:-1], order[1:]
-    again = experts[earlier] == experts[later]
-    following = np.full(len(steps), np.inf)
-    following[earlier[again]] = steps[later[again]]
-    left = iter(following.tolist())
-    by_step = [list(itertools.islice(left, width)) for width in widths]
-    return first.reshape(shape.layers, shape.experts), by_step
 
 
 class BeladyPolicy(Policy):
@@ -43,7 +17,7 @@ class BeladyPolicy(Policy):
 
     def set_future_routing(self, routing: Routing) -> None:
         self._routing, self._step = routing, 0
-        self._next_use, self._following = uses(routing, self.shape)
+        self._next_use, self._following = next_uses(routing, self.shape)
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         """Move on to the next uses; ValueError if the layer routes otherwise."""
@@ -64,9 +38,6 @@ class BeladyPolicy(Policy):
     def _go_to(self, step: int) -> None:
         """Put the steps before this one behind: a repeat skips those that the last one ran."""
         for gone in range(self._step, min(step, len(self._following))):
-            iteration, layer = divmod(gone, self.shape.layers)
-            next_use = self._next_use[layer]
-            pairs = zip(self._routing[iteration][layer], self._following[gone], strict=True)
-            for index, following in pairs:
-                next_use[index] = following
+            for use, expert in self._following[gone]:
+                self._next_use[divmod(expert, self.shape.experts)] = use
         self._step = max(step, self._step)

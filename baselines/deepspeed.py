@@ -15,6 +15,7 @@ from finemoe.offload.policy import (
     FloatArray,
     Gate,
     Iteration,
+    LayerOutcome,
     ModelShape,
     Placement,
     Priorities,
@@ -29,8 +30,22 @@ class DeepSpeedPolicy(OnDemandPolicy):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
-        self._keys = np.empty((shape.layers, shape.experts))
         self._layers = np.eye(shape.layers)[:, :, None].repeat(shape.experts, axis=2)
+
+    def forget(self) -> None:
+        super().forget()
+        self._keys = np.empty((self.shape.layers, self.shape.experts))
+        self._fetched = -1
+        """The layer that the keys hold for, if nothing was used or loaded since but its experts."""
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        self._fetched = -1
+
+    def on_load(self, expert: ExpertId) -> None:
+        super().on_load(expert)
+        if expert.layer != self._fetched:
+            self._fetched = -1
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
         return self._layers[0]
@@ -40,6 +55,8 @@ class DeepSpeedPolicy(OnDemandPolicy):
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Least recently used; a layer that is being fetched does not push itself out."""
-        np.copyto(self._keys, self._recency)
-        self._keys[incoming.layer] = -math.inf
+        if incoming.layer != self._fetched:
+            self._fetched = incoming.layer
+            np.copyto(self._keys, self._recency)
+            self._keys[self._fetched] = -math.inf
         return self._keys

@@ -101,7 +101,6 @@ class ZeroModel:
         del self._engine
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run one forward pass."""
         return self._engine(**inputs)
 
     @contextlib.contextmanager

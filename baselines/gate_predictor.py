@@ -111,7 +111,6 @@ class GatePredictor:
             self._of(source).learn(max(source - 1, 0), own[0], shared[0], wanted)
 
     def fit(self) -> None:
-        """Solve the regressions."""
         self._start.fit()
         self._after.fit()
         self.usual = (self._sum / max(self._tokens, 1)).astype(np.float32)

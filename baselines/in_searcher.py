@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call
 
-from baselines.moe_infinity import MoEInfinityOptions, MoEInfinityPolicy
+from baselines.moe_infinity import MoEInfinityPolicy
 from baselines.speculation import SpeculatingPolicy
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import ExpertId, FloatArray, ModelShape, Placement, Priorities, Table
 from finemoe.options import CHECKED, Count
 from finemoe.selection import divisors, select_experts, union_priorities
 
-Eviction = Literal["lru", "lfu"]
-"""The orders of FineMoE's cache that need no map."""
+Eviction = Literal["lru", "lfu"]  # the orders of FineMoE's cache that need no map
 
 
 class SpeculationInSearcher(UsageTable, SpeculatingPolicy):
@@ -36,26 +35,26 @@ class SpeculationInSearcher(UsageTable, SpeculatingPolicy):
         return probabilities / self._distance
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        return self.lru_keys() if self._eviction == "lru" else self.lfu_keys()
+        return self._recency if self._eviction == "lru" else self._keys
 
 
 class HitCountInSearcher(MoEInfinityPolicy):
     """Activation ratios of the nearest matrix; the popular experts of the first d layers."""
 
     def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
-        super().__init__(shape, MoEInfinityOptions(early_layers=distance, eviction=eviction))
+        super().__init__(shape, distance, eviction=eviction)
         self.placement = Placement("background")
 
     def _popular_experts(self) -> Priorities:
         wanted = np.zeros((self.shape.layers, self.shape.experts))
-        early = self.collection.popularity[: self.options.early_layers]
+        early = self.collection.popularity[: self._early]
         if self.collection.size:
             shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
             wanted[: len(early)] = self._likeliest(shares[:, None], range(len(early)), now=-1)
         return wanted
 
     def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
-        distance = self.options.early_layers
+        distance = self._early
         first, last = layers.start + distance, min(layers.stop + distance, self.shape.layers)
         steps = np.arange(max(last - first, 0))
         ratios = [self.collection.ratios(e[: len(steps)])[steps, first + steps] for e in nearest]
@@ -72,16 +71,13 @@ class HitCountInSearcher(MoEInfinityPolicy):
         return union_priorities(probabilities, chosen.reshape(probabilities.shape), by, "paper")
 
 
-InSearcherPolicy = SpeculationInSearcher | HitCountInSearcher
-
-
 @validate_call(config=CHECKED)
 def in_searcher(
     shape: ModelShape,
     predictor: Literal["speculation", "hit_count"],
     prefetch_distance: Count,
     eviction: Eviction = "lru",
-) -> InSearcherPolicy:
+) -> SpeculationInSearcher | HitCountInSearcher:
     """Return the policy that conf/system/in_searcher.yaml describes; ValueError for bad options."""
     kind = SpeculationInSearcher if predictor == "speculation" else HitCountInSearcher
     return kind(shape, prefetch_distance, eviction)

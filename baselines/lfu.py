@@ -6,11 +6,11 @@ import numpy as np
 from pydantic import validate_call
 
 from finemoe.offload.eviction import UsageTable
-from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy, Table
+from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Table
 from finemoe.options import CHECKED
 
 
-class LfuPolicy(UsageTable, Policy):
+class LfuPolicy(UsageTable):
     """Loads an expert when its gate has chosen it; of equal counts the least recently used goes.
 
     Counts are `kept` when an expert leaves (section 4.5 of the FineMoE paper speaks of the cache
@@ -22,18 +22,13 @@ class LfuPolicy(UsageTable, Policy):
         super().__init__(shape)
         self._forgets = counts == "forgotten"
 
-    def begin_serving(self) -> None:
-        self.forget()
-
     def on_evict(self, expert: ExpertId) -> None:
         if self._forgets:
             self.visits[expert] = 0
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        return self.lfu_keys()
+            self._keys[expert] = self._recency[expert]
 
 
-class LfruPolicy(UsageTable, Policy):
+class LfruPolicy(UsageTable):
     """The expert of the smallest f / (age + 1) leaves: its uses so far, and layers since the last.
 
     Counts are kept when an expert leaves.
@@ -43,9 +38,6 @@ class LfruPolicy(UsageTable, Policy):
         super().forget()
         self._layers_run = 0
         self._last_use = np.zeros((self.shape.layers, self.shape.experts))
-
-    def begin_serving(self) -> None:
-        self.forget()
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)

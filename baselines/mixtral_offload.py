@@ -15,8 +15,7 @@ from baselines.speculation import SpeculatingPolicy
 from finemoe.offload.policy import ModelShape, Placement, Table
 from finemoe.options import CHECKED, Count
 
-DISTANCE = 1
-"""Layers that the guess looks ahead (section 6.1 of the FineMoE paper)."""
+DISTANCE = 1  # layers that the guess looks ahead (section 6.1 of the FineMoE paper)
 
 
 class MixtralOffloadPolicy(SpeculatingPolicy):

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
+from pydantic import validate_call
 
 from baselines.activation_matrices import MatrixCollection, RunningRequest, Variant
 from finemoe.offload.eviction import UsageTable
@@ -33,66 +33,61 @@ from finemoe.offload.policy import (
     Iteration,
     ModelShape,
     Placement,
-    Policy,
     Priorities,
     Table,
 )
 from finemoe.options import CHECKED, Count, Flag
 
-UNSEEN_RATIO = 1e-8
-"""What the code adds to every ratio before the decay (expert_predictor.py)."""
+UNSEEN_RATIO = 1e-8  # what the code adds to every ratio before the decay (expert_predictor.py)
 SMALLEST_ACTIVITY = 1e-6
 """Added to an activation ratio, so that layers tell even unused experts apart."""
+Prefetching = Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"]
 
 
-@dataclass(frozen=True, config=CHECKED)
-class MoEInfinityOptions:
-    """What the originals fix, and where they differ. Raises ValueError for a wrong value."""
+class MoEInfinityPolicy(UsageTable):
+    """Keeps one matrix a request, and prefetches all later layers of the nearest stored one.
 
-    early_layers: Count
-    """Layers whose popular experts are prefetched before layer 0; as many as FineMoE's d."""
-    capacity: Count = 1000
-    """Matrices in the collection (`trace_capacity` in moe_infinity/utils/config.py)."""
-    variant: Variant = "paper"
-    eviction: Literal["lfu", "scheduler", "activation", "lru"] = "lfu"
-    """Who leaves: the least visited (section 6.1 of the FineMoE paper, and the code's dispatcher of
-    2025), the most visited (its live scheduler, core/prefetch/task_scheduler.cpp), the least active
-    (our own: the running requests' activation ratio x layer decay, two of the three factors of
-    expert_priority_score.py, which nobody calls), or the least recently used."""
-    prefetching: Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"] = (
-        "awaited_next_layer"
-    )
-    """Whether a layer waits for prefetches. In its code copies are asynchronous; the FineMoE paper
-    calls them synchronous (6.1), every layer waiting for them (4.3), but not for how many: all that
-    are asked for, or K of the next layer, or K of the layer `early_layers` ahead."""
-    horizon: Count | None = None
-    """Layers ahead that are asked for; None: all that are left, as the originals do."""
-    online_growth: Flag = True
-    """Whether requests enter the collection while serving (`finish_entry`, expert_tracer.py)."""
+    `eviction` says who leaves: the least visited (section 6.1 of the FineMoE paper, and the code's
+    dispatcher of 2025), the most visited (its live scheduler, core/prefetch/task_scheduler.cpp),
+    the least active (our own: the running requests' activation ratio x layer decay, two of the
+    three factors of expert_priority_score.py, which nobody calls), or the least recently used.
 
+    `prefetching` says whether a layer waits for prefetches. In its code copies are asynchronous;
+    the FineMoE paper calls them synchronous (6.1), every layer waiting for them (4.3), but says not
+    for how many: all that are asked for, K of the next layer, or K of the layer `early_layers` on.
+    """
 
-class MoEInfinityPolicy(UsageTable, Policy):
-    """Keeps one matrix a request, and prefetches all later layers of the nearest stored one."""
-
-    def __init__(self, shape: ModelShape, options: MoEInfinityOptions) -> None:
+    @validate_call(config=CHECKED)
+    def __init__(
+        self,
+        shape: ModelShape,
+        early_layers: Count,  # whose popular experts come before layer 0; as many as FineMoE's d
+        capacity: Count = 1000,  # matrices (`trace_capacity`, moe_infinity/utils/config.py)
+        variant: Variant = "paper",
+        eviction: Literal["lfu", "scheduler", "activation", "lru"] = "lfu",
+        prefetching: Prefetching = "awaited_next_layer",
+        horizon: Count | None = None,  # layers ahead that are asked for; None: all of them
+        online_growth: Flag = True,  # served requests join (`finish_entry`, expert_tracer.py)
+    ) -> None:
         self.shape = shape
-        self.options = options
-        few = {"awaited_next_layer": 1, "awaited_at_distance": options.early_layers}
-        distance = few.get(options.prefetching)
+        self._early, self._variant, self._eviction = early_layers, variant, eviction
+        self._online_growth = online_growth
+        few = {"awaited_next_layer": 1, "awaited_at_distance": early_layers}
+        distance = few.get(prefetching)
         self.placement = Placement(
             "critical_path",
-            awaited=options.prefetching != "asynchronous",
+            awaited=prefetching != "asynchronous",
             awaits=(distance, shape.top_k) if distance else None,
         )
         self.history = self.collection = MatrixCollection(
-            shape, options.capacity, "similar" if options.variant == "paper" else "unmatched"
+            shape, capacity, "similar" if variant == "paper" else "unmatched"
         )
         self._growing = True
         self._running: dict[int, RunningRequest] = {}
         layers = np.arange(shape.layers)
         ahead = (layers - layers[:, None])[:, :, None]
-        self._steps = shape.layers if options.variant == "paper" else shape.layers + 1
-        within = (ahead > 0) & (ahead <= (options.horizon or shape.layers))
+        self._steps = shape.layers if variant == "paper" else shape.layers + 1
+        within = (ahead > 0) & (ahead <= (horizon or shape.layers))
         self._decay = np.where(within, 1 - ahead / self._steps, 0)
         """How much a prediction counts, by the layer that it is made at and the one it is for."""
         self._front = 1 - layers[:, None] / shape.layers
@@ -105,14 +100,13 @@ class MoEInfinityPolicy(UsageTable, Policy):
     def forget(self) -> None:
         super().forget()
         self._served: tuple[int, ...] = ()
-        self._activity = self._unseen.copy()
-        """Eviction keys by how active an expert is."""
+        self._activity = self._unseen.copy()  # eviction keys by how active an expert is
         self._ahead: list[tuple[Priorities | None, Table]] = []
 
     def begin_serving(self) -> None:
-        self._growing = self.options.online_growth
+        self._growing = self._online_growth
         self.collection.keep_all()
-        self.forget()
+        super().begin_serving()
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         for request in self._requests(iteration):
@@ -160,13 +154,12 @@ class MoEInfinityPolicy(UsageTable, Policy):
     def _requests(self, iteration: Iteration) -> list[RunningRequest]:
         for number in iteration.requests:
             if number not in self._running:
-                self._running[number] = RunningRequest(self.collection, self.options.variant)
+                self._running[number] = RunningRequest(self.collection, self._variant)
         return [self._running[number] for number in iteration.requests]
 
     def _popular_experts(self) -> Priorities:
-        """Return requests for the early layers' K most popular experts."""
         wanted = np.zeros((self.shape.layers, self.shape.experts))
-        early = self.collection.popularity[: self.options.early_layers]
+        early = self.collection.popularity[: self._early]
         popular = (-early).argsort(axis=1, kind="stable")[:, : self.shape.top_k]
         shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
         decay = 1 - np.arange(1, len(early) + 1)[:, None] / self._steps
@@ -223,7 +216,7 @@ class MoEInfinityPolicy(UsageTable, Policy):
         for entries in others:
             np.maximum(ratios, self.collection.ratios(entries), out=ratios)
         wanted = ratios.astype(np.float64)
-        if self.options.variant == "code":
+        if self._variant == "code":
             wanted += UNSEEN_RATIO
         wanted *= self._decay[layers]
         return wanted
@@ -235,12 +228,8 @@ class MoEInfinityPolicy(UsageTable, Policy):
         return -activity * self._front[first : first + len(tokens)]
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        eviction = self.options.eviction
-        if eviction == "activation":
-            return self._activity
-        if eviction == "scheduler":
-            return self.visits
-        return self.lru_keys() if eviction == "lru" else self.lfu_keys()
+        orders = {"activation": self._activity, "scheduler": self.visits, "lru": self._recency}
+        return orders.get(self._eviction, self._keys)
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:
@@ -249,6 +238,4 @@ def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:
     return sum(others, start=first)
 
 
-def moe_infinity(shape: ModelShape, **options: int | str | bool | None) -> MoEInfinityPolicy:
-    """Return the policy for `MoEInfinityOptions` given one by one, as its YAML does."""
-    return MoEInfinityPolicy(shape, MoEInfinityOptions(**options))  # type: ignore[arg-type]
+moe_infinity = MoEInfinityPolicy  # the name in conf/system

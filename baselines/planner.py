@@ -6,11 +6,10 @@ uses of a resident; `PlannerPolicy` prefetches what is likely, and only over res
 value. docs/planner.md holds the mathematics and what each part is worth.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field, validate_call
 
 from baselines.gate_predictor import GatePredictor, logarithms
 from finemoe.offload.policy import (
@@ -27,21 +26,7 @@ from finemoe.offload.policy import (
 )
 from finemoe.options import CHECKED, Count, Number, Share
 
-
-@dataclass(frozen=True, config=CHECKED)
-class PlannerOptions:
-    """What docs/planner.md varies. Raises ValueError for a wrong value."""
-
-    horizon: Count = 10
-    """Layers that a gate's input tells of."""
-    threshold: Share = 0.1
-    """Probability of activation from which on an expert is prefetched."""
-    discount: Share = 0.95
-    """What a use one layer later is worth."""
-    recency: Share = 0.05
-    """Weight of one token in the average of a request's activations."""
-    ridge: Annotated[Number, Field(ge=1e-3)] = 1.0
-    """Strength with which the regression is held to the gates' own logits."""
+Ridge = Annotated[Number, Field(ge=1e-3)]
 
 
 class UseValue:
@@ -85,7 +70,6 @@ class UseValue:
         self.rates = union(averages or [self._usual])
 
     def end(self, request: int) -> None:
-        """Forget a request's average."""
         self._running.pop(request, None)
 
     def observe(self, iteration: Iteration, gate: Gate) -> None:
@@ -112,11 +96,20 @@ class PlannerPolicy(Policy):
 
     placement = Placement("background", hidden_states=True, replaces=True)
 
-    def __init__(self, shape: ModelShape, options: PlannerOptions) -> None:
+    @validate_call(config=CHECKED)
+    def __init__(
+        self,
+        shape: ModelShape,
+        horizon: Count = 10,  # layers that a gate's input tells of
+        threshold: Share = 0.1,  # probability of activation from which on an expert is prefetched
+        discount: Share = 0.95,  # what a use one layer later is worth
+        recency: Share = 0.05,  # weight of one token in the average of a request's activations
+        ridge: Ridge = 1.0,  # strength with which the regression is held to the gates' own logits
+    ) -> None:
         self.shape = shape
-        self.options = options
-        self.predictor = GatePredictor(shape, options.horizon, options.ridge)
-        self.value = UseValue(shape, options.discount, options.recency)
+        self.predictor = GatePredictor(shape, horizon, ridge)
+        self.value = UseValue(shape, discount, recency)
+        self._threshold = threshold
         self.set_gates = self.predictor.set_gates
         self._rows: dict[int, list[tuple[FloatArray, FloatArray]]] = {}
         self._nearness = 1 / np.sqrt(self.value.away)
@@ -129,8 +122,7 @@ class PlannerPolicy(Policy):
         self._logs: FloatArray = np.empty((0, 0, 0), np.float32)
         self._ahead: FloatArray | None = None
         self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
-        self._likely = self.value.rates.copy()
-        """Probabilities of the next visit, as far as known."""
+        self._likely = self.value.rates.copy()  # probabilities of the next visit, as far as known
         self._keys = -self.value.of(0, self._likely)
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
@@ -200,7 +192,7 @@ class PlannerPolicy(Policy):
     def _plan(self, following: int) -> Priorities | None:
         """Value all experts before layer `following` runs; ask for the likely ones from it on."""
         self._keys = -self.value.of(following, self._likely)
-        wanted = (self._likely >= self.options.threshold) & self._absent
+        wanted = (self._likely >= self._threshold) & self._absent
         wanted[:following] = False
         return np.where(wanted, self._likely * self._nearness[following], 0.0)
 
@@ -218,6 +210,4 @@ def union(rates: list[Table]) -> Table:
     return 1 - np.prod([1 - rate for rate in rates], axis=0)
 
 
-def planner(shape: ModelShape, **options: Any) -> PlannerPolicy:
-    """Return the policy for `PlannerOptions` given one by one; ValueError for a wrong value."""
-    return PlannerPolicy(shape, PlannerOptions(**options))
+planner = PlannerPolicy  # the name in conf/system

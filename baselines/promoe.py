@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-from pydantic.dataclasses import dataclass as checked
+from pydantic import validate_call
 
 from baselines.speculation import SpeculatingPolicy, likeliest
 from finemoe.expert_map import StoreMismatch, read_arrays, write_arrays
@@ -29,27 +29,6 @@ from finemoe.offload.policy import (
     Table,
 )
 from finemoe.options import CHECKED, Count, Text, Whole
-
-
-@checked(frozen=True, config=CHECKED)
-class ProMoEOptions:
-    """What the paper fixes and its ablations vary. Raises ValueError for a wrong value."""
-
-    prefetch_distance: Count
-    """Stride d: layers from the hidden state to the predicted layer."""
-    predictor: Literal["gate", "learned"] = "gate"
-    predictor_path: Text | None = None
-    prefill: Literal["predicted", "code"] = "predicted"
-    """Whether every prompt token predicts, as "stride-based" reads, or none, as in its code
-    (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the last
-    layer's output of a decoded token predict the first d layers of the next one
-    (`layer_predict_replace_first_input_with_last_output`); here the input of its last MoE block."""
-    extra: Whole = 0
-    """Experts prefetched per token beyond the K that a layer activates."""
-
-    def __post_init__(self) -> None:
-        if self.predictor == "learned" and self.predictor_path is None:
-            raise ValueError("predictor=learned needs predictor_path")
 
 
 @dataclass(frozen=True)
@@ -77,9 +56,7 @@ class LearnedPredictor:
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> Self:
         """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
-        again = (
-            f"train it: python -m experiments.train.predictor model=<its name> distance={distance}"
-        )
+        again = f"python -m experiments.train.predictor model=<its name> distance={distance}"
         sources = max(shape.layers - distance, 0)
         try:
             arrays = read_arrays(
@@ -91,22 +68,38 @@ class LearnedPredictor:
                 down_bias=(sources, shape.experts),
             )
         except StoreMismatch as error:
-            raise StoreMismatch(f"{error}; {again}") from error
+            raise StoreMismatch(f"{error}; train it: {again}") from error
         return cls(*arrays)
 
 
 class ProMoEPolicy(SpeculatingPolicy):
-    """Prefetches the K best experts of each token, the nearest layer first."""
+    """Prefetches the K best experts of each token, and `extra` more, the nearest layer first.
+
+    `prefill` says whether every prompt token predicts, as "stride-based" reads, or none, as in its
+    code (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the
+    last layer's output of a decoded token predict the first d layers of the next one
+    (`layer_predict_replace_first_input_with_last_output`); here the input of its last MoE block.
+    """
 
     placement = Placement("background", hidden_states=True)
 
-    def __init__(self, shape: ModelShape, options: ProMoEOptions) -> None:
-        super().__init__(shape, options.prefetch_distance, shape.top_k + options.extra)
-        self.options = options
+    @validate_call(config=CHECKED)
+    def __init__(
+        self,
+        shape: ModelShape,
+        prefetch_distance: Count,  # d: layers from the hidden state to the predicted layer
+        predictor: Literal["gate", "learned"] = "gate",
+        predictor_path: Text | None = None,
+        prefill: Literal["predicted", "code"] = "predicted",
+        extra: Whole = 0,
+    ) -> None:
+        super().__init__(shape, prefetch_distance, shape.top_k + extra)
+        self._as_code = prefill == "code"
         self._learned: LearnedPredictor | None = None
-        if options.predictor == "learned":
-            path = Path(options.predictor_path or "")
-            self._learned = LearnedPredictor.load(path, shape, options.prefetch_distance)
+        if predictor == "learned":
+            if predictor_path is None:
+                raise ValueError("predictor=learned needs predictor_path")
+            self._learned = LearnedPredictor.load(Path(predictor_path), shape, prefetch_distance)
         self._last: FloatArray | None = None
         """Input (T, h) of the last layer's gate, if the next token's first layers go by it."""
 
@@ -122,7 +115,7 @@ class ProMoEPolicy(SpeculatingPolicy):
 
     def end_iteration(self, iteration: Iteration) -> Priorities | None:
         """By their own gates: no learned predictor has its source in the token before."""
-        if self.options.prefill == "predicted" or self._last is None:
+        if not self._as_code or self._last is None:
             return None
         assert self._gates is not None
         logits = self._gates.logits(slice(self._distance), self._last)
@@ -132,7 +125,7 @@ class ProMoEPolicy(SpeculatingPolicy):
         return requests
 
     def _skips(self, iteration: Iteration) -> bool:
-        return self.options.prefill == "code" and iteration.phase == "prefill"
+        return self._as_code and iteration.phase == "prefill"
 
     def _logits(self, first: int, hidden_states: FloatArray) -> FloatArray:
         if self._learned is None:
@@ -144,6 +137,4 @@ class ProMoEPolicy(SpeculatingPolicy):
         return np.where(probabilities > 0, nearness[:, None] + probabilities, 0.0)
 
 
-def promoe(shape: ModelShape, **options: int | str | None) -> ProMoEPolicy:
-    """Return the policy for `ProMoEOptions` given one by one, as its YAML does."""
-    return ProMoEPolicy(shape, ProMoEOptions(**options))  # type: ignore[arg-type]
+promoe = ProMoEPolicy  # the name in conf/system

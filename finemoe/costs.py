@@ -29,17 +29,14 @@ FINISH_KERNELS = 9
 class Accelerator:
     """One device: what its datasheet promises, and the share of it that programs get."""
 
-    memory_gb_s: Rate
-    """Nominal bandwidth of its memory, 10^9 bytes per second."""
+    memory_gb_s: Rate  # nominal bandwidth of its memory, 10^9 bytes per second
     matrix_tflops: Rate
     """Nominal rate of dense bf16 products that accumulate in fp32, 10^12 operations per second."""
     memory_gb: Rate
     memory_efficiency: Share
     matrix_efficiency: Share
-    kernel_us: Micros
-    """What every kernel launch adds."""
-    sync_us: Micros
-    """What the host waits to read a small result."""
+    kernel_us: Micros  # what every kernel launch adds
+    sync_us: Micros  # what the host waits to read a small result
 
     def seconds(self, nbytes: float, flops: float, kernels: int) -> float:
         """Return how long `kernels` take that move `nbytes` and do `flops` operations."""
@@ -65,15 +62,19 @@ class FullSizeModel:
     vocab_size: Count
     bytes_per_parameter: Count = 2
 
-    attention_share = 1
-    """Attention layers per MoE layer."""
+    attention_share = 1  # attention layers per MoE layer
     layer_kernels = DENSE_KERNELS
 
     @property
     def layer_parts(self) -> tuple[int, ...]:
-        """Parameters outside routed experts that a MoE layer reads, product by product."""
-        router = self.hidden_size * self.experts
-        return self.attention_parameters, self.shared_parameters, router
+        """Parameters outside routed experts that a MoE layer reads, product by product.
+
+        Of attention (query, key, value and output), shared experts (gate, up and down), and router.
+        """
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        shared = 3 * self.shared_expert_intermediate_size
+        widths = heads * self.head_dim, shared, self.experts
+        return tuple(self.hidden_size * width for width in widths)
 
     @property
     def cached(self) -> int:
@@ -84,17 +85,6 @@ class FullSizeModel:
     def attended(self) -> int:
         """Width of all heads' queries and values, two operations each for a pair of tokens."""
         return 2 * self.num_attention_heads * self.head_dim
-
-    @property
-    def attention_parameters(self) -> int:
-        """Parameters of one layer's query, key, value and output projections."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * heads * self.head_dim
-
-    @property
-    def shared_parameters(self) -> int:
-        """Parameters of one layer's shared experts."""
-        return 3 * self.hidden_size * self.shared_expert_intermediate_size
 
     @property
     def expert_parameters(self) -> int:
@@ -114,7 +104,6 @@ class FullSizeModel:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one routed expert."""
         return self.expert_parameters * self.bytes_per_parameter
 
 
@@ -131,18 +120,13 @@ class CountedModel:
     top_k: Count
     hidden_size: Count
     expert_bytes: Count
-    dense_bytes: Bytes
-    """Of all but routed experts."""
+    dense_bytes: Bytes  # of all but routed experts
     embedding_bytes: Bytes
     head_bytes: Bytes
-    tied: Flag
-    """Whether embedding and head are one tensor."""
-    depth: Count
-    """Layers of all kinds."""
-    attention_layers: Whole
-    """Layers whose cache grows with every token."""
-    cached: Count
-    """See `FullSizeModel`; of one attention layer."""
+    tied: Flag  # whether embedding and head are one tensor
+    depth: Count  # layers of all kinds
+    attention_layers: Whole  # layers whose cache grows with every token
+    cached: Count  # see `FullSizeModel`; of one attention layer
     attended: Count
     shared_expert_bytes: Bytes
     bytes_per_parameter: Count
@@ -176,8 +160,7 @@ class RooflineCosts(CostModel):
 
     accelerator: Accelerator
     model: FullSizeModel | CountedModel
-    layer: float = 0.0
-    """Seconds that a host adds to each layer."""
+    layer: float = 0.0  # seconds that a host adds to each layer
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         """See `CostModel`; ValueError if the two differ in length."""

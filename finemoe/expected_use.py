@@ -61,7 +61,6 @@ class WholeUse(ExpectedUse):
     """The demo's keys: p * freq as an integer; the least goes, of equal ones the first."""
 
     def forget(self, expert: ExpertId) -> None:
-        """Count an expert's visits anew."""
         self._visits[expert.layer][expert.index] = 0
         self._frequency[expert] = 1
 

@@ -11,10 +11,8 @@ from safetensors.numpy import save
 from finemoe.files import atomic_write
 from finemoe.offload.policy import FloatArray, ModelShape
 
-TOLERANCE = 1e-2
-"""How far what adds up to 1 may be from it, rounded as it is."""
-LARGEST = 2.0**24
-"""Up to here float32 counts by ones; nothing that a policy keeps comes near it."""
+TOLERANCE = 1e-2  # how far what adds up to 1 may be from it, rounded as it is
+LARGEST = 2.0**24  # up to here float32 counts by ones; nothing that a policy keeps comes near it
 SMALLEST_NORM = np.finfo(np.float32).tiny
 
 
@@ -56,7 +54,6 @@ class ExpertMapStore:
         return self._prefix_norms[:, : self.size]
 
     def expert_map(self, entry: int) -> FloatArray:
-        """Return the map of one stored iteration, shape (L, J)."""
         return self._maps[:, :, entry]
 
     def memory_bytes(self) -> dict[str, int]:

@@ -61,10 +61,8 @@ STREAM_KEYS = ("experts", "topk_experts", "topk_indices", "expert_ids", "indices
 STREAMS = (".npy", ".npz", ".jsonl")
 NO_SHARE = 1e-12
 ROW_BYTES = 50  # in memory
-LARGEST_SIZE = 4096
-"""Layers, experts and K that a trace alone may claim."""
-PREFILL = -1
-"""The step of all prefill rows."""
+LARGEST_SIZE = 4096  # layers, experts and K that a trace alone may claim
+PREFILL = -1  # the step of all prefill rows
 
 
 def is_foreign(path: Path) -> bool:
@@ -101,10 +99,6 @@ class ForeignTrace(Trace):
         rows["step"] = rows["step"].where(rows["phase"] == "decode", PREFILL)
         self._groups = rows.groupby("request")[["step", "layer", "expert", "weight"]]
         self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
-
-    def prompt(self, number: int) -> tuple[int, ...]:
-        self._row(number)
-        return ()
 
     def request(self, number: int) -> TracedRequest:
         self._row(number)
@@ -158,10 +152,6 @@ class RoutedStream(Trace):
                 f"has {longest} tokens in a row, a request takes {length}; lower workload."
                 "input_tokens or output_tokens"
             )
-
-    def prompt(self, number: int) -> tuple[int, ...]:
-        self._row(number)
-        return ()
 
     def request(self, number: int) -> TracedRequest:
         ids, shape = self._row(number), self.header.shape

@@ -18,8 +18,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(gt=0, le=1)]
 Rate = Annotated[Number, Field(ge=1e-3, le=1e9)]
 """GB/s, TFLOP/s, GB: far below the least and above the most that any hardware has."""
-Micros = Annotated[Number, Field(ge=0, le=1e9)]
-"""Microseconds, at most a quarter of an hour."""
+Micros = Annotated[Number, Field(ge=0, le=1e9)]  # microseconds, at most a quarter of an hour
 
 
 def schema(extra: Literal["ignore", "allow", "forbid"] = "ignore", /, **fields: Any) -> Any:

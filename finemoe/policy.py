@@ -17,7 +17,6 @@ from finemoe.offload.policy import (
     LayerOutcome,
     ModelShape,
     Placement,
-    Policy,
     Priorities,
     Table,
     layer_requests,
@@ -31,10 +30,8 @@ from finemoe.selection import Variant, divisors, select_experts, union_prioritie
 class FineMoEOptions:
     """What the paper fixes and its ablations vary."""
 
-    prefetch_distance: Count
-    """d; 3 for Mixtral, 6 for Qwen, 4 for Phi (section 6.1)."""
-    store_capacity: Count = 1000
-    """C (section 6.1)."""
+    prefetch_distance: Count  # d; 3 for Mixtral, 6 for Qwen, 4 for Phi (section 6.1)
+    store_capacity: Count = 1000  # C (section 6.1)
     variant: Variant = "paper"
     """Whose selection and priorities, where paper and demo differ: see finemoe/selection.py."""
     search: Literal["both", "semantic", "trajectory"] = "both"
@@ -52,11 +49,10 @@ class FineMoEOptions:
     each request's last one: its queue is emptied by every search, so that the last one stands."""
     online_growth: Flag = True
     """Whether iterations enter the store while serving, beyond the prompts that prepared it."""
-    asynchronous: Flag = True
-    """Search in the background (section 4.3) or on the critical path."""
+    asynchronous: Flag = True  # search in the background (section 4.3) or on the critical path
 
 
-class FineMoEPolicy(UsageTable, Policy):
+class FineMoEPolicy(UsageTable):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
     Q counts what an iteration enters into the store: its requests, or its tokens. All Q search, or
@@ -92,7 +88,7 @@ class FineMoEPolicy(UsageTable, Policy):
 
     def begin_serving(self) -> None:
         self._growing = self.options.online_growth
-        self.forget()
+        super().begin_serving()
 
     def learn(self, iteration: Iteration, embeddings: FloatArray, gates: Gates) -> None:
         self._begin(self._queries(iteration, embeddings))
@@ -215,6 +211,10 @@ class FineMoEPolicy(UsageTable, Policy):
         else:
             super().on_outcome(outcome)
 
+    def on_load(self, expert: ExpertId) -> None:
+        if not self._by_maps:
+            super().on_load(expert)
+
     def on_evict(self, expert: ExpertId) -> None:
         if isinstance(self._use, WholeUse):
             self._use.forget(expert)
@@ -222,7 +222,7 @@ class FineMoEPolicy(UsageTable, Policy):
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         if self._by_maps:
             return self._use.keys()
-        return self.lru_keys() if self.options.eviction == "lru" else self.lfu_keys()
+        return self._recency if self.options.eviction == "lru" else self._keys
 
 
 def _entries(matches: list[Match]) -> set[int]:

@@ -20,13 +20,10 @@ class Testbed:
     name: str
     mode: Literal["measured", "emulated"]
     devices: tuple["torch.device", ...]
-    chunk_bytes: int
-    """Bytes of a full-size expert that are copied at once."""
+    chunk_bytes: int  # bytes of a full-size expert that are copied at once
     link_gb_s: float = 0.0
-    link_latency_s: float = 0.0
-    """What every emulated transfer adds."""
-    time_scale: float = 1.0
-    """Factor on the time that emulated links take."""
+    link_latency_s: float = 0.0  # what every emulated transfer adds
+    time_scale: float = 1.0  # factor on the time that emulated links take
     threads: int | None = None
     """Threads for the model's operations on the CPU; None leaves torch's default."""
     cores: tuple[frozenset[int], frozenset[int]] | None = None

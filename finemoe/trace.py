@@ -33,8 +33,7 @@ FORMAT = "finemoe-routing-trace"
 VERSION = 1
 HEADER_KEY = FORMAT.encode()
 CHECKSUM_KEY = b"sha256"
-ALWAYS_READ = 2**26
-"""Up to this many unpacked bytes nobody asks how small they are stored."""
+ALWAYS_READ = 2**26  # up to this many unpacked bytes nobody asks how small they are stored
 LARGEST_RATIO = 1000
 """Of unpacked to stored bytes. Routing packs into a third to a fiftieth, zeros into a 60,000th."""
 LARGEST_COUNT = np.iinfo(np.uint16).max
@@ -44,14 +43,10 @@ STORED: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
-
-UNREADABLE = (
-    pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError,
-)  # fmt: skip
+UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryError, RecursionError)
 """What pyarrow, numpy and json raise for a bad file."""
 
-Packed = tuple[DType, str]
-"""A dtype, and values of it as base64."""
+Packed = tuple[DType, str]  # a dtype, and values of it as base64
 
 
 class TraceError(ValueError):
@@ -65,8 +60,7 @@ class TraceHeader:
     shape: ModelShape
     dtype: DType
     """Of logits, embeddings and hidden states, which are stored as the model computed them."""
-    contents: tuple[Content, ...]
-    """Which optional arrays every step holds."""
+    contents: tuple[Content, ...]  # which optional arrays every step holds
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model, weights, dataset, seed, versions: whatever says where the routing came from."""
     gates: GateWeights | None = None
@@ -92,8 +86,7 @@ class Trace(ABC):
 
     path: Path
     header: TraceHeader
-    _rows: Mapping[int, Any]
-    """Where each request lies."""
+    _rows: Mapping[int, Any]  # where each request lies
 
     def __enter__(self) -> Self:
         return self
@@ -117,9 +110,10 @@ class Trace(ABC):
     def request(self, number: int) -> TracedRequest:
         """Return one request; its arrays may be views of one buffer each, not to be written to."""
 
-    @abstractmethod
     def prompt(self, number: int) -> tuple[int, ...]:
         """Return one request's prompt, and read no more; empty if the trace does not say it."""
+        self._row(number)
+        return ()
 
     def _row(self, number: int) -> Any:
         if number not in self._rows:
@@ -452,37 +446,32 @@ class TraceReader(Trace):
         self._file.close()
 
     def request(self, number: int) -> TracedRequest:
-        row = self._row(number)
+        _, steps, crc32 = self._row(number)
         with reading(self.path, f"request {number} "):
-            table = self._row_group(number, *row)
+            table = self._row_group(number)
+            if len(table) != steps or fingerprint(table) != crc32:
+                raise ValueError("content that its checksum does not match")
+            due = {"request": number, "step": np.arange(steps)}
+            if any((table[name].to_numpy() != values).any() for name, values in due.items()):
+                raise ValueError("rows of another request, or steps out of order")
             prompt, output = (_tokens(table, name) for name in ("prompt", "output"))
             return TracedRequest(number, prompt, output, self._steps(table))
 
     def prompt(self, number: int) -> tuple[int, ...]:
-        group, steps, _ = self._row(number)
+        self._row(number)
         with reading(self.path, f"request {number} "):
-            self._check_group(group, steps)
-            table = self._file.read_row_group(group, ["prompt"], use_threads=False)
-            return _tokens(table, "prompt")
+            return _tokens(self._row_group(number, ["prompt"]), "prompt")
 
-    def _check_group(self, group: int, steps: int) -> None:
-        """Raise ValueError for a group that is not as announced, or whose bytes fill memory."""
+    def _row_group(self, number: int, only: list[str] | None = None) -> pa.Table:
+        """Return a request's columns; ValueError if it is not as announced or would fill memory."""
+        group, steps, _ = self._rows[number]
         # Checked before anything of that size is allocated.
         stored = self._file.metadata.row_group(group)
         if stored.num_rows != steps:
             raise ValueError("another number of steps than the header says")
         columns = map(stored.column, range(stored.num_columns))
         check_size(stored.total_byte_size, sum(column.total_compressed_size for column in columns))
-
-    def _row_group(self, number: int, group: int, steps: int, crc32: int) -> pa.Table:
-        self._check_group(group, steps)
-        table = self._file.read_row_group(group, use_threads=False)
-        if len(table) != steps or fingerprint(table) != crc32:
-            raise ValueError("content that its checksum does not match")
-        due = {"request": number, "step": np.arange(steps)}
-        if any((table[name].to_numpy() != values).any() for name, values in due.items()):
-            raise ValueError("rows of another request, or steps out of order")
-        return table
+        return self._file.read_row_group(group, only, use_threads=False)
 
     def _steps(self, table: pa.Table) -> tuple[RoutedStep, ...]:
         tokens = table["tokens"].to_numpy()

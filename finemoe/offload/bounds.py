@@ -12,14 +12,17 @@ no order of computation forbids, also that an expert computes and leaves before 
 layer arrives; so it holds for layers wider than the slots, too, which run in waves.
 """
 
+import itertools
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finemoe.offload.policy import ModelShape, Routing
+import numpy as np
 
-Uses = list[tuple[int, list[int]]]
-"""Steps at which a device has work, and its experts there, flat."""
+from finemoe.offload.policy import ModelShape, Routing, Table
+
+Stay = tuple[float, int]  # when an expert is used next, and its flat index
 
 
 def minimal_loads(
@@ -36,19 +39,69 @@ def minimal_loads(
     """
     if not slots:
         raise ValueError("slots=(): a bound needs at least one device")
-    measured = routing[measured_from:]
+    first, following = next_uses(routing[measured_from:], shape)
+    warm = sorted((use, e) for e, use in enumerate(first.ravel().tolist()) if use < math.inf)
+
+    def on(device: int, stays: list[Stay]) -> list[Stay]:
+        return [stay for stay in stays if stay[1] % len(slots) == device]
+
     return tuple(
-        _fewest_loads(uses, count, warm=measured_from > 0)
-        for uses, count in zip(_by_device(measured, shape, len(slots)), slots, strict=True)
+        _fewest_loads([on(n, uses) for uses in following], on(n, warm) * bool(measured_from), count)
+        for n, count in enumerate(slots)
     )
+
+
+def _fewest_loads(following: list[list[Stay]], stays: list[Stay], slots: int) -> int:
+    """Return a device's loads; of its `stays`, ascending, those that end last are given up."""
+    if any(following) and slots < 1:
+        raise ValueError("a device that experts live on has no slot; raise memory_budget")
+    loads = 0
+    del stays[slots:]
+    for step, uses in enumerate(following):
+        if not uses:
+            continue
+        kept = bisect_left(stays, (step + 1,))
+        loads += len(uses) - kept
+        del stays[:kept], stays[slots - 1 :]
+        for stay in uses:
+            if stay[0] < math.inf:
+                insort(stays, stay)
+        del stays[slots:]
+    return loads
+
+
+def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[Stay]]]:
+    """Return the first use of every expert, (L, J), and step by step each expert's next use.
+
+    Steps count layers over all iterations; of each, the activated experts come in their order.
+    What is never used again is so at infinity. Raises ValueError for an iteration with a wrong
+    number of layers.
+    """
+    for layers in routing:
+        if len(layers) != shape.layers:
+            raise ValueError(f"an iteration has {len(layers)} layers, the model {shape.layers}")
+    activated = list(itertools.chain.from_iterable(routing))
+    widths = [len(indices) for indices in activated]
+    steps = np.arange(len(activated)).repeat(np.array(widths, np.int64))
+    indices = np.fromiter(itertools.chain.from_iterable(activated), np.int64, len(steps))
+    experts = steps % shape.layers * shape.experts + indices
+    first = np.full(shape.size, np.inf)
+    np.minimum.at(first, experts, steps)
+    order = experts.argsort(kind="stable")
+    earlier, later = order[:-1], order[1:]
+    again = experts[earlier] == experts[later]
+    following = np.full(len(steps), np.inf)
+    following[earlier[again]] = steps[later[again]]
+    left = zip(following.tolist(), experts.tolist(), strict=True)
+    by_step = [list(itertools.islice(left, width)) for width in widths]
+    return first.reshape(shape.layers, shape.experts), by_step
 
 
 @dataclass(frozen=True)
 class Roofline:
     """Seconds that serving takes at least: its compute, or its loads over the busiest link."""
 
-    compute_s: float
-    """Compute alone, with every expert resident."""
+    compute_s: float  # compute alone, with every expert resident
     link_s: float
     """Loads of a device times the seconds of one expert on its link, the largest over devices."""
 
@@ -61,48 +114,3 @@ class Roofline:
         if not self.total > 0:
             raise ValueError("the bound is 0 s; give the time of compute or of the loads")
         return measured_s / self.total
-
-
-def _by_device(routing: Routing, shape: ModelShape, devices: int) -> list[Uses]:
-    uses: list[Uses] = [[] for _ in range(devices)]
-    for number, layers in enumerate(routing):
-        if len(layers) != shape.layers:
-            raise ValueError(f"an iteration has {len(layers)} layers, the model {shape.layers}")
-        for layer, activated in enumerate(layers):
-            step = number * shape.layers + layer
-            shares: dict[int, list[int]] = {}
-            for index in activated:
-                expert = layer * shape.experts + index
-                shares.setdefault(expert % devices, []).append(expert)
-            for device, experts in shares.items():
-                uses[device].append((step, experts))
-    return uses
-
-
-def _fewest_loads(uses: Uses, slots: int, warm: bool) -> int:
-    if uses and slots < 1:
-        raise ValueError("a device that experts live on has no slot; raise memory_budget")
-    stays: list[tuple[int, int]] = []
-    """Next use and expert, ascending: what is too many ends last and is given up."""
-    if warm:
-        first = {e: step for step, experts in reversed(uses) for e in experts}
-        stays = sorted((step, expert) for expert, step in first.items())[:slots]
-    loads = 0
-    for (step, experts), following in zip(uses, _next_uses(uses), strict=True):
-        kept = bisect_left(stays, (step + 1,))
-        loads += len(experts) - kept
-        del stays[:kept], stays[slots - 1 :]
-        for expert, until in zip(experts, following, strict=True):
-            if until is not None:
-                insort(stays, (until, expert))
-        del stays[slots:]
-    return loads
-
-
-def _next_uses(uses: Uses) -> list[list[int | None]]:
-    found: list[list[int | None]] = []
-    known: dict[int, int] = {}
-    for step, experts in reversed(uses):
-        found.append([known.get(expert) for expert in experts])
-        known.update((expert, step) for expert in experts)
-    return found[::-1]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, ModelShape, Table, call_hook, check_table, refused
+from finemoe.offload.policy import ExpertId, ModelShape, Table, check_table, failed, refused
 
 
 class Slot(NamedTuple):
@@ -43,25 +43,23 @@ class ExpertCache:
         self.slots = tuple(slots)
         self.occupied = 0
         self.peak_occupied = 0
-        self.absent = bytearray(b"\1") * shape.size
-        """Whether an expert has no slot; for reading only."""
+        self.absent = bytearray(b"\1") * shape.size  # whether an expert has no slot; only read it
         self.protected: NDArray[np.bool_] = np.zeros(shape.size, dtype=bool)
         """Who leaves for no prefetch, and for an on-demand load only if nobody else can."""
-        self._devices = len(slots)
+        self._devices = devices = len(slots)
         self._keys = keys
         self._on_evict = on_evict
-        self._experts = shape.all_experts()
+        self.experts = [ExpertId(*divmod(n, shape.experts)) for n in range(shape.size)]
         self._slot: list[Slot | None] = [None] * shape.size
         self._pins = [0] * shape.size
         self._resident = bytearray(shape.size)
         self._evictable = bytearray(shape.size)
-        marks = np.frombuffer(self._evictable, dtype=bool)
-        self._evictable_of = [marks[device :: self._devices] for device in range(self._devices)]
-        marks = self.protected
-        self._protected_of = [marks[device :: self._devices] for device in range(self._devices)]
+        evictable = np.frombuffer(self._evictable, dtype=bool)
+        self._evictable_of = [evictable[device::devices] for device in range(devices)]
+        self._protected_of = [self.protected[device::devices] for device in range(devices)]
         self._free = [[Slot(n, i) for i in reversed(range(count))] for n, count in enumerate(slots)]
         self._checked: object = None
-        self._flat_keys: NDArray[np.float64] = np.empty(0)
+        self._keys_of: list[NDArray[np.float64]] = []
 
     def device_of(self, flat: int) -> int:
         return flat % self._devices
@@ -73,43 +71,44 @@ class ExpertCache:
         """Return the slot of a loading or resident expert; ValueError if it is absent."""
         slot = self._slot[flat]
         if slot is None:
-            raise ValueError(f"{self._experts[flat]} has no slot")
+            raise ValueError(f"{self.experts[flat]} has no slot")
         return slot
-
-    def has_room(self, device: int) -> bool:
-        """Tell whether a device has a free slot."""
-        return bool(self._free[device])
 
     def reserve(self, flat: int, urgent: bool) -> int:
         """Take a slot, evicting if none is free; return who had to leave, NOBODY, or NO_SLOT."""
         if not self.absent[flat]:
-            raise ValueError(f"{self._experts[flat]} already has a slot")
+            raise ValueError(f"{self.experts[flat]} already has a slot")
         free = self._free[flat % self._devices]
         victim = NOBODY
-        if not free:
+        if free:
+            slot = free.pop()
+        else:
             victim = self._victim(flat, urgent)
             if victim == NOBODY:
                 return NO_SLOT
-            self._remove(victim)
+            slot = self._remove(victim)
             if self._on_evict is not None:
-                expert = self._experts[victim]
-                call_hook(self._on_evict, expert.layer, expert)
-        self._slot[flat] = free.pop()
+                expert = self.experts[victim]
+                try:
+                    self._on_evict(expert)
+                except Exception as error:
+                    raise failed(self._on_evict, expert.layer, error) from error
+        self._slot[flat] = slot
         self.absent[flat] = False
         self.occupied += 1
-        self.peak_occupied = max(self.peak_occupied, self.occupied)
+        if self.occupied > self.peak_occupied:
+            self.peak_occupied = self.occupied
         return victim
 
     def loaded(self, flat: int) -> None:
-        """Turn a loading expert into a resident one."""
-        self._check_loading(flat)
+        if self.absent[flat] or self._resident[flat]:
+            raise ValueError(f"{self.experts[flat]} is not loading")
         self._resident[flat] = True
         self._evictable[flat] = not self._pins[flat]
 
     def abandon(self, flat: int) -> None:
-        """Give back the slot of a loading expert."""
-        self._check_loading(flat)
-        self._remove(flat)
+        slot = self._remove(flat)
+        self._free[slot.device].append(slot)
 
     def pin(self, flat: int) -> None:
         """Keep an expert from eviction until it is unpinned as often; it may still be absent."""
@@ -122,7 +121,7 @@ class ExpertCache:
     def unpin(self, flat: int) -> None:
         """Take one pin back; ValueError if there is none."""
         if not self._pins[flat]:
-            raise ValueError(f"{self._experts[flat]} is not pinned")
+            raise ValueError(f"{self.experts[flat]} is not pinned")
         self._pins[flat] -= 1
         self._evictable[flat] = self._resident[flat] and not self._pins[flat]
 
@@ -143,21 +142,22 @@ class ExpertCache:
             evictable = bool(self._resident[flat]) and not self._pins[flat]
             assert self._evictable[flat] == evictable, "pins and evictability disagree"
 
-    def _check_loading(self, flat: int) -> None:
-        if self.absent[flat] or self._resident[flat]:
-            raise ValueError(f"{self._experts[flat]} is not loading")
-
     def _victim(self, flat: int, urgent: bool) -> int:
         """Return whom the load of an expert may evict, or NOBODY; of equal keys the first."""
-        incoming = self._experts[flat]
-        self._take_keys(call_hook(self._keys, incoming.layer, incoming, urgent), incoming)
+        incoming = self.experts[flat]
+        try:
+            given = self._keys(incoming, urgent)
+        except Exception as error:
+            raise failed(self._keys, incoming.layer, error) from error
+        if given is not self._checked:
+            self._take_keys(given, incoming)
         device = flat % self._devices
         evictable = (self._evictable_of[device] > self._protected_of[device]).nonzero()[0]
         if urgent and not len(evictable):
             evictable = self._evictable_of[device].nonzero()[0]
         if not len(evictable):
             return NOBODY
-        keys = self._flat_keys[device :: self._devices][evictable]
+        keys = self._keys_of[device][evictable]
         # NaN is the largest to argmax.
         best = keys.argmax()
         key = keys.item(best)
@@ -168,17 +168,16 @@ class ExpertCache:
         return device + evictable.item(best) * self._devices
 
     def _take_keys(self, keys: Table, incoming: ExpertId) -> None:
-        if keys is self._checked:
-            return
         check_table(self._keys, incoming.layer, keys, (self.shape.layers, self.shape.experts))
         if not keys.flags.c_contiguous:
             raise refused(self._keys, incoming.layer, "answered an array that is not in C order")
-        self._checked, self._flat_keys = keys, keys.reshape(-1)
+        flat, devices = keys.reshape(-1), self._devices
+        self._checked, self._keys_of = keys, [flat[device::devices] for device in range(devices)]
 
-    def _remove(self, flat: int) -> None:
+    def _remove(self, flat: int) -> Slot:
         slot = self.slot(flat)
-        self._free[slot.device].append(slot)
         self._slot[flat] = None
         self._resident[flat] = self._evictable[flat] = False
         self.absent[flat] = True
         self.occupied -= 1
+        return slot

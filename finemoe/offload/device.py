@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from finemoe.offload.cache import Slot
 from finemoe.offload.transfer import Chunk
 
-ALIGNMENT = 256
-"""In bytes: what CUDA's matrix kernels are chosen by."""
+ALIGNMENT = 256  # in bytes: what CUDA's matrix kernels are chosen by
 
 Weights = dict[str, Tensor]
 
@@ -45,9 +44,11 @@ class BlockLayout:
         return cls(tuple(fields), start)
 
     def views(self, block: Tensor) -> Weights:
-        """Return the parameters as views into a block (uint8, shape (nbytes,))."""
+        """Return the parameters as views into a block or rows of them (uint8, (..., nbytes))."""
         return {
-            name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            name: block[..., start : start + math.prod(shape) * dtype.itemsize]
+            .view(dtype)
+            .unflatten(-1, shape)
             for name, shape, dtype, start in self.fields
         }
 
@@ -154,18 +155,9 @@ class DeviceSlots:
         return self._weights[slot.device][slot.index]
 
     def stacked(self, first: int, count: int) -> Weights:
-        """Return the parameters of consecutive slots of device 0, shape (count, ...) each.
-
-        Of slots of one allocation only.
-        """
+        """Return the parameters of consecutive slots in one allocation, shape (count, ...) each."""
         row = self._blocks[0][first]
-        rows = row.as_strided((count, len(row)), (len(row), 1))
-        return {
-            name: rows[:, start : start + math.prod(shape) * dtype.itemsize]
-            .view(dtype)
-            .unflatten(1, shape)
-            for name, shape, dtype, start in self._layout.fields
-        }
+        return self._layout.views(row.as_strided((count, len(row)), (len(row), 1)))
 
 
 # Links ------------------------------------------------------------------------------------------
@@ -174,10 +166,8 @@ class DeviceSlots:
 class Link:
     """One host-to-device path, driven by one thread; `admit` and `guard` are the model thread's."""
 
-    depth = 1
-    """Chunks that may be in flight at once."""
-    queues_kernels = False
-    """Whether the device itself makes kernels wait for a copy that was begun."""
+    depth = 1  # chunks that may be in flight at once
+    queues_kernels = False  # whether the device itself makes kernels wait for a copy that was begun
 
     def __init__(self, store: HostStore, slots: DeviceSlots) -> None:
         self._store = store
@@ -188,10 +178,7 @@ class Link:
         raise NotImplementedError
 
     def finish(self) -> tuple[float, float]:
-        """Wait until the oldest chunk in flight has arrived; return when its copy began and ended.
-
-        In seconds of `time.perf_counter`.
-        """
+        """Wait for the oldest chunk in flight; return the `perf_counter` of its copy's two ends."""
         raise NotImplementedError
 
     def idle(self) -> None:
@@ -222,17 +209,13 @@ class EmulatedLink(Link):
         super().__init__(store, slots)
         self._bytes_per_second = bytes_per_second
         self._latency = latency
-        self._free_at = self._counted_to = 0.0
+        self._free_at = self._counted_to = self._began = 0.0
         self._busy = False
-        self._began = 0.0
-        self._sent = 0
-        """Bytes of the chunk in flight."""
+        self._sent = 0  # bytes of the chunk in flight
         self.copied_bytes = 0
         self.copying_seconds = 0.0
-        self.lags = 0
-        """How often a chunk followed another without a pause."""
-        self.lag_seconds = 0.0
-        """How long after the other was due they were begun, in all."""
+        self.lags = 0  # how often a chunk followed another without a pause
+        self.lag_seconds = 0.0  # how long after the other was due they were begun, in all
 
     def start(self, chunk: Chunk) -> None:
         # A link that was busy goes on from its own schedule, so that late wake-ups do not add up.
@@ -303,8 +286,7 @@ class CudaLink(Link):
         self._writers: dict[Slot, torch.cuda.Event] = {}
 
     def start(self, chunk: Chunk) -> None:
-        reader = self._readers.pop(chunk.slot, None)
-        if reader is not None:
+        if reader := self._readers.pop(chunk.slot, None):
             self._stream.wait_event(reader)
         with torch.cuda.stream(self._stream):
             began = self._clock.mark()
@@ -318,14 +300,11 @@ class CudaLink(Link):
         return self._clock.seconds(began), self._clock.seconds(arrived)
 
     def admit(self, slot: Slot) -> None:
-        arrived = self._writers.get(slot)
-        if arrived is not None:
+        if arrived := self._writers.get(slot):
             torch.cuda.current_stream(self._device).wait_event(arrived)
 
     def guard(self, slot: Slot) -> None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        self._readers[slot] = event
+        self._readers[slot] = torch.cuda.current_stream(self._device).record_event()
 
 
 # One layer --------------------------------------------------------------------------------------
@@ -361,8 +340,7 @@ class Dispatch:
     and outputs are added in the order of the experts' indices: both decide the last bits of a sum.
     """
 
-    activated: list[int]
-    """Indices of the experts that at least one token goes to, ascending."""
+    activated: list[int]  # indices of the experts that at least one token goes to, ascending
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Eviction orders that need no prediction, and a policy base for the per-layer one.
+"""Eviction orders that need no prediction: policies that never prefetch, and bases of others.
 
 Orders are kept up to date, an expert or a row at a time, so that asking for one costs nothing.
 """
@@ -7,15 +7,17 @@ import numpy as np
 
 from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Policy, Table
 
-TICK = 2.0**-36
-"""What a use or a load adds to the time: sums with counts below 2**17 are exact."""
+TICK = 2.0**-36  # what a use or a load adds to the time: sums with counts below 2**17 are exact
 
 
-class Recency:
-    """When each expert was last used; a load counts as a use. A policy may hold or extend it."""
+class Recency(Policy):
+    """Least recently used first out; a load counts as a use."""
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
+        self.forget()
+
+    def begin_serving(self) -> None:
         self.forget()
 
     def forget(self) -> None:
@@ -34,54 +36,72 @@ class Recency:
         self._now -= TICK
         self._recency[expert] = self._now
 
-    def lru_keys(self) -> Table:
-        """Return the negative time of each expert's last use, in (-1, 0]; the table's own array."""
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        """Return the negative time of each expert's last use, in (-1, 0]."""
         return self._recency
 
 
 class UsageTable(Recency):
-    """When and how often each expert was used; a load counts as a use for recency only."""
+    """Least frequently used first out, of equal counts the least recently; loads do not count."""
 
     def forget(self) -> None:
         super().forget()
         self.visits = np.zeros((self.shape.layers, self.shape.experts))
+        self._keys = np.zeros(self.visits.shape)
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
-        visits = self.visits[outcome.layer]
+        visits, keys = self.visits[outcome.layer], self._keys[outcome.layer]
         for used in (outcome.hits, outcome.late, outcome.misses):
             for index in used:
                 visits[index] += 1
+                keys[index] = self._now - visits[index]
 
-    def lfu_keys(self) -> Table:
-        """Fewest visits first; equal counts fall back to recency."""
-        return self._recency - self.visits
+    def on_load(self, expert: ExpertId) -> None:
+        super().on_load(expert)
+        self._keys[expert] = self._now - self.visits[expert]
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        return self._keys
 
 
-class LayeredLruPolicy(Recency, Policy):
+class LayeredLruPolicy(Recency):
     """No prediction; layers have caches of equal size, which evict their least recently used."""
 
     def forget(self) -> None:
         super().forget()
-        self._ranks = np.zeros((self.shape.layers, 1))
-        """Twice the residents of each layer; the last uses, above -1, order experts inside."""
-        self._keys = np.zeros((self.shape.layers, self.shape.experts))
+        self._ranks = [0.0] * self.shape.layers
+        self._layered = np.zeros((self.shape.layers, self.shape.experts))
+        """Each layer's rank, and on top the last uses, above -1, which order experts inside."""
+        self._incoming = 0
+        self._raise(0, 1.0)
 
-    def begin_serving(self) -> None:
-        self.forget()
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        super().on_outcome(outcome)
+        row, key = self._layered[outcome.layer], self._now + self._ranks[outcome.layer]
+        for used in (outcome.hits, outcome.late, outcome.misses):
+            for index in used:
+                row[index] = key
 
     def on_load(self, expert: ExpertId) -> None:
         super().on_load(expert)
-        self._ranks[expert.layer] += 2.0
+        self._raise(expert.layer, 2.0)
+        self._layered[expert] = self._now + self._ranks[expert.layer]
 
     def on_evict(self, expert: ExpertId) -> None:
-        self._ranks[expert.layer] -= 2.0
+        self._raise(expert.layer, -2.0)
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         """Least recently used of the layer with most residents; ties: of `incoming`'s own layer.
 
         This keeps the layers' shares equal within one. Keys hold for residents.
         """
-        np.add(self._recency, self._ranks, out=self._keys)
-        self._keys[incoming.layer] += 1.0
-        return self._keys
+        if incoming.layer != self._incoming:
+            self._raise(self._incoming, -1.0)
+            self._incoming = incoming.layer
+            self._raise(self._incoming, 1.0)
+        return self._layered
+
+    def _raise(self, layer: int, by: float) -> None:
+        self._ranks[layer] += by
+        self._layered[layer] += by

@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
-Table = NDArray[np.float64]
-"""A number for every expert, shape (L, J)."""
-Priorities = Table
-"""Prefetch requests: experts above 0 are requested, the highest go first."""
+Table = NDArray[np.float64]  # a number for every expert, shape (L, J)
+Priorities = Table  # prefetch requests: experts above 0 are requested, the highest go first
 Phase = Literal["prefill", "decode"]
 Routing = Sequence[Sequence[tuple[int, ...]]]
 """Activated experts, ascending, of every layer of every iteration, by iteration number."""
@@ -42,20 +40,10 @@ class ModelShape:
 
     @property
     def size(self) -> int:
-        """How many routed experts there are, L * J."""
         return self.layers * self.experts
 
-    def flat(self, expert: ExpertId) -> int:
-        """Return an expert's index in flat arrays, l * J + j."""
-        return expert[0] * self.experts + expert[1]
 
-    def all_experts(self) -> list[ExpertId]:
-        """Return all experts in the order of their flat indices."""
-        return [ExpertId(x, j) for x in range(self.layers) for j in range(self.experts)]
-
-
-SMALLEST_PRIORITY = 1e-300
-"""Of a request for an expert whose probability was rounded to 0."""
+SMALLEST_PRIORITY = 1e-300  # of a request for an expert whose probability was rounded to 0
 
 
 def layer_requests(shape: ModelShape, first: int, rows: Priorities) -> list[Priorities]:
@@ -85,10 +73,8 @@ class Gate(NamedTuple):
     """What the gate of one layer decided in one iteration (T tokens)."""
 
     layer: int
-    probabilities: FloatArray
-    """Full softmax over the layer's experts, shape (T, J)."""
-    activated: tuple[int, ...]
-    """Indices of the experts that at least one token goes to, ascending."""
+    probabilities: FloatArray  # full softmax over the layer's experts, shape (T, J)
+    activated: tuple[int, ...]  # indices of the experts that at least one token goes to, ascending
     hidden_states: FloatArray | None
     """Input of the gate, shape (T, h), if `Placement.hidden_states` asks for it."""
 
@@ -101,7 +87,6 @@ class Gates(NamedTuple):
     hidden_states: FloatArray | None  # shape (L, T, h), if `Placement.hidden_states` asks for it
 
     def of(self, layer: int) -> Gate:
-        """Return what the gate of one layer decides."""
         hidden = None if self.hidden_states is None else self.hidden_states[layer]
         return Gate(layer, self.probabilities[layer], self.activated[layer], hidden)
 
@@ -232,8 +217,7 @@ class Policy:
 
 
 FLOAT64 = np.dtype(np.float64)
-Hook = Callable[..., Any]
-"""A bound method of a policy."""
+Hook = Callable[..., Any]  # a bound method of a policy
 
 
 class PolicyError(ValueError):
@@ -252,12 +236,16 @@ def call_hook(hook: Hook, layer: int, *arguments: Any) -> Any:
     try:
         return hook(*arguments)
     except Exception as error:
-        source = getattr(getattr(hook, "__code__", None), "co_filename", "")
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((f for f in reversed(frames) if f.filename == source), frames[-1])
-        line = f"{Path(frame.filename).name}:{frame.lineno}"
-        what = f"raised {type(error).__name__}: {error} ({line})"
-        raise refused(hook, layer, what) from error
+        raise failed(hook, layer, error) from error
+
+
+def failed(hook: Hook, layer: int, error: Exception) -> PolicyError:
+    """Return the error that says what a hook raised, and on which line of its own file."""
+    source = getattr(getattr(hook, "__code__", None), "co_filename", "")
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename == source), frames[-1])
+    line = f"{Path(frame.filename).name}:{frame.lineno}"
+    return refused(hook, layer, f"raised {type(error).__name__}: {error} ({line})")
 
 
 def check_table(hook: Hook, layer: int, table: Any, shape: tuple[int, int]) -> None:

@@ -17,6 +17,7 @@ from finemoe.offload.policy import (
     Priorities,
     call_hook,
     check_table,
+    failed,
     refused,
 )
 from finemoe.offload.transfer import Chunk, PrefetchQueue, Traffic, TransferQueue
@@ -48,8 +49,10 @@ class Residency:
         self.shape = shape
         self.plan = plan
         self.policy = policy
-        self.experts = shape.all_experts()
-        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, policy.on_evict)
+        idle = getattr(policy.on_evict, "__func__", None) is Policy.on_evict
+        on_evict = None if idle else policy.on_evict
+        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, on_evict)
+        self.experts = self.cache.experts
         self._prefetches = PrefetchQueue(self.cache)
         self.queues = [
             TransferQueue(self.cache, self._prefetches, device, plan.expert_bytes, plan.chunk_bytes)
@@ -61,12 +64,11 @@ class Residency:
 
     def preload(self) -> list[int]:
         """Make residents of the first experts of every device, as many as fit; return them."""
-        chosen = []
-        for flat in range(self.shape.size):
-            if self.cache.has_room(self.cache.device_of(flat)):
-                self.cache.reserve(flat, True)
-                self.cache.loaded(flat)
-                chosen.append(flat)
+        slots = self.plan.slots
+        chosen = [n for n in range(self.shape.size) if n // len(slots) < slots[n % len(slots)]]
+        for flat in chosen:
+            self.cache.reserve(flat, True)
+            self.cache.loaded(flat)
         return chosen
 
     def begin_iteration(self, iteration: Iteration) -> None:
@@ -132,11 +134,11 @@ class Residency:
             return
         if self.policy.placement.replaces:
             self._prefetches.clear()
-        self._prefetches.request(flat, start)
+        wanted = self._prefetches.request(flat, start)
         if self.policy.placement.awaits:
             self._awaited = self._most_wanted(priorities, layer, *self.policy.placement.awaits)
         if self.plan.protect:
-            self.cache.protected[start:] |= flat[start:] > 0
+            self.cache.protected[start:] |= wanted
         for queue in self.queues:
             if queue.under_way:
                 queue.prioritize(flat, start)
@@ -168,8 +170,11 @@ class Residency:
         if self.policy.placement.awaits is None:
             return self.settled()
         queues = self.queues
-        of = [(queues[flat % len(queues)], flat) for flat in self._awaited]
-        return all(queue.settled() or not queue.requested(flat) for queue, flat in of)
+        for flat in self._awaited:
+            queue = queues[flat % len(queues)]
+            if queue.requested(flat) and not queue.settled():
+                return False
+        return True
 
     @property
     def holds_everything(self) -> bool:
@@ -177,7 +182,6 @@ class Residency:
         return sum(self.plan.slots) == self.shape.size
 
     def release(self, flat: int) -> None:
-        """Unpin an expert whose layer is done with it."""
         self.cache.unpin(flat)
         queue = self.queues[flat % len(self.queues)]
         if queue.starved:
@@ -192,7 +196,10 @@ class Residency:
         loaded = self.queues[device].chunk_done(chunk)
         if loaded:
             expert = self.experts[chunk.flat]
-            call_hook(self.policy.on_load, expert.layer, expert)
+            try:
+                self.policy.on_load(expert)
+            except Exception as error:
+                raise failed(self.policy.on_load, expert.layer, error) from error
         return loaded
 
     def traffic(self) -> Traffic:

@@ -1,5 +1,6 @@
 """What a runtime tells, live or in virtual time, and what virtual time is made of."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -23,8 +24,7 @@ class PhaseSeconds:
     update: float = 0.0
 
     def __add__(self, other: "PhaseSeconds") -> "PhaseSeconds":
-        mine, theirs = astuple(self), astuple(other)
-        return PhaseSeconds(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return PhaseSeconds(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,14 @@ class Extra:
 
     after_wait: float = 0.0
     """If the thread waited since the part last ran: caches and core are not as it left them."""
-    while_copying: float = 0.0
-    """If a link copies: its thread takes turns with this one."""
+    while_copying: float = 0.0  # if a link copies: its thread takes turns with this one
 
 
 @dataclass(frozen=True)
 class ThreadCosts:
     """What waits and copies cost the model's thread; all zero where nobody measured it."""
 
-    resume: float = 0.0
-    """Seconds from the arrival that ends a wait until the thread goes on."""
+    resume: float = 0.0  # seconds from the arrival that ends a wait until the thread goes on
     dense: Extra = Extra()
     expert: Extra = Extra()
 
@@ -85,14 +83,11 @@ class CostModel:
     """Where virtual time comes from; subclasses say what computation takes."""
 
     prediction: PredictionCosts = PredictionCosts()
-    prediction_source: str = ""
-    """Of which system and model that was measured, in words."""
-    parallel: bool = False
-    """Whether devices compute their experts at the same time."""
+    prediction_source: str = ""  # of which system and model that was measured, in words
+    parallel: bool = False  # whether devices compute their experts at the same time
     collect: float = 0.0
     """Seconds on the critical path to hand one context (embeddings or gate) to the policy."""
-    hop: float = 0.0
-    """Seconds to send a layer's tokens to another device and back."""
+    hop: float = 0.0  # seconds to send a layer's tokens to another device and back
     thread: ThreadCosts = ThreadCosts()
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:

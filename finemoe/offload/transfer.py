@@ -6,8 +6,9 @@ the paper). A load takes its slot when its first chunk is due, so residents stay
 before, a prefetch is no more than a request. Experts are named by their flat indices.
 """
 
+import operator
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,6 @@ class Chunk:
     urgent: bool
 
     def name(self, expert: ExpertId) -> str:
-        """Return what a timeline calls it."""
         why = "on demand" if self.urgent else "prefetch"
         return f"{why} {expert.layer}.{expert.index}"
 
@@ -41,18 +41,13 @@ class Traffic:
 
     prefetched: int = 0
     on_demand: int = 0
-    wasted: int = 0
-    """Prefetched bytes that were cancelled or evicted before any use."""
+    wasted: int = 0  # prefetched bytes that were cancelled or evicted before any use
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.prefetched + other.prefetched,
-            self.on_demand + other.on_demand,
-            self.wasted + other.wasted,
-        )
+        return Traffic(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, earlier: "Traffic") -> "Traffic":
-        return self + Traffic(-earlier.prefetched, -earlier.on_demand, -earlier.wasted)
+        return Traffic(*map(operator.sub, astuple(self), astuple(earlier)))
 
 
 class PrefetchQueue:
@@ -66,38 +61,46 @@ class PrefetchQueue:
         self._absent = np.frombuffer(cache.absent, dtype=bool)
         # One column a link, so that one search finds the first of all.
         self._by_link = np.zeros((-(-size // self._devices), self._devices))
+        self._of_link = [self._by_link[:, device] for device in range(self._devices)]
         self._priorities = self._by_link.reshape(-1)[:size]
 
     def priority(self, flat: int) -> float:
         """Return an expert's priority, 0 if it is not requested."""
         return self._priorities.item(flat)
 
-    def request(self, priorities: NDArray[np.float64], start: int) -> None:
-        """Request absent experts from `start` on by priorities (L * J,); the others keep theirs."""
+    def request(self, priorities: NDArray[np.float64], start: int) -> NDArray[np.bool_]:
+        """Request absent experts from `start` on by priorities (L * J,); the others keep theirs.
+
+        Returns which of the experts from `start` on have a priority.
+        """
         asked = priorities[start:]
-        where = (asked > ZERO) & self._absent[start:]
-        np.putmask(self._priorities[start:], where, asked)
+        wanted: NDArray[np.bool_] = asked > ZERO
+        np.putmask(self._priorities[start:], wanted & self._absent[start:], asked)
         self._find_first()
+        return wanted
 
     def clear(self) -> None:
-        """Forget all requests."""
         self._priorities[:] = 0.0
 
     def put(self, flat: int, priority: float) -> None:
-        """Request one expert."""
         self._priorities[flat] = priority
         device = flat % self._devices
-        self._set_first(device, int(self._by_link[:, device].argmax()))
+        self._set_first(device, int(self._of_link[device].argmax()))
 
     def drop(self, flat: int) -> None:
-        """Forget the request for an expert, if there is one."""
+        device, following = flat % self._devices, flat + self._devices
+        if self.first[device] != flat:
+            self._priorities[flat] = 0.0
+            return
+        priority = self._priorities.item(flat)
         self._priorities[flat] = 0.0
-        device = flat % self._devices
-        if self.first[device] == flat:
-            self._set_first(device, int(self._by_link[:, device].argmax()))
+        # As where a whole layer is requested.
+        if following < len(self._priorities) and self._priorities.item(following) == priority:
+            self.first[device] = following
+        else:
+            self._set_first(device, int(self._of_link[device].argmax()))
 
     def drop_layer(self, layer: int) -> None:
-        """Forget all requests for a layer."""
         if max(self.first) == NOBODY:
             return
         start = layer * self._per_layer
@@ -109,8 +112,11 @@ class PrefetchQueue:
                 return
 
     def _find_first(self) -> None:
-        for device, row in enumerate(self._by_link.argmax(axis=0).tolist()):
-            self._set_first(device, row)
+        by_link, devices = self._by_link, self._devices
+        self.first = [
+            row * devices + device if by_link.item(row, device) > 0 else NOBODY
+            for device, row in enumerate(by_link.argmax(axis=0).tolist())
+        ]
 
     def _set_first(self, device: int, row: int) -> None:
         # The last row may end beyond the experts, where nothing is requested.
@@ -148,8 +154,7 @@ class TransferQueue:
     ) -> None:
         self.starved = False
         """Whether the last call of `next_chunk` found transfers but no slot for them."""
-        self.traffic = Traffic()
-        """Bytes that crossed the link so far."""
+        self.traffic = Traffic()  # bytes that crossed the link so far
         self.under_way: dict[int, _Transfer] = {}
         self._cache = cache
         self._prefetches = prefetches
@@ -162,7 +167,6 @@ class TransferQueue:
         """Prefetched bytes of residents that no gate asked for yet."""
 
     def is_empty(self) -> bool:
-        """Tell whether nothing is under way or requested."""
         return not self.under_way and self._prefetches.first[self._device] == NOBODY
 
     def settled(self) -> bool:
@@ -172,7 +176,7 @@ class TransferQueue:
         return self.starved and not any(one.in_flight() for one in self.under_way.values())
 
     def requested(self, flat: int) -> bool:
-        """Tell whether a copy of an expert is queued or under way, and wanted."""
+        """Tell whether a copy of an expert is wanted, and queued or under way."""
         transfer = self.under_way.get(flat)
         if transfer is None:
             return self._prefetches.priority(flat) > 0
@@ -327,7 +331,6 @@ class TransferQueue:
         return True
 
     def _drop(self, transfer: _Transfer) -> None:
-        """Forget a half-copied prefetch."""
         del self.under_way[transfer.flat]
         self._prefetches.drop(transfer.flat)
         self._cache.abandon(transfer.flat)

@@ -21,15 +21,12 @@ class LinkRate:
     latency: float = 0.0
     shared_bytes_per_second: float = NEVER
     """Host memory bandwidth, which all links that copy at one time share."""
-    chunks_in_flight: int = 1
-    """A demand waits for as many chunks of a prefetch."""
+    chunks_in_flight: int = 1  # a demand waits for as many chunks of a prefetch
     lag: float = 0.0
     """Seconds after a chunk's end in which what follows it is not settled yet (`EmulatedLink`)."""
-    wake: float = 0.0
-    """Seconds until an idle link that is given something begins with it."""
+    wake: float = 0.0  # seconds until an idle link that is given something begins with it
 
     def each(self, copying: int) -> float:
-        """Return what each of `copying` links gets."""
         return min(self.bytes_per_second, self.shared_bytes_per_second / max(copying, 1))
 
 
@@ -39,14 +36,11 @@ class _Lane:
     def __init__(self) -> None:
         self.span: Chunk | None = None
         self.began = 0.0
-        self.moves_from = 0.0
-        """When bytes begin to move; before that is latency."""
-        self.sent = 0.0
-        """Bytes moved at `moves_from`."""
+        self.moves_from = 0.0  # when bytes begin to move; before that is latency
+        self.sent = 0.0  # bytes moved at `moves_from`
         self.end = NEVER
 
     def moved(self, now: float, speed: float) -> float:
-        """Return the bytes moved until now."""
         return self.sent + max(0.0, now - self.moves_from) * speed
 
 
@@ -58,8 +52,7 @@ class VirtualLinks:
 
     def __init__(self, residency: Residency, rate: LinkRate, timeline: Timeline | None) -> None:
         self.next_event = NEVER
-        self.copying = 0
-        """How many links copy."""
+        self.copying = 0  # how many links copy
         self._residency = residency
         self._queues = residency.queues
         self._rate = rate

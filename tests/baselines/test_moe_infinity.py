@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ SECOND = np.array([[0, 0, 2, 0], [0, 0, 2, 0], [0, 0, 1, 1]], np.float32)
 EMBEDDINGS = np.zeros((1, 2), np.float32)
 
 
-def policy(*stored: np.ndarray, **options: int | str | bool) -> MoEInfinityPolicy:
+def policy(*stored: np.ndarray, **options: Any) -> MoEInfinityPolicy:
     made = moe_infinity(SHAPE, **{"early_layers": 1, **options})
     for matrix in stored:
         made.collection.add(matrix)

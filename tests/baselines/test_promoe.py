@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from baselines.promoe import LearnedPredictor, ProMoEOptions, ProMoEPolicy, promoe
+from baselines.promoe import LearnedPredictor, ProMoEPolicy, promoe
 from experiments.run.schedule import Request
 from experiments.run.small_models import small_model
 from experiments.train.predictor import Recording, record, top_k_accuracy, train
@@ -94,8 +94,7 @@ def test_a_learned_predictor_is_a_perceptron_of_two_layers() -> None:
 def test_a_saved_predictor_is_used_for_its_source_layer(tmp_path: Path) -> None:
     path = tmp_path / "predictor.safetensors"
     predictor().save(path, 2, {"model": "test"})
-    options = ProMoEOptions(2, "learned", str(path))
-    policy = ProMoEPolicy(SHAPE, options)
+    policy = ProMoEPolicy(SHAPE, 2, "learned", str(path))
     assert list(asked(policy.on_gate(DECODE, gate(0, [3, 0])))) == [(2, 0)]
     assert list(asked(policy.on_gate(DECODE, gate(1, [3, 0])))) == [(3, 2)]
 

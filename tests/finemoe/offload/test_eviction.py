@@ -20,8 +20,7 @@ A, B, C = ExpertId(0, 3), ExpertId(0, 1), ExpertId(1, 0)
 
 
 def keys(order: Recency) -> NDArray[np.float64]:
-    asked = getattr(order, "eviction_keys", None)
-    return asked(C, True).copy() if asked else order.lru_keys().copy()
+    return order.eviction_keys(C, True).copy()
 
 
 @pytest.mark.parametrize(

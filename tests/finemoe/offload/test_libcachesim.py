@@ -39,7 +39,7 @@ def our_hits(stream: Stream, shape: ModelShape, slots: int, policy: Policy) -> l
     cache = ExpertCache(shape, (slots,), policy.eviction_keys, policy.on_evict)
     hits = []
     for number, expert in enumerate(stream):
-        flat = shape.flat(expert)
+        flat = expert.layer * shape.experts + expert.index
         hit = state(cache, flat) is State.RESIDENT
         iteration = Iteration(number, "decode", (0,), (1,))
         found = (expert.index,)

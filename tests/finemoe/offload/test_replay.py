@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from finemoe.costs import Line, LinearCosts
-from finemoe.offload.eviction import UsageTable
+from finemoe.offload.eviction import Recency
 from finemoe.offload.policy import (
     ExpertId,
     Gate,
@@ -43,7 +43,7 @@ class Scripted(Policy):
     def __init__(self, requests: dict[tuple[int, int], float], **placement: object) -> None:
         self.placement = Placement(**placement)  # type: ignore[arg-type]
         self.requests = asking(SHAPE, requests) if requests else None
-        self.usage = UsageTable(SHAPE)
+        self.usage = Recency(SHAPE)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
         return None if gate.layer else self.requests
@@ -55,7 +55,7 @@ class Scripted(Policy):
         self.usage.on_load(expert)
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self.usage.lru_keys()
+        return self.usage.eviction_keys(incoming, urgent)
 
 
 def routed(number: int, *activated: tuple[int, ...], tokens: int = 1) -> RoutedIteration:

@@ -98,7 +98,7 @@ def requested(engine: Residency) -> list[ExpertId]:
 
 
 def at(layer: int, index: int) -> int:
-    return SHAPE.flat(ExpertId(layer, index))
+    return layer * SHAPE.experts + index
 
 
 def release(engine: Residency, layer: int, indices: Iterable[int]) -> None:
