@@ -4,8 +4,6 @@ So differences, ratios and averages are array arithmetic. Runs that served the s
 dataset are resampled alike: they are paired. Averages over cells draw cells, and requests in each.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -73,7 +71,7 @@ def ratio(above: Draws, below: Draws) -> Draws:
         return above / below
 
 
-def table_draws(row: pd.Series[Any], value: str, key: tuple[Any, ...]) -> Draws:
+def table_draws(row: Any, value: str, key: tuple[Any, ...]) -> Draws:
     """Return a table's value, normal as its interval `low`, `high` says; one key, one drawing."""
     draws = constant(float(row[value]))
     low, high = row.get("low", np.nan), row.get("high", np.nan)

@@ -1,7 +1,5 @@
 """What ends a command: bad input, in one line and with exit code 2, or a signal."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

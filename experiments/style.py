@@ -1,7 +1,5 @@
 """How every figure looks: names, order, colours and markers, axis labels and units."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -268,10 +268,14 @@ def calibrate(bench: Bench) -> list[Check]:
     product_s = bench.timed(lambda: torch.mm(matrix, matrix))
     small = torch.zeros(1, pin_memory=True)
     latency_s = bench.timed(lambda: scalar.copy_(small[0], non_blocking=True))
-    layer_s = _layer_seconds(bench, kernel_s, sync_s)
+    layer_s, hop_s = _layer_seconds(bench, kernel_s, sync_s), 0.0
+    if len(bench.testbed.devices) > 1:
+        # A row to the next device and back.
+        there, hopping = bench.testbed.devices[1], row.new_zeros(1, 4096)
+        hop_s = bench.timed(lambda: hopping.to(there).to(device))
     host = {
         "host_memory_gb_s": rates["rate of all links at once"],
-        "hop_us": _hop_seconds(bench) * 1e6,
+        "hop_us": hop_s * 1e6,
         "layer_us": layer_s * 1e6,
     }
     accelerator = {
@@ -295,15 +299,6 @@ def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
     launches = DENSE_KERNELS + EXPERT_KERNELS * model.shape.top_k
     explained = launches * kernel_s + sync_s
     return max(0.0, (served.tpot or 0.0) / model.shape.layers - explained)
-
-
-def _hop_seconds(bench: Bench) -> float:
-    """Return what a row takes to the next device and back."""
-    if len(bench.testbed.devices) == 1:
-        return 0.0
-    there, back = bench.testbed.devices[1], bench.device
-    row = torch.zeros(1, 4096, dtype=torch.bfloat16, device=back)
-    return bench.timed(lambda: row.to(there).to(back))
 
 
 def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:

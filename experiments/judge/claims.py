@@ -4,8 +4,6 @@ The claims are those of `experiments/judge/paper.py` and, with ``claims=<file.py
 yours as well. `RULES` says when each holds. Writes `<results>/claims.json` and `claims.csv`.
 """
 
-from __future__ import annotations
-
 import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ It takes folders of run records, such as `multirun`, and leaves nothing. What al
 once, above; a row has every setting in which its run differs. Commits are told apart below.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args

@@ -4,14 +4,12 @@
 cell, as bootstrap draws.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -96,7 +94,7 @@ class Claim:
         """Return a value in the claim's unit."""
         return f"{significant(value * self.scale, digits)} {self.unit}".strip()
 
-    def each(self) -> Iterator[Claim]:
+    def each(self) -> Iterator[Self]:
         """Yield the claim on each model or system; itself if it is of none."""
         if not isinstance(self.paper, dict):
             yield self
@@ -182,7 +180,7 @@ def _count(chosen: Rows, selector: Selector, cell: Cell) -> Untestable:
     return Untestable(f"{count} of {selector_name(selector)} on {cell_name(cell)}")
 
 
-def _run_draws(run: pd.Series[Any], metric: str) -> Draws:
+def _run_draws(run: Any, metric: str) -> Draws:
     """Return a metric of one run, its requests resampled; sync_s and sync_share are one number."""
     over = {"sync_s": run["iterations"], "sync_share": run["busy_s"]}.get(metric)
     if over is None:
@@ -325,33 +323,20 @@ def _curves(finding: Finding, x: str, points: int = 3) -> Iterator[tuple[str, Ce
         yield label, cell, settings, np.stack([draws for _, draws in curve])
 
 
-def trend(rows: Rows, x: str, value: str, direction: str, by: Names = ()) -> Finding:
-    """Rank correlations of an analysis's value with x."""
-    # The points of a curve are of the same requests: drawn one by one they would lose their order.
-    fixed = rows.drop(columns=["low", "high"], errors="ignore")
-    return _trend(values(fixed, value, by=[*by, x]), x, direction)
+def trend(finding: Finding, x: str, direction: str, what: str = "") -> Finding:
+    """Rank correlations with x, by which something was measured, of `what` it was."""
+    sign, parts = (1.0 if direction == "rises" else -1.0), []
+    for label, cell, at, draws in _curves(finding, x):
+        # Points of an analysis are of the same requests: drawn one by one they lose their order.
+        drawn = draws if finding.of_runs else np.repeat(draws[:, :1], draws.shape[1], axis=1)
+        name = f"{what}{label} {direction} with {quantity_name(x)}"
+        parts.append((name, cell, sign * spearman([*at], [*drawn])))
+    return replace(finding, parts=parts, oracle=None)
 
 
-def trend_of_reductions(
-    rows: Rows, x: str, metrics: Names, systems: Names, direction: str
-) -> Finding:
-    """Rank correlations of the first system's reductions with a setting."""
-    finding = reductions(rows, metrics, systems, [x])
-    return replace(_trend(finding, x, direction, "reduction of "), oracle=None)
-
-
-def _trend(finding: Finding, x: str, direction: str, what: str = "") -> Finding:
-    sign, setting = (1.0 if direction == "rises" else -1.0), quantity_name(x)
-    parts = [
-        (f"{what}{label} {direction} with {setting}", cell, sign * spearman([*at], [*draws]))
-        for label, cell, at, draws in _curves(finding, x)
-    ]
-    return replace(finding, parts=parts)
-
-
-def plateau(rows: Rows, x: str, value: str, after: float, by: Names = ()) -> Finding:
-    """Slopes of an analysis's value up to a point, and beyond it."""
-    finding, parts = values(rows, value, by=[*by, x]), []
+def plateau(finding: Finding, x: str, after: float) -> Finding:
+    """Slopes over x, by which something was measured, up to a point and beyond it."""
+    parts = []
     for label, cell, at, draws in _curves(finding, x):
         if not at[0] < after < at[-1]:
             raise Untestable(f"values of {x} do not reach from below {after:g} beyond")
@@ -362,10 +347,9 @@ def plateau(rows: Rows, x: str, value: str, after: float, by: Names = ()) -> Fin
     return replace(finding, parts=parts)
 
 
-def best_setting(rows: Rows, x: str, metric: str, system: str) -> Finding:
-    """The setting at which a system's metric is least."""
-    finding, setting = values(rows, metric, system, by=[x]), quantity_name(x)
-    parts, details = [], []
+def best_setting(finding: Finding, x: str) -> Finding:
+    """The setting x at which something measured by it is least."""
+    setting, parts, details = quantity_name(x), [], []
     for label, cell, at, draws in _curves(finding, x, points=2):
         parts.append((f"{setting} with the lowest {label}", cell, at[draws.argmin(axis=0)]))
         points = zip(at, 1e3 * draws[:, 0], strict=True)

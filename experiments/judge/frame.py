@@ -1,7 +1,5 @@
 """Run records as one table, a row per run: what figures, claims, the report and `compare` read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -18,16 +16,7 @@ from omegaconf import OmegaConf
 from experiments import CONF
 from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
-from experiments.run.records import (
-    ANALYSIS,
-    INDEX,
-    RECORD,
-    read_checked,
-    read_record,
-    read_requests,
-    read_table,
-    unpack_runs,
-)
+from experiments.run import records
 from experiments.style import system_name
 
 Facts = Mapping[str, Any]
@@ -40,8 +29,8 @@ IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing
 NOT_OPTIONS = ("_target_", "label", "look", "prediction_us")
 
 
-def run_frame(records: Sequence[Path]) -> pd.DataFrame:
-    """Return one row per run, in the order of `records`, which are folders or their run.json.
+def run_frame(runs: Sequence[Path]) -> pd.DataFrame:
+    """Return one row per run, in the order of `runs`, which are folders or their run.json.
 
     Identity: `digest` (the folder's name), `system`, `label` (the system and its options that are
     not at their defaults), the OPTIONS, `model`, `dataset`, `memory_budget_gb`, `memory_budget` (as
@@ -55,7 +44,7 @@ def run_frame(records: Sequence[Path]) -> pd.DataFrame:
     without the queueing. What a record does not have is NaN or None. Raises UserError for a path
     that holds no run record, or a damaged one.
     """
-    paths = [path / RECORD if path.is_dir() else path for path in records]
+    paths = [path / records.RECORD if path.is_dir() else path for path in runs]
     absent = [path for path in paths if not path.is_file()]
     if absent:
         raise UserError(f"{absent[0]}: no run record; give folders that runs have left")
@@ -71,7 +60,7 @@ def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    record, requests = read_record(path), read_requests(path)
+    record, requests = records.read_record(path), records.read_requests(path)
     requests["service_s"] = requests["e2el_s"] - requests.get("queueing_s", 0.0)
     summary, names = record["summary"], identity(path, record)
     phases, bound = summary.get("phase_seconds") or {}, summary.get("bound") or {}
@@ -176,7 +165,7 @@ class ResultsFolder:
             remedy = "run `python -m experiments.reproduce all` first"
             raise UserError(f"{root}: no such folder; {remedy}")
         self.root, self.figures = root, root / "figures"
-        unpack_runs(root)
+        records.unpack_runs(root)
 
     def run(self, digest: str) -> Path:
         return self.root / "runs" / digest
@@ -190,7 +179,7 @@ class ResultsFolder:
     @cached_property
     def runs(self) -> pd.DataFrame:
         """The `run_frame` of all complete runs, those of no experiment as well, by digest."""
-        frame = run_frame(sorted((self.root / "runs").glob(f"*/{RECORD}")))
+        frame = run_frame(sorted((self.root / "runs").glob(f"*/{records.RECORD}")))
         return frame.set_axis(frame["digest"].tolist()) if len(frame) else frame
 
     def runs_of(self, experiment: str) -> pd.DataFrame:
@@ -201,7 +190,7 @@ class ResultsFolder:
     def index(self, experiment: str) -> dict[str, Any]:
         """Return what an experiment consists of, empty where it was not made."""
         path, due = self.experiment(experiment), "experiment record; remove it and draw again"
-        return read_checked(path, INDEX, due) if path.exists() else {}
+        return records.read_checked(path, records.INDEX, due) if path.exists() else {}
 
     def rows(self, experiment: str) -> pd.DataFrame:
         """Return what claims judge, empty if it is missing: the table that an analysis left, with
@@ -213,7 +202,7 @@ class ResultsFolder:
         path = self.analysis(experiment) / f"{next(iter(record['tables']), '')}.csv"
         if not path.exists():
             return pd.DataFrame()
-        return read_table(path).assign(
+        return records.read_table(path).assign(
             digest=hashlib.sha256(path.read_bytes()).hexdigest(),
             mode=record["mode"],
             weights=", ".join(sorted({one["weights"] for one in record["subjects"]})),
@@ -223,4 +212,4 @@ class ResultsFolder:
         """Return an analysis's record, empty where there is none."""
         path = self.analysis(name) / "record.json"
         due = "analysis record; remove it and analyse again"
-        return read_checked(path, ANALYSIS, due) if path.exists() else {}
+        return records.read_checked(path, records.ANALYSIS, due) if path.exists() else {}

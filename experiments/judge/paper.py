@@ -3,8 +3,6 @@
 Shares are fractions here and per cent in reports; an order has no number of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,7 +25,6 @@ from experiments.judge.findings import (
     share_lowest,
     smaller,
     trend,
-    trend_of_reductions,
     values,
 )
 
@@ -35,6 +32,7 @@ BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")
 PAPER_SYSTEMS = ("finemoe", *BASELINES)
 EXPERT_SYSTEMS = ("finemoe", *BASELINES[1:])  # DeepSpeed loads whole layers
 LATENCIES = ("ttft_s", "tpot_s")
+DISTANCE = "prefetch_distance"
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 GRANULARITIES = ({"granularity": "fine"}, {"granularity": "coarse"})
 TABLE_1 = ("table1", "Table 1")
@@ -108,13 +106,13 @@ def fig3b_entropy_gate(rows: Rows) -> Finding:
 @claim("trend", "3c", "Figure 3c", "rises")
 def fig3c_rises(rows: Rows) -> Finding:
     """Entropy rises as the activations of more iterations are added up."""
-    return trend(rows, "iterations", "nats", "rises")
+    return trend(values(rows, "nats", by=["iterations"]), "iterations", "rises")
 
 
 @claim("trend", "3c", "Figure 3c", "flat")
 def fig3c_plateau(rows: Rows) -> Finding:
     """The entropy plateaus after about 10 iterations."""
-    return plateau(rows, "iterations", "nats", after=10)
+    return plateau(values(rows, "nats", by=["iterations"]), "iterations", after=10)
 
 
 @claim("order", "3c", "Figure 3c")
@@ -135,14 +133,14 @@ def fig4_fine(rows: Rows) -> Finding:
 def fig4_falls(rows: Rows) -> Finding:
     """The hit rate of fine-grained prediction falls with the prefetch distance."""
     rows = select(rows, {"granularity": "fine"})
-    return trend(rows, "distance", "hit_rate", "falls")
+    return trend(values(rows, "hit_rate", by=["distance"]), "distance", "falls")
 
 
 @claim("trend", "8", "Section 4.2, Figure 8", "rises")
 def fig8_similarity(rows: Rows) -> Finding:
     """The mean hit rate rises with semantic and with trajectory similarity of two prompts."""
     rows = select(rows, {"method": "pairs"})
-    return trend(rows, "score", "hit_rate", "rises", by=["search"])
+    return trend(values(rows, "hit_rate", by=["search", "score"]), "score", "rises")
 
 
 @claim("at least", "9", "Section 4.2, Figure 9", 0.5, weaker=0)
@@ -207,7 +205,8 @@ def fig12(rows: Rows, system: str) -> Finding:
 @claim("trend", "12", "Section 6.3, Figure 12", "falls")
 def fig12_narrows(rows: Rows) -> Finding:
     """The gaps in TPOT narrow as the limit of the expert cache grows."""
-    return trend_of_reductions(rows, "memory_budget_gb", ["tpot_s"], PAPER_SYSTEMS, "falls")
+    gaps = reductions(rows, ["tpot_s"], PAPER_SYSTEMS, by=["memory_budget_gb"])
+    return trend(gaps, "memory_budget_gb", "falls", "reduction of ")
 
 
 @claim("order", "13", "Section 6.4, Figure 13")
@@ -262,19 +261,21 @@ def fig14b_caching(rows: Rows) -> Finding:
 @claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
 def fig15_ttft(rows: Rows, model: str) -> Finding:
     """For {model} TTFT is lowest at prefetch distance {paper}."""
-    return best_setting(select(rows, {"model": model}), "prefetch_distance", "ttft_s", "finemoe")
+    of_model = select(rows, {"model": model})
+    return best_setting(values(of_model, "ttft_s", "finemoe", [DISTANCE]), DISTANCE)
 
 
 @claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
 def fig15_tpot(rows: Rows, model: str) -> Finding:
     """For {model} TPOT is lowest at prefetch distance {paper}."""
-    return best_setting(select(rows, {"model": model}), "prefetch_distance", "tpot_s", "finemoe")
+    of_model = select(rows, {"model": model})
+    return best_setting(values(of_model, "tpot_s", "finemoe", [DISTANCE]), DISTANCE)
 
 
 @claim("trend", "16a", "Section 6.6, Figure 16a", "flat")
 def fig16a_plateau(rows: Rows) -> Finding:
     """Semantic and trajectory scores rise steeply up to a capacity of 1,000 maps, then are flat."""
-    return plateau(rows, "capacity", "score", after=1000, by=["search"])
+    return plateau(values(rows, "score", by=["search", "capacity"]), "capacity", after=1000)
 
 
 @claim("at least", "16b", "Section 6.6, Figure 16b", 0.5, unit="%")

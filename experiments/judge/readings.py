@@ -1,7 +1,5 @@
 """Every claim about runs under every reading of what the paper leaves open (docs/fidelity.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path

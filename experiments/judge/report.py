@@ -4,8 +4,6 @@
 and the same records give the same report but for the time of writing.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re

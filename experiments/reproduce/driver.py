@@ -9,8 +9,6 @@ writes the report. Anything that ``run.py`` takes narrows or changes it:
 What is complete is never done again, so that an interrupted call goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -30,17 +28,8 @@ from rich.markup import escape
 from experiments import CONF, ROOT
 from experiments.errors import BAD_INPUT, UserError, command, words_given
 from experiments.judge.frame import ResultsFolder
-from experiments.reproduce import sweeps
+from experiments.reproduce import results, sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Tasks, attempt, side_by_side
-from experiments.reproduce.results import (
-    Plan,
-    adopt,
-    complete,
-    ensure_record,
-    made,
-    make,
-    record_traces,
-)
 from experiments.reproduce.sweeps import Experiment, Words
 from experiments.run.config import build, check
 from experiments.run.console import bar_on
@@ -82,11 +71,11 @@ class Reproduction:
         self.plans = [
             self._plan(one, overrides, source, conf)
             for one in self.chosen
-            if options["redraw"] or not made(self.results, one.id, source)
+            if options["redraw"] or not results.made(self.results, one.id, source)
         ]
         self.wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
         if options["records"]:
-            taken = adopt(self.results, Path(options["records"]), self.wanted)
+            taken = results.adopt(self.results, Path(options["records"]), self.wanted)
             self._say(
                 f"taken from {escape(options['records'])}: {taken} of {len(self.wanted)} runs"
             )
@@ -113,7 +102,9 @@ class Reproduction:
             return 0
         return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
 
-    def _plan(self, experiment: Experiment, overrides: Words, source: str, conf: Path) -> Plan:
+    def _plan(
+        self, experiment: Experiment, overrides: Words, source: str, conf: Path
+    ) -> results.Plan:
         content: dict[str, Any] = {
             "id": experiment.id,
             "title": experiment.title,
@@ -124,12 +115,12 @@ class Reproduction:
         }
         if experiment.analysis and not experiment.readings:
             own, traced = sweeps.analysis_config(experiment, overrides, conf)
-            return Plan(experiment, content, analysis=own, traced=traced)
+            return results.Plan(experiment, content, analysis=own, traced=traced)
         if experiment.readings:
             content["views"], runs = sweeps.reading_configs(experiment, overrides, conf)
         else:
             runs = sweeps.run_configs(experiment, overrides, conf)
-        return Plan(experiment, {**content, "runs": list(runs)}, runs)
+        return results.Plan(experiment, {**content, "runs": list(runs)}, runs)
 
     @cached_property
     def pending_runs(self) -> dict[str, DictConfig]:
@@ -138,7 +129,7 @@ class Reproduction:
         for digest, cfg in self.wanted.items():
             run = self.results.run(digest)
             logged = cfg.logger.name != "wandb" or is_logged(run / RECORD)
-            if not (logged and complete(run)):
+            if not (logged and results.complete(run)):
                 missing[digest] = cfg
         return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
 
@@ -163,7 +154,7 @@ class Reproduction:
         groups: dict[str, list[DictConfig]] = defaultdict(list)
         for cfg in chain(replayed.values(), *(plan.traced.values() for plan in self.plans)):
             groups[trace_group(cfg)].append(cfg)
-        tasks = {name: partial(record_traces, cfgs) for name, cfgs in groups.items()}
+        tasks = {name: partial(results.record_traces, cfgs) for name, cfgs in groups.items()}
         failed = {outcome.name for outcome in self._stage("traces", tasks, {}) if outcome.error}
         for one, cfg in replayed.items():
             if trace_group(cfg) in failed:
@@ -176,7 +167,7 @@ class Reproduction:
             cfg.output = str(self.results.run(digest))
             what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
             name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
-            tasks[not in_virtual_time(cfg)][name] = partial(ensure_record, cfg)
+            tasks[not in_virtual_time(cfg)][name] = partial(results.ensure_record, cfg)
         self._stage("runs", *tasks)
 
     def _draw(self) -> None:
@@ -184,11 +175,11 @@ class Reproduction:
         tasks = {}
         for plan in self.plans:
             name = f"experiment {plan.experiment.id}"
-            missing = sum(not complete(self.results.run(one)) for one in plan.runs)
+            missing = sum(not results.complete(self.results.run(one)) for one in plan.runs)
             if missing:
                 self._say(f"{name}: not drawn, {missing} of its runs are missing")
             else:
-                tasks[name] = partial(make, plan, self.results)
+                tasks[name] = partial(results.make, plan, self.results)
         for outcome in self._stage("figures", tasks, {}):
             if not outcome.error:
                 picture = self.results.figures / f"{outcome.name.split()[-1]}.png"

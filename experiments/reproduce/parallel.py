@@ -1,7 +1,5 @@
 """Tasks side by side: over this machine's cores (joblib) or those of a Ray cluster."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

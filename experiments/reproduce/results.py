@@ -1,7 +1,5 @@
 """What makes reproduced results, in worker processes too; `ResultsFolder` says where they lie."""
 
-from __future__ import annotations
-
 import importlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,19 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder, run_frame
 from experiments.reproduce.sweeps import Experiment, digest
+from experiments.run import records
 from experiments.run.console import Console
-from experiments.run.records import (
-    INDEX,
-    RECORD,
-    REQUESTS,
-    alone_in,
-    existing_record,
-    of_these_weights,
-    other_code,
-    provenance,
-    read_checked,
-    read_record,
-)
 from finemoe.files import atomic_write, write_json
 
 AUTO, SIMULATED = "experiments.run.testbeds.auto", "experiments.run.testbeds.simulated"
@@ -38,7 +25,7 @@ class Plan:
     """What one experiment needs: runs by digest, or an analysis and its traces."""
 
     experiment: Experiment
-    content: dict[str, Any]  # what its file under `experiments/` says, but for files and provenance
+    content: dict[str, Any]  # what its file under `experiments/` says, but for files, provenance
     runs: dict[str, DictConfig] = field(default_factory=dict)
     analysis: DictConfig | None = None
     traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
@@ -46,21 +33,21 @@ class Plan:
 
 def complete(run: Path) -> bool:
     """Tell whether a run is there, of today's weights; UserError for a malformed record."""
-    path = run / RECORD
-    return path.exists() and of_these_weights(read_record(path))
+    path = run / records.RECORD
+    return path.exists() and records.of_these_weights(records.read_record(path))
 
 
 def made(results: ResultsFolder, name: str, source: str) -> bool:
     """Tell whether an experiment was made of this source and is whole; UserError for a bad run."""
     try:
-        index = read_checked(results.experiment(name), INDEX, "experiment record")
+        index = records.read_checked(results.experiment(name), records.INDEX, "experiment record")
     except UserError:
         return False
     files = [results.root / one for one in index.get("files", ())]
-    records = [results.run(one) / RECORD for one in index.get("runs", ())]
-    if index.get("source") != source or not all(one.exists() for one in (*files, *records)):
+    runs = [results.run(one) / records.RECORD for one in index.get("runs", ())]
+    if index.get("source") != source or not all(one.exists() for one in (*files, *runs)):
         return False
-    return all(map(read_record, records))
+    return all(map(records.read_record, runs))
 
 
 def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
@@ -72,16 +59,16 @@ def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
     if not folder.is_dir():
         raise UserError(f"records={folder} is no folder; name one that a sweep left")
     adopted = 0
-    for path in sorted(folder.rglob(RECORD)):
-        record = read_record(path)
+    for path in sorted(folder.rglob(records.RECORD)):
+        record = records.read_record(path)
         cfg = OmegaConf.create(record["config"])
         if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
             cfg.testbed._target_ = SIMULATED
         identity = digest(cfg)
         place = results.run(identity)
-        if identity in wanted and not (place / RECORD).exists():
+        if identity in wanted and not (place / records.RECORD).exists():
             # The record completes the run.
-            for name in (REQUESTS, RECORD):
+            for name in (records.REQUESTS, records.RECORD):
                 with atomic_write(place / name) as partial:
                     shutil.copyfile(path.parent / name, partial)
             adopted += 1
@@ -105,13 +92,13 @@ def ensure_record(cfg: DictConfig, console: Console | None = None) -> dict[str, 
     from experiments.run.tracking import log_record
 
     folder, console = Path(cfg.output), console or Console(quiet=True)
-    path = existing_record(cfg)
+    path = records.existing_record(cfg)
     # Another process may make it meanwhile.
-    with nullcontext() if path else alone_in(folder):
-        path = path or existing_record(cfg)
-        record = read_record(path) if path else run(cfg, console)
+    with nullcontext() if path else records.alone_in(folder):
+        path = path or records.existing_record(cfg)
+        record = records.read_record(path) if path else run(cfg, console)
     if path:
-        console.skipped(path, other_code(record))
+        console.skipped(path, records.other_code(record))
     if cfg.logger.name == "wandb":
         log_record(cfg.logger.project, folder, record)
     return record
@@ -139,7 +126,7 @@ def write_experiment(results: ResultsFolder, name: str, content: Mapping[str, An
     """Mark an experiment complete, with the files that it left."""
     left = (*results.figures.glob(f"{name}.*"), *results.analysis(name).glob("*"))
     files = sorted(str(path.relative_to(results.root)) for path in left)
-    whole = {**content, "files": files, "provenance": provenance()}
+    whole = {**content, "files": files, "provenance": records.provenance()}
     write_json(results.experiment(name), whole)
 
 

@@ -4,8 +4,6 @@ Load balance, entropy, overlap of consecutive tokens, and how far ahead each pre
 every model and dataset, against uniform chance: on the terminal, as pictures and as a JSON record.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -24,7 +22,6 @@ from experiments.figures.figure4 import rate_panels
 from experiments.run.console import Console
 from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
-from experiments.run.weights import SCALE_MODELS
 from finemoe.files import write_json
 from finemoe.trace import TraceReader
 
@@ -73,6 +70,9 @@ def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
     }
     tables["hit_rates"]["chance"] = chance
     at_distance = tables["hit_rates"].query("distance == @distance").set_index("predictor")
+    smallest, lowest = balance["smallest"], at_distance["low"]
+    neglecting = ", ".join(smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)) or "none"
+    weak = ", ".join(lowest.index[lowest <= chance]) or "none"
     summary = {
         "model": cfg.model.name,
         "dataset": cfg.dataset.name,
@@ -82,14 +82,17 @@ def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
         "layers": shape.layers,
         "experts": shape.experts,
         "top_k": shape.top_k,
-        "smallest_load": float(balance["smallest"].min()),
+        "smallest_load": float(smallest.min()),
         "largest_load": float(balance["largest"].max()),
         "entropy_nats": tables["entropy"][["coarse", "fine_counts", "fine_gate"]].mean().to_dict(),
         "overlap": float(tables["overlap"]["overlap"].mean()),
         "distance": distance,
         "hit_rate": at_distance["hit_rate"].to_dict(),
         "chance": chance,
-        "shortcomings": shortcomings(balance["smallest"], at_distance["low"], chance, distance),
+        "shortcomings": [
+            f"layers with an expert below a fifth of its fair share of prompt tokens: {neglecting}",
+            f"predictors not above chance at d = {distance} (95 % interval): {weak}",
+        ],
         "trace": dict(header.provenance),
     }
     return summary, tables
@@ -97,18 +100,6 @@ def investigate(cfg: DictConfig, console: Console) -> tuple[Summary, Tables]:
 
 def _by_layer(table: pd.DataFrame, uniform: float) -> pd.DataFrame:
     return table.assign(uniform=uniform).rename_axis("layer").reset_index()
-
-
-def shortcomings(
-    smallest: pd.Series[float], lowest: pd.Series[float], chance: float, distance: int
-) -> list[str]:
-    """Say which layers' smallest load, and which predictors' lowest likely hit rate, is too low."""
-    neglecting = ", ".join(smallest.index[smallest < FAIR_SHARE_FLOOR].astype(str)) or "none"
-    weak = ", ".join(lowest.index[lowest <= chance]) or "none"
-    return [
-        f"layers with an expert below a fifth of its fair share of prompt tokens: {neglecting}",
-        f"predictors not above chance at d = {distance} (95 % interval): {weak}",
-    ]
 
 
 def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
@@ -223,18 +214,10 @@ def report(cfg: DictConfig) -> None:
     """Investigate every model and dataset, print, and write the report. Raises UserError."""
     summaries, found = list[Summary](), dict[tuple[str, str], Tables]()
     for one in subject_configs(cfg):
-        model, dataset = one.model.name, one.dataset.name
-        config = SCALE_MODELS / model / "config.json"
-        if str(cfg.weights) == "scale" and not config.exists():
-            print(f"skipped {model} on {dataset}: no scale weights yet")
-            continue
-        summary, found[model, dataset] = investigate(one, Console())
+        summary, tables = investigate(one, Console())
+        print_subject(summary, tables, str(cfg.weights))
         summaries.append(summary)
-        print_subject(summary, found[model, dataset], str(cfg.weights))
-    if not found:
-        train = "train one with `python -m experiments.train.scale_models model=mixtral`"
-        cause = f"none of {', '.join(cfg.models)} has scale weights"
-        raise UserError(f"{cause}; {train}, or choose other models=")
+        found[one.model.name, one.dataset.name] = tables
     tables = {
         name: analyses.joined({subject: one[name] for subject, one in found.items()})
         for name in (*PICTURES, "hit_rates")

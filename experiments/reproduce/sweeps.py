@@ -4,8 +4,6 @@
 and `experiment.cells`: lists of overrides, each multiplied with the parameters it does not set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -96,8 +94,7 @@ def run_configs(experiment: Experiment, overrides: Words, conf: Path = CONF) -> 
     params, user = parse(experiment.params), parse(overrides)
     combinations = combine(params, experiment.cells, user, _groups(conf))
     if not combinations:
-        left = f"experiment {experiment.id} is left by {' '.join(overrides)}"
-        raise UserError(f"nothing of {left}")
+        raise UserError(f"nothing of experiment {experiment.id} is left by {' '.join(overrides)}")
     configs = [_of_run(_composed(experiment, one, conf)) for one in combinations]
     return {digest(cfg): cfg for cfg in configs}
 
@@ -191,14 +188,13 @@ def _value(override: str) -> str:
 
 
 def _values(override: Override) -> list[str]:
-    key = override.get_key_element()
     if override.is_delete():
-        return [key]
+        return [override.get_key_element()]
     if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"]
+        return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
     if not override.is_discrete_sweep():
         raise UserError(f"{override.input_line}: an interval has no list of values")
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return [f"{override.get_key_element()}={one}" for one in override.sweep_string_iterator()]
 
 
 def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfig:
@@ -206,7 +202,8 @@ def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfi
 
     Plain values are set after composing, as composing takes long.
     """
-    values = [one for one in overrides if _is_value(one.partition("=")[0], conf)]
+    plain = (one for one in overrides if re.fullmatch(r"[a-z_.]+=.*", one, re.DOTALL))
+    values = [one for one in plain if one.partition("=")[0] not in _groups(conf)]
     choices = tuple(one for one in overrides if one not in values)
     try:
         cfg: DictConfig = pickle.loads(_by_hydra(conf, experiment.name, choices))
@@ -235,10 +232,6 @@ def _by_hydra(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
 @cache
 def _groups(conf: Path) -> set[str]:
     return {path.name for path in conf.iterdir() if path.is_dir()}
-
-
-def _is_value(key: str, conf: Path) -> bool:
-    return key not in _groups(conf) and bool(re.fullmatch(r"[a-z_.]+", key))
 
 
 def _of_run(cfg: DictConfig) -> DictConfig:

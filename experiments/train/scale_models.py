@@ -125,7 +125,11 @@ class Training:
         seed = self.recipe.seed * 1_000_003 + self.step
         # PhiMoE's router samples while it trains.
         torch.manual_seed(seed)
-        batch = self._batch(torch.Generator().manual_seed(seed))
+        length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
+        positions = starts[:, None] + torch.arange(length)
+        batch = self.train_ids[positions.to(self.train_ids.device)]
         output = self.model(
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
         )
@@ -146,12 +150,6 @@ class Training:
         loss = sys.modules[type(self.model).__module__].load_balancing_loss_func
         losses = [loss((one,), one.shape[-1], config.num_experts_per_tok) for one in router_logits]
         return config.router_aux_loss_coef * torch.stack(losses).mean()
-
-    def _batch(self, generator: torch.Generator) -> torch.Tensor:
-        length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
-        starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
-        positions = starts[:, None] + torch.arange(length)
-        return self.train_ids[positions.to(self.train_ids.device)]
 
     def _save(self) -> None:
         state = {

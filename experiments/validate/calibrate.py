@@ -125,7 +125,11 @@ class Calibration:
         """Serve with a system at every budget."""
         for budget in self._cfg.memory_budgets:
             run = run_config(self._cfg, system, memory_budget=budget)
-            setup = _longest_only(_vary_lengths(load_setup(run, self._testbed)))
+            setup = _vary_lengths(load_setup(run, self._testbed))
+            # The longest request asks for hundreds of predictions.
+            setup = _measuring(
+                setup, [max(setup.workload.measured, key=lambda one: len(one.prompt))]
+            )
             self._probes[system] += self._observe(system, setup)
 
     def _observe(self, system: str, setup: LiveSetup) -> Probe:
@@ -187,11 +191,6 @@ def _vary_lengths(setup: LiveSetup) -> LiveSetup:
     shares = zip(setup.workload.measured, itertools.cycle((1, 8, 3)))
     lengths = [(one, max(2, len(one.prompt) * share // 8)) for one, share in shares]
     return _measuring(setup, [replace(one, prompt=one.prompt[:cut]) for one, cut in lengths])
-
-
-def _longest_only(setup: LiveSetup) -> LiveSetup:
-    """Leave the longest measured request: it asks for hundreds of predictions."""
-    return _measuring(setup, [max(setup.workload.measured, key=lambda one: len(one.prompt))])
 
 
 def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from experiments.run.protocol import Setup, build_history, measure
 from experiments.run.records import provenance
 from experiments.validate.calibrate import Calibration, emulated_testbed, write_testbed
 from finemoe.files import write_json
-from finemoe.testbed import SimulatedTestbed, Testbed
+from finemoe.testbed import Testbed
 
 MOST_DEVIATION = 0.05
 """Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""
@@ -64,7 +64,11 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
         calibrated = calibration.testbed() if calibration else known
         virtual = build(OmegaConf.create(calibrated))
         each = list(chain.from_iterable(runs.values()))
-        replays = [_replay(run, virtual, path, console) for run in each]
+        replays = []
+        for one in each:
+            one.routing = str(path)
+            with replay.prepare(one, virtual, console) as setup:
+                replays.append(_served(setup, console))
     if calibration:
         write_testbed(Path(cfg.output) / "testbed.yaml", calibrated)
     lives = zip(*rounds, strict=True)
@@ -103,12 +107,6 @@ def _round(
             calibration.observe(system)
         results += [_served(load_setup(run, testbed), console) for run in of_system]
     return results
-
-
-def _replay(run: DictConfig, testbed: SimulatedTestbed, trace: Path, console: Console) -> Result:
-    run.routing = str(trace)
-    with replay.prepare(run, testbed, console) as setup:
-        return _served(setup, console)
 
 
 def _served(setup: Setup, console: Console) -> Result:
