@@ -10,11 +10,12 @@ from experiments import style
 from experiments.figures import charts
 
 NAMES = ("ablation", "What each part of the planner is worth: one option changed at a time")
+FORESIGHT = ("foresight", "What each kind of foresight would be worth to the planner")
 METRIC, WASTED = "tpot_s", "bytes_wasted"
 DEFAULTS = "defaults"
 COLOUR, REFERENCE = "#A6761D", "#333333"
 NOTES = (
-    f"Error bars: {charts.INTERVALS}. Dashed: the defaults.",
+    f"Error bars: {charts.INTERVALS}. Dashed: the first row.",
     "In vain: copies that left unused, of all measured requests.",
 )
 
@@ -22,8 +23,23 @@ NOTES = (
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw a row of panels a model and dataset, as `experiments.figures` says."""
     frame = charts.checked(frame, NAMES[0], mixed_modes, system="planner")
-    charts.single(frame, NAMES[0])
-    frame["option"] = [_option(label) for label in frame["label"]]
+    frame["option"] = frame["label"].map(_option)
+    default_first = frame.sort_values("option", key=lambda names: names != DEFAULTS, kind="stable")
+    _draw(NAMES, default_first, output)
+
+
+def draw_foresight(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
+    """The same of what the planner is told, and of the oracle; nothing told comes first."""
+    frame = charts.checked(frame, FORESIGHT[0], mixed_modes)
+    told = frame["label"].str.partition("of=")[2].replace("", "layers")
+    told = told.mask(frame["system"] == "oracle", "oracle")
+    order = ["nothing", "start", "layers", "eviction", "layers+eviction", "everything", "oracle"]
+    frame = frame.assign(option=pd.Categorical(told, order)).sort_values("option")
+    _draw(FORESIGHT, frame.assign(option=frame["option"].astype(str)), output)
+
+
+def _draw(names: tuple[str, str], frame: pd.DataFrame, output: Path) -> None:
+    charts.single(frame, names[0])
     frame = frame.assign(low=np.nan, high=np.nan)  # of what has no interval
     models, datasets = charts.facets(frame)
     cells = list(product(models, datasets))
@@ -35,7 +51,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             rows = np.arange(len(part))
             ends = spread if spread.any() else None
             axes.barh(rows, values, 0.75, xerr=ends, color=COLOUR, error_kw=charts.CAPS)
-            usual = values[part["option"] == DEFAULTS]
+            usual = values[:1]
             axes.vlines(usual, -0.5, rows[-1] + 0.5, REFERENCE, charts.REFERENCE_DASHES, lw=0.8)
             axes.set_ylim(rows[-1] + 0.5, -0.5)
             axes.set_yticks(rows, part["option"] if metric == METRIC else [""] * len(part))
@@ -45,7 +61,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.apart(figure)
         data = charts.drawn_data(frame, [METRIC, "ttft_s", "hit_rate"], "bytes_prefetched", WASTED)
-        charts.save(figure, output, NAMES, frame, data, NOTES)
+        charts.save(figure, output, names, frame, data, NOTES)
 
 
 def _option(label: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baselines.foresight import ForesightPolicy
 from baselines.gate_predictor import GatePredictor, Regression, logarithms, unlikely
 from baselines.planner import PlannerPolicy, UseValue, planner
 from finemoe.offload.policy import (
@@ -18,6 +19,7 @@ from finemoe.offload.policy import (
     Gates,
     GateWeights,
     Iteration,
+    LayerOutcome,
     ModelShape,
 )
 from finemoe.offload.routed import softmax
@@ -235,3 +237,48 @@ def answers(
 def test_logarithms_bear_certainty() -> None:
     logs = logarithms(np.array([1.0, 0.0], np.float32))
     assert logs == pytest.approx(np.log(1e-7) * np.array([-0.5, 0.5]))
+
+
+# The planner told a part of the future ------------------------------------------------------------
+
+ROUTING = [[(0,), (1,)], [(1,), (0,)]]
+
+
+def foresight(of: Any) -> ForesightPolicy:
+    policy = ForesightPolicy(SMALL, of)
+    policy.predictor.set_gates(GateWeights(np.zeros((2, 2, 2), np.float32)))
+    policy.begin_serving()
+    policy.set_future_routing(ROUTING)
+    return policy
+
+
+def test_told_of_layers_it_asks_for_what_they_will_activate() -> None:
+    policy = foresight("layers")
+    asked = policy.on_embeddings(decode(0, 5), np.zeros((1, 2), np.float32))
+    assert asked is not None
+    assert (asked > 0).tolist() == [[True, False], [False, True]]
+    flat = np.full((1, 2), 0.5, np.float32)
+    policy.on_gate(decode(0, 5), Gate(0, flat, (0,), np.zeros((1, 2), np.float32)))
+    # Layer 1 still to come, and layer 0 of the next token.
+    assert policy.eviction_keys(ExpertId(0, 0), True).argmin(axis=1).tolist() == [1, 1]
+
+
+def test_told_of_uses_it_evicts_by_the_next_one() -> None:
+    policy = foresight("eviction")
+    policy.on_outcome(LayerOutcome(decode(0, 5), 0, (), (), (0,)))
+    # Steps of the next uses after layer 0 of token 0: never, 2; 3, 1.
+    keys = policy.eviction_keys(ExpertId(1, 1), True)
+    assert (keys[0, 0], keys[1, 0] > keys[0, 1] > keys[1, 1]) == (np.inf, True)
+    kept = policy.eviction_keys(ExpertId(0, 1), False)
+    assert np.isneginf(kept).tolist() == [[False, True], [False, True]]
+
+
+def test_told_of_nothing_it_is_the_planner() -> None:
+    told, plain = foresight("nothing"), PlannerPolicy(SMALL)
+    plain.predictor.set_gates(GateWeights(np.zeros((2, 2, 2), np.float32)))
+    plain.begin_serving()
+    embeddings = np.ones((1, 2), np.float32)
+    first, second = (one.on_embeddings(decode(0, 5), embeddings) for one in (told, plain))
+    assert first is not None
+    assert second is not None
+    assert np.array_equal(first, second)
