@@ -41,8 +41,6 @@ from finemoe.options import CHECKED, Count, Flag
 UNSEEN_RATIO = 1e-8  # what the code adds to every ratio before the decay (expert_predictor.py)
 SMALLEST_ACTIVITY = 1e-6
 """Added to an activation ratio, so that layers tell even unused experts apart."""
-
-
 Prefetching = Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"]
 
 
@@ -69,7 +67,7 @@ class MoEInfinityPolicy(UsageTable):
         eviction: Literal["lfu", "scheduler", "activation", "lru"] = "lfu",
         prefetching: Prefetching = "awaited_next_layer",
         horizon: Count | None = None,  # layers ahead that are asked for; None: all of them
-        online_growth: Flag = True,  # whether served requests are added (`finish_entry`)
+        online_growth: Flag = True,  # served requests join (`finish_entry`, expert_tracer.py)
     ) -> None:
         self.shape = shape
         self._early, self._variant, self._eviction = early_layers, variant, eviction

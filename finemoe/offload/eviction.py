@@ -42,7 +42,7 @@ class Recency(Policy):
 
 
 class UsageTable(Recency):
-    """Least frequently used first out, of equal counts the least recently; a load is no use."""
+    """Least frequently used first out, of equal counts the least recently; loads do not count."""
 
     def forget(self) -> None:
         super().forget()
