@@ -22,7 +22,7 @@ from finemoe.offload.policy import (
     layer_requests,
 )
 from finemoe.options import CHECKED, Count, Flag
-from finemoe.search import Match, TrajectorySearch, nearest
+from finemoe.search import Matches, TrajectorySearch, nearest
 from finemoe.selection import Variant, divisors, select_experts, union_priorities
 
 
@@ -81,7 +81,7 @@ class FineMoEPolicy(UsageTable):
         self._embeddings = embeddings
         self._rows: FloatArray = np.empty(shape, dtype=np.float32)
         self._cosines: FloatArray | None = None
-        self._semantic: list[Match] = []
+        self._semantic: Matches | None = None
         self._trajectory: TrajectorySearch | None = None
         self._ahead: list[tuple[set[int], Priorities | None]] = []
         self._followed: set[int] = set()
@@ -106,8 +106,8 @@ class FineMoEPolicy(UsageTable):
             self._use.expect_anything()
             return None
         self._cosines = self.store.cosines(self._embeddings)
-        self._semantic = nearest(self._searching(iteration, self._cosines))
-        self._expect(_entries(self._semantic), 0)
+        self._semantic = nearest(self._searching(iteration, self._cosines)[None])
+        self._expect(set(self._semantic.entries[0].tolist()), 0)
         return self._band(self._semantic, range(self.distance), now=-1)
 
     def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
@@ -148,43 +148,47 @@ class FineMoEPolicy(UsageTable):
         self, iteration: Iteration, first: int, rows: FloatArray
     ) -> list[tuple[set[int], Priorities | None]]:
         """Return what gates from layer `first` on, rows (N, Q, J), match, and what they ask for."""
-        matches = [self._semantic] * len(rows)
         if self._trajectory is not None:
-            matches = self._trajectory.observe_all(self._searching(iteration, rows))
-        return list(zip(map(_entries, matches), self._requests(matches, first), strict=True))
+            matches = self._trajectory.observe(self._searching(iteration, rows))
+        elif self._semantic is not None:
+            matches = self._semantic.after([0] * len(rows))
+        else:
+            return [(set(), None)] * len(rows)
+        followed = map(set, matches.entries.tolist())
+        return list(zip(followed, self._requests(matches, first), strict=True))
 
-    def _requests(self, matches: list[list[Match]], first: int) -> list[Priorities | None]:
+    def _requests(self, matches: Matches, first: int) -> list[Priorities | None]:
         """Return what each gate from layer `first` on asks for, all at once if that can be."""
-        layers, target = self.shape.layers, first + self._ahead_of_gate
+        layers, target, gates = self.shape.layers, first + self._ahead_of_gate, len(matches.entries)
         if self.options.horizon != "single":
-            bands = (range(target + n, layers) for n in range(len(matches)))
-            pairs = zip(matches, bands, strict=True)
-            return [self._band(*pair, now=first + n) for n, pair in enumerate(pairs)]
-        requests: list[Priorities | None] = [None] * len(matches)
-        wanted = matches[: max(layers - target, 0)]
-        if wanted and wanted[0]:
+            return [
+                self._band(matches.after([n]), range(target + n, layers), now=first + n)
+                for n in range(gates)
+            ]
+        requests: list[Priorities | None] = [None] * gates
+        wanted = matches.after(slice(max(layers - target, 0)))
+        if len(wanted.entries):
             rows = self._select(wanted, range(target, target + 1), now=first)
-            requests[: len(wanted)] = layer_requests(self.shape, target, rows)
+            requests[: len(rows)] = layer_requests(self.shape, target, rows)
         return requests
 
-    def _band(self, matches: list[Match], band: range, now: int) -> Priorities | None:
-        """Return what the same matches ask for of a band of layers."""
-        if not matches or not band:
+    def _band(self, matches: Matches, band: range, now: int) -> Priorities | None:
+        """Return what the same matches (1, B) ask for of a band of layers."""
+        if not band:
             return None
         requests = np.zeros((self.shape.layers, self.shape.experts))
-        requests[band.start : band.stop] = self._select([matches] * len(band), band, now)
+        requests[band.start : band.stop] = self._select(matches, band, now)
         return requests
 
-    def _select(self, matches: list[list[Match]], band: range, now: int) -> Priorities:
-        """Return priorities (N, J) of N layers from the band's first on, by their matches.
+    def _select(self, matches: Matches, band: range, now: int) -> Priorities:
+        """Return priorities (N, J) of N layers from the band's first on, by matches (N, B).
 
-        A band of one layer gives all of them its distance.
+        All layers of a band may share theirs, (1, B); a band of one gives N layers its distance.
         """
         options, first = self.options, band.start
-        found = np.array(matches, dtype=np.float64)
-        entries, scores = found[..., 0].astype(np.intp), found[..., 1]
-        layers = np.arange(first, first + len(matches))[:, None]
-        probabilities = self.store.maps[layers, :, entries]
+        layers = np.arange(first, first + max(len(band), len(matches.entries)))[:, None]
+        probabilities = self.store.maps[layers, :, matches.entries]
+        scores = np.broadcast_to(matches.scores, probabilities.shape[:2])
         trusted = scores.ravel() if options.selection == "delta" else np.ones(scores.size)
         flat = probabilities.reshape(-1, self.shape.experts)
         chosen = select_experts(flat, trusted, self.shape.top_k, options.variant)
@@ -223,10 +227,6 @@ class FineMoEPolicy(UsageTable):
         if self._by_maps:
             return self._use.keys()
         return self._recency if self.options.eviction == "lru" else self._keys
-
-
-def _entries(matches: list[Match]) -> set[int]:
-    return {match.entry for match in matches}
 
 
 def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:

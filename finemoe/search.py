@@ -1,28 +1,34 @@
 """Semantic and trajectory search over an expert map store (section 4.2 of the paper)."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import FloatArray
 
 
-class Match(NamedTuple):
-    """The stored iteration nearest to a query, and the cosine between them."""
+class Matches(NamedTuple):
+    """The stored iteration nearest to each query, and the cosine between them, (..., B) each."""
 
-    entry: int
-    score: float
+    entries: NDArray[np.intp]
+    scores: NDArray[np.float64]
+
+    def after(self, gates: slice | list[int]) -> Self:
+        """Return those after some of the gates, which are the first axis."""
+        return type(self)(self.entries[gates], self.scores[gates])
 
 
-def semantic_search(store: ExpertMapStore, embeddings: FloatArray) -> list[Match]:
+def semantic_search(store: ExpertMapStore, embeddings: FloatArray) -> Matches:
     """Return, for each embedding (B, h), the stored iteration of largest cosine (4.2.1)."""
     return nearest(store.cosines(embeddings))
 
 
-def nearest(cosines: FloatArray) -> list[Match]:
-    """Return the best match of each query by its cosines with every entry, (B, size)."""
-    return _matches(cosines[None], np.ones((1, len(cosines)), dtype=np.float32))[0]
+def nearest(scores: FloatArray, norms: FloatArray | float = 1.0) -> Matches:
+    """Return the best entries by scores (..., B, size), which are divided by norms (..., B)."""
+    best = scores.max(axis=-1).astype(np.float64) / norms
+    return Matches(scores.argmax(axis=-1), best)
 
 
 class TrajectorySearch:
@@ -35,12 +41,8 @@ class TrajectorySearch:
         self._layer = 0
         self._squares = np.zeros(batch, dtype=np.float32)
 
-    def observe(self, rows: FloatArray) -> list[Match]:
-        """Add the next layer's gate probabilities (B, J); return the best match of each query."""
-        return self.observe_all(rows[None])[0]
-
-    def observe_all(self, rows: FloatArray) -> list[list[Match]]:
-        """Add the next layers' rows (N, B, J); return what `observe` would, layer by layer."""
+    def observe(self, rows: FloatArray) -> Matches:
+        """Add the next layers' gate probabilities (N, B, J); return matches after each, (N, B)."""
         first, self._layer = self._layer, self._layer + len(rows)
         dots = self._store.running_dots(rows, first, self.dots)
         self.dots = dots[-1]
@@ -50,11 +52,4 @@ class TrajectorySearch:
         self._squares = squares[-1]
         # The query's own norm does not change which map is best.
         scores = dots / self._store.prefix_norms[first : self._layer, None]
-        return _matches(scores, np.sqrt(squares))
-
-
-def _matches(scores: FloatArray, query_norms: FloatArray) -> list[list[Match]]:
-    """Return the best entries by scores (L, B, size), which are divided by norms (L, B)."""
-    entries = scores.argmax(axis=-1).tolist()
-    best = (scores.max(axis=-1).astype(np.float64) / query_norms).tolist()
-    return [list(map(Match, *layer)) for layer in zip(entries, best, strict=True)]
+        return nearest(scores, np.sqrt(squares))

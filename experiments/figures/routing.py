@@ -219,9 +219,9 @@ def search(
     queries = measured.at(measured.decode)
     trajectory = TrajectorySearch(store, len(queries.maps))
     rows = queries.maps.swapaxes(0, 1)
-    by_map = np.array([trajectory.observe(layer) for layer in rows])
-    entries, scores = np.array(semantic_search(store, queries.embeddings)).T
-    return Searched(store, entries.astype(int), scores, by_map[..., 0].astype(int), by_map[..., 1])
+    by_map = [trajectory.observe(layer[None]) for layer in rows]
+    entries, scores = (np.concatenate(parts) for parts in zip(*by_map, strict=True))
+    return Searched(store, *semantic_search(store, queries.embeddings), entries, scores)
 
 
 def predictors(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import FloatArray, ModelShape
-from finemoe.search import Match, TrajectorySearch, semantic_search
+from finemoe.search import Matches, TrajectorySearch, semantic_search
 from tests.finemoe.offload.states import array
 
 
@@ -21,9 +21,9 @@ def store_of(embeddings: FloatArray, maps: FloatArray) -> ExpertMapStore:
     return store
 
 
-def assert_matches(found: list[Match], expected: list[tuple[int, float]]) -> None:
-    assert [match.entry for match in found] == [entry for entry, _ in expected]
-    assert [match.score for match in found] == pytest.approx([score for _, score in expected])
+def assert_matches(found: Matches, expected: list[tuple[int, float]]) -> None:
+    assert found.entries.tolist() == [entry for entry, _ in expected]
+    assert found.scores == pytest.approx([score for _, score in expected])
 
 
 def test_semantic_search_finds_the_largest_cosine_of_every_query() -> None:
@@ -63,9 +63,10 @@ def test_trajectory_search_equals_the_flattened_cosine(
     search = TrajectorySearch(store, len(queries))
     for layer in range(layers):
         cosines = flattened_cosines(queries[:, : layer + 1], kept[:, : layer + 1])
-        for row, match in zip(cosines, search.observe(queries[:, layer]), strict=True):
-            assert match.score == pytest.approx(row.max(), abs=1e-5)
-            assert row[match.entry] == pytest.approx(row.max(), abs=1e-5)
+        (entries,), (scores,) = search.observe(queries[None, :, layer])
+        for row, entry, score in zip(cosines, entries, scores, strict=True):
+            assert score == pytest.approx(row.max(), abs=1e-5)
+            assert row[entry] == pytest.approx(row.max(), abs=1e-5)
 
 
 def flattened_cosines(queries: FloatArray, maps: FloatArray) -> FloatArray:
