@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.bootstrap import interval, request_draws
 from experiments.run.metrics import AccessCounter, latency_summary, request_table
 from experiments.run.schedule import Request, Served
 from finemoe.offload.policy import Iteration, LayerOutcome, Phase
@@ -32,19 +31,6 @@ def test_a_single_token_has_no_tpot() -> None:
     summary = latency_summary(requests, "docs")
     assert summary["tpot_s"] is summary["itl_s"] is summary["queueing_s"] is None
     assert summary["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5, "ci95": None}
-
-
-def test_a_record_has_the_intervals_of_figures_and_claims() -> None:
-    several = [served((t, 2 * t, 4 * t), range(3), number) for number, t in enumerate((1, 2, 3, 9))]
-    requests = request_table(several, counter(3))
-    summary = latency_summary(requests, "docs")
-    assert summary["tpot_s"]["mean"] == 1.5 * 15 / 4
-    for name in ("ttft_s", "tpot_s", "e2el_s"):
-        ends = interval(request_draws(requests, name, "docs"))
-        assert summary[name]["ci95"] == list(ends or ())
-    # Gaps of one request are drawn together.
-    low, high = summary["itl_s"]["ci95"]
-    assert (low, high) == tuple(summary["tpot_s"]["ci95"])
 
 
 def test_accesses_are_counted_by_phase_and_request() -> None:

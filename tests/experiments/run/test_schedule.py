@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -281,23 +280,3 @@ def test_a_wrong_logit_is_noticed() -> None:
     assert log.same
     log.compare(step, wrong)
     assert not log.same
-
-
-def test_caches_are_merged_only_when_members_change() -> None:
-    model = offloaded("mixtral")
-    caches: list[Any] = []
-    model.model.register_forward_pre_hook(
-        lambda _module, _inputs, named: caches.append(named.get("cache")),
-        with_kwargs=True,
-    )
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        _, steps = served(runtime, ContinuousBatches(LOAD, 3))
-    decodes = [
-        (step.iteration.requests, cache)
-        for step, cache in zip(steps, caches, strict=True)
-        if step.phase == "decode"
-    ]
-    kept = Counter((who == them, a is b) for (who, a), (them, b) in pairwise(decodes))
-    assert kept[True, True] > 5
-    assert kept[False, False] > 3
-    assert kept[True, False] == kept[False, True] == 0

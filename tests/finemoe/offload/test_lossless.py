@@ -26,9 +26,10 @@ def systems(family: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "batch", "devices"),
+    [(torch.bfloat16, 1, 1), (torch.bfloat16, 3, 3), (torch.float32, 3, 1)],
+)
 def test_every_budget_serves_the_same_logits(
     family: str, dtype: torch.dtype, batch: int, devices: int
 ) -> None:
@@ -49,7 +50,7 @@ def test_every_budget_serves_the_same_logits(
             runtime.residency.cache.check_integrity()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_residents_spread_over_devices_serve_the_same_logits(family: str) -> None:
     served = requests(3, 7)
     expected = logits_of(PlainRuntime(small_model(family)), served)
