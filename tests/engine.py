@@ -18,7 +18,8 @@ from experiments.run.live import LiveBackend
 from experiments.run.schedule import FixedBatches, Request, Served, Server
 from experiments.run.small_models import random_model, small_model
 from experiments.run.weights import SCALE_MODELS
-from finemoe.assemble import resident_runtime
+from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
 from finemoe.recorder import Recorder, gate_weights
@@ -108,6 +109,19 @@ def page_locks(monkeypatch: pytest.MonkeyPatch, limit: int) -> dict[int, int]:
 
 def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) -> Testbed:
     return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
+
+
+def offloading(
+    model: OffloadedModel,
+    policy: Policy,
+    slots: tuple[int, ...],
+    timeline: Any = None,
+    protect: bool = False,
+    **links: Any,
+) -> LiveRuntime:
+    """Return a runtime with so many slots on each emulated device; `links` as in `emulated`."""
+    testbed, nbytes = emulated(len(slots), **links), model.store.layout.nbytes
+    return offloading_runtime(model, policy, testbed, slots, nbytes, timeline, protect)
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:

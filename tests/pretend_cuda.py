@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils.import_utils import is_torch_cuda_available
 
 Key = tuple[int, int]
@@ -184,7 +185,7 @@ class Pretend(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        (one, *_) = (o for o in leaves((args, kwargs)) if isinstance(o, Pretend))
+        (one, *_) = (o for o in tree_leaves((args, kwargs)) if isinstance(o, Pretend))
         return one.memory.machine.run(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -226,38 +227,20 @@ class Pretend(Tensor):
         return self  # There is no autograd.
 
     def __getitem__(self, at: Any) -> Any:
-        found = self.elem[mapped(plain, at)]
+        found = self.elem[tree_map(plain, at)]
         if place(found) == place(self.elem):
             return Pretend(found, self.memory)
-        indices = [one for one in leaves(at) if isinstance(one, Tensor)]
+        indices = [one for one in tree_leaves(at) if isinstance(one, Tensor)]
         return self.memory.machine.launched(aten.index.Tensor, found, (self, indices), {})
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        if any(isinstance(one, Tensor) for one in leaves(at)):
+        if any(isinstance(one, Tensor) for one in tree_leaves(at)):
             indices = at if isinstance(at, tuple) else (at,)
             value = value if isinstance(value, Tensor) else self.new_full((), value)
             self.index_put_(indices, value)
         else:
             part = self[at]
             part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
-
-
-def leaves(one: Any) -> Iterator[Any]:
-    """Yield what is in lists, tuples and values of dictionaries, however deep."""
-    if isinstance(one, list | tuple | dict):
-        for each in one.values() if isinstance(one, dict) else one:
-            yield from leaves(each)
-    else:
-        yield one
-
-
-def mapped(function: Callable[[Any], Any], one: Any) -> Any:
-    """Apply a function to all leaves."""
-    if isinstance(one, dict):
-        return {key: mapped(function, each) for key, each in one.items()}
-    if isinstance(one, list | tuple):
-        return type(one)([mapped(function, each) for each in one])
-    return function(one)
 
 
 def plain(one: Any) -> Any:
@@ -285,10 +268,6 @@ def poison(kind: torch.dtype) -> float:
     if kind == torch.bool or kind.is_floating_point:
         return math.nan
     return torch.iinfo(kind).min or torch.iinfo(kind).max
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 @cache
@@ -334,7 +313,6 @@ class Machine:
 
     devices: int
     memory: int = 1 << 34  # bytes of a device
-    lockable: int = 1 << 34  # bytes of host memory that may be page-locked
     capability: tuple[int, int] = (9, 0)
 
     hazards: list[str] = field(default_factory=list)
@@ -442,8 +420,6 @@ class Machine:
                     self.hazard(f"memory {memory.number} is freed under {old.name} on {old.stream}")
 
     def lock_host(self, address: int, size: int, flags: int = 0) -> int:
-        if sum(self.locked.values()) + size > self.lockable:
-            return 2
         self.locked[address] = size
         return 0
 
@@ -457,23 +433,22 @@ class Machine:
 
     def is_locked(self, tensor: Tensor) -> bool:
         first = tensor.data_ptr()
-        stop = first + nbytes(tensor)
+        stop = first + tensor.nbytes
         return any(start <= first and stop <= start + n for start, n in self.locked.items())
 
     def page_locked(self, like: Tensor) -> Tensor:
         """Return page-locked memory with a tensor's values, unlocked with its last user."""
-        owner = np.empty(max(nbytes(like), 1), np.uint8)
-        if self.lock_host(owner.ctypes.data, owner.nbytes):
-            raise RuntimeError("CUDA error: out of memory")
+        owner = np.empty(max(like.nbytes, 1), np.uint8)
+        self.lock_host(owner.ctypes.data, owner.nbytes)
         finalize(owner, self.unlock_host, owner.ctypes.data)
-        held = torch.from_numpy(owner)[: nbytes(like)].view(like.dtype).view(like.shape)
+        held = torch.from_numpy(owner)[: like.nbytes].view(like.dtype).view(like.shape)
         return held.copy_(like)
 
     # Operations
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Carry out an operation of torch, whether on pretended tensors or not."""
-        given, device = [*leaves((args, kwargs))], kwargs.get("device")
+        given, device = [*tree_leaves((args, kwargs))], kwargs.get("device")
         pretended = any(isinstance(one, Pretend) or is_cuda(one) for one in given)
         if func is aten.is_pinned.default:
             return not pretended and self.is_locked(args[0])
@@ -485,7 +460,7 @@ class Machine:
         if pretended and func in (aten._to_copy.default, aten.copy_.default):
             return (self.copy if func is aten.copy_.default else self._to_copy)(*args, **kwargs)
         pin = kwargs.pop("pin_memory", None)
-        values, named = mapped(plain, (args, kwargs))
+        values, named = tree_map(plain, (args, kwargs))
         if pretended and func is aten.histc.default:  # The CPU's takes floats only.
             out = func(values[0].float(), *values[1:], **named).to(values[0].dtype)
         else:
@@ -496,7 +471,7 @@ class Machine:
 
     def launched(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
         """Wrap what an operation computed and launch it, unless it only makes views."""
-        tensors = [one for one in leaves((args, kwargs)) if isinstance(one, Tensor)]
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         mine = [one for one in tensors if isinstance(one, Pretend)]
         where = self._place(func, tensors, kwargs.get("device"))
         stream = self.current_stream(where)
@@ -514,15 +489,15 @@ class Machine:
             fresh.append(Pretend(one, self.allocate(stream, one.untyped_storage().nbytes())))
             return fresh[-1]
 
-        result, name = mapped(wrap, out), func._schema.name.removeprefix("aten::")
+        result, name = tree_map(wrap, out), func._schema.name.removeprefix("aten::")
         writes = [args[i] if i < len(args) else kwargs.get(key) for i, key in written(func)]
-        writes = [one for one in leaves(writes) if isinstance(one, Pretend)]
+        writes = [one for one in tree_leaves(writes) if isinstance(one, Pretend)]
         if "empty" in name or not (fresh or writes or func in ANSWERED):
             return result
         reads = [one for one in mine if not any(one is other for other in writes)]
         self._kernel(stream, name, reads, [*fresh, *writes])
         # A mask's result has a size that the host reads; indices on the host are sent.
-        indices = [one for one in leaves(args[1:2]) if isinstance(one, Tensor)]
+        indices = [one for one in tree_leaves(args[1:2]) if isinstance(one, Tensor)]
         sent = any(not isinstance(one, Pretend) or one.dtype == torch.bool for one in indices)
         if func in ANSWERED or (sent and func in INDEXING):
             stream.record_event().synchronize(name)
@@ -548,7 +523,7 @@ class Machine:
         kind = {key: options.get(key) for key in ("dtype", "memory_format")}
         made = torch.empty_like(plain(source), **{key: one for key, one in kind.items() if one})
         if is_cuda(device):
-            made = Pretend(made, self.allocate(self.current_stream(device), nbytes(made)))
+            made = Pretend(made, self.allocate(self.current_stream(device), made.nbytes))
         elif non_blocking:
             made = self.page_locked(made)
         return self.copy(made, source, non_blocking)

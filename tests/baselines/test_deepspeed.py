@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.deepspeed import DeepSpeedPolicy
-from finemoe.assemble import offloading_runtime
 from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
-from tests.engine import configured, emulated, offloaded, requests, serve
+from tests.engine import configured, offloaded, offloading, requests, serve
 from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=3, experts=3, top_k=1, hidden_size=2)
@@ -60,8 +59,7 @@ def test_live_it_misses_nothing_and_waits_if_a_layer_fits() -> None:
     model = offloaded()
     found: dict[int, list[LayerOutcome]] = {model.shape.experts: [], model.shape.top_k: []}
     for slots, outcomes in found.items():
-        policy, stored = configured("deepspeed", model.shape), model.store.layout.nbytes
-        with offloading_runtime(model, policy, emulated(1), (slots,), stored) as runtime:
+        with offloading(model, configured("deepspeed", model.shape), (slots,)) as runtime:
             runtime.listeners.append(outcomes.append)
             serve(runtime, requests(1, 1))
     fits, short = found.values()

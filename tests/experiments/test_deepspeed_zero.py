@@ -15,11 +15,12 @@ from torch import Tensor
 from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, PlainRuntime
+from experiments.run.live import PlainRuntime
 from experiments.run.protocol import run
-from experiments.run.schedule import FixedBatches, Request, Server
+from experiments.run.schedule import Request
 from experiments.run.small_models import small_model
 from finemoe.offload.model import find_moe_layers
+from tests import engine
 from tests.command import SMALL, composed, run_command
 
 CPU = torch.device("cpu")
@@ -27,14 +28,11 @@ EVERYTHING = ZeroOptions(param_persistence_threshold=0)
 NOTHING_AHEAD = ZeroOptions(param_persistence_threshold=0, prefetch_bucket_size=0)
 LAYER_BYTES = 2 * (4 * 2 * 48 * 32 + 4 * 32 * 48)
 """Experts of one layer of the small Mixtral: gate and up, then down, in bfloat16."""
-REQUESTS = tuple(Request(n, tuple(range(n, n + 12)), 5) for n in range(3))
+REQUESTS = [Request(n, tuple(range(n, n + 12)), 5) for n in range(3)]
 
 
 def logits_of(model: Any) -> list[Tensor]:
-    backend, logits = LiveBackend(PlainRuntime(model)), list[Tensor]()
-    server = Server(backend, listeners=[lambda step: logits.append(backend.logits.clone())])
-    list(server.serve(FixedBatches(REQUESTS, len(REQUESTS))))
-    return logits
+    return engine.logits_of(PlainRuntime(model), REQUESTS)
 
 
 def experts_of(model: Any) -> list[Any]:

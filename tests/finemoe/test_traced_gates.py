@@ -15,7 +15,7 @@ from experiments.run.console import Console
 from experiments.run.live import LiveBackend, prepare
 from experiments.run.schedule import FixedBatches, Server, Step
 from experiments.run.traced import Script
-from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import resident_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, ModelShape
@@ -24,7 +24,7 @@ from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest, TraceError, TraceHeader, trace_writer
 from finemoe.traced_gates import GateStep, TracedGates, choices
 from tests.command import config
-from tests.engine import emulated, offloaded, recorded, requests
+from tests.engine import emulated, offloaded, offloading, recorded, requests
 
 STEPS = 4
 BATCH = requests(2, 5, output=STEPS)
@@ -71,14 +71,13 @@ def test_another_model_routes_what_the_trace_says_and_offloading_changes_no_bit(
     family: str,
 ) -> None:
     traced, other = trace_of(offloaded(family, seed=0)), offloaded(family, seed=1)
-    shape, nbytes = other.shape, other.store.layout.nbytes
+    shape, policy = other.shape, OnDemandPolicy(other.shape)
     assert counts_of(trace_of(other)) != counts_of(traced)
-    policy, testbed = OnDemandPolicy(shape), emulated(link_gb_s=100.0)
     activated: list[tuple[int, ...]] = []
     with TracedGates(other) as gates:
         with resident_runtime(other, OnDemandPolicy(shape)) as runtime:
             reference, routed = scripted(runtime, script_of(gates, other, traced))
-        with offloading_runtime(other, policy, testbed, (shape.experts,), nbytes) as runtime:
+        with offloading(other, policy, (shape.experts,), link_gb_s=100.0) as runtime:
             runtime.listeners.append(lambda outcome: activated.append(outcome.activated))
             logits, _ = scripted(runtime, script_of(gates, other, traced))
             assert runtime.residency.traffic().on_demand > 0

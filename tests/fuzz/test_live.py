@@ -24,16 +24,15 @@ from hypothesis import strategies as st
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.live import PlainRuntime
 from experiments.run.small_models import FAMILIES, small_model
-from finemoe.assemble import offloading_runtime
 from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing
 from tests.engine import (
     OPTIONS,
     configured,
-    emulated,
     logits_of,
     offloaded,
+    offloading,
     prepared,
     recorded,
     requests,
@@ -136,10 +135,9 @@ def policy_of(case: Case) -> Policy:
 def serve(case: Case, policy: Policy) -> None:
     """Serve the case; its logits are the plain model's, its slots are never too many."""
     model = shared(case.family)
-    testbed = emulated(len(case.slots), case.link_gb_s, case.chunk_bytes)
-    stored = model.store.layout.nbytes
+    links = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
     logits, _ = expected(case.family, case.batch, case.length)
-    runtime = offloading_runtime(model, policy, testbed, case.slots, stored, None, case.protect)
+    runtime = offloading(model, policy, case.slots, protect=case.protect, **links)
     with runtime:
         computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()

@@ -26,11 +26,11 @@ from experiments.run.schedule import (
     Step,
 )
 from experiments.run.small_models import COMMON, FAMILIES, random_model, small_model
-from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Placement
 from tests.architectures import small_config
-from tests.engine import emulated
+from tests.engine import offloading
 
 CPU = torch.device("cpu")
 
@@ -260,8 +260,7 @@ def test_caches_that_cannot_be_joined_are_refused(kind: str) -> None:
 def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
     model = offloaded("mixtral")
     watch = Watch(model)
-    stored = model.store.layout.nbytes
-    with offloading_runtime(model, watch, emulated(), (6,), stored) as runtime:
+    with offloading(model, watch, (6,)) as runtime:
         _, steps = served(runtime, ContinuousBatches(LOAD, 3))
         runtime.drain()
     assert len(watch.rows) == len(steps) * (1 + model.shape.layers)

@@ -110,10 +110,15 @@ def on_cuda(family: str = "mixtral") -> OffloadedModel:
 # What runs rightly --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize(("devices", "family"), [(1, "mixtral"), (6, "qwen2_moe")])
+@pytest.mark.parametrize(
+    ("devices", "family", "system"),
+    [
+        *((1, "mixtral", system) for system in SYSTEMS),
+        *((6, "qwen2_moe", system) for system in ("on_demand", "deepspeed", "finemoe", "resident")),
+    ],
+)
 def test_every_system_serves_the_same_logits_in_order(
-    system: str, devices: int, family: str
+    devices: int, family: str, system: str
 ) -> None:
     logits, routing = expected(family)
     with machine(devices, capability=(8, 6)) as made:

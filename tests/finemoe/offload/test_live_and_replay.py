@@ -20,7 +20,6 @@ import pytest
 
 from experiments.run.replay import ReplayBackend
 from experiments.run.schedule import FixedBatches, Request, Server
-from finemoe.assemble import offloading_runtime
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -33,8 +32,8 @@ from finemoe.trace import TracedRequest
 from tests.engine import (
     OPTIONS,
     configured,
-    emulated,
     offloaded,
+    offloading,
     prepared,
     recorded,
     requests,
@@ -92,10 +91,8 @@ def live(
     model: OffloadedModel, policy: Policy, slots: tuple[int, ...], size: int, protect: bool
 ) -> tuple[list[LayerOutcome], MemoryPlan]:
     """Serve for real, in lockstep; return how experts were found, and the plan."""
-    testbed = emulated(len(slots), link_gb_s=100.0)
     lockstep, found = Lockstep(), list[LayerOutcome]()
-    stored = model.store.layout.nbytes
-    runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep, protect)
+    runtime = offloading(model, policy, slots, lockstep, protect, link_gb_s=100.0)
     # On-demand loads are done before the policy is asked, as its answer takes long in the replay.
     runtime.listeners += [found.append, lockstep.settle]
     lockstep.runtime = runtime

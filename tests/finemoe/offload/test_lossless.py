@@ -9,8 +9,17 @@ import torch
 
 from experiments.run.live import PlainRuntime
 from experiments.run.small_models import FAMILIES, small_model
-from finemoe.assemble import offloading_runtime, resident_runtime
-from tests.engine import OPTIONS, configured, emulated, logits_of, offloaded, prepared, requests
+from finemoe.assemble import resident_runtime
+from tests.engine import (
+    OPTIONS,
+    configured,
+    emulated,
+    logits_of,
+    offloaded,
+    offloading,
+    prepared,
+    requests,
+)
 
 FEW: dict[str, dict[str, Any]] = {
     "finemoe": {"store_capacity": 3},
@@ -41,9 +50,7 @@ def test_every_budget_serves_the_same_logits(
         slots = tuple(len(range(device, total, devices)) for device in range(devices))
         for system in systems(family):
             policy = prepared(configured(system, shape, **FEW.get(system, {})), model)
-            testbed = emulated(devices, chunk_bytes=1024)
-            nbytes = model.store.layout.nbytes
-            with offloading_runtime(model, policy, testbed, slots, nbytes) as runtime:
+            with offloading(model, policy, slots, chunk_bytes=1024) as runtime:
                 logits = logits_of(runtime, served)
             assert len(logits) == len(expected) == 5
             assert all(map(torch.equal, logits, expected))

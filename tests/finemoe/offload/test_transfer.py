@@ -337,5 +337,21 @@ class TransferMachine(RuleBasedStateMachine):
                 moving = True
 
 
-TransferMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TransferMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40)
 TestTransfersAgainstModel = TransferMachine.TestCase
+
+
+def test_a_demand_takes_the_slot_of_the_weakest_half_copied_prefetch() -> None:
+    cache = ExpertCache(SHAPE, (2,), lambda incoming, urgent: np.zeros((2, 3)))
+    prefetches = PrefetchQueue(cache)
+    queue = TransferQueue(cache, prefetches, 0, EXPERT_BYTES, chunk_bytes=4)
+    for expert, priority in ((0, 0.2), (1, 0.9)):
+        prefetches.put(expert, priority)
+        chunk = queue.next_chunk()
+        assert chunk is not None
+        assert not queue.chunk_done(chunk)
+    queue.demand(2)
+    chunk = queue.next_chunk()
+    assert chunk is not None
+    assert chunk.flat == 2
+    assert [state(cache, one) for one in (0, 1)] == [State.ABSENT, State.LOADING]
