@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from experiments.bench import gpu
@@ -65,8 +66,12 @@ def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path) -> None:
     assert lines == ["FAIL  first: RuntimeError: out of [memory]", "FAIL  second: rate"]
 
 
-def test_without_cuda_it_says_why_in_one_line(tmp_path: Path) -> None:
-    ended = run_module("experiments.bench.gpu", f"output={tmp_path}", CUDA_VISIBLE_DEVICES="")
+def test_without_cuda_it_says_why_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    ended = run_module("experiments.bench.gpu", f"output={tmp_path}")
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.startswith("error: testbed=local needs 1 CUDA device")
