@@ -180,24 +180,13 @@ def read_all(path: Path) -> list[TracedRequest]:
         return list(reader.requests())
 
 
-def write_trace(path: Path, tables: list[pa.Table], header: Any) -> None:
-    """Write a sound file of these row groups under a header, whatever it says."""
-    packed = json.dumps(header).encode()
-    checksum = hashlib.sha256(packed).hexdigest().encode()
-    schema = tables[0].schema.remove_metadata()
-    with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
-        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: checksum})
-        for table in tables:
-            writer.write_table(table.replace_schema_metadata(None))
-
-
 def rewrite(
     path: Path,
     groups: tuple[int, ...] = (0, 1),
     cell: tuple[str, int, bytes] | None = None,
     **fields: Any,
 ) -> None:
-    """Write these row groups again, with a cell or fields of the header changed."""
+    """Write these row groups again, soundly, with a cell or fields of the header changed."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(group) for group in groups]
         header = json.loads(file.metadata.metadata[HEADER_KEY])
@@ -208,7 +197,13 @@ def rewrite(
         column, field = tables[0].column_names.index(name), tables[0].schema.field(name)
         tables[0] = tables[0].set_column(column, field, [pa.array(values, pa.binary())])
         fields["requests"] = [[n, 3, fingerprint(table)] for n, table in enumerate(tables)]
-    write_trace(path, tables, {**header, **fields})
+    packed = json.dumps({**header, **fields}).encode()
+    checksum = hashlib.sha256(packed).hexdigest().encode()
+    schema = tables[0].schema.remove_metadata()
+    with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
+        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: checksum})
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(None))
 
 
 def test_row_groups_are_read_in_their_own_order_only(tmp_path: Path) -> None:
