@@ -53,8 +53,8 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 def _here(run: Callable[..., Any], words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     code, out, errors = 0, StringIO(), StringIO()
-    called = patch.object(sys, "argv", ["", *words])
-    with chdir(ROOT), called, redirect_stdout(out), redirect_stderr(errors):
+    called, kept = patch.object(sys, "argv", ["", *words]), patch.dict(os.environ)
+    with chdir(ROOT), called, kept, redirect_stdout(out), redirect_stderr(errors):
         try:
             run(run_name="__main__")
         except SystemExit as ended:
