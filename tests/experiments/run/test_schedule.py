@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
@@ -25,7 +25,7 @@ from experiments.run.schedule import (
     Server,
     Step,
 )
-from experiments.run.small_models import COMMON, FAMILIES, random_model, small_model
+from experiments.run.small_models import COMMON, FAMILIES, random_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Placement
@@ -174,14 +174,12 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.slept: list[float] = []
 
     def __call__(self) -> float:
         self.now += 0.01
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
         self.now += seconds
 
 
@@ -215,11 +213,8 @@ LOAD = (
 
 
 def offloaded(family: str, **config: Any) -> OffloadedModel:
-    model: PreTrainedModel = small_model(family, torch.float32)
-    if config:
-        settings = {**COMMON, **FAMILIES[family], **config}
-        model = random_model(AutoConfig.for_model(family, **settings), torch.float32, 0)
-    return OffloadedModel.from_model(model, CPU)
+    facts = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    return OffloadedModel.from_model(random_model(facts, torch.float32, 0), CPU)
 
 
 def served(runtime: Any, schedule: Schedule) -> tuple[dict[int, Served], list[Step]]:
