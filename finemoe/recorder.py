@@ -42,7 +42,7 @@ class Recorder:
             embedding = self.model.model.get_input_embeddings()
             hooks.enter_context(embedding.register_forward_hook(self._on_embeddings))
             for gate, experts in zip(self.model.gates, self.model.experts, strict=True):
-                hooks.enter_context(gate.register_forward_hook(self._on_logits))
+                hooks.enter_context(gate.register_forward_hook(self._on_gate))
                 hooks.enter_context(experts.register_forward_pre_hook(self._on_experts))
             self._hooks = hooks.pop_all()
         return self
@@ -65,12 +65,12 @@ class Recorder:
     def _on_embeddings(self, _module: Any, _inputs: Any, output: Tensor) -> None:
         self._keep("embeddings", output)
 
-    def _on_logits(self, _module: Any, _inputs: Any, output: Any) -> None:
+    def _on_gate(self, _module: Any, inputs: Any, output: Any) -> None:
+        self._keep("hidden_states", inputs[0])
         self._keep("logits", output[self.model.logits_index])
 
     def _on_experts(self, _module: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        hidden, index, _ = inputs
-        self._keep("hidden_states", hidden)
+        index = inputs[1]
         self._choices.append(index.detach().cpu().numpy().copy())
         if len(self._choices) == self.model.shape.layers:
             self._share_out()

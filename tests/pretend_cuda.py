@@ -324,7 +324,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.lock, self.thread, self.host = threading.RLock(), threading.get_ident(), Host()
         self.numbers = itertools.count(1)
-        self.allocated = [0] * self.devices
+        self.allocated, self.peak = [0] * self.devices, [0] * self.devices
         self.event: Any = type("Event", (Event,), {"machine": self})
         self.stream: Any = type("Stream", (Stream,), {"machine": self})
         self._copies: list[HostCopy] = []
@@ -408,6 +408,7 @@ class Machine:
             if self.allocated[device] + whole > self.memory:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
             self.allocated[device] += whole
+            self.peak[device] = max(self.peak[device], self.allocated[device])
             return Memory(stream, whole)
 
     def give_back(self, memory: Memory) -> None:

@@ -220,6 +220,12 @@ class LogitsLog:
         return [one.cpu() for one in settled]
 
 
+OTHER_SUMS = (
+    "this model's own experts add up otherwise: lossless means the same logits under any budget, "
+    "not those of generate"
+)
+
+
 @dataclass
 class LiveSetup(Setup):
     """A model, its experts in host memory, and what serves with it."""
@@ -243,6 +249,7 @@ class LiveSetup(Setup):
         return (
             f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
             *([f"weights: {self.model.cast}"] if self.model.cast else []),
+            *([] if self.model.offloaded.as_eager else [OTHER_SUMS]),
             line,
             slots_line(self.shape, self.slots),
             f"prompts from {prompts.dataset}: {prompts.source}",
@@ -358,6 +365,7 @@ class LiveSetup(Setup):
             "stored_expert_bytes": model.offloaded.store.layout.nbytes,
             "positions": model.positions,
             "cast": model.cast,
+            "as_eager_experts": model.offloaded.as_eager,
             "summary": {
                 "slot_budget_bytes": self.budget_bytes,
                 "dense_bytes": model.offloaded.dense_bytes,

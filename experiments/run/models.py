@@ -19,7 +19,13 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.room import available_bytes
 from experiments.run.weights import SCALE_MODELS, hub_access, is_hub, loading, source_of
-from finemoe.offload.model import OffloadedModel, find_moe_layers, shape_of
+from finemoe.offload.model import (
+    OffloadedModel,
+    class_for,
+    find_moe_layers,
+    leave_text,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     import transformers
@@ -83,8 +89,8 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
         with loading(f"weights={weights}", "choose another model"), _locking(model):
             offloaded = OffloadedModel.from_model(model, device)
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
-    folder = None if weights in ("dummy", "scale") else _folder(source_of(cfg, weights))
-    cast = _cast(folder, offloaded.model.dtype) if folder else None
+    held = offloaded.dense_bytes + offloaded.shape.size * offloaded.store.layout.nbytes
+    cast = cast_of(cfg, weights, offloaded.model.dtype, held)
     return LoadedModel(cfg.name, weights, offloaded, tokenizer, full, cast)
 
 
@@ -147,14 +153,15 @@ def outline_of(cfg: DictConfig, weights: str, source: str | None) -> transformer
     wanted = [OmegaConf.select(cfg, key) for key in FACTS]
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
-        configs, models = transformers.AutoConfig, transformers.AutoModelForCausalLM
+        configs = transformers.AutoConfig
         if source is None:
             config = configs.for_model(wanted[0])
         else:
             config = configs.from_pretrained(source, trust_remote_code=False)
         told = cfg.dtype or getattr(config.get_text_config(), "dtype", None) or config.dtype
         dtype = getattr(torch, str(told or "bfloat16").removeprefix("torch."))
-        model = models.from_config(config, dtype=dtype, trust_remote_code=False)
+        model: Any = class_for(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        leave_text(model)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
         size = experts.down_proj[0].numel() // shape.hidden_size
@@ -202,7 +209,6 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         with loading(str(path), again), safe_open(path, "pt"):
             pass
     with loading(f"the weights of {source}", again):
-        load: Any = transformers.AutoModelForCausalLM.from_pretrained
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         if (method := _quantised(config)) in DEQUANTISED:
             config.quantization_config["dequantize"] = True
@@ -210,7 +216,9 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
             raise ValueError(f"transformers knows no {method}, by which they are quantised")
         checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
         options = {"dtype": dtype, "device_map": "cpu", "trust_remote_code": False}
+        load = class_for(config).from_pretrained
         model, report = load(source, config=config, **options, **checks)
+        leave_text(model)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
             cause = f"{len(keys)} tensors are {kind}, such as {min(map(str, keys))}; {again}"
@@ -224,18 +232,26 @@ def _quantised(config: Any) -> str | None:
     return told and str(told.get("quant_method"))
 
 
-def _cast(folder: Path, dtype: torch.dtype) -> str | None:
-    """Say what weights were in their files, by most of them, if a model of `dtype` has others."""
+def cast_of(cfg: DictConfig, weights: str, dtype: torch.dtype, nbytes: int) -> str | None:
+    """Say what most weights were in their files, if a model of `nbytes` in `dtype` has others.
+
+    Quantised ones are dequantised: kernels for them run on some GPUs only. What that costs is said.
+    """
+    folder = None if weights in ("dummy", "scale") else _folder(source_of(cfg, weights))
+    if folder is None:
+        return None
     import transformers
 
     own = str(dtype).removeprefix("torch.")
-    if method := _quantised(transformers.AutoConfig.from_pretrained(folder)):
-        return f"{method} dequantised to {own}"
-    stored = Counter[str]()
+    stored, size = Counter[str](), 0
     for path in folder.glob("model*.safetensors"):
+        size += path.stat().st_size
         with safe_open(path, "pt") as tensors:
             for one in map(tensors.get_slice, tensors.keys()):
                 stored[one.get_dtype()] += math.prod(one.get_shape())
+    if method := _quantised(transformers.AutoConfig.from_pretrained(folder)):
+        larger = f", {nbytes / size:.1f} x the bytes on host and link" if size else ""
+        return f"{method} dequantised to {own}{larger}"
     (most, _), *_ = stored.most_common(1) or [(SAFETENSORS[own], 0)]
     return None if most == SAFETENSORS[own] else f"{most} cast to {own}"
 

@@ -14,19 +14,28 @@ import torch
 from omegaconf import DictConfig
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.errors import UserError
 from experiments.run.config import build, values_of
 from experiments.run.console import Console
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.records import check_writable, provenance
+from experiments.run.room import free_bytes
 from experiments.run.schedule import Schedule, Server
+from experiments.run.testbeds import local
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
-from finemoe.assemble import resident_runtime
+from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.foreign_trace import STREAMS, ForeignTrace, RoutedStream, is_foreign
+from finemoe.offload.budget import BudgetError, plan_slots
 from finemoe.offload.live import LiveRuntime
+from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape
 from finemoe.recorder import Recorder, gate_weights
+from finemoe.testbed import cuda_devices
 from finemoe.trace import CONTENTS, Trace, TraceHeader, TraceReader, trace_writer
+
+SHARE = 0.8
+"""Of a GPU's free memory that experts may take while routing is recorded."""
 
 
 def open_routing(cfg: DictConfig, console: Console) -> Trace:
@@ -57,16 +66,35 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
     check_writable(Path(cfg.traces), "traces")
     # A sum's last bits depend on the threads, and so would tokens that nearly tie.
     torch.set_num_threads(1)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if cuda_devices() else "cpu")
     model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
     load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     # Loading may have downloaded weights whose revision was not known before.
     path = _path(cfg, settings)
     console.announce([f"recording the routing once, to {path}"])
     # Runs of one sweep may record the same trace at the same time; the last one keeps its name.
-    with resident_runtime(model.offloaded, OnDemandPolicy(model.offloaded.shape)) as runtime:
+    with _recording_runtime(model.offloaded) as runtime:
         record(runtime, model, load, [settings.recording(load)], cfg.seed, path, console)
     return path
+
+
+def _recording_runtime(model: OffloadedModel) -> LiveRuntime:
+    """Return a runtime with as many experts resident as the CUDA devices hold, or all on the CPU.
+
+    Raises UserError if not even a token's experts fit.
+    """
+    policy, nbytes = OnDemandPolicy(model.shape), model.store.layout.nbytes
+    if model.device.type != "cuda":
+        return resident_runtime(model, policy)
+    testbed = local(None, None)
+    each = min(int(SHARE * free_bytes(device)) // nbytes for device in testbed.devices)
+    count = len(testbed.devices)
+    try:
+        slots = plan_slots(each * count * nbytes, nbytes, model.shape, count)
+    except BudgetError as error:
+        cause = f"the GPUs cannot hold a token's experts: {error}"
+        raise UserError(f"{cause}; record on a larger one, or give routing=") from error
+    return offloading_runtime(model, policy, testbed, slots, nbytes)
 
 
 def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:

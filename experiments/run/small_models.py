@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from finemoe.offload.model import class_for
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -52,15 +54,15 @@ WEIGHT_STD = 0.2  # wide enough that a small model's routing depends on its inpu
 def small_model(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> PreTrainedModel:
     """Return a random model of a family, the same for the same seed, with eager experts."""
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
-    model = random_model(config, dtype, seed)
+    model: PreTrainedModel = random_model(config, dtype, seed)
     model.set_experts_implementation("eager")
     return model
 
 
-def random_model(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def random_model(config: Any, dtype: torch.dtype, seed: int) -> Any:
     """Return a model of a config with random weights, in eval mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = class_for(config).from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:

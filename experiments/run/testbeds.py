@@ -239,8 +239,8 @@ def _seconds(micros: Mapping[Any, float]) -> dict[str, float]:
 
 
 def auto(devices: Few, **numbers: Any) -> Testbed | SimulatedTestbed:
-    """Return the CUDA devices of this machine if there are any, else the simulated testbed."""
+    """Return what testbed=local is if there are CUDA devices, else the simulated testbed."""
     if cuda_devices():
-        return local(None, numbers["chunk_mb"])
+        return local(None, None)
     numbers |= {"_target_": "experiments.run.testbeds.simulated", "devices": devices}
     return build(OmegaConf.create({"testbed": numbers}).testbed)

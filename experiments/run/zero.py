@@ -21,7 +21,7 @@ from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, texts
 from experiments.run.metrics import KINDS
-from experiments.run.models import full_expert_bytes, load_plain
+from experiments.run.models import cast_of, full_expert_bytes, load_plain
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.room import free_bytes
 from experiments.run.schedule import Served, Server
@@ -77,6 +77,8 @@ class ZeroSetup(Setup):
         self.expert_bytes = _bytes(self.experts)
         self.dense_bytes = _bytes(self.model.parameters()) - self.expert_bytes
         cfg, self.device = self.cfg, self.testbed.devices[0]
+        whole = self.dense_bytes + self.expert_bytes
+        self.cast = cast_of(cfg.model, str(cfg.weights), self.model.dtype, whole)
         self.stored = sum(parameter[0].nbytes for parameter in fused[0])
         self.full = full_expert_bytes(cfg.model, str(cfg.weights), self.stored)
 
@@ -84,6 +86,7 @@ class ZeroSetup(Setup):
         cfg, prompts, links = self.cfg, self.workload.prompts, LINKS[self.device.type]
         return (
             f"{cfg.model.name} ({cfg.weights} weights) on {self.device}",
+            *([f"weights: {self.cast}"] if self.cast else []),
             f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
             f"prompts from {prompts.dataset}: {prompts.source}",
         )
@@ -137,6 +140,7 @@ class ZeroSetup(Setup):
             "expert_bytes": self.full,
             "stored_expert_bytes": self.stored,
             "positions": None,
+            "cast": self.cast,
             "summary": {
                 **dict.fromkeys(NOT_APPLICABLE),
                 "dense_bytes": self.dense_bytes,

@@ -91,7 +91,8 @@ class LiveRuntime:
         self._threads: list[threading.Thread] = []
         self._worker: Worker | None = None
         self._iteration: Iteration | None = None
-        self._logits: list[Tensor | None] = [None] * self.model.shape.layers
+        self._gates: list[tuple[Tensor, Tensor] | None] = [None] * self.model.shape.layers
+        """Input and logits of each gate until its experts run, whose own input may be another."""
         self._unread: list[HostCopy] = []
         """What embedding and gates said in this iteration, if that is told when it is over."""
         self._untold: tuple[Iteration, list[HostCopy]] | None = None
@@ -185,7 +186,7 @@ class LiveRuntime:
         run = self._run_resident_layer if self._unhurried else self._run_layer
         layers = zip(self.model.gates, self.model.experts, strict=True)
         for layer, (gate, experts) in enumerate(layers):
-            enter(gate.register_forward_hook(partial(self._on_logits, layer)))
+            enter(gate.register_forward_hook(partial(self._on_gate, layer)))
             extra: dict[str, Any] = {"offload_forward": partial(run, layer)}
             if self.grouped:
                 count = self.model.shape.experts
@@ -208,13 +209,13 @@ class LiveRuntime:
         self._publish("search", iteration.number, hook, lambda: (iteration, *_arrays(copy)))
         self._await_prefetches()
 
-    def _on_logits(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
-        self._logits[layer] = output[self.model.logits_index]
+    def _on_gate(self, layer: int, _module: Any, inputs: Any, output: Any) -> None:
+        self._gates[layer] = inputs[0], output[self.model.logits_index]
 
     def _run_layer(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         assert self._iteration is not None
         # One wait for all that the host is to see of a layer.
-        copy = HostCopy(*self._shown(layer, hidden, index))
+        copy = HostCopy(*self._shown(layer, index))
         chosen = copy.read()[0].numpy()
         routing = Dispatch(hidden, index, chosen, weights, self.model.sums)
         with self._lock:
@@ -233,7 +234,7 @@ class LiveRuntime:
         self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
         """Compute at once what cannot miss; `_settle` tells of it."""
-        copy = HostCopy(*self._shown(layer, hidden, index))
+        copy = HostCopy(*self._shown(layer, index))
         self._unread.append(copy)
         if self.grouped:
             return grouped_mm(self.model.experts[layer], hidden, index, weights)
@@ -242,11 +243,12 @@ class LiveRuntime:
         flat = layer * self.model.shape.experts
         return routing.combine({i: self._run_expert(flat + i, routing) for i in routing.activated})
 
-    def _shown(self, layer: int, hidden: Tensor, index: Tensor) -> list[Tensor]:
+    def _shown(self, layer: int, index: Tensor) -> list[Tensor]:
         """Return what the host sees of a layer: choices, then what the policy is to be told."""
-        logits = self._logits[layer]
-        if not self._observed or logits is None:
+        gate, self._gates[layer] = self._gates[layer], None
+        if not self._observed or gate is None:
             return [index]
+        hidden, logits = gate
         return [index, logits, hidden] if self.policy.placement.hidden_states else [index, logits]
 
     def _publish_gate(self, outcome: LayerOutcome, copy: HostCopy) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from finemoe.offload.device import Dispatch, ExpertKernel, HostStore
 from finemoe.offload.gates import rank_as_chosen
@@ -61,8 +62,10 @@ class OffloadedModel:
     kernels: tuple[ExpertKernel, ...]
     logits_index: int
     """Which of the router's outputs holds the logits."""
-    sums: torch.dtype | None = None
-    """In which dtype the model's own experts add up, if not in that of the tokens."""
+    sums: torch.dtype | None
+    """In which dtype experts' outputs are added, if not in that of the tokens."""
+    as_eager: bool
+    """Whether a layer's own eager experts gave the same, bit for bit, when the model was loaded."""
 
     @property
     def device(self) -> torch.device:
@@ -77,10 +80,10 @@ class OffloadedModel:
     def from_model(cls, model: "PreTrainedModel", device: torch.device) -> Self:
         """Take the experts out of a model on the CPU and move the rest to `device`."""
         shape, experts = shape_of(model), find_moe_layers(model)[1]
-        sums = _sums(experts[0], shape)
+        tried = _tried(model, shape, dict(experts[0].named_parameters(recurse=False)))
         store = HostStore.take_from(experts, pin=device.type == "cuda")
         dense: Any = model
-        return cls._assemble(dense.to(device), store, shape, sums)
+        return cls._assemble(dense.to(device), store, shape, *tried)
 
     @classmethod
     def from_meta(cls, model: "PreTrainedModel", device: torch.device, seed: int) -> Self:
@@ -88,17 +91,17 @@ class OffloadedModel:
         shape, experts = shape_of(model), find_moe_layers(model)[1]
         std = float(getattr(model.config, "initializer_range", 0.02))
         store = HostStore.shared(experts, shape.experts, device.type == "cuda", std, seed)
+        block = store.layout.views(store.blocks[0]).items()
+        tried = _tried(model, shape, {n: v.expand(shape.experts, *v.shape) for n, v in block})
         for module in experts:
             module._is_hf_initialized = True  # type: ignore[assignment]
         model.to_empty(device=device)
         torch.manual_seed(seed)
         model.init_weights()
-        return cls._assemble(model, store, shape)
+        return cls._assemble(model, store, shape, *tried)
 
     @classmethod
-    def _assemble(
-        cls, model: Any, store: HostStore, shape: ModelShape, sums: torch.dtype | None = None
-    ) -> Self:
+    def _assemble(cls, model: Any, store: HostStore, shape: ModelShape, *tried: Any) -> Self:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
@@ -110,37 +113,65 @@ class OffloadedModel:
             rank_as_chosen(gates, logits_index, shape.experts, hidden)
         kernels = tuple(map(ExpertKernel, experts))
         layers = tuple(gates), tuple(experts), kernels
-        return cls(model, store, shape, *layers, logits_index, sums)
+        return cls(model, store, shape, *layers, logits_index, *tried)
 
 
 @torch.inference_mode()
-def _sums(module: Any, shape: ModelShape) -> torch.dtype | None:
-    """Return float32 if that is where a layer's own eager experts add up, by trying them."""
-    parameters = dict(module.named_parameters(recurse=False))
+def _tried(
+    model: Any, shape: ModelShape, parameters: dict[str, Tensor]
+) -> tuple[torch.dtype | None, bool]:
+    """Return in which dtype outputs are added as the first layer's own eager experts do, and
+    whether they agree bit for bit, by trying both on four tokens."""
+    model.set_experts_implementation("eager")
+    module: Any = find_moe_layers(model)[1][0]
     down = parameters["down_proj"]
-    if down.dtype == torch.float32 or shape.top_k == 1:
-        return None
-    width = down.shape[2 if module.is_transposed else 1]
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(4, width, generator=generator).to(down.dtype)
+    hidden = torch.randn(4, down.shape[2 if module.is_transposed else 1], generator=generator)
+    hidden = hidden.to(down.dtype)
     chosen = torch.arange(shape.top_k).expand(4, -1)
     weights = torch.rand(4, shape.top_k, generator=generator)
-    eager = type(module).forward.__wrapped__(module, hidden, chosen, weights)
-    kernel, found = ExpertKernel(module), []
+    eager = functional_call(module, parameters, (hidden, chosen, weights))
+    kernel = ExpertKernel(module)
     for sums in (None, torch.float32):
         routing = Dispatch(hidden, chosen, chosen.numpy(), weights, sums)
         outputs = {
             i: kernel(routing.gather(i, hidden.device), {n: p[i] for n, p in parameters.items()})
             for i in routing.activated
         }
-        found.append(torch.equal(routing.combine(outputs), eager))
-    return torch.float32 if found == [False, True] else None
+        if torch.equal(routing.combine(outputs), eager):
+            return sums, True
+    return None, False
+
+
+def class_for(config: Any) -> Any:
+    """Return the transformers class that serves text for a config: of a language model, or else of
+    a model of images and text."""
+    import transformers
+
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
+
+
+def leave_text(model: "PreTrainedModel") -> None:
+    """Take the encoders of images and sound out of a model, which text does not reach.
+
+    Raises ValueError if they have experts, as in models whose encoder also reads text.
+    """
+    for modality in ("image", "audio"):
+        encoder: Any = model.get_encoder(modality=modality)
+        for name, module in [*model.named_modules()]:
+            if module is not encoder or module is model:
+                continue
+            if any(map(_holds_experts, encoder.modules())):
+                raise ValueError(f"{type(model).__name__} has experts in {name}")
+            model.set_submodule(name, nn.Identity())
 
 
 def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.Module], int]:
     """Return gates, experts modules, and which output of a gate holds logits, or ValueError."""
     modules = list(model.modules())
-    experts = [m for m in modules if hasattr(m, "has_gate") and hasattr(m, "is_transposed")]
+    experts = [*filter(_holds_experts, modules)]
     recorded = [getattr(m, "_can_record_outputs", None) or {} for m in modules]
     recorder: Any = next((r["router_logits"] for r in recorded if "router_logits" in r), None)
     if not experts or recorder is None:
@@ -149,6 +180,10 @@ def find_moe_layers(model: "PreTrainedModel") -> tuple[list[nn.Module], list[nn.
     if len(gates) != len(experts):
         raise ValueError(f"{len(gates)} gates for {len(experts)} MoE layers")
     return gates, experts, recorder.index
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def shape_of(model: "PreTrainedModel") -> ModelShape:

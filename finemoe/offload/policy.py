@@ -90,7 +90,7 @@ class Gate(NamedTuple):
     activated: tuple[int, ...]
     """Indices of the experts that at least one token goes to, ascending."""
     hidden_states: FloatArray | None
-    """Input of the MoE block, shape (T, h), if `Placement.hidden_states` asks for it."""
+    """Input of the gate, shape (T, h), if `Placement.hidden_states` asks for it."""
 
 
 class Gates(NamedTuple):

@@ -19,7 +19,7 @@ class RoutedStep:
     counts: NDArray[np.integer]  # tokens that go to each expert, shape (L, J)
     logits: FloatArray | None  # gate logits as the model computed them, shape (L, T, J)
     embeddings: FloatArray | None  # token embeddings, shape (T, h)
-    hidden_states: FloatArray | None  # inputs of the MoE blocks, shape (L, T, h)
+    hidden_states: FloatArray | None  # inputs of the gates, shape (L, T, h)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RoutedIteration:
 
     @cached_property
     def hidden_states(self) -> FloatArray:
-        """Inputs of the MoE blocks, shape (L, T, h). ValueError if the trace holds none."""
+        """Inputs of the gates, shape (L, T, h). ValueError if the trace holds none."""
         return _joined("hidden states", [step.hidden_states for step in self.steps], axis=1)
 
 

@@ -8,12 +8,14 @@ import torch
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.schedule import Request
+from experiments.run.small_models import random_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.trace import TracedRequest
-from tests.engine import offloaded, recorded, requests, serve
+from tests.architectures import small_config
+from tests.engine import CPU, offloaded, recorded, requests, serve
 
 PROMPTS = requests(2, 5)
 
@@ -72,6 +74,19 @@ def test_the_model_does_not_notice(family: str) -> None:
     assert [request.output for request in record(model, *PROMPTS)] == unrecorded
     assert [len(module._forward_hooks) for module in model.model.modules()] == hooks
     assert not any(module._forward_pre_hooks for module in model.experts)
+
+
+def test_hidden_states_are_what_went_into_the_gate() -> None:
+    """In Gemma 4 the experts get another input."""
+    model = OffloadedModel.from_model(
+        random_model(small_config("gemma4_text"), torch.bfloat16, 0), CPU
+    )
+    shown: list[torch.Tensor] = []
+    model.gates[1].register_forward_hook(lambda _module, inputs, _output: shown.append(inputs[0]))
+    (request,) = record(model, PROMPTS[0])
+    for step, own in zip(request.steps, shown, strict=True):
+        assert step.hidden_states is not None
+        assert np.array_equal(step.hidden_states[1], own.float().numpy())
 
 
 def test_an_iteration_that_broke_off_is_forgotten() -> None:

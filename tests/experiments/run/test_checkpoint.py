@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from experiments.run.models import LoadedModel, load_model
 from experiments.run.protocol import run
 from experiments.run.weights import SCALE_MODELS
 from finemoe.costs import Accelerator, CountedModel, RooflineCosts
+from finemoe.offload.device import Dispatch
 from tests.architectures import saved
 from tests.command import ROOT, SMALL, composed, config, record_of, run_command
 
 PUBLISHED: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
 ACCELERATOR = Accelerator(936.0, 71.0, 24.0, 0.85, 0.8, 5.0, 10.0)
-FAMILIES = ("qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "jamba", "granitemoehybrid")
+FAMILIES = (
+    *("qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "jamba", "granitemoehybrid"),
+    "qwen3_vl_moe",
+)
 SCORED = ("glm4_moe", "deepseek_v3")
 """Those whose gates choose by a biased sigmoid within groups."""
 SHAPES = {"gpt_oss": (3, 8, 2), "jamba": (2, 8, 2), "qwen3_moe": (3, 8, 2)}
@@ -114,8 +119,9 @@ def test_a_folder_is_enough(
         run(cfg, Console(quiet=True))
         record = record_of(tmp_path / system)
         own = record["config"]["model"]
+        kind = "qwen3_vl_moe_text" if family == "qwen3_vl_moe" else family
         assert record["model"] == f"my-{family}"
-        assert own["facts"].startswith(f"my-{family} is a {family} in bfloat16")
+        assert own["facts"].startswith(f"my-{family} is a {kind} in bfloat16")
         assert record["summary"]["lossless"] is (True if testbed == "emulated" else None)
         assert record["summary"]["dense_bytes"] == own["counted"]["dense_bytes"]
         assert record["expert_bytes"] == own["counted"]["expert_bytes"]
@@ -178,7 +184,23 @@ def test_dummies_are_like_the_checkpoint(folders: dict[str, Path], tmp_path: Pat
     run(cfg, Console(quiet=True))
     record = record_of(tmp_path)
     assert (record["model"], record["summary"]["lossless"]) == ("my-jamba", True)
+    assert record["as_eager_experts"]
     assert SCALE_MODELS.name not in record["config"]["model"]["facts"]
+
+
+def test_sums_unlike_those_of_eager_experts_are_said(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # As if experts were added in the other order.
+    combine = Dispatch.combine
+    monkeypatch.setattr(Dispatch, "combine", lambda self, outputs: combine(self, outputs) * 1.01)
+    cfg = composed("model=checkpoint", f"weights='{folders['qwen3_moe']}'", f"output={tmp_path}")
+    record = run(cfg, Console())
+    assert (record["as_eager_experts"], record["summary"]["lossless"]) == (False, True)
+    assert "this model's own experts add up otherwise" in " ".join(capsys.readouterr().out.split())
 
 
 # Loading ----------------------------------------------------------------------------------------
@@ -214,7 +236,8 @@ def test_quantised_weights_are_brought_to_the_model_s_dtype_and_said(
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
     (folder / "config.json").write_text(json.dumps(config))
     model = loaded(folder)
-    assert model.cast == "fp8 dequantised to bfloat16"
+    said = r"fp8 dequantised to bfloat16, 1\.\d x the bytes on host and link"
+    assert re.fullmatch(said, str(model.cast))
     store = model.offloaded.store
     down = tensors["model.layers.0.mlp.experts.3.down_proj.weight"].float().mul(0.25).bfloat16()
     assert torch.equal(store.layout.views(store.blocks[3])["down_proj"], down)

@@ -13,15 +13,17 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
-from experiments.run import live
+from experiments.run import live, routing
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, PlainRuntime
 from experiments.run.models import load_model
 from experiments.run.protocol import run
+from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Server
 from experiments.run.small_models import small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -32,6 +34,7 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Policy, Routing
 from finemoe.offload.transfer import Chunk
 from finemoe.testbed import Testbed
+from finemoe.trace import TraceReader
 from tests.command import config
 from tests.engine import (
     OPTIONS,
@@ -172,6 +175,33 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
         assert (tmp_path / "trace.parquet").exists()
 
 
+@pytest.mark.parametrize(("share", "experts"), [(0.01, 3), (0.8, 6)], ids=["some", "all"])
+def test_routing_is_recorded_with_the_experts_that_fit_all_devices(
+    share: float, experts: int, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*tiny[:-2], "testbed=a100", *OFFLINE[:6], f"traces='{tmp_path}'"]
+    cfg = config("config", *words)
+    with TraceReader(kept_trace(cfg, Console(quiet=True))) as trace:
+        expected = trace.request(0).output
+    cfg.traces, dense = str(tmp_path / "cuda"), dense_bytes(cfg)
+    monkeypatch.setattr(routing, "SHARE", share)
+    with machine(2, memory=dense + 500_000) as made:
+        path = kept_trace(cfg, Console(quiet=True))
+        # Of the second device: experts of 1,536 bytes, and what less than six of them take beside.
+        assert experts <= made.peak[1] / 1536 < experts + 6
+    with TraceReader(path) as trace:
+        assert trace.request(0).output == expected
+
+
+def dense_bytes(cfg: DictConfig) -> int:
+    """Return what a device has allocated once a model is loaded."""
+    with machine() as roomy:
+        model = load_model(cfg.model, cfg.weights, torch.device("cuda", 0), cfg.seed)
+        dense = roomy.allocated[0]
+        del model
+    return dense
+
+
 # What cannot be -----------------------------------------------------------------------------------
 
 
@@ -179,10 +209,7 @@ def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config("config", *tiny, *OFFLINE, "memory_budget=50%", f"output='{tmp_path}'")
-    with machine() as roomy:
-        model = load_model(cfg.model, cfg.weights, torch.device("cuda", 0), cfg.seed)
-        dense = roomy.allocated[0]
-        del model
+    dense = dense_bytes(cfg)
     monkeypatch.setattr(live, "shortage", lambda *_: "")
     with machine(memory=dense + 40_000), pytest.raises(UserError, match=r"out of memory.*; lower"):
         run(cfg, Console())
