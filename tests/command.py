@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -32,13 +38,28 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_module(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call `python -m name`."""
-    return python("-m", name, *arguments, **environment)
+    """Call `python -m name`; see `run_command`."""
+    if environment:
+        return python("-m", name, *arguments, **environment)
+    return _here(partial(runpy.run_module, name), arguments)
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call run.py with overrides."""
-    return python("run.py", *arguments, **environment)
+    """Call run.py with overrides, in this process unless it needs another environment."""
+    if environment:
+        return python("run.py", *arguments, **environment)
+    return _here(partial(runpy.run_path, "run.py"), arguments)
+
+
+def _here(run: Callable[..., Any], words: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    code, out, errors = 0, StringIO(), StringIO()
+    called, kept = patch.object(sys, "argv", ["", *words]), patch.dict(os.environ)
+    with chdir(ROOT), called, kept, redirect_stdout(out), redirect_stderr(errors):
+        try:
+            run(run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 def config(name: str, *overrides: str) -> DictConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +12,19 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoTokenizer
 
+from baselines.on_demand import OnDemandPolicy
 from experiments.run.config import build
 from experiments.run.live import LiveBackend
 from experiments.run.schedule import FixedBatches, Request, Served, Server
 from experiments.run.small_models import random_model, small_model
 from experiments.run.weights import SCALE_MODELS
-from finemoe.assemble import resident_runtime
+from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Iteration, LayerOutcome, ModelShape, Policy, Priorities
-from finemoe.offload.residency import Residency
-from finemoe.recorder import gate_weights
+from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
+from finemoe.recorder import Recorder, gate_weights
 from finemoe.testbed import Testbed
+from finemoe.trace import TracedRequest
 from tests.command import ROOT
 
 CPU = torch.device("cpu")
@@ -110,63 +111,17 @@ def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) 
     return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
 
 
-def breaches(residency: Residency) -> list[tuple[int, int]]:
-    """Watch what `protect` promises; return who broke it, (victim, incoming), as it happens.
-
-    What is asked for before its layer's gate speaks leaves for no prefetch, and on demand only if
-    nobody else can.
-    """
-    shape = residency.shape
-    cache, asked, found = residency.cache, set[int](), list[tuple[int, int]]()
-    now = (-1, -1)
-    begin, prefetch, gate = residency.begin_iteration, residency.prefetch, residency.gate
-    reserve = cache.reserve
-
-    def begun(iteration: Iteration) -> None:
-        nonlocal now
-        now = (iteration.number, -1)
-        begin(iteration)
-
-    def prefetched(number: int, priorities: Priorities | None, *hook: Any) -> None:
-        # A faulty answer is refused by the engine.
-        if priorities is not None and np.shape(priorities) == (shape.layers, shape.experts):
-            layers, _ = priorities.nonzero()
-            wanted = priorities.reshape(-1).nonzero()[0].tolist()
-            asked.update(
-                flat
-                for flat, layer in zip(wanted, layers.tolist(), strict=True)
-                if (number, layer) > now
-            )
-        prefetch(number, priorities, *hook)
-
-    def gated(iteration: Iteration, layer: int, activated: tuple[int, ...]) -> LayerOutcome:
-        nonlocal now
-        now = (iteration.number, layer)
-        asked.difference_update([f for f in asked if residency.experts[f].layer == layer])
-        return gate(iteration, layer, activated)
-
-    def reserved(flat: int, urgent: bool) -> int:
-        device = cache.device_of(flat)
-        movable = {
-            other
-            for other in range(device, residency.shape.size, len(cache.slots))
-            if cache.is_resident(other) and not cache.is_pinned(other)
-        }
-        victim = reserve(flat, urgent)
-        if victim in asked and not (urgent and movable <= asked):
-            found.append((victim, flat))
-        return victim
-
-    # Of a compiled engine nothing can be replaced; its sources are watched where interpreted.
-    with suppress(AttributeError):
-        for name, watched in (
-            ("begin_iteration", begun),
-            ("prefetch", prefetched),
-            ("gate", gated),
-        ):
-            setattr(residency, name, watched)
-        setattr(cache, "reserve", reserved)  # noqa: B010
-    return found
+def offloading(
+    model: OffloadedModel,
+    policy: Policy,
+    slots: tuple[int, ...],
+    timeline: Any = None,
+    protect: bool = False,
+    **links: Any,
+) -> LiveRuntime:
+    """Return a runtime with so many slots on each emulated device; `links` as in `emulated`."""
+    testbed, nbytes = emulated(len(slots), **links), model.store.layout.nbytes
+    return offloading_runtime(model, policy, testbed, slots, nbytes, timeline, protect)
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:
@@ -180,12 +135,34 @@ def serve(runtime: Any, *batches: list[Request], **options: Any) -> list[Served]
     return [one for batch in batches for one in server.serve(FixedBatches(batch, len(batch)))]
 
 
-def logits_of(runtime: Any, batch: list[Request], **options: Any) -> list[torch.Tensor]:
-    """Serve a batch through a runtime; return each step's logits, shape (B, vocabulary)."""
+def logits_of(runtime: Any, *batches: list[Request], **options: Any) -> list[torch.Tensor]:
+    """Serve batches through a runtime; return each step's logits on the host, (B, vocabulary)."""
     backend, logits = LiveBackend(runtime, **options), list[torch.Tensor]()
     server = Server(backend, listeners=[lambda _: logits.append(backend.logits)])
-    list(server.serve(FixedBatches(batch, len(batch))))
-    return logits
+    for batch in batches:
+        list(server.serve(FixedBatches(batch, len(batch))))
+    return [one.cpu() for one in logits]
+
+
+def recorded(
+    model: OffloadedModel, *batches: list[Request]
+) -> tuple[dict[int, TracedRequest], Routing]:
+    """Serve batches, all experts resident; return what each request and iteration routes."""
+    routing = list[list[tuple[int, ...]]]()
+
+    def listen(outcome: LayerOutcome) -> None:
+        if outcome.layer == 0:
+            routing.append([])
+        routing[-1].append(outcome.activated)
+
+    runtime, recorder = resident_runtime(model, OnDemandPolicy(model.shape)), Recorder(model)
+    with runtime, recorder:
+        runtime.listeners.append(listen)
+        served = serve(runtime, *batches, before=lambda step: recorder.begin(step.iteration))
+        return {
+            one.request.number: recorder.finish(one.request.number, one.request.prompt, one.tokens)
+            for one in served
+        }, routing
 
 
 def configured(system: str, shape: ModelShape, **options: Any) -> Policy:

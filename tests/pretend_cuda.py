@@ -17,10 +17,6 @@ if its clock has reached the other's tick. `machine.hazards` has what does not:
     before a host thread knows that the copy is done. Until then a copy's host target is poisoned.
 An operation on tensors of several devices raises, as it does with CUDA.
 
-**Time** is virtual. A host thread's advances by `launch_s` with every operation, and to the end of
-what it waits for. An operation begins when it was issued, those before it in its stream and those
-whose bytes it needs are done, and its copy engine is free. `machine.spans` has when they ran.
-
 **Counts.** `machine.kernels` has the kernels launched, and `machine.waits` how often the thread
 that made the machine waited for a device, both by name. Views launch nothing; what torch composes
 of other operations is taken apart, and whatever is left is one kernel. Device names need an index.
@@ -46,6 +42,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils.import_utils import is_torch_cuda_available
 
 Key = tuple[int, int]
@@ -71,11 +68,11 @@ def join(clock: Clock, other: Clock) -> None:
 
 
 class Host(threading.local):
-    """What one host thread knows to be done, its time in seconds, its device and its streams."""
+    """What one host thread knows to be done, its device and its streams."""
 
     def __init__(self) -> None:
         self.clock: Clock = {}
-        self.now, self.device = 0.0, 0
+        self.device = 0
         self.streams: dict[int, Stream] = {}
 
 
@@ -87,7 +84,6 @@ class Access(NamedTuple):
     writes: bool
     stream: Key
     tick: int
-    end: float
     name: str
 
 
@@ -100,14 +96,11 @@ class Stream:
         self.device = torch.device("cuda", self.machine.index(device))
         self.key = (self.machine.index(device), next(self.machine.numbers))
         self.clock: Clock = {self.key: 0}
-        self.busy = 0.0
-        """When the last operation will be done, in seconds."""
         self.machine.streams.append(self)
 
     def wait_event(self, event: Event) -> None:
         with self.machine.lock:
             join(self.clock, event.clock)
-            self.busy = max(self.busy, event.at)
 
     def wait_stream(self, other: Stream) -> None:
         self.wait_event(other.record_event())
@@ -120,9 +113,6 @@ class Stream:
     def synchronize(self) -> None:
         self.record_event().synchronize()
 
-    def query(self) -> bool:
-        return self.record_event().query()
-
 
 class Event:
     """Stands for torch.cuda.Event."""
@@ -130,35 +120,25 @@ class Event:
     machine: Machine
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
-        self.timed, self.at = enable_timing, 0.0
+        self.timed, self.at = enable_timing, 0
         self.clock: Clock = {}
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.machine.current_stream()
         with self.machine.lock:
             join(stream.clock, self.machine.host.clock)
-            self.clock, self.at = {**stream.clock}, max(stream.busy, self.machine.host.now)
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or self.machine.current_stream()).wait_event(self)
-
-    def query(self) -> bool:
-        self.machine.host.now += self.machine.launch_s
-        if done := self.machine.host.now >= self.at:
-            self.machine.learn(self.clock)
-        return done
+            self.clock, self.at = {**stream.clock}, next(self.machine.numbers)
 
     def synchronize(self, name: str = "synchronize") -> None:
         known, machine = self.machine.host.clock, self.machine
         if any(known.get(key, 0) < tick for key, tick in self.clock.items()):
             machine.waits[name] += threading.get_ident() == machine.thread
-        machine.host.now = max(machine.host.now, self.at)
         machine.learn(self.clock)
 
     def elapsed_time(self, later: Event) -> float:
         assert self.timed
         assert later.timed
-        return (later.at - self.at) * 1e3
+        return (later.at - self.at) * 1e-5  # There is no time, only an order.
 
 
 # Tensors ------------------------------------------------------------------------------------------
@@ -170,9 +150,8 @@ class Memory:
     def __init__(self, stream: Stream, nbytes: int) -> None:
         self.stream, self.nbytes = stream, nbytes
         self.machine, self.number = stream.machine, next(stream.machine.numbers)
-        before = stream.clock[stream.key], stream.busy, "what had that memory before"
+        before = stream.clock[stream.key], "what had that memory before"
         self.accesses = [Access(0, self.nbytes, True, stream.key, *before)]
-        self.recorded = {stream.key}
 
     def use(self, new: Access) -> None:
         """Take note of an access; a write stands for all that it covers."""
@@ -206,7 +185,7 @@ class Pretend(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, _: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        (one, *_) = (o for o in leaves((args, kwargs)) if isinstance(o, Pretend))
+        (one, *_) = (o for o in tree_leaves((args, kwargs)) if isinstance(o, Pretend))
         return one.memory.machine.run(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -221,9 +200,6 @@ class Pretend(Tensor):
 
     def data_ptr(self) -> int:
         return (self.memory.number << 40) + self.span()[0]
-
-    def record_stream(self, stream: Any) -> None:
-        self.memory.recorded.add(stream.key)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -247,50 +223,24 @@ class Pretend(Tensor):
         same = self.elem.is_contiguous(memory_format=memory_format)
         return self if same else self.clone(memory_format=memory_format)
 
-    def __int__(self) -> int:
-        return int(self.item())
-
-    def __float__(self) -> float:
-        return float(self.item())
-
-    __index__ = __int__
-
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         return self  # There is no autograd.
 
     def __getitem__(self, at: Any) -> Any:
-        found = self.elem[mapped(plain, at)]
+        found = self.elem[tree_map(plain, at)]
         if place(found) == place(self.elem):
             return Pretend(found, self.memory)
-        indices = [one for one in leaves(at) if isinstance(one, Tensor)]
+        indices = [one for one in tree_leaves(at) if isinstance(one, Tensor)]
         return self.memory.machine.launched(aten.index.Tensor, found, (self, indices), {})
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        if any(isinstance(one, Tensor) for one in leaves(at)):
+        if any(isinstance(one, Tensor) for one in tree_leaves(at)):
             indices = at if isinstance(at, tuple) else (at,)
             value = value if isinstance(value, Tensor) else self.new_full((), value)
             self.index_put_(indices, value)
         else:
             part = self[at]
             part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
-
-
-def leaves(one: Any) -> Iterator[Any]:
-    """Yield what is in lists, tuples and values of dictionaries, however deep."""
-    if isinstance(one, list | tuple | dict):
-        for each in one.values() if isinstance(one, dict) else one:
-            yield from leaves(each)
-    else:
-        yield one
-
-
-def mapped(function: Callable[[Any], Any], one: Any) -> Any:
-    """Apply a function to all leaves."""
-    if isinstance(one, dict):
-        return {key: mapped(function, each) for key, each in one.items()}
-    if isinstance(one, list | tuple):
-        return type(one)([mapped(function, each) for each in one])
-    return function(one)
 
 
 def plain(one: Any) -> Any:
@@ -318,10 +268,6 @@ def poison(kind: torch.dtype) -> float:
     if kind == torch.bool or kind.is_floating_point:
         return math.nan
     return torch.iinfo(kind).min or torch.iinfo(kind).max
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 @cache
@@ -367,28 +313,20 @@ class Machine:
 
     devices: int
     memory: int = 1 << 34  # bytes of a device
-    lockable: int = 1 << 34  # bytes of host memory that may be page-locked
     capability: tuple[int, int] = (9, 0)
-    launch_s: float = 1e-6
-    kernel_s: float = 5e-6
-    copy_s: float = 5e-6  # of every copy, apart from its bytes
-    bytes_per_s: float = 25e9
 
     hazards: list[str] = field(default_factory=list)
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
-    spans: list[tuple[Key, str, float, float]] = field(default_factory=list)
-    """Stream, name, begin and end in seconds of every operation."""
     locked: dict[int, int] = field(default_factory=dict)
     """Bytes of page-locked host memory, by address."""
 
     def __post_init__(self) -> None:
         self.lock, self.thread, self.host = threading.RLock(), threading.get_ident(), Host()
         self.numbers = itertools.count(1)
-        self.allocated, self.peak, self.reserved = ([0] * self.devices for _ in range(3))
+        self.allocated, self.peak = [0] * self.devices, [0] * self.devices
         self.event: Any = type("Event", (Event,), {"machine": self})
         self.stream: Any = type("Stream", (Stream,), {"machine": self})
-        self._engines: Counter[tuple[int, str]] = Counter()
         self._copies: list[HostCopy] = []
         self._known: Clock = {}  # to any host thread
         self.streams: list[Stream] = []
@@ -396,34 +334,26 @@ class Machine:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        for counted in (self.kernels, self.waits, self.spans):
-            counted.clear()
+        self.kernels.clear()
+        self.waits.clear()
 
-    def launch(
-        self, stream: Stream, name: str, seconds: float, reads: Any, writes: Any, *engines: Any
-    ) -> int:
+    def launch(self, stream: Stream, name: str, reads: Any, writes: Any) -> int:
         """Put an operation into a stream and return its tick; note what it should come after."""
         with self.lock:
             join(stream.clock, self.host.clock)
             tick = stream.clock[stream.key] = stream.clock[stream.key] + 1
-            self.host.now += self.launch_s
-            begin = max(self.host.now, stream.busy, *(self._engines[one] for one in engines))
             uses = [(one, *one.span(), False) for one in reads]
             uses += [(one, *one.span(), True) for one in writes]
             for tensor, start, stop, writing in uses:
                 for old in tensor.memory.accesses:
-                    if old.start < stop and start < old.stop and (writing or old.writes):
-                        begin = max(begin, old.end)
-                        if stream.clock.get(old.stream, 0) < old.tick:
-                            does, did = ("writes", "reads")[not writing], old.name
-                            where = f"{start}:{stop} of memory {tensor.memory.number}"
-                            after = f"and is not ordered after {did} on {old.stream}"
-                            self.hazard(f"{name} on {stream.key} {does} {where} {after}")
-            stream.busy = end = begin + seconds
-            self._engines.update({one: end - self._engines[one] for one in engines})
-            self.spans.append((stream.key, name, begin, end))
+                    meets = old.start < stop and start < old.stop and (writing or old.writes)
+                    if meets and stream.clock.get(old.stream, 0) < old.tick:
+                        does = "writes" if writing else "reads"
+                        where = f"{start}:{stop} of memory {tensor.memory.number}"
+                        after = f"and is not ordered after {old.name} on {old.stream}"
+                        self.hazard(f"{name} on {stream.key} {does} {where} {after}")
             for tensor, start, stop, writing in uses:
-                tensor.memory.use(Access(start, stop, writing, stream.key, tick, end, name))
+                tensor.memory.use(Access(start, stop, writing, stream.key, tick, name))
             return tick
 
     def learn(self, clock: Clock) -> None:
@@ -478,8 +408,7 @@ class Machine:
             if self.allocated[device] + whole > self.memory:
                 raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
             self.allocated[device] += whole
-            for high in (self.peak, self.reserved):
-                high[device] = max(high[device], self.allocated[device])
+            self.peak[device] = max(self.peak[device], self.allocated[device])
             return Memory(stream, whole)
 
     def give_back(self, memory: Memory) -> None:
@@ -488,12 +417,10 @@ class Machine:
             known = {**self._known}
             join(known, memory.stream.clock)
             for old in memory.accesses:
-                if old.stream not in memory.recorded and known.get(old.stream, 0) < old.tick:
+                if old.stream != memory.stream.key and known.get(old.stream, 0) < old.tick:
                     self.hazard(f"memory {memory.number} is freed under {old.name} on {old.stream}")
 
     def lock_host(self, address: int, size: int, flags: int = 0) -> int:
-        if sum(self.locked.values()) + size > self.lockable:
-            return 2
         self.locked[address] = size
         return 0
 
@@ -507,23 +434,22 @@ class Machine:
 
     def is_locked(self, tensor: Tensor) -> bool:
         first = tensor.data_ptr()
-        stop = first + nbytes(tensor)
+        stop = first + tensor.nbytes
         return any(start <= first and stop <= start + n for start, n in self.locked.items())
 
     def page_locked(self, like: Tensor) -> Tensor:
         """Return page-locked memory with a tensor's values, unlocked with its last user."""
-        owner = np.empty(max(nbytes(like), 1), np.uint8)
-        if self.lock_host(owner.ctypes.data, owner.nbytes):
-            raise RuntimeError("CUDA error: out of memory")
+        owner = np.empty(max(like.nbytes, 1), np.uint8)
+        self.lock_host(owner.ctypes.data, owner.nbytes)
         finalize(owner, self.unlock_host, owner.ctypes.data)
-        held = torch.from_numpy(owner)[: nbytes(like)].view(like.dtype).view(like.shape)
+        held = torch.from_numpy(owner)[: like.nbytes].view(like.dtype).view(like.shape)
         return held.copy_(like)
 
     # Operations
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Carry out an operation of torch, whether on pretended tensors or not."""
-        given, device = [*leaves((args, kwargs))], kwargs.get("device")
+        given, device = [*tree_leaves((args, kwargs))], kwargs.get("device")
         pretended = any(isinstance(one, Pretend) or is_cuda(one) for one in given)
         if func is aten.is_pinned.default:
             return not pretended and self.is_locked(args[0])
@@ -535,7 +461,7 @@ class Machine:
         if pretended and func in (aten._to_copy.default, aten.copy_.default):
             return (self.copy if func is aten.copy_.default else self._to_copy)(*args, **kwargs)
         pin = kwargs.pop("pin_memory", None)
-        values, named = mapped(plain, (args, kwargs))
+        values, named = tree_map(plain, (args, kwargs))
         if pretended and func is aten.histc.default:  # The CPU's takes floats only.
             out = func(values[0].float(), *values[1:], **named).to(values[0].dtype)
         else:
@@ -546,7 +472,7 @@ class Machine:
 
     def launched(self, func: Any, out: Any, args: Any, kwargs: Any) -> Any:
         """Wrap what an operation computed and launch it, unless it only makes views."""
-        tensors = [one for one in leaves((args, kwargs)) if isinstance(one, Tensor)]
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         mine = [one for one in tensors if isinstance(one, Pretend)]
         where = self._place(func, tensors, kwargs.get("device"))
         stream = self.current_stream(where)
@@ -564,15 +490,15 @@ class Machine:
             fresh.append(Pretend(one, self.allocate(stream, one.untyped_storage().nbytes())))
             return fresh[-1]
 
-        result, name = mapped(wrap, out), func._schema.name.removeprefix("aten::")
+        result, name = tree_map(wrap, out), func._schema.name.removeprefix("aten::")
         writes = [args[i] if i < len(args) else kwargs.get(key) for i, key in written(func)]
-        writes = [one for one in leaves(writes) if isinstance(one, Pretend)]
+        writes = [one for one in tree_leaves(writes) if isinstance(one, Pretend)]
         if "empty" in name or not (fresh or writes or func in ANSWERED):
             return result
         reads = [one for one in mine if not any(one is other for other in writes)]
         self._kernel(stream, name, reads, [*fresh, *writes])
         # A mask's result has a size that the host reads; indices on the host are sent.
-        indices = [one for one in leaves(args[1:2]) if isinstance(one, Tensor)]
+        indices = [one for one in tree_leaves(args[1:2]) if isinstance(one, Tensor)]
         sent = any(not isinstance(one, Pretend) or one.dtype == torch.bool for one in indices)
         if func in ANSWERED or (sent and func in INDEXING):
             stream.record_event().synchronize(name)
@@ -590,7 +516,7 @@ class Machine:
 
     def _kernel(self, stream: Stream, name: str, reads: list[Any], writes: list[Any]) -> None:
         self.kernels[name] += name != "_local_scalar_dense"  # That is a copy.
-        self.launch(stream, name, self.kernel_s, reads, writes)
+        self.launch(stream, name, reads, writes)
 
     def _to_copy(self, source: Tensor, non_blocking: bool = False, **options: Any) -> Tensor:
         """Return a copy with another type or on another device."""
@@ -598,35 +524,32 @@ class Machine:
         kind = {key: options.get(key) for key in ("dtype", "memory_format")}
         made = torch.empty_like(plain(source), **{key: one for key, one in kind.items() if one})
         if is_cuda(device):
-            made = Pretend(made, self.allocate(self.current_stream(device), nbytes(made)))
+            made = Pretend(made, self.allocate(self.current_stream(device), made.nbytes))
         elif non_blocking:
             made = self.page_locked(made)
         return self.copy(made, source, non_blocking)
 
     def copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         """Copy as torch does: on the source's current stream, or on the target's."""
-        values, seconds = plain(source).clone(), self.copy_s + nbytes(target) / self.bytes_per_s
+        values = plain(source).clone()
         if not isinstance(target, Pretend):
             here = self.current_stream(source.device)
-            engine = here.key[0], "out"
-            tick = self.launch(here, "copy to host", seconds, [source], [], engine)
+            tick = self.launch(here, "copy to host", [source], [])
             target.fill_(poison(target.dtype))
             copy = HostCopy(here.key, tick, target, partial(_write, target, values))
             return self._host_copy(target, copy, here, non_blocking)
         target.elem.copy_(values)
         there = self.current_stream(target.device)
-        into = (there.key[0], "in")
         if isinstance(source, Pretend) and source.device != target.device:
             here = self.current_stream(source.device)
             here.wait_stream(there)
-            name, engines = "copy to another device", ((here.key[0], "out"), into)
-            self.launch(here, name, seconds, [source], [target], *engines)
+            self.launch(here, "copy to another device", [source], [target])
             there.wait_stream(here)
         elif isinstance(source, Pretend) or not source.dim():  # A number goes with the launch.
             reads = [source] if isinstance(source, Pretend) else []
             self._kernel(there, "copy_", reads, [target])
         else:
-            tick = self.launch(there, "copy to device", seconds, [], [target], into)
+            tick = self.launch(there, "copy to device", [], [target])
             copy = HostCopy(there.key, tick, source, lambda: self._compare(source, values))
             return self._host_copy(target, copy, there, non_blocking)
         return target
@@ -663,7 +586,7 @@ def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
             patch.setattr(torch, name, partial(tensor, getattr(torch, name)))
         # A parameter is replaced, not filled, when its module moves to a device.
         patch.setattr(params, "get_overwrite_module_params_on_conversion", lambda: True)
-        order_threads(machine.host, lambda: Mode(machine), patch)
+        order_threads(machine, patch)
         is_torch_cuda_available.cache_clear()
         yield machine
     is_torch_cuda_available.cache_clear()
@@ -687,14 +610,8 @@ def cuda(machine: Machine) -> dict[str, Any]:
     """Return what stands for parts of torch.cuda."""
     host = {"cudaHostRegister": machine.lock_host, "cudaHostUnregister": machine.unlock_host}
 
-    def reset_peak(device: Any = None) -> None:
-        machine.peak[machine.index(device)] = machine.allocated[machine.index(device)]
-
-    def empty_cache() -> None:
-        machine.reserved[:] = machine.allocated
-
     def free(device: Any = None) -> tuple[int, int]:
-        return machine.memory - machine.reserved[machine.index(device)], machine.memory
+        return machine.memory - machine.allocated[machine.index(device)], machine.memory
 
     return {
         "_lazy_init": lambda: None,
@@ -702,13 +619,8 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "_maybe_exchange_device": machine.exchange,
         "is_available": lambda: True,
         "device_count": lambda: machine.devices,
-        "current_device": machine.index,
-        "set_device": lambda device: machine.exchange(machine.index(device)),
         "get_device_name": lambda device=None: "Pretended GPU",
         "get_device_capability": lambda device=None: machine.capability,
-        "get_device_properties": lambda device=None: SimpleNamespace(
-            name="Pretended GPU", total_memory=machine.memory
-        ),
         "get_arch_list": lambda: ["sm_{}{}".format(*machine.capability)],
         "Stream": machine.stream,
         "Event": machine.event,
@@ -716,9 +628,7 @@ def cuda(machine: Machine) -> dict[str, Any]:
         "current_stream": machine.current_stream,
         "synchronize": machine.synchronize,
         "mem_get_info": free,
-        "empty_cache": empty_cache,
-        "max_memory_allocated": lambda device=None: machine.peak[machine.index(device)],
-        "reset_peak_memory_stats": reset_peak,
+        "empty_cache": lambda: None,
         "cudart": lambda: SimpleNamespace(**host),
     }
 
@@ -756,30 +666,19 @@ class Lock:
         join(self._host.clock, self._clock)
 
 
-def order_threads(host: Host, mode: Callable[[], Mode], patch: pytest.MonkeyPatch) -> None:
-    """Have locks and threads hand on what host threads know, and conditions tell the time."""
-    lock, start, wait_for = threading.RLock, threading.Thread.start, threading.Thread.join
-
-    class Condition(threading.Condition):
-        told = 0.0
-
-        def wait(self, timeout: float | None = None) -> bool:
-            got = super().wait(timeout)
-            host.now = max(host.now, self.told)
-            return got
-
-        def notify(self, n: int = 1) -> None:
-            self.told = host.now
-            super().notify(n)
+def order_threads(machine: Machine, patch: pytest.MonkeyPatch) -> None:
+    """Have locks and threads hand on what host threads know."""
+    host, lock = machine.host, threading.RLock
+    start, wait_for = threading.Thread.start, threading.Thread.join
 
     def started(thread: threading.Thread) -> None:
         own, body = vars(thread), thread.run
-        own["clock"], now = {**host.clock}, host.now
+        own["clock"] = {**host.clock}
 
         def run() -> None:
             del own["run"]  # So that nothing refers back to the thread.
-            host.clock, host.now = own["clock"], now
-            with mode():
+            host.clock = own["clock"]
+            with Mode(machine):
                 body()
 
         own["run"] = run
@@ -790,6 +689,5 @@ def order_threads(host: Host, mode: Callable[[], Mode], patch: pytest.MonkeyPatc
         join(host.clock, vars(thread).get("clock", {}))
 
     patch.setattr(threading, "RLock", lambda: Lock(host, lock()))
-    patch.setattr(threading, "Condition", Condition)
     patch.setattr(threading.Thread, "start", started)
     patch.setattr(threading.Thread, "join", joined)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from tests.command import record_of, run_command
 
@@ -96,7 +97,8 @@ def prepare_twice(cfg, testbed, console):
 }
 
 
-def test_what_lies_outside_runs(tmp_path: Path) -> None:
+def test_what_lies_outside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -111,7 +113,7 @@ def test_what_lies_outside_runs(tmp_path: Path) -> None:
     chosen = ("system=twice", "model=tiny", "weights=dummy", "workload=backwards", "testbed=a100")
     places = (f"routing={tmp_path / 'routing.csv'}", f"output={tmp_path}", "memory_budget=50%")
     config = ("--config-dir", str(tmp_path / "conf"))
-    done = run_command(*config, *chosen, *places, PYTHONPATH=str(tmp_path))
+    done = run_command(*config, *chosen, *places)
     assert done.returncode == 0, done.stderr
     assert pd.read_parquet(tmp_path / "requests.parquet")["request"].tolist() == [2, 1, 0] * 2
     record = record_of(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +28,47 @@ def test_small_figures_made_again_equal_the_committed_ones(tmp_path: Path) -> No
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
 
 
-def copy_of(results: Path, folder: Path) -> Path:
-    """Return a copy of committed results, with their runs out of the archive."""
-    folder.mkdir()
-    for path in results.iterdir():
-        if path.name in ("experiments", "analysis", RUNS):
-            (folder / path.name).symlink_to(path)
+def linked(results: Path, folder: Path) -> Path:
+    """Return a folder with the content of committed results, their runs out of the archive."""
+    for name in ("experiments", "analysis", RUNS):
+        (folder / name).symlink_to(results / name)
     unpack_runs(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_of(RESULTS, tmp_path_factory.mktemp("committed") / "results")
+    return linked(RESULTS, tmp_path_factory.mktemp("results"))
 
 
 def test_every_committed_figure_stands_on_records_of_its_archive(
     unpacked: Path, tmp_path: Path
 ) -> None:
-    beyond = copy_of(RESULTS / "beyond", tmp_path / "beyond")
-    indices = [path for one in (unpacked, beyond) for path in one.glob("experiments/*.json")]
-    assert len(indices) == len(list((ROOT / "conf" / "experiment").glob("*.yaml")))
+    folders = unpacked, linked(RESULTS / "beyond", tmp_path)
+    indices = [path for one in folders for path in one.glob("experiments/*.json")]
+    assert len(indices) == len([*(ROOT / "conf" / "experiment").glob("*.yaml")])
     for path in indices:
         for digest in json.loads(path.read_text()).get("runs", []):
             record = read_record(path.parent.parent / "runs" / digest / "run.json")
             assert record["mode"] == "simulated"
 
 
-def test_the_archive_is_the_same_bytes_again_and_a_damaged_one_is_refused(unpacked: Path) -> None:
-    copy = unpacked / "copy"
-    copy.mkdir()
-    (copy / "runs").symlink_to(unpacked / "runs")
-    pack_runs(copy)
-    archive = (copy / RUNS).read_bytes()
-    assert archive == (RESULTS / RUNS).read_bytes()
-    (copy / "runs").unlink()
-    (copy / RUNS).write_bytes(archive[: len(archive) // 2])
+def test_runs_are_packed_into_the_same_bytes_and_a_damaged_archive_is_refused(
+    unpacked: Path, tmp_path: Path
+) -> None:
+    for folder in sorted((unpacked / "runs").iterdir())[:3]:
+        shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    pack_runs(tmp_path)
+    archive = (tmp_path / RUNS).read_bytes()
+    shutil.rmtree(tmp_path / "runs")
+    unpack_runs(tmp_path)
+    pack_runs(tmp_path)
+    assert (tmp_path / RUNS).read_bytes() == archive
+    (tmp_path / RUNS).write_bytes(archive[: len(archive) // 2])
+    shutil.rmtree(tmp_path / "runs")
     with pytest.raises(UserError, match="is damaged"):
-        unpack_runs(copy)
-    assert not (copy / "runs").exists()
+        unpack_runs(tmp_path)
+    assert not (tmp_path / "runs").exists()
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Imports go one way, and the engine knows no system by name."""
+"""Imports go one way."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from tests.command import ROOT
-
-CONF = ROOT / "conf"
 
 BELOW = ("experiments.errors", "experiments.bootstrap", "experiments.style", "baselines", "finemoe")
 RUN = (*BELOW, "experiments.run")
@@ -50,22 +47,3 @@ def test_imports_go_one_way(folder: str) -> None:
         for name in imported(path):
             known = name in CONSTANTS or name.startswith(ALLOWED[folder])
             assert known, f"{path} imports {name}"
-
-
-SYSTEMS = [(path.stem, OmegaConf.load(path)._target_) for path in CONF.glob("system/*.yaml")]
-WORDS_OF_THE_ENGINE = {"finemoe", "on_demand"}
-
-
-def words(path: Path) -> set[str]:
-    """Return the names that a module uses, and its texts."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return names | {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
-
-
-@pytest.mark.parametrize(("system", "target"), SYSTEMS)
-def test_the_engine_knows_no_system_by_name(system: str, target: str) -> None:
-    named = {system, target.rpartition(".")[2]} - WORDS_OF_THE_ENGINE
-    for path in (ROOT / "finemoe" / "offload").glob("*.py"):
-        assert not named & words(path), f"{path} knows {system}"

@@ -117,7 +117,7 @@ def saved(policy: Policy, path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("system", OPTIONS)
-@settings(max_examples=40)
+@settings(max_examples=10)
 @given(data=st.data(), ahead=st.lists(st.booleans(), min_size=5, max_size=5), learned=st.booleans())
 def test_predicting_ahead_changes_no_answer(
     system: str, data: st.DataObject, ahead: list[bool], learned: bool
@@ -128,7 +128,7 @@ def test_predicting_ahead_changes_no_answer(
 
 
 @pytest.mark.parametrize("system", LEARNING)
-@settings(max_examples=40)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_what_is_learned_is_remembered_as_if_it_were_served(
     system: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -75,6 +75,7 @@ class Engine:
         for number, layers in enumerate(routing, first):
             self._runtime.forward(routed(self.residency.shape, number, layers))
         self.residency.cache.check_integrity()
+        assert self.residency.cache.peak_occupied <= sum(self.residency.cache.slots)
         return self.outcomes
 
     @property
@@ -156,16 +157,6 @@ def test_the_oracle_requests_what_is_needed_soonest_and_not_there() -> None:
     ]
 
 
-def test_the_oracle_requests_one_iteration_at_a_time() -> None:
-    policy = told(OraclePolicy(SHAPE), ROUTING)
-    now = Iteration(0, "decode", (0,), (1,))
-    assert ranked(policy.on_embeddings(now, rows(1))) == [(0, 0), (0, 1), (1, 2)]
-    policy.on_outcome(LayerOutcome(now, 0, (0, 1), (), ()))
-    assert ranked(policy.on_gate(now, Gate(0, rows(4), (0, 1), None))) == [(1, 2)]
-    policy.on_outcome(LayerOutcome(now, 1, (2,), (), ()))
-    assert ranked(policy.end_iteration(now)) == [(0, 0), (1, 3)]
-
-
 def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
     policy = told(OraclePolicy(SHAPE), ROUTING)
     evictable = policy.eviction_keys(ExpertId(1, 2), False) > -np.inf
@@ -176,20 +167,7 @@ def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
 
 
-@settings(max_examples=100)
-@given(routings(widest=4), PLANS)
-def test_no_system_without_prefetches_has_more_hits_than_belady(
-    routing: Routing, slots: tuple[int, ...]
-) -> None:
-    belady = Engine(told(BeladyPolicy(SHAPE), routing), slots)
-    belady.serve(routing)
-    for policy in (OnDemandPolicy(SHAPE), LfuPolicy(SHAPE)):
-        other = Engine(policy, slots)
-        other.serve(routing)
-        assert belady.hits >= other.hits
-
-
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(routings(widest=1), PLANS)
 def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
     routing: Routing, slots: tuple[int, ...]
@@ -199,7 +177,7 @@ def test_belady_loads_no_more_than_it_must_where_a_layer_runs_one_expert(
     assert engine.loads == sum(minimal_loads(routing, SHAPE, slots))
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(routings(widest=4), PLANS, st.integers(0, 9), st.randoms())
 def test_no_policy_loads_less_than_the_bound(
     routing: Routing, slots: tuple[int, ...], chunks: int, rng: random.Random
@@ -215,30 +193,3 @@ def test_no_policy_loads_less_than_the_bound(
         engine = Engine(policy, slots, chunks)
         engine.serve(routing)
         assert engine.loads >= least
-
-
-@pytest.mark.parametrize("slots", [(12,), (40,), (9, 9)])
-@pytest.mark.parametrize("chunks", [4, 12])
-def test_no_policy_has_more_hits_than_the_oracle(slots: tuple[int, ...], chunks: int) -> None:
-    shape = ModelShape(layers=8, experts=8, top_k=2, hidden_size=1)
-    rng = random.Random(0)
-    routing = [[skewed(rng, shape) for _ in range(shape.layers)] for _ in range(20)]
-    oracle = Engine(told(OraclePolicy(shape), routing), slots, chunks, shape=shape)
-    oracle.serve(routing)
-    for policy in (
-        OnDemandPolicy(shape),
-        LfuPolicy(shape),
-        Guessing(shape, rng),
-        told(BeladyPolicy(shape), routing),
-    ):
-        other = Engine(policy, slots, chunks, shape=shape)
-        other.serve(routing)
-        assert oracle.hits >= other.hits
-
-
-def skewed(rng: random.Random, shape: ModelShape) -> tuple[int, ...]:
-    """Return K experts of a layer, low indices more often."""
-    chosen: set[int] = set()
-    while len(chosen) < shape.top_k:
-        chosen.add(min(int(rng.expovariate(0.4)), shape.experts - 1))
-    return tuple(sorted(chosen))

@@ -1,4 +1,4 @@
-"""DeepSpeed: whole layers, one ahead; a layer under way does not push itself out."""
+"""DeepSpeed: whole layers, one ahead; nobody misses what is awaited."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from baselines.deepspeed import DeepSpeedPolicy
 from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
+from tests.engine import configured, offloaded, offloading, requests, serve
 from tests.finemoe.offload.states import asked
 
 SHAPE = ModelShape(layers=3, experts=3, top_k=1, hidden_size=2)
@@ -52,3 +53,16 @@ def test_the_order_is_that_of_last_uses_but_for_the_incoming_layer(
         others = np.arange(3) != layer
         expected = (-last_used[others]).ravel().argsort(kind="stable")
         assert (keys[others].ravel().argsort(kind="stable") == expected).all()
+
+
+def test_live_it_misses_nothing_and_waits_if_a_layer_fits() -> None:
+    model = offloaded()
+    found: dict[int, list[LayerOutcome]] = {model.shape.experts: [], model.shape.top_k: []}
+    for slots, outcomes in found.items():
+        with offloading(model, configured("deepspeed", model.shape), (slots,)) as runtime:
+            runtime.listeners.append(outcomes.append)
+            serve(runtime, requests(1, 1))
+    fits, short = found.values()
+    assert all(outcome.hits == outcome.activated for outcome in fits)
+    assert any(outcome.late for outcome in short)
+    assert not any(outcome.misses for outcome in short)

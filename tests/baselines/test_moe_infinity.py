@@ -116,23 +116,6 @@ def test_popular_experts_come_first_for_the_early_layers() -> None:
     assert asked(policy().on_embeddings(decode(0), EMBEDDINGS)) == {}
 
 
-@pytest.mark.parametrize(
-    ("prefetching", "awaited", "awaits"),
-    [
-        ("asynchronous", False, None),
-        ("awaited", True, None),
-        ("awaited_next_layer", True, (1, 1)),
-        ("awaited_at_distance", True, (2, 1)),
-    ],
-)
-def test_prefetches_are_awaited_as_the_option_says(
-    prefetching: str, awaited: bool, awaits: tuple[int, int] | None
-) -> None:
-    placement = policy(prefetching=prefetching, early_layers=2).placement
-    assert (placement.prediction, placement.awaited) == ("critical_path", awaited)
-    assert placement.awaits == awaits
-
-
 def test_a_full_collection_replaces_the_most_similar() -> None:
     collection = MatrixCollection(SHAPE, 2, "similar")
     collection.add(FIRST)
@@ -190,15 +173,6 @@ def test_the_least_active_expert_leaves_and_front_layers_stay_longer() -> None:
     assert keys[2] == pytest.approx([-0.25 / 3] * 4, abs=1e-5)
 
 
-def test_a_new_request_starts_with_its_own_activity() -> None:
-    made = policy(eviction="activation")
-    for number in (0, 1):
-        made.on_embeddings(decode(number), EMBEDDINGS)
-        ranked(made, decode(number), gate(number, 3))
-        made.end_request(number)
-    assert made.eviction_keys(ExpertId(1, 0), True)[0] == pytest.approx([-0.25] * 4, abs=1e-5)
-
-
 @pytest.mark.parametrize(("eviction", "first"), [("lfu", 2), ("lru", 1), ("scheduler", 1)])
 def test_plain_orders_can_be_chosen(eviction: str, first: int) -> None:
     made = policy(eviction=eviction)
@@ -222,17 +196,6 @@ def test_requests_enter_while_serving_only_if_it_grows() -> None:
         assert made.collection.size == (2 if growing else 1)
 
 
-def test_a_request_is_compared_with_one_that_ended_meanwhile() -> None:
-    made = policy(SECOND)
-    ranked(made, decode(0), gate(0, 0))
-    for layer, expert in enumerate((0, 1, 3)):
-        ranked(made, decode(1), gate(layer, expert))
-    made.end_request(1)
-    made.on_embeddings(decode(0), EMBEDDINGS)
-    # Request 0 shares layer 0 with request 1, and nothing with what was stored before.
-    assert ranked(made, decode(0), gate(1, 0)) == pytest.approx({(2, 3): 2 / 3})
-
-
 def test_a_saved_collection_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "matrices.safetensors"
     policy(FIRST, SECOND).collection.save(path, "this model")
@@ -242,7 +205,6 @@ def test_a_saved_collection_comes_back(tmp_path: Path) -> None:
     assert loaded.collection.popularity.tolist() == (FIRST + SECOND).tolist()
     with pytest.raises(StoreMismatch, match="for model_id 'this model', not 'another'"):
         policy().collection.load(path, "another")
-    for wrong in (FIRST * -1, FIRST / 3, FIRST[1:]):
-        save_file({"matrices": wrong[None]}, path, metadata={"model_id": "this model"})
-        with pytest.raises(StoreMismatch, match="holds matrices"):
-            policy().collection.load(path, "this model")
+    save_file({"matrices": -FIRST[None]}, path, metadata={"model_id": "this model"})
+    with pytest.raises(StoreMismatch, match="holds matrices"):
+        policy().collection.load(path, "this model")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.foresight import ForesightPolicy
-from baselines.gate_predictor import GatePredictor, Regression, logarithms, unlikely
+from baselines.gate_predictor import GatePredictor, Regression
 from baselines.planner import PlannerPolicy, UseValue, planner
 from finemoe.offload.policy import (
     ExpertId,
@@ -79,22 +79,6 @@ def test_without_a_history_the_later_gates_speak_for_themselves() -> None:
     logits = np.einsum("lje,e->lj", weights[1:4], inputs[0, 0])
     assert (likely.argsort() == logits.argsort()).all()
     assert likely.sum(axis=1) == pytest.approx([2, 2, 2], abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("scores", "count", "expected"),
-    [
-        # Symmetric about the border, so that two are expected as it stands.
-        ([3, 1, -1, -3], 2, 1 / (1 + np.exp([-3.0, -1.0, 1.0, 3.0]))),
-        ([0, 0, 0, 0], 1, [0.25] * 4),
-        ([40, 40, 40], 3, [1, 1, 1]),
-    ],
-)
-def test_as_many_are_expected_as_a_token_activates(
-    scores: list[float], count: int, expected: list[float]
-) -> None:
-    likely = 1 - unlikely(np.array([scores], np.float32), count)[0]
-    assert likely == pytest.approx(expected, abs=0.06)
 
 
 # The value ----------------------------------------------------------------------------------------
@@ -232,11 +216,6 @@ def answers(
             note(policy.on_gate(iteration, gates.of(layer)))
         note(policy.end_iteration(iteration))
     return found
-
-
-def test_logarithms_bear_certainty() -> None:
-    logs = logarithms(np.array([1.0, 0.0], np.float32))
-    assert logs == pytest.approx(np.log(1e-7) * np.array([-0.5, 0.5]))
 
 
 # The planner told a part of the future ------------------------------------------------------------

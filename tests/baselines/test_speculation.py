@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from finemoe.offload.eviction import LayeredLruPolicy
 from finemoe.offload.policy import (
     SMALLEST_PRIORITY,
     ExpertId,
-    FloatArray,
     Gate,
     GateWeights,
     Iteration,
@@ -24,15 +22,6 @@ from tests.finemoe.offload.states import asked
 
 SMALL = ModelShape(layers=3, experts=4, top_k=2, hidden_size=2)
 DECODE = Iteration(0, "decode", (0,), (1,))
-LOGITS: FloatArray = np.log(np.array([[0.5, 0.1, 0.1, 0.3], [0.2, 0.1, 0.6, 0.1]], np.float32))
-
-
-@pytest.mark.parametrize(("tokens", "expected"), [(1, [0.5, 0, 0, 0.3]), (2, [0.5, 0, 0.6, 0.3])])
-def test_tokens_ask_together_with_their_largest_probability(
-    tokens: int, expected: list[float]
-) -> None:
-    (probabilities,) = likeliest(LOGITS[None, :tokens], 2)
-    assert probabilities == pytest.approx(expected)
 
 
 def test_layers_are_ranked_one_by_one_and_equal_scores_by_index() -> None:

@@ -12,20 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.deepspeed_zero import (
-    ALONE,
-    Shrinkage,
-    ZeroModel,
-    ZeroOptions,
-    choose_accelerator,
-)
+from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, PlainRuntime
+from experiments.run.live import PlainRuntime
 from experiments.run.protocol import run
-from experiments.run.schedule import FixedBatches, Request, Server
-from experiments.run.small_models import FAMILIES, small_model
+from experiments.run.schedule import Request
+from experiments.run.small_models import small_model
 from finemoe.offload.model import find_moe_layers
+from tests import engine
 from tests.command import SMALL, composed, run_command
 
 CPU = torch.device("cpu")
@@ -33,21 +28,18 @@ EVERYTHING = ZeroOptions(param_persistence_threshold=0)
 NOTHING_AHEAD = ZeroOptions(param_persistence_threshold=0, prefetch_bucket_size=0)
 LAYER_BYTES = 2 * (4 * 2 * 48 * 32 + 4 * 32 * 48)
 """Experts of one layer of the small Mixtral: gate and up, then down, in bfloat16."""
-REQUESTS = tuple(Request(n, tuple(range(n, n + 12)), 5) for n in range(3))
+REQUESTS = [Request(n, tuple(range(n, n + 12)), 5) for n in range(3)]
 
 
 def logits_of(model: Any) -> list[Tensor]:
-    backend, logits = LiveBackend(PlainRuntime(model)), list[Tensor]()
-    server = Server(backend, listeners=[lambda step: logits.append(backend.logits.clone())])
-    list(server.serve(FixedBatches(REQUESTS, len(REQUESTS))))
-    return logits
+    return engine.logits_of(PlainRuntime(model), REQUESTS)
 
 
 def experts_of(model: Any) -> list[Any]:
     return [p for module in find_moe_layers(model)[1] for p in module.parameters(recurse=False)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_logits_are_those_of_the_unoffloaded_model(family: str) -> None:
     model = small_model(family)
     expected = logits_of(model)
@@ -93,22 +85,6 @@ def test_what_it_cannot_serve_is_refused_in_one_line(bad: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_memory_that_deepspeed_cannot_have_is_said_in_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    choose_accelerator(CPU)
-    import deepspeed
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise torch.AcceleratorError("CUDA error: out of memory\nCompile with ...")
-
-    monkeypatch.setattr(deepspeed.zero, "Init", refuse)
-    with pytest.raises(UserError, match="out of memory; lift the limit") as caught:
-        run(composed("system=deepspeed_zero", "verify=false"), Console())
-    assert "\n" not in str(caught.value)
-    assert not torch.distributed.is_initialized()
-
-
 def test_same_table_same_tokens(tmp_path: Path) -> None:
     places = [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${system.label}"]
     choices = ["system=on_demand,deepspeed_zero", "testbed.devices=3", "workload.batch_size=2"]
@@ -125,12 +101,9 @@ def test_same_table_same_tokens(tmp_path: Path) -> None:
     assert summary["lossless"] is True
     assert summary["ttft_s"]["mean"] > 0
     assert record["memory_budget_gb"] is summary["expert_hit_rate"] is summary["hits"] is None
-    assert record["links"].startswith("none")
     # One layer of the full-size model, 8 experts, and not the 32 layers it has.
     assert summary["peak_gathered_expert_bytes"] == 8 * 352_321_536
     assert summary["host_expert_bytes"] == 32 * 8 * 352_321_536
-    assert "memory_budget is not applicable" in done.stdout
-    assert done.stdout.count("at memory speed") == 2
 
 
 def test_a_model_smaller_than_the_threshold_persists_unless_sizes_shrink_with_it() -> None:
@@ -144,14 +117,3 @@ def test_a_model_smaller_than_the_threshold_persists_unless_sizes_shrink_with_it
         peaks.append(gathered.experts)
     assert peaks[0] == 3 * LAYER_BYTES
     assert peaks[1] < peaks[0]
-
-
-def test_the_grouped_kernel_is_the_one_that_the_options_name() -> None:
-    model = small_model("mixtral")
-    model.set_experts_implementation("grouped_mm")
-    expected = logits_of(model)
-    model.set_experts_implementation("eager")
-    with ZeroModel(model, CPU, ZeroOptions(experts="grouped_mm")) as zero:
-        assert model.config._experts_implementation == "grouped_mm"
-        served = logits_of(zero)
-    assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))

@@ -73,7 +73,7 @@ def test_a_sweep_started_again_skips_complete_runs_and_redoes_the_rest(sweep: Pa
 def test_a_sweep_over_processes_exits_as_its_jobs_did(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}"]
-    done = run_command("-m", *launcher, "testbed=rtx3090x6", "weights=/nowhere", "seed=0,1")
+    done = python("run.py", "-m", *launcher, "testbed=rtx3090x6", "weights=/nowhere", "seed=0,1")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: weights=/nowhere is neither") == 2
 
@@ -132,22 +132,13 @@ def test_an_interrupted_run_leaves_no_record(tmp_path: Path) -> None:
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_replay_does_not_import_what_only_a_live_run_needs() -> None:
-    heavy = {"transformers", "datasets", "wandb", "deepspeed"}
-    call = f"import sys, experiments.run.protocol; print({heavy} & set(sys.modules))"
-    assert python("-c", call).stdout == "set()\n"
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("no_such_key=1", "no_such_key"),
         ("system=no_such_system", "Available options in 'system': belady"),
         ("output=a=1,b=2", """is quoted: 'output="a=1,b=2"'"""),
         ("hydra/launcher=submitit_nowhere", "pip install -e '.[slurm]'"),
         ("-m hydra.sweep.dir=run.py/x", "run.py/x: not a directory; choose another folder"),
-        ("-m hydra.sweep.dir={} hydra.sweep.subdir=${{nowhere}}", "'nowhere' not found"),
-        ("experiment=figure12", "call python -m experiments.reproduce 12"),
         ("-m experiment=figure3a", "call python -m experiments.reproduce 3a"),
     ],
 )

@@ -33,7 +33,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(events, st.integers(0, 2**32 - 1))
 def test_keys_in_place_are_those_computed_anew(events: list[tuple[str, int]], seed: int) -> None:
     rng, use = np.random.default_rng(seed), ExpectedUse(SHAPE)

@@ -89,7 +89,7 @@ def test_a_replacement_takes_over_map_embedding_and_norms() -> None:
     assert store.expert_map(0) == pytest.approx(SAME_MEANING[1])
 
 
-@pytest.mark.parametrize("stored", [0, 1, 3, 5])
+@pytest.mark.parametrize("stored", [0, 3, 5])
 def test_a_batch_enters_as_one_iteration_after_the_other(stored: int) -> None:
     together, one_by_one = numbered_store(5, stored), numbered_store(5, stored)
     rng = np.random.default_rng(1)
@@ -100,16 +100,6 @@ def test_a_batch_enters_as_one_iteration_after_the_other(stored: int) -> None:
     assert_same(together, one_by_one)
 
 
-def test_what_a_search_has_found_is_taken_for_the_redundancy() -> None:
-    store = disagreeing_store(2)
-    embedding, expert_map = NEW
-    rows, embeddings = expert_map[:, None], embedding[None]
-    # 2/4 of each cosine, of which the dot product over all layers is divided by 2 * 2.
-    found = store.redundancy(rows, embeddings, array((0.5, 0.25)), array((1, 3)))
-    assert found == pytest.approx(array((0.375, 0.5)))
-    assert store.add_all(rows, embeddings, array((0.5, 0.25)), array((3, 1))) == [0]
-
-
 def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:
     path = saved(disagreeing_store(1), tmp_path)
     store = numbered_store(5, 1)
@@ -118,16 +108,6 @@ def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:
     assert store.size == 3
     assert np.array_equal(store.expert_map(0), before)
     assert np.array_equal(store.expert_map(2), SAME_PATH[1])
-
-
-def test_loading_into_a_small_store_replaces_by_redundancy(tmp_path: Path) -> None:
-    store = numbered_store(6, 6)
-    small, by_hand = ExpertMapStore(SHAPE, 2, 1), ExpertMapStore(SHAPE, 2, 1)
-    small.load(saved(store, tmp_path), MODEL)
-    for entry in range(6):
-        by_hand.add(store.expert_map(entry), store.embeddings[:, entry])
-    assert small.size == 2
-    assert np.array_equal(small.maps, by_hand.maps)
 
 
 @pytest.mark.parametrize(

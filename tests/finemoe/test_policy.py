@@ -7,18 +7,8 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from finemoe.offload.policy import (
-    ExpertId,
-    FloatArray,
-    Gate,
-    Gates,
-    Iteration,
-    LayerOutcome,
-    ModelShape,
-)
+from finemoe.offload.policy import ExpertId, FloatArray, Gate, Iteration, LayerOutcome, ModelShape
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
 from tests.finemoe.offload.states import array, asked
@@ -84,34 +74,6 @@ def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> N
     for variant, count in counts.items():
         chosen = select_experts(shuffled, np.array([score]), top_k, variant)
         assert np.flatnonzero(chosen).tolist() == sorted(descending[:count])
-
-
-@settings(max_examples=60)
-@given(
-    weights=st.lists(st.integers(1, 100), min_size=1, max_size=12),
-    score=st.floats(-1, 1),
-    top_k=st.integers(1, 4),
-    variant=st.sampled_from(["paper", "demo"]),
-)
-def test_selection_takes_the_shortest_prefix_that_qualifies(
-    weights: list[int], score: float, top_k: int, variant: Variant
-) -> None:
-    top_k = min(top_k, len(weights))
-    probabilities = array(*weights) / np.float32(sum(weights))
-    chosen = select_experts(probabilities[None], np.array([score]), top_k, variant)[0]
-    count = int(chosen.sum())
-    descending = sorted(probabilities.tolist(), reverse=True)
-    assert sorted(probabilities[chosen].tolist(), reverse=True) == descending[:count]
-    assert top_k <= count <= len(weights)
-    if count > top_k:
-        delta = min(1.0, 1 - score)
-        shorter = sum(descending[: count - 1])
-        assert shorter < delta if variant == "paper" else sum(descending[:count]) <= delta
-
-
-def test_of_equally_likely_experts_the_first_are_selected() -> None:
-    chosen = select_experts(array((0.25, 0.25, 0.25, 0.25)), np.array([0.5]), 1)
-    assert chosen.tolist() == [[True, True, False, False]]
 
 
 # Priorities -----------------------------------------------------------------------------------
@@ -189,13 +151,6 @@ def test_a_gate_asks_for(case: str) -> None:
     assert after_gate(policy, layer, row) == pytest.approx(expected)
 
 
-def test_a_distance_beyond_the_model_predicts_every_layer_at_once() -> None:
-    policy = policy_with(replace(OPTIONS, prefetch_distance=9), ONE)
-    found = asked(policy.on_embeddings(DECODE, array((1, 0))))
-    assert found == pytest.approx({(layer, layer): 0.5 / (layer + 1) for layer in range(4)})
-    assert asked(policy.on_gate(DECODE, gate(0, SURPRISE))) == {}
-
-
 # Options --------------------------------------------------------------------------------------
 
 # Entry 0 means what the query means and takes another path; entry 1 the reverse.
@@ -224,12 +179,6 @@ def test_top_k_selection_ignores_the_score(query: tuple[float, float]) -> None:
     policy = policy_with(replace(OPTIONS, selection="top_k"), ONE, shape=shape)
     found = asked(policy.on_embeddings(DECODE, array(query)))
     assert found == pytest.approx({(0, 0): 0.5, (0, 1): 0.25, (1, 1): 0.25, (1, 2): 0.125})
-
-
-@pytest.mark.parametrize(("apart", "where"), [(True, "background"), (False, "critical_path")])
-def test_asynchronous_moves_the_search_off_the_critical_path(apart: bool, where: str) -> None:
-    policy = FineMoEPolicy(SHAPE, replace(OPTIONS, asynchronous=apart))
-    assert policy.placement.prediction == where
 
 
 PREFILL = Iteration(0, "prefill", (7, 8), (2, 1))
@@ -320,11 +269,6 @@ def test_serving_begins_without_the_visits_of_the_preparation() -> None:
     assert np.array_equal(policy.eviction_keys(INCOMING, True), fresh)
 
 
-def test_memory_is_reported_with_and_without_what_comes_on_top_of_the_maps() -> None:
-    # C = 1000: maps 1000 * 4 * 4 * 4; embeddings 1000 * 2 * 4 and norms 4 * 1000 * 4 on top.
-    assert policy_with(OPTIONS).store.memory_bytes() == {"maps": 64_000, "store": 88_000}
-
-
 def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
     batch = Iteration(0, "decode", (0, 1), (1, 1))
     other = array((0, 0.25, 0.75, 0), (0, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 1))
@@ -335,15 +279,6 @@ def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
     assert found == pytest.approx({(0, 0): 0.5, (0, 2): 0.75, (1, 1): 0.5})
     reverse = asked(policy.on_embeddings(batch, array((0, 1), (4, -3))))
     assert reverse == pytest.approx(found)
-
-
-def test_requests_of_a_batch_follow_their_own_trajectories() -> None:
-    batch = Iteration(0, "decode", (0, 1), (1, 1))
-    policy = policy_with(OPTIONS, *TWO)
-    policy.on_embeddings(batch, array((1, 0), (1, 0)))
-    rows = array(LIKELY, np.roll(LIKELY, 1))
-    found = asked(policy.on_gate(batch, Gate(0, rows, (0, 1), None)))
-    assert found == pytest.approx({(2, 2): 0.25, (2, 3): 0.25})
 
 
 # Eviction -------------------------------------------------------------------------------------
@@ -369,15 +304,6 @@ def test_a_gate_revises_the_map_of_the_layers_from_its_target_on() -> None:
     keys = policy.eviction_keys(INCOMING, True)
     for layer, expected in enumerate([rolled(1), rolled(1), rolled(0), rolled(0)]):
         assert keys[layer] == pytest.approx(1 / expected[layer])
-
-
-def test_a_replaced_map_is_followed_where_the_old_one_was() -> None:
-    policy = policy_with(replace(OPTIONS, store_capacity=1), ONE)
-    policy.on_embeddings(DECODE, QUERY)
-    policy.predict_ahead(DECODE, Gates(rolled(1)[:, None], [(0,)] * 4, None))
-    policy.end_iteration(DECODE)
-    policy.on_embeddings(replace(DECODE, number=1), QUERY)
-    assert policy.eviction_keys(INCOMING, True) == pytest.approx(1 / rolled(1))
 
 
 def test_a_batch_keeps_what_any_request_expects() -> None:

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run.schedule import Request, Step
-from experiments.run.small_models import FAMILIES, random_model
+from experiments.run.schedule import Request
+from experiments.run.small_models import random_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration
 from finemoe.recorder import Recorder, gate_weights
-from finemoe.trace import CONTENTS, TracedRequest, TraceHeader, trace_writer
+from finemoe.trace import TracedRequest
 from tests.architectures import small_config
-from tests.engine import CPU, offloaded
-from tests.engine import serve as together
+from tests.engine import CPU, offloaded, recorded, requests, serve
 
-PAPER = ("mixtral", "qwen2_moe", "phimoe")
-PROMPTS = torch.tensor([[1, 2, 3, 4, 5], [60, 50, 40, 30, 20]])
+PROMPTS = requests(2, 5)
 
 
-def serve(
-    model: OffloadedModel, prompts: torch.Tensor, recorder: Recorder | None = None
-) -> list[tuple[int, ...]]:
-    """Serve a batch greedily as requests 7 and so on; return each request's tokens."""
-    requests = [Request(7 + n, tuple(prompt), 3) for n, prompt in enumerate(prompts.tolist())]
-
-    def begin(step: Step) -> None:
-        if recorder is not None:
-            recorder.begin(step.iteration)
-
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        return [one.tokens for one in together(runtime, requests, before=begin)]
+def record(model: OffloadedModel, *served: Request) -> list[TracedRequest]:
+    return [*recorded(model, [*served])[0].values()]
 
 
-def record(model: OffloadedModel, prompts: torch.Tensor) -> list[TracedRequest]:
-    with Recorder(model) as recorder:
-        outputs = serve(model, prompts, recorder)
-    parts = zip(prompts.tolist(), outputs, strict=True)
-    return [recorder.finish(7 + n, tuple(ids), output) for n, (ids, output) in enumerate(parts)]
-
-
-@pytest.mark.parametrize("family", PAPER)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "phimoe"])
 def test_gates_reproduce_the_logits(family: str) -> None:
     model = offloaded(family)
     gates = gate_weights(model)
-    (request,) = record(model, PROMPTS[:1])
+    (request,) = record(model, PROMPTS[0])
     for step in request.steps:
         assert step.logits is not None
         assert step.hidden_states is not None
@@ -74,10 +53,9 @@ def test_gates_have_a_bias_and_one_shape() -> None:
 def test_a_batch_is_shared_out_by_request() -> None:
     """In float32, each request of a batch routes as it does alone."""
     model = offloaded("mixtral", torch.float32)
-    together = record(model, PROMPTS)
-    assert [request.number for request in together] == [7, 8]
-    for request, prompt in zip(together, PROMPTS, strict=True):
-        (alone,) = record(model, prompt[None])
+    for request, served in zip(record(model, *PROMPTS), PROMPTS, strict=True):
+        (alone,) = record(model, served)
+        assert request.number == alone.number
         assert request.output == alone.output
         for step, due in zip(request.steps, alone.steps, strict=True):
             np.testing.assert_array_equal(step.counts, due.counts)
@@ -87,13 +65,13 @@ def test_a_batch_is_shared_out_by_request() -> None:
                 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_the_model_does_not_notice(family: str) -> None:
     model = offloaded(family)
-    unrecorded = serve(model, PROMPTS)
+    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+        unrecorded = [one.tokens for one in serve(runtime, PROMPTS)]
     hooks = [len(module._forward_hooks) for module in model.model.modules()]
-    with Recorder(model) as recorder:
-        assert serve(model, PROMPTS, recorder) == unrecorded
+    assert [request.output for request in record(model, *PROMPTS)] == unrecorded
     assert [len(module._forward_hooks) for module in model.model.modules()] == hooks
     assert not any(module._forward_pre_hooks for module in model.experts)
 
@@ -105,7 +83,7 @@ def test_hidden_states_are_what_went_into_the_gate() -> None:
     )
     shown: list[torch.Tensor] = []
     model.gates[1].register_forward_hook(lambda _module, inputs, _output: shown.append(inputs[0]))
-    (request,) = record(model, PROMPTS[:1])
+    (request,) = record(model, PROMPTS[0])
     for step, own in zip(request.steps, shown, strict=True):
         assert step.hidden_states is not None
         assert np.array_equal(step.hidden_states[1], own.float().numpy())
@@ -114,21 +92,11 @@ def test_hidden_states_are_what_went_into_the_gate() -> None:
 def test_an_iteration_that_broke_off_is_forgotten() -> None:
     model = offloaded("mixtral")
     with Recorder(model) as recorder:
-        recorder.begin(Iteration(0, "prefill", (7,), (5,)))
-        model.model.get_input_embeddings()(PROMPTS[0])
+        recorder.begin(Iteration(0, "prefill", (0,), (5,)))
+        model.model.get_input_embeddings()(torch.tensor(PROMPTS[0].prompt))
         model.gates[0](torch.zeros(5, 32, dtype=torch.bfloat16))
-        serve(model, PROMPTS[:1], recorder)
-    assert [step.tokens for step in recorder.finish(7, (), ()).steps] == [5, 1, 1]
-    with pytest.raises(KeyError):
-        recorder.finish(7, (), ())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_is_recorded_fits_the_type_that_it_names(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = offloaded("qwen2_moe", dtype)
-    with Recorder(model) as recorder:
-        serve(model, PROMPTS, recorder)
-    assert f"torch.{recorder.dtype}" == str(dtype)
-    header = TraceHeader(model.shape, recorder.dtype, CONTENTS)
-    with trace_writer(tmp_path / "trace", header) as write:
-        write(recorder.finish(8, (), ()))
+        with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
+            serve(runtime, PROMPTS[:1], before=lambda step: recorder.begin(step.iteration))
+        assert [step.tokens for step in recorder.finish(0, (), ()).steps] == [5, 1, 1]
+        with pytest.raises(KeyError):
+            recorder.finish(0, (), ())

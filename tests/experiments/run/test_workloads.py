@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from transformers import AutoTokenizer
@@ -15,15 +13,8 @@ from transformers import AutoTokenizer
 from experiments.errors import UserError
 from experiments.run.datasets import Dataset, prompts_of
 from experiments.run.weights import SCALE_MODELS
-from experiments.run.workloads import (
-    CONVERSATIONS,
-    generated,
-    read_azure_trace,
-    sampled,
-)
-from tests.command import ROOT
+from experiments.run.workloads import generated, read_azure_trace, sampled
 
-SHARED = ROOT.parent / "shared"
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
 TEXTS = tuple(f"Text {number} tells of the number {number}." for number in range(7))
@@ -33,16 +24,6 @@ DATASET = Dataset("test", "made up", TEXTS)
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(SCALE_MODELS / "mixtral")
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared")
-def test_the_generators_lengths_are_fitted_to_the_conversation_trace() -> None:
-    trace = read_azure_trace(SHARED / "data" / "AzureLLMInferenceTrace_conv.csv")
-    for name, fit in CONVERSATIONS.items():
-        logarithms = np.log(trace[name])
-        # The maximum-likelihood deviation.
-        parameters = logarithms.mean().round(4), logarithms.std(ddof=0).round(4)
-        assert fit == (*parameters, trace[name].max())
 
 
 def test_generated_lengths_and_gaps_follow_their_distributions() -> None:
@@ -87,7 +68,6 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "is no CSV table"),
-        (HEADER, "no requests below its header"),
         (f"{HEADER}{GOOD}soon,1,2\n", r"line 3 of .*: 'soon' as TIMESTAMP is no time"),
         (f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}", r"line 4 of .*: '0' as GeneratedTokens"),
     ],
@@ -125,18 +105,6 @@ def test_prompts_have_exactly_their_lengths_and_use_every_text_once_a_pass(token
     ]
     assert len(set(map(tuple, begins))) == 3
     assert prompts_of(two_texts, DATASET, tokenizer, 0)[1] == 1
-
-
-def test_the_seed_draws_the_first_text_and_who_gets_which(tokenizer: Any) -> None:
-    texts = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in TEXTS]
-    shortest = min(map(len, texts))
-    begins = [tuple(text[:shortest]) for text in texts]
-    assert len({drawn(tokenizer, [shortest], seed)[0] for seed in range(10)}) > 3
-    prompts = [drawn(tokenizer, [shortest] * len(TEXTS), seed) for seed in range(5)]
-    assert all(set(one) == set(begins) for one in prompts)
-    orders = [[begins.index(prompt) for prompt in one] for one in prompts]
-    steps = {(b - a) % len(TEXTS) for order in orders for a, b in pairwise(order)}
-    assert steps != {1}, "neighbours in time would always share a document"
 
 
 def test_a_prompt_too_short_for_the_chat_template_goes_without() -> None:

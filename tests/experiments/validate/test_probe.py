@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import UserError
-from experiments.validate.probe import (
-    Probe,
-    Sample,
-    Span,
-    call_seconds,
-    collection_seconds,
-    compute_samples,
-    wake_and_resume,
-)
+from experiments.validate.probe import Probe, Sample, Span, compute_samples, wake_and_resume
 from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import TracedRequest
@@ -104,16 +96,3 @@ def test_links_wake_and_models_resume() -> None:
     assert wake_and_resume(probe, load_seconds=3.0) == pytest.approx((0.5, (0.25 + 0.5) / 2))
     with pytest.raises(UserError, match="lower memory_budgets"):
         wake_and_resume(Probe(gates=[(half, 0.0)], spans=spans), 3.0)
-
-
-def test_calls_of_a_policy_are_told_apart() -> None:
-    seconds = [5.0, 1.0, 3.0, 7.0, 2.0, 2.0]
-    spans = [Span("search", 10.0 * i, 10.0 * i + s) for i, s in enumerate(seconds)]
-    # The second gate's prefetches, and the last one's, take another second to queue.
-    spans += [Span("prefetch_issue", at, at + 1.0) for at in (23.0, 52.0)]
-    spans += [Span("update", 0.0, 4.0), Span("context_collection", 0.0, 3.0)]
-    gates = [(hit(PREFILL, layer % 2), 0.0) for layer in range(4)]
-    probe = Probe([(PREFILL, 0.0), (DECODES[0], 1.0)], gates, spans)
-    assert call_seconds(probe, layers=2) == {"embeddings": 6.0, "gate": 2.5, "update": 2.0}
-    assert collection_seconds(probe) == 0.5
-    assert call_seconds(Probe(), layers=2) == {}

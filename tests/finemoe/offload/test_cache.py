@@ -1,38 +1,64 @@
-"""Single cases of the expert cache; `test_transfer` has it against a naive model."""
+"""Single cases of the expert cache, and orders of eviction; `test_transfer` has a model of both."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from baselines.deepspeed import DeepSpeedPolicy
+from baselines.lfu import LfruPolicy, LfuPolicy
+from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.cache import NO_SLOT, ExpertCache, Slot
-from finemoe.offload.policy import ModelShape
+from finemoe.offload.eviction import LayeredLruPolicy, Recency, UsageTable
+from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
+DECODE = Iteration(0, "decode", (0,), (1,))
+A, B, C = ExpertId(0, 3), ExpertId(0, 1), ExpertId(1, 0)
 
 
-def full_cache(keys: NDArray[np.float64], count: int) -> ExpertCache:
-    """Hold the first `count` experts in as many slots of one device."""
-    cache = ExpertCache(SHAPE, [count], lambda incoming, urgent: keys)
-    for expert in range(count):
-        cache.reserve(expert, urgent=False)
-        cache.loaded(expert)
-    return cache
+def keys(order: Recency) -> NDArray[np.float64]:
+    return order.eviction_keys(C, True).copy()
 
 
-def test_keys_that_are_updated_in_place_count_at_once() -> None:
-    keys = np.zeros((3, 4))
-    cache = full_cache(keys, 2)
-    keys[0, 1] = 1.0
-    assert cache.reserve(8, urgent=False) == 1
-    cache.loaded(8)
-    keys[0, 0], keys[2, 0] = 0.0, 2.0
-    assert cache.reserve(9, urgent=False) == 8
+@pytest.mark.parametrize(
+    "kind",
+    [Recency, UsageTable, LayeredLruPolicy, OnDemandPolicy, LfuPolicy, DeepSpeedPolicy],
+)
+def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
+    order = kind(SHAPE)
+    order.on_load(A)
+    order.on_outcome(LayerOutcome(DECODE, 1, (0, 2), (), ()))
+    before = keys(order)
+    twin = copy.deepcopy(order)
+    assert np.array_equal(keys(twin), before)
+    twin.on_load(B)
+    assert np.array_equal(keys(order), before)
+    changed = keys(twin)
+    assert not np.array_equal(changed, before)
+    order.on_load(B)
+    assert np.array_equal(keys(order), changed)
+
+
+def test_lfru_weighs_uses_by_the_time_since_the_last() -> None:
+    policy = LfruPolicy(SHAPE)
+    for layer, used in ((0, (0, 1)), (0, (0,)), (0, (0,)), (1, (1,)), (1, (1,)), (1, (2,))):
+        policy.on_outcome(LayerOutcome(DECODE, layer, used, (), ()))
+    # Uses over layers since the last one, and one more; 0 of layer 0 has most uses, and leaves
+    # before 2 of layer 1, the only one used just now.
+    expected = [[3 / 4, 1 / 6, 0, 0], [0, 2 / 2, 1 / 1, 0], [0, 0, 0, 0]]
+    assert -policy.eviction_keys(C, True) == pytest.approx(np.array(expected))
+    policy.on_load(A)
+    assert -policy.eviction_keys(C, True) == pytest.approx(np.array(expected))
 
 
 def test_an_expert_stays_until_it_is_unpinned_as_often_as_it_was_pinned() -> None:
-    cache = full_cache(np.zeros((3, 4)), 1)
+    cache = ExpertCache(SHAPE, [1], lambda incoming, urgent: np.zeros((3, 4)))
+    cache.reserve(0, urgent=False)
+    cache.loaded(0)
     cache.pin(0)
     cache.pin(0)
     cache.unpin(0)
@@ -41,7 +67,7 @@ def test_an_expert_stays_until_it_is_unpinned_as_often_as_it_was_pinned() -> Non
     assert cache.reserve(1, urgent=True) == 0
 
 
-def test_the_peak_counts_loading_experts_and_outlasts_them() -> None:
+def test_the_peak_counts_loading_experts_and_no_slot_is_lost() -> None:
     cache = ExpertCache(SHAPE, [3], lambda incoming, urgent: np.zeros((3, 4)))
     for expert in (0, 1):
         cache.reserve(expert, urgent=False)
@@ -49,10 +75,6 @@ def test_the_peak_counts_loading_experts_and_outlasts_them() -> None:
         cache.abandon(expert)
     cache.reserve(2, urgent=False)
     assert (cache.occupied, cache.peak_occupied) == (1, 2)
-
-
-def test_integrity_notices_a_lost_slot() -> None:
-    cache = full_cache(np.zeros((3, 4)), 2)
     cache._free[0].append(Slot(0, 0))
-    with pytest.raises(AssertionError, match="free"):
+    with pytest.raises(AssertionError, match="lost"):
         cache.check_integrity()

@@ -16,15 +16,10 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from baselines.on_demand import OnDemandPolicy
 from experiments.run.replay import ReplayBackend
 from experiments.run.schedule import FixedBatches, Request, Server
-from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -33,15 +28,14 @@ from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.runtime import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
-from finemoe.recorder import Recorder
 from finemoe.trace import TracedRequest
 from tests.engine import (
     OPTIONS,
-    breaches,
     configured,
-    emulated,
     offloaded,
+    offloading,
     prepared,
+    recorded,
     requests,
     serve,
 )
@@ -89,48 +83,24 @@ def batches(size: int) -> list[list[Request]]:
 
 
 @cache
-def recorded(model: OffloadedModel, size: int) -> dict[int, TracedRequest]:
-    """Return what every request routes, by its number."""
-    with (
-        resident_runtime(model, OnDemandPolicy(model.shape)) as runtime,
-        Recorder(model) as recorder,
-    ):
-        begin = lambda step: recorder.begin(step.iteration)  # noqa: E731
-        served = serve(runtime, *batches(size), before=begin)
-        return {
-            one.request.number: recorder.finish(one.request.number, one.request.prompt, one.tokens)
-            for one in served
-        }
-
-
-def future(trace: dict[int, TracedRequest], size: int) -> Routing:
-    """Return the activated experts of every layer, iteration by iteration."""
-    routing = []
-    for batch in batches(size):
-        for step in range(OUTPUT):
-            counts = np.sum([trace[request.number].steps[step].counts for request in batch], axis=0)
-            routing.append([tuple(np.flatnonzero(row).tolist()) for row in counts])
-    return routing
+def traced(model: OffloadedModel, size: int) -> tuple[dict[int, TracedRequest], Routing]:
+    return recorded(model, *batches(size))
 
 
 def live(
     model: OffloadedModel, policy: Policy, slots: tuple[int, ...], size: int, protect: bool
 ) -> tuple[list[LayerOutcome], MemoryPlan]:
     """Serve for real, in lockstep; return how experts were found, and the plan."""
-    testbed = emulated(len(slots), link_gb_s=100.0)
     lockstep, found = Lockstep(), list[LayerOutcome]()
-    stored = model.store.layout.nbytes
-    runtime = offloading_runtime(model, policy, testbed, slots, stored, lockstep, protect)
+    runtime = offloading(model, policy, slots, lockstep, protect, link_gb_s=100.0)
     # On-demand loads are done before the policy is asked, as its answer takes long in the replay.
     runtime.listeners += [found.append, lockstep.settle]
-    broken = breaches(runtime.residency)
     lockstep.runtime = runtime
     hooks = [gate.register_forward_pre_hook(lockstep.settle) for gate in model.gates]
     with runtime:
         serve(runtime, *batches(size))
     for hook in hooks:
         hook.remove()
-    assert not (protect and broken)
     return found, runtime.residency.plan
 
 
@@ -140,9 +110,8 @@ def replayed(
     policy: Policy,
     plan: MemoryPlan,
     size: int,
-    rate: float = COPY_RATE,
 ) -> list[LayerOutcome]:
-    """Replay the trace, with links that are fast against everything else if nothing is said."""
+    """Replay the trace, with links that are fast against everything else."""
     line = Line(SLOW)
     prediction = PredictionCosts(embeddings=SLOW, gate=SLOW, update=SLOW)
     if policy.placement.prediction == "background":
@@ -152,14 +121,12 @@ def replayed(
     residency = Residency(shape, plan, policy)
     if residency.holds_everything:
         residency.preload()
-    broken = breaches(residency)
-    runtime = ReplayRuntime(policy, residency, costs, LinkRate(rate))
+    runtime = ReplayRuntime(policy, residency, costs, LinkRate(COPY_RATE))
     found: list[LayerOutcome] = []
     runtime.listeners.append(found.append)
     server = Server(ReplayBackend(trace.__getitem__, runtime=runtime))
     for batch in batches(size):
         list(server.serve(FixedBatches(batch, size)))
-    assert not (plan.protect and broken)
     return found
 
 
@@ -171,18 +138,19 @@ def kinds(outcomes: Sequence[LayerOutcome]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("system", "options", "protect"),
+    ("system", "options"),
     [
-        *((system, {}, protect) for system in OPTIONS for protect in (False, True)),
-        ("finemoe", {"aggregation": "demo"}, True),
-        ("mixtral_offload", {"prefetching": "asynchronous", "experts": 1}, False),
-        ("promoe", {"prefill": "code"}, True),
-        ("moe_infinity", {"prefetching": "awaited"}, True),
-        ("moe_infinity", {"prefetching": "awaited_next_layer"}, False),
+        *((system, {}) for system in OPTIONS),
+        ("finemoe", {"aggregation": "demo"}),
+        ("mixtral_offload", {"prefetching": "asynchronous", "experts": 1}),
+        ("promoe", {"prefill": "code"}),
+        ("moe_infinity", {"prefetching": "awaited"}),
+        ("moe_infinity", {"prefetching": "awaited_next_layer"}),
     ],
 )
-@pytest.mark.parametrize("devices", DEVICES)
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("devices", "size", "protect"), [(1, 1, False), (1, 3, True), (3, 1, True), (3, 3, False)]
+)
 def test_live_and_replay_find_every_expert_alike(
     model: OffloadedModel,
     system: str,
@@ -191,10 +159,10 @@ def test_live_and_replay_find_every_expert_alike(
     size: int,
     protect: bool,
 ) -> None:
-    trace = recorded(model, size)
+    trace, routing = traced(model, size)
     policy = prepared(configured(system, model.shape, **options), model)
     if policy.set_future_routing:
-        policy.set_future_routing(future(trace, size))
+        policy.set_future_routing(routing)
     seen = []
     budgets = DEVICES[devices]
     if devices > 1 and system in COUPLED:
@@ -204,28 +172,8 @@ def test_live_and_replay_find_every_expert_alike(
         again = replayed(trace, model.shape, copy.deepcopy(policy), plan, size)
         assert found == again, (slots, kinds(found), kinds(again))
         # Each layer is asked for its whole set, every expert once.
-        assert [one.activated for one in found] == list(chain(*future(trace, size)))
+        assert [one.activated for one in found] == list(chain(*routing))
         seen.append(kinds(found))
     # The comparison is of something: budgets differ, and the smallest one misses or is late.
     assert seen[0]["hits"] < seen[-1]["hits"]
     assert seen[0]["late"] + seen[0]["misses"] > 0
-
-
-@pytest.mark.parametrize("system", OPTIONS)
-@settings(max_examples=25, deadline=None)
-@given(data=st.data())
-def test_what_is_protected_leaves_for_no_prefetch_before_its_layers_gate_spoke(
-    model: OffloadedModel, system: str, data: st.DataObject
-) -> None:
-    """`replayed` asserts it; links may be of any speed."""
-    size = data.draw(st.sampled_from([1, 2]))
-    slots = data.draw(st.sampled_from([(2,), (5,), (9,), (3, 2, 2), (1, 1)]))
-    rate = data.draw(st.sampled_from([1e2, 1e4, 1e5, COPY_RATE]))
-    options = {name: data.draw(st.sampled_from(values)) for name, values in OPTIONS[system].items()}
-    trace = recorded(model, size)
-    policy = prepared(configured(system, model.shape, **options), model)
-    if policy.set_future_routing:
-        policy.set_future_routing(future(trace, size))
-    stored = model.store.layout.nbytes
-    plan = MemoryPlan(slots, stored, stored // 3, protect=True)
-    replayed(trace, model.shape, policy, plan, size, rate)

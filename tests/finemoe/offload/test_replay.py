@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from finemoe.costs import Line, LinearCosts
@@ -251,49 +248,3 @@ def test_a_timeline_holds_what_happened(tmp_path: Path) -> None:
     assert seconds[("link 0", "on demand 0.0")] == (10, 8)
     assert seconds[("waits", "on demand")] == (29, 8)
     assert seconds[("iterations", "decode")] == (0, 38)
-
-
-def test_a_timeline_takes_spans_from_many_threads(tmp_path: Path) -> None:
-    with trace_events(str(tmp_path), wanted=True) as timeline, ThreadPoolExecutor(8) as pool:
-        assert timeline is not None
-        for number in range(800):
-            pool.submit(timeline.span, f"track {number % 5}", "a span", number, number + 1)
-    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
-    assert sum(event["ph"] == "X" for event in events) == 800
-    assert sum(event["name"] == "thread_name" for event in events) == 5
-
-
-layers = st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True).map(tuple)
-asked_for = st.dictionaries(st.tuples(st.just(1), st.integers(0, 3)), st.floats(0.1, 1.0))
-
-
-@settings(max_examples=60)
-@given(
-    trace=st.lists(st.tuples(layers, layers), min_size=1, max_size=6),
-    requests=asked_for,
-    slots=st.sampled_from([(1,), (3,), (1, 1), (2, 1, 1)]),
-    prediction=st.sampled_from(["background", "critical_path"]),
-    awaited=st.booleans(),
-    parallel=st.booleans(),
-    gate_s=st.sampled_from([0.0, 3.3, 14.0]),
-)
-def test_every_access_is_served_within_the_budget(
-    trace: list[tuple[tuple[int, ...], tuple[int, ...]]],
-    requests: dict[tuple[int, int], float],
-    slots: tuple[int, ...],
-    prediction: str,
-    awaited: bool,
-    parallel: bool,
-    gate_s: float,
-) -> None:
-    policy = Scripted(requests, prediction=prediction, awaited=awaited)
-    replay, outcomes = runtime(policy, slots=slots, gate_s=gate_s, parallel=parallel)
-    before = 0.0
-    for number, activated in enumerate(trace):
-        assert replay.forward(routed(number, *activated)) > before
-        before = replay.now
-        replay.residency.cache.check_integrity()
-    assert [o.activated for o in outcomes] == [tuple(sorted(a)) for step in trace for a in step]
-    assert replay.residency.cache.peak_occupied <= sum(slots)
-    moved = replay.residency.traffic()
-    assert moved.on_demand + moved.prefetched <= replay.now * len(slots) + 1e-6
