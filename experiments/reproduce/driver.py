@@ -38,8 +38,6 @@ from experiments.run.tracking import is_logged, log_reproduction
 from finemoe.files import atomic_write
 from finemoe.testbed import SimulatedTestbed
 
-FAILED = 1
-WANDB_PROJECT = "finemoe"
 OPTIONS = {
     "results": "outputs/reproduce",
     "records": "",
@@ -75,9 +73,8 @@ class Reproduction:
         self.wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
         if options["records"]:
             taken = results.adopt(self.results, Path(options["records"]), self.wanted)
-            self._say(
-                f"taken from {escape(options['records'])}: {taken} of {len(self.wanted)} runs"
-            )
+            count = f"{taken} of {len(self.wanted)} runs"
+            self._say(f"taken from {escape(options['records'])}: {count}")
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
@@ -99,7 +96,7 @@ class Reproduction:
         )
         if not self.failures:
             return 0
-        return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
+        return BAD_INPUT if any(one.bad_input for one in self.failures) else 1
 
     def _plan(
         self, experiment: Experiment, overrides: Words, source: str, conf: Path
@@ -205,7 +202,7 @@ class Reproduction:
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")
         self._say(f"report: {escape(str(report))}")
         if self.log_to_wandb:
-            log_reproduction(WANDB_PROJECT, report)
+            log_reproduction("finemoe", report)
 
     def _stage(self, what: str, tasks: Tasks, alone: Tasks) -> list[Outcome]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""

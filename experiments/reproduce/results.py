@@ -84,10 +84,7 @@ def record_traces(configs: Iterable[DictConfig]) -> None:
 
 
 def ensure_record(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
-    """Return the complete record of this config, made unless it is there, and logged if asked for.
-
-    Raises UserError.
-    """
+    """Return the complete record of this config, made unless it is there. Raises UserError."""
     from experiments.run.protocol import run
     from experiments.run.tracking import log_record
 

@@ -15,8 +15,8 @@ from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
 from experiments.judge import claims
 from experiments.judge.claims import FAILS, HOLDS, UNTESTABLE, WEAKER, judge, load_claims
-from experiments.judge.frame import ResultsFolder
-from experiments.judge.report import IDS, write
+from experiments.judge.frame import IDS, ResultsFolder
+from experiments.judge.report import write
 from tests.experiments.judge.test_frame import PROVENANCE, leave_record
 
 BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")

@@ -10,7 +10,8 @@ from PIL import Image
 
 from experiments.errors import UserError
 from experiments.judge.claims import Verdict
-from experiments.judge.report import IDS, main, system_table, write
+from experiments.judge.frame import IDS
+from experiments.judge.report import main, system_table, write
 from tests.experiments.judge.test_claims import Results
 
 CAPTION = "Mode: simulated; 6 x RTX 3090; <scale> weights; 3 requests a run."
