@@ -46,8 +46,8 @@ def serve(cfg: DictConfig) -> None:
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))
             # What follows takes seconds to import.
-            from experiments.reproduce.results import ensure_record
             from experiments.run.console import Console
+            from experiments.run.protocol import ensure_record
 
             ensure_record(cfg, Console(job=job))
     except UserError as error:

@@ -58,9 +58,12 @@ def _stop(number: int, _: object) -> None:
 
 
 def words_given(
-    doc: str | None, defaults: Mapping[str, Any], words: Sequence[str] | None = None
+    doc: str | None,
+    defaults: Mapping[str, Any],
+    words: Sequence[str] | None = None,
+    only: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return ``key=value`` choices, of their defaults' types or UserError, and the other words."""
+    """Return ``key=value`` choices, of their defaults' types, and other words, or UserError."""
     given = sys.argv[1:] if words is None else words
     if not {"-h", "--help"}.isdisjoint(given):
         print((doc or "").replace("``", ""))
@@ -74,17 +77,10 @@ def words_given(
     except OmegaConfBaseException as error:
         choice = f"{error.full_key}={chosen.get(str(error.full_key))}"
         raise UserError(f"{choice}: {str(error).splitlines()[0]}") from error
-    return options, [word for word in given if word not in own]
-
-
-def options_given(
-    doc: str | None, defaults: Mapping[str, Any], words: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Return the ``key=value`` choices of a command that takes no other word. Raises UserError."""
-    options, others = words_given(doc, defaults, words)
-    if others:
+    others = [word for word in given if word not in own]
+    if others and only:
         raise UserError(f"{others[0]}: give key=value of {', '.join(defaults)}; see --help")
-    return options
+    return options, others
 
 
 @contextmanager

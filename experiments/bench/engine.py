@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.errors import command, options_given
+from experiments.errors import command, words_given
 from experiments.run.live import serve
 from experiments.run.records import provenance
 from experiments.run.schedule import Request
@@ -35,12 +35,9 @@ from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.testbed import Testbed
 
 SCALE_MODEL = SCALE_MODELS / "mixtral"
-PREFETCH_DISTANCE = 3
-"""d of Mixtral (section 6.1)."""
-FULL_EXPERT_BYTES = 352_321_536
-"""One expert of Mixtral-8x7B in bf16."""
-MOST_OVERHEAD = 1.10
-"""Largest acceptable TPOT of the engine over that of plain transformers."""
+PREFETCH_DISTANCE = 3  # d of Mixtral (section 6.1)
+FULL_EXPERT_BYTES = 352_321_536  # one expert of Mixtral-8x7B in bf16
+MOST_OVERHEAD = 1.10  # largest acceptable TPOT of the engine over that of plain transformers
 LINK_GB_S = CHUNK_MB = 32.0
 OPTIONS = {
     "model": str(SCALE_MODEL),
@@ -56,28 +53,18 @@ Check = dict[str, Any]
 """One measured number, the bound that it should keep, and whether it is `met`; see `measured`."""
 
 
-def measured(
-    name: str,
-    value: float,
-    unit: str = "",
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Check:
-    """Return a check; `met` is None if the number has no bound."""
-    kept = [value >= at_least] if at_least is not None else []
-    kept += [value <= at_most] if at_most is not None else []
-    bounds = {"at_least": at_least, "at_most": at_most}
-    met = all(kept) if kept else None
-    return {"name": name, "value": float(value), "unit": unit, **bounds, "met": met}
+def measured(name: str, value: float, unit: str = "", **bounds: float) -> Check:
+    """Return a check; its bounds are `at_least` and `at_most`, and `met` is None without any."""
+    kept = bounds.get("at_least", -np.inf) <= value <= bounds.get("at_most", np.inf)
+    own = {"name": name, "value": float(value), "unit": unit, "at_least": None, "at_most": None}
+    return {**own, **bounds, "met": bool(kept) if bounds else None}
 
 
-def random_request(
-    number: int, model: OffloadedModel, new_tokens: int, prompt_tokens: int = 37
-) -> Request:
+def random_request(number: int, model: OffloadedModel, new: int, prompt: int = 37) -> Request:
     """Return a prompt of random tokens that depends on its number alone."""
     vocabulary = range(model.model.config.vocab_size)
-    tokens = random.Random(number).choices(vocabulary, k=prompt_tokens)
-    return Request(number, tuple(tokens), new_tokens)
+    tokens = random.Random(number).choices(vocabulary, k=prompt)
+    return Request(number, tuple(tokens), new)
 
 
 def scale_model(folder: Path) -> PreTrainedModel:
@@ -110,9 +97,7 @@ def generate_tpot(model: Any, experts: str, request: Request) -> float:
     return (others[-1] - first) / len(others)
 
 
-def resident_overheads(
-    folder: Path, device: torch.device, new_tokens: int, repeats: int
-) -> list[Check]:
+def resident_overheads(folder: Path, device: torch.device, new: int, repeats: int) -> list[Check]:
     """Compare engine and `generate`, everything resident: medians of ratios within a round.
 
     One request is served in every round; round 0 only warms up.
@@ -126,7 +111,7 @@ def resident_overheads(
     baselines = {f"generate, {default}": default, "generate, eager": "eager"}
     rounds = []
     for number in range(repeats + 1):
-        request = random_request(number, model, new_tokens)
+        request = random_request(number, model, new)
         tpots: dict[str, Any] = {}
         for name, experts in baselines.items():
             tpots[name] = generate_tpot(unmodified, experts, request)
@@ -151,9 +136,8 @@ def link_rate(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> Check
     assert isinstance(link, EmulatedLink)
     achieved = link.copied_bytes / link.copying_seconds
     configured = model.store.layout.nbytes / testbed.load_seconds(FULL_EXPERT_BYTES)
-    return measured(
-        "emulated link, achieved / configured rate", achieved / configured, at_least=0.95
-    )
+    share = achieved / configured
+    return measured("emulated link, achieved / configured rate", share, at_least=0.95)
 
 
 def synchronous_share(model: OffloadedModel, testbed: Testbed, new_tokens: int) -> list[Check]:
@@ -199,7 +183,7 @@ def print_checks(title: str, checks: Sequence[Check], console: Console) -> None:
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    options = options_given(__doc__, OPTIONS, arguments)
+    options, _ = words_given(__doc__, OPTIONS, arguments, only=True)
     folder, tokens, threads = Path(options["model"]), options["tokens"], options["threads"]
     torch.set_num_threads(threads)
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")

@@ -34,17 +34,18 @@ from experiments import CONF
 from experiments.bench import engine
 from experiments.bench.engine import SCALE_MODEL, Check, measured, random_request, two_policies
 from experiments.errors import UserError, command
-from experiments.reproduce.results import ensure_record
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, serve
+from experiments.run.protocol import ensure_record
 from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Request, Server
 from experiments.run.small_models import FAMILIES, small_model
+from experiments.validate.calibrate import write_testbed
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.costs import DENSE_KERNELS, EXPERT_KERNELS
-from finemoe.files import atomic_write, write_json
+from finemoe.files import write_json
 from finemoe.offload import device as memory
 from finemoe.offload.cache import Slot
 from finemoe.offload.model import OffloadedModel
@@ -105,7 +106,7 @@ def lossless(bench: Bench) -> list[Check]:
     checks = []
     for family in FAMILIES:
         model = OffloadedModel.from_model(small_model(family), bench.device)
-        request = random_request(0, model, new_tokens=5, prompt_tokens=7)
+        request = random_request(0, model, new=5, prompt=7)
         eager: Any = small_model(family)
         expected = _logits(PlainRuntime(eager.to(bench.device)), request)
         for count in sorted({1, len(bench.testbed.devices)}):
@@ -138,10 +139,7 @@ def _logits(runtime: Any, request: Request) -> Tensor:
 
 
 def copies(bench: Bench, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return two ways to copy experts of one size into two slots of a device.
-
-    Through a transfer queue and the link, as a runtime's thread does, and with one plain copy each.
-    """
+    """Return how to copy experts into two slots of a device by queue and link, and plainly."""
     size, count = bench.expert_bytes, bench.cfg.sizes.copies
     layout = memory.BlockLayout((), size)
     blocks = [memory.host_block(size, pin=True).fill_(1) for _ in range(2)]
@@ -310,10 +308,7 @@ def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:
         {"name": f"{bench.testbed.name} (measured)", "devices": len(bench.testbed.devices)},
         numbers,
     )
-    with atomic_write(bench.folder / TESTBED) as partial:
-        partial.write_text(
-            f"# Measured by python -m experiments.bench.gpu.\n{OmegaConf.to_yaml(testbed)}"
-        )
+    write_testbed(bench.folder / TESTBED, testbed, "experiments.bench.gpu")
 
 
 def full_size(bench: Bench) -> list[Check]:
@@ -330,12 +325,10 @@ def full_size(bench: Bench) -> list[Check]:
         if routing == "scale" and _speculates(cfg, model, system):
             continue
         try:
-            live, simulated = _measured_and_simulated(bench, *case)
+            checks += _run_and_simulate(bench, name, *case)
         except Exception as error:
             first, *_ = str(error).splitlines() or [""]
             checks.append(measured(f"{name}: {type(error).__name__}: {first}", 0.0, at_least=1))
-        else:
-            checks += _compared(name, budget, live, simulated)
         release()
     return checks
 
@@ -348,10 +341,10 @@ def _speculates(cfg: DictConfig, model: str, system: str) -> bool:
     return bool(policy.placement.hidden_states)
 
 
-def _measured_and_simulated(
-    bench: Bench, model: str, routing: str, budget: float, system: str
-) -> tuple[Facts, Facts]:
-    """Return the records of a run and of its replay in the calibrated testbed."""
+def _run_and_simulate(
+    bench: Bench, name: str, model: str, routing: str, budget: float, system: str
+) -> list[Check]:
+    """Say what a run measures; return how far its replay in the calibrated testbed is from that."""
     cfg, runs = bench.cfg, bench.folder / "runs"
     choices = {"model": cfg.models[model], "memory_budget": budget}
     own = runs / f"{model}-recorded"
@@ -365,11 +358,7 @@ def _measured_and_simulated(
     follows = str(trace) if routing == "scale" else None
     live = ensure_record(run_config(cfg, system, **choices, routing=follows, output=str(folder)))
     choices |= {"testbed": OmegaConf.load(bench.folder / TESTBED), "routing": str(trace)}
-    return live, ensure_record(run_config(cfg, system, **choices, output=str(folder / "simulated")))
-
-
-def _compared(name: str, budget: float, live: Facts, simulated: Facts) -> list[Check]:
-    """Say in a line what a run measured, and return how far its simulation is from that."""
+    simulated = ensure_record(run_config(cfg, system, **choices, output=f"{folder}/simulated"))
     peak = live["summary"]["peak_slot_bytes"] / (budget * GB)
     checks, told = [measured(f"{name}: peak slot bytes / budget", peak, at_most=1)], []
     for of in ("TTFT", "TPOT"):
@@ -381,8 +370,8 @@ def _compared(name: str, budget: float, live: Facts, simulated: Facts) -> list[C
     return checks
 
 
-Part = Callable[[Bench], list[Check]]
-PARTS: dict[str, Part] = {
+Parts = Mapping[str, Callable[[Bench], list[Check]]]
+PARTS: Parts = {
     "Machine": machine,
     "Lossless": lossless,
     "Link rate": rate,
@@ -393,9 +382,7 @@ PARTS: dict[str, Part] = {
 }
 
 
-def run_parts(
-    bench: Bench, console: RichConsole, parts: Mapping[str, Part] = PARTS
-) -> dict[str, Facts]:
+def run_parts(bench: Bench, console: RichConsole, parts: Parts = PARTS) -> dict[str, Facts]:
     """Run every part, whatever becomes of the others, and print and return what each measured."""
     results = {}
     for name, part in parts.items():

@@ -24,16 +24,11 @@ OPTIONS = {
     "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed,planner",
     "output": "",
 }
-REQUESTS = 45
-"""Requests of the history: 70 % of the 64 prompts of section 6.1."""
-STEPS = 23
-"""Iterations of each: 45 x 23 fill FineMoE's store of 1,000 maps."""
-CALLS = 250
-"""Of a decode step, and a tenth as many of a prefill."""
-PROMPT = 37
-"""Tokens of a prompt: the mean of LMSYS-Chat-1M (section 6.1)."""
-PERCENTILE = 10
-"""Of the calls: what is slower met another process."""
+REQUESTS = 45  # requests of the history: 70 % of the 64 prompts of section 6.1
+STEPS = 23  # iterations of each: 45 x 23 fill FineMoE's store of 1,000 maps
+CALLS = 250  # of a decode step, and a tenth as many of a prefill
+PROMPT = 37  # tokens of a prompt: the mean of LMSYS-Chat-1M (section 6.1)
+PERCENTILE = 10  # of the calls: what is slower met another process
 RANDOM = np.random.default_rng(0)
 
 
@@ -90,9 +85,7 @@ def call_times(policy: Policy, shape: ModelShape, tokens: int) -> dict[str, floa
             ]
         )
         times["update"].append(micros(policy.end_iteration, iteration))
-    return {
-        call: float(np.percentile(one, PERCENTILE, axis=0).mean()) for call, one in times.items()
-    }
+    return {one: float(np.percentile(us, PERCENTILE, axis=0).mean()) for one, us in times.items()}
 
 
 def teach(policy: Policy, shape: ModelShape) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.bootstrap import Draws, cell_mean, interval, limits, ratio
-from experiments.errors import UserError, command, options_given
+from experiments.errors import UserError, command, words_given
 from experiments.judge import paper
 from experiments.judge.findings import (
     Claim,
@@ -288,7 +288,7 @@ def _room(claim: Claim, finding: Finding) -> Iterator[str]:
 
 def arguments(doc: str | None) -> tuple[ResultsFolder, bool, Path | None]:
     """Return results folder, mixed_modes and claims of `key=value` words; UserError for others."""
-    results, mixed_modes, claims = options_given(doc, OPTIONS).values()
+    results, mixed_modes, claims = words_given(doc, OPTIONS, only=True)[0].values()
     return ResultsFolder(Path(results)), mixed_modes, Path(claims) if claims else None
 
 

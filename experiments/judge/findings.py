@@ -377,7 +377,6 @@ _NAMES = {
     "maps_mb": "expert maps (MB)",
     "total_mb": "maps and embeddings (MB)",
     "memory_budget_gb": "expert cache (GB)",
-    "prefetch_distance": "prefetch distance",
     "distance": "prefetch distance",
     "capacity": "store capacity",
 }
@@ -397,7 +396,9 @@ _OPTIONS = {
 def quantity_name(quantity: str) -> str:
     """Return how reports call a metric, such as `e2el_s@0.9`, a column or a setting."""
     name, _, level = quantity.partition("@")
-    return _NAMES.get(name, name) + (f", p{float(level) * 100:g}" if level else "")
+    return _NAMES.get(name, name.replace("_", " ")) + (
+        f", p{float(level) * 100:g}" if level else ""
+    )
 
 
 def selector_name(selector: Selector) -> str:

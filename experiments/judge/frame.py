@@ -27,6 +27,11 @@ OPTIONS = ("search", "selection", "eviction", "predictor")
 COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
 IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
 NOT_OPTIONS = ("_target_", "label", "look", "prediction_us")
+IDS = (
+    "table1", "1b", "3a", "3b", "3c", "4", "8", "9", "10", "11", "12", "13", "14a", "14b", "15",
+    "16a", "16b", "17", "18", "readings", "unknowns",
+)  # fmt: skip
+"""Experiments in the paper's order."""
 
 
 def run_frame(runs: Sequence[Path]) -> pd.DataFrame:
@@ -193,9 +198,7 @@ class ResultsFolder:
         return records.read_checked(path, records.INDEX, due) if path.exists() else {}
 
     def rows(self, experiment: str) -> pd.DataFrame:
-        """Return what claims judge, empty if it is missing: the table that an analysis left, with
-        its `digest`, `mode` and `weights`, or complete runs.
-        """
+        """Return an analysis's table with `digest`, `mode`, `weights`, or the complete runs."""
         record = self.analysis_record(experiment)
         if not record:
             return self.runs_of(experiment)
@@ -210,6 +213,5 @@ class ResultsFolder:
 
     def analysis_record(self, name: str) -> dict[str, Any]:
         """Return an analysis's record, empty where there is none."""
-        path = self.analysis(name) / "record.json"
-        due = "analysis record; remove it and analyse again"
+        path, due = self.analysis(name) / "record.json", "analysis record; remove it, analyse again"
         return records.read_checked(path, records.ANALYSIS, due) if path.exists() else {}

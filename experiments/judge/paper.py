@@ -228,9 +228,8 @@ def fig13_hits_unchanged(rows: Rows, others: Rows) -> Finding:
     return changes(rows, others, "hit_rate", EXPERT_SYSTEMS)
 
 
-SPECULATE, HIT_COUNT = (
-    {"system": "in_searcher", "predictor": one} for one in ("speculation", "hit_count")
-)
+SPECULATE = {"system": "in_searcher", "predictor": "speculation"}
+HIT_COUNT = {"system": "in_searcher", "predictor": "hit_count"}
 T, T_S, T_S_DELTA = (
     {"system": "finemoe", "search": search, "selection": selection, "eviction": "lru"}
     for search, selection in (("trajectory", "top_k"), ("both", "top_k"), ("both", "delta"))

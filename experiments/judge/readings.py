@@ -62,10 +62,6 @@ def _runs_of(runs: pd.DataFrame, view: View, experiment: str) -> pd.DataFrame:
 
 def summary(table: pd.DataFrame) -> dict[str, list[str]]:
     """Return the claims that hold, fully or weaker, under every reading, under some, and none."""
-    held = table.assign(held=table["verdict"].isin([HOLDS, WEAKER])).groupby("claim", sort=False)
-    every, some = held["held"].all(), held["held"].any()
-    return {
-        "every": every.index[every].tolist(),
-        "some": some.index[some & ~every].tolist(),
-        "none": some.index[~some].tolist(),
-    }
+    held = table["verdict"].isin([HOLDS, WEAKER]).groupby(table["claim"], sort=False).mean()
+    kinds = {"every": held == 1, "some": held.between(0, 1, "neither"), "none": held == 0}
+    return {kind: held.index[these].tolist() for kind, these in kinds.items()}

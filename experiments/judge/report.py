@@ -20,17 +20,12 @@ from PIL import Image, UnidentifiedImageError
 from experiments.errors import UserError, command
 from experiments.judge import readings
 from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
-from experiments.judge.frame import PREDICTION, ResultsFolder, by_system, commit
+from experiments.judge.frame import IDS, PREDICTION, ResultsFolder, by_system, commit
 from experiments.run.records import read_table
 from experiments.style import dataset_name, model_name, system_name
 from finemoe.files import atomic_write
 
 MARKDOWN, PAGE = "REPORT.md", "report.html"
-IDS = (
-    "table1", "1b", "3a", "3b", "3c", "4", "8", "9", "10", "11", "12", "13", "14a", "14b", "15",
-    "16a", "16b", "17", "18", "readings", "unknowns",
-)  # fmt: skip
-"""Experiments in the paper's order."""
 NAMES = {"table1": "Table 1", "readings": "Readings", "unknowns": "Unknowns"}
 HEADLINES = ("Abstract", "Talk")
 DATA_ROWS = 60  # a figure's data is shown up to so many rows; the CSV beside it has them all
@@ -95,9 +90,7 @@ def _sentences(text: str) -> list[str]:
 
 def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return what the report says of one figure or table of the paper."""
-    picture, caption, csv = (
-        results.root / "figures" / f"{name}.{suffix}" for suffix in ("png", "txt", "csv")
-    )
+    picture, caption, csv = (results.figures / f"{name}.{one}" for one in ("png", "txt", "csv"))
     data = read_table(csv) if csv.exists() else pd.DataFrame()
     about = results.index(name) or results.analysis_record(name)
     return {
@@ -192,7 +185,9 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
         "data": _listed(f"{run['dataset']}: {run['dataset_source']} "
                         f"(sha256 {run['dataset_sha256'][:DIGEST]})" for run in runs),
         "seeds": _listed(str(run["seed"]) for run in runs),
-        "machine": _listed(map(_machine, origins)),
+        "machine": _listed(f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB, "
+                           f"{', '.join(one['gpus']) or 'no accelerator'} ({one['system']})"
+                           for one in (origin["machine"] for origin in origins)),
         "versions": _listed([f"Python {one['python']}" for one in origins] + packages),
     }  # fmt: skip
     return {name: value for name, value in facts.items() if value}
@@ -200,12 +195,6 @@ def _provenance(results: ResultsFolder) -> dict[str, str]:
 
 def _listed(values: Iterable[str]) -> str:
     return ", ".join(sorted({one for one in values if one}))
-
-
-def _machine(origin: Mapping[str, Any]) -> str:
-    one = origin["machine"]
-    gpus = ", ".join(one["gpus"]) or "no accelerator"
-    return f"{one['cpu']}, {one['cores']} cores, {one['memory_gb']} GB, {gpus} ({one['system']})"
 
 
 def _run_table(runs: pd.DataFrame) -> pd.DataFrame:

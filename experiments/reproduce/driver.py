@@ -33,14 +33,13 @@ from experiments.reproduce.parallel import LAUNCHERS, Outcome, Tasks, attempt, s
 from experiments.reproduce.sweeps import Experiment, Words
 from experiments.run.config import build, check
 from experiments.run.console import bar_on
+from experiments.run.protocol import ensure_record
 from experiments.run.records import RECORD, check_writable, other_code, pack_runs, read_record
 from experiments.run.tracking import is_logged, log_reproduction
 from experiments.run.weights import model_of
 from finemoe.files import atomic_write
 from finemoe.testbed import SimulatedTestbed
 
-FAILED = 1
-WANDB_PROJECT = "finemoe"
 OPTIONS = {
     "results": "outputs/reproduce",
     "records": "",
@@ -76,9 +75,8 @@ class Reproduction:
         self.wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
         if options["records"]:
             taken = results.adopt(self.results, Path(options["records"]), self.wanted)
-            self._say(
-                f"taken from {escape(options['records'])}: {taken} of {len(self.wanted)} runs"
-            )
+            count = f"{taken} of {len(self.wanted)} runs"
+            self._say(f"taken from {escape(options['records'])}: {count}")
 
     def carry_out(self) -> int:
         """Run, draw and report what is missing; return the exit code."""
@@ -100,7 +98,7 @@ class Reproduction:
         )
         if not self.failures:
             return 0
-        return BAD_INPUT if any(one.bad_input for one in self.failures) else FAILED
+        return BAD_INPUT if any(one.bad_input for one in self.failures) else 1
 
     def _plan(
         self, experiment: Experiment, overrides: Words, source: str, conf: Path
@@ -167,7 +165,7 @@ class Reproduction:
             cfg.output = str(self.results.run(digest))
             what = f"{cfg.system.label} on {cfg.model.name}, {cfg.dataset.name}"
             name = f"{what}, memory_budget={cfg.memory_budget} ({digest})"
-            tasks[not in_virtual_time(cfg)][name] = partial(results.ensure_record, cfg)
+            tasks[not in_virtual_time(cfg)][name] = partial(ensure_record, cfg)
         self._stage("runs", *tasks)
 
     def _draw(self) -> None:
@@ -206,7 +204,7 @@ class Reproduction:
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")
         self._say(f"report: {escape(str(report))}")
         if self.log_to_wandb:
-            log_reproduction(WANDB_PROJECT, report)
+            log_reproduction("finemoe", report)
 
     def _stage(self, what: str, tasks: Tasks, alone: Tasks) -> list[Outcome]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""

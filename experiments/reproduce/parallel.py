@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import starmap
 from typing import Any
 
@@ -66,9 +66,10 @@ def side_by_side(tasks: Tasks, launcher: str, n_jobs: int) -> Generator[Outcome,
 def _cores(n_jobs: int) -> Iterator[Callable[..., Any]]:
     # A worker whose memory grew is replaced, which is warned of; nothing is lost.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    executor = get_reusable_executor(n_jobs, timeout=300, env=ENVIRONMENT)
+    own = {"initializer": settle, "initargs": (os.getcwd(), os.getpid())}
+    executor = get_reusable_executor(n_jobs, timeout=300, env=ENVIRONMENT, **own)
     try:
-        yield partial(executor.submit, in_worker, os.getcwd(), os.getpid())
+        yield partial(executor.submit, attempt)
     except BaseException:
         executor.shutdown(kill_workers=True)
         raise
@@ -84,18 +85,14 @@ def _ray(n_jobs: int) -> Iterator[Callable[..., Any]]:
         # RAY_ADDRESS names a cluster; without it, Ray starts on this machine.
         cores = None if os.environ.get("RAY_ADDRESS") else n_jobs
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
-    remote = ray.remote(in_worker)
-    yield lambda *task: remote.remote(os.getcwd(), None, *task).future()
+        folder = os.getcwd()
+        hook = {"worker_process_setup_hook": lambda: settle(folder)}
+        ray.init(num_cpus=cores, include_dashboard=False, runtime_env=hook, **quiet)
+    remote = ray.remote(attempt)
+    yield lambda *task: remote.remote(*task).future()
 
 
 LAUNCHERS = {"joblib": _cores, "ray": _ray}
-
-
-def in_worker(folder: str, owner: int | None, name: str, task: Callable[[], None]) -> Outcome:
-    """Carry out a task in a worker process, in the folder where the user stands."""
-    settle(folder, owner)
-    return attempt(name, task)
 
 
 def attempt(name: str, task: Callable[[], None]) -> Outcome:
@@ -111,9 +108,8 @@ def attempt(name: str, task: Callable[[], None]) -> Outcome:
     return Outcome(name)
 
 
-@cache
-def settle(folder: str, owner: int | None) -> None:
-    """Make a fresh worker quiet, single-threaded, and end with its owner; once a process."""
+def settle(folder: str, owner: int | None = None) -> None:
+    """Make a worker quiet, single-threaded, stand where the user does, and end with its owner."""
     if owner is not None:
         end_with(owner)
     os.environ.update(ENVIRONMENT)

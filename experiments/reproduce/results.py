@@ -3,7 +3,6 @@
 import importlib
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,27 +80,6 @@ def record_traces(configs: Iterable[DictConfig]) -> None:
 
     for cfg in configs:
         kept_trace(cfg, Console(quiet=True))
-
-
-def ensure_record(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
-    """Return the complete record of this config, made unless it is there, and logged if asked for.
-
-    Raises UserError.
-    """
-    from experiments.run.protocol import run
-    from experiments.run.tracking import log_record
-
-    folder, console = Path(cfg.output), console or Console(quiet=True)
-    path = records.existing_record(cfg)
-    # Another process may make it meanwhile.
-    with nullcontext() if path else records.alone_in(folder):
-        path = path or records.existing_record(cfg)
-        record = records.read_record(path) if path else run(cfg, console)
-    if path:
-        console.skipped(path, records.other_code(record))
-    if cfg.logger.name == "wandb":
-        log_record(cfg.logger.project, folder, record)
-    return record
 
 
 def make(plan: Plan, results: ResultsFolder) -> None:

@@ -28,18 +28,6 @@ from finemoe.trace import TraceReader
 FAIR_SHARE_FLOOR = 0.2  # an expert with less than a fifth of its fair share is called neglected
 DISTANCES = range(1, 9)  # the prefetch distances of figure 15
 
-BY_LAYER = {
-    ("load_balance", "smallest"): "smallest load / fair share, prompts",
-    ("load_balance", "largest"): "largest load / fair share, prompts",
-    ("load_balance", "smallest_all"): "smallest load / fair share, all",
-    ("load_balance", "largest_all"): "largest load / fair share, all",
-    ("entropy", "coarse"): "entropy, request (nats)",
-    ("entropy", "fine_counts"): "entropy, iteration, counts (nats)",
-    ("entropy", "fine_gate"): "entropy, iteration, gate (nats)",
-    ("overlap", "overlap"): "overlap of consecutive tokens",
-}
-"""Table and column of what is known of every layer, to its name on the terminal."""
-
 Summary = dict[str, Any]
 Tables = dict[str, pd.DataFrame]
 
@@ -108,12 +96,10 @@ def print_subject(summary: Summary, tables: Tables, weights: str) -> None:
         f"\n{summary['model']} on {summary['dataset']} ({weights} weights, "
         f"{summary['layers']} x {summary['experts']}, top-{summary['top_k']})\n"
     )
-    layers = {}
-    for (name, column), label in BY_LAYER.items():
-        values, uniform = tables[name][column], tables[name]["uniform"].iloc[0]
-        layers[label] = [values.mean(), values.min(), values.max(), uniform]
-    heads = pd.Index(["mean", "least", "most", "uniform"], name="over layers")
-    print(pd.DataFrame(layers, heads).T.to_string(float_format="{:.3f}".format))
+    layers = {
+        name: tables[name].drop(columns="layer").agg(["mean", "min", "max"]).T for name in PICTURES
+    }
+    print(pd.concat(layers, names=["over layers"]).to_string(float_format="{:.3f}".format))
     rates = tables["hit_rates"].pivot(index="predictor", columns="distance", values="hit_rate")
     rates.loc["chance"] = summary["chance"]
     best = rates.mean(axis=1).sort_values(ascending=False).index

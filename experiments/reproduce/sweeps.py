@@ -10,8 +10,7 @@ import json
 import pickle
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import CONF
 from experiments.errors import UserError, config_error
+from experiments.judge.frame import IDS
 from experiments.run.records import comparable
 from experiments.run.weights import fingerprint
+from experiments.style import ordered
 
 NO_MATTER = ("system", "memory_budget")  # for routing: an analysis passes over a sweep of it
 Words = Sequence[str]
@@ -34,49 +35,35 @@ Sweep = dict[str, list[str]]  # overrides by key, one for each value of the key
 Configs = dict[str, DictConfig]  # of runs, by digest
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What an experiment's file says about it."""
-
-    name: str
-    id: str
-    title: str
-    draws: str | None = None  # dotted name of the function that draws its figure
-    beyond: bool = False  # made when asked for by its id, not by `all`
-    analysis: str | None = None  # the function that analyses traces; None: run records
-    models: Sequence[str] = ()
-    datasets: Sequence[str] = ()  # models and datasets whose traces are analysed
-    cells: Sequence[Sequence[str]] = ()
-    params: Sequence[str] = ()  # the overrides `key=values` that are multiplied out
-    readings: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Overrides by the name of what they stand for: `of` is run under each of them."""
-    of: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by id, what narrows it
-    whole: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The same of what is run by default and under each `reading=` alone, as it takes long."""
+Experiment = Any
+"""What an experiment's file says of itself: `id`, `title` and those of UNSAID, its `name` and what
+it sweeps, `params`: overrides `key=values` that are multiplied out."""
+UNSAID: dict[str, Any] = {
+    "draws": None,  # dotted name of the function that draws its figure
+    "beyond": False,  # made when asked for by its id, not by `all`
+    "analysis": None,  # the function that analyses traces; None: run records
+    "models": [],
+    "datasets": [],  # models and datasets whose traces are analysed
+    "cells": [],
+    "readings": {},  # overrides by the name of what they stand for: `of` is run under each of them
+    "of": {},  # by id, what narrows it
+    "whole": {},  # the same of what takes long: run by default and under each `reading=` alone
+}
 
 
 def available(conf: Path = CONF) -> dict[str, Experiment]:
-    """Return all experiments by id: tables first, then figures by number."""
-    read = [_experiment(path) for path in (conf / "experiment").glob("*.yaml")]
-    return {one.id: one for one in sorted(read, key=lambda one: _order(one.id))}
-
-
-def _experiment(path: Path) -> Experiment:
-    content: Any = OmegaConf.load(path)
-    own: Any = content.get("experiment") or {}
-    if "id" not in own or "title" not in own:
-        raise UserError(f"{path} is no experiment: it lacks experiment.id or experiment.title")
-    params = OmegaConf.select(content, "hydra.sweeper.params") or {}
-    known = {one.name: own[one.name] for one in fields(Experiment) if one.name in own}
-    known |= {"id": str(own.id), "name": path.stem}
-    return Experiment(**known, params=[f"{key}={value}" for key, value in params.items()])
-
-
-def _order(identity: str) -> tuple[int, int, str]:
-    """Tables, then figures, then what is of them."""
-    number = re.match(r"\d+", identity)
-    kind = 1 if number else 0 if identity.startswith("table") else 2
-    return kind, int(number.group()) if number else 0, identity
+    """Return all experiments by id: in the paper's order, then others."""
+    known = {}
+    for path in (conf / "experiment").glob("*.yaml"):
+        content: Any = OmegaConf.load(path)
+        own: Any = content.get("experiment") or {}
+        if "id" not in own or "title" not in own:
+            raise UserError(f"{path} is no experiment: it lacks experiment.id or experiment.title")
+        swept = OmegaConf.select(content, "hydra.sweeper.params") or {}
+        params = [f"{key}={value}" for key, value in swept.items()]
+        facts = {"id": str(own.id), "name": path.stem, "params": params}
+        known[str(own.id)] = OmegaConf.merge(UNSAID, own, facts)
+    return {one: known[one] for one in ordered(known, IDS)}
 
 
 def chosen(ids: Words, conf: Path = CONF) -> list[Experiment]:
@@ -198,10 +185,8 @@ def _values(override: Override) -> list[str]:
 
 
 def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfig:
-    """Return the resolved config of an experiment under overrides. Raises UserError.
-
-    Plain values are set after composing, as composing takes long.
-    """
+    """Return the resolved config of an experiment under overrides. Raises UserError."""
+    # Composing takes long: plain values are set afterwards.
     plain = (one for one in overrides if re.fullmatch(r"[a-z_.]+=.*", one, re.DOTALL))
     values = [one for one in plain if one.partition("=")[0] not in _groups(conf)]
     choices = tuple(one for one in overrides if one not in values)
@@ -224,9 +209,8 @@ def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfi
 def _by_hydra(conf: Path, experiment: str, choices: tuple[str, ...]) -> bytes:
     """Compose in a tenth of a second; a pickle is read six times as fast as a config is copied."""
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        return pickle.dumps(
-            compose("config", [f"experiment={experiment}", "output=unset", *choices])
-        )
+        words = [f"experiment={experiment}", "output=unset", *choices]
+        return pickle.dumps(compose("config", words))
 
 
 @cache

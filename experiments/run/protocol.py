@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,16 @@ from experiments.errors import UserError
 from experiments.run.config import build, check, identity
 from experiments.run.console import Console
 from experiments.run.metrics import KINDS, AccessCounter, latency_summary, request_table
-from experiments.run.records import provenance, write_record
+from experiments.run.records import (
+    alone_in,
+    existing_record,
+    other_code,
+    provenance,
+    read_record,
+    write_record,
+)
 from experiments.run.schedule import Backend, Served, Server, Step
+from experiments.run.tracking import log_record
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.offload.bounds import Roofline, minimal_loads
@@ -169,6 +177,24 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
             return record
     except (PolicyError, TraceError) as error:
         raise UserError(str(error)) from error
+
+
+def ensure_record(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
+    """Return the complete record of this config, made if need be and logged if asked for.
+
+    Raises UserError.
+    """
+    folder, console = Path(cfg.output), console or Console(quiet=True)
+    path = existing_record(cfg)
+    # Another process may make it meanwhile.
+    with nullcontext() if path else alone_in(folder):
+        path = path or existing_record(cfg)
+        record = read_record(path) if path else run(cfg, console)
+    if path:
+        console.skipped(path, other_code(record))
+    if cfg.logger.name == "wandb":
+        log_record(cfg.logger.project, folder, record)
+    return record
 
 
 def prepare(cfg: DictConfig, console: Console) -> Any:

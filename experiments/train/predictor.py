@@ -34,10 +34,8 @@ from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Plac
 class Recording(NamedTuple):
     """What N tokens brought to every gate, and what it chose for them."""
 
-    hidden_states: FloatArray
-    """Shape (L, N, h)."""
-    chosen: NDArray[np.bool_]
-    """Whether a token goes to an expert, shape (L, N, J)."""
+    hidden_states: FloatArray  # shape (L, N, h)
+    chosen: NDArray[np.bool_]  # whether a token goes to an expert, shape (L, N, J)
 
 
 class Recorder(ResidentPolicy):

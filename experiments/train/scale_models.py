@@ -21,16 +21,11 @@ import jinja2
 import matplotlib
 import pandas as pd
 import torch
+import transformers
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console as RichConsole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiments.errors import UserError, command
 from experiments.run.console import bar_on
@@ -57,8 +52,7 @@ class Training:
     """
 
     model: PreTrainedModel
-    recipe: DictConfig
-    """The settings that RECIPE names."""
+    recipe: DictConfig  # the settings that RECIPE names
     train_ids: torch.Tensor
     held_out_ids: torch.Tensor
     checkpoint: Path
@@ -67,8 +61,7 @@ class Training:
 
     def __post_init__(self) -> None:
         embedding = self.model.get_input_embeddings().weight
-        decayed: list[Any] = []
-        others: list[Any] = []
+        decayed, others = list[Any](), list[Any]()
         for one in self.model.parameters():
             (decayed if one.dim() > 1 and one is not embedding else others).append(one)
         groups = [
@@ -198,9 +191,6 @@ def least_used_share(model: PreTrainedModel, windows: torch.Tensor, batch: int) 
     return float((shares / shares.mean(dim=1, keepdim=True)).min())
 
 
-# Text, model and export ------------------------------------------------------------------------
-
-
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE of `vocabulary` tokens trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
@@ -213,9 +203,8 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    special: Any = dict.fromkeys(("eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, chosen: list[Document]) -> torch.Tensor:
@@ -233,7 +222,7 @@ def unigram_loss(train_ids: torch.Tensor, held_out_ids: torch.Tensor, vocabulary
 def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Return the untrained scale model, in fp32, initialised by the seed."""
     settings: Any = OmegaConf.to_container(cfg.model.scale.config, resolve=True)
-    config = AutoConfig.for_model(
+    config = transformers.AutoConfig.for_model(
         **settings,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.eos_token_id,
@@ -242,7 +231,7 @@ def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
         pad_token_id=None,
     )
     torch.manual_seed(cfg.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_experts_implementation(cfg.model.scale.experts_implementation)
     if cfg.compile:
         for layer in model.model.layers:
@@ -274,7 +263,7 @@ def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float)
     model: Any = training.model
     model.to(torch.bfloat16)
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(do_sample=False, **special)
+    model.generation_config = transformers.GenerationConfig(do_sample=False, **special)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     windows = held_out_windows(training.held_out_ids, training.recipe.sequence_length, None)

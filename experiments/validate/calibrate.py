@@ -34,8 +34,7 @@ from finemoe.offload.device import EmulatedLink
 from finemoe.testbed import Testbed
 from finemoe.trace import TraceReader
 
-NEUTRAL = "on_demand"
-"""The system whose runs show waits and links alone: it predicts nothing."""
+NEUTRAL = "on_demand"  # the system whose runs show waits and links alone: it predicts nothing
 DISTURBED = ("after_wait", "while_copying")
 
 
@@ -127,10 +126,8 @@ class Calibration:
             run = run_config(self._cfg, system, memory_budget=budget)
             setup = _vary_lengths(load_setup(run, self._testbed))
             # The longest request asks for hundreds of predictions.
-            setup = _measuring(
-                setup, [max(setup.workload.measured, key=lambda one: len(one.prompt))]
-            )
-            self._probes[system] += self._observe(system, setup)
+            longest = max(setup.workload.measured, key=lambda one: len(one.prompt))
+            self._probes[system] += self._observe(system, _measuring(setup, [longest]))
 
     def _observe(self, system: str, setup: LiveSetup) -> Probe:
         probe = observe(setup, self._console)
@@ -202,13 +199,12 @@ def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:
     return calibration.testbed()
 
 
-def write_testbed(path: Path, testbed: dict[str, Any]) -> None:
+def write_testbed(path: Path, testbed: Any, by: str = "experiments.validate.calibrate") -> None:
     """Write the YAML, whole or not at all, with where it comes from in comments."""
     origin = provenance()
     head = (
-        f"# Measured by python -m experiments.validate.calibrate, {origin['date']}, "
-        f"commit {origin['git_commit']},\n# on {origin['machine']['cpu']}, "
-        f"{origin['machine']['cores']} cores. Times in microseconds.\n"
+        f"# Measured by python -m {by}, {origin['date']}, commit {origin['git_commit']},\n"
+        f"# on {origin['machine']['cpu']}, {origin['machine']['cores']} cores.\n"
     )
     with atomic_write(path) as partial:
         partial.write_text(head + OmegaConf.to_yaml(OmegaConf.create(testbed)))

@@ -20,8 +20,7 @@ WAITS = ("on_demand_wait", "prefetch_wait")
 STOPS = ("device", *WAITS, "context_collection", "search", "prefetch_issue", "update")
 """What the model's thread does besides the parts that are looked for; a part begins where one of
 these ended."""
-SHORTEST_WAIT = 20e-6
-"""Seconds; what is shorter found its condition met and put no thread to sleep."""
+SHORTEST_WAIT = 20e-6  # seconds; what is shorter found its condition met and put no thread to sleep
 MOST_MEDIANS = 3
 
 
@@ -41,10 +40,8 @@ class Sample(NamedTuple):
     tokens: int
     context: int
     seconds: float
-    waited: bool = False
-    """Whether the thread had waited since the part last ran."""
-    copying: bool = False
-    """Whether the link copied most of the time."""
+    waited: bool = False  # whether the thread had waited since the part last ran
+    copying: bool = False  # whether the link copied most of the time
 
 
 @dataclass
@@ -55,10 +52,8 @@ class Probe:
     gates: list[tuple[LayerOutcome, float]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     lags: int = 0
-    lag_seconds: float = 0.0
-    """Of the emulated links; see there."""
-    thread: int = field(default_factory=threading.get_ident)
-    """The model's thread."""
+    lag_seconds: float = 0.0  # of the emulated links; see there
+    thread: int = field(default_factory=threading.get_ident)  # the model's thread
 
     def span(self, track: str, name: str, start: float, end: float) -> None:
         own = threading.get_ident() == self.thread

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from experiments.judge.claims import Verdict
-from experiments.judge.report import IDS, system_table, write
+from experiments.judge.frame import IDS
+from experiments.judge.report import system_table, write
 from tests.experiments.judge.test_claims import Results
 
 CAPTION = "Mode: simulated; 6 x RTX 3090; <scale> weights; 3 requests a run."

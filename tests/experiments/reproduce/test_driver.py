@@ -126,7 +126,7 @@ def test_params_cells_and_overrides_are_combined(
 
 def test_figures_share_runs_by_digest(conf: Path) -> None:
     known = sweeps.available(conf)
-    assert list(known) == ["table9", "98", "99a"]
+    assert list(known) == ["98", "99a", "table9"]
     first = sweeps.run_configs(known["98"], TINY, conf)
     second = sweeps.run_configs(known["99a"], TINY, conf)
     cells = [f"{cfg.system.label} {cfg.memory_budget}" for cfg in first.values()]
@@ -304,7 +304,7 @@ def test_an_analysis_gets_its_traces_and_draws(conf: Path, traces: Path, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["77"], "error: unknown experiment 77; choose all, or some of table9, 98, 99a\n"),
+        (["77"], "error: unknown experiment 77; choose all, or some of 98, 99a, table9\n"),
         ([], "error: which experiment?"),
         (["98", "launcher=slurm"], "launcher=joblib or ray"),
         (["98", "no_such=1"], "no_such"),
