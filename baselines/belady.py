@@ -38,6 +38,9 @@ class BeladyPolicy(Policy):
     def _go_to(self, step: int) -> None:
         """Put the steps before this one behind: a repeat skips those that the last one ran."""
         for gone in range(self._step, min(step, len(self._following))):
-            for use, expert in self._following[gone]:
-                self._next_use[divmod(expert, self.shape.experts)] = use
+            iteration, layer = divmod(gone, self.shape.layers)
+            next_use = self._next_use[layer]
+            pairs = zip(self._routing[iteration][layer], self._following[gone], strict=True)
+            for index, following in pairs:
+                next_use[index] = following
         self._step = max(step, self._step)

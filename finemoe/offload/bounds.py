@@ -39,14 +39,20 @@ def minimal_loads(
     """
     if not slots:
         raise ValueError("slots=(): a bound needs at least one device")
-    first, following = next_uses(routing[measured_from:], shape)
+    measured = routing[measured_from:]
+    first, following = next_uses(measured, shape)
+    steps = enumerate(zip(itertools.chain.from_iterable(measured), following, strict=True))
+    stays = [
+        [(use, step % shape.layers * shape.experts + j) for j, use in zip(*uses, strict=True)]
+        for step, uses in steps
+    ]
     warm = sorted((use, e) for e, use in enumerate(first.ravel().tolist()) if use < math.inf)
 
     def on(device: int, stays: list[Stay]) -> list[Stay]:
         return [stay for stay in stays if stay[1] % len(slots) == device]
 
     return tuple(
-        _fewest_loads([on(n, uses) for uses in following], on(n, warm) * bool(measured_from), count)
+        _fewest_loads([on(n, uses) for uses in stays], on(n, warm) * bool(measured_from), count)
         for n, count in enumerate(slots)
     )
 
@@ -70,12 +76,12 @@ def _fewest_loads(following: list[list[Stay]], stays: list[Stay], slots: int) ->
     return loads
 
 
-def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[Stay]]]:
-    """Return the first use of every expert, (L, J), and step by step each expert's next use.
+def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[float]]]:
+    """Return the first use of every expert, (L, J), and step by step the uses that come next.
 
-    Steps count layers over all iterations; of each, the activated experts come in their order.
-    What is never used again is so at infinity. Raises ValueError for an iteration with a wrong
-    number of layers.
+    Steps count layers over all iterations; of each step's activated experts the next uses are
+    given, in their order. What never comes is infinite. Raises ValueError for an iteration with a
+    wrong number of layers.
     """
     for layers in routing:
         if len(layers) != shape.layers:
@@ -92,7 +98,7 @@ def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[Sta
     again = experts[earlier] == experts[later]
     following = np.full(len(steps), np.inf)
     following[earlier[again]] = steps[later[again]]
-    left = zip(following.tolist(), experts.tolist(), strict=True)
+    left = iter(following.tolist())
     by_step = [list(itertools.islice(left, width)) for width in widths]
     return first.reshape(shape.layers, shape.experts), by_step
 
