@@ -37,16 +37,16 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
                 axes.set_xlabel(charts.BUDGET)
         charts.legend(figure, looks, columns=6)
         data = charts.drawn_data(frame, [*METRICS, "ttft_s"], "source")
-        charts.save(figure, output, NAMES, frame, data, [*NOTES, *agreement(frame)])
+        charts.save(figure, output, NAMES, frame, data, [*NOTES, *agreement(frame, sources)])
 
 
-def agreement(frame: pd.DataFrame) -> list[str]:
+def agreement(frame: pd.DataFrame, sources: list[str]) -> list[str]:
     """Say how alike routings rank the systems, bounds left out: Kendall's tau, the mean of budgets.
 
-    Each routing is compared with the last one, which is the scale model's.
+    Each of `sources` is compared with the last one, which is the scale model's.
     """
     systems = frame[~frame["system"].isin(BOUNDS)]
-    *others, scale = systems.sort_values("weights", kind="stable")["source"].unique()
+    *others, scale = sources
     notes = []
     for metric in METRICS:
         values = systems.pivot(index=["memory_budget", "series"], columns="source", values=metric)
