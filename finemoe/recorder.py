@@ -23,7 +23,6 @@ class Recorder:
 
     def __init__(self, model: OffloadedModel) -> None:
         self.model = model
-        self._hooks = ExitStack()
         self._dtypes: set[torch.dtype] = set()
         self._steps: dict[int, list[RoutedStep]] = {}
         self._iteration: Iteration | None = None
@@ -39,12 +38,13 @@ class Recorder:
         return "float16" if self._dtypes == {torch.float16} else "float32"
 
     def __enter__(self) -> Self:
-        enter = self._hooks.enter_context
-        embedding = self.model.model.get_input_embeddings()
-        enter(embedding.register_forward_hook(self._on_embeddings))
-        for gate, experts in zip(self.model.gates, self.model.experts, strict=True):
-            enter(gate.register_forward_hook(self._on_logits))
-            enter(experts.register_forward_pre_hook(self._on_experts))
+        with ExitStack() as hooks:
+            embedding = self.model.model.get_input_embeddings()
+            hooks.enter_context(embedding.register_forward_hook(self._on_embeddings))
+            for gate, experts in zip(self.model.gates, self.model.experts, strict=True):
+                hooks.enter_context(gate.register_forward_hook(self._on_logits))
+                hooks.enter_context(experts.register_forward_pre_hook(self._on_experts))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
