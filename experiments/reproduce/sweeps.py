@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -35,7 +36,7 @@ Sweep = dict[str, list[str]]  # overrides by key, one for each value of the key
 Configs = dict[str, DictConfig]  # of runs, by digest
 
 
-Experiment = Any
+Experiment = SimpleNamespace
 """What an experiment's file says of itself: `id`, `title` and those of UNSAID, its `name` and what
 it sweeps, `params`: overrides `key=values` that are multiplied out."""
 UNSAID: dict[str, Any] = {
@@ -61,8 +62,11 @@ def available(conf: Path = CONF) -> dict[str, Experiment]:
             raise UserError(f"{path} is no experiment: it lacks experiment.id or experiment.title")
         swept = OmegaConf.select(content, "hydra.sweeper.params") or {}
         params = [f"{key}={value}" for key, value in swept.items()]
-        facts = {"id": str(own.id), "name": path.stem, "params": params}
-        known[str(own.id)] = OmegaConf.merge(UNSAID, own, facts)
+        identity = str(own.id)
+        facts = {"id": identity, "name": path.stem, "params": params}
+        # Interpolations stay: a run's own config resolves them.
+        own = OmegaConf.to_container(own, resolve=False)
+        known[identity] = Experiment(**UNSAID | own | facts)
     return {one: known[one] for one in ordered(known, IDS)}
 
 

@@ -343,7 +343,9 @@ def test_a_claim_is_added_by_a_function_in_a_file_of_ones_own(
     assert (judged.verdict, judged.paper) == (HOLDS, 40)
     assert judged.bound == "ProMoE takes 1.25 times the least possible time"
     assert judged.ours == pytest.approx(50)
-    assert f"| {judged.text} | **holds** |" in (results.root / "REPORT.md").read_text()
+    assert (
+        f"| {judged.text} `{judged.id}` | **holds** |" in (results.root / "REPORT.md").read_text()
+    )
     (tmp_path / "own.py").write_text(OWN.replace("cheaper", "fig10_tpot"))
     with pytest.raises(UserError, match="several claims are called fig10-tpot-promoe"):
         load_claims(tmp_path / "own.py")

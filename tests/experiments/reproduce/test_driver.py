@@ -142,7 +142,8 @@ def test_figures_share_runs_by_digest(conf: Path) -> None:
 
 def test_all_leaves_out_what_goes_beyond_the_paper() -> None:
     everything = [one.id for one in sweeps.chosen(["all"])]
-    assert sweeps.available().keys() - everything == {"ablation", "frontier", "real-routing"}
+    beyond = {"ablation", "foresight", "frontier", "real-routing", "robustness"}
+    assert sweeps.available().keys() - everything == beyond
     assert len(sweeps.chosen(["all", "frontier"])) == len(everything) + 1
 
 
