@@ -22,7 +22,7 @@ ALLOWED = {
     "experiments/judge": JUDGE,
     "experiments/figures": FIGURES,
     "experiments/reproduce": (*FIGURES, "experiments.reproduce"),
-    "experiments/bench": (*RUN, "experiments.bench"),
+    "experiments/bench": (*RUN, "experiments.validate", "experiments.bench"),
     "experiments/validate": (*RUN, "experiments.validate"),
     "experiments/train": (*RUN, "experiments.train"),
 }
