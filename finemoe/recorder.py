@@ -96,12 +96,33 @@ class Recorder:
 
 
 def gate_weights(model: OffloadedModel) -> GateWeights:
-    """Return the model's gates on the host; ValueError if they choose by more than a linear map."""
-    shape = model.shape
+    """Return the model's gates on the host; ValueError if they are of another kind."""
+    shape, first = model.shape, model.gates[0]
     weight = _stacked(model, "weight", (shape.experts, shape.hidden_size))
-    if weight is None or not all(map(is_plain, model.gates)):
-        raise ValueError(f"{type(model.gates[0]).__name__} chooses by more than a linear map")
-    return GateWeights(weight, _stacked(model, "bias", (shape.experts,)))
+    correction = _stacked(model, "e_score_correction_bias", (shape.experts,))
+    if weight is not None and all(map(is_plain, model.gates)):
+        return GateWeights(weight, _stacked(model, "bias", (shape.experts,)))
+    if weight is not None and correction is not None:
+        groups = (getattr(first, name, 1) for name in ("num_group", "topk_group"))
+        weights = GateWeights(weight, None, correction, (next(groups), next(groups)))
+        if _rank_alike(model, weights):
+            return weights
+    raise ValueError(
+        f"{type(first).__name__} chooses by more than a linear map and corrected groups"
+    )
+
+
+@torch.inference_mode()
+def _rank_alike(model: OffloadedModel, weights: GateWeights) -> bool:
+    """Tell whether gates say of random tokens what these weights make of them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8, model.shape.hidden_size, generator=generator).to(model.model.dtype)
+    rows = hidden[0].float().numpy()
+    for layer, gate in enumerate(model.gates):
+        told = gate(hidden.to(model.device))[model.logits_index].float().cpu().numpy()
+        if not np.allclose(told.reshape(8, -1), weights.logits(layer, rows), atol=1e-3):
+            return False
+    return True
 
 
 def _stacked(model: OffloadedModel, name: str, shape: tuple[int, ...]) -> FloatArray | None:

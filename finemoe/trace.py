@@ -140,7 +140,7 @@ class Trace(ABC):
         missing += ["gates"] if gates and header.gates is None else []
         if missing:
             names = ", ".join(missing).replace("_", " ")
-            remedy = "record them too (of gates, only linear ones can be)"
+            remedy = "record them too (of gates, linear ones and DeepSeek-V3's can be)"
             raise self._error(f"holds no {names}, which this run needs; {remedy}")
 
 
@@ -247,7 +247,11 @@ def _pack_header(
         "dtype": header.dtype,
         "contents": list(header.contents),
         "provenance": dict(header.provenance),
-        "gates": gates and {"weight": _to_text(gates.weight), "bias": _to_text(gates.bias)},
+        "gates": gates
+        and {
+            **{name: _to_text(getattr(gates, name)) for name in ("weight", "bias", "correction")},
+            "groups": gates.groups,
+        },
         "requests": [[number, *entry] for number, entry in requests.items()],
     }
     packed = json.dumps(fields, allow_nan=False).encode()
@@ -293,10 +297,17 @@ def _model_shape(layers: Count, experts: Count, top_k: Count, hidden_size: Whole
 
 
 @validate_call(config=CHECKED)
-def _gate_weights(shape: ModelShape, weight: Packed, bias: Packed | None) -> GateWeights:
+def _gate_weights(
+    shape: ModelShape,
+    weight: Packed,
+    bias: Packed | None,
+    correction: Packed | None = None,
+    groups: tuple[Count, Count] = (1, 1),
+) -> GateWeights:
     rows = (shape.layers, shape.experts)
     weights = _from_text(weight).reshape(*rows, shape.hidden_size)
-    return GateWeights(weights, bias and _from_text(bias).reshape(rows))
+    added = [one and _from_text(one).reshape(rows) for one in (bias, correction)]
+    return GateWeights(weights, added[0], added[1], groups)
 
 
 def _to_text(values: FloatArray | None) -> Packed | None:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from experiments.run.small_models import COMMON, random_model
 from experiments.run.weights import SCALE_MODELS
+from finemoe.offload.model import leave_text
 
 SMALL: dict[str, Any] = {
     **COMMON,
@@ -139,6 +140,18 @@ def _facts(default: PreTrainedConfig) -> dict[str, Any]:
     if "kv_lora_rank" in facts:
         facts["num_key_value_heads"] = facts["num_attention_heads"]
     return facts | OWN.get(default.model_type, {})
+
+
+def member(kind: str) -> Any:
+    """Return a random small model whose gates are biased, with eager experts."""
+    model = random_model(small_config(kind), torch.bfloat16, seed=0)
+    leave_text(model)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in (*model.named_buffers(), *model.named_parameters()):
+        if name.endswith(("score_correction_bias", "expert_bias", "expert_biases")):
+            value.data.uniform_(0, 0.5, generator=generator)
+    model.set_experts_implementation("eager")
+    return model
 
 
 def saved(kind: str, folder: Path) -> Path:

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from finemoe.offload.policy import LEAST_SCORE
+
 SQUASHING = ("sigmoid", "softmax")
 MAKING = ("linear", "matmul", "mm")
 """Functions that make logits."""
 PASSING = ("softmax", "to", "float", "type", "view", "reshape")
 """Functions that leave their order as it is."""
-LEAST = 1e-6
-"""Share of scores below zero and of masked experts."""
 
 
 class Ranking(TorchFunctionMode):
@@ -56,7 +56,7 @@ class Ranking(TorchFunctionMode):
         scores = ranked.float().reshape(told.shape)
         if not self._squashed:
             return scores
-        scores = scores.clamp_min(LEAST)
+        scores = scores.clamp_min(LEAST_SCORE)
         return (scores / scores.sum(-1, keepdim=True)).log()
 
 

@@ -128,17 +128,43 @@ class Placement:
     """Whether an answer takes back whatever was requested before and did not start."""
 
 
+LEAST_SCORE = 1e-6
+"""What gates that rank by other scores than logits give experts below zero and those masked."""
+
+
 @dataclass(frozen=True)
 class GateWeights:
-    """The linear gates of a model, on the host: what speculation by a later gate needs."""
+    """The gates of a model, on the host: what speculation by a later gate needs.
+
+    Linear ones, or those of DeepSeek-V3 (arXiv 2412.19437): the sigmoids of their logits and a
+    `correction` rank experts, those alone in the `groups[1]` of `groups[0]` groups whose two best
+    sum up to most.
+    """
 
     weight: FloatArray  # shape (L, J, h)
     bias: FloatArray | None = None  # shape (L, J)
+    correction: FloatArray | None = None  # shape (L, J)
+    groups: tuple[int, int] = (1, 1)
 
     def logits(self, layers: int | slice, hidden_states: FloatArray) -> FloatArray:
-        """Return what gates make of hidden states: (T, h) to (T, J), or with S layers in front."""
+        """Return what gates make of hidden states: (T, h) to (T, J), or with S layers in front.
+
+        A softmax of it ranks experts as the gate does.
+        """
         logits: FloatArray = hidden_states @ self.weight[layers].swapaxes(-1, -2)
-        return logits if self.bias is None else logits + self.bias[layers][..., None, :]
+        if self.bias is not None:
+            logits = logits + self.bias[layers][..., None, :]
+        if self.correction is None:
+            return logits
+        scores = 1 / (1 + np.exp(-logits)) + self.correction[layers][..., None, :]
+        count, kept = self.groups
+        grouped = scores.reshape(*scores.shape[:-1], count, scores.shape[-1] // count)
+        best = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+        last = np.sort(best, axis=-1)[..., -kept, None]
+        scores = np.where((best >= last)[..., None], grouped, 0).reshape(scores.shape)
+        scores = np.maximum(scores, LEAST_SCORE)
+        shares: FloatArray = np.log(scores / scores.sum(axis=-1, keepdims=True))
+        return shares
 
 
 class History(Protocol):

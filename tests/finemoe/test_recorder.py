@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,10 @@ from experiments.run.schedule import Request
 from experiments.run.small_models import random_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Iteration
+from finemoe.offload.policy import GateWeights, Iteration
 from finemoe.recorder import Recorder, gate_weights
-from finemoe.trace import TracedRequest
-from tests.architectures import small_config
+from finemoe.trace import CONTENTS, TracedRequest, TraceHeader, TraceReader, trace_writer
+from tests.architectures import member, small_config
 from tests.engine import CPU, offloaded, recorded, requests, serve
 
 PROMPTS = requests(2, 5)
@@ -74,6 +76,40 @@ def test_the_model_does_not_notice(family: str) -> None:
     assert [request.output for request in record(model, *PROMPTS)] == unrecorded
     assert [len(module._forward_hooks) for module in model.model.modules()] == hooks
     assert not any(module._forward_pre_hooks for module in model.experts)
+
+
+def test_corrected_sigmoids_are_ranked_within_the_best_groups() -> None:
+    """Four experts in two groups of two, of which one is kept; logits are the hidden state."""
+    correction = np.array([[0, 0, 0.3, 0]], np.float32)
+    gates = GateWeights(np.eye(4, dtype=np.float32)[None], None, correction, (2, 1))
+    shares = np.exp(gates.logits(0, np.array([[0, 0, 0, -np.log(3)]], np.float32)))
+    # Sigmoids of 0.5, 0.5 | 0.5 + 0.3, 0.25: the second group has more in sum.
+    assert shares[0] == pytest.approx([0, 0, 0.8 / 1.05, 0.25 / 1.05], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_gates_of_groups_are_recorded_as_they_rank(kind: str, tmp_path: Path) -> None:
+    model = OffloadedModel.from_model(member(kind), CPU)
+    gates = gate_weights(model)
+    assert gates.groups == (2, 1)
+    (request,) = record(model, PROMPTS[0])
+    hidden, told = request.steps[0].hidden_states, request.steps[0].logits
+    assert hidden is not None
+    assert told is not None
+    assert np.allclose(gates.logits(slice(None), hidden), told, atol=1e-3)
+    header = TraceHeader(model.shape, "float32", CONTENTS, {}, gates)
+    with trace_writer(tmp_path / "trace", header) as write:
+        write(request)
+    with TraceReader(tmp_path / "trace") as trace:
+        kept = trace.header.gates
+    assert kept is not None
+    assert (kept.groups, kept.correction is not None) == (gates.groups, True)
+    assert np.array_equal(kept.logits(1, hidden[1]), gates.logits(1, hidden[1]))
+
+
+def test_gates_that_choose_otherwise_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than a linear map"):
+        gate_weights(OffloadedModel.from_model(member("gemma4_text"), CPU))
 
 
 def test_hidden_states_are_what_went_into_the_gate() -> None:

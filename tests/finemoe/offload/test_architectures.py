@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from experiments.run.live import PlainRuntime
-from experiments.run.small_models import random_model
 from finemoe.assemble import offloading_runtime
 from finemoe.offload.gates import is_plain
-from finemoe.offload.model import OffloadedModel, leave_text
-from tests.architectures import kinds, small_config
+from finemoe.offload.model import OffloadedModel
+from tests.architectures import kinds, member
 from tests.command import ROOT
 from tests.engine import CPU, configured, emulated, logits_of, prepared, requests
 
@@ -25,18 +24,6 @@ NOT_SERVED = {
     "zaya": "ValueError: gates choose among 9, and layers have 8 experts",
 }
 """Why, as the outcome begins."""
-
-
-def member(kind: str) -> Any:
-    """Return a random small model whose gates are biased, with eager experts."""
-    model = random_model(small_config(kind), torch.bfloat16, seed=0)
-    leave_text(model)
-    generator = torch.Generator().manual_seed(1)
-    for name, value in (*model.named_buffers(), *model.named_parameters()):
-        if name.endswith(("score_correction_bias", "expert_bias", "expert_biases")):
-            value.data.uniform_(0, 0.5, generator=generator)
-    model.set_experts_implementation("eager")
-    return model
 
 
 def watch(model: OffloadedModel) -> list[str]:
