@@ -23,7 +23,10 @@ NOTES = (
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw a row of panels a model and dataset, as `experiments.figures` says."""
     frame = charts.checked(frame, NAMES[0], mixed_modes, system="planner")
-    frame["option"] = frame["label"].map(_option)
+    # The option that is not at its default, its value in short.
+    changed = frame["label"].str.extract(r" (?P<name>.*?)=(?P<value>.*)").astype({"value": float})
+    options = changed["name"] + "=" + changed["value"].map("{:g}".format)
+    frame["option"] = options.fillna(DEFAULTS)
     default_first = frame.sort_values("option", key=lambda names: names != DEFAULTS, kind="stable")
     _draw(NAMES, default_first, output)
 
@@ -60,11 +63,5 @@ def _draw(names: tuple[str, str], frame: pd.DataFrame, output: Path) -> None:
             if metric == METRIC:
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.apart(figure)
-        data = charts.drawn_data(frame, [METRIC, "ttft_s", "hit_rate"], "bytes_prefetched", WASTED)
-        charts.save(figure, output, names, frame, data, NOTES)
-
-
-def _option(label: str) -> str:
-    """Return the option of a system's label that is not at its default, its value in short."""
-    name, _, value = label.partition(" ")[2].partition("=")
-    return f"{name}={float(value):g}" if name else DEFAULTS
+        metrics, bytes_moved = [METRIC, "ttft_s", "hit_rate"], ["bytes_prefetched", WASTED]
+        charts.save(figure, output, names, frame, NOTES, metrics, *bytes_moved)

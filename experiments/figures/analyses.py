@@ -24,13 +24,13 @@ from finemoe.trace import TraceReader
 
 MODE = "analysis of routing traces"
 FACTS_MODE = "computed from the models' published shapes"
-METHODS = {"pairs": "All pairs", "matches": "Best match"}
-"""Figures 8 and 9 by the paper's method, all pairs of prompts, and by what the store answers."""
 KEPT = 6
 """Three models on two datasets: what one process keeps, so that it reads each trace once."""
 
 Traces = Mapping[tuple[str, str], Path]
 """Model and dataset to the file of their trace."""
+Analysis = Callable[[DictConfig, Traces, Path], None]
+"""From a config and traces to a table and a record in a folder."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,8 @@ class Subject:
 def read_routing(path: Path) -> tuple[ModelShape, Mapping[str, Any], routing.Iterations]:
     """Return what a trace holds, and where it came from. Raises TraceError; ValueError if empty."""
     with TraceReader(path) as reader:
-        # Without hidden states, or those of a full-size model would not fit.
-        routed = routing.iterations(reader.requests(), hidden_states=False)
+        routed = routing.iterations(reader.requests())
         return reader.header.shape, reader.header.provenance, routed
-
-
-@lru_cache(maxsize=KEPT)
-def compared(subject: Subject, capacity: int, point: str) -> dict[str, routing.Comparisons]:
-    """Return pairs of all prompts, and matches of measured iterations, by method.
-
-    Raises UserError if `point` is none of `routing.POINTS`.
-    """
-    if point not in routing.POINTS:
-        known = ", ".join(routing.POINTS)
-        raise UserError(f"experiment.point={point} is unknown; choose one of {known}")
-    searched, top_k = subject.searched(capacity), subject.shape.top_k
-    return {
-        "pairs": routing.compared_prompts(subject.routed, point, top_k),
-        "matches": routing.compared_matches(searched, subject.measured, top_k, subject.distance),
-    }
 
 
 def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
@@ -116,20 +99,13 @@ def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
         if (model, dataset) not in traces:
             raise UserError(f"no routing trace of {model} on {dataset}; record it first")
         shape, _, routed = read_routing(traces[model, dataset])
-        cut = history_length(cfg.workload.history_share, routed.requests)
+        share, requests = cfg.workload.history_share, routed.requests
+        cut = round(share * requests)
+        if not 0 < cut < requests:
+            cause = f"workload.history_share={share} of {requests} requests leaves no history"
+            raise UserError(f"{cause}, or none to measure; change it or add prompts")
         distance = max(1, min(model_facts(model).prefetch_distance, shape.layers - 1))
         yield Subject(model, dataset, traces[model, dataset], distance, cut)
-
-
-def history_length(share: float, requests: int) -> int:
-    """Return how many requests are history; raise UserError if they are none or all."""
-    cut = round(share * requests)
-    if not 0 < cut < requests:
-        raise UserError(
-            f"workload.history_share={share} of {requests} requests leaves no history, or none to "
-            "measure; change it or add prompts"
-        )
-    return cut
 
 
 def model_facts(name: str) -> DictConfig:
@@ -142,30 +118,34 @@ def model_facts(name: str) -> DictConfig:
     return known[name]
 
 
-def analyse(
-    cfg: DictConfig,
-    traces: Traces,
-    folder: Path,
-    name: str,
-    table: Callable[[Subject, DictConfig], pd.DataFrame],
-) -> None:
-    """Leave the tables of all subjects as one, <name>.csv, with columns model and dataset first.
+def of_traces(table: Callable[[Subject, DictConfig], pd.DataFrame]) -> Analysis:
+    """Make an analysis of a function of one subject and of `cfg.experiment`.
 
-    `table` is given `cfg.experiment` as well. Raises UserError, as `subjects` does.
+    It leaves the tables of all subjects as one, <the function's name>.csv, with columns model and
+    dataset first. Raises UserError, as `subjects` does.
     """
-    listed = list(subjects(cfg, traces))
-    tables = {(each.model, each.dataset): table(each, cfg.experiment) for each in listed}
-    write_analysis(cfg, folder, name, joined(tables), listed)
+
+    def analyse(cfg: DictConfig, traces: Traces, folder: Path) -> None:
+        listed = list(subjects(cfg, traces))
+        tables = {(each.model, each.dataset): table(each, cfg.experiment) for each in listed}
+        both = pd.concat(tables, names=["model", "dataset"]).reset_index(["model", "dataset"])
+        _write(cfg, folder, table.__name__, both, listed)
+
+    return analyse
 
 
-def joined(tables: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
-    """Return the tables of models and datasets as one, with columns model and dataset first."""
-    both = pd.concat(tables, names=["model", "dataset"]).reset_index(["model", "dataset"])
-    return both.reset_index(drop=True)
+def of_models(rows: Callable[[str, DictConfig], list[dict[str, Any]]]) -> Analysis:
+    """The same of a function that returns the rows of one model by its name, without traces."""
+
+    def analyse(cfg: DictConfig, traces: Traces, folder: Path) -> None:
+        table = [row for name in cfg.experiment.models for row in rows(name, cfg.experiment)]
+        _write(cfg, folder, rows.__name__, pd.DataFrame(table), [])
+
+    return analyse
 
 
-def write_analysis(
-    cfg: DictConfig, folder: Path, name: str, table: pd.DataFrame, listed: Sequence[Subject] = ()
+def _write(
+    cfg: DictConfig, folder: Path, name: str, table: pd.DataFrame, listed: Sequence[Subject]
 ) -> None:
     """Write <name>.csv, then the record; its rename makes the analysis complete. Raises OSError."""
     experiment: Any = OmegaConf.to_container(cfg.experiment, resolve=True)

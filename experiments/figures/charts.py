@@ -158,18 +158,6 @@ def dataset_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
 
 
 @contextmanager
-def model_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
-    """Yield a figure, and a panel with its rows for each model (down) and dataset (across)."""
-    models, datasets = facets(frame)
-    size = style.COLUMN_INCHES, 0.75 + 1.05 * len(models)
-    with panels(models, datasets, *size) as (figure, cells):
-        for axes, model, dataset in cells:
-            panel_title(axes, model, dataset)
-        label_once(figure, xlabel, ylabel)
-        yield figure, [(axes, part_of(frame, model, dataset)) for axes, model, dataset in cells]
-
-
-@contextmanager
 def metric_panels(frame: pd.DataFrame, metrics: Sequence[str], height: float) -> Panels:
     """Yield a figure, and a panel for each metric (down) and model (across)."""
     models, _ = facets(frame)
@@ -383,31 +371,36 @@ def save(
     output: Path,
     names: tuple[str, str],
     frame: pd.DataFrame,
-    data: pd.DataFrame,
     notes: Sequence[str],
+    metrics: Sequence[str],
+    *more: str,
 ) -> None:
-    """Save a figure, the data drawn, and a caption: `names` (id, title), how measured, on what."""
+    """Save a figure of runs and, as its data, `metrics` with their intervals and `more` columns.
+
+    `names`: its id and title.
+    """
+    named = ["series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb"]
+    values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
+    source = ["requests", "mode", "testbed", "weights", "digest"]
+    data = frame[[*named, *more, *values, *source]]
+    data = data.sort_values(["model", "dataset", "series"], kind="stable")
+    write(figure, data, output, names[0], caption(names, frame, notes))
+
+
+def caption(names: tuple[str, str], frame: pd.DataFrame, notes: Sequence[str]) -> str:
+    """Return the caption of a figure of runs: `names` (id, title), how measured, on what."""
     budgets = frame["memory_budget"].unique()
     memory = budgets[0] if budgets[0].endswith("%") else f"{budgets[0]} GB"
     memory = memory if len(budgets) == 1 else f"{len(budgets)} sizes"
     requests = sorted({frame["requests"].min(), frame["requests"].max()})
     count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
-    caption = (
+    about = (
         f"Figure {names[0]}: {names[1]}. Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
         f"expert memory: {memory}; n = {count} requests a run."
     )
-    write(figure, data, output, names[0], " ".join([caption, *notes]))
-
-
-def drawn_data(frame: pd.DataFrame, metrics: Sequence[str], *more: str) -> pd.DataFrame:
-    """Return what a figure's CSV holds: names, metrics with intervals, mode and source."""
-    named = ["series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb"]
-    values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    source = ["requests", "mode", "testbed", "weights", "digest"]
-    data = frame[[*named, *more, *values, *source]]
-    return data.sort_values(["model", "dataset", "series"], kind="stable")
+    return " ".join([about, *notes])
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:

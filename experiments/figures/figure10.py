@@ -1,4 +1,4 @@
-"""Figure 10 of the paper (section 6.2): TTFT, TPOT and expert hit rate of all systems."""
+"""Figures 10 and 13 of the paper (sections 6.2, 6.4): TTFT, TPOT and hit rate of all systems."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ WHOLE_LAYERS = "deepspeed"
 """Fetches every expert of a layer: what it hits says nothing of a prediction."""
 REFERENCE = "oracle"
 """Drawn as a line across each group of bars: none of the systems that are compared."""
-NOTES = (f"Error bars: {charts.INTERVALS}.", "Vertical axes of TTFT and TPOT differ by model.")
 SYSTEM_NOTES = {
     WHOLE_LAYERS: "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its "
     "hit rate rewards no prediction; the paper leaves it out.",
@@ -27,24 +26,28 @@ SYSTEM_NOTES = {
 }
 
 
-def draw_overall(
+def _draw(
     names: tuple[str, str], frame: pd.DataFrame, output: Path, mixed_modes: bool = False
 ) -> None:
-    """Draw figure 10, or 13, which is the same on another testbed; `names`: id, title."""
+    """Draw a panel a metric and model; `names`: id, title."""
     frame = charts.checked(frame, names[0], mixed_modes)
     charts.single(frame, names[0])
     looks = charts.looks(frame, [REFERENCE])
     hollow = set(frame.loc[frame["system"] == WHOLE_LAYERS, "series"])
     groups = {dataset: style.dataset_name(dataset) for dataset in charts.facets(frame)[1]}
-    present = set(frame["system"])
-    notes = [*NOTES, *(note for system, note in SYSTEM_NOTES.items() if system in present)]
     with charts.metric_panels(frame, METRICS, 4.6) as (figure, panels):
         for axes, metric, model in panels:
             part = frame[frame["model"] == model]
             not_filled = hollow if metric == "hit_rate" else set()
             charts.bars(axes, part, metric, "dataset", groups, looks, not_filled)
         charts.legend(figure, looks, "bar", 6, narrow=2)
-        charts.save(figure, output, names, frame, charts.drawn_data(frame, METRICS), notes)
+        notes = (
+            f"Error bars: {charts.INTERVALS}.",
+            "Vertical axes of TTFT and TPOT differ by model.",
+            *(note for system, note in SYSTEM_NOTES.items() if system in set(frame["system"])),
+        )
+        charts.save(figure, output, names, frame, notes, METRICS)
 
 
-draw = partial(draw_overall, ("10", TITLE))
+draw = partial(_draw, ("10", TITLE))
+draw_13 = partial(_draw, ("13", f"{TITLE} on testbed B"))

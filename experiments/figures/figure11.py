@@ -42,7 +42,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set(xlabel=LATENCIES[latency], ylabel=label, ylim=(0, 1.005))
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        charts.save(figure, output, NAMES, frame, curves, NOTES)
+        charts.write(figure, curves, output, NAMES[0], charts.caption(NAMES, frame, NOTES))
 
 
 def curve(run: Any, latency: str) -> pd.DataFrame:

@@ -64,7 +64,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
-        charts.save(figure, output, NAMES, frame, data, NOTES)
+        charts.write(figure, data, output, NAMES[0], charts.caption(NAMES, frame, NOTES))
 
 
 def parts_of(run: Any) -> pd.DataFrame:

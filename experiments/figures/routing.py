@@ -4,7 +4,8 @@ N counts iterations, L layers, J experts, C stored iterations, h hidden size; en
 Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.spatial.distance import pdist
 
 from experiments.bootstrap import limits, weights
 from finemoe.expert_map import ExpertMapStore
-from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
+from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.offload.routed import joined
 from finemoe.search import TrajectorySearch, semantic_search
 from finemoe.trace import TracedRequest
@@ -40,12 +41,8 @@ class Iterations(NamedTuple):
     """Tokens that go to each expert, shape (N, L, J)."""
     maps: FloatArray
     """Expert maps, shape (N, L, J): gate probabilities, in a prefill the mean over its tokens."""
-    last: FloatArray
-    """Gate probabilities of an iteration's last token, shape (N, L, J)."""
     embeddings: FloatArray
     """Token embeddings, shape (N, h), in a prefill the mean over its tokens."""
-    hidden_states: FloatArray
-    """Inputs of the MoE blocks for an iteration's last token, shape (N, L, h) or (N, L, 0)."""
 
     @property
     def requests(self) -> int:
@@ -63,65 +60,27 @@ class Iterations(NamedTuple):
             yield self.at(self.request == request)
 
 
-def iterations(requests: Iterable[TracedRequest], hidden_states: bool = True) -> Iterations:
-    """Return the iterations of recorded requests, without their hidden states if so asked.
+def iterations(requests: Iterable[TracedRequest]) -> Iterations:
+    """Return the iterations of recorded requests.
 
-    Raises ValueError if there are none, or if they lack logits, embeddings or hidden states.
+    Raises ValueError if there are none, or if they lack logits or embeddings.
     """
-    parts = [_of_request(n, request, hidden_states) for n, request in enumerate(requests)]
+    parts = []
+    for number, request in enumerate(requests):
+        steps = [joined(n, [number], [step], [n]) for n, step in enumerate(request.steps)]
+        maps = np.stack([step.probabilities.mean(axis=1) for step in steps])
+        parts.append(
+            (
+                np.full(len(steps), number),
+                np.arange(len(steps)) > 0,
+                np.stack([step.counts for step in steps]).astype(np.int64),
+                maps.astype(np.float32),
+                np.stack([step.embeddings.mean(axis=0) for step in steps]).astype(np.float32),
+            )
+        )
     if not parts:
         raise ValueError("there is no recorded request to analyse; record at least one")
     return Iterations(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _of_request(number: int, request: TracedRequest, hidden_states: bool) -> Iterations:
-    steps = [joined(n, [number], [step], [n]) for n, step in enumerate(request.steps)]
-    width = None if hidden_states else 0
-    floats = (
-        [step.probabilities.mean(axis=1) for step in steps],
-        [step.probabilities[:, -1] for step in steps],
-        [step.embeddings.mean(axis=0) for step in steps],
-        [step.hidden_states[:, -1, :width] for step in steps],
-    )
-    return Iterations(
-        np.full(len(steps), number),
-        np.arange(len(steps)) > 0,
-        np.stack([step.counts for step in steps]).astype(np.int64),
-        *(np.stack(arrays).astype(np.float32) for arrays in floats),
-    )
-
-
-def load_balance(routed: Iterations) -> pd.DataFrame:
-    """Return, by layer, the smallest and largest expert's share of the tokens over 1/J."""
-    counts = routed.counts.sum(axis=0)
-    shares = counts * counts.shape[1] / counts.sum(axis=1, keepdims=True)
-    return pd.DataFrame({"smallest": shares.min(axis=1), "largest": shares.max(axis=1)})
-
-
-def consecutive_overlap(routed: Iterations) -> pd.DataFrame:
-    """Return, by layer, the share of a decoded token's experts that its predecessor used as well.
-
-    The first decoded token of a request is left out: its predecessor is a whole prompt.
-    """
-    active = routed.counts > 0
-    pairs = routed.decode[1:] & routed.decode[:-1] & (routed.request[1:] == routed.request[:-1])
-    shared = hit_rates(active[:-1], active[1:])[pairs]
-    return pd.DataFrame({"overlap": shared.mean(axis=0)})
-
-
-def entropies(routed: Iterations) -> pd.DataFrame:
-    """Return mean entropies by layer.
-
-    `coarse` is that of a request's activation counts. `fine_counts` is that of one decode
-    iteration's counts, as the authors' demo takes it, and so ln K by construction; `fine_gate` is
-    that of its gate probabilities.
-    """
-    decoded = routed.at(routed.decode)
-    coarse = np.stack([entropy(one.counts.sum(axis=0)) for one in routed.by_request()])
-    fine = {"fine_counts": entropy(decoded.counts), "fine_gate": entropy(decoded.maps)}
-    return pd.DataFrame(
-        {name: one.mean(axis=0) for name, one in {"coarse": coarse, **fine}.items()}
-    )
 
 
 def entropy(weights: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -224,31 +183,6 @@ def search(
     return Searched(store, *semantic_search(store, queries.embeddings), entries, scores)
 
 
-def predictors(
-    history: Iterations,
-    measured: Iterations,
-    searched: Searched,
-    gates: GateWeights | None,
-    top_k: int,
-) -> dict[str, Predictor]:
-    """Return the predictors by name; without gates there is none that applies them."""
-    named = {
-        "popularity": popularity(history, measured, top_k),
-        "request counts": request_counts(history, measured, top_k),
-        "previous token": previous_token(measured, top_k),
-        "map, semantic": semantic_map(searched, top_k),
-        "map, trajectory": trajectory_map(searched, top_k),
-    }
-    return named if gates is None else {**named, "target gate": target_gate(gates, measured, top_k)}
-
-
-def popularity(history: Iterations, measured: Iterations, top_k: int) -> Predictor:
-    """Predict a layer's experts that the history used most."""
-    popular = top_experts(history.counts.sum(axis=0), top_k)
-    everywhere = np.broadcast_to(popular, (int(measured.decode.sum()), *popular.shape))
-    return lambda distance: everywhere[:, distance:]
-
-
 def request_counts(history: Iterations, measured: Iterations, top_k: int) -> Predictor:
     """Predict by the past request whose activation counts are nearest, as MoE-Infinity does.
 
@@ -262,36 +196,22 @@ def request_counts(history: Iterations, measured: Iterations, top_k: int) -> Pre
     dots = (now @ past.transpose(1, 2, 0)).cumsum(axis=0)
     dots += earlier.reshape(len(earlier), -1) @ past.reshape(len(past), -1).T
     nearest = (dots / np.sqrt((past * past).sum(axis=(1, 2)))).argmax(axis=-1)
-    return _looked_up(top_experts(past, top_k), nearest)
-
-
-def previous_token(measured: Iterations, top_k: int) -> Predictor:
-    """Predict what the request's previous token used; for the first decode, the prompt's last."""
-    used = top_experts(measured.last, top_k)[np.flatnonzero(measured.decode) - 1]
-    return lambda distance: used[:, distance:]
-
-
-def target_gate(gates: GateWeights, measured: Iterations, top_k: int) -> Predictor:
-    """Predict by giving the hidden state of layer l - d to the gate of layer l (speculation)."""
-    states = measured.hidden_states[measured.decode]
-
-    def predict(distance: int) -> Experts:
-        layers = range(distance, states.shape[1])
-        logits = [gates.logits(layer, states[:, layer - distance]) for layer in layers]
-        return top_experts(np.stack(logits, axis=1), top_k)
-
-    return predict
-
-
-def semantic_map(searched: Searched, top_k: int) -> Predictor:
-    """Predict all layers by the stored iteration of the most similar embedding (4.2.1)."""
-    chosen = _stored_experts(searched.store, top_k)[searched.semantic]
-    return lambda distance: chosen[:, distance:]
+    return partial(_looked_up, top_experts(past, top_k), nearest)
 
 
 def trajectory_map(searched: Searched, top_k: int) -> Predictor:
     """Predict layer l by the stored iteration most similar up to layer l - d (4.2.2)."""
-    return _looked_up(_stored_experts(searched.store, top_k), searched.trajectory)
+    return partial(_looked_up, _stored_experts(searched.store, top_k), searched.trajectory)
+
+
+def _looked_up(known: Experts, entries: NDArray[np.intp], distance: int) -> Experts:
+    """Predict layer l by `known` (C, L, J) at the entry (L, N) found after layer l - d."""
+    layers = np.arange(distance, known.shape[1])
+    return np.asarray(known[entries[: len(layers)].T, layers])
+
+
+def _stored_experts(store: ExpertMapStore, top_k: int) -> Experts:
+    return top_experts(np.stack([store.expert_map(n) for n in range(store.size)]), top_k)
 
 
 def top_experts(scores: Values | NDArray[np.signedinteger], top_k: int) -> Experts:
@@ -302,42 +222,9 @@ def top_experts(scores: Values | NDArray[np.signedinteger], top_k: int) -> Exper
     return chosen
 
 
-def _stored_experts(store: ExpertMapStore, top_k: int) -> Experts:
-    return top_experts(np.stack([store.expert_map(n) for n in range(store.size)]), top_k)
-
-
-def _looked_up(known: Experts, entries: NDArray[np.intp]) -> Predictor:
-    """Predict layer l by `known` (C, L, J) at the entry (L, N) found after layer l - d."""
-
-    def predict(distance: int) -> Experts:
-        layers = np.arange(distance, known.shape[1])
-        chosen: Experts = known[entries[: len(layers)].T, layers]
-        return chosen
-
-    return predict
-
-
 def hit_rates(predicted: Experts, activated: Experts) -> NDArray[np.float64]:
-    """Return the share of the activated experts that were predicted, over the last axis."""
-    return (predicted & activated).sum(axis=-1) / activated.sum(axis=-1)
-
-
-def hit_rates_by_distance(
-    named: Mapping[str, Predictor], measured: Iterations, distances: range
-) -> pd.DataFrame:
-    """Return predictor, distance, hit rate and its 95 % interval (figure 4).
-
-    The hit rate is the mean, over decode iterations and layers d..L-1, of the share of the
-    activated experts that were predicted. Distances that leave no layer are skipped.
-    """
-    queries = measured.at(measured.decode)
-    activated = queries.counts > 0
-    rows = []
-    for name, predict in named.items():
-        for distance in range(distances.start, min(distances.stop, activated.shape[1])):
-            hits = hit_rates(predict(distance), activated[:, distance:]).mean(axis=1)
-            rows.append((name, distance, *mean_with_interval(hits, queries.request)))
-    return pd.DataFrame(rows, columns=["predictor", "distance", "hit_rate", "low", "high"])
+    """Return the share of the activated experts that were predicted, mean over layers."""
+    return ((predicted & activated).sum(axis=-1) / activated.sum(axis=-1)).mean(axis=1)
 
 
 def compared_prompts(routed: Iterations, point: str, top_k: int) -> Comparisons:
@@ -353,7 +240,7 @@ def compared_prompts(routed: Iterations, point: str, top_k: int) -> Comparisons:
     maps = np.stack([one.maps[own].mean(axis=0) for one in requests])
     chosen = top_experts(maps, top_k)
     first, second = np.triu_indices(len(requests), 1)
-    hits = hit_rates(chosen[first], chosen[second]).mean(axis=1)
+    hits = hit_rates(chosen[first], chosen[second])
     pairs = np.stack([first, second], axis=1)
     by_search = {"semantic": embeddings, "trajectory": maps.reshape(len(maps), -1)}
     return {name: (1 - pdist(points, "cosine"), hits, pairs) for name, points in by_search.items()}
@@ -369,15 +256,9 @@ def compared_matches(
     """
     queries, scores = measured.at(measured.decode), searched.scores(distance)
     predicted = {
-        "semantic": semantic_map(searched, top_k)(0),
+        "semantic": _stored_experts(searched.store, top_k)[searched.semantic],
         "trajectory": trajectory_map(searched, top_k)(distance),
     }
-    compared: Comparisons = {}
-    for search, chosen in predicted.items():
-        activated = queries.counts[:, -chosen.shape[1] :] > 0
-        compared[search] = (
-            scores[search],
-            hit_rates(chosen, activated).mean(axis=1),
-            queries.request,
-        )
-    return compared
+    activated = queries.counts > 0
+    rates = {name: hit_rates(one, activated[:, -one.shape[1] :]) for name, one in predicted.items()}
+    return {name: (scores[name], rate, queries.request) for name, rate in rates.items()}

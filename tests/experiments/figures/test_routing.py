@@ -1,4 +1,4 @@
-"""Balance, overlap, entropy and predictors on toy traces of two layers and three experts, by hand.
+"""Iterations, intervals and predictions on toy traces of two layers and three experts, by hand.
 
 Two requests of a prompt of two tokens and two decoded ones each, top-1:
 
@@ -21,14 +21,12 @@ from scipy.stats import pearsonr
 
 from experiments.bootstrap import weights
 from experiments.figures import routing
-from finemoe.offload.policy import GateWeights, ModelShape
+from finemoe.offload.policy import ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import TracedRequest
 
 EXPERTS = 3
 SHAPE = ModelShape(layers=2, experts=EXPERTS, top_k=1, hidden_size=EXPERTS)
-GATES = GateWeights(np.stack([np.eye(EXPERTS, dtype=np.float32)] * 2))
-"""Gates that say of a hidden state what it says itself: a toy's hidden states are its logits."""
 LN2 = math.log(2)
 THREE_TO_ONE = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
 
@@ -57,29 +55,7 @@ def test_iterations_are_laid_out_request_after_request() -> None:
     assert routed.decode.tolist() == [False, True, True] * 2
     assert routed.counts[0].tolist() == [[2, 0, 0], [0, 1, 1]]
     np.testing.assert_allclose(routed.maps[0], [[0.5, 0.25, 0.25], [0.25, 0.375, 0.375]])
-    np.testing.assert_allclose(routed.last[0], [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
     assert routed.embeddings[1].tolist() == [1, 0, 0]
-
-
-def test_load_balance() -> None:
-    routed = routing.iterations(REQUESTS)
-    # Layer 0: 3, 3 and 2 tokens of 8; layer 1: 4, 1 and 3.
-    balance = routing.load_balance(routed)
-    np.testing.assert_allclose(balance["smallest"], [0.75, 0.375])
-    np.testing.assert_allclose(balance["largest"], [1.125, 1.5])
-    prompts = routing.load_balance(routed.at(~routed.decode))
-    np.testing.assert_allclose(prompts["smallest"], [0, 0.75])
-    np.testing.assert_allclose(prompts["largest"], [1.5, 1.5])
-
-
-def test_overlap_leaves_out_the_step_from_prompt_to_answer() -> None:
-    np.testing.assert_allclose(
-        routing.consecutive_overlap(routing.iterations(REQUESTS))["overlap"], [0.5, 1]
-    )
-    steady = request(0, [[2, 2], [1, 1]], [[0], [2]], [[0], [2]])
-    np.testing.assert_allclose(
-        routing.consecutive_overlap(routing.iterations([steady]))["overlap"], [1, 1]
-    )
 
 
 def test_an_interval_is_over_requests() -> None:
@@ -113,12 +89,6 @@ def test_bins_are_equally_wide() -> None:
 # Predictors ---------------------------------------------------------------------------------------
 
 
-def split() -> tuple[routing.Iterations, routing.Iterations]:
-    """Return the first toy request as history, the second as measured."""
-    routed = routing.iterations(REQUESTS)
-    return routed.at(routed.request == 0), routed.at(routed.request == 1)
-
-
 def predicted(predictor: routing.Predictor, distance: int) -> list[list[int]]:
     """Return the one expert predicted for each iteration and layer."""
     found = predictor(distance)
@@ -129,24 +99,6 @@ def predicted(predictor: routing.Predictor, distance: int) -> list[list[int]]:
 
 def searched(history: routing.Iterations, measured: routing.Iterations) -> routing.Searched:
     return routing.search(history, measured, SHAPE, capacity=10, distance=1)
-
-
-def test_popularity_is_the_historys() -> None:
-    history, measured = split()
-    assert predicted(routing.popularity(history, measured, 1), 0) == [[0, 2]] * 2
-    assert predicted(routing.popularity(history, measured, 1), 1) == [[2]] * 2
-
-
-def test_previous_token_starts_with_the_prompts_last() -> None:
-    history, measured = split()
-    assert predicted(routing.previous_token(measured, 1), 0) == [[2, 0], [1, 0]]
-    assert predicted(routing.previous_token(history, 1), 0) == [[0, 1], [0, 2]]
-
-
-def test_the_target_gate_sees_the_state_some_layers_earlier() -> None:
-    _, measured = split()
-    assert predicted(routing.target_gate(GATES, measured, 1), 0) == [[1, 0]] * 2
-    assert predicted(routing.target_gate(GATES, measured, 1), 1) == [[1]] * 2
 
 
 def test_request_counts_change_their_mind_as_the_request_goes_on() -> None:
@@ -165,16 +117,6 @@ def test_request_counts_change_their_mind_as_the_request_goes_on() -> None:
     assert predicted(predictor, 0) == [[0, 2], [1, 0], [1, 0]]
 
 
-def test_maps_by_embedding_and_by_trajectory() -> None:
-    # Embedding and layer 0 of the query are both nearest to what the history's second token did.
-    history, measured = split()
-    named = routing.predictors(history, measured, searched(history, measured), GATES, 1)
-    assert predicted(named["map, semantic"], 1) == [[2], [2]]
-    assert predicted(named["map, trajectory"], 1) == [[2], [2]]
-    assert len(named) == 6
-    assert len(routing.predictors(history, measured, searched(history, measured), None, 1)) == 5
-
-
 def test_a_trajectory_is_known_only_up_to_the_layer_that_ran() -> None:
     # Stored: 1 | 1, then 0 | 2. The query 0 | 1 looks like the second after layer 0; after layer 1
     # both are as near, and the first wins.
@@ -183,23 +125,6 @@ def test_a_trajectory_is_known_only_up_to_the_layer_that_ran() -> None:
     predictor = routing.trajectory_map(searched(history, measured), 1)
     assert predicted(predictor, 1) == [[2]]
     assert predicted(predictor, 0) == [[0, 1]]
-
-
-def test_hit_rates_by_distance() -> None:
-    history, measured = split()
-    named = {
-        "popularity": routing.popularity(history, measured, 1),
-        "last": routing.previous_token(measured, 1),
-    }
-    rates = routing.hit_rates_by_distance(named, measured, range(5))
-    found = {(row.predictor, row.distance): row.hit_rate for row in rates.itertuples()}
-    # The measured request decodes 1 | 0 twice; distances of two and more leave no layer.
-    assert found == {
-        ("popularity", 0): 0.0,
-        ("popularity", 1): 0.0,
-        ("last", 0): 0.75,
-        ("last", 1): 1.0,
-    }
 
 
 def test_a_match_is_judged_by_what_it_says_of_the_layers_ahead() -> None:

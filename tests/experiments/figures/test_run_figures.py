@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.utils import get_method
 from PIL import Image
 
 from experiments.errors import UserError
 from experiments.figures import charts
 from experiments.judge.frame import run_frame
+from experiments.reproduce.sweeps import available
 from tests.command import config
 from tests.experiments.judge.test_frame import leave_run
 
@@ -33,19 +34,18 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("system=resident",),
         ("system=oracle", "dataset=code"),
     ),
+    "foresight": (("system=planner",), ("system=oracle",)),
     "ablation": (("system=planner",), ("system=planner", "system.horizon=1")),
     "real-routing": (("model=qwen",), ("model=qwen3", "weights=hub", "routing=a/real.npz")),
 }
 
 
-def module_of(name: str) -> Any:
-    file = f"figure{name}" if name[0].isdigit() else name.replace("-", "_")
-    return import_module(f"experiments.figures.{file}")
+DRAWS = {one.id: get_method(one.draws) for one in available().values() if not one.analysis}
 
 
 def drawn(name: str, frame: pd.DataFrame, place: Path, mixed_modes: bool = False) -> pd.DataFrame:
     """Draw a figure; return the data beside it."""
-    module_of(name).draw(frame, place, mixed_modes)
+    DRAWS[name](frame, place, mixed_modes)
     return pd.read_csv(place / f"{name}.csv", dtype={"digest": str})
 
 
@@ -143,7 +143,7 @@ def test_marks_stand_where_their_records_say(
     planner = "system=planner"
     frame = frame_of(tmp_path / "a", (planner,), (planner, "system.horizon=1"))
     frame["tpot_s"], frame["bytes_wasted"] = [0.1, 0.2], [1e12, 3e12]
-    module_of("ablation").draw(frame, tmp_path)
+    DRAWS["ablation"](frame, tmp_path)
     tpot, wasted = shown.pop()
     assert [label.get_text() for label in tpot.get_yticklabels()] == ["defaults", "horizon=1"]
     assert [bar.get_width() for bar in tpot.patches] == pytest.approx([100, 200])
@@ -151,7 +151,7 @@ def test_marks_stand_where_their_records_say(
 
     frame = frame_of(tmp_path / "b", (planner,), (planner, "memory_budget=6"), ("system=resident",))
     frame["tpot_s"], frame["memory_budget_gb"] = [0.1, 0.2, 0.05], [22.5, 6, 22.5]
-    module_of("frontier").draw(frame, tmp_path)
+    DRAWS["frontier"](frame, tmp_path)
     (axes,) = shown.pop()
     lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
     assert [[6, 200], [22.5, 100]] in lines

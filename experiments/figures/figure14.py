@@ -1,6 +1,5 @@
-"""Figure 14a of the paper (section 6.5): expert hit rate by how experts to prefetch are found."""
+"""Figure 14 of the paper (section 6.5): hit rate by how FineMoE prefetches, and what it evicts."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ import pandas as pd
 from experiments import style
 from experiments.figures import charts
 
-TITLE = "Expert hit rate by the way of finding experts to prefetch"
-METRIC = "hit_rate"
 SPECULATE, HIT_COUNT = "#56B4E9", "#009E73"
 IN_SEARCHER, MAP = {"system": "in_searcher"}, {"system": "finemoe", "eviction": "lru"}
 Approaches = dict[str, tuple[str, dict[str, str]]]
 """Each approach: its colour, and the system and options that stand for it."""
 # Maps grow darker with each feature; whole systems have the colours of their predictions.
-APPROACHES: Approaches = {
+TRACKING: Approaches = {
     "Speculate": (SPECULATE, {**IN_SEARCHER, "predictor": "speculation"}),
     "Hit count": (HIT_COUNT, {**IN_SEARCHER, "predictor": "hit_count"}),
     "Map (T)": ("#F9C9A3", {**MAP, "search": "trajectory", "selection": "top_k"}),
@@ -26,27 +23,26 @@ APPROACHES: Approaches = {
     "ProMoE": (SPECULATE, {"system": "promoe", "predictor": "gate"}),
     "MoE-Infinity": (HIT_COUNT, {"system": "moe_infinity"}),
 }
+CACHING: Approaches = {
+    "LRU": ("#999999", {"system": "finemoe", "eviction": "lru"}),
+    "LFU": ("#0072B2", {"system": "finemoe", "eviction": "lfu"}),
+    "FineMoE": ("#D55E00", {"system": "finemoe", "eviction": "finemoe"}),
+}
 WHOLE = ("ProMoE", "MoE-Infinity")
 """Systems, not approaches of the paper."""
-NOTE = (
-    "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions differ. Hollow: "
-    "whole systems, in the colours of their predictions."
-)
-INTERVALS = f"Error bars: {charts.INTERVALS}, batches resampled."
 
 
-def draw_approaches(
+def _draw(
     names: tuple[str, str],
     approaches: Approaches,
     frame: pd.DataFrame,
     output: Path,
     mixed_modes: bool = False,
-    whole: Sequence[str] = (),
 ) -> None:
     """Draw hit rates of `approaches`, one panel a dataset, models as groups; `names`: id, title.
 
-    A run belongs to the approach whose system and options it has; other runs are left out. Those in
-    `whole` are drawn hollow.
+    A run belongs to the approach whose system and options it has; other runs are left out. WHOLE
+    ones are drawn hollow.
     """
     of_runs = [_approach(run, approaches) for run in frame.to_dict("records")]
     frame = frame.assign(approach=pd.Series(of_runs, index=frame.index, dtype=object))
@@ -56,20 +52,23 @@ def draw_approaches(
     models, datasets = charts.facets(frame)
     base = {name: (colour, "") for name, (colour, _) in approaches.items()}
     looks = charts.variants(frame, "approach", base)
-    hollow = set(frame.loc[frame["approach"].isin(whole), "series"])
+    hollow = set(frame.loc[frame["approach"].isin(WHOLE), "series"])
     groups = {model: style.model_name(model) for model in models}
     size = style.COLUMN_INCHES, 0.65 + 1.35 * len(datasets)
-    with charts.panels(datasets, [METRIC], *size) as (figure, panels):
-        for axes, dataset, _ in panels:
+    with charts.panels(datasets, ["hit_rate"], *size) as (figure, panels):
+        for axes, dataset, metric in panels:
             part = frame[frame["dataset"] == dataset]
-            charts.bars(axes, part, METRIC, "model", groups, looks, hollow)
-            axes.set_ylabel(style.METRICS[METRIC][0])
+            charts.bars(axes, part, metric, "model", groups, looks, hollow)
+            axes.set_ylabel(style.METRICS[metric][0])
             if len(datasets) > 1:
                 axes.set_title(style.dataset_name(dataset))
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
-        data = charts.drawn_data(frame, [METRIC], "approach")
-        notes = [NOTE, INTERVALS] if hollow else [INTERVALS]
-        charts.save(figure, output, names, frame, data, notes)
+        notes = [f"Error bars: {charts.INTERVALS}, batches resampled."]
+        if hollow:
+            filled = "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions"
+            whole = "differ. Hollow: whole systems, in the colours of their predictions."
+            notes.insert(0, f"{filled} {whole}")
+        charts.save(figure, output, names, frame, notes, ["hit_rate"], "approach")
 
 
 def _approach(run: Any, approaches: Approaches) -> str | None:
@@ -82,4 +81,8 @@ def _approach(run: Any, approaches: Approaches) -> str | None:
     return None
 
 
-draw = partial(draw_approaches, ("14a", TITLE), APPROACHES, whole=WHOLE)
+TITLE = "Expert hit rate by the way of finding experts to prefetch"
+draw_a = partial(_draw, ("14a", TITLE), TRACKING)
+draw_b = partial(
+    _draw, ("14b", "Expert hit rate of FineMoE by what its cache evicts first"), CACHING
+)

@@ -1,0 +1,127 @@
+"""What follows from the models' published shapes: table 1, and figure 18 (section 6.7)."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.transforms import Bbox
+from omegaconf import DictConfig
+
+from experiments import style
+from experiments.figures import analyses, charts
+from experiments.run.config import full_size
+from finemoe.expert_map import ExpertMapStore
+from finemoe.offload.policy import ModelShape
+
+STORES = {"maps_mb": "Expert maps", "total_mb": "Maps and embeddings"}
+CLAIMED_MB = 200
+"""What the paper says 32K maps stay below (section 6.7)."""
+
+
+@analyses.of_models
+def models(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
+    """Return a model's row: parameters in 10^9, sizes in 10^9 bytes (of an expert in 10^6).
+
+    Norms and biases are not counted.
+    """
+    facts = analyses.model_facts(name)
+    model = full_size(facts)
+    width = model.bytes_per_parameter
+    total, active = (
+        model.dense_bytes // width + model.layers * each * model.expert_parameters
+        for each in (model.experts, model.top_k)
+    )
+    row = {
+        "model": name,
+        "hub_id": facts.hub_id,
+        "active_b": active / 1e9,
+        "total_b": total / 1e9,
+        "top_k": model.top_k,
+        "experts": model.experts,
+        "layers": model.layers,
+        "distance": facts.prefetch_distance,
+        "expert_mb": model.expert_bytes / 1e6,
+        "inactive_share": 1 - active / total,
+        "inactive_gb": (total - active) * width / 1e9,
+    }
+    return [row]
+
+
+def draw_models(folder: Path, output: Path, mixed_modes: bool = False) -> None:
+    """Draw the table as a picture, one row a model; the CSV has the unrounded numbers."""
+    record, frame = analyses.read_analysis(folder)
+    rows = [_rounded(row) for row in frame.to_dict("records")]
+    size = style.PAGE_INCHES, 0.3 + 0.22 * len(rows)
+    with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
+        axes.set_axis_off()
+        heads = list(rows[0])
+        look: Any = {"cellLoc": "center", "bbox": Bbox.unit(), "edges": "horizontal"}
+        table = axes.table([list(row.values()) for row in rows], colLabels=heads, **look)
+        table.auto_set_font_size(False)
+        table.set_fontsize(style.POINTS)
+        table.auto_set_column_width(range(len(heads)))
+        for (row, _), cell in table.get_celld().items():
+            cell.set_linewidth(0.6)
+            cell.get_text().set_fontweight("bold" if row == 0 else "normal")
+        shows = (
+            "K: experts a token activates, J: experts a layer, L: layers with experts, d: prefetch "
+            "distance; one expert and the inactive parameters in bf16, 1 GB = 10^9 bytes; norms "
+            "and biases are not counted."
+        )
+        analyses.save(figure, output, record, frame, shows)
+
+
+def _rounded(row: Any) -> dict[str, str]:
+    """Return the cells of one model under their heads."""
+    return {
+        "Model": style.model_name(row["model"]),
+        "Active / total": f"{row['active_b']:.1f} / {row['total_b']:.1f} B",
+        "K / J": f"{row['top_k']} / {row['experts']}",
+        "L": str(row["layers"]),
+        "d": str(row["distance"]),
+        "One expert": f"{row['expert_mb']:.{0 if row['expert_mb'] > 100 else 1}f} MB",
+        "Inactive": f"{row['inactive_share']:.0%} = {row['inactive_gb']:.0f} GB",
+    }
+
+
+@analyses.of_models
+def memory(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
+    """Return what stores take as `ExpertMapStore` allocates them: maps and all, in 10^6 bytes."""
+    facts = analyses.model_facts(name)
+    shape = ModelShape(facts.layers, facts.experts, facts.top_k, facts.hidden_size)
+    rows = []
+    for capacity in experiment.capacities:
+        taken = ExpertMapStore(shape, capacity, facts.prefetch_distance).memory_bytes()
+        sizes = {"maps_mb": taken["maps"] / 1e6, "total_mb": taken["store"] / 1e6}
+        rows.append({"model": name, "capacity": capacity, **sizes})
+    return rows
+
+
+def draw_memory(folder: Path, output: Path, mixed_modes: bool = False) -> None:
+    """Draw a line a model on logarithmic axes: maps alone, and with embeddings."""
+    record, frame = analyses.read_analysis(folder)
+    looks = style.model_looks(style.ordered(frame["model"], style.MODELS))
+    ticks = sorted(set(frame["capacity"]))
+    ylim = frame["maps_mb"].min() / 1.4, frame["total_mb"].max() * 1.6
+    with charts.panels([""], list(STORES), style.COLUMN_INCHES, 2.0) as (figure, panels):
+        for axes, _, kind in panels:
+            for model, look in looks.items():
+                part = frame[frame["model"] == model]
+                axes.plot(part["capacity"], part[kind], **look)
+            axes.axhline(CLAIMED_MB, color="#333333", lw=0.8, ls="--")
+            axes.set_title(STORES[kind])
+            axes.set(xscale="log", yscale="log", ylim=ylim)
+            axes.set_xticks(ticks, [f"{tick / 1000:g}K" for tick in ticks], minor=False)
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.label_outer()
+        figure.axes[0].text(ticks[0], CLAIMED_MB * 1.1, f"{CLAIMED_MB} MB", fontsize=6, va="bottom")
+        figure.axes[0].set_ylabel("Store memory (MB)")
+        figure.supxlabel("Store capacity (iterations)", fontsize=style.POINTS)
+        charts.apart(figure)
+        charts.model_legend(figure, looks)
+        shows = (
+            "Host memory of an expert map store, 1 MB = 10^6 bytes, for the real models' layers, "
+            "experts and hidden sizes, fp32. Left, the maps alone, as the paper counts; right, "
+            "with the embeddings and the norms kept for the search. Dashed: the paper's 200 MB."
+        )
+        analyses.save(figure, output, record, frame, shows)
