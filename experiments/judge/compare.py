@@ -1,7 +1,7 @@
 """One table of many runs: ``python -m experiments.judge.compare FOLDER [FOLDER ...]``
 
 It takes folders of run records, such as `multirun`, and leaves nothing. What all runs share is said
-once, above; a row has every setting in which its run differs. Commits are told apart below.
+once, above; a row has every setting in which its run differs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,31 +46,29 @@ def compare(paths: Sequence[Path], console: Console) -> None:
     records = [read_record(path) for path in paths]
     runs = _settings(paths, records)
     ranked = sorted(runs.index, key=lambda one: [_order(value) for value in runs.loc[one]])
-    runs = runs.loc[ranked].reset_index(drop=True).map(_shown)
-    records = [records[one] for one in ranked]
-    commits = pd.Series([commit(record, digits=7) for record in records], name="commit")
-    numbers = pd.Series(range(1, len(records) + 1), name="#").map(str)
-    parts = [numbers] if commits.nunique() > 1 else []
-    facts = pd.concat([runs, commits], axis=1)
-    shared = facts.columns[facts.nunique() == 1]
-    said = [f"{name} {one}" for name, one in facts[shared].iloc[0].items() if one != ABSENT]
-    console.print(f"runs: {len(records)}; {', '.join(said)}")
-    own = runs.drop(columns=shared, errors="ignore")
-    measured = _measured([record["summary"] for record in records])
-    table = _table(pd.concat([*parts, own, measured], axis=1))
+    runs = runs.loc[ranked].map(_shown)
+    shared = runs.columns[runs.nunique() == 1]
+    said = [f"{name} {one}" for name, one in runs[shared].iloc[0].items() if one != ABSENT]
+    console.print(f"runs: {len(runs)}; {', '.join(said)}")
+    own = runs.drop(columns=shared)
+    facts = pd.json_normalize([record["summary"] for record in records])
+    measured = _measured(facts.reindex(columns=NUMBERS).astype(float)).loc[ranked]
+    table = _table(own.join(measured))
     wide = console.options.update(max_width=10_000)
     if Measurement.get(console, wide, table).maximum > console.width:
         # Then a setting is a word with its name, and broken only if it is longer than a line.
         each = [[f"{k}={v}" for k, v in row.items() if v != ABSENT] for _, row in own.iterrows()]
-        words = pd.Series([" ".join(one) for one in each], name="run")
-        table = _table(pd.concat([*parts, words, measured], axis=1))
+        table = _table(measured.assign(run=[" ".join(one) for one in each])[["run", *measured]])
     console.print(table)
-    if unions := _unions([record["summary"] for record in records]):
-        console.print(f"experts of a step over a layer's slots: {unions}")
-    if any((record["summary"].get("bound") or {}).get("times", 1) < 1 for record in records):
+    unions = []
+    for phase in get_args(Phase):
+        if (name := f"phases.{phase}.union_over_capacity.mean") in facts:
+            ends = dict.fromkeys(f"{one:.2f}" for one in facts[name].agg(["min", "max"]))
+            unions.append(f"{phase} {' to '.join(ends)}")
+    if unions:
+        console.print(f"experts of a step over a layer's slots: {', '.join(unions)}")
+    if "bound.times" in facts and facts["bound.times"].lt(1).any():
         console.print("x bound: below 1 is none; compute alone was timed on a busy machine")
-    for name, rows in numbers.groupby(commits, sort=False) if parts else ():
-        console.print(f"commit {name}: rows {', '.join(rows)}")
 
 
 def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -92,12 +90,12 @@ def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd
             runs[name if short in runs else short] = values
     if runs.map(str).duplicated().any():
         runs["folder"] = [str(path.parent) for path in paths]
+    runs["commit"] = [commit(record, digits=7) for record in records]
     return runs
 
 
-def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
+def _measured(facts: pd.DataFrame) -> pd.DataFrame:
     """Return one row per run of the columns MEASURED, as text."""
-    facts = pd.json_normalize(summaries).reindex(columns=NUMBERS).astype(float)
     columns = {
         "TTFT ms": facts["ttft_s.mean"] * 1e3,
         "TPOT ms": facts["tpot_s.mean"] * 1e3,
@@ -108,17 +106,6 @@ def _measured(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     }
     texts = {name: values.map(MEASURED[name].format) for name, values in columns.items()}
     return pd.DataFrame(texts).where(pd.DataFrame(columns).notna(), ABSENT)
-
-
-def _unions(summaries: list[dict[str, Any]]) -> str:
-    """Say for each phase how `union_over_capacity` ranges over the runs that have it."""
-    facts, parts = pd.json_normalize(summaries), list[str]()
-    for phase in get_args(Phase):
-        name = f"phases.{phase}.union_over_capacity.mean"
-        if name in facts:
-            ends = dict.fromkeys(f"{one:.2f}" for one in facts[name].agg(["min", "max"]))
-            parts.append(f"{phase} {' to '.join(ends)}")
-    return ", ".join(parts)
 
 
 def _order(value: Any) -> tuple[bool, Any]:
@@ -137,9 +124,8 @@ def _shown(value: Any) -> str:
 def _table(cells: pd.DataFrame) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in cells:
-        number = name in ("#", *MEASURED)
-        justify: JustifyMethod = "right" if number else "left"
-        table.add_column(str(name), justify=justify, no_wrap=number, overflow="fold")
+        justify: JustifyMethod = "right" if name in MEASURED else "left"
+        table.add_column(str(name), justify=justify, no_wrap=name in MEASURED, overflow="fold")
     for row in cells.itertuples(index=False):
         table.add_row(*row)
     return table

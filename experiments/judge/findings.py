@@ -151,37 +151,39 @@ def _measured(
     """
     compared = {key for one in selectors if not isinstance(one, str) for key in one}
     names = [name for name in ("model", "dataset") if name in {*rows.columns} - compared]
-    keys, draws = [], []
     if rows.empty:
         raise Untestable("")
+    found = {}
     for cell, here in rows.groupby([*names, *by], dropna=False):
-        chosen = [select(here, one) for one in selectors]
+        chosen = [(select(here, one), one, cell) for one in selectors]
         for metric in metrics:
-            keys.append((cell, metric))
+            axes = ("tpot_s", "footprint") if metric == "origin" else (metric,)
+            drawn = [np.stack([_draws(*one, name) for one in chosen]) for name in axes]
             if metric == "origin":
-                draws.append(_origin_distances(chosen, cell, selectors))
-            else:
-                pairs = zip(chosen, selectors, strict=True)
-                draws.append(np.stack([_draws(*pair, cell, metric) for pair in pairs]))
-    return keys, np.stack(draws)
+                drawn = [np.hypot(*(one / one.max(axis=0) for one in drawn))]
+            found[cell, metric] = drawn[0]
+    return list(found), np.stack(list(found.values()))
 
 
 def _draws(chosen: Rows, selector: Selector, cell: Cell, metric: str) -> Draws:
     if len(chosen) != 1:
-        raise _count(chosen, selector, cell)
+        count = f"{len(chosen)} records" if len(chosen) else "no record"
+        raise Untestable(f"{count} of {selector_name(selector)} on {cell_name(cell)}")
     if "table" in chosen:
         return _run_draws(chosen.iloc[0], metric)
     values = () if isinstance(selector, str) else selector.values()
     return table_draws(chosen.iloc[0], metric, (*cell, *values))
 
 
-def _count(chosen: Rows, selector: Selector, cell: Cell) -> Untestable:
-    count = f"{len(chosen)} records" if len(chosen) else "no record"
-    return Untestable(f"{count} of {selector_name(selector)} on {cell_name(cell)}")
-
-
 def _run_draws(run: Any, metric: str) -> Draws:
-    """Return a metric of one run, its requests resampled; sync_s and sync_share are one number."""
+    """Return a metric of one run, its requests resampled; of these three there is one number.
+
+    A footprint is the bytes of slots at the peak, and of what is never offloaded; sync_s and
+    sync_share are what a system adds to the critical path, expert loads on demand left out.
+    """
+    summary = run["record"]["summary"]
+    if metric == "footprint":
+        return constant(summary["peak_slot_bytes"] + summary["dense_bytes"])
     over = {"sync_s": run["iterations"], "sync_share": run["busy_s"]}.get(metric)
     if over is None:
         try:
@@ -190,28 +192,10 @@ def _run_draws(run: Any, metric: str) -> Draws:
             raise Untestable(f"{error} in {run['digest'][:12]}") from error
     if not over > 0:
         raise Untestable(f"{run['digest'][:12]} does not say how long it was busy")
-    # What a system adds to the critical path, expert loads on demand left out.
     names = ["context_collection", "prefetch_wait"]
     if run["record"]["config"]["system"].get("asynchronous") is False:
         names += ["search", "prefetch_issue"]
     return constant(float(np.nansum([run[f"phase_{name}_s"] for name in names])) / over)
-
-
-def _origin_distances(chosen: list[Rows], cell: Cell, systems: Sequence[Selector]) -> Draws:
-    """Return distances from the origin of TPOT and footprint, each over the largest of them.
-
-    A footprint is the experts in slots at the peak, and what is never offloaded. Of a system that
-    ran at several budgets it is the nearest run that counts.
-    """
-    for mine, system in zip(chosen, systems, strict=True):
-        if mine.empty:
-            raise _count(mine, system, cell)
-    every = pd.concat(chosen)
-    seconds = np.stack([_run_draws(run, "tpot_s") for _, run in every.iterrows()])
-    summaries = [record["summary"] for record in every["record"]]
-    sizes = np.array([float(one["peak_slot_bytes"] + one["dense_bytes"]) for one in summaries])
-    distances = np.hypot(seconds / seconds.max(axis=0), (sizes / sizes.max())[:, None])
-    return np.minimum.reduceat(distances, np.cumsum([0, *map(len, chosen[:-1])]), axis=0)
 
 
 def _parts(keys: list[tuple[Cell, str]], draws: Draws, names: Names = ("",)) -> list[Part]:
