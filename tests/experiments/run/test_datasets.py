@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.errors import UserError
-from experiments.run.corpus import documents
-from experiments.run.datasets import conversations, corpus_dataset, shared_prefixes
+from experiments.run.datasets import conversations, corpus_dataset, documents, shared_prefixes
 
 TEXTS = ("What is the capital of France, and how many live there?", "Tell me about whales.")
 LMSYS = [{"conversation": [{"role": "user", "content": text}]} for text in TEXTS]
