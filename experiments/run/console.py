@@ -52,7 +52,7 @@ class Console:
         note = f" ({other_code})" if other_code else ""
         self._print(f"already complete: {record}{note}")
 
-    def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
+    def results(self, record: dict[str, Any], path: Path, sample: Sequence[str] | None) -> None:
         """Print generated text, if there is any, tables of results and where the record lies."""
         summary, budget = record["summary"], record["memory_budget_gb"]
         if self._job is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.run.metrics import AccessCounter, latency_summary, request_table
+from experiments.run.protocol import AccessCounter, latency_summary, request_table
 from experiments.run.schedule import Request, Served
 from finemoe.offload.policy import Iteration, LayerOutcome, Phase
 
@@ -12,10 +12,6 @@ from finemoe.offload.policy import Iteration, LayerOutcome, Phase
 def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Served:
     tokens = tuple(range(len(times)))
     return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, tuple(iterations))
-
-
-def counter(iterations: int) -> AccessCounter:
-    return AccessCounter(dict.fromkeys(range(iterations), (0, 0, 0)))
 
 
 def test_latencies_of_one_request() -> None:
@@ -27,7 +23,7 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_a_single_token_has_no_tpot() -> None:
-    requests = request_table([served((0.5,), range(1))], counter(1))
+    requests = request_table([served((0.5,), range(1))], AccessCounter())
     summary = latency_summary(requests, "docs")
     assert summary["tpot_s"] is summary["itl_s"] is summary["queueing_s"] is None
     assert summary["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5, "ci95": None}

@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.run.records import write_record
-from experiments.run.tracking import is_logged, log_record
+from experiments.run.records import is_logged, log_record, write_record
 
 
 def test_a_record_that_wandb_refuses_is_kept_and_logged_later(
