@@ -80,7 +80,7 @@ def check(cfg: DictConfig) -> None:
     """
     values = values_of(cfg)
     if (values.get("model") or {}).get("counted", ...) is None:
-        from experiments.run.facts import complete
+        from experiments.run.models import complete
 
         complete(cfg)
         values = values_of(cfg)

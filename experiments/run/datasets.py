@@ -17,7 +17,7 @@ import platform
 import random
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, islice, pairwise, takewhile
@@ -103,11 +103,11 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
     file = Path(path)
     rows = _local_rows(file) if file.suffix in SUFFIXES else _hub_rows(path, split, data_files)
     texts, causes, source = list[str](), list[str](), path
-    for where, row in rows:
+    for number, row in enumerate(rows, 1):
         try:
             texts.append(_first_turn(row))
         except ValueError as error:
-            causes.append(f"{where}: {error}")
+            causes.append(f"row {number}: {error}")
     if not texts:
         raise UserError(f"{path} holds no usable prompt: {[*causes, 'no rows'][0]}")
     if causes:
@@ -199,61 +199,38 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
     return parts[0], parts[1]
 
 
-def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, each with its line or number; what is no JSON as its error."""
+def _local_rows(path: Path) -> list[Any]:
+    """Return the rows of a file: of JSON, those of a list, or one row, or one row per line."""
     try:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        if path.suffix == ".parquet":
+            names = pq.read_schema(path).names
+            columns = [name for name in TURNS if name in names]
+            if not columns:
+                raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
+            return pq.read_table(path, columns=columns).to_pylist()
+        content = path.read_bytes()
+        try:
+            rows = json.loads(content)
+            return rows if isinstance(rows, list) else [rows]
+        except ValueError:
+            if path.suffix == ".json" and content.lstrip().startswith(b"["):
+                raise
+            return [json.loads(line) for line in content.split(b"\n") if line.strip()]
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        cause = f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}"
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = f"cannot read {path} as {path.suffix[1:]}: {cause}"
         raise UserError(f"{cause}; mend or replace it") from error
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read a list of rows, or one row, or else one row per line."""
-    content = path.read_bytes()
-    document = _parsed(content)
-    if not isinstance(document, Exception):
-        yield from _numbered(document if isinstance(document, list) else [document])
-    elif path.suffix == ".json" and content.lstrip().startswith(b"["):
-        raise document
-    else:
-        lines = enumerate(content.split(b"\n"), 1)
-        yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
-
-
-def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _parsed(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        columns = [name for name in TURNS if name in names]
-        if not columns:
-            raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
-        batches = file.iter_batches(batch_size=100, columns=columns)
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
-
-
-def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:
+def _hub_rows(path: str, split: str, data_files: str | None) -> Any:
     import datasets
 
     with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
-        rows = datasets.load_dataset(path, data_files=data_files, split=split)
-    yield from _numbered(rows)
+        return datasets.load_dataset(path, data_files=data_files, split=split)
 
 
 def _first_turn(row: Any) -> str:
     """Return what a human said first; ValueError with the cause if the row does not tell."""
-    if isinstance(row, Exception):
-        raise ValueError(f"no JSON ({_first_line(row)})")
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__} where an object is due")
     turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
@@ -268,10 +245,6 @@ def _first_turn(row: Any) -> str:
         raise ValueError(f"no text in turn {first + 1}, but {short(text)}")
     # A half of a surrogate pair, which JSON can hold, is no text for a tokenizer.
     return text.strip().encode("utf-8").decode()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # The corpus ---------------------------------------------------------------------------------------

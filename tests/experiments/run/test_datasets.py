@@ -83,9 +83,8 @@ def test_a_row_that_is_no_conversation_is_skipped_and_counted(
     read = conversations("test", str(path), "train")
     assert read.texts == TEXTS
     assert read.source == f"{path} (skipped 1 row of 3)"
-    place = "line" if suffix == "jsonl" else "row"
     found = capsys.readouterr().err
-    assert re.search(f"^skipped 1 row of {path}: {place} 2: .*{cause}.*\n$", found)
+    assert re.search(f"^skipped 1 row of {path}: row 2: .*{cause}.*\n$", found)
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
         conversations("test", str(path), "train")

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from baselines.on_demand import OnDemandPolicy
 from experiments.run import room
 from experiments.run.live import LiveBackend
+from experiments.run.models import FAMILIES
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Server, Step
-from experiments.run.small_models import FAMILIES
 from finemoe.assemble import resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.policy import ModelShape

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.live import LiveBackend, LogitsLog
+from experiments.run.models import COMMON, FAMILIES, random_model
 from experiments.run.schedule import (
     ContinuousBatches,
     FixedBatches,
@@ -25,7 +26,6 @@ from experiments.run.schedule import (
     Server,
     Step,
 )
-from experiments.run.small_models import COMMON, FAMILIES, random_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Placement

@@ -74,7 +74,7 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
             "line 4 is no request: .*'GeneratedTokens': '0'",
         ),
         (HEADER, "no requests below its header"),
-        ("TIMESTAMP\n2023-11-16\n", "ContextTokens.*not in"),
+        ("TIMESTAMP\n2023-11-16\n", "GeneratedTokens.*are in the"),
     ],
 )
 def test_a_malformed_trace_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:

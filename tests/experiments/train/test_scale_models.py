@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.errors import UserError
 from experiments.run.datasets import Document
-from experiments.run.small_models import small_model
+from experiments.run.models import small_model
 from experiments.train.scale_models import Training, train
 from tests.command import ROOT, config
 
