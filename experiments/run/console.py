@@ -139,13 +139,10 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
 
     if record["memory_budget_gb"] is None:  # An engine without an expert cache.
         gathered, experts = gb("peak_gathered_expert_bytes"), gb("host_expert_bytes")
-        device = (
-            f"; device memory {gb(name):.2f} at most"
-            if summary[name := "peak_device_bytes"]
-            else ""
-        )
-        taken = f"{gathered:.2f} at most, of {experts:.2f}{device}"
-        yield f"GB of experts gathered at once: {taken}; links: {record['links']}"
+        taken = f"{gathered:.2f} at most, of {experts:.2f}; links: {record['links']}"
+        yield f"GB of experts gathered at once: {taken}"
+        if summary["peak_device_bytes"]:
+            yield f"GB of device memory: {gb('peak_device_bytes'):.2f} at most"
     else:
         loaded = f"{gb('bytes_on_demand'):.1f} on demand, {gb('bytes_prefetched'):.1f} prefetched"
         yield f"GB loaded: {loaded} ({gb('bytes_wasted'):.1f} in vain)"

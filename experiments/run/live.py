@@ -377,7 +377,7 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
             cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
             raise UserError(f"{cause}; choose another system") from error
     full, devices = model.full_expert_bytes, testbed.devices
-    budget, slots = budget_slots(cfg, policy, full, shape, len(devices))
+    budget, slots = budget_slots(cfg, policy, full, shape, testbed)
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
     if policy.learn or cfg.record:

@@ -373,7 +373,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
             "e2el_s": one.e2el,
             **(waited if request.arrival is not None else {}),
             **counted(counts.reindex(one.iterations, fill_value=0)),
-            "itl_s": list(one.itl),
+            "itl_s": one.itl,
             "tokens": list(one.tokens),
         }
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.run.config import budget_slots, build, check_room, full_size, load_store, values_of
+from experiments.run.config import budget_slots, build, full_size, load_store, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.routing import open_routing, traced_request
@@ -195,8 +195,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
         full = full_size(cfg.model).expert_bytes
-        budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
-        check_room(cfg, testbed, slots)
+        budget, slots = budget_slots(cfg, policy, full, shape, testbed)
         load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)

@@ -10,8 +10,8 @@ from finemoe.offload.policy import Iteration, LayerOutcome, Phase
 
 
 def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Served:
-    tokens = tuple(range(len(times)))
-    return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, tuple(iterations))
+    request, tokens = Request(number, (1, 2, 3), len(times)), tuple(range(len(times)))
+    return Served(request, number, 0.0, 0.0, tokens, list(times), list(iterations))
 
 
 def test_latencies_of_one_request() -> None:
