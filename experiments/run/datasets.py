@@ -100,8 +100,13 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
     source say how many, and what the first was. Raises UserError if the data is missing, gated or
     unreadable, or no row is left.
     """
-    file = Path(path)
-    rows = _local_rows(file) if file.suffix in SUFFIXES else _hub_rows(path, split, data_files)
+    if Path(path).suffix in SUFFIXES:
+        rows = _local_rows(Path(path))
+    else:
+        import datasets
+
+        with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
+            rows = datasets.load_dataset(path, data_files=data_files, split=split)
     texts, causes, source = list[str](), list[str](), path
     for number, row in enumerate(rows, 1):
         try:
@@ -220,13 +225,6 @@ def _local_rows(path: Path) -> list[Any]:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         cause = f"cannot read {path} as {path.suffix[1:]}: {cause}"
         raise UserError(f"{cause}; mend or replace it") from error
-
-
-def _hub_rows(path: str, split: str, data_files: str | None) -> Any:
-    import datasets
-
-    with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
-        return datasets.load_dataset(path, data_files=data_files, split=split)
 
 
 def _first_turn(row: Any) -> str:

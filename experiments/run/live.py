@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +20,10 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
-from experiments.run.models import LoadedModel, load_model
+from experiments.run.models import LoadedModel, attention_of, config_value, free_bytes, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.room import extent, needed_beside, shortage
 from experiments.run.routing import Script, record, traced_workload
-from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
+from experiments.run.schedule import FixedBatches, Request, Schedule, Served, Server, Step
 from experiments.run.testbeds import kinds
 from experiments.run.workloads import Workload
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -360,6 +361,82 @@ class LiveSetup(Setup):
                 "dense_bytes": model.offloaded.dense_bytes,
             },
         }
+
+
+# What has to fit a device beside its experts -----------------------------------------------------
+
+MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+CUDA_BYTES = 500_000_000
+"""Assumed; see `needed_beside`."""
+
+Parts = Mapping[str, int]
+Extent = tuple[int, int, int]
+"""The most tokens in caches, tokens in a prefill and rows of logits that there are at once."""
+
+
+def needed_beside(
+    config: PreTrainedConfig, top_k: int, width: int, extents: Sequence[Extent]
+) -> Parts:
+    """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
+
+    - KV cache: 2 x layers x keys and values for each token of the most that lie in caches at once,
+      padding included: all twice, for a cache that grows or is joined is copied.
+    - activations: (10 + K) h + 4 w for each token of the longest prefill: hidden states, attention
+      (of h, or all its heads) and the outputs of K experts; and one expert, of width w, that all
+      tokens went to. Attention keeps no matrix of scores.
+    - logits: the vocabulary for each row of them.
+    - CUDA: 0.5 GB on each device, for kernels, workspaces and what its allocator cannot use.
+    """
+    (kept, attended), hidden = attention_of(config), config.hidden_size
+    widest = max(config_value(config, name) or 0 for name in MLP_WIDTHS)
+    cached, prefill, rows = map(max, *extents, (0, 0, 0))
+    layer = (10 + top_k) * max(hidden, attended // 2) + 4 * widest
+    return {
+        "KV cache": 2 * config.num_hidden_layers * kept * cached * width,
+        "activations": layer * prefill * width,
+        "logits": config.vocab_size * rows * width,
+        "CUDA": CUDA_BYTES,
+    }
+
+
+def extent(schedule: Schedule, logs: bool = False) -> Extent:
+    """Run through a schedule as if all requests were there; with `logs`, logits are kept."""
+    cached = prefill = rows = pending = 0
+    while step := schedule.next(math.inf, 0):
+        lengths = [
+            len(one.prompt) + n for one, n in zip(step.requests, step.generated, strict=True)
+        ]
+        cached = max(cached, len(lengths) * max(lengths))
+        if step.phase == "prefill":
+            prefill = max(prefill, sum(lengths))
+        pending += len(lengths)
+        rows = max(rows, pending if logs else len(lengths))
+        pending *= not step.leaving
+        schedule.done(step)
+    return cached, prefill, rows
+
+
+def shortage(
+    devices: Sequence[torch.device], slots: Sequence[int], expert_bytes: int, beside: Parts
+) -> str:
+    """Return in words which device cannot hold its slots and the rest; nothing if all can.
+
+    All but the first only run experts.
+    """
+    experts: Counter[torch.device] = Counter()
+    for device, count in zip(devices, slots, strict=True):
+        experts[device] += count * expert_bytes
+    for device, asked in experts.items():
+        names = beside if device == devices[0] else ("activations", "CUDA")
+        parts = {name: beside[name] for name in names if device.type == "cuda" or name != "CUDA"}
+        if asked + sum(parts.values()) > (free := free_bytes(device)):
+            rest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+            has = f"has {free / 1e9:.1f} GB free, with {sum(parts.values()) / 1e9:.1f} GB needed"
+            return f"{asked / 1e9:.1f} GB of experts on {device}, which {has} beside them ({rest})"
+    return ""
+
+
+# Preparing a run ----------------------------------------------------------------------------------
 
 
 def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) -> LiveSetup:

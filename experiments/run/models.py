@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from safetensors import safe_open
 
 from experiments import CONF
 from experiments.errors import UserError
-from experiments.run.room import attention_of, available_bytes
 from experiments.run.weights import NAMED, SCALE_MODELS, hub_access, is_hub, loading, source_of
 from finemoe.offload.device import BlockLayout
 from finemoe.offload.model import (
@@ -88,12 +88,12 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     if weights == "dummy":
         borrowed = cfg.dummy_tokenizer and str(SCALE_MODELS / cfg.dummy_tokenizer)
         outline = outline_of(cfg, weights, None if borrowed else source_of(cfg, cfg.hub_id))
-        with loading(f"weights={weights}", "choose another model"), _locking(outline, 1):
+        with loading(f"weights={weights}", "choose another model"):
             tokenizer: Any = _tokenizer(borrowed or source_of(cfg, cfg.hub_id), outline)
             offloaded = OffloadedModel.from_meta(outline, device, seed)
     else:
         model, tokenizer = load_plain(cfg, weights)
-        with loading(f"weights={weights}", "choose another model"), _locking(model):
+        with loading(f"weights={weights}", "choose another model"):
             offloaded = OffloadedModel.from_model(model, device)
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     held = offloaded.dense_bytes + offloaded.shape.size * offloaded.store.layout.nbytes
@@ -102,50 +102,28 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
-    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`."""
+    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`.
+
+    The host must have room for the peak: when the first MoE layer has been copied into blocks, or
+    by DeepSpeed, and not been freed yet, that is all weights and that layer twice. Files are
+    mapped, and their pages given back.
+    """
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
     with hub_access() if is_hub(weights) else nullcontext():
         outline = outline_of(cfg, weights, source)
         tokenizer = _tokenizer(source, outline)
-        _check_memory(outline, f"weights={weights} of {cfg.name}")
+        modules = find_moe_layers(outline)[1]
+        layers = [sum(one.nbytes for one in module.parameters(recurse=False)) for module in modules]
+        whole = sum(parameter.nbytes for parameter in outline.parameters())
+        needed, free = LOADING_SHARE * (whole + max(layers)), available_bytes()
+        if needed > free:
+            cause = f"loading weights={weights} of {cfg.name} takes {needed / 1e9:.1f} GB of host"
+            parts = f"memory ({sum(layers) / 1e9:.1f} GB for experts stay)"
+            remedy = "choose a smaller model or a machine with more memory"
+            raise UserError(f"{cause} {parts}, and {free / 1e9:.1f} GB are available; {remedy}")
         return _whole(source, outline.dtype), tokenizer
-
-
-def _check_memory(outline: transformers.PreTrainedModel, what: str) -> None:
-    """Raise UserError unless the host has room for the peak of loading a model.
-
-    That is when its first MoE layer has been copied into blocks, or by DeepSpeed, and not been
-    freed yet: all weights and that layer twice. Files are mapped, and their pages given back.
-    """
-    whole = sum(parameter.nbytes for parameter in outline.parameters())
-    layers = _layer_bytes(outline)
-    needed, free = LOADING_SHARE * (whole + max(layers)), available_bytes()
-    if needed > free:
-        cause = f"loading {what} takes {needed / 1e9:.1f} GB of host memory"
-        parts = f"{sum(layers) / 1e9:.1f} GB for experts stay"
-        remedy = "choose a smaller model or a machine with more memory"
-        raise UserError(f"{cause} ({parts}), and {free / 1e9:.1f} GB are available; {remedy}")
-
-
-@contextmanager
-def _locking(model: transformers.PreTrainedModel, experts: int | None = None) -> Iterator[None]:
-    """Say what helps if the system refuses to page-lock so many of the experts; None: all."""
-    shape = shape_of(model)
-    wanted = _layer_bytes(model)[0] // shape.experts * (experts or shape.size)
-    try:
-        yield
-    except MemoryError as error:
-        free = f"{wanted / 1e9:.1f} GB are wanted and {available_bytes() / 1e9:.1f} GB available"
-        remedy = "lift the limit (ulimit -l unlimited), or take a smaller model or a larger machine"
-        raise UserError(f"{error}: for experts {free}; {remedy}") from error
-
-
-def _layer_bytes(model: transformers.PreTrainedModel) -> list[int]:
-    """Return the bytes of each layer's experts."""
-    modules = find_moe_layers(model)[1]
-    return [sum(one.nbytes for one in module.parameters(recurse=False)) for module in modules]
 
 
 def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
@@ -266,6 +244,49 @@ def _folder(source: str) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
+# Room ---------------------------------------------------------------------------------------------
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+CGROUP_FILES = {
+    "": ("memory.max", "memory.current"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Limit and use of a group, by controller: version 2 has one tree for all, without a name."""
+
+
+def available_bytes() -> int:
+    """Return how much host memory this process can still take: its machine's or its group's.
+
+    File caches are given back on demand, so they count as available.
+    """
+    lines = (PROC / "meminfo").read_text().splitlines()
+    machine = next(line for line in lines if line.startswith("MemAvailable"))
+    left = [int(machine.split()[1]) * 1024]
+    # What each control group around this process has left, version 1 or 2.
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
+        _, controller, own = line.split(":", 2)
+        if controller not in CGROUP_FILES:
+            continue
+        top, (limit, used) = CGROUPS / controller, CGROUP_FILES[controller]
+        lowest = top / own.lstrip("/")
+        for folder in (one for one in (lowest, *lowest.parents) if one.is_relative_to(top)):
+            # Not there, or without a limit.
+            with suppress(OSError, ValueError):
+                unused = int((folder / limit).read_text()) - int((folder / used).read_text())
+                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                left.append(unused + int(stat["active_file"]) + int(stat["inactive_file"]))
+    return max(0, min(left))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much more a device can hold, after what nobody uses any more was given back."""
+    gc.collect()
+    if device.type != "cuda":
+        return available_bytes()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 # What a checkpoint says of its model: conf/model/checkpoint.yaml leaves it open -------------------
 
 
@@ -294,20 +315,14 @@ def facts_of(model: transformers.PreTrainedModel, source: str) -> dict[str, Any]
         "prefetch_distance": PREFETCH_DISTANCE,
     }
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    facts["counted"] = _counted(model, kinds)
-    return facts | {"facts": _told(facts, Counter(kinds))}
-
-
-def _counted(model: transformers.PreTrainedModel, kinds: list[str]) -> dict[str, Any]:
-    """Return what finemoe.costs.CountedModel has beside the routing."""
     layers = find_moe_layers(model)[1]
     routed = {id(one) for layer in layers for one in layer.parameters()}
     dense = {name: one.nbytes for name, one in model.named_parameters() if id(one) not in routed}
     embedding, head = (
         one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
     )
-    cached, attended = attention_of(model.config.get_text_config())
-    return {
+    cached, attended = attention_of(config)
+    facts["counted"] = {  # What finemoe.costs.CountedModel has beside the routing.
         "expert_bytes": BlockLayout.of(layers[0]).nbytes,
         "dense_bytes": sum(dense.values()),
         "embedding_bytes": embedding.nbytes,
@@ -320,6 +335,7 @@ def _counted(model: transformers.PreTrainedModel, kinds: list[str]) -> dict[str,
         "shared_expert_bytes": sum(size for name, size in dense.items() if "shared_" in name),
         "bytes_per_parameter": model.dtype.itemsize,
     }
+    return facts | {"facts": _told(facts, Counter(kinds))}
 
 
 def _told(facts: dict[str, Any], kinds: Counter[str]) -> str:
@@ -335,6 +351,25 @@ def _told(facts: dict[str, Any], kinds: Counter[str]) -> str:
         f"them {dense:.3g} GB, of which shared experts {shared:.3g} GB; prefetch distance "
         f"{facts['prefetch_distance']} unless model.prefetch_distance says another"
     )
+
+
+def attention_of(config: Any) -> tuple[int, int]:
+    """Return the numbers that an attention layer keeps of a token: keys and values, or their latent
+    form; and the width of all heads' keys and values."""
+    of = partial(config_value, config)
+    heads = of("num_attention_heads")
+    size = of("head_dim") or config.hidden_size // heads
+    values = of("v_head_dim") or size
+    if latent := of("kv_lora_rank"):
+        rotary = of("qk_rope_head_dim")
+        return latent + rotary, heads * (of("qk_nope_head_dim") + rotary + values)
+    kept = of("num_key_value_heads") or heads
+    return kept * (size + values), heads * (size + values)
+
+
+def config_value(config: Any, name: str) -> Any:
+    """Return a value of a config, also one that single layers may have otherwise."""
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
 
 # Small random members of the families that the engine serves bit for bit --------------------------

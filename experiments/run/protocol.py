@@ -208,7 +208,12 @@ def run(cfg: DictConfig, console: Console) -> Facts:
             lossless, limit = setup.lossless(console), setup.bound(reference)
             record, requests = run_record(setup, history, measurement, lossless, limit)
             path = records.write_record(Path(cfg.output), record, requests)
-            console.results(record, path, _texts(setup, measurement.served[0]))
+            sample = None
+            if setup.tokenizer and setup.settings.fixed:
+                first = measurement.served[0]
+                texts = (list(ids) for ids in (first.request.prompt, first.tokens))
+                sample = [setup.tokenizer.decode(ids) for ids in texts]
+            console.results(record, path, sample)
             return record
     except (PolicyError, TraceError) as error:
         raise UserError(str(error)) from error
@@ -399,10 +404,3 @@ def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
             ends = interval(request_draws(rows, name, dataset))
             summary[name]["ci95"] = list(ends) if ends else None
     return summary
-
-
-def _texts(setup: Setup, served: Served) -> list[str] | None:
-    """Return prompt and continuation of a request, if text was generated."""
-    if setup.tokenizer is None or not setup.settings.fixed:
-        return None
-    return [setup.tokenizer.decode(list(ids)) for ids in (served.request.prompt, served.tokens)]

@@ -19,9 +19,8 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.config import build, values_of
 from experiments.run.console import Console
-from experiments.run.models import LoadedModel, load_model
+from experiments.run.models import LoadedModel, free_bytes, load_model
 from experiments.run.records import check_writable, provenance
-from experiments.run.room import free_bytes
 from experiments.run.schedule import Request, Schedule, Server, Step
 from experiments.run.testbeds import local
 from experiments.run.weights import fingerprint

@@ -20,9 +20,8 @@ from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime
-from experiments.run.models import cast_of, full_expert_bytes, load_plain
+from experiments.run.models import cast_of, free_bytes, full_expert_bytes, load_plain
 from experiments.run.protocol import KINDS, Measurement, Reference, Setup
-from experiments.run.room import free_bytes
 from experiments.run.schedule import Server
 from finemoe.offload.model import find_moe_layers, shape_of
 from finemoe.offload.policy import Policy

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.run import protocol, room
+from experiments.run import live, protocol
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import load_setup
@@ -46,7 +46,7 @@ def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
 def test_six_devices_that_hold_all_experts_together_verify_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "CUDA_BYTES", 0)
+    monkeypatch.setattr(live, "CUDA_BYTES", 0)
     weights = saved_mixtral(tmp_path / "model", 3, intermediate=2048)
     facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 2048}
     words = [f"weights='{weights}'", *(f"model.{name}={value}" for name, value in facts.items())]

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.run import room
+from experiments.run import models
 from experiments.run.datasets import template
 from experiments.run.models import check_weights, load_model
 from experiments.run.weights import SCALE_MODELS
@@ -202,7 +202,7 @@ def test_memory_that_cannot_be_page_locked_is_said_in_one_line(
 ) -> None:
     locked = page_locks(monkeypatch, limit=5)
     cfg = config_of(whole)
-    with pytest.raises(UserError, match=r"page-lock.*GB are wanted.*ulimit -l unlimited") as caught:
+    with pytest.raises(UserError, match=r"page-lock.*ulimit -l unlimited") as caught:
         load_model(cfg.model, str(whole), torch.device("cuda"), 0)
     assert "\n" not in str(caught.value)
     assert not locked
@@ -238,14 +238,14 @@ STAT = "anon 5\nactive_file 200000\ninactive_file 100000\n"
 def test_available_memory_is_the_machine_s_or_its_control_group_s(
     files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "PROC", memory(tmp_path, 1000, **files))
-    monkeypatch.setattr(room, "CGROUPS", tmp_path)
-    assert room.available_bytes() == expected
+    monkeypatch.setattr(models, "PROC", memory(tmp_path, 1000, **files))
+    monkeypatch.setattr(models, "CGROUPS", tmp_path)
+    assert models.available_bytes() == expected
 
 
 def test_a_model_beyond_the_host_s_memory_is_refused_before_its_weights_are_read(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove(folder, "model*")
-    monkeypatch.setattr(room, "PROC", memory(tmp_path_factory.mktemp("proc"), 200))
+    monkeypatch.setattr(models, "PROC", memory(tmp_path_factory.mktemp("proc"), 200))
     refused(folder, r"loading weights=.* takes 0.0 GB .*\(0.0 GB for experts stay\), and 0.0 GB")

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.run import room
+from experiments.run import live
 from experiments.run.live import LiveBackend
 from experiments.run.models import FAMILIES
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Server, Step
@@ -52,18 +52,18 @@ def test_all_experts_fit_the_devices_together_or_do_not(
 ) -> None:
     free(*gigabytes)
     devices = GPUS[: len(gigabytes)]
-    cause = room.shortage(devices, spread(MIXTRAL, len(devices)), EXPERT, BESIDE)
+    cause = live.shortage(devices, spread(MIXTRAL, len(devices)), EXPERT, BESIDE)
     assert (cause == "") is fit
 
 
 def test_what_mixtral_needs_beside_its_experts() -> None:
     config = AutoConfig.for_model("mixtral")
-    parts = room.needed_beside(config, 2, 2, [(100, 50, 2), (90, 60, 5)])
+    parts = live.needed_beside(config, 2, 2, [(100, 50, 2), (90, 60, 5)])
     assert parts == {
         "KV cache": 26_214_400,  # 100 tokens x 32 layers x 8 heads x 128, K and V, bf16, twice
         "activations": 12_779_520,  # 60 tokens x (12 x 4096 + 4 x 14336), bf16
         "logits": 320_000,  # 5 x 32000, bf16
-        "CUDA": room.CUDA_BYTES,
+        "CUDA": live.CUDA_BYTES,
     }
 
 
@@ -89,8 +89,8 @@ def test_caches_and_logits_are_as_large_as_was_said(
             most.update({name: max(0, size - most[name]) for name, size in now.items()})
 
         list(Server(backend, listeners=[look]).serve(schedule(load, 3)))
-    extent = room.extent(schedule(load, 3))
-    parts = room.needed_beside(model.model.config, model.shape.top_k, 2, [extent])
+    extent = live.extent(schedule(load, 3))
+    parts = live.needed_beside(model.model.config, model.shape.top_k, 2, [extent])
     assert parts["logits"] == most["logits"]
     once = parts["KV cache"] // 2
     assert most["KV cache"] <= (once if schedule is FixedBatches else 2 * once)
