@@ -19,7 +19,6 @@ from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.routing import open_routing, traced_request
 from experiments.run.schedule import Request, Server, Step
-from experiments.run.workloads import prompted
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
 from finemoe.offload.policy import Gates, Policy
@@ -186,7 +185,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         settings = replace(settings, repeats=1)
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape
-        load = prompted(settings.traced(trace, cfg.seed), trace)
+        load = settings.traced(trace, cfg.seed)
         policy: Policy = build(cfg.system, shape=shape)
         placement = policy.placement
         contents = ("logits", "embeddings") if placement.prediction != "none" else ()

@@ -24,7 +24,7 @@ from experiments.run.records import check_writable, provenance
 from experiments.run.schedule import Request, Schedule, Server, Step
 from experiments.run.testbeds import local
 from experiments.run.weights import fingerprint
-from experiments.run.workloads import Workload, WorkloadSettings, prompted
+from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.foreign_trace import STREAMS, ForeignTrace, RoutedStream, is_foreign
 from finemoe.offload.budget import BudgetError, plan_slots
@@ -250,4 +250,4 @@ def traced_workload(cfg: DictConfig, console: Console) -> tuple[Workload, list[T
             remedy = "set workload.batch_size=1 workload.history_batch_size=1"
             raise TraceError(f"{trace.path}: {cause}; {remedy}")
         routing = f"a trace of {origin.get('model')} with weights {origin.get('weights')}"
-        return prompted(load, trace), traced, routing
+        return load, traced, routing

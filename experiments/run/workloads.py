@@ -80,7 +80,7 @@ class WorkloadSettings(ABC):
 
     @abstractmethod
     def traced(self, trace: Trace, seed: int) -> Workload:
-        """Return the requests whose prompts a trace holds; raise TraceError if it lacks some."""
+        """Return requests with their prompts in a trace; raise TraceError if it lacks some."""
 
     @abstractmethod
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
@@ -133,8 +133,8 @@ class Offline(WorkloadSettings):
         if len(numbers) < self.prompts:
             cause = f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}"
             raise TraceError(f"{cause}; lower workload.prompts")
-        requests = [Request(number, (), self.output_tokens) for number in numbers[: self.prompts]]
-        return self._split(origin(trace), requests)
+        chosen = ((number, trace.prompt(number)) for number in numbers[: self.prompts])
+        return self._split(origin(trace), [Request(*one, self.output_tokens) for one in chosen])
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return FixedBatches(requests, self.history_batch_size if history else self.batch_size)
@@ -190,8 +190,9 @@ class Online(WorkloadSettings):
         return Workload(drawn, (), (), tuple(measured), passes)
 
     def traced(self, trace: Trace, seed: int) -> Workload:
+        requests = (replace(one, prompt=trace.prompt(one.number)) for one in self._requests(seed))
         passes = trace.header.provenance.get("passes")
-        return Workload(origin(trace), (), (), self._requests(seed), passes)
+        return Workload(origin(trace), (), (), tuple(requests), passes)
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return ContinuousBatches(requests, self.max_batch_size)
@@ -251,15 +252,6 @@ class Online(WorkloadSettings):
             "realised_rate": (len(arrivals) - 1) / span if span else None,
             "served_rate": len(served) / max(ends),
         }
-
-
-def prompted(load: Workload, trace: Trace) -> Workload:
-    """Return a workload with the prompts that a trace holds."""
-    history, warmup, measured = (
-        tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
-        for requests in (load.history, load.warmup, load.measured)
-    )
-    return replace(load, history=history, warmup=warmup, measured=measured)
 
 
 def origin(trace: Trace) -> PromptSet:
