@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as PICTURES,
 )
 
-from experiments.run.small_models import COMMON, random_model
+from experiments.run.models import COMMON, random_model
 from experiments.run.weights import SCALE_MODELS
 from finemoe.offload.model import leave_text
 

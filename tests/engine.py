@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.config import build
 from experiments.run.live import LiveBackend
+from experiments.run.models import random_model, small_model
 from experiments.run.schedule import FixedBatches, Request, Served, Server
-from experiments.run.small_models import random_model, small_model
 from experiments.run.weights import SCALE_MODELS
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime

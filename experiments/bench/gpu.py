@@ -37,11 +37,11 @@ from experiments.errors import UserError, command
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, serve
+from experiments.run.models import FAMILIES, small_model
 from experiments.run.protocol import ensure_record
 from experiments.run.records import provenance
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Request, Server
-from experiments.run.small_models import FAMILIES, small_model
 from experiments.validate.calibrate import write_testbed
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.costs import DENSE_KERNELS, EXPERT_KERNELS

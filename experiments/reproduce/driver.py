@@ -34,8 +34,15 @@ from experiments.reproduce.sweeps import Experiment, Words
 from experiments.run.config import build, check
 from experiments.run.console import bar_on
 from experiments.run.protocol import ensure_record
-from experiments.run.records import RECORD, check_writable, other_code, pack_runs, read_record
-from experiments.run.tracking import is_logged, log_reproduction
+from experiments.run.records import (
+    RECORD,
+    check_writable,
+    is_logged,
+    log_reproduction,
+    other_code,
+    pack_runs,
+    read_record,
+)
 from experiments.run.weights import model_of
 from finemoe.files import atomic_write
 from finemoe.testbed import SimulatedTestbed

@@ -199,7 +199,7 @@ def _composed(experiment: Experiment, overrides: Words, conf: Path) -> DictConfi
         for one in OverridesParser.create().parse_overrides(values):
             OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
         if cfg.model.get("counted", ...) is None:
-            from experiments.run.facts import complete  # It needs torch and transformers.
+            from experiments.run.models import complete  # It needs torch and transformers.
 
             complete(cfg)
         OmegaConf.resolve(cfg)

@@ -29,7 +29,6 @@ from finemoe.offload.policy import ModelShape, Policy
 from finemoe.options import Count, Flag, Number, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
-AnyTestbed = Testbed | SimulatedTestbed
 DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us")
 """Keys of a config group's option that are no arguments of its target."""
 NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]  # it becomes part of file names
@@ -80,7 +79,7 @@ def check(cfg: DictConfig) -> None:
     """
     values = values_of(cfg)
     if (values.get("model") or {}).get("counted", ...) is None:
-        from experiments.run.facts import complete
+        from experiments.run.models import complete
 
         complete(cfg)
         values = values_of(cfg)
@@ -93,8 +92,15 @@ def check(cfg: DictConfig) -> None:
         testbed = build(cfg.testbed)
         if cfg.store.save and not settings.fixed:
             raise UserError("store.save keeps what history prompts left; use workload=offline")
-        is_policy = "shape" in inspect.signature(arguments(cfg.system, shape=None).func).parameters
-        (_check_policy if is_policy else _check_backend)(cfg, settings, testbed)
+        if "shape" in inspect.signature(arguments(cfg.system, shape=None).func).parameters:
+            _check_policy(cfg, settings, testbed)
+        else:  # A system that has a backend of its own in place of a policy.
+            build(cfg.system)
+            own = f"system={cfg.system.label} serves"
+            if not settings.fixed:
+                raise UserError(f"{own} fixed batches; use workload=offline")
+            if isinstance(testbed, SimulatedTestbed):
+                raise UserError(f"{own} with a real model; use testbed=emulated")
     except (MemoryError, OverflowError) as error:
         raise UserError(f"the config asks for more than fits memory ({error}); lower it") from error
     try:
@@ -109,32 +115,19 @@ def check(cfg: DictConfig) -> None:
         check_weights(cfg)
 
 
-def _check_backend(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
-    """Check a system that has a backend of its own in place of a policy."""
-    label = cfg.system.label
-    if not settings.fixed:
-        raise UserError(f"system={label} serves fixed batches; use workload=offline")
-    if isinstance(testbed, SimulatedTestbed):
-        raise UserError(f"system={label} serves with a real model; use testbed=emulated")
-    build(cfg.system)
-
-
-def _check_policy(cfg: DictConfig, settings: WorkloadSettings, testbed: AnyTestbed) -> None:
-    own = cfg.model
-    small = OmegaConf.select(own, "scale.config.hidden_size")
+def _check_policy(
+    cfg: DictConfig, settings: WorkloadSettings, testbed: Testbed | SimulatedTestbed
+) -> None:
+    own, small = cfg.model, OmegaConf.select(cfg.model, "scale.config.hidden_size")
     hidden = small if cfg.weights == "scale" and small else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_future_routing and not settings.fixed:
         cause = f"system={cfg.system.label} must know all iterations beforehand, and online they"
         raise UserError(f"{cause} depend on how fast it serves; use workload=offline")
-    expert_bytes = full_size(own).expert_bytes
+    budget_slots(cfg, policy, full_size(own).expert_bytes, shape, testbed)
     if isinstance(testbed, SimulatedTestbed):
-        _, slots = budget_slots(cfg, policy, expert_bytes, shape, testbed.devices)
-        check_room(cfg, testbed, slots)
         testbed.costs(own, cfg.system, True)
-    else:
-        budget_slots(cfg, policy, expert_bytes, shape, len(testbed.devices))
     load_store(cfg, policy)
 
 
@@ -227,26 +220,32 @@ def identity(cfg: DictConfig) -> str:
 
 
 def budget_slots(
-    cfg: DictConfig, policy: Policy, expert_bytes: int, shape: ModelShape, devices: int
+    cfg: DictConfig,
+    policy: Policy,
+    expert_bytes: int,
+    shape: ModelShape,
+    testbed: Testbed | SimulatedTestbed,
 ) -> tuple[int, tuple[int, ...]]:
-    """Return the memory budget in bytes and the slots of each device; raise UserError."""
+    """Return the memory budget in bytes and the slots of each device.
+
+    Raises UserError for what cannot be, or does not fit a simulated device; the first one also
+    holds what is dense.
+    """
+    devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:
         asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
         budget = parse_budget(asked, expert_bytes, shape)
-        return budget, plan_slots(budget, expert_bytes, shape, devices)
+        slots = plan_slots(budget, expert_bytes, shape, devices)
     except BudgetError as error:
         raise UserError(f"{error}") from error
-
-
-def check_room(cfg: DictConfig, testbed: SimulatedTestbed, slots: tuple[int, ...]) -> None:
-    """Raise UserError if a device cannot hold its slots; the first one also holds what is dense."""
-    model = full_size(cfg.model)
-    for device, count in enumerate(slots):
-        needed = count * model.expert_bytes + (0 if device else model.dense_bytes)
-        if needed > testbed.device_bytes:
-            where = f"device {device} of {testbed.name}, which has {testbed.device_bytes / 1e9:.1f}"
-            needs = f"the memory budget needs {needed / 1e9:.1f} GB on {where}"
-            raise UserError(f"{needs}; lower memory_budget")
+    if isinstance(testbed, SimulatedTestbed):
+        first = slots[0] * expert_bytes + full_size(cfg.model).dense_bytes
+        for device, needed in enumerate([first, *(count * expert_bytes for count in slots[1:])]):
+            if needed > testbed.device_bytes:
+                has = f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}"
+                needs = f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of {has}"
+                raise UserError(f"{needs}; lower memory_budget")
+    return budget, slots
 
 
 def load_store(cfg: DictConfig, policy: Policy) -> None:

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from finemoe.offload.policy import ModelShape
@@ -21,11 +21,7 @@ CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 """Control characters but tab and line feed, marks of direction, halves of surrogate pairs."""
-LOSSLESS: dict[bool | None, str | tuple[str, str]] = {
-    None: "not verified here",
-    True: "yes",
-    False: ("NO", "bold red"),
-}
+LOSSLESS = {None: ("not verified here", ""), True: ("yes", ""), False: ("NO", "bold red")}
 LONG_SECONDS = 100  # from an end-to-end latency of this p99 on, latencies are shown in seconds
 
 
@@ -49,14 +45,17 @@ class Console:
 
     def skipped(self, record: Path, other_code: str | None) -> None:
         """Say that a complete record of this config is already there, and if other code made it."""
-        note = f" ({other_code})" if other_code else ""
-        self._print(f"already complete: {record}{note}")
+        self._print(f"already complete: {record}{f' ({other_code})' if other_code else ''}")
 
-    def results(self, record: dict[str, Any], path: Path, sample: tuple[str, str] | None) -> None:
+    def results(self, record: dict[str, Any], path: Path, sample: Sequence[str] | None) -> None:
         """Print generated text, if there is any, tables of results and where the record lies."""
         summary, budget = record["summary"], record["memory_budget_gb"]
+        lossless = LOSSLESS[summary["lossless"]]
         if self._job is not None:
-            self._print(_brief(summary))
+            means = [(name, summary[f"{name.lower()}_s"]) for name in ("TTFT", "TPOT")]
+            parts = [f"{name} {one['mean'] * 1e3:.1f} ms" for name, one in means if one]
+            parts.append(f"hit rate {_share(summary['expert_hit_rate'])}")
+            self._print(", ".join([*parts, f"lossless: {lossless[0]}"]))
             return
         if sample is not None:
             text = shown((sample[0], "dim"), (sample[1].rstrip(), "bold"))
@@ -65,26 +64,11 @@ class Console:
         held = "no budget" if budget is None else f"{budget:.1f} GB for experts"
         self._print("", f"{record['system']} on {record['model']}, {held} ({record['mode']})")
         self._rich.print(_latencies(summary))
-        if budget is None:
-            self._print(_gathered(summary, record["links"]))
-        else:
+        if budget is not None:
             self._rich.print(_experts(summary))
-            self._print(_memory(summary))
-        if (bound := summary["bound"]) and bound["times"] >= 1:
-            parts = f"compute alone {bound['compute_s']:.1f} s, loads that none can avoid"
-            self._print(f"{bound['times']:.2f} x the bound: {parts} {bound['link_s']:.1f} s")
-        elif bound:
-            self._print("no bound: compute alone was timed on a busy machine")
-        positions, costs = record.get("positions"), record.get("prediction_costs") or ""
-        if positions and positions["beyond"]:
-            self._print(
-                f"{positions['beyond']} of {positions['of']} requests run past the model's "
-                f"{positions['model']:,} positions (the longest has {positions['longest']:,}): "
-                "beyond them it was never trained"
-            )
-        if costs.startswith("assumed"):
-            self._print(f"prediction costs {costs}")
-        self._rich.print(shown("lossless: ", LOSSLESS[summary["lossless"]]))
+        for line in _notes(record):
+            self._print(line)
+        self._rich.print(shown("lossless: ", lossless))
         self._print(f"run record: {path}")
 
     def _print(self, text: str, bold: str = "") -> None:
@@ -115,20 +99,12 @@ def slots_line(shape: ModelShape, slots: Sequence[int]) -> str:
     return f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; {share}"
 
 
-def _brief(summary: dict[str, Any]) -> str:
-    """Return the results in one line."""
-    times = [(name, summary[f"{name.lower()}_s"]) for name in ("TTFT", "TPOT")]
-    parts = [f"{name} {time['mean'] * 1e3:.1f} ms" for name, time in times if time]
-    parts += [f"hit rate {_share(summary.get('expert_hit_rate'))}"]
-    return ", ".join([*parts, f"lossless: {shown(LOSSLESS[summary['lossless']]).plain}"])
-
-
 def _columns(*names: str) -> Table:
     """Return an empty table, its first column flush left."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for number, name in enumerate(names):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    return table
+    first, *others = names
+    columns = [Column(first, no_wrap=True)]
+    columns += [Column(name, justify="right", no_wrap=True) for name in others]
+    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1))
 
 
 def _latencies(summary: dict[str, Any]) -> Table:
@@ -154,21 +130,37 @@ def _experts(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _memory(summary: dict[str, Any]) -> str:
-    names = ("bytes_on_demand", "bytes_prefetched", "bytes_wasted")
-    demand, prefetched, wasted = (f"{summary[name] / 1e9:.1f}" for name in names)
-    peak, budget = summary["peak_slot_bytes"] / 1e9, summary["slot_budget_bytes"] / 1e9
-    loaded = f"GB loaded: {demand} on demand, {prefetched} prefetched ({wasted} in vain)"
-    return f"{loaded}\nGB in slots: {peak:.2f} at most, budget {budget:.2f}"
+def _notes(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what there is to say beside the tables."""
+    summary, positions = record["summary"], record.get("positions")
 
+    def gb(name: str) -> float:
+        return summary[name] / 1e9
 
-def _gathered(summary: dict[str, Any], links: str) -> str:
-    """Say what an engine without an expert cache took."""
-    gathered, experts = summary["peak_gathered_expert_bytes"], summary["host_expert_bytes"]
-    device = summary["peak_device_bytes"]
-    whole = "" if device is None else f"; device memory {device / 1e9:.2f} at most"
-    taken = f"{gathered / 1e9:.2f} at most, of {experts / 1e9:.2f}{whole}"
-    return f"GB of experts gathered at once: {taken}; links: {links}"
+    if record["memory_budget_gb"] is None:  # An engine without an expert cache.
+        gathered, experts = gb("peak_gathered_expert_bytes"), gb("host_expert_bytes")
+        taken = f"{gathered:.2f} at most, of {experts:.2f}; links: {record['links']}"
+        yield f"GB of experts gathered at once: {taken}"
+        if summary["peak_device_bytes"]:
+            yield f"GB of device memory: {gb('peak_device_bytes'):.2f} at most"
+    else:
+        loaded = f"{gb('bytes_on_demand'):.1f} on demand, {gb('bytes_prefetched'):.1f} prefetched"
+        yield f"GB loaded: {loaded} ({gb('bytes_wasted'):.1f} in vain)"
+        peak, budget = gb("peak_slot_bytes"), gb("slot_budget_bytes")
+        yield f"GB in slots: {peak:.2f} at most, budget {budget:.2f}"
+    if (bound := summary["bound"]) and bound["times"] >= 1:
+        parts = f"compute alone {bound['compute_s']:.1f} s, loads that none can avoid"
+        yield f"{bound['times']:.2f} x the bound: {parts} {bound['link_s']:.1f} s"
+    elif bound:
+        yield "no bound: compute alone was timed on a busy machine"
+    if positions and positions["beyond"]:
+        yield (
+            f"{positions['beyond']} of {positions['of']} requests run past the model's "
+            f"{positions['model']:,} positions (the longest has {positions['longest']:,}): "
+            "beyond them it was never trained"
+        )
+    if (costs := record.get("prediction_costs") or "").startswith("assumed"):
+        yield f"prediction costs {costs}"
 
 
 def _share(value: float | None) -> str:

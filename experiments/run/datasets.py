@@ -1,34 +1,50 @@
-"""Prompts: from conversations, on the hub or in a local file, and from the built-in corpus."""
+"""Prompts: from conversations, on the hub or in a local file, and from the built-in corpus.
+
+The corpus is text that every Python installation carries: the source and the docstrings of every
+``.py`` file of its standard library, every topic of the language reference. A tenth of the
+documents, by a hash of their name, is held out: a file's source and docstrings together, and
+without passages that stand in a training document too.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
 import json
 import math
 import platform
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import cycle, islice, pairwise, takewhile
 from pathlib import Path
+from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
 from experiments.errors import UserError
-from experiments.run.corpus import Kind, documents
 from experiments.run.weights import hub_access, loading
+
+Kind = Literal["docs", "code"]
 
 TURNS = ("conversation", "conversations")
 HUMANS = ("user", "human")
-PASSAGE_END = "\n\n"
 SUFFIXES = (".json", ".jsonl", ".parquet")
-PARQUET_ROWS = 100  # read at a time
 SENTINEL = 'A prompt, <b>as LONG & odd</b> as "real" ones:\n\n  {{ it }}' * 50 + "!"
+EXCLUDED = {
+    "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "pydoc_data",
+    "encodings", "ensurepip", "lib2to3", "lib-dynload", "turtledemo", "__pycache__",
+}  # fmt: skip
+HELD_OUT_ONE_IN = 10
+DEFINITION = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,11 @@ class PromptSet:
     source: str
     prompts: tuple[tuple[int, ...], ...]
     sha256: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, prompts: list[tuple[int, ...]]) -> PromptSet:
+        digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+        return cls(dataset.name, dataset.source, tuple(prompts), digest)
 
 
 def corpus_dataset(name: str, kind: Kind) -> Dataset:
@@ -79,17 +100,21 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
     source say how many, and what the first was. Raises UserError if the data is missing, gated or
     unreadable, or no row is left.
     """
-    file = Path(path)
-    rows = _local_rows(file) if file.suffix in SUFFIXES else _hub_rows(path, split, data_files)
-    texts, causes = list[str](), list[str]()
-    for where, row in rows:
+    if Path(path).suffix in SUFFIXES:
+        rows = _local_rows(Path(path))
+    else:
+        import datasets
+
+        with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
+            rows = datasets.load_dataset(path, data_files=data_files, split=split)
+    texts, causes, source = list[str](), list[str](), path
+    for number, row in enumerate(rows, 1):
         try:
             texts.append(_first_turn(row))
         except ValueError as error:
-            causes.append(f"{where}: {error}")
+            causes.append(f"row {number}: {error}")
     if not texts:
         raise UserError(f"{path} holds no usable prompt: {[*causes, 'no rows'][0]}")
-    source = path
     if causes:
         skipped = f"skipped {len(causes)} row{'s' * (len(causes) > 1)}"
         print(f"{skipped} of {path}: {causes[0]}", file=sys.stderr)
@@ -118,7 +143,7 @@ def draw_prompts(
         have = f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the"
         asked = f"{input_tokens} input tokens asked for, {count} are needed"
         raise UserError(f"{have} {asked}; lower workload.input_tokens or workload.prompts")
-    return prompt_set(dataset, prompts)
+    return PromptSet.of(dataset, prompts)
 
 
 def prompts_of(
@@ -129,13 +154,12 @@ def prompts_of(
     A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
     prompt goes on with the next text, so that no text is used twice before all were; where the
     first starts, and which request gets which run, is drawn by seed. The chat template is counted
-    in; a prompt without room for it and one more token goes without. Raises UserError if the texts
-    hold no token.
+    in; a prompt without room for it and one more token goes without.
     """
     before, after = template(tokenizer)
     order, draw = list(range(len(lengths))), random.Random(seed)
     draw.shuffle(order)
-    start, used, some = draw.randrange(len(dataset.texts)), 0, False
+    start, used = draw.randrange(len(dataset.texts)), 0
     texts = cycle((*dataset.texts[start:], *dataset.texts[:start]))
     prompts: dict[int, tuple[int, ...]] = {}
     for index in order:
@@ -143,20 +167,12 @@ def prompts_of(
         wanted = room if room >= 1 else lengths[index]
         tokens: list[int] = []
         while len(tokens) < wanted:
-            tokens += tokenizer(next(texts) + PASSAGE_END, add_special_tokens=False)["input_ids"]
-            used, some = used + 1, some or bool(tokens)
-            if used >= len(dataset.texts) and not some:
-                raise UserError(f"the texts of {dataset.name} hold no token")
+            tokens += tokenizer(next(texts) + "\n\n", add_special_tokens=False)["input_ids"]
+            used += 1
         tokens = tokens[:wanted]
         prompts[index] = (*before, *tokens, *after) if room >= 1 else tuple(tokens)
-    passes = math.ceil(used / len(dataset.texts))
-    return prompt_set(dataset, [prompts[index] for index in range(len(lengths))]), passes
-
-
-def prompt_set(dataset: Dataset, prompts: list[tuple[int, ...]]) -> PromptSet:
-    """Return prompts with their hash and where they come from."""
-    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
-    return PromptSet(dataset.name, dataset.source, tuple(prompts), digest)
+    ordered = [prompts[index] for index in range(len(lengths))]
+    return PromptSet.of(dataset, ordered), math.ceil(used / len(dataset.texts))
 
 
 def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
@@ -177,8 +193,7 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises UserError if the template fails or does not pass a prompt on as it is.
     """
     if not getattr(tokenizer, "chat_template", None):
-        bos = tokenizer.bos_token_id
-        return ([] if bos is None else [bos]), []
+        return [one for one in (tokenizer.bos_token_id,) if one is not None], []
     turn = [{"role": "user", "content": SENTINEL}]
     what, remedy = "the tokenizer's chat template", "remove or replace its chat template"
     with loading(what, remedy):
@@ -189,61 +204,31 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
     return parts[0], parts[1]
 
 
-def _local_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a file, each with its line or number."""
+def _local_rows(path: Path) -> list[Any]:
+    """Return the rows of a file: of JSON, those of a list, or one row, or one row per line."""
     try:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        if path.suffix == ".parquet":
+            names = pq.read_schema(path).names
+            columns = [name for name in TURNS if name in names]
+            if not columns:
+                raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
+            return pq.read_table(path, columns=columns).to_pylist()
+        content = path.read_bytes()
+        try:
+            rows = json.loads(content)
+            return rows if isinstance(rows, list) else [rows]
+        except ValueError:
+            if path.suffix == ".json" and content.lstrip().startswith(b"["):
+                raise
+            return [json.loads(line) for line in content.split(b"\n") if line.strip()]
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        cause = f"cannot read {path} as {path.suffix[1:]}: {_first_line(error)}"
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = f"cannot read {path} as {path.suffix[1:]}: {cause}"
         raise UserError(f"{cause}; mend or replace it") from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read a list of rows, or one row, or else one row per line: what is no JSON as its error."""
-    content = path.read_bytes()
-    document = _parsed(content)
-    if not isinstance(document, Exception):
-        yield from _numbered(document if isinstance(document, list) else [document])
-        return
-    if path.suffix == ".json" and content.lstrip().startswith(b"["):
-        raise document
-    lines = enumerate(content.split(b"\n"), 1)
-    yield from ((f"line {number}", _parsed(line)) for number, line in lines if line.strip())
-
-
-def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _parsed(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        columns = [name for name in TURNS if name in names]
-        if not columns:
-            raise ValueError(f"it has the columns {short(names)}, none of {', '.join(TURNS)}")
-        batches = file.iter_batches(PARQUET_ROWS, columns=columns)
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
-
-
-def _hub_rows(path: str, split: str, data_files: str | None) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    with hub_access(), loading(f"the dataset {path}", "dataset=docs is always there"):
-        rows = datasets.load_dataset(path, data_files=data_files, split=split)
-    yield from _numbered(rows)
 
 
 def _first_turn(row: Any) -> str:
     """Return what a human said first; ValueError with the cause if the row does not tell."""
-    if isinstance(row, Exception):
-        raise ValueError(f"no JSON ({_first_line(row)})")
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__} where an object is due")
     turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
@@ -260,5 +245,79 @@ def _first_turn(row: Any) -> str:
     return text.strip().encode("utf-8").decode()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+# The corpus ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus; `passages` are the units from which prompts are drawn."""
+
+    name: str
+    kind: Kind
+    passages: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.passages)
+
+    @property
+    def held_out(self) -> bool:
+        digest = hashlib.sha256(self.name.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+@cache
+def documents() -> tuple[Document, ...]:
+    """Return every document of the running Python, sorted by kind and name."""
+    every = sorted(_all_documents(), key=lambda document: (document.kind, document.name))
+
+    def body(passage: str) -> str:
+        """Return a passage without the qualified name that a docstring stands under."""
+        return passage.split("\n\n", 1)[-1].strip()
+
+    seen = {body(one) for document in every if not document.held_out for one in document.passages}
+    for number, document in enumerate(every):
+        if document.held_out:
+            passages = tuple(one for one in document.passages if body(one) not in seen)
+            every[number] = replace(document, passages=passages)
+    return tuple(every)
+
+
+def _all_documents() -> Iterator[Document]:
+    for name, text in topics.items():
+        paragraphs = tuple(part for part in text.split("\n\n") if part.strip())
+        yield Document(f"topics/{name}", "docs", paragraphs)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED & set(relative.parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):
+            continue
+        name = relative.with_suffix("").as_posix().replace("/", ".")
+        if docstrings := tuple(_docstrings(tree, name)):
+            yield Document(name, "docs", docstrings)
+        if blocks := tuple(_blocks(tree, source)):
+            yield Document(name, "code", blocks)
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
+    if isinstance(node, ast.Module | DEFINITION):
+        if text := ast.get_docstring(node):
+            yield f"{name}\n\n{inspect.cleandoc(text)}"
+        for child in node.body:
+            if isinstance(child, DEFINITION):
+                yield from _docstrings(child, f"{name}.{child.name}")
+
+
+def _blocks(tree: ast.Module, source: str) -> Iterator[str]:
+    """Yield the source cut before every top-level class or function."""
+    lines = source.splitlines(keepends=True)
+    nodes = [node for node in tree.body if isinstance(node, DEFINITION)]
+    cuts = [min(one.lineno for one in (node, *node.decorator_list)) - 1 for node in nodes]
+    for start, stop in pairwise([0, *cuts, len(lines)]):
+        if block := "".join(lines[start:stop]).strip("\n"):
+            yield block

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,12 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.config import budget_slots, build, load_store
 from experiments.run.console import Console, slots_line
-from experiments.run.models import LoadedModel, load_model
+from experiments.run.models import LoadedModel, attention_of, config_value, free_bytes, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.room import Extent, extent, needed_beside, shortage
-from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
+from experiments.run.routing import Script, record, traced_workload
+from experiments.run.schedule import FixedBatches, Request, Schedule, Served, Server, Step
 from experiments.run.testbeds import kinds
-from experiments.run.traced import Script, script, traced_workload
-from experiments.run.workloads import Workload, WorkloadSettings
+from experiments.run.workloads import Workload
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.live import LiveRuntime
@@ -89,9 +90,6 @@ class LiveBackend:
 
     def drain(self) -> None:
         self.runtime.drain()
-
-    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
-        return measurement.of(self.runtime)
 
     def _run(self, step: Step, **inputs: Any) -> Any:
         return self.runtime.forward(step.iteration, use_cache=True, logits_to_keep=1, **inputs)
@@ -220,12 +218,6 @@ class LogitsLog:
         return [one.cpu() for one in settled]
 
 
-OTHER_SUMS = (
-    "this model's own experts add up otherwise: lossless means the same logits under any budget, "
-    "not those of generate"
-)
-
-
 @dataclass
 class LiveSetup(Setup):
     """A model, its experts in host memory, and what serves with it."""
@@ -239,21 +231,21 @@ class LiveSetup(Setup):
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
     def description(self) -> tuple[str, ...]:
-        testbed, prompts = self.testbed, self.workload.prompts
+        testbed, model = self.testbed, self.model
         line = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
-            load = testbed.load_seconds(self.model.full_expert_bytes)
+            load = testbed.load_seconds(model.full_expert_bytes)
             line += f", {load * 1e3:.2f} ms to load an expert"
         elif len(kinds(testbed.devices)) > 1:
             line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
-        return (
-            f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
-            *([f"weights: {self.model.cast}"] if self.model.cast else []),
-            *([] if self.model.offloaded.as_eager else [OTHER_SUMS]),
-            line,
-            slots_line(self.shape, self.slots),
-            f"prompts from {prompts.dataset}: {prompts.source}",
-        )
+        notes = [f"weights: {model.cast}"] if model.cast else []
+        if not model.offloaded.as_eager:
+            notes.append(
+                "this model's own experts add up otherwise: lossless means the same logits under "
+                "any budget, not those of generate"
+            )
+        named = f"{model.name} ({model.weights} weights, {testbed.mode})"
+        return (named, *notes, line, slots_line(self.shape, self.slots))
 
     def backend(self, runtime: LiveRuntime) -> LiveBackend:
         """Return what serves through a runtime."""
@@ -288,8 +280,6 @@ class LiveSetup(Setup):
         return self.under_budget(policy)
 
     def record_routing(self, path: Path, console: Console) -> None:
-        from experiments.run.routing import record
-
         load, settings = self.workload, self.settings
         schedules = [settings.recording(load)]
         if settings.fixed:
@@ -372,13 +362,81 @@ class LiveSetup(Setup):
             },
         }
 
-    def sample(self, served: Served) -> tuple[str, str] | None:
-        return texts(self.model.tokenizer, served) if self.settings.fixed else None
+
+# What has to fit a device beside its experts -----------------------------------------------------
+
+MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+CUDA_BYTES = 500_000_000
+"""Assumed; see `needed_beside`."""
+
+Parts = Mapping[str, int]
+Extent = tuple[int, int, int]
+"""The most tokens in caches, tokens in a prefill and rows of logits that there are at once."""
 
 
-def texts(tokenizer: Any, served: Served) -> tuple[str, str]:
-    """Return prompt and continuation of a request."""
-    return tokenizer.decode(list(served.request.prompt)), tokenizer.decode(list(served.tokens))
+def needed_beside(
+    config: PreTrainedConfig, top_k: int, width: int, extents: Sequence[Extent]
+) -> Parts:
+    """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
+
+    - KV cache: 2 x layers x keys and values for each token of the most that lie in caches at once,
+      padding included: all twice, for a cache that grows or is joined is copied.
+    - activations: (10 + K) h + 4 w for each token of the longest prefill: hidden states, attention
+      (of h, or all its heads) and the outputs of K experts; and one expert, of width w, that all
+      tokens went to. Attention keeps no matrix of scores.
+    - logits: the vocabulary for each row of them.
+    - CUDA: 0.5 GB on each device, for kernels, workspaces and what its allocator cannot use.
+    """
+    (kept, attended), hidden = attention_of(config), config.hidden_size
+    widest = max(config_value(config, name) or 0 for name in MLP_WIDTHS)
+    cached, prefill, rows = map(max, *extents, (0, 0, 0))
+    layer = (10 + top_k) * max(hidden, attended // 2) + 4 * widest
+    return {
+        "KV cache": 2 * config.num_hidden_layers * kept * cached * width,
+        "activations": layer * prefill * width,
+        "logits": config.vocab_size * rows * width,
+        "CUDA": CUDA_BYTES,
+    }
+
+
+def extent(schedule: Schedule, logs: bool = False) -> Extent:
+    """Run through a schedule as if all requests were there; with `logs`, logits are kept."""
+    cached = prefill = rows = pending = 0
+    while step := schedule.next(math.inf, 0):
+        lengths = [
+            len(one.prompt) + n for one, n in zip(step.requests, step.generated, strict=True)
+        ]
+        cached = max(cached, len(lengths) * max(lengths))
+        if step.phase == "prefill":
+            prefill = max(prefill, sum(lengths))
+        pending += len(lengths)
+        rows = max(rows, pending if logs else len(lengths))
+        pending *= not step.leaving
+        schedule.done(step)
+    return cached, prefill, rows
+
+
+def shortage(
+    devices: Sequence[torch.device], slots: Sequence[int], expert_bytes: int, beside: Parts
+) -> str:
+    """Return in words which device cannot hold its slots and the rest; nothing if all can.
+
+    All but the first only run experts.
+    """
+    experts: Counter[torch.device] = Counter()
+    for device, count in zip(devices, slots, strict=True):
+        experts[device] += count * expert_bytes
+    for device, asked in experts.items():
+        names = beside if device == devices[0] else ("activations", "CUDA")
+        parts = {name: beside[name] for name in names if device.type == "cuda" or name != "CUDA"}
+        if asked + sum(parts.values()) > (free := free_bytes(device)):
+            rest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+            has = f"has {free / 1e9:.1f} GB free, with {sum(parts.values()) / 1e9:.1f} GB needed"
+            return f"{asked / 1e9:.1f} GB of experts on {device}, which {has} beside them ({rest})"
+    return ""
+
+
+# Preparing a run ----------------------------------------------------------------------------------
 
 
 def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) -> LiveSetup:
@@ -396,9 +454,13 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
             cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
             raise UserError(f"{cause}; choose another system") from error
     full, devices = model.full_expert_bytes, testbed.devices
-    budget, slots = budget_slots(cfg, policy, full, shape, len(devices))
+    budget, slots = budget_slots(cfg, policy, full, shape, testbed)
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
-    extents = _extents(cfg, settings, load, bool(policy.learn))
+    extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
+    if policy.learn or cfg.record:
+        extents.append(extent(settings.schedule(load.history, history=True)))
+    if cfg.record and not settings.fixed:
+        extents.append(extent(settings.recording(load)))
     own, nbytes = model.offloaded.model, model.offloaded.store.layout.nbytes
     text = own.config.get_text_config()
     beside = needed_beside(text, shape.top_k, own.dtype.itemsize, extents)
@@ -408,45 +470,29 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
     load_store(cfg, policy)
-    return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget, resident)
-
-
-def _extents(
-    cfg: DictConfig, settings: WorkloadSettings, load: Workload, learns: bool
-) -> list[Extent]:
-    """Return the extents of all that a run serves."""
-    extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
-    if learns or cfg.record:
-        extents.append(extent(settings.schedule(load.history, history=True)))
-    if cfg.record and not settings.fixed:
-        extents.append(extent(settings.recording(load)))
-    return extents
+    places = (shape, slots, model.tokenizer, model, budget, resident)
+    return LiveSetup(cfg, testbed, settings, load, policy, *places)
 
 
 @contextmanager
 def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield the setup of a run. Raises UserError for what cannot be, or does not fit a device."""
+    """Yield the setup of a run, its gates overruled by a trace where `routing` names one.
+
+    Raises UserError for what cannot be, or does not fit a device.
+    """
     try:
-        with _setup(cfg, testbed, console) as setup:
+        with ExitStack() as stack:
+            traced = traced_workload(cfg, console) if cfg.routing else None
+            setup = load_setup(cfg, testbed, traced and traced[0])
+            if traced:
+                if setup.policy.placement.hidden_states:
+                    cause = f"system={cfg.system.label} applies gates to hidden states, which do"
+                    remedy = "replay it on a simulated testbed"
+                    raise UserError(f"{cause} not lead to a trace's routing; {remedy}")
+                gates = stack.enter_context(TracedGates(setup.model.offloaded))
+                setup.script = Script.of(cfg, *traced[1:], gates)
             yield setup
     except torch.OutOfMemoryError as error:
         cause = str(error).partition(". ")[0]
-        raise UserError(
-            f"{cause}; lower memory_budget, or the workload's batch or lengths"
-        ) from error
-
-
-@contextmanager
-def _setup(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield a setup whose gates a trace overrules where `routing` names one."""
-    if not cfg.routing:
-        yield load_setup(cfg, testbed)
-        return
-    load, traced, routing = traced_workload(cfg, build(cfg.workload), console)
-    setup = load_setup(cfg, testbed, load)
-    if setup.policy.placement.hidden_states:
-        cause = f"system={cfg.system.label} applies gates to hidden states, which do not lead to a"
-        raise UserError(f"{cause} trace's routing; replay it on a simulated testbed")
-    with TracedGates(setup.model.offloaded) as gates:
-        setup.script = script(cfg, traced, routing, gates, setup.model.offloaded)
-        yield setup
+        remedy = "lower memory_budget, or the workload's batch or lengths"
+        raise UserError(f"{cause}; {remedy}") from error

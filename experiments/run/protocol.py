@@ -3,6 +3,9 @@
 What differs between live runs, replays and other engines is a `Setup`; which one a run gets is its
 system's or testbed's `backend`, or follows from the testbed's mode. Offline (section 6.1) a share
 of the prompts is the history and the others are measured, after a warm-up; online all are measured.
+
+TTFT, TPOT, ITL and E2EL are defined as in vLLM's serving benchmark. The expert hit rate counts an
+access as a hit only if the expert was resident when its gate asked.
 """
 
 from __future__ import annotations
@@ -13,29 +16,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
+import pandas as pd
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.bootstrap import interval, request_draws
 from experiments.errors import UserError
+from experiments.run import records
 from experiments.run.config import build, check, identity
 from experiments.run.console import Console
-from experiments.run.metrics import KINDS, AccessCounter, latency_summary, request_table
-from experiments.run.records import (
-    alone_in,
-    existing_record,
-    other_code,
-    provenance,
-    read_record,
-    write_record,
-)
 from experiments.run.schedule import Backend, Served, Server, Step
-from experiments.run.tracking import log_record
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe.offload.bounds import Roofline, minimal_loads
-from finemoe.offload.policy import ModelShape, Policy, PolicyError, Routing
+from finemoe.offload.policy import LayerOutcome, ModelShape, Phase, Policy, PolicyError, Routing
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import Timeline, trace_events
 from finemoe.offload.transfer import Traffic
@@ -43,12 +40,58 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 
 Facts = dict[str, Any]
+KINDS = ("hits", "late", "misses")  # an expert was resident, on its way, not requested
 BACKENDS = {
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
     "simulated": "experiments.run.replay.prepare",
 }
 """What prepares a run on a testbed of this mode."""
+
+
+@dataclass
+class AccessCounter:
+    """A listener that counts expert accesses."""
+
+    rows: list[tuple[int, Phase, int, int, int]] = field(default_factory=list)
+    """Of each iteration and layer: the iteration's number and phase, then accesses by KINDS."""
+
+    def __call__(self, outcome: LayerOutcome) -> None:
+        counts = len(outcome.hits), len(outcome.late), len(outcome.misses)
+        self.rows.append((outcome.iteration.number, outcome.iteration.phase, *counts))
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows, with columns `iteration`, `phase` and KINDS."""
+        return pd.DataFrame(self.rows, columns=["iteration", "phase", *KINDS])
+
+    def summary(self, slots: int, layers: int) -> Facts:
+        """Return counts and hit rates, in all and by phase; the rate is None without an access.
+
+        `union_over_capacity` of a phase tells how many experts an iteration activates in a layer,
+        all its tokens together, over the `slots / layers` that are a layer's share of the cache:
+        mean and maximum over iterations and layers, None without an access. Above 1, one step of
+        one layer alone is more than its share holds.
+        """
+
+        def rated(rows: pd.DataFrame) -> Facts:
+            counts = counted(rows)
+            total = sum(counts.values())
+            return {**counts, "expert_hit_rate": counts["hits"] / total if total else None}
+
+        table, phases = self.table(), {}
+        for name in get_args(Phase):
+            rows, union = table[table["phase"] == name], None
+            if total := sum(counted(rows).values()):
+                most = int(rows[[*KINDS]].sum(axis=1).max())
+                mean = total / rows["iteration"].nunique() / slots
+                union = {"mean": mean, "max": most * layers / slots}
+            phases[name] = {**rated(rows), "union_over_capacity": union}
+        return {**rated(table), "phases": phases}
+
+
+def counted(rows: pd.DataFrame) -> dict[str, int]:
+    """Return the accesses of some rows of an AccessCounter's table, by kind."""
+    return {kind: int(rows[kind].sum()) for kind in KINDS}
 
 
 @dataclass
@@ -61,17 +104,6 @@ class Measurement:
     phases: PhaseSeconds = field(default_factory=PhaseSeconds)
     peak_occupied: int = 0
     busy_seconds: float = 0.0  # time during which requests were served
-
-    @contextmanager
-    def of(self, runtime: Any) -> Iterator[None]:
-        """Add what a runtime (live or replay) does within the block."""
-        runtime.listeners.append(self.accesses)
-        before, runtime.phases = runtime.residency.traffic(), PhaseSeconds()
-        yield
-        runtime.drain()
-        self.traffic += runtime.residency.traffic() - before
-        self.phases += runtime.phases
-        self.peak_occupied = max(self.peak_occupied, runtime.residency.cache.peak_occupied)
 
 
 @dataclass(frozen=True)
@@ -94,6 +126,7 @@ class Setup(ABC):
     policy: Policy | None
     shape: ModelShape
     slots: tuple[int, ...]  # of each device
+    tokenizer: Any  # None where nothing is generated
     log: Any = field(init=False, default=None)  # the LogitsLog of the reference, if it is verified
 
     @abstractmethod
@@ -101,17 +134,27 @@ class Setup(ABC):
         """Return lines that say what runs where; the first one begins with the model's name."""
 
     @abstractmethod
-    def facts(self, measurement: Measurement) -> dict[str, Any]:
+    def facts(self, measurement: Measurement) -> Facts:
         """Return what the run record says of this backend; see `run_record`."""
 
     @abstractmethod
     def serving(
         self, policy: Policy | None, timeline: Timeline | None
     ) -> AbstractContextManager[Any]:
-        """Return a backend with an empty cache, which serves under the memory budget.
+        """Return a backend with an empty cache, which serves under the memory budget."""
 
-        In the block of its `measuring(measurement)` it adds to the measurement what is served.
-        """
+    @contextmanager
+    def measuring(self, backend: Any, measurement: Measurement) -> Iterator[None]:
+        """Add to a measurement what a backend's runtime does within the block."""
+        runtime = backend.runtime
+        runtime.listeners.append(measurement.accesses)
+        before, runtime.phases = runtime.residency.traffic(), PhaseSeconds()
+        yield
+        runtime.drain()
+        measurement.traffic += runtime.residency.traffic() - before
+        measurement.phases += runtime.phases
+        occupied = runtime.residency.cache.peak_occupied
+        measurement.peak_occupied = max(measurement.peak_occupied, occupied)
 
     def learning(self, policy: Policy) -> AbstractContextManager[tuple[Backend, str]]:
         """Return a backend that serves the history, and in words how it does."""
@@ -146,54 +189,51 @@ class Setup(ABC):
         """Tell whether all logits were those of the reference; None if not verified."""
         return self.log and self.log.same
 
-    def sample(self, served: Served) -> tuple[str, str] | None:
-        """Return prompt and continuation of a request as text, if there is any."""
-        return None
 
-
-def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
+def run(cfg: DictConfig, console: Console) -> Facts:
     """Carry out one run, write its record, and return it. Raises UserError."""
     check(cfg)
     if facts := cfg.model.get("facts"):
         console.announce([facts])
     try:
         with prepare(cfg, console) as setup:
-            console.announce(setup.description())
+            prompts = setup.workload.prompts
+            origin = f"prompts from {prompts.dataset}: {prompts.source}"
+            console.announce([*setup.description(), origin])
             if cfg.record:
                 setup.record_routing(Path(cfg.output) / "trace.parquet", console)
             history = build_history(setup, console)
             reference = setup.reference(console) if setup.settings.fixed else None
             measurement = measure(setup, reference, console)
             lossless, limit = setup.lossless(console), setup.bound(reference)
-            requests = request_table(measurement.served, measurement.accesses)
-            facts = setup.facts(measurement)
-            # What a backend has none of is missing from both.
-            requests[[kind for kind in KINDS if kind in facts["summary"]]] = None
-            summary = _summary(setup, facts, measurement, limit, lossless)
-            summary |= latency_summary(requests, setup.workload.prompts.dataset)
-            record = run_record(setup, history, measurement.served, facts, summary)
-            path = write_record(Path(cfg.output), record, requests)
-            console.results(record, path, setup.sample(measurement.served[0]))
+            record, requests = run_record(setup, history, measurement, lossless, limit)
+            path = records.write_record(Path(cfg.output), record, requests)
+            sample = None
+            if setup.tokenizer and setup.settings.fixed:
+                first = measurement.served[0]
+                texts = (list(ids) for ids in (first.request.prompt, first.tokens))
+                sample = [setup.tokenizer.decode(ids) for ids in texts]
+            console.results(record, path, sample)
             return record
     except (PolicyError, TraceError) as error:
         raise UserError(str(error)) from error
 
 
-def ensure_record(cfg: DictConfig, console: Console | None = None) -> dict[str, Any]:
+def ensure_record(cfg: DictConfig, console: Console | None = None) -> Facts:
     """Return the complete record of this config, made if need be and logged if asked for.
 
     Raises UserError.
     """
     folder, console = Path(cfg.output), console or Console(quiet=True)
-    path = existing_record(cfg)
+    path = records.existing_record(cfg)
     # Another process may make it meanwhile.
-    with nullcontext() if path else alone_in(folder):
-        path = path or existing_record(cfg)
-        record = read_record(path) if path else run(cfg, console)
+    with nullcontext() if path else records.alone_in(folder):
+        path = path or records.existing_record(cfg)
+        record = records.read_record(path) if path else run(cfg, console)
     if path:
-        console.skipped(path, other_code(record))
+        console.skipped(path, records.other_code(record))
     if cfg.logger.name == "wandb":
-        log_record(cfg.logger.project, folder, record)
+        records.log_record(cfg.logger.project, folder, record)
     return record
 
 
@@ -243,7 +283,7 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
                 backend.drain()
                 server.busy_seconds = 0.0
                 server.listeners += filter(None, [setup.watch(backend)])
-                with backend.measuring(measurement):
+                with setup.measuring(backend, measurement):
                     for served in server.serve(settings.schedule(load.measured)):
                         measurement.served.append(served)
                         bar(1)
@@ -256,12 +296,40 @@ def measure(setup: Setup, reference: Reference | None, console: Console) -> Meas
 
 
 def run_record(
-    setup: Setup, history: str, served: Sequence[Served], facts: Facts, summary: Facts
-) -> Facts:
-    """Return the run record; the backend's facts go over what holds for every one."""
-    cfg, load = setup.cfg, setup.workload
-    positions = facts["positions"]
-    return {
+    setup: Setup,
+    history: str,
+    measurement: Measurement,
+    lossless: bool | None,
+    limit: Roofline | None,
+) -> tuple[Facts, pd.DataFrame]:
+    """Return the run record and the request table.
+
+    The backend's facts go over what holds for every one; bytes are those of full-size experts.
+    """
+    cfg, load, served = setup.cfg, setup.workload, measurement.served
+    facts, requests = setup.facts(measurement), request_table(served, measurement.accesses)
+    # What a backend has none of is missing from both.
+    requests[[kind for kind in KINDS if kind in facts["summary"]]] = None
+    larger, positions = facts["expert_bytes"] / facts["stored_expert_bytes"], facts["positions"]
+    beyond = None
+    if positions is not None:  # No model was trained beyond its positions.
+        lengths = [len(one.request.prompt) + len(one.tokens) for one in served]
+        over = sum(length > positions for length in lengths)
+        beyond = {"model": positions, "longest": max(lengths), "beyond": over, "of": len(lengths)}
+    kept = setup.policy and setup.policy.history
+    moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
+    summary = {
+        **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
+        "lossless": lossless,
+        **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
+        "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
+        "phase_seconds": asdict(measurement.phases),
+        "busy_seconds": busy_s,
+        "history_bytes": kept.memory_bytes() if kept else {},
+        "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
+        **latency_summary(requests, load.prompts.dataset),
+    }
+    record = {
         "status": "complete",
         "mode": setup.testbed.mode,
         "testbed": setup.testbed.name,
@@ -280,36 +348,59 @@ def run_record(
         "prediction_costs": None,
         "online": setup.settings.arrivals(load, served, positions, cfg.seed),
         **facts,
-        "positions": _positions(positions, served),
+        "positions": beyond,
         "summary": {**summary, **facts["summary"]},
-        **provenance(),
+        **records.provenance(),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
+    return record, requests
 
 
-def _positions(made_for: int | None, served: Sequence[Served]) -> dict[str, int] | None:
-    """Say how long requests were, prompt and answer; beyond its positions no model was trained."""
-    if made_for is None:
-        return None
-    lengths = [len(one.request.prompt) + len(one.tokens) for one in served]
-    beyond = sum(length > made_for for length in lengths)
-    return {"model": made_for, "longest": max(lengths), "beyond": beyond, "of": len(lengths)}
+def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
+    """Return one row per request.
+
+    A batch shares its iterations, so `hits`, `late` and `misses` of a request are those of its
+    batch; `batch` tells which requests share them. Online requests join and leave their batches:
+    theirs are those of every iteration that served them, and `batch` is their order of starts.
+    """
+    counts = counter.table().groupby("iteration")[[*KINDS]].sum()
+
+    def row(one: Served) -> Facts:
+        request = one.request
+        waited = {"arrival_s": request.arrival, "queueing_s": one.queueing}
+        return {
+            "request": request.number,
+            "batch": one.batch,
+            "input_tokens": len(request.prompt),
+            "output_tokens": len(one.tokens),
+            "ttft_s": one.ttft,
+            "tpot_s": one.tpot,
+            "e2el_s": one.e2el,
+            **(waited if request.arrival is not None else {}),
+            **counted(counts.reindex(one.iterations, fill_value=0)),
+            "itl_s": one.itl,
+            "tokens": list(one.tokens),
+        }
+
+    return pd.DataFrame(map(row, served))
 
 
-def _summary(
-    setup: Setup, facts: Facts, measurement: Measurement, limit: Roofline | None, same: bool | None
-) -> Facts:
-    """Return what was measured apart from latencies; bytes are those of full-size experts."""
-    larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
-    moved = asdict(measurement.traffic).items()
-    history = setup.policy and setup.policy.history
-    return {
-        **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
-        "lossless": same,
-        **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
-        "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
-        "phase_seconds": asdict(measurement.phases),
-        "busy_seconds": busy_s,
-        "history_bytes": history.memory_bytes() if history else {},
-        "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
-    }
+def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
+    """Return mean, percentiles and bootstrap 95 % interval of TTFT, TPOT, ITL, E2EL and queueing.
+
+    `requests` is a `request_table`. Seconds; None for a latency that no request has. All but TPOT
+    and ITL count from the arrival, so that the queueing of online requests is part of them;
+    offline, a request arrives when its prefill starts.
+    """
+    gaps = requests.explode("itl_s", ignore_index=True)
+    summary: Facts = {}
+    for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s", "queueing_s"):
+        rows = gaps if name == "itl_s" else requests
+        values = rows[name].dropna().to_numpy(float) if name in rows else np.empty(0)
+        summary[name] = None
+        if len(values):
+            summary[name] = {"mean": float(values.mean())}
+            summary[name] |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
+            ends = interval(request_draws(rows, name, dataset))
+            summary[name]["ci95"] = list(ends) if ends else None
+    return summary

@@ -1,4 +1,4 @@
-"""Run records: the folder that one run leaves, marked complete last (rule 6)."""
+"""Run records: the folder that one run leaves, marked complete last (rule 6), and W&B beside it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import platform
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -29,7 +29,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from experiments import ROOT
 from experiments.errors import UserError
 from experiments.run.weights import fingerprint
-from finemoe.files import atomic_write, partial_name
+from finemoe.files import atomic_write
 from finemoe.options import Flag, schema
 from finemoe.testbed import cuda_devices
 from finemoe.trace import UNREADABLE, check_size
@@ -155,9 +155,8 @@ def check_writable(folder: Path, option: str) -> None:
     """Raise UserError if nothing can be written to the folder of an option; make it if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = partial_name(folder / "probe")
-        probe.touch()
-        probe.unlink()
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         cause = f"cannot write to {folder}: {error.strerror}"
         raise UserError(f"{cause}; choose another {option}=") from error
@@ -203,8 +202,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 def read_record(path: Path) -> dict[str, Any]:
     """Return a run record; UserError if the file is none, or its request table another one."""
     record = read_checked(path, RUN_RECORD, "run record; choose another output= or remove it")
-    if "requests_sha256" in record and record["requests_sha256"] != _sha256(path.parent / REQUESTS):
-        raise UserError(f"{path.parent / REQUESTS} is not what the run wrote; {AGAIN}")
+    table = path.parent / REQUESTS
+    digest = hashlib.sha256(table.read_bytes() if table.is_file() else b"").hexdigest()
+    if record.get("requests_sha256", digest) != digest:
+        raise UserError(f"{table} is not what the run wrote; {AGAIN}")
     return record
 
 
@@ -257,12 +258,6 @@ def _is_amount(table: pd.DataFrame, name: str, share: float) -> bool:
     return len(values) >= share * len(table) and (values.empty or numbers)
 
 
-def _sha256(path: Path) -> str | None:
-    with suppress(OSError):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return None
-
-
 def of_these_weights(record: Mapping[str, Any]) -> bool:
     """Tell whether a run record is of the weights that its config names today."""
     config = record["config"]
@@ -276,9 +271,10 @@ def write_record(folder: Path, record: dict[str, Any], requests: pd.DataFrame) -
     """Write the request table, then the record; the record's rename makes the run complete."""
     with atomic_write(folder / REQUESTS) as partial:
         requests.to_parquet(partial, index=False)
-        record = {**record, "requests_sha256": _sha256(partial)}
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
     with atomic_write(folder / RECORD) as partial:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        whole = {**record, "requests_sha256": digest}
+        partial.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
     return folder / RECORD
 
 
@@ -356,3 +352,66 @@ def unpack_runs(root: Path) -> None:
             raise UserError(f"{root / RUNS} is damaged ({error}); make it again") from error
         with suppress(OSError):
             Path(folder, "runs").rename(root / "runs")
+
+
+# Weights & Biases, offline unless a key is set ----------------------------------------------------
+
+
+LOGGED = "wandb/logged"  # beside the file that completes a result
+
+
+def is_logged(result: Path) -> bool:
+    """Tell whether the file that completes a result was logged since it was written."""
+    mark = result.parent / LOGGED
+    return mark.exists() and mark.stat().st_mtime_ns >= result.stat().st_mtime_ns
+
+
+def log_record(project: str, folder: Path, record: dict[str, Any]) -> None:
+    """Log config, summary and request table of a complete record, unless that was done."""
+
+    def log(run: Any, wandb: Any) -> None:
+        table = pd.read_parquet(folder / REQUESTS).drop(columns=["itl_s", "tokens"])
+        run.summary.update(record["summary"])
+        run.log({"requests": wandb.Table(dataframe=table)})
+
+    budget = record["memory_budget_gb"]
+    size = "no budget" if budget is None else f"{budget:.1f}GB"
+    name, tags = f"{record['system']}-{record['model']}-{size}", [record["mode"], record["weights"]]
+    _log(folder / RECORD, log, project, name=name, config=record["config"], tags=tags)
+
+
+def log_reproduction(project: str, report: Path) -> None:
+    """Log the figures and the claims table beside a report as one run, unless that was done."""
+
+    def log(run: Any, wandb: Any) -> None:
+        pictures = sorted((report.parent / "figures").glob("*.png"))
+        run.log({f"figure {path.stem}": wandb.Image(str(path)) for path in pictures})
+        claims = pd.read_csv(report.parent / "claims.csv")
+        claims = claims.astype({"digests": str, "cells": str})
+        run.log({"claims": wandb.Table(dataframe=claims)})
+
+    _log(report, log, project, name="reproduction")
+
+
+def _log(result: Path, log: Callable[[Any, Any], None], project: str, **facts: Any) -> None:
+    """Log a result and mark it so; if W&B fails, the result stays, and one line says why."""
+    default = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    mode = os.environ.get("WANDB_MODE", default)
+    if is_logged(result) or mode == "disabled":
+        return
+    os.environ["WANDB_SILENT"] = "true"
+    try:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True, init_timeout=10, finish_timeout=60, finish_timeout_raises=True
+        )
+        facts |= {"dir": str(result.parent), "mode": mode}
+        with wandb.init(project=project, settings=settings, **facts) as run:
+            log(run, wandb)
+        (result.parent / LOGGED).touch()
+    except Exception as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"W&B: {cause}; {result} is kept, start again to log it", file=sys.stderr)
+        # What follows in this process would wait as long.
+        os.environ["WANDB_MODE"] = "disabled"

@@ -8,18 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.run.config import budget_slots, build, check_room, full_size, load_store, values_of
+from experiments.run.config import budget_slots, build, full_size, load_store, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.routing import open_routing
+from experiments.run.routing import open_routing, traced_request
 from experiments.run.schedule import Request, Server, Step
-from experiments.run.workloads import prompted
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
 from finemoe.offload.policy import Gates, Policy
@@ -29,35 +28,20 @@ from finemoe.offload.routed import RoutedIteration, joined
 from finemoe.offload.runtime import CostModel
 from finemoe.offload.timeline import Timeline
 from finemoe.testbed import SimulatedTestbed
-from finemoe.trace import Trace, TracedRequest, TraceError
-
-Fetch = Callable[[int], TracedRequest]  # returns a traced request by its number
-
-
-def traced_request(fetch: Fetch, request: Request) -> TracedRequest:
-    """Return what a trace holds of a request; TraceError if its lengths are not those asked for."""
-    traced = fetch(request.number)
-    prompt, answer = len(traced.prompt), len(traced.steps)
-    if answer < request.output_tokens or request.input_tokens not in (None, prompt):
-        asked = f"{request.output_tokens} output tokens; lower workload.output_tokens"
-        if request.input_tokens is not None:
-            remedy = "set routing=null to record one for it"
-            asked = f"{request.input_tokens} and {request.output_tokens}; {remedy}"
-        holds = f"request {request.number} with {prompt} input and {answer} output tokens"
-        raise TraceError(f"the trace holds {holds}, the workload asks for {asked}")
-    return traced
+from finemoe.trace import Trace, TracedRequest
 
 
 @dataclass
-class TracedSteps:
-    """Shows what steps route, by a trace; only running requests are held in memory."""
+class ReplayBackend:
+    """Gives a runtime what a trace routes; only running requests are held in memory."""
 
-    fetch: Fetch
-    show: Callable[[RoutedIteration], object]
-    leave: Callable[[int], None] = lambda request: None  # told of each request that is served
+    fetch: Callable[[int], TracedRequest]  # returns a traced request by its number
+    runtime: Any  # a ReplayRuntime, or a Listener
     _running: dict[int, TracedRequest] = field(default_factory=dict)
 
-    now: ClassVar[float] = 0.0
+    @property
+    def now(self) -> float:
+        return self.runtime.now
 
     def forward(self, step: Step) -> None:
         if step.phase == "prefill":
@@ -67,30 +51,12 @@ class TracedSteps:
         pairs = list(zip(traced, step.generated, strict=True))
         steps = [one.steps[made] for one, made in pairs]
         contexts = [one.steps[0].tokens + made for one, made in pairs]
-        self.show(joined(step.number, [one.number for one in traced], steps, contexts))
+        self.runtime.forward(joined(step.number, [one.number for one in traced], steps, contexts))
 
     def end_request(self, request: Request) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        self.leave(request.number)
+        self.runtime.end_request(request.number)
         traced = self._running.pop(request.number)
         return traced.prompt, traced.output[: request.output_tokens]
-
-    def wait(self, until: float) -> None:
-        pass
-
-    def drain(self) -> None:
-        pass
-
-
-class ReplayBackend(TracedSteps):
-    """Replays steps in the virtual time of a runtime."""
-
-    def __init__(self, fetch: Fetch, runtime: ReplayRuntime) -> None:
-        super().__init__(fetch, runtime.forward, runtime.end_request)
-        self.runtime = runtime
-
-    @property
-    def now(self) -> float:  # type: ignore[override]
-        return self.runtime.now
 
     def wait(self, until: float) -> None:
         self.runtime.wait_until(until)
@@ -98,8 +64,17 @@ class ReplayBackend(TracedSteps):
     def drain(self) -> None:
         self.runtime.drain()
 
-    def measuring(self, measurement: Measurement) -> AbstractContextManager[None]:
-        return measurement.of(self.runtime)
+
+@dataclass(frozen=True)
+class Listener:
+    """Stands for a runtime where fixed batches take no time and only their routing matters."""
+
+    forward: Callable[[RoutedIteration], object]
+    end_request: Callable[[int], object] = lambda request: None
+    now: ClassVar[float] = 0.0
+
+    def drain(self) -> None:
+        """Nothing is under way."""
 
 
 @dataclass
@@ -114,23 +89,23 @@ class ReplaySetup(Setup):
     budget_bytes: int
 
     def description(self) -> tuple[str, ...]:
-        origin, testbed = self.trace.header.provenance, self.testbed
+        testbed, weights = self.testbed, self.trace.header.provenance.get("weights", "foreign")
         return (
-            f"{self.cfg.model.name} (routing of {origin.get('weights', 'foreign')} weights, "
-            f"simulated) on {testbed.name}, {testbed.devices} device(s)",
+            f"{self.cfg.model.name} (routing of {weights} weights, simulated) on {testbed.name}, "
+            f"{testbed.devices} device(s)",
             slots_line(self.shape, self.slots),
-            f"routing from {self.trace.path}: {origin.get('dataset', 'of others')}",
+            f"routing from {self.trace.path}",
         )
 
     @contextmanager
-    def learning(self, policy: Policy) -> Iterator[tuple[TracedSteps, str]]:
+    def learning(self, policy: Policy) -> Iterator[tuple[ReplayBackend, str]]:
         def teach(routed: RoutedIteration) -> None:
             hidden = routed.hidden_states if policy.placement.hidden_states else None
             gates = Gates(routed.probabilities, routed.activated, hidden)
             assert policy.learn
             policy.learn(routed.iteration, routed.embeddings, gates)
 
-        backend = TracedSteps(self.trace.request, teach, policy.end_request)
+        backend = ReplayBackend(self.trace.request, Listener(teach, policy.end_request))
         yield backend, "replayed with everything resident"
 
     @contextmanager
@@ -170,7 +145,8 @@ class ReplaySetup(Setup):
             routing.append(routed.activated)
             compute_s += compute_seconds(self.costs, routed, len(self.slots))
 
-        server, schedule = Server(TracedSteps(self.trace.request, note)), self.settings.schedule
+        server = Server(ReplayBackend(self.trace.request, Listener(note)))
+        schedule = self.settings.schedule
         list(server.serve(schedule(self.workload.warmup)))
         measured_from, compute_s = server.iterations, 0.0
         list(server.serve(schedule(self.workload.measured)))
@@ -209,7 +185,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         settings = replace(settings, repeats=1)
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape
-        load = prompted(settings.traced(trace, cfg.seed), trace)
+        load = settings.traced(trace, cfg.seed)
         policy: Policy = build(cfg.system, shape=shape)
         placement = policy.placement
         contents = ("logits", "embeddings") if placement.prediction != "none" else ()
@@ -218,14 +194,13 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
         full = full_size(cfg.model).expert_bytes
-        budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
-        check_room(cfg, testbed, slots)
+        budget, slots = budget_slots(cfg, policy, full, shape, testbed)
         load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
         yield ReplaySetup(
-            cfg, testbed, settings, load, policy, shape, slots, trace, costs, plan, budget
+            cfg, testbed, settings, load, policy, shape, slots, None, trace, costs, plan, budget
         )
 
 

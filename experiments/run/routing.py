@@ -1,26 +1,27 @@
-"""Routing traces of runs: recorded while a model serves, and kept for every later replay."""
+"""Routing traces of runs: recorded while a model serves, kept for replays, imposed on live runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.config import build, values_of
 from experiments.run.console import Console
-from experiments.run.models import LoadedModel, load_model
+from experiments.run.models import LoadedModel, free_bytes, load_model
 from experiments.run.records import check_writable, provenance
-from experiments.run.room import free_bytes
-from experiments.run.schedule import Schedule, Server
+from experiments.run.schedule import Request, Schedule, Server, Step
 from experiments.run.testbeds import local
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
@@ -32,7 +33,16 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.testbed import cuda_devices
-from finemoe.trace import CONTENTS, Trace, TraceHeader, TraceReader, trace_writer
+from finemoe.trace import (
+    CONTENTS,
+    Trace,
+    TracedRequest,
+    TraceError,
+    TraceHeader,
+    TraceReader,
+    trace_writer,
+)
+from finemoe.traced_gates import GateStep, TracedGates
 
 SHARE = 0.8
 """Of a GPU's free memory that experts may take while routing is recorded."""
@@ -47,8 +57,7 @@ def open_routing(cfg: DictConfig, console: Console) -> Trace:
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
     shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
     if cfg.routing and path.suffix in STREAMS:
-        load = cfg.workload
-        lengths = load.get("input_tokens") or 1, load.get("output_tokens") or 1
+        lengths = (cfg.workload.get(f"{kind}_tokens") or 1 for kind in ("input", "output"))
         return RoutedStream(path, shape, *lengths)
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
@@ -158,3 +167,87 @@ def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> T
     with suppress(ValueError):  # Who applies them to hidden states has no use for such a trace.
         gates = gate_weights(model.offloaded)
     return TraceHeader(model.offloaded.shape, dtype, CONTENTS, origin, gates)
+
+
+def traced_request(fetch: Callable[[int], TracedRequest], request: Request) -> TracedRequest:
+    """Return what a trace holds of a request; TraceError if its lengths are not those asked for."""
+    traced = fetch(request.number)
+    prompt, answer = len(traced.prompt), len(traced.steps)
+    if answer < request.output_tokens or request.input_tokens not in (None, prompt):
+        asked = f"{request.output_tokens} output tokens; lower workload.output_tokens"
+        if request.input_tokens is not None:
+            remedy = "set routing=null to record one for it"
+            asked = f"{request.input_tokens} and {request.output_tokens}; {remedy}"
+        holds = f"request {request.number} with {prompt} input and {answer} output tokens"
+        raise TraceError(f"the trace holds {holds}, the workload asks for {asked}")
+    return traced
+
+
+# Live runs of a trace's routing -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Script:
+    """What requests are to route and to say, by their number, step by step."""
+
+    gates: TracedGates
+    steps: dict[int, tuple[GateStep, ...]]
+    outputs: dict[int, tuple[int, ...]]
+    routing: str  # where that comes from, in words
+
+    def begin(self, step: Step) -> None:
+        """Tell the gates what to choose in a step."""
+        pairs = zip(step.requests, step.generated, strict=True)
+        self.gates.begin(step.iteration, [self.steps[one.number][made] for one, made in pairs])
+
+    def tokens(self, step: Step, logits: Tensor) -> list[int]:
+        """Return the trace's tokens of a step."""
+        pairs = zip(step.requests, step.generated, strict=True)
+        return [self.outputs[one.number][made] for one, made in pairs]
+
+    @classmethod
+    def of(
+        cls, cfg: DictConfig, traced: Sequence[TracedRequest], routing: str, gates: TracedGates
+    ) -> Script:
+        """Return what the gates' model is to do; raise UserError if it cannot."""
+        model = gates.model
+        size = model.model.config.get_text_config().vocab_size
+        largest = max(token for one in traced for token in (*one.prompt, *one.output))
+        if largest >= size:
+            cause = f"the trace has token {largest}, the model only {size} of them"
+            raise UserError(f"{cause}; give a trace of a model with its vocabulary")
+        try:
+            steps = {
+                one.number: tuple(GateStep.of(step, model.shape.top_k) for step in one.steps)
+                for one in traced
+            }
+        except ValueError as error:
+            cause = f"{cfg.routing}: {error}"
+            raise UserError(f"{cause}; give a trace of a plain top-K model") from error
+        return cls(gates, steps, {one.number: one.output for one in traced}, routing)
+
+
+def traced_workload(cfg: DictConfig, console: Console) -> tuple[Workload, list[TracedRequest], str]:
+    """Read the requests that a run asks of the trace that `routing` names, and what it is of.
+
+    Beforehand, so that no measured time has it in it. Raises UserError or TraceError.
+    """
+    settings: WorkloadSettings = build(cfg.workload)
+    if not settings.fixed:
+        raise UserError("routing= in a live run takes workload=offline; or simulate the testbed")
+    if cfg.record:
+        raise UserError("record=true would copy the trace of routing=; leave one of them out")
+    if cfg.store.load or cfg.store.save:
+        raise UserError("a store belongs to a model's own routing; leave store or routing= out")
+    with open_routing(cfg, console) as trace:
+        trace.require(("logits",))
+        load, origin = settings.traced(trace, cfg.seed), trace.header.provenance
+        requests = (*load.history, *load.measured)
+        traced = [traced_request(trace.request, one) for one in requests]
+        lengths = {len(one.prompt) for one in traced}
+        if len(lengths) > 1 and max(cfg.workload.batch_size, cfg.workload.history_batch_size) > 1:
+            cause = f"has prompts of {min(lengths)} to {max(lengths)} tokens, which make no batch"
+            remedy = "set workload.batch_size=1 workload.history_batch_size=1"
+            raise TraceError(f"{trace.path}: {cause}; {remedy}")
+        routing = f"a trace of {origin.get('model')} with weights {origin.get('weights')}"
+        return load, traced, routing

@@ -137,17 +137,18 @@ class Backend(Protocol):
         """Wait until the policy has seen all that was served."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
-    """What one request got, with times since it arrived."""
+    """What one request got; times are seconds since it arrived."""
 
     request: Request
     batch: int
     """Which prefill it was in; under continuous batching its place in the order of starts."""
-    tokens: tuple[int, ...]
-    token_times: tuple[float, ...]
-    iterations: tuple[int, ...]  # that served it: its prefill, then its decodes
-    queueing: float = 0.0  # from its arrival to the beginning of its prefill
+    arrived: float  # in the backend's time
+    queueing: float  # from its arrival to the beginning of its prefill
+    tokens: tuple[int, ...] = ()
+    token_times: list[float] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)  # its prefill, then its decodes
 
     @property
     def ttft(self) -> float:
@@ -157,9 +158,8 @@ class Served:
     @property
     def tpot(self) -> float | None:
         """Time per output token after the first; None if there is only one."""
-        if len(self.token_times) == 1:
-            return None
-        return (self.e2el - self.ttft) / (len(self.token_times) - 1)
+        after = len(self.token_times) - 1
+        return (self.e2el - self.ttft) / after if after else None
 
     @property
     def e2el(self) -> float:
@@ -167,9 +167,9 @@ class Served:
         return self.token_times[-1]
 
     @property
-    def itl(self) -> tuple[float, ...]:
+    def itl(self) -> list[float]:
         """Inter-token latencies."""
-        return tuple(b - a for a, b in itertools.pairwise(self.token_times))
+        return [b - a for a, b in itertools.pairwise(self.token_times)]
 
 
 @dataclass
@@ -186,7 +186,7 @@ class Server:
         """Run a schedule to its end, and yield the requests as they leave."""
         backend = self.backend
         origin = now = backend.now
-        under_way: dict[int, _UnderWay] = {}
+        under_way: dict[int, Served] = {}
         while not schedule.finished:
             if not under_way:
                 busy_from = now
@@ -196,37 +196,26 @@ class Server:
                 now = backend.now
                 continue
             if step.phase == "prefill":
-                under_way |= {one.number: _UnderWay(self.batches, now) for one in step.requests}
+                for request in step.requests:
+                    arrived = now if request.arrival is None else origin + request.arrival
+                    begun = Served(request, self.batches, arrived, now - arrived)
+                    under_way[request.number] = begun
                 self.batches += 1
             backend.forward(step)
             end = backend.now
             for request in step.requests:
-                under_way[request.number].ends.append(end)
-                under_way[request.number].iterations.append(step.number)
+                one = under_way[request.number]
+                one.token_times.append(end - one.arrived)
+                one.iterations.append(step.number)
             for listener in self.listeners:
                 listener(step)
-            leaving = [(request, under_way.pop(request.number)) for request in step.leaving]
-            served = [self._end(request, seen, origin) for request, seen in leaving]
+            leaving = [under_way.pop(request.number) for request in step.leaving]
+            for one in leaving:
+                prompt, one.tokens = backend.end_request(one.request)
+                one.request = replace(one.request, prompt=prompt)
             schedule.done(step)
             self.iterations += 1
             if not under_way:
                 self.busy_seconds += backend.now - busy_from
-            yield from served
+            yield from leaving
             now = backend.now
-
-    def _end(self, request: Request, seen: _UnderWay, origin: float) -> Served:
-        prompt, tokens = self.backend.end_request(request)
-        served, iterations = replace(request, prompt=prompt), tuple(seen.iterations)
-        arrived = seen.began if request.arrival is None else origin + request.arrival
-        times = tuple(end - arrived for end in seen.ends)
-        return Served(served, seen.batch, tokens, times, iterations, seen.began - arrived)
-
-
-@dataclass
-class _UnderWay:
-    """A request between its prefill and its last token."""
-
-    batch: int
-    began: float
-    ends: list[float] = field(default_factory=list)
-    iterations: list[int] = field(default_factory=list)

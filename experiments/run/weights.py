@@ -124,6 +124,8 @@ def loading(what: str, remedy: str) -> Iterator[None]:
             remedy = "connect, or use what needs no network: weights=scale, dataset=docs"
         elif any(isinstance(one, RepositoryNotFoundError) for one in causes):
             remedy = "check its name, ask for access on its page and run `hf auth login`"
+        elif isinstance(error, MemoryError):
+            remedy = "lift its limit (ulimit -l unlimited), or take a smaller model"
         raise UserError(f"cannot load {what}: {cause.rstrip(' .')}; {remedy}") from error
 
 

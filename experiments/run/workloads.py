@@ -80,7 +80,7 @@ class WorkloadSettings(ABC):
 
     @abstractmethod
     def traced(self, trace: Trace, seed: int) -> Workload:
-        """Return the requests whose prompts a trace holds; raise TraceError if it lacks some."""
+        """Return requests with their prompts in a trace; raise TraceError if it lacks some."""
 
     @abstractmethod
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
@@ -133,8 +133,8 @@ class Offline(WorkloadSettings):
         if len(numbers) < self.prompts:
             cause = f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}"
             raise TraceError(f"{cause}; lower workload.prompts")
-        requests = [Request(number, (), self.output_tokens) for number in numbers[: self.prompts]]
-        return self._split(origin(trace), requests)
+        chosen = ((number, trace.prompt(number)) for number in numbers[: self.prompts])
+        return self._split(origin(trace), [Request(*one, self.output_tokens) for one in chosen])
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return FixedBatches(requests, self.history_batch_size if history else self.batch_size)
@@ -190,8 +190,9 @@ class Online(WorkloadSettings):
         return Workload(drawn, (), (), tuple(measured), passes)
 
     def traced(self, trace: Trace, seed: int) -> Workload:
+        requests = (replace(one, prompt=trace.prompt(one.number)) for one in self._requests(seed))
         passes = trace.header.provenance.get("passes")
-        return Workload(origin(trace), (), (), self._requests(seed), passes)
+        return Workload(origin(trace), (), (), tuple(requests), passes)
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return ContinuousBatches(requests, self.max_batch_size)
@@ -208,10 +209,15 @@ class Online(WorkloadSettings):
     def plan(self, seed: int) -> pd.DataFrame:
         """Draw arrivals and lengths by seed, as `read_azure_trace` has them, under the caps."""
         rows = self._drawn(seed)
-        return rows.assign(
-            input_tokens=rows["input_tokens"].clip(upper=self.max_input_tokens),
-            output_tokens=rows["output_tokens"].clip(upper=self.max_output_tokens),
-        )
+        inputs = rows["input_tokens"].clip(upper=self.max_input_tokens)
+        outputs = rows["output_tokens"].clip(upper=self.max_output_tokens)
+        return rows.assign(input_tokens=inputs, output_tokens=outputs)
+
+    def _drawn(self, seed: int) -> pd.DataFrame:
+        if self.trace is None:
+            return generated(self.requests, self.rate, seed)
+        rows = read_azure_trace(Path(self.trace))
+        return sampled(rows, self.requests, self.rate, self.arrival, seed)
 
     def _requests(self, seed: int) -> tuple[Request, ...]:
         rows = self.plan(seed)[["output_tokens", "seconds", "input_tokens"]].itertuples(index=False)
@@ -247,21 +253,6 @@ class Online(WorkloadSettings):
             "served_rate": len(served) / max(ends),
         }
 
-    def _drawn(self, seed: int) -> pd.DataFrame:
-        if self.trace is None:
-            return generated(self.requests, self.rate, seed)
-        rows = read_azure_trace(Path(self.trace))
-        return sampled(rows, self.requests, self.rate, self.arrival, seed)
-
-
-def prompted(load: Workload, trace: Trace) -> Workload:
-    """Return a workload with the prompts that a trace holds."""
-    history, warmup, measured = (
-        tuple(replace(one, prompt=trace.prompt(one.number)) for one in requests)
-        for requests in (load.history, load.warmup, load.measured)
-    )
-    return replace(load, history=history, warmup=warmup, measured=measured)
-
 
 def origin(trace: Trace) -> PromptSet:
     """Return what a trace says of where its prompts come from, without them."""
@@ -274,19 +265,28 @@ def origin(trace: Trace) -> PromptSet:
 def read_azure_trace(path: Path) -> pd.DataFrame:
     """Return `seconds` since the first request, `input_tokens`, `output_tokens`, in order of time.
 
-    Raises UserError, with the line where it applies, for a file that is missing, empty or no
-    table, lacks a column, or has an unreadable time or a length that is no whole number from 1.
+    Raises UserError for a file that is missing, empty or no table, lacks a column, or has, in which
+    line, an unreadable time or a length that is no whole number from 1.
     """
-    rows = _rows(path)
-    times = pd.to_datetime(rows[TIME], format="ISO8601", utc=True, errors="coerce")
-    _refuse(path, rows[TIME], times.isna(), "no time")
-    trace: dict[str, Any] = {"seconds": (times - times.min()).dt.total_seconds()}
-    for column, name in ((INPUT, "input_tokens"), (OUTPUT, "output_tokens")):
-        numbers = pd.to_numeric(rows[column], errors="coerce")
-        whole = numbers.between(1, LONGEST) & (numbers % 1 == 0)
-        _refuse(path, rows[column], ~whole, "no length, a whole number from 1")
-        trace[name] = numbers.astype(int)
-    return pd.DataFrame(trace).sort_values("seconds", kind="stable", ignore_index=True)
+    asked: Any = {"index_col": False, "skip_blank_lines": False, "compression": None}
+    try:
+        with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
+            rows = pd.read_csv(path, dtype=str, **asked).dropna(how="all")
+        if rows.empty:
+            raise ValueError("there are no requests below its header")
+        times = pd.to_datetime(rows[TIME], format="ISO8601", utc=True, errors="coerce")
+        lengths = rows[[INPUT, OUTPUT]].apply(pd.to_numeric, errors="coerce")
+        whole = (lengths.ge(1) & lengths.le(LONGEST) & (lengths % 1 == 0)).all(axis=1)
+        if wrong := rows.index[times.isna() | ~whole].tolist():
+            raise ValueError(f"line {wrong[0] + 2} is no request: {rows.loc[wrong[0]].to_dict()}")
+    except (OSError, ValueError, LookupError, pd.errors.ParserWarning) as error:
+        cause = str(getattr(error, "strerror", None) or error).strip().splitlines()[0]
+        due = f"a CSV table with a time as {TIME}, whole numbers as {INPUT} and {OUTPUT}"
+        raise UserError(f"cannot read the trace {path}: {cause}; give {due}") from error
+    seconds = (times - times.min()).dt.total_seconds()
+    trace = lengths.astype(int).set_axis(["input_tokens", "output_tokens"], axis=1)
+    trace.insert(0, "seconds", seconds)
+    return trace.sort_values("seconds", kind="stable", ignore_index=True)
 
 
 def sampled(
@@ -326,33 +326,3 @@ def poisson(count: int, rate: float, seed: int) -> list[float]:
     # A stream of its own: the same seed gives the same times whatever the lengths come from.
     gaps = np.random.default_rng([seed, 1]).exponential(1 / rate, count - 1)
     return [0.0, *np.cumsum(gaps).tolist()]
-
-
-def _rows(path: Path) -> pd.DataFrame:
-    """Return the rows as text, indexed by their line in the file, without blank lines."""
-    try:
-        with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
-            rows = pd.read_csv(
-                path, dtype=str, skip_blank_lines=False, index_col=False, compression=None
-            )
-    except OSError as error:
-        raise UserError(f"cannot read the trace {path}: {error.strerror}") from error
-    except (ValueError, pd.errors.ParserWarning) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise UserError(f"the trace {path} is no CSV table: {cause}") from error
-    missing = [column for column in (TIME, INPUT, OUTPUT) if column not in rows]
-    if missing:
-        remedy = f"its first line must name {TIME}, {INPUT} and {OUTPUT}"
-        raise UserError(f"the trace {path} lacks {', '.join(missing)}; {remedy}")
-    rows.index += 2
-    rows = rows.dropna(how="all")
-    if rows.empty:
-        raise UserError(f"the trace {path} has no requests below its header")
-    return rows
-
-
-def _refuse(path: Path, texts: pd.Series, wrong: pd.Series, why: str) -> None:
-    """Raise UserError for the first wrong value, if there is one."""
-    for line, text in texts[wrong].items():
-        value = "an empty field" if pd.isna(text) else repr(text)
-        raise UserError(f"line {line} of {path}: {value} as {texts.name} is {why}")

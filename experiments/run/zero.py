@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,12 +19,10 @@ from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_a
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
-from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, texts
-from experiments.run.metrics import KINDS
-from experiments.run.models import cast_of, full_expert_bytes, load_plain
-from experiments.run.protocol import Measurement, Reference, Setup
-from experiments.run.room import free_bytes
-from experiments.run.schedule import Served, Server
+from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime
+from experiments.run.models import cast_of, free_bytes, full_expert_bytes, load_plain
+from experiments.run.protocol import KINDS, Measurement, Reference, Setup
+from experiments.run.schedule import Server
 from finemoe.offload.model import find_moe_layers, shape_of
 from finemoe.offload.policy import Policy
 from finemoe.offload.timeline import Timeline
@@ -42,32 +40,15 @@ NOT_APPLICABLE = (
 
 
 @dataclass
-class ZeroBackend(LiveBackend):
-    """Notes the most memory that a CUDA device had while requests were measured."""
-
-    peak: int = 0
-
-    @contextmanager
-    def measuring(self, measurement: Measurement) -> Iterator[None]:
-        device = self.runtime.model.device
-        if device.type != "cuda":
-            yield
-            return
-        torch.cuda.reset_peak_memory_stats(device)
-        yield
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
-
-
-@dataclass
 class ZeroSetup(Setup):
     """A whole model, which DeepSpeed takes over when serving begins."""
 
     testbed: Testbed
     model: Any
-    tokenizer: Any
     options: ZeroOptions
     stack: ExitStack
-    started: list[ZeroBackend] = field(default_factory=list)
+    backend: LiveBackend | None = None  # once serving has begun
+    peak: int = 0  # bytes, the most that a CUDA device had while requests were measured
 
     def __post_init__(self) -> None:
         modules = find_moe_layers(self.model)[1]
@@ -83,12 +64,11 @@ class ZeroSetup(Setup):
         self.full = full_expert_bytes(cfg.model, str(cfg.weights), self.stored)
 
     def description(self) -> tuple[str, ...]:
-        cfg, prompts, links = self.cfg, self.workload.prompts, LINKS[self.device.type]
+        cfg, links = self.cfg, LINKS[self.device.type]
         return (
             f"{cfg.model.name} ({cfg.weights} weights) on {self.device}",
             *([f"weights: {self.cast}"] if self.cast else []),
             f"system {cfg.system.label}: memory_budget is not applicable; links: {links}",
-            f"prompts from {prompts.dataset}: {prompts.source}",
         )
 
     def reference(self, console: Console) -> Reference | None:
@@ -110,26 +90,35 @@ class ZeroSetup(Setup):
         return None
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ZeroBackend]:
+    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[LiveBackend]:
         """Yield the one backend there can be: DeepSpeed takes the model over for good."""
-        if not self.started:
+        if self.backend is None:
             model, cfg = self.model, self.cfg
             hidden = cfg.model.hidden_size / model.config.get_text_config().hidden_size
             scaled = hidden if cfg.weights == "scale" else 1.0
             shrinkage = Shrinkage(self.full / self.stored, scaled)
             zero = ZeroModel(model, self.device, self.options, shrinkage)
             try:
-                self.started.append(ZeroBackend(PlainRuntime(self.stack.enter_context(zero))))
+                self.backend = LiveBackend(PlainRuntime(self.stack.enter_context(zero)))
             except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
                 cause = f"DeepSpeed cannot take the model over: {str(error).splitlines()[0]}"
                 remedy = "lift the limit of page-locked memory (ulimit -l unlimited), or take a"
                 raise UserError(f"{cause}; {remedy} smaller model or a larger machine") from error
-        yield self.started[0]
+        yield self.backend
+
+    @contextmanager
+    def measuring(self, backend: LiveBackend, measurement: Measurement) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
         """Serve once more, watching what is gathered, which takes time: so after measuring."""
-        (backend,), larger = self.started, self.full / self.stored
-        size = self.cfg.workload.batch_size
+        backend, larger, size = self.backend, self.full / self.stored, self.cfg.workload.batch_size
+        assert backend is not None
         with backend.runtime.model.watching(self.experts) as gathered:
             list(Server(backend).serve(self.settings.schedule(self.workload.measured[:size])))
         return {
@@ -147,13 +136,10 @@ class ZeroSetup(Setup):
                 "phases": {},
                 "peak_gathered_expert_bytes": round(gathered.experts * larger),
                 "peak_gathered_stored_bytes": gathered.total,
-                "peak_device_bytes": backend.peak or None,
+                "peak_device_bytes": self.peak or None,
                 "host_expert_bytes": round(self.expert_bytes * larger),
             },
         }
-
-    def sample(self, served: Served) -> tuple[str, str]:
-        return texts(self.tokenizer, served)
 
 
 @contextmanager
@@ -173,9 +159,9 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
     except ValueError as error:
         raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
-    run = (cfg, testbed, settings, load, None, shape_of(model), ())
+    run = (cfg, testbed, settings, load, None, shape_of(model), (), tokenizer)
     with ExitStack() as stack:
-        yield ZeroSetup(*run, model, tokenizer, options, stack)
+        yield ZeroSetup(*run, model, options, stack)
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

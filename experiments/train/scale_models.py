@@ -1,7 +1,8 @@
 """Train and export a scale model: ``python -m experiments.train.scale_models model=mixtral``.
 
 Trains a small member of the paper model's family, with the same routing shape (L, J, K), on the
-text of `experiments.run.corpus`, and exports it in the Hugging Face format. A second call resumes.
+corpus of `experiments.run.datasets`, and exports it in the Hugging Face format. Called again, it
+goes on.
 
 On a CPU with glibc a step takes a sixth less time if large tensors stay mapped:
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184.
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from experiments.errors import UserError, command
 from experiments.run.console import bar_on
-from experiments.run.corpus import Document, documents
+from experiments.run.datasets import Document, documents
 from finemoe.files import atomic_write, write_json
 
 END_OF_TEXT = "<|endoftext|>"

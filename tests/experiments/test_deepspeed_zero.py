@@ -16,9 +16,9 @@ from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import PlainRuntime
+from experiments.run.models import small_model
 from experiments.run.protocol import run
 from experiments.run.schedule import Request
-from experiments.run.small_models import small_model
 from finemoe.offload.model import find_moe_layers
 from tests import engine
 from tests.command import SMALL, composed, run_command

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from baselines.on_demand import OnDemandPolicy
+from experiments.run.models import random_model
 from experiments.run.schedule import Request
-from experiments.run.small_models import random_model
 from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import GateWeights, Iteration

@@ -13,8 +13,8 @@ from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, prepare
+from experiments.run.routing import Script
 from experiments.run.schedule import FixedBatches, Server, Step
-from experiments.run.traced import Script
 from finemoe.assemble import resident_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.live import PlainRuntime
-from experiments.run.small_models import FAMILIES, small_model
+from experiments.run.models import FAMILIES, small_model
 from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing

@@ -13,7 +13,7 @@ import torch
 from experiments.bench import engine as bench
 from experiments.bench import prediction as prediction_bench
 from experiments.bench import replay as replay_bench
-from experiments.run.small_models import small_model
+from experiments.run.models import small_model
 
 
 def written(path: Path) -> dict[str, Any]:

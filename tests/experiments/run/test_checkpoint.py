@@ -19,8 +19,7 @@ from experiments.errors import UserError
 from experiments.reproduce.sweeps import available, run_configs
 from experiments.run.config import check, full_size
 from experiments.run.console import Console
-from experiments.run.facts import facts_of
-from experiments.run.models import LoadedModel, load_model
+from experiments.run.models import LoadedModel, facts_of, load_model
 from experiments.run.protocol import run
 from experiments.run.weights import SCALE_MODELS, model_of
 from finemoe.costs import Accelerator, CountedModel, RooflineCosts

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.errors import UserError
-from experiments.run.corpus import documents
-from experiments.run.datasets import conversations, corpus_dataset, shared_prefixes
+from experiments.run.datasets import conversations, corpus_dataset, documents, shared_prefixes
 
 TEXTS = ("What is the capital of France, and how many live there?", "Tell me about whales.")
 LMSYS = [{"conversation": [{"role": "user", "content": text}]} for text in TEXTS]
@@ -84,9 +83,8 @@ def test_a_row_that_is_no_conversation_is_skipped_and_counted(
     read = conversations("test", str(path), "train")
     assert read.texts == TEXTS
     assert read.source == f"{path} (skipped 1 row of 3)"
-    place = "line" if suffix == "jsonl" else "row"
     found = capsys.readouterr().err
-    assert re.search(f"^skipped 1 row of {path}: {place} 2: .*{cause}.*\n$", found)
+    assert re.search(f"^skipped 1 row of {path}: row 2: .*{cause}.*\n$", found)
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
         conversations("test", str(path), "train")

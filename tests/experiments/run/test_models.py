@@ -1,4 +1,4 @@
-"""Checkpoints that are another model, damaged, or not there: one line with the cause each."""
+"""Checkpoints that are another model, damaged, or not there; what tells weights apart."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.run import room
+from experiments.run import models, weights
 from experiments.run.datasets import template
 from experiments.run.models import check_weights, load_model
-from experiments.run.weights import SCALE_MODELS
+from experiments.run.weights import SCALE_MODELS, fingerprint
 from tests.command import SMALL, composed, run_command
 from tests.engine import page_locks, saved_mixtral
 
@@ -202,7 +202,7 @@ def test_memory_that_cannot_be_page_locked_is_said_in_one_line(
 ) -> None:
     locked = page_locks(monkeypatch, limit=5)
     cfg = config_of(whole)
-    with pytest.raises(UserError, match=r"page-lock.*GB are wanted.*ulimit -l unlimited") as caught:
+    with pytest.raises(UserError, match=r"page-lock.*ulimit -l unlimited") as caught:
         load_model(cfg.model, str(whole), torch.device("cuda"), 0)
     assert "\n" not in str(caught.value)
     assert not locked
@@ -238,14 +238,65 @@ STAT = "anon 5\nactive_file 200000\ninactive_file 100000\n"
 def test_available_memory_is_the_machine_s_or_its_control_group_s(
     files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "PROC", memory(tmp_path, 1000, **files))
-    monkeypatch.setattr(room, "CGROUPS", tmp_path)
-    assert room.available_bytes() == expected
+    monkeypatch.setattr(models, "PROC", memory(tmp_path, 1000, **files))
+    monkeypatch.setattr(models, "CGROUPS", tmp_path)
+    assert models.available_bytes() == expected
 
 
 def test_a_model_beyond_the_host_s_memory_is_refused_before_its_weights_are_read(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove(folder, "model*")
-    monkeypatch.setattr(room, "PROC", memory(tmp_path_factory.mktemp("proc"), 200))
+    monkeypatch.setattr(models, "PROC", memory(tmp_path_factory.mktemp("proc"), 200))
     refused(folder, r"loading weights=.* takes 0.0 GB .*\(0.0 GB for experts stay\), and 0.0 GB")
+
+
+# Fingerprints -------------------------------------------------------------------------------------
+
+TOY = {"name": "toy", "hub_id": "someone/toy"}
+
+
+def of(folder: Path) -> str:
+    return fingerprint(TOY, str(folder), 0)
+
+
+def test_every_file_of_the_model_counts_and_nothing_else(folder: Path) -> None:
+    (folder / "predictor.safetensors").write_bytes(b"one")
+    before = of(folder)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes())
+    (folder / "predictor.safetensors").write_bytes(b"another")
+    assert fingerprint(TOY, str(folder), 1) == of(folder) == before
+    folder = folder.rename(folder.with_name("moved"))
+    assert of(folder) == before
+    for path in (folder / "config.json", *folder.glob("model-*.safetensors")):
+        before = of(folder)
+        path.write_bytes(b"!")
+        changed = of(folder)
+        path.unlink()
+        assert len({before, changed, of(folder)}) == 3
+
+
+def test_a_large_file_is_told_by_its_change_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = of(folder)
+    monkeypatch.setattr(weights, "LARGE", 0)
+    weights._digest.cache_clear()
+    large = of(folder)
+    (folder / "config.json").touch()
+    assert len({small, large, of(folder)}) == 3
+
+
+def test_dummies_are_their_seed_and_hub_weights_the_revision_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "models--someone--toy" / "refs" / "main"
+    marks = {fingerprint(TOY, "dummy", seed) for seed in (0, 1, 1)}
+    marks |= {fingerprint({**TOY, "hub_id": one}, "hub", 0) for one in ("someone/toy", "other/x")}
+    reference.parent.mkdir(parents=True)
+    for revision in ("abc", "def"):
+        reference.write_text(revision)
+        marks.add(fingerprint(TOY, "hub", 0))
+    assert len(marks) == 6

@@ -67,9 +67,14 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no CSV table"),
-        (f"{HEADER}{GOOD}soon,1,2\n", r"line 3 of .*: 'soon' as TIMESTAMP is no time"),
-        (f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}", r"line 4 of .*: '0' as GeneratedTokens"),
+        ("", "No columns to parse from file; give a CSV table"),
+        (f"{HEADER}{GOOD}soon,1,2\n", "line 3 is no request: .*soon"),
+        (
+            f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}",
+            "line 4 is no request: .*'GeneratedTokens': '0'",
+        ),
+        (HEADER, "no requests below its header"),
+        ("TIMESTAMP\n2023-11-16\n", "GeneratedTokens.*are in the"),
     ],
 )
 def test_a_malformed_trace_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.errors import UserError
-from experiments.run.corpus import Document
-from experiments.run.small_models import small_model
+from experiments.run.datasets import Document
+from experiments.run.models import small_model
 from experiments.train.scale_models import Training, train
 from tests.command import ROOT, config
 

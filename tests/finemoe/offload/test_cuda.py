@@ -21,11 +21,10 @@ from experiments.errors import UserError
 from experiments.run import live, routing
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, PlainRuntime
-from experiments.run.models import load_model
+from experiments.run.models import load_model, small_model
 from experiments.run.protocol import run
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Server
-from experiments.run.small_models import small_model
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload import device
 from finemoe.offload.device import CudaLink, ExpertKernel

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.run.small_models import small_model
+from experiments.run.models import small_model
 from finemoe.offload import device
 from finemoe.offload.cache import ExpertCache, Slot
 from finemoe.offload.device import DeviceSlots, EmulatedLink, HostStore

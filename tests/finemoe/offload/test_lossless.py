@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.run.live import PlainRuntime
-from experiments.run.small_models import FAMILIES, small_model
+from experiments.run.models import FAMILIES, small_model
 from finemoe.assemble import resident_runtime
 from tests.engine import (
     OPTIONS,

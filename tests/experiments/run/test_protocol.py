@@ -1,21 +1,24 @@
-"""TTFT, TPOT, ITL and E2EL as vLLM's serving benchmark defines them, and their statistics."""
+"""Latencies as vLLM's serving benchmark defines them, accesses, and where results go."""
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
 import pytest
 
-from experiments.run.metrics import AccessCounter, latency_summary, request_table
+from experiments.run.console import Console, shown
+from experiments.run.protocol import AccessCounter, latency_summary, request_table
+from experiments.run.records import is_logged, log_record, write_record
 from experiments.run.schedule import Request, Served
 from finemoe.offload.policy import Iteration, LayerOutcome, Phase
 
 
 def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Served:
-    tokens = tuple(range(len(times)))
-    return Served(Request(number, (1, 2, 3), len(times)), number, tokens, times, tuple(iterations))
-
-
-def counter(iterations: int) -> AccessCounter:
-    return AccessCounter(dict.fromkeys(range(iterations), (0, 0, 0)))
+    request, tokens = Request(number, (1, 2, 3), len(times)), tuple(range(len(times)))
+    return Served(request, number, 0.0, 0.0, tokens, list(times), list(iterations))
 
 
 def test_latencies_of_one_request() -> None:
@@ -27,7 +30,7 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_a_single_token_has_no_tpot() -> None:
-    requests = request_table([served((0.5,), range(1))], counter(1))
+    requests = request_table([served((0.5,), range(1))], AccessCounter())
     summary = latency_summary(requests, "docs")
     assert summary["tpot_s"] is summary["itl_s"] is summary["queueing_s"] is None
     assert summary["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5, "ci95": None}
@@ -62,3 +65,38 @@ def test_the_union_of_a_step_over_a_layers_share_of_the_cache() -> None:
     phases = counter.summary(slots=4, layers=2)["phases"]
     found = {name: facts["union_over_capacity"] for name, facts in phases.items()}
     assert found == {"prefill": {"mean": 1.0, "max": 1.5}, "decode": {"mean": 0.875, "max": 1.0}}
+
+
+def test_a_record_that_wandb_refuses_is_kept_and_logged_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"SILENT": "true", "MODE": "online", "API_KEY": "no key"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    record = {
+        **{"system": "finemoe", "model": "mixtral", "memory_budget_gb": 6.0, "mode": "simulated"},
+        **{"weights": "scale", "config": {}, "summary": {"hits": 1}},
+    }
+    requests = pd.DataFrame({"ttft_s": [0.1], "itl_s": [[0.1]], "tokens": [[1, 2]]})
+    path = write_record(tmp_path, record, requests)
+    log_record("finemoe", tmp_path, record)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{path} is kept" in said
+    assert not is_logged(path)
+    # The next start.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log_record("finemoe", tmp_path, record)
+    assert is_logged(path)
+    # Done again, it is to be logged again.
+    os.utime(path, (time.time() + 9, time.time() + 9))
+    assert not is_logged(path)
+
+
+def test_texts_are_shown_as_they_are_but_no_terminal_obeys_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Console().announce(["[bold]a[/b] \\[red] \x1b[2J\x1b]0;title\x07 \x9b1m \r\u202eb\ud800"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("[bold]a[/b] \\[red] \N{REPLACEMENT CHARACTER}[2J")
+    assert not set("\x1b\x07\x9b\r\u202e\ud800") & set(printed)
+    assert shown("plain").plain == "plain"
