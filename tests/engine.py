@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "on_demand": {},
     "lfu": {"counts": ["kept", "forgotten"]},
     "lfru": {},
+    "class_lru": {},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }
