@@ -70,6 +70,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "lfu": {"counts": ["kept", "forgotten"]},
     "lfru": {},
     "class_lru": {},
+    "least_stale": {"order": ["fifo", "next_visit"]},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }
