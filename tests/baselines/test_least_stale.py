@@ -23,31 +23,38 @@ def use(policy: LeastStalePolicy, number: int, layer: int, *indices: int) -> Non
     policy.on_outcome(LayerOutcome(iteration, layer, indices, (), ()))
 
 
-def order(policy: LeastStalePolicy, residents: list[ExpertId]) -> list[ExpertId]:
-    keys = policy.eviction_keys(NOBODY, True)
-    return sorted(residents, key=lambda expert: -keys[expert])
+@pytest.mark.parametrize(
+    ("kind", "first", "then"),
+    [("fifo", "cdabe", "cdabe"), ("next_visit", "adcbe", "beadc")],
+)
+def test_stale_experts_leave_before_those_that_are_still_to_come(
+    kind: Order, first: str, then: str
+) -> None:
+    named = {"a": ExpertId(0, 0), "b": ExpertId(1, 0), "c": ExpertId(2, 0), "d": ExpertId(3, 0)}
+    named["e"] = ExpertId(1, 1)
+    policy = LeastStalePolicy(SHAPE, kind)
 
+    def order(residents: str) -> str:
+        keys = policy.eviction_keys(NOBODY, True)
+        return "".join(sorted(residents, key=lambda one: -keys[named[one]]))
 
-def test_stale_experts_leave_first_in_the_order_in_which_they_entered() -> None:
-    a, b, c, d, e = (ExpertId(*one) for one in ((0, 0), (1, 0), (2, 0), (3, 0), (1, 1)))
-    for kind, expected in (("fifo", [c, d, a, b, e]), ("next_visit", [a, d, c, b, e])):
-        policy = LeastStalePolicy(SHAPE, kind)
-        for one in (a, b, c, d):
-            use(policy, 0, *one)
-            policy.on_load(one)
-        use(policy, 1, *a)  # a enters anew, b is prefetched again, and e with it
-        policy.on_evict(b)
-        for one in (b, e):
-            policy.on_load(one)
-        # Stale: a, whose layer has run, c and d of the pass before. Next visits: a's comes last.
-        assert order(policy, [a, b, c, d, e]) == expected
-        use(policy, 1, *b)
-        # Now b's layer has run as well, and so has e's.
-        expected = {"fifo": [c, d, a, b, e], "next_visit": [b, e, a, d, c]}[kind]
-        assert order(policy, [a, b, c, d, e]) == expected
-        policy.on_evict(a)
-        policy.on_load(a)
-        assert order(policy, [a, b, e]) == [b, e, a]
+    def load(expert: ExpertId) -> None:
+        policy.on_evict(expert)
+        policy.on_load(expert)
+
+    for one in "abcd":
+        use(policy, 0, *named[one])
+        policy.on_load(named[one])
+    use(policy, 1, *named["a"])  # a enters anew, and b and e are prefetched
+    load(named["b"])
+    load(named["e"])
+    # Stale: a, whose layer has run, c and d of the pass before. Next visits: a's comes last.
+    assert order("abcde") == first
+    use(policy, 1, *named["b"])
+    # Now b's layer has run as well, and so has e's.
+    assert order("abcde") == then
+    load(named["a"])
+    assert order("abe") == "bea"
 
 
 def test_the_next_gate_speculates_in_the_background() -> None:
