@@ -69,6 +69,8 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "on_demand": {},
     "lfu": {"counts": ["kept", "forgotten"]},
     "lfru": {},
+    "class_lru": {},
+    "least_stale": {"order": ["fifo", "next_visit"]},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }

@@ -3,7 +3,8 @@
 Microseconds of one thread for each call of a decode step of one request, at the full size of the
 models' shapes, and what it takes more for every other token of a prompt: what `prediction_us` of
 conf/system/ holds. Routing and hidden states are random, as times do not depend on them. `models=`
-and `systems=` choose what is measured, `output=FILE.json` leaves a record.
+and `systems=` choose what is measured, `output=FILE.json` leaves a record. A word such as
+`model.hidden_size=4096` changes a shape, and rows tell which it was.
 """
 
 import time
@@ -49,8 +50,8 @@ def normal(*lengths: int) -> FloatArray:
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     """Teach a policy a history of full length, then time its calls.
 
-    Returns microseconds of one call: of the embeddings, of a gate with its softmax, of the update,
-    and of each for one more token.
+    Returns the shape, and microseconds of one call: of the embeddings, of a gate with its softmax,
+    of the update, and of each for one more token.
     """
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
@@ -64,7 +65,8 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     one, prompt = (call_times(policy, shape, tokens) for tokens in (1, PROMPT))
     more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
     rounded = {call: round(us, 1) for call, us in (one | more).items()}
-    return {"model": model.name, "system": cfg.system.label, **rounded}
+    sizes = {"layers": shape.layers, "experts": shape.experts, "hidden_size": shape.hidden_size}
+    return {"model": model.name, "system": cfg.system.label, **sizes, **rounded}
 
 
 def call_times(policy: Policy, shape: ModelShape, tokens: int) -> dict[str, float]:

@@ -53,10 +53,15 @@ def test_every_call_of_every_system_is_timed(
     monkeypatch.setattr(prediction_bench, "CALLS", 3)
     monkeypatch.setattr(prediction_bench, "REQUESTS", 2)
     prediction_bench.main(
-        ["models=qwen", "systems=finemoe,deepspeed", f"output={tmp_path / 'times.json'}"]
+        [
+            *("models=qwen", "systems=finemoe,deepspeed", "model.hidden_size=4096"),
+            f"output={tmp_path / 'times.json'}",
+        ]
     )
     times = {one["system"]: one for one in written(tmp_path / "times.json")["times"]}
     assert times.keys() == {"finemoe", "deepspeed"}
     assert all(one["gate"] > 0 for one in times.values())
     # The semantic search reads every stored embedding; DeepSpeed looks nothing up.
     assert times["finemoe"]["embeddings"] > times["deepspeed"]["embeddings"]
+    sizes = {"layers": 24, "experts": 60, "hidden_size": 4096}
+    assert times["deepspeed"] | sizes == times["deepspeed"]

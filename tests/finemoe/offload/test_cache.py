@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from baselines.deepspeed import DeepSpeedPolicy
-from baselines.lfu import LfruPolicy, LfuPolicy
+from baselines.lfu import LfuPolicy
 from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.cache import NO_SLOT, ExpertCache, Slot
 from finemoe.offload.eviction import LayeredLruPolicy, Recency, UsageTable
@@ -41,18 +41,6 @@ def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
     assert not np.array_equal(changed, before)
     order.on_load(B)
     assert np.array_equal(keys(order), changed)
-
-
-def test_lfru_weighs_uses_by_the_time_since_the_last() -> None:
-    policy = LfruPolicy(SHAPE)
-    for layer, used in ((0, (0, 1)), (0, (0,)), (0, (0,)), (1, (1,)), (1, (1,)), (1, (2,))):
-        policy.on_outcome(LayerOutcome(DECODE, layer, used, (), ()))
-    # Uses over layers since the last one, and one more; 0 of layer 0 has most uses, and leaves
-    # before 2 of layer 1, the only one used just now.
-    expected = [[3 / 4, 1 / 6, 0, 0], [0, 2 / 2, 1 / 1, 0], [0, 0, 0, 0]]
-    assert -policy.eviction_keys(C, True) == pytest.approx(np.array(expected))
-    policy.on_load(A)
-    assert -policy.eviction_keys(C, True) == pytest.approx(np.array(expected))
 
 
 def test_an_expert_stays_until_it_is_unpinned_as_often_as_it_was_pinned() -> None:

@@ -1,0 +1,169 @@
+"""LFRU and ClassLRU: cases by hand, and victims against naive models of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baselines.lfu import ClassLruPolicy, LfruPolicy
+from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape, Policy
+
+SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
+NOBODY = ExpertId(2, 3)
+
+
+def outcome(layer: int, used: tuple[int, ...], tokens: int, missed: bool = False) -> LayerOutcome:
+    iteration = Iteration(0, "decode" if tokens == 1 else "prefill", (0,), (tokens,))
+    kinds = ((), (), used) if missed else (used, (), ())
+    return LayerOutcome(iteration, layer, *kinds)
+
+
+def test_lfru_weighs_uses_by_the_time_since_the_last() -> None:
+    policy = LfruPolicy(SHAPE)
+    for layer, used in ((0, (0, 1)), (0, (0,)), (0, (0,)), (1, (1,)), (1, (1,)), (1, (2,))):
+        policy.on_outcome(outcome(layer, used, 1))
+    # Uses over layers since the last one, and one more; 0 of layer 0 has most uses, and leaves
+    # before 2 of layer 1, the only one used just now.
+    expected = [[3 / 4, 1 / 6, 0, 0], [0, 2 / 2, 1 / 1, 0], [0, 0, 0, 0]]
+    assert -policy.eviction_keys(NOBODY, True) == pytest.approx(np.array(expected))
+    policy.on_load(ExpertId(0, 3))
+    assert -policy.eviction_keys(NOBODY, True) == pytest.approx(np.array(expected))
+
+
+def test_class_lru_divides_ages_by_powers_of_two_below_the_count() -> None:
+    policy = ClassLruPolicy(SHAPE)
+    for index in (0, 0, 0, 0, 1, 1, 1, 2, 3):
+        policy.on_outcome(outcome(0, (index,), 1))
+    # Four uses but for a third of a token's decay each are not four any more: class 1, as three.
+    assert policy.eviction_keys(NOBODY, True)[0].tolist() == [5 / 2, 2 / 2, 1, 0]
+    policy.on_outcome(outcome(0, (0,), 1))
+    assert policy.eviction_keys(NOBODY, True)[0].tolist() == [0, 3 / 2, 2, 1]
+    policy.on_outcome(outcome(1, (), 1))
+    assert policy.eviction_keys(NOBODY, True)[0].tolist() == [1 / 4, 4 / 2, 3, 2]
+    policy.begin_serving()
+    assert not policy.eviction_keys(NOBODY, True).any()
+
+
+def test_class_lru_halves_counts_after_128_tokens_and_has_eight_classes() -> None:
+    policy = ClassLruPolicy(ModelShape(layers=1, experts=2, top_k=1, hidden_size=1))
+    for _ in range(2):
+        policy.on_outcome(outcome(0, (0,), 32))
+    count = 1 + 2 ** (-32 / 128)  # 1.84, class 0
+    policy.on_outcome(outcome(0, (0,), 32))
+    count = 1 + count * 2 ** (-32 / 128)  # 2.55, class 1
+    assert policy.eviction_keys(NOBODY, True).tolist() == [[0, 3]]
+    policy.on_outcome(outcome(0, (1,), 32))
+    assert policy.eviction_keys(NOBODY, True).tolist() == [[1 / 2, 0]]
+    policy.on_outcome(outcome(0, (1,), 32))
+    assert count * 2 ** (-64 / 128) < 2
+    assert policy.eviction_keys(NOBODY, True).tolist() == [[2, 0]]
+    for _ in range(1000):  # 185 uses are the most that a use per token can count
+        policy.on_outcome(outcome(0, (0,), 1))
+    policy.on_outcome(outcome(0, (), 1))
+    assert policy.eviction_keys(NOBODY, True)[0, 0] == 1 / 2**7
+
+
+def test_what_a_large_batch_loads_leaves_first_until_a_small_one_uses_it() -> None:
+    policy = ClassLruPolicy(SHAPE)
+    policy.on_outcome(outcome(0, (0, 1), 1))
+    for layer, index in ((0, 2), (1, 0)):
+        policy.on_outcome(outcome(layer, (index,), 33, missed=True))
+    policy.on_outcome(outcome(0, (0,), 33))  # a hit, which does not count as a use
+    keys = policy.eviction_keys(NOBODY, True)
+    order = (-keys.ravel()).argsort(kind="stable")
+    assert [divmod(int(flat), 4) for flat in order[:2]] == [(0, 2), (1, 0)]
+    assert keys[0, 0] == keys[0, 1] == 3
+    policy.on_outcome(outcome(0, (2,), 32))
+    assert policy.eviction_keys(NOBODY, True)[0, 2] == 0
+
+
+class NaiveClassLru:
+    """Every use with its token, and each class a list in order of last use."""
+
+    def __init__(self) -> None:
+        self.uses: dict[ExpertId, list[float]] = {}
+        self.last: dict[ExpertId, int] = {}
+        self.passing: set[ExpertId] = set()
+        self.layers, self.tokens = 0, 0.0
+
+    def note(self, expert: ExpertId, tokens: int, missed: bool) -> None:
+        self.layers += 1
+        self.tokens += tokens / SHAPE.layers
+        if tokens <= 32:
+            self.uses.setdefault(expert, []).append(self.tokens)
+            self.passing.discard(expert)
+        elif missed:
+            self.passing.add(expert)
+        if tokens <= 32 or missed:
+            self.last[expert] = self.layers
+
+    def victim(self, residents: list[ExpertId]) -> ExpertId:
+        def oldest(some: list[ExpertId]) -> ExpertId:
+            return min(some, key=lambda one: self.last.get(one, 0))
+
+        if passing := [one for one in residents if one in self.passing]:
+            return oldest(passing)
+        lists: dict[int, list[ExpertId]] = {}
+        for one in residents:
+            count = sum(0.5 ** ((self.tokens - use) / 128) for use in self.uses.get(one, []))
+            lists.setdefault(min(7, math.floor(math.log2(max(count, 1)))), []).append(one)
+        tails = {oldest(some): 2**kind for kind, some in lists.items()}
+        return max(tails, key=lambda one: (self.layers - self.last.get(one, 0)) / tails[one])
+
+
+class NaiveLfru:
+    """Every use with the layer it was in."""
+
+    def __init__(self) -> None:
+        self.uses: dict[ExpertId, list[int]] = {}
+        self.layers = 0
+
+    def note(self, expert: ExpertId, tokens: int, missed: bool) -> None:
+        self.layers += 1
+        self.uses.setdefault(expert, []).append(self.layers)
+
+    def victim(self, residents: list[ExpertId]) -> ExpertId:
+        def score(one: ExpertId) -> float:
+            uses = self.uses.get(one, [])
+            return len(uses) / (self.layers - (uses[-1] if uses else 0) + 1)
+
+        return min(residents, key=score)
+
+
+events = st.lists(
+    st.tuples(
+        st.builds(ExpertId, st.integers(0, 2), st.integers(0, 3)),
+        st.sampled_from([1, 1, 1, 7, 32, 33, 200]),
+    ),
+    min_size=8,
+    max_size=80,
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "model"), [(LfruPolicy(SHAPE), NaiveLfru), (ClassLruPolicy(SHAPE), NaiveClassLru)]
+)
+@given(happened=events)
+def test_victims_are_those_of_a_naive_model(
+    policy: Policy, model: type[NaiveClassLru | NaiveLfru], happened: list[tuple[ExpertId, int]]
+) -> None:
+    policy.begin_serving()
+    naive = model()
+    residents: list[ExpertId] = []
+    for expert, tokens in happened:
+        missed = expert not in residents
+        policy.on_outcome(outcome(expert.layer, (expert.index,), tokens, missed))
+        naive.note(expert, tokens, missed)
+        if not missed:
+            continue
+        if len(residents) == 4:
+            keys = policy.eviction_keys(expert, True)
+            victim = naive.victim(residents)
+            # Of equal keys either may go; the engine takes the first.
+            assert keys[victim] == pytest.approx(max(keys[one] for one in residents))
+            residents.remove(victim)
+        residents.append(expert)
