@@ -153,6 +153,30 @@ def frontier(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
         charts.save(figure, output, names, frame, notes, ["tpot_s", "ttft_s", "hit_rate"])
 
 
+def rates(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
+    """Draw end-to-end latency against the rate at which requests arrive, beyond the paper."""
+    names = "rates", "End-to-end latency against the request rate, online serving"
+    frame = charts.checked(frame, "rates", mixed_modes, workload="online")
+    frame["rate"] = [record["config"]["workload"]["rate"] for record in frame["record"]]
+    charts.single(frame, "rates", "rate")
+    looks = charts.looks(frame)
+    with charts.dataset_panels(frame, "Requests a second", style.METRICS["e2el_s"][0]) as (
+        figure,
+        panels,
+    ):
+        for axes, part in panels:
+            charts.lines(axes, part, "rate", "e2el_s", looks)
+            charts.log_axis(axes)
+            axes.set_xlim(left=0)
+        charts.legend(figure, looks, narrow=2)
+        notes = (
+            f"{INTERVALS}, as if requests that queue together were independent.",
+            "Latency counts from the arrival, queueing included; its axis is logarithmic. Where a "
+            "line turns upwards, requests arrive faster than the system serves them.",
+        )
+        charts.save(figure, output, names, frame, notes, ["e2el_s", "ttft_s", "tpot_s"], "rate")
+
+
 def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     """Draw policies on the routing of a real and of a scale model, a column of panels for each."""
     names = "real-routing", "Policies on the routing of a real model and of a scale model"
