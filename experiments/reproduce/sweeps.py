@@ -48,7 +48,6 @@ UNSAID: dict[str, Any] = {
     "cells": [],
     "readings": {},  # overrides by the name of what they stand for: `of` is run under each of them
     "of": {},  # by id, what narrows it
-    "whole": {},  # the same of what takes long: run by default and under each `reading=` alone
 }
 
 
@@ -96,9 +95,7 @@ def reading_configs(
     """Return digests of runs, under each reading of each experiment it is of, and their configs."""
     known, views, runs = available(conf), defaultdict[str, dict[str, list[str]]](dict), Configs()
     for name, own in experiment.readings.items():
-        whole = not own or any(one.startswith("reading=") for one in own)
-        of = {**experiment.of, **(experiment.whole if whole else {})}
-        for identity, narrowed in of.items():
+        for identity, narrowed in experiment.of.items():
             configs = run_configs(known[identity], [*narrowed, *own, *overrides], conf)
             views[name][identity] = list(configs)
             runs |= configs
