@@ -60,6 +60,9 @@ class MatrixCollection:
         matrices = self._matrices.nbytes
         return {"matrices": matrices, "store": matrices + self._ratios.nbytes + self._rows.nbytes}
 
+    def counts(self) -> dict[str, int]:
+        return {"entries": self.size}
+
     def keep_all(self) -> None:
         """Keep what is stored now from being the least matched (`persistent_capacity`)."""
         self._prepared = self.size

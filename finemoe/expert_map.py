@@ -37,6 +37,7 @@ class ExpertMapStore:
         self._maps = np.zeros((shape.layers, shape.experts, capacity), dtype=np.float32)
         self._embeddings = np.zeros((shape.hidden_size, capacity), dtype=np.float32)
         self._prefix_norms = np.zeros((shape.layers, capacity), dtype=np.float32)
+        self._of_prompt = np.zeros(capacity, dtype=bool)
 
     @property
     def maps(self) -> FloatArray:
@@ -60,6 +61,10 @@ class ExpertMapStore:
         """Return the bytes of the maps, as figure 18 of the paper counts them, and of all."""
         maps = self._maps.nbytes
         return {"maps": maps, "store": maps + self._embeddings.nbytes + self._prefix_norms.nbytes}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many iterations it holds, and how many of prompts; files do not tell these."""
+        return {"entries": self.size, "of_prompts": int(self._of_prompt.sum())}
 
     def cosines(self, embeddings: FloatArray) -> FloatArray:
         """Return score_sem of embeddings (B, h) with every stored one, shape (B, size)."""
@@ -115,6 +120,7 @@ class ExpertMapStore:
         embeddings: FloatArray,
         cosines: FloatArray | None = None,
         dots: FloatArray | None = None,
+        of_prompt: bool = False,
     ) -> list[int]:
         """Remember iterations, rows (L, B, J), one after the other; return their entries."""
         batch, size = len(embeddings), self.size
@@ -133,6 +139,7 @@ class ExpertMapStore:
             expert_map = rows[:, one]
             self._maps[:, :, entry] = expert_map
             self._embeddings[:, entry] = embedding
+            self._of_prompt[entry] = of_prompt
             self._prefix_norms[:, entry] = np.sqrt(np.cumsum((expert_map**2).sum(axis=1)))
             entries.append(entry)
             if among is not None:

@@ -130,7 +130,8 @@ class FineMoEPolicy(UsageTable):
             dots = None if self._trajectory is None else self._trajectory.dots
             if dots is not None and len(dots) < len(self._embeddings):
                 dots = None
-            self.store.add_all(self._rows, self._embeddings, self._cosines, dots)
+            of_prompt = iteration.phase == "prefill"
+            self.store.add_all(self._rows, self._embeddings, self._cosines, dots, of_prompt)
 
     def _queries(self, iteration: Iteration, rows: FloatArray) -> FloatArray:
         """Return one row a query, (..., T, n) to (..., Q, n): a request's mean, or every token."""

@@ -326,6 +326,7 @@ def run_record(
         "phase_seconds": asdict(measurement.phases),
         "busy_seconds": busy_s,
         "history_bytes": kept.memory_bytes() if kept else {},
+        "history_entries": kept.counts() if kept else {},
         "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
         **latency_summary(requests, load.prompts.dataset),
     }

@@ -179,6 +179,9 @@ class History(Protocol):
     def memory_bytes(self) -> dict[str, int]:
         """Return the host memory it takes, by what it holds."""
 
+    def counts(self) -> dict[str, int]:
+        """Return how many entries it holds, and how many of some kind."""
+
 
 class Policy:
     """No prefetch, and an eviction order that a subclass must give.

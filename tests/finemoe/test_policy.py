@@ -211,7 +211,7 @@ def test_token_aggregation_remembers_one_iteration_a_token(
 ) -> None:
     policy = policy_with(replace(OPTIONS, aggregation=aggregation))
     serve(policy, PREFILL, TOKENS, ROWS)
-    assert policy.store.size == 3
+    assert policy.store.counts() == {"entries": 3, "of_prompts": 3}
     assert policy.store.embeddings.transpose() == pytest.approx(array((1, 0), (0, 1), (0, 1)))
     for layer in range(4):
         assert np.array_equal(policy.store.maps[layer].transpose(), np.roll(ROWS, layer, axis=1))
@@ -254,7 +254,7 @@ def test_preparation_fills_the_store_and_serving_only_one_that_grows(
 ) -> None:
     policy = policy_with(replace(OPTIONS, online_growth=online_growth))
     serve(policy, DECODE, TOKENS[:1], ROWS[:1])
-    assert policy.store.size == 1
+    assert policy.store.counts() == {"entries": 1, "of_prompts": 0}
     policy.begin_serving()
     serve(policy, replace(DECODE, number=1), TOKENS[:1], ROWS[:1])
     assert policy.store.size == size
