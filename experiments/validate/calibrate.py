@@ -143,7 +143,11 @@ class Calibration:
         wake = resume = 0.0
         if NEUTRAL in probes:
             wake, resume = parts.wake_and_resume(probes[NEUTRAL], load)
-        collect = {name: _micros(parts.collection_seconds(one)) for name, one in probes.items()}
+        # What handing over one context takes of the critical path.
+        collect = {
+            name: _micros(sum(one.seconds("context_collection")) / len([*one.begins, *one.gates]))
+            for name, one in probes.items()
+        }
         return {
             "_target_": "experiments.run.testbeds.calibrated",
             "name": str(self._cfg.name),
@@ -190,15 +194,6 @@ def _vary_lengths(setup: LiveSetup) -> LiveSetup:
     return _measuring(setup, [replace(one, prompt=one.prompt[:cut]) for one, cut in lengths])
 
 
-def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:
-    """Measure and return the testbed as conf/testbed would hold it. Raises UserError."""
-    calibration = Calibration(cfg, console)
-    calibration.observe_resident()
-    for system in cfg.systems:
-        calibration.observe(system)
-    return calibration.testbed()
-
-
 def write_testbed(path: Path, testbed: Any, by: str = "experiments.validate.calibrate") -> None:
     """Write the YAML, whole or not at all, with where it comes from in comments."""
     origin = provenance()
@@ -215,8 +210,11 @@ def write_testbed(path: Path, testbed: Any, by: str = "experiments.validate.cali
 def main(cfg: DictConfig) -> None:
     """Calibrate as the config says; exit 2 for bad input."""
     transformers.logging.disable_progress_bar()
-    path = Path(cfg.output)
-    write_testbed(path, calibrate(cfg, Console()))
+    path, calibration = Path(cfg.output), Calibration(cfg, Console())
+    calibration.observe_resident()
+    for system in cfg.systems:
+        calibration.observe(system)
+    write_testbed(path, calibration.testbed())
     print(f"written to {path}; testbed={path.stem} if it lies in conf/testbed")
 
 

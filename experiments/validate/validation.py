@@ -54,8 +54,15 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
         path = Path(folder) / "trace.parquet"
         resident = run_config(cfg, next(iter(cfg.systems)), memory_budget="100%")
         load_setup(resident, testbed).record_routing(path, console)
-        # All that needs a quiet machine first.
-        rounds = [_round(runs, testbed, calibration, console) for _ in range(cfg.repeats)]
+        # All that needs a quiet machine first; its speed drifts, so costs are observed in between.
+        rounds: list[list[Result]] = [[] for _ in range(cfg.repeats)]
+        for served in rounds:
+            if calibration:
+                calibration.observe_resident()
+            for system, of_system in runs.items():
+                if calibration:
+                    calibration.observe(system)
+                served += [_served(load_setup(run, testbed), console) for run in of_system]
         calibrated = calibration.testbed() if calibration else known
         virtual = build(OmegaConf.create(calibrated))
         each = list(chain.from_iterable(runs.values()))
@@ -85,23 +92,6 @@ def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
             f"{testbed.link_gb_s} at {testbed.time_scale}; set calibration=null"
         )
     return loaded
-
-
-def _round(
-    runs: dict[str, list[DictConfig]],
-    testbed: Testbed,
-    calibration: Calibration | None,
-    console: Console,
-) -> list[Result]:
-    """Serve every case live once; the machine's speed drifts, so costs are observed in between."""
-    results = []
-    if calibration:
-        calibration.observe_resident()
-    for system, of_system in runs.items():
-        if calibration:
-            calibration.observe(system)
-        results += [_served(load_setup(run, testbed), console) for run in of_system]
-    return results
 
 
 def _served(setup: Setup, console: Console) -> Result:
