@@ -24,12 +24,6 @@ KILLED = (
     "a worker process was killed, perhaps for want of memory; start again, with n_jobs=1 if it "
     "happens again"
 )
-ENVIRONMENT = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-}
-
-
 Tasks = Mapping[str, Callable[[], object]]
 """By name, functions that another process can import, with their arguments."""
 
@@ -80,6 +74,7 @@ def _ray(tasks: Tasks, n_jobs: int) -> Iterator[Outcome]:
         folder = os.getcwd()
         hook = {"worker_process_setup_hook": lambda: settle(folder)}
         ray.init(num_cpus=cores, include_dashboard=False, runtime_env=hook, **quiet)
+    # Of one core, and so of one thread.
     remote = ray.remote(attempt)
     names = {remote.remote(*task).future(): task[0] for task in tasks.items()}
     for future in as_completed(names):
@@ -106,7 +101,7 @@ def settle(folder: str, owner: int | None = None) -> None:
     """Make a worker quiet, single-threaded, stand where the user does, and end with its owner."""
     if owner is not None:
         end_with(owner)
-    os.environ.update(ENVIRONMENT)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.chdir(folder)
     import torch
     import transformers
