@@ -46,30 +46,6 @@ def emulated_testbed(cfg: DictConfig) -> Testbed:
     return testbed
 
 
-def observe(setup: LiveSetup, console: Console) -> Probe:
-    """Serve warm-up and measured requests under the budget; return the times of the latter."""
-    build_history(setup, console)
-    policy = copy.deepcopy(setup.policy)
-    reference = setup.reference(console)
-    if reference is not None and policy.set_future_routing:
-        policy.set_future_routing(reference.routing)
-    probe, schedule = Probe(), setup.settings.schedule
-    with setup.under_budget(policy, probe) as runtime:
-        server = Server(LiveBackend(runtime, before=lambda step: probe.begin(step.iteration)))
-        list(server.serve(schedule(setup.workload.warmup)))
-        runtime.drain()
-        probe.begins.clear()
-        probe.spans.clear()
-        runtime.listeners.append(probe.gate)
-        list(server.serve(schedule(setup.workload.measured)))
-        runtime.drain()
-        for link in runtime.links:
-            if isinstance(link, EmulatedLink):
-                probe.lags += link.lags
-                probe.lag_seconds += link.lag_seconds
-    return probe
-
-
 def fit(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
     """Return base, per_token and the other columns asked for in microseconds, none below 0.
 
@@ -130,7 +106,26 @@ class Calibration:
             self._probes[system] += self._observe(system, _measuring(setup, [longest]))
 
     def _observe(self, system: str, setup: LiveSetup) -> Probe:
-        probe = observe(setup, self._console)
+        """Serve warm-up and measured requests under the budget; return the times of the latter."""
+        build_history(setup, self._console)
+        policy = copy.deepcopy(setup.policy)
+        reference = setup.reference(self._console)
+        if reference is not None and policy.set_future_routing:
+            policy.set_future_routing(reference.routing)
+        probe, schedule = Probe(), setup.settings.schedule
+        with setup.under_budget(policy, probe) as runtime:
+            server = Server(LiveBackend(runtime, before=lambda step: probe.begin(step.iteration)))
+            list(server.serve(schedule(setup.workload.warmup)))
+            runtime.drain()
+            probe.begins.clear()
+            probe.spans.clear()
+            runtime.listeners.append(probe.gate)
+            list(server.serve(schedule(setup.workload.measured)))
+            runtime.drain()
+            for link in runtime.links:
+                if isinstance(link, EmulatedLink):
+                    probe.lags += link.lags
+                    probe.lag_seconds += link.lag_seconds
         for part, taken in parts.compute_samples(probe, self._traced, self._layers).items():
             self._samples[system][part] += taken
         return probe
