@@ -39,19 +39,14 @@ class Subject:
 
     model: str
     dataset: str
-    path: Path
+    shape: ModelShape
+    origin: Mapping[str, Any]
+    """Where its trace comes from."""
+    routed: routing.Iterations
     distance: int
     """The model's prefetch distance d, below its number of layers."""
     cut: int
     """How many requests are history."""
-
-    @property
-    def shape(self) -> ModelShape:
-        return read_routing(self.path)[0]
-
-    @property
-    def routed(self) -> routing.Iterations:
-        return read_routing(self.path)[2]
 
     @property
     def history(self) -> routing.Iterations:
@@ -67,18 +62,17 @@ class Subject:
 
     def facts(self) -> dict[str, Any]:
         """Return what a record says about this subject."""
-        shape, origin, routed = read_routing(self.path)
         return {
             "model": self.model,
             "dataset": self.dataset,
-            "weights": origin.get("weights", "unknown"),
-            **asdict(shape),
+            "weights": self.origin.get("weights", "unknown"),
+            **asdict(self.shape),
             "distance": self.distance,
-            "requests": routed.requests,
+            "requests": self.routed.requests,
             "history_requests": self.cut,
-            "measured_requests": routed.requests - self.cut,
-            "decode_iterations": int(routed.decode.sum()),
-            "trace": dict(origin),
+            "measured_requests": self.routed.requests - self.cut,
+            "decode_iterations": int(self.routed.decode.sum()),
+            "trace": dict(self.origin),
         }
 
 
@@ -98,14 +92,14 @@ def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
     for model, dataset in product(cfg.experiment.models, cfg.experiment.datasets):
         if (model, dataset) not in traces:
             raise UserError(f"no routing trace of {model} on {dataset}; record it first")
-        shape, _, routed = read_routing(traces[model, dataset])
+        shape, origin, routed = read_routing(traces[model, dataset])
         share, requests = cfg.workload.history_share, routed.requests
         cut = round(share * requests)
         if not 0 < cut < requests:
             cause = f"workload.history_share={share} of {requests} requests leaves no history"
             raise UserError(f"{cause}, or none to measure; change it or add prompts")
         distance = max(1, min(model_facts(model).prefetch_distance, shape.layers - 1))
-        yield Subject(model, dataset, traces[model, dataset], distance, cut)
+        yield Subject(model, dataset, shape, origin, routed, distance, cut)
 
 
 def model_facts(name: str) -> DictConfig:

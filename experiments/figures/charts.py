@@ -19,7 +19,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments import style
 from experiments.errors import UserError
-from experiments.judge.frame import one_mode
 from experiments.style import POINTS, Look, dataset_name, model_name, system_name
 from finemoe.files import atomic_write
 
@@ -28,15 +27,8 @@ BUDGET = "Memory for experts (GB, share of all)"
 REFERENCE_DASHES = (0, (3, 1.2))
 CAPS: Look = {"elinewidth": 0.7, "capsize": 1.5, "capthick": 0.7}
 EDGE: Look = {"markeredgecolor": "white", "markeredgewidth": 0.3}
-TEXTS = (
-    "font.size",
-    "axes.labelsize",
-    "axes.titlesize",
-    "legend.fontsize",
-    "legend.title_fontsize",
-)
 SETTINGS: Any = {
-    **dict.fromkeys(TEXTS, POINTS),
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "legend.fontsize"), POINTS),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), POINTS - 0.5),
     "axes.linewidth": 0.6,
     "axes.titlepad": 3,
@@ -61,11 +53,13 @@ def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) ->
     if frame.empty:
         remedy = f"run python -m experiments.reproduce {figure}"
         raise UserError(f"figure {figure}: no run records; {remedy}")
-    one_mode(frame, f"figure {figure}", mixed_modes)
+    modes = sorted(frame["mode"].unique())
+    if len(modes) > 1 and not mixed_modes:
+        cause = f"figure {figure} mixes {' and '.join(modes)} records"
+        raise UserError(f"{cause}; draw them apart or set mixed_modes=true")
     names = []
     for system, label, mode in frame[["system", "label", "mode"]].itertuples(index=False):
-        _, _, options = label.partition(" ")
-        notes = ", ".join(filter(None, (options, mode if frame["mode"].nunique() > 1 else "")))
+        notes = ", ".join(filter(None, (label.partition(" ")[2], mode if len(modes) > 1 else "")))
         names.append(system_name(system) + (f" ({notes})" if notes else ""))
     return frame.assign(series=names)
 
@@ -121,7 +115,6 @@ def facets(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
-Parts = Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]
 
 
 @contextmanager
@@ -146,7 +139,9 @@ def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: fl
 
 
 @contextmanager
-def dataset_panels(frame: pd.DataFrame, xlabel: str, ylabel: str) -> Parts:
+def dataset_panels(
+    frame: pd.DataFrame, xlabel: str, ylabel: str
+) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
     """Yield a figure, and a panel with its rows for each dataset (down) and model (across)."""
     models, datasets = facets(frame)
     height = 0.6 + 1.7 * len(datasets)

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
-from experiments import style
 from experiments.figures import charts
 
 NAMES = ("11", "Distribution of the request latency, with and without queueing, online serving")
@@ -35,7 +33,14 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         for axes, (dataset, latency), model in panels:
             part = charts.part_of(curves[curves["latency"] == latency], model, dataset)
             for name, look in looks.items():
-                _steps(axes, part[part["series"] == name], look)
+                steps = part[part["series"] == name]
+                if steps.empty:
+                    continue
+                seconds, line = steps["seconds"], {"c": look["color"], "ls": look["linestyle"]}
+                from_zero = np.r_[seconds.iloc[0], seconds], np.r_[0.0, steps["share"]]
+                axes.step(*from_zero, where="post", **line)
+                band = {"step": "post", "color": look["color"], "alpha": 0.13, "lw": 0}
+                axes.fill_between(seconds, steps["share_low"], steps["share_high"], **band)
             if latency == "service_s":
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
             label = "Share of requests" if model == models[0] else ""
@@ -56,13 +61,3 @@ def curve(run: Any, latency: str) -> pd.DataFrame:
     names, source = ("model", "dataset", "series"), ("mode", "testbed", "weights", "digest")
     whose, made = ({key: run[key] for key in keys} for keys in (names, source))
     return pd.DataFrame({**whose, "latency": latency, **steps, **made})
-
-
-def _steps(axes: Axes, part: pd.DataFrame, look: style.Look) -> None:
-    if part.empty:
-        return
-    seconds, colour = part["seconds"].to_numpy(), look["color"]
-    from_zero = np.r_[seconds[0], seconds], np.r_[0.0, part["share"]]
-    axes.step(*from_zero, where="post", color=colour, linestyle=look["linestyle"])
-    ends = part["share_low"], part["share_high"]
-    axes.fill_between(seconds, *ends, step="post", color=colour, alpha=0.13, lw=0)

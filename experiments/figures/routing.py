@@ -24,8 +24,8 @@ Values = NDArray[np.floating]
 Experts = NDArray[np.bool_]
 Predictor = Callable[[int], Experts]
 """From a distance d to the experts predicted for layers d..L-1, shape (N, L - d, J)."""
-Comparisons = dict[str, tuple[Values, Values, NDArray[np.int64]]]
-"""By search: similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2)."""
+Comparison = tuple[Values, Values, NDArray[np.int64]]
+"""Similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2)."""
 POINTS = {"prefill": slice(1), "first_decode": slice(1, 2), "request": slice(None)}
 """Which iterations of a request are its prompt's data point; the paper does not say (4.2.3)."""
 
@@ -227,7 +227,7 @@ def hit_rates(predicted: Experts, activated: Experts) -> NDArray[np.float64]:
     return ((predicted & activated).sum(axis=-1) / activated.sum(axis=-1)).mean(axis=1)
 
 
-def compared_prompts(routed: Iterations, point: str, top_k: int) -> Comparisons:
+def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Comparison]:
     """Return all pairs of prompts, each of them one data point, as the paper's figures 8 and 9 do.
 
     A point is an embedding and a map, means over the iterations that `point`, one of POINTS, says.
@@ -248,7 +248,7 @@ def compared_prompts(routed: Iterations, point: str, top_k: int) -> Comparisons:
 
 def compared_matches(
     searched: Searched, measured: Iterations, top_k: int, distance: int
-) -> Comparisons:
+) -> dict[str, Comparison]:
     """Return each decode iteration and its best match in the store (figures 8, 9).
 
     A semantic match is judged over all layers, a trajectory `distance` layers after each score. The

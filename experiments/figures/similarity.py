@@ -1,6 +1,6 @@
 """Similarity of prompts and iterations, and what it predicts: figures 4, 8, 9 and 16a (4.2)."""
 
-from functools import lru_cache
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -78,22 +78,23 @@ def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> Non
         analyses.save(figure, output, record, frame.drop(columns="series"), shows)
 
 
-@lru_cache(maxsize=analyses.KEPT)
 def compared(
-    subject: analyses.Subject, capacity: int, point: str
-) -> dict[str, routing.Comparisons]:
-    """Return pairs of all prompts, and matches of measured iterations, by method.
+    subject: analyses.Subject, experiment: DictConfig
+) -> Iterator[tuple[str, str, routing.Comparison]]:
+    """Yield pairs of all prompts, and matches of measured iterations, by method and search.
 
-    Raises UserError if `point` is none of `routing.POINTS`.
+    Raises UserError if the experiment's `point` is none of `routing.POINTS`.
     """
-    if point not in routing.POINTS:
+    if experiment.point not in routing.POINTS:
         known = ", ".join(routing.POINTS)
-        raise UserError(f"experiment.point={point} is unknown; choose one of {known}")
-    searched, top_k = subject.searched(capacity), subject.shape.top_k
-    return {
-        "pairs": routing.compared_prompts(subject.routed, point, top_k),
+        raise UserError(f"experiment.point={experiment.point} is unknown; choose one of {known}")
+    searched, top_k = subject.searched(experiment.store_capacity), subject.shape.top_k
+    methods = {
+        "pairs": routing.compared_prompts(subject.routed, experiment.point, top_k),
         "matches": routing.compared_matches(searched, subject.measured, top_k, subject.distance),
     }
+    for method, by_search in methods.items():
+        yield from ((method, search, values) for search, values in by_search.items())
 
 
 @analyses.of_traces
@@ -103,11 +104,9 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
     With intervals, how many pairs or iterations a bin holds, and their share.
     """
     frames = {}
-    methods = compared(subject, experiment.store_capacity, experiment.point)
-    for method, by_search in methods.items():
-        for search, values in by_search.items():
-            bins = routing.binned(*values, experiment.bins)
-            frames[method, search] = bins.assign(share=bins["count"] / bins["count"].sum())
+    for method, search, values in compared(subject, experiment):
+        bins = routing.binned(*values, experiment.bins)
+        frames[method, search] = bins.assign(share=bins["count"] / bins["count"].sum())
     return pd.concat(frames, names=["method", "search"]).reset_index(["method", "search"])
 
 
@@ -159,13 +158,11 @@ def pearson(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
     With that of the means of figure 8's bins, the mean score and hit rate, and their number.
     """
     rows = []
-    methods = compared(subject, experiment.store_capacity, experiment.point)
-    for method, by_search in methods.items():
-        for search, (score, hits, request) in by_search.items():
-            bins = routing.binned(score, hits, request, experiment.bins)
-            of_bins = bins["score"].corr(bins["hit_rate"])
-            means = of_bins, score.mean(), hits.mean(), len(score)
-            rows.append((method, search, *routing.correlation(score, hits, request), *means))
+    for method, search, (score, hits, request) in compared(subject, experiment):
+        bins = routing.binned(score, hits, request, experiment.bins)
+        of_bins = bins["score"].corr(bins["hit_rate"])
+        means = of_bins, score.mean(), hits.mean(), len(score)
+        rows.append((method, search, *routing.correlation(score, hits, request), *means))
     names = ["method", "search", "pearson", "low", "high", "of_bins", "score", "hit_rate", "count"]
     return pd.DataFrame(rows, columns=names)
 

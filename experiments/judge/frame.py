@@ -19,7 +19,6 @@ from experiments.errors import UserError
 from experiments.run import records
 from experiments.style import system_name
 
-Facts = Mapping[str, Any]
 PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")
@@ -56,22 +55,28 @@ def run_frame(runs: Sequence[Path]) -> pd.DataFrame:
     return pd.DataFrame([_row(path) for path in paths])
 
 
-def one_mode(frame: pd.DataFrame, what: str, mixed_modes: bool) -> None:
-    """Raise UserError if records of several modes meet in `what` and nobody asked for that."""
-    modes = sorted(frame["mode"].unique())
-    if len(modes) > 1 and not mixed_modes:
-        cause = f"{what} mixes {' and '.join(modes)} records"
-        raise UserError(f"{cause}; draw them apart or set mixed_modes=true")
-
-
 def _row(path: Path) -> dict[str, Any]:
     record, requests = records.read_record(path), records.read_requests(path)
     requests["service_s"] = requests["e2el_s"] - requests.get("queueing_s", 0.0)
-    summary, names = record["summary"], identity(path, record)
+    summary, row = record["summary"], identity(path, record)
     phases, bound = summary.get("phase_seconds") or {}, summary.get("bound") or {}
+    # Iterations are known where a batch stays together.
+    batches = requests.groupby("batch")[["output_tokens", "e2el_s"]].max().sum()
+    iterations = float(batches["output_tokens"]) if row["workload"] == "offline" else math.nan
+    means = {name: (summary.get(name) or {}).get("mean") for name in ("ttft_s", "tpot_s", "e2el_s")}
+    means["hit_rate"] = summary.get("expert_hit_rate")
+    means["iteration_s"] = float(batches["e2el_s"]) / iterations if iterations else None
     counts = (*COUNTS, *(key for key in summary if key.startswith("bytes_")))
+    row["iterations"] = iterations
+    for metric, mean in means.items():
+        ends = None
+        if mean is not None and not math.isnan(mean):
+            # A record may say more than its requests do.
+            with suppress(ValueError):
+                ends = interval(request_draws(requests, metric, row["dataset"]))
+        row[metric] = math.nan if mean is None else mean
+        row[f"{metric}_low"], row[f"{metric}_high"] = ends or (math.nan, math.nan)
     numbers = {
-        **_estimates(summary, requests, names),
         **{key: summary.get(key) for key in counts},
         "requests": len(requests),
         "busy_s": summary.get("busy_seconds"),
@@ -79,7 +84,7 @@ def _row(path: Path) -> dict[str, Any]:
         **{f"bound_{name}": bound.get(name) for name in ("times", "compute_s", "link_s")},
     }
     known = {key: math.nan if one is None else one for key, one in numbers.items()}
-    return {**names, **known, "record": record, "table": requests}
+    return {**row, **known, "record": record, "table": requests}
 
 
 def identity(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,25 +122,6 @@ def _defaults(system: str, model: str) -> dict[str, Any]:
     parts = {"system": OmegaConf.load(path), "model": json.loads(model), "reading": reading}
     options: Any = OmegaConf.to_container(OmegaConf.create(parts).system, resolve=True)
     return options | {"protect": reading.protect}
-
-
-def _estimates(summary: Facts, requests: pd.DataFrame, names: Facts) -> dict[str, Any]:
-    """Return means with their intervals; iterations are known where a batch stays together."""
-    means = {name: (summary.get(name) or {}).get("mean") for name in ("ttft_s", "tpot_s", "e2el_s")}
-    means["hit_rate"] = summary.get("expert_hit_rate")
-    batches = requests.groupby("batch")[["output_tokens", "e2el_s"]].max().sum()
-    iterations = float(batches["output_tokens"]) if names["workload"] == "offline" else math.nan
-    means["iteration_s"] = float(batches["e2el_s"]) / iterations if iterations else None
-    row: dict[str, Any] = {"iterations": iterations}
-    for metric, mean in means.items():
-        ends = None
-        if mean is not None and not math.isnan(mean):
-            # A record may say more than its requests do.
-            with suppress(ValueError):
-                ends = interval(request_draws(requests, metric, names["dataset"]))
-        row |= {metric: mean}
-        row[f"{metric}_low"], row[f"{metric}_high"] = ends or (math.nan, math.nan)
-    return row
 
 
 def commit(origin: Mapping[str, Any], digits: int | None = None) -> str:

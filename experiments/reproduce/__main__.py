@@ -1,6 +1,5 @@
 """``python -m experiments.reproduce``."""
 
-import runpy
+from experiments.reproduce.driver import main
 
-if __name__ == "__main__":
-    runpy.run_module("experiments.reproduce.driver", run_name="__main__", alter_sys=True)
+main()

@@ -11,40 +11,36 @@ What is complete is never done again, so that an interrupted call goes on where 
 
 import json
 import os
+import pkgutil
+import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from experiments import CONF, ROOT
 from experiments.errors import BAD_INPUT, UserError, command, words_given
-from experiments.judge.frame import ResultsFolder
-from experiments.reproduce import results, sweeps
+from experiments.judge.frame import ResultsFolder, run_frame
+from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Tasks, attempt, side_by_side
 from experiments.reproduce.sweeps import Experiment, Words
+from experiments.run import records
 from experiments.run.config import build, check
-from experiments.run.console import bar_on
+from experiments.run.console import Console, bar_on
 from experiments.run.protocol import ensure_record
-from experiments.run.records import (
-    RECORD,
-    check_writable,
-    is_logged,
-    log_reproduction,
-    other_code,
-    pack_runs,
-    read_record,
-)
+from experiments.run.records import RECORD
 from experiments.run.weights import model_of
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, write_json
 from finemoe.testbed import SimulatedTestbed
 
 OPTIONS = {
@@ -60,6 +56,18 @@ OPTIONS = {
 Runs below `records`, which a sweep left, are taken instead of made again. `mixed_modes` lets one
 figure show records of several modes, marked as such; `redraw` makes again what is complete.
 """
+AUTO, SIMULATED = "experiments.run.testbeds.auto", "experiments.run.testbeds.simulated"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one experiment needs: runs by digest, or an analysis and its traces."""
+
+    experiment: Experiment
+    content: dict[str, Any]  # what its file under `experiments/` says, but for files, provenance
+    runs: dict[str, DictConfig] = field(default_factory=dict)
+    analysis: DictConfig | None = None
+    traced: dict[tuple[str, str], DictConfig] = field(default_factory=dict)
 
 
 class Reproduction:
@@ -67,7 +75,7 @@ class Reproduction:
 
     def __init__(self, ids: Words, overrides: Words, options: Any, conf: Path) -> None:
         self.chosen = sweeps.chosen(ids, conf)
-        check_writable(Path(options["results"]), "results")
+        records.check_writable(Path(options["results"]), "results")
         self.options, self.results = options, ResultsFolder(Path(options["results"]))
         self.everything, self.log_to_wandb = "all" in ids, "logger=wandb" in overrides
         self.console = RichConsole(highlight=False)
@@ -77,11 +85,11 @@ class Reproduction:
         self.plans = [
             self._plan(one, overrides, source, conf)
             for one in self.chosen
-            if options["redraw"] or not results.made(self.results, one.id, source)
+            if options["redraw"] or not made(self.results, one.id, source)
         ]
         self.wanted = {digest: cfg for plan in self.plans for digest, cfg in plan.runs.items()}
         if options["records"]:
-            taken = results.adopt(self.results, Path(options["records"]), self.wanted)
+            taken = adopt(self.results, Path(options["records"]), self.wanted)
             count = f"{taken} of {len(self.wanted)} runs"
             self._say(f"taken from {escape(options['records'])}: {count}")
 
@@ -107,9 +115,7 @@ class Reproduction:
             return 0
         return BAD_INPUT if any(one.bad_input for one in self.failures) else 1
 
-    def _plan(
-        self, experiment: Experiment, overrides: Words, source: str, conf: Path
-    ) -> results.Plan:
+    def _plan(self, experiment: Experiment, overrides: Words, source: str, conf: Path) -> Plan:
         content: dict[str, Any] = {
             "id": experiment.id,
             "title": experiment.title,
@@ -120,32 +126,31 @@ class Reproduction:
         }
         if experiment.analysis and not experiment.readings:
             own, traced = sweeps.analysis_config(experiment, overrides, conf)
-            return results.Plan(experiment, content, analysis=own, traced=traced)
+            return Plan(experiment, content, analysis=own, traced=traced)
         if experiment.readings:
             content["views"], runs = sweeps.reading_configs(experiment, overrides, conf)
         else:
             runs = sweeps.run_configs(experiment, overrides, conf)
-        return results.Plan(experiment, {**content, "runs": list(runs)}, runs)
+        return Plan(experiment, {**content, "runs": list(runs)}, runs)
 
     @cached_property
     def pending_runs(self) -> dict[str, DictConfig]:
-        """The runs that are missing, or not logged as their config asks; long ones first."""
+        """The runs that are missing, or not logged as their config asks."""
         missing = {}
         for digest, cfg in self.wanted.items():
             run = self.results.run(digest)
-            logged = cfg.logger.name != "wandb" or is_logged(run / RECORD)
-            if not (logged and results.complete(run)):
+            logged = cfg.logger.name != "wandb" or records.is_logged(run / RECORD)
+            if not (logged and complete(run)):
                 missing[digest] = cfg
-        return dict(sorted(missing.items(), key=lambda item: (-length(item[1]), item[0])))
+        return missing
 
     def _say_whose_code(self) -> None:
         """Say how much of what is kept other code may have made."""
         done = self.wanted.keys() - self.pending_runs.keys()
-        kept = [read_record(self.results.run(one) / RECORD) for one in done]
+        kept = [records.read_record(self.results.run(one) / RECORD) for one in done]
         for name in {one.id for one in self.chosen} - {plan.experiment.id for plan in self.plans}:
-            kept.append(json.loads(self.results.experiment(name).read_text())["provenance"])
-        old = sum(other_code(one) is not None for one in kept)
-        if old:
+            kept.append(self.results.index(name)["provenance"])
+        if old := sum(records.other_code(one) is not None for one in kept):
             what = f"{old} of {len(kept)} kept results are of another commit or of changed files"
             self._say(f"{what}; give another results= to make them again")
 
@@ -159,7 +164,7 @@ class Reproduction:
         groups: dict[str, list[DictConfig]] = defaultdict(list)
         for cfg in chain(replayed.values(), *(plan.traced.values() for plan in self.plans)):
             groups[trace_group(cfg)].append(cfg)
-        tasks = {name: partial(results.record_traces, cfgs) for name, cfgs in groups.items()}
+        tasks = {name: partial(record_traces, cfgs) for name, cfgs in groups.items()}
         failed = {outcome.name for outcome in self._stage("traces", tasks, {}) if outcome.error}
         for one, cfg in replayed.items():
             if trace_group(cfg) in failed:
@@ -180,11 +185,10 @@ class Reproduction:
         tasks = {}
         for plan in self.plans:
             name = f"experiment {plan.experiment.id}"
-            missing = sum(not results.complete(self.results.run(one)) for one in plan.runs)
-            if missing:
+            if missing := sum(not complete(self.results.run(one)) for one in plan.runs):
                 self._say(f"{name}: not drawn, {missing} of its runs are missing")
             else:
-                tasks[name] = partial(results.make, plan, self.results)
+                tasks[name] = partial(make, plan, self.results)
         for outcome in self._stage("figures", tasks, {}):
             if not outcome.error:
                 picture = self.results.figures / f"{outcome.name.split()[-1]}.png"
@@ -202,7 +206,7 @@ class Reproduction:
             from experiments.judge.report import write
 
             write(self.results)
-            pack_runs(root)
+            records.pack_runs(root)
             with atomic_write(root / "records.parquet") as file:
                 frame = self.results.runs.drop(columns=["record", "table"])
                 frame.to_parquet(file, index=False)
@@ -211,7 +215,7 @@ class Reproduction:
         self._say(f"claims: {', '.join(f'{count} {verdict}' for verdict, count in verdicts)}")
         self._say(f"report: {escape(str(report))}")
         if self.log_to_wandb:
-            log_reproduction("finemoe", report)
+            records.log_reproduction("finemoe", report)
 
     def _stage(self, what: str, tasks: Tasks, alone: Tasks) -> list[Outcome]:
         """Carry out tasks under a bar; say each failure in a line, and remember it."""
@@ -254,13 +258,92 @@ def in_virtual_time(cfg: DictConfig) -> bool:
         return False
 
 
-def length(cfg: DictConfig) -> float:
-    """Estimate how long a run takes, in no unit: long ones start first."""
-    load = cfg.workload
-    requests = load.get("prompts") or load.get("requests") or 1
-    tokens = load.get("output_tokens") or load.get("max_output_tokens") or 200
-    batch = load.get("batch_size") or load.get("max_batch_size") or 1
-    return float(requests) * float(tokens) / batch**0.5 * cfg.model.layers
+def complete(run: Path) -> bool:
+    """Tell whether a run is there, of today's weights; UserError for a malformed record."""
+    path = run / RECORD
+    return path.exists() and records.of_these_weights(records.read_record(path))
+
+
+def made(results: ResultsFolder, name: str, source: str) -> bool:
+    """Tell whether an experiment was made of this source and is whole; UserError for a bad run."""
+    try:
+        index = results.index(name)
+    except UserError:
+        return False
+    files = [results.root / one for one in index.get("files", ())]
+    runs = [results.run(one) / RECORD for one in index.get("runs", ())]
+    if index.get("source") != source or not all(one.exists() for one in (*files, *runs)):
+        return False
+    return all(map(records.read_record, runs))
+
+
+def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
+    """Copy the runs of these digests, as far as they are not here, from records below a folder.
+
+    Returns how many. A sweep without testbed= that was simulated counts as what it simulated.
+    Raises UserError if there is no such folder, or a malformed record in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"records={folder} is no folder; name one that a sweep left")
+    adopted = 0
+    for path in sorted(folder.rglob(RECORD)):
+        record = records.read_record(path)
+        cfg = OmegaConf.create(record["config"])
+        if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
+            cfg.testbed._target_ = SIMULATED
+        identity = sweeps.digest(cfg)
+        place = results.run(identity)
+        if identity in wanted and not (place / RECORD).exists():
+            # The record completes the run.
+            for name in (records.REQUESTS, RECORD):
+                with atomic_write(place / name) as partial_file:
+                    shutil.copyfile(path.parent / name, partial_file)
+            adopted += 1
+    return adopted
+
+
+# What workers do ----------------------------------------------------------------------------------
+
+
+def record_traces(configs: Iterable[DictConfig]) -> list[Path]:
+    """Record the traces that these configs need, each once; return them. Raises UserError."""
+    from experiments.run.routing import kept_trace
+
+    return [kept_trace(cfg, Console(quiet=True)) for cfg in configs]
+
+
+def make(plan: Plan, results: ResultsFolder) -> None:
+    """Analyse, if it is an analysis, draw, and mark the experiment complete. Raises UserError."""
+    experiment = plan.experiment
+    drawn: Any = run_frame([results.run(one) for one in plan.runs])
+    if experiment.analysis:
+        analyse, folder = function(experiment.analysis), results.analysis(experiment.id)
+        if experiment.readings:
+            analyse(drawn, plan.content["views"], folder)
+        else:
+            traces = record_traces(plan.traced.values())
+            analyse(plan.analysis, dict(zip(plan.traced, traces, strict=True)), folder)
+        drawn = folder
+    if experiment.draws:
+        results.figures.mkdir(parents=True, exist_ok=True)
+        function(experiment.draws)(drawn, results.figures, plan.content["mixed_modes"])
+    write_experiment(results, experiment.id, plan.content)
+
+
+def write_experiment(results: ResultsFolder, name: str, content: Mapping[str, Any]) -> None:
+    """Mark an experiment complete, with the files that it left."""
+    left = (*results.figures.glob(f"{name}.*"), *results.analysis(name).glob("*"))
+    files = sorted(str(path.relative_to(results.root)) for path in left)
+    whole = {**content, "files": files, "provenance": records.provenance()}
+    write_json(results.experiment(name), whole)
+
+
+def function(dotted: str) -> Callable[..., Any]:
+    """Return what ``module.name`` names; raise UserError if there is no such thing."""
+    try:
+        return pkgutil.resolve_name(dotted)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"no function {dotted}: {error}") from error
 
 
 @command("interrupted; complete runs are kept: call again to go on")
@@ -274,7 +357,3 @@ def main(words: Sequence[str] | None = None, conf: Path = CONF) -> None:
     overrides = [word for word in others if word not in ids]
     overrides += model_of(overrides)
     sys.exit(Reproduction(ids, overrides, options, conf).carry_out())
-
-
-if __name__ == "__main__":
-    main()

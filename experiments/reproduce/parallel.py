@@ -7,16 +7,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import as_completed
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from itertools import starmap
 from typing import Any
 
-from joblib import register_parallel_backend
-from joblib.externals.loky import get_reusable_executor
+from joblib import Parallel, delayed, parallel_config, register_parallel_backend
 from joblib.parallel import BACKENDS
 
 from experiments.errors import UserError, file_errors
@@ -26,14 +24,7 @@ KILLED = (
     "a worker process was killed, perhaps for want of memory; start again, with n_jobs=1 if it "
     "happens again"
 )
-ENVIRONMENT = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "MPLBACKEND": "Agg",
-    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-}
-
-
-Tasks = Mapping[str, Callable[[], None]]
+Tasks = Mapping[str, Callable[[], object]]
 """By name, functions that another process can import, with their arguments."""
 
 
@@ -53,30 +44,25 @@ def side_by_side(tasks: Tasks, launcher: str, n_jobs: int) -> Generator[Outcome,
     In other processes, where every task has one thread, unless there is but one job. Raises
     UserError if the launcher's package is missing.
     """
-    if not tasks or (launcher == "joblib" and n_jobs == 1):
-        yield from starmap(attempt, tasks.items())
-        return
-    with LAUNCHERS[launcher](n_jobs) as submit:
-        names = {submit(*task): task[0] for task in tasks.items()}
-        for future in as_completed(names):
-            yield Outcome(names[future], KILLED) if future.exception() else future.result()
-
-
-@contextmanager
-def _cores(n_jobs: int) -> Iterator[Callable[..., Any]]:
-    # A worker whose memory grew is replaced, which is warned of; nothing is lost.
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    own = {"initializer": settle, "initargs": (os.getcwd(), os.getpid())}
-    executor = get_reusable_executor(n_jobs, timeout=300, env=ENVIRONMENT, **own)
+    left = dict(tasks)
     try:
-        yield partial(executor.submit, attempt)
-    except BaseException:
-        executor.shutdown(kill_workers=True)
-        raise
+        for outcome in LAUNCHERS[launcher](tasks, n_jobs) if tasks else ():
+            del left[outcome.name]
+            yield outcome
+    except BrokenProcessPool:
+        yield from (Outcome(name, KILLED) for name in left)
 
 
-@contextmanager
-def _ray(n_jobs: int) -> Iterator[Callable[..., Any]]:
+def _cores(tasks: Tasks, n_jobs: int) -> Iterable[Outcome]:
+    # That a worker whose memory grew is replaced, or tasks are given up, is no news here.
+    warnings.filterwarnings("ignore", category=UserWarning, module="joblib")
+    own = {"initializer": settle, "initargs": (os.getcwd(), os.getpid())}
+    as_they_end: Any = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
+    with parallel_config("loky", inner_max_num_threads=1, **own):
+        return Parallel(n_jobs, **as_they_end)(delayed(attempt)(*task) for task in tasks.items())
+
+
+def _ray(tasks: Tasks, n_jobs: int) -> Iterator[Outcome]:
     try:
         import ray
     except ImportError as error:
@@ -88,14 +74,17 @@ def _ray(n_jobs: int) -> Iterator[Callable[..., Any]]:
         folder = os.getcwd()
         hook = {"worker_process_setup_hook": lambda: settle(folder)}
         ray.init(num_cpus=cores, include_dashboard=False, runtime_env=hook, **quiet)
+    # Of one core, and so of one thread.
     remote = ray.remote(attempt)
-    yield lambda *task: remote.remote(*task).future()
+    names = {remote.remote(*task).future(): task[0] for task in tasks.items()}
+    for future in as_completed(names):
+        yield Outcome(names[future], KILLED) if future.exception() else future.result()
 
 
 LAUNCHERS = {"joblib": _cores, "ray": _ray}
 
 
-def attempt(name: str, task: Callable[[], None]) -> Outcome:
+def attempt(name: str, task: Callable[[], object]) -> Outcome:
     """Carry out a task; return how it ended."""
     try:
         with file_errors():
@@ -112,7 +101,7 @@ def settle(folder: str, owner: int | None = None) -> None:
     """Make a worker quiet, single-threaded, stand where the user does, and end with its owner."""
     if owner is not None:
         end_with(owner)
-    os.environ.update(ENVIRONMENT)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.chdir(folder)
     import torch
     import transformers

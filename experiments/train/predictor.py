@@ -7,7 +7,6 @@ taken on held-out ones.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ from experiments.run.live import serve
 from experiments.run.models import LoadedModel, load_model
 from experiments.run.schedule import Request
 from finemoe.assemble import resident_runtime
-from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Placement
 
 
@@ -59,16 +57,19 @@ def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
     return marked
 
 
-def record(model: OffloadedModel, requests: Sequence[Request], batch_size: int) -> Recording:
-    """Serve requests with everything resident; return what their gates saw and chose."""
-    recorder = Recorder(model.shape)
-    with resident_runtime(model, recorder) as runtime:
-        serve(runtime, requests, batch_size)
+def record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
+    """Serve prompts with everything resident; return what their gates saw and chose."""
+    drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
+    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn.prompts)]
+    shape = model.offloaded.shape
+    recorder = Recorder(shape)
+    with resident_runtime(model.offloaded, recorder) as runtime:
+        serve(runtime, requests, cfg.batch_size)
     hidden, scores = (
         np.stack([np.concatenate([getattr(gate, name) for gate in of]) for of in recorder.gates])
         for name in ("hidden_states", "probabilities")
     )
-    return Recording(hidden, best(scores, model.shape.top_k))
+    return Recording(hidden, best(scores, shape.top_k))
 
 
 def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
@@ -111,12 +112,6 @@ def top_k_accuracy(
     return accuracies
 
 
-def _record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
-    drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
-    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn.prompts)]
-    return record(model.offloaded, requests, cfg.batch_size)
-
-
 @hydra.main(config_path="../../conf", config_name="train_predictor", version_base="1.3")
 @command()
 def main(cfg: DictConfig) -> None:
@@ -131,8 +126,8 @@ def main(cfg: DictConfig) -> None:
     # No run draws its prompts from documents that are not held out.
     learning = corpus_texts(cfg.kind, held_out=False)
     others = Dataset(cfg.kind, "documents that are not held out", learning)
-    learned_from = _record(cfg, model, others, cfg.prompts)
-    tested_on = _record(cfg, model, corpus_dataset("held out", cfg.kind), cfg.held_out_prompts)
+    learned_from = record(cfg, model, others, cfg.prompts)
+    tested_on = record(cfg, model, corpus_dataset("held out", cfg.kind), cfg.held_out_prompts)
     predictor = train(learned_from, cfg.distance, cfg)
     shape = model.offloaded.shape
     accuracies = top_k_accuracy(predictor, tested_on, cfg.distance, shape.top_k)

@@ -90,7 +90,15 @@ class Training:
                 means = {"train_loss": sum(losses) / len(losses), "held_out_loss": held_out}
                 losses.clear()
                 self.history.append({"step": self.step, **means})
-                self._save()
+                state = {
+                    "recipe": OmegaConf.to_container(self.recipe),
+                    "step": self.step,
+                    "history": self.history,
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                }
+                with atomic_write(self.checkpoint) as partial:
+                    torch.save(state, partial)
                 yield self.history[-1]
 
     @torch.no_grad()
@@ -105,17 +113,13 @@ class Training:
         self.model.train()
         return float(torch.stack(losses).mean())
 
-    def _rate(self) -> float:
-        """Linear warm-up, then a cosine to a tenth of the peak."""
-        peak, warmup = self.recipe.learning_rate, self.recipe.warmup_steps
-        if self.step < warmup:
-            return float(peak * (self.step + 1) / warmup)
-        done = (self.step - warmup) / max(1, self.steps - warmup)
-        return float(peak * (0.55 + 0.45 * math.cos(math.pi * done)))
-
     def _train_step(self) -> float:
+        # Linear warm-up, then a cosine to a tenth of the peak.
+        warmup = self.recipe.warmup_steps
+        done = (self.step - warmup) / max(1, self.steps - warmup)
+        share = (self.step + 1) / warmup if done < 0 else 0.55 + 0.45 * math.cos(math.pi * done)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = float(self.recipe.learning_rate * share)
         seed = self.recipe.seed * 1_000_003 + self.step
         # PhiMoE's router samples while it trains.
         torch.manual_seed(seed)
@@ -128,33 +132,20 @@ class Training:
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
         )
         # The model's own loss pools the layers, so a single layer could still starve an expert.
-        loss = output.loss + self._balance_loss(output.router_logits)
+        config, balance = self.model.config, sys.modules[type(self.model).__module__]
+        layers = [
+            balance.load_balancing_loss_func((one,), one.shape[-1], config.num_experts_per_tok)
+            for one in output.router_logits
+        ]
+        loss = output.loss + config.router_aux_loss_coef * torch.stack(layers).mean()
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        own_balance_loss = output.aux_loss * self.model.config.router_aux_loss_coef
+        own_balance_loss = output.aux_loss * config.router_aux_loss_coef
         return float((output.loss - own_balance_loss).detach())
-
-    def _balance_loss(self, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Return the family's own auxiliary load-balancing loss, layer by layer."""
-        config = self.model.config
-        loss = sys.modules[type(self.model).__module__].load_balancing_loss_func
-        losses = [loss((one,), one.shape[-1], config.num_experts_per_tok) for one in router_logits]
-        return config.router_aux_loss_coef * torch.stack(losses).mean()
-
-    def _save(self) -> None:
-        state = {
-            "recipe": OmegaConf.to_container(self.recipe),
-            "step": self.step,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with atomic_write(self.checkpoint) as partial:
-            torch.save(state, partial)
 
     def _restore(self) -> None:
         try:
@@ -212,12 +203,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, chosen: list[Document]) -> torch.
     """Return the documents as one row of token ids, each ended by the end-of-text token."""
     texts = tokenizer([document.text for document in chosen])["input_ids"]
     return torch.tensor([token for text in texts for token in (*text, tokenizer.eos_token_id)])
-
-
-def unigram_loss(train_ids: torch.Tensor, held_out_ids: torch.Tensor, vocabulary: int) -> float:
-    """Return the held-out loss, in nats per token, of add-one-smoothed unigram frequencies."""
-    counts = torch.bincount(train_ids.cpu(), minlength=vocabulary).double() + 1
-    return float(-(counts / counts.sum()).log()[held_out_ids.cpu()].mean())
 
 
 def build_model(cfg: DictConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -295,7 +280,9 @@ def train(cfg: DictConfig, corpus: Sequence[Document]) -> None:
     held_out = [one for one in corpus if one.held_out]
     tokenizer = train_tokenizer([one.text for one in learned], cfg.vocabulary)
     train_ids, held_out_ids = (encode(tokenizer, part).to(device) for part in (learned, held_out))
-    baseline = unigram_loss(train_ids, held_out_ids, len(tokenizer))
+    # The loss of add-one-smoothed unigram frequencies.
+    counts = torch.bincount(train_ids.cpu(), minlength=len(tokenizer)).double() + 1
+    baseline = float(-(counts / counts.sum()).log()[held_out_ids.cpu()].mean())
     model: Any = build_model(cfg, tokenizer)
     checkpoint = Path(cfg.checkpoints) / "last.pt"
     recipe = OmegaConf.masked_copy(cfg, [*RECIPE])

@@ -46,30 +46,6 @@ def emulated_testbed(cfg: DictConfig) -> Testbed:
     return testbed
 
 
-def observe(setup: LiveSetup, console: Console) -> Probe:
-    """Serve warm-up and measured requests under the budget; return the times of the latter."""
-    build_history(setup, console)
-    policy = copy.deepcopy(setup.policy)
-    reference = setup.reference(console)
-    if reference is not None and policy.set_future_routing:
-        policy.set_future_routing(reference.routing)
-    probe, schedule = Probe(), setup.settings.schedule
-    with setup.under_budget(policy, probe) as runtime:
-        server = Server(LiveBackend(runtime, before=lambda step: probe.begin(step.iteration)))
-        list(server.serve(schedule(setup.workload.warmup)))
-        runtime.drain()
-        probe.begins.clear()
-        probe.spans.clear()
-        runtime.listeners.append(probe.gate)
-        list(server.serve(schedule(setup.workload.measured)))
-        runtime.drain()
-        for link in runtime.links:
-            if isinstance(link, EmulatedLink):
-                probe.lags += link.lags
-                probe.lag_seconds += link.lag_seconds
-    return probe
-
-
 def fit(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
     """Return base, per_token and the other columns asked for in microseconds, none below 0.
 
@@ -130,7 +106,26 @@ class Calibration:
             self._probes[system] += self._observe(system, _measuring(setup, [longest]))
 
     def _observe(self, system: str, setup: LiveSetup) -> Probe:
-        probe = observe(setup, self._console)
+        """Serve warm-up and measured requests under the budget; return the times of the latter."""
+        build_history(setup, self._console)
+        policy = copy.deepcopy(setup.policy)
+        reference = setup.reference(self._console)
+        if reference is not None and policy.set_future_routing:
+            policy.set_future_routing(reference.routing)
+        probe, schedule = Probe(), setup.settings.schedule
+        with setup.under_budget(policy, probe) as runtime:
+            server = Server(LiveBackend(runtime, before=lambda step: probe.begin(step.iteration)))
+            list(server.serve(schedule(setup.workload.warmup)))
+            runtime.drain()
+            probe.begins.clear()
+            probe.spans.clear()
+            runtime.listeners.append(probe.gate)
+            list(server.serve(schedule(setup.workload.measured)))
+            runtime.drain()
+            for link in runtime.links:
+                if isinstance(link, EmulatedLink):
+                    probe.lags += link.lags
+                    probe.lag_seconds += link.lag_seconds
         for part, taken in parts.compute_samples(probe, self._traced, self._layers).items():
             self._samples[system][part] += taken
         return probe
@@ -143,7 +138,11 @@ class Calibration:
         wake = resume = 0.0
         if NEUTRAL in probes:
             wake, resume = parts.wake_and_resume(probes[NEUTRAL], load)
-        collect = {name: _micros(parts.collection_seconds(one)) for name, one in probes.items()}
+        # What handing over one context takes of the critical path.
+        collect = {
+            name: _micros(sum(one.seconds("context_collection")) / len([*one.begins, *one.gates]))
+            for name, one in probes.items()
+        }
         return {
             "_target_": "experiments.run.testbeds.calibrated",
             "name": str(self._cfg.name),
@@ -190,15 +189,6 @@ def _vary_lengths(setup: LiveSetup) -> LiveSetup:
     return _measuring(setup, [replace(one, prompt=one.prompt[:cut]) for one, cut in lengths])
 
 
-def calibrate(cfg: DictConfig, console: Console) -> dict[str, Any]:
-    """Measure and return the testbed as conf/testbed would hold it. Raises UserError."""
-    calibration = Calibration(cfg, console)
-    calibration.observe_resident()
-    for system in cfg.systems:
-        calibration.observe(system)
-    return calibration.testbed()
-
-
 def write_testbed(path: Path, testbed: Any, by: str = "experiments.validate.calibrate") -> None:
     """Write the YAML, whole or not at all, with where it comes from in comments."""
     origin = provenance()
@@ -215,8 +205,11 @@ def write_testbed(path: Path, testbed: Any, by: str = "experiments.validate.cali
 def main(cfg: DictConfig) -> None:
     """Calibrate as the config says; exit 2 for bad input."""
     transformers.logging.disable_progress_bar()
-    path = Path(cfg.output)
-    write_testbed(path, calibrate(cfg, Console()))
+    path, calibration = Path(cfg.output), Calibration(cfg, Console())
+    calibration.observe_resident()
+    for system in cfg.systems:
+        calibration.observe(system)
+    write_testbed(path, calibration.testbed())
     print(f"written to {path}; testbed={path.stem} if it lies in conf/testbed")
 
 

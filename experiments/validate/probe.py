@@ -90,7 +90,9 @@ def compute_samples(
     What passes between two experts counts for the second; the last iteration of all is left out.
     """
     samples: dict[str, list[Sample]] = defaultdict(list)
-    stops = _stops(probe)
+    # When the model's thread last did something else: there, a part begins.
+    own = [span.end for span in probe.spans if span.own and span.track.startswith(STOPS)]
+    stops = sorted(own + [at for _, at in (*probe.gates, *probe.begins)])
     copies = np.array([(span.start, span.end) for span in probe.on("link")]).reshape(-1, 2).T
     woken = [span.end for span in probe.waits()]
     waits_before: dict[str, int] = {}
@@ -137,12 +139,6 @@ def _iterations(
         yield sum(iteration.tokens), sum(contexts), counts, followed
 
 
-def _stops(probe: Probe) -> list[float]:
-    """Return when the model's thread last did something else: there, a part begins."""
-    own = [span.end for span in probe.spans if span.own and span.track.startswith(STOPS)]
-    return sorted(own + [at for _, at in (*probe.gates, *probe.begins)])
-
-
 def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
     """Return the seconds that an idle link takes to begin, and a waiting model to go on.
 
@@ -177,12 +173,6 @@ def without_outliers(seconds: Iterable[float]) -> list[float]:
     # A difference of two times can be negative.
     most = max(median, MOST_MEDIANS * median)
     return [one for one in values if one <= most]
-
-
-def collection_seconds(probe: Probe) -> float:
-    """Return what handing over one context takes of the critical path, in seconds."""
-    contexts = len(probe.begins) + len(probe.gates)
-    return sum(probe.seconds("context_collection")) / contexts
 
 
 def call_seconds(probe: Probe, layers: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder, run_frame
-from experiments.reproduce.results import adopt
+from experiments.reproduce.driver import adopt
 from experiments.run.datasets import conversations
 from experiments.run.records import of_these_weights, read_record
 from experiments.run.workloads import read_azure_trace

@@ -43,7 +43,6 @@ class Results:
         dataset: str = "docs",
         budget: float = 6.0,
         mode: str = "simulated",
-        batch_size: int = 1,
         options: dict[str, Any] | None = None,
         summary: dict[str, Any] | None = None,
     ) -> str:
@@ -52,23 +51,22 @@ class Results:
         config = {
             "system": {"label": system, **(options or {})},
             "model": {"name": model, "hub_id": "a/model", "prefetch_distance": 3},
-            "workload": {"batch_size": batch_size},
+            "workload": {"batch_size": 1},
             "testbed": {},
             "memory_budget": budget,
             "weights": "scale",
             "seed": 0,
         }
-        requests = pd.DataFrame({"request": range(len(tpot)), "output_tokens": 5, "hits": hits})
+        requests = pd.DataFrame({"request": range(len(tpot)), "tpot_s": tpot, "hits": hits})
         requests = requests.assign(
-            batch=requests["request"] // batch_size,
+            batch=requests["request"],
+            output_tokens=5,
             ttft_s=ttft or tpot,
-            tpot_s=tpot,
             e2el_s=tpot,
             late=1,
             misses=9 - requests["hits"],
         )
         facts = {
-            **{name: int(requests[name].sum()) for name in ("hits", "late", "misses")},
             "bytes_prefetched": 3_000_000_000,
             "bytes_on_demand": 6_000_000_000,
             "bytes_wasted": 1_500_000_000,
@@ -77,12 +75,12 @@ class Results:
             "bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25},
             "peak_slot_bytes": int(budget * 1e9),
             "dense_bytes": 0,
-            "lossless": None,
             **(summary or {}),
         }
         identity = json.dumps([config, dataset, mode, requests.to_dict()], default=str)
         digest = hashlib.sha256(identity.encode()).hexdigest()
-        leave_record(self.root / "runs" / digest, config, requests, facts, dataset, mode, budget)
+        folder = self.root / "runs" / digest
+        leave_record(folder, config, requests, dataset, mode, budget, **facts)
         return digest
 
     def against(

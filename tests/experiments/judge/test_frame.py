@@ -45,7 +45,6 @@ def leave_run(
     mode: str = "simulated",
 ) -> Path:
     """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
-    settings = config(*overrides)
     table = pd.DataFrame({"request": range(len(batches)), "batch": batches, "tpot_s": tpots})
     table = table.assign(
         input_tokens=5,
@@ -56,38 +55,38 @@ def leave_run(
         late=4,
         misses=[6 - hit for hit in hits],
     )
-    summary: dict[str, Any] = {
-        name: {"mean": float(table[name].mean()), "ci95": [0.0, 99.0]}
-        for name in ("ttft_s", "tpot_s", "e2el_s")
-    }
-    per_batch = table.drop_duplicates("batch")
-    summary |= {name: int(per_batch[name].sum()) for name in ("hits", "late", "misses")}
-    summary |= {
-        "expert_hit_rate": float(per_batch["hits"].sum() / (10 * len(per_batch))),
-        "bytes_prefetched": 7,
-        "bytes_wasted": 3,
-        "slot_budget_bytes": 25_000_000_000,
-        "dense_bytes": 3_000_000_000,
-        "lossless": None,
-        "phase_seconds": {"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0},
-        "busy_seconds": 12.0,
-        "bound": {"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
-    }
-    dataset = settings["dataset"]["name"]
-    return leave_record(folder, settings, table, summary, dataset, mode, 22.5)
+    settings = config(*overrides)
+    return leave_record(
+        folder,
+        settings,
+        table,
+        settings["dataset"]["name"],
+        mode,
+        bytes_prefetched=7,
+        bytes_wasted=3,
+        slot_budget_bytes=25_000_000_000,
+        dense_bytes=3_000_000_000,
+        phase_seconds={"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0},
+        busy_seconds=12.0,
+        bound={"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
+    )
 
 
 def leave_record(
     folder: Path,
     config: dict[str, Any],
     requests: pd.DataFrame,
-    summary: dict[str, Any],
     dataset: str,
     mode: str,
-    budget_gb: float,
+    budget_gb: float = 22.5,
+    **summary: Any,
 ) -> Path:
     """Leave a complete run record; return it."""
-    record: dict[str, Any] = {"summary": summary, "config": config, "status": "complete"}
+    counts = requests.drop_duplicates("batch")[["hits", "late", "misses"]].sum().to_dict()
+    latencies = requests[["ttft_s", "tpot_s", "e2el_s"]].mean().items()
+    summary |= {str(name): {"mean": float(mean), "ci95": [0.0, 99.0]} for name, mean in latencies}
+    summary |= {"expert_hit_rate": counts["hits"] / sum(counts.values()), "lossless": None}
+    record: dict[str, Any] = {"summary": counts | summary, "config": config, "status": "complete"}
     record |= {"system": config["system"]["label"], "model": config["model"]["name"], "seed": 0}
     record |= {"testbed": "6 x RTX 3090", "weights": "scale", "routing": "a trace", "mode": mode}
     record |= {"dataset": dataset, "dataset_source": "somewhere", "dataset_sha256": "ab" * 32}

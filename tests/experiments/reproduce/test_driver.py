@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder
 from experiments.reproduce import driver, parallel, sweeps
-from experiments.reproduce.results import made, write_experiment
+from experiments.reproduce.driver import made, write_experiment
 from experiments.run.weights import SCALE_MODELS
 from tests.command import ROOT, config, run_command
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from experiments.errors import UserError
 from experiments.run.console import Console
-from experiments.validate.calibrate import calibrate, fit
+from experiments.validate.calibrate import Calibration, fit
 from experiments.validate.probe import Sample
 from tests.command import config
 
@@ -50,4 +50,4 @@ def test_a_thread_that_lost_its_core_is_left_out() -> None:
 
 def test_only_one_device_is_calibrated() -> None:
     with pytest.raises(UserError, match="one device"):
-        calibrate(config("calibrate", "testbed.devices=2"), Console())
+        Calibration(config("calibrate", "testbed.devices=2"), Console())

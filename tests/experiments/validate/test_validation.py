@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
+from experiments.validate.__main__ import validate
 from experiments.validate.calibrate import write_testbed
-from experiments.validate.validation import validate
 from finemoe.testbed import SimulatedTestbed
 from tests.command import config, run_module
 
