@@ -72,7 +72,10 @@ class Console:
             self._print(_memory(summary))
         if (bound := summary["bound"]) and bound["times"] >= 1:
             parts = f"compute alone {bound['compute_s']:.1f} s, loads that none can avoid"
-            self._print(f"{bound['times']:.2f} x the bound: {parts} {bound['link_s']:.1f} s")
+            parts += f" {bound['link_s']:.1f} s"
+            if bound.get("path_s"):
+                parts += f", as each waits for the other {bound['path_s']:.1f} s"
+            self._print(f"{bound['times']:.2f} x the bound: {parts}")
         elif bound:
             self._print("no bound: compute alone was timed on a busy machine")
         positions, costs = record.get("positions"), record.get("prediction_costs") or ""
