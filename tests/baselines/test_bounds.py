@@ -155,12 +155,16 @@ def test_the_oracle_requests_what_is_needed_soonest_and_not_there() -> None:
     assert ranked(requests) == [(0, 0), (1, 2)]
     policy.on_evict(ExpertId(0, 1))
     requests = policy.on_gate(Iteration(0, "decode", (0,), (1,)), Gate(0, rows(4), (0, 1), None))
-    assert ranked(requests) == [(0, 0), (0, 1), (1, 2)]
+    # Layer 1 is still to come; then comes layer 0 of the next iteration.
+    assert ranked(requests) == [(1, 2), (0, 0)]
     near = told(OraclePolicy(SHAPE, lookahead=2), ROUTING)
     assert ranked(near.on_embeddings(Iteration(0, "decode", (0,), (1,)), rows(1))) == [
         (0, 0),
         (0, 1),
     ]
+    nearest = told(OraclePolicy(SHAPE, lookahead=1), ROUTING)
+    gate = Gate(0, rows(4), (0, 1), None)
+    assert ranked(nearest.on_gate(Iteration(0, "decode", (0,), (1,)), gate)) == [(1, 2)]
 
 
 def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
