@@ -42,7 +42,7 @@ class ForesightPolicy(PlannerPolicy):
         self._layers_known = whole or "layers" in of
         self._start_known = self._layers_known or of == "start"
         self._evicts_by_next_use = whole or "eviction" in of
-        self._known = shape.layers if whole else self.predictor.horizon
+        self.reach = self._known = shape.layers if whole else self.predictor.horizon
         self._uses = BeladyPolicy(shape)
         self._routed = np.zeros((0, shape.layers, shape.experts))
 

@@ -1,10 +1,9 @@
 """Oracle: knows the whole routing, prefetches in order of next use, evicts the farthest next use.
 
 Links work through the absent experts earliest deadline first, and no resident that is needed before
-the incoming expert is given up for it. Requests end with the iteration for which they are made: the
-engine cancels those for a later one when their layer's gate speaks first, and what was copied of
-them would be lost. Predictions are on the critical path, to be there at once, and cost nothing in
-virtual time.
+the incoming expert is given up for it. Requests reach as far as the next visit of every layer, the
+next iteration's included. Predictions are on the critical path, to be there at once, and cost
+nothing in virtual time.
 It is greedy: a link that is slow against the layers may evict for a prefetch what a later start
 would have spared, so its misses are no proven minimum (P. Cao et al., "A study of integrated
 prefetching and caching strategies", 1995, call this rule aggressive). `finemoe.offload.bounds` is
@@ -30,9 +29,9 @@ from finemoe.options import CHECKED, Count
 
 
 class OraclePolicy(BeladyPolicy):
-    """Requests the next `lookahead` experts of the iteration that are absent, at every event."""
+    """Requests the next `lookahead` absent experts of the next L layers, at every event."""
 
-    placement = Placement("critical_path")
+    placement = Placement("critical_path", wraps=True)
 
     @validate_call(config=CHECKED)
     def __init__(self, shape: ModelShape, lookahead: Count = 64) -> None:
@@ -42,19 +41,25 @@ class OraclePolicy(BeladyPolicy):
     def set_future_routing(self, routing: Routing) -> None:
         super().set_future_routing(routing)
         self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
-        self._planned = -1
         self._plan = np.zeros(self._absent.shape)
         self._later = np.empty(self._absent.shape)
+        for layer in range(self.shape.layers):
+            self._plan_visit(0, layer)
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities:
-        self._go_to(iteration.number * self.shape.layers)
-        return self._requests(iteration.number)
+        first = iteration.number * self.shape.layers
+        if first != self._step:  # a repeat: warm-up and measured requests may follow each other
+            for layer in range(self.shape.layers):
+                self._plan_visit(iteration.number, layer)
+        self._go_to(first)
+        return self._requests(0)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
-        return self._requests(iteration.number)
+        self._plan_visit(iteration.number + 1, gate.layer)
+        return self._requests(gate.layer + 1)
 
     def end_iteration(self, iteration: Iteration) -> Priorities:
-        return self._requests(iteration.number + 1)
+        return self._requests(0)
 
     def on_load(self, expert: ExpertId) -> None:
         self._absent[expert] = False
@@ -71,17 +76,18 @@ class OraclePolicy(BeladyPolicy):
         np.copyto(self._later, keys, where=keys > keys[layer, index : index + 1])
         return self._later
 
-    def _requests(self, number: int) -> Priorities:
-        """Request the absent experts that iteration `number` is still to use, soonest first."""
-        if number != self._planned:
-            self._planned = number
-            self._plan[:] = 0
-            routed = self._routing[number] if number < len(self._routing) else ()
-            for step, activated in enumerate(routed, number * self.shape.layers):
-                self._plan[step % self.shape.layers, list(activated)] = 1 / (1 + step)
-        layer = max(self._step - number * self.shape.layers, 0)
+    def _plan_visit(self, number: int, layer: int) -> None:
+        """Plan for what a layer activates in an iteration, the sooner the more."""
+        self._plan[layer] = 0
+        if number < len(self._routing):
+            step = number * self.shape.layers + layer
+            self._plan[layer, list(self._routing[number][layer])] = 1 / (1 + step)
+
+    def _requests(self, following: int) -> Priorities:
+        """Request absent experts, soonest first, before layer `following` runs."""
         due = self._plan * self._absent
-        due[:layer] = 0
         if np.count_nonzero(due) > self._lookahead:
-            due.reshape(-1)[due.reshape(-1).nonzero()[0][self._lookahead :]] = 0
+            first = following * self.shape.experts
+            soonest = np.roll(due.reshape(-1), -first).nonzero()[0] + first
+            due.reshape(-1)[soonest[self._lookahead :] % due.size] = 0
         return due

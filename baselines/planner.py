@@ -94,7 +94,7 @@ class UseValue:
 class PlannerPolicy(Policy):
     """Prefetches by probability over the root of the distance; the least valuable resident goes."""
 
-    placement = Placement("background", hidden_states=True, replaces=True)
+    placement = Placement("background", hidden_states=True, replaces=True, wraps=True)
 
     @validate_call(config=CHECKED)
     def __init__(
@@ -109,6 +109,7 @@ class PlannerPolicy(Policy):
         self.shape = shape
         self.predictor = GatePredictor(shape, horizon, ridge)
         self.value = UseValue(shape, discount, recency)
+        self.reach = self.predictor.horizon  # layers ahead of which the next token's are asked for
         self._threshold = threshold
         self.set_gates = self.predictor.set_gates
         self._rows: dict[int, list[tuple[FloatArray, FloatArray]]] = {}
@@ -190,10 +191,13 @@ class PlannerPolicy(Policy):
         return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
 
     def _plan(self, following: int) -> Priorities | None:
-        """Value all experts before layer `following` runs; ask for the likely ones from it on."""
+        """Value all experts before layer `following` runs; ask for the likely ones from it on.
+
+        Of the next token that is as far as predictions reach.
+        """
         self._keys = -self.value.of(following, self._likely)
         wanted = (self._likely >= self._threshold) & self._absent
-        wanted[:following] = False
+        wanted[max(0, following + self.reach - self.shape.layers) : following] = False
         return np.where(wanted, self._likely * self._nearness[following], 0.0)
 
 

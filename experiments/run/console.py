@@ -150,7 +150,10 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
         yield f"GB in slots: {peak:.2f} at most, budget {budget:.2f}"
     if (bound := summary["bound"]) and bound["times"] >= 1:
         parts = f"compute alone {bound['compute_s']:.1f} s, loads that none can avoid"
-        yield f"{bound['times']:.2f} x the bound: {parts} {bound['link_s']:.1f} s"
+        parts += f" {bound['link_s']:.1f} s"
+        if bound.get("path_s"):
+            parts += f", as each waits for the other {bound['path_s']:.1f} s"
+        yield f"{bound['times']:.2f} x the bound: {parts}"
     elif bound:
         yield "no bound: compute alone was timed on a busy machine"
     if positions and positions["beyond"]:

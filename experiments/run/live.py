@@ -314,11 +314,11 @@ class LiveSetup(Setup):
                 advance(1)
         return Reference(routing, measured_from, server.busy_seconds if self.resident else None)
 
-    def link_seconds(self, loads: Sequence[int]) -> float | None:
+    def load_seconds(self) -> tuple[float, float] | None:
         """A CUDA link's rate is not known beforehand: there the bound is left to the simulation."""
         if not self.testbed.link_gb_s:
             return None
-        return max(loads) * self.testbed.load_seconds(self.model.full_expert_bytes)
+        return self.testbed.load_seconds(self.model.full_expert_bytes), 0.0
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         if self.settings.fixed:

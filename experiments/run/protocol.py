@@ -31,7 +31,7 @@ from experiments.run.console import Console
 from experiments.run.schedule import Backend, Served, Server, Step
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
-from finemoe.offload.bounds import Roofline, minimal_loads
+from finemoe.offload.bounds import Roofline, critical_path, minimal_loads
 from finemoe.offload.policy import LayerOutcome, ModelShape, Phase, Policy, PolicyError, Routing
 from finemoe.offload.runtime import PhaseSeconds
 from finemoe.offload.timeline import Timeline, trace_events
@@ -113,6 +113,7 @@ class Reference:
     routing: Routing  # of warm-up and measured requests
     measured_from: int  # number of the first measured iteration
     compute_s: float | None  # to serve the measured requests; None if not all was resident
+    layer_s: Sequence[float] = ()  # of them, layer by layer, where that is known
 
 
 @dataclass
@@ -167,19 +168,22 @@ class Setup(ABC):
         """Serve warm-up and measured requests once; None if nothing asks for it."""
         return None
 
-    def link_seconds(self, loads: Sequence[int]) -> float | None:
-        """Return the least seconds for so many loads over each link; None if not known."""
+    def load_seconds(self) -> tuple[float, float] | None:
+        """Return seconds of a load: of its own link, and of what all share; None if not known."""
         return None
 
     def bound(self, reference: Reference | None) -> Roofline | None:
         """Return the least time the measured requests could take; None without what it needs."""
-        if reference is None or reference.compute_s is None:
+        load_s = self.load_seconds()
+        if reference is None or reference.compute_s is None or load_s is None:
             return None
         loads = minimal_loads(reference.routing, self.shape, self.slots, reference.measured_from)
-        link_s, repeats = self.link_seconds(loads), self.settings.repeats
-        if link_s is None:
-            return None
-        return Roofline(reference.compute_s * repeats, link_s * repeats)
+        repeats, path_s = self.settings.repeats, 0.0
+        link_s = max(max(loads) * load_s[0], sum(loads) * load_s[1])
+        if layer_s := reference.layer_s:
+            measured = reference.routing[reference.measured_from :]
+            path_s = critical_path(measured, self.shape, self.slots, layer_s, *load_s)
+        return Roofline(reference.compute_s * repeats, link_s * repeats, path_s * repeats)
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""

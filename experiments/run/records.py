@@ -84,7 +84,10 @@ SUMMARY = schema(
     **dict.fromkeys(("bytes_prefetched", "bytes_on_demand", "bytes_wasted"), (COUNT | None, None)),
     expert_hit_rate=(AMOUNT | None, None),
     phase_seconds=(dict[TEXT, AMOUNT] | None, None),
-    bound=(schema(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT) | None, None),
+    bound=(
+        schema(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT, path_s=(AMOUNT, 0.0)) | None,
+        None,
+    ),
     busy_seconds=(AMOUNT, 0.0),
 )
 PROVENANCE: dict[str, Any] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
@@ -138,24 +138,24 @@ class ReplaySetup(Setup):
 
     def unoffloaded(self) -> Reference:
         """Return what warm-up and measured requests route, and the seconds of compute alone."""
-        routing, compute_s = list[list[tuple[int, ...]]](), 0.0
+        routing, layer_s = list[list[tuple[int, ...]]](), list[float]()
 
         def note(routed: RoutedIteration) -> None:
-            nonlocal compute_s
             routing.append(routed.activated)
-            compute_s += compute_seconds(self.costs, routed, len(self.slots))
+            layer_s.extend(compute_seconds(self.costs, routed, len(self.slots)))
 
         server = Server(ReplayBackend(self.trace.request, Listener(note)))
         schedule = self.settings.schedule
         list(server.serve(schedule(self.workload.warmup)))
-        measured_from, compute_s = server.iterations, 0.0
+        measured_from = server.iterations
+        layer_s.clear()
         list(server.serve(schedule(self.workload.measured)))
-        return Reference(routing, measured_from, compute_s)
+        return Reference(routing, measured_from, sum(layer_s), layer_s)
 
-    def link_seconds(self, loads: Sequence[int]) -> float:
+    def load_seconds(self) -> tuple[float, float]:
         expert_bytes, rate = self.plan.expert_bytes, self.testbed.rate
-        own = max(loads) * (expert_bytes / rate.bytes_per_second + rate.latency)
-        return max(own, sum(loads) * expert_bytes / rate.shared_bytes_per_second)
+        own = expert_bytes / rate.bytes_per_second + rate.latency
+        return own, expert_bytes / rate.shared_bytes_per_second
 
     def facts(self, measurement: Measurement) -> dict[str, Any]:
         origin = self.trace.header.provenance
@@ -204,16 +204,21 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         )
 
 
-def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> float:
-    """Return what an iteration takes with every expert resident."""
+def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> list[float]:
+    """Return what each layer of an iteration takes with every expert resident.
+
+    What comes before the first and after the last layer is theirs.
+    """
     whole = costs.iteration(routed.iteration.tokens, routed.contexts)
-    layers, experts = routed.counts.shape
-    total = whole.start + layers * whole.dense + whole.finish
+    experts = routed.counts.shape[1]
+    taken = []
     for layer, activated in enumerate(routed.activated):
         busy = [0.0] * (devices if costs.parallel else 1)
         for index in activated:
             device = (layer * experts + index) % devices
             seconds = costs.expert(int(routed.counts[layer, index]))
             busy[device % len(busy)] += seconds + (costs.hop if device else 0.0)
-        total += max(busy)
-    return total
+        taken.append(whole.dense + max(busy))
+    taken[0] += whole.start
+    taken[-1] += whole.finish
+    return taken

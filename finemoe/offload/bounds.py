@@ -10,6 +10,13 @@ end last is optimal: any other choice can be exchanged for this one without losi
 Where a device runs one expert a layer that is Belady's MIN. For larger sets the bound grants what
 no order of computation forbids, also that an expert computes and leaves before the next one of its
 layer arrives; so it holds for layers wider than the slots, too, which run in waves.
+
+Time is bounded by the longest path through such stretches. Whatever the slots hold when a layer
+ends, what the layers after it need and cannot all have found there arrives later, one after the
+other on its device's link, and before the layer that uses it ends. So the end of a layer comes no
+earlier than any earlier layer's end and the loads of the busiest link in between, and no earlier
+than the layer before and its own compute. Foresight does not help, as any slots' contents are
+granted, at no cost, at the beginning of every stretch.
 """
 
 import itertools
@@ -19,10 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finemoe.offload.policy import ModelShape, Routing, Table
 
 Stay = tuple[float, int]  # when an expert is used next, and its flat index
+STRETCHES = 4  # begin in an iteration: more take longer, and raise the bound by some per cent
+LONGEST = 8  # iterations of a stretch
 
 
 def minimal_loads(
@@ -76,6 +86,72 @@ def _fewest_loads(following: list[list[Stay]], stays: list[Stay], slots: int) ->
     return loads
 
 
+def critical_path(
+    routing: Routing,
+    shape: ModelShape,
+    slots: Sequence[int],
+    layer_s: Sequence[float],
+    load_s: float,
+    shared_s: float = 0.0,
+) -> float:
+    """Return the seconds that compute and loads take at least, as each holds up the other.
+
+    `layer_s` are the seconds of each layer's compute, over all iterations; `load_s` those of an
+    expert on its link, and `shared_s` those that it takes of what all links share. Any contents of
+    the slots are granted at the start. Raises ValueError as `minimal_loads`.
+    """
+    first, following = next_uses(routing, shape)
+    devices, most = len(slots), max(slots)
+    upcoming = np.append(first, np.full(-shape.size % devices, np.inf))
+    gap = max(1, shape.layers // STRETCHES)
+    rows = -(-LONGEST * shape.layers // gap)
+    began, loads = np.full(rows, -np.inf), np.zeros((rows, devices))
+    stays = np.full((rows, devices, most), np.inf)
+    """Of each stretch and device, the next uses of what is kept; -1 where there is no slot."""
+    missing = np.arange(most) >= np.array(slots)[:, None]
+    end, layers = 0.0, itertools.chain.from_iterable(routing)
+    for step, (indices, uses) in enumerate(zip(layers, following, strict=True)):
+        if step % gap == 0:
+            row = step // gap % rows
+            began[row], loads[row] = end, 0
+            soonest = np.sort(upcoming.reshape(-1, devices), axis=0)[:most].T
+            stays[row] = np.inf
+            stays[row, :, : soonest.shape[1]] = soonest
+            stays[row][missing] = -1
+        experts = step % shape.layers * shape.experts + np.array(indices, np.intp)
+        upcoming[experts] = uses
+        used = np.bincount(experts % devices, minlength=devices)
+        hit = stays == step
+        loads += used - np.count_nonzero(hit, axis=2)
+        stays[hit] = np.inf
+        _change_last(stays, np.maximum, np.where(used > 0, np.inf, -np.inf))
+        for turn in _by_device(experts % devices, uses, devices):
+            _change_last(stays, np.minimum, turn)
+        seconds = np.maximum(loads.max(axis=1) * load_s, loads.sum(axis=1) * shared_s)
+        end = max(end + layer_s[step], float((began + seconds).max()))
+    return end
+
+
+def _by_device(places: NDArray[np.intp], uses: Sequence[float], devices: int) -> list[Table]:
+    """Return the uses of each device, one at a time, infinite where it has no more."""
+    turns: list[Table] = []
+    taken = [0] * devices
+    for device, use in zip(places.tolist(), uses, strict=True):
+        if taken[device] == len(turns):
+            turns.append(np.full(devices, np.inf))
+        turns[taken[device]][device] = use
+        taken[device] += 1
+    return turns
+
+
+def _change_last(stays: Table, choose: np.ufunc, by: Table) -> None:
+    """Let the stay that ends last, of each stretch and device, end when `choose` says."""
+    rows, devices, most = stays.shape
+    flat = stays.reshape(-1)
+    last = stays.argmax(axis=2).reshape(-1) + np.arange(0, len(flat), most)
+    flat[last] = choose(flat[last].reshape(rows, devices), by).reshape(-1)
+
+
 def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[float]]]:
     """Return the first use of every expert, (L, J), and step by step the uses that come next.
 
@@ -105,15 +181,16 @@ def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[flo
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that serving takes at least: its compute, or its loads over the busiest link."""
+    """Seconds that serving takes at least: its compute, its loads, or the longest path of both."""
 
     compute_s: float  # compute alone, with every expert resident
     link_s: float
     """Loads of a device times the seconds of one expert on its link, the largest over devices."""
+    path_s: float  # see `critical_path`; 0 where nobody knows the seconds of each layer
 
     @property
     def total(self) -> float:
-        return max(self.compute_s, self.link_s)
+        return max(self.compute_s, self.link_s, self.path_s)
 
     def times(self, measured_s: float) -> float:
         """Return how many times the bound a measured duration is; ValueError if the bound is 0."""

@@ -126,6 +126,9 @@ class Placement:
     """Whether a call of the policy takes longer for each token of the iteration."""
     replaces: bool = False
     """Whether an answer takes back whatever was requested before and did not start."""
+    wraps: bool = False
+    """Whether what the answer to a gate requests for its layer and those before is for the next
+    iteration; otherwise nobody can request that before this one ends."""
 
 
 LEAST_SCORE = 1e-6

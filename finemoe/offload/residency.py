@@ -123,6 +123,8 @@ class Residency:
         first = 0
         if iteration_number <= self._iteration:
             first = self._layer + 1 if iteration_number == self._iteration else self.shape.layers
+        if self.policy.placement.wraps and layer >= 0:
+            priorities, first = self._still_ahead(iteration_number, priorities, layer), 0
         if first == self.shape.layers:
             return
         start, flat = first * self.shape.experts, priorities.reshape(-1)
@@ -143,6 +145,16 @@ class Residency:
             if queue.under_way:
                 queue.prioritize(flat, start)
         self._look_again()
+
+    def _still_ahead(self, number: int, priorities: Priorities, layer: int) -> Priorities:
+        """Drop requests for what ran since the gate of `layer` in iteration `number`."""
+        ahead = priorities.copy()
+        if number == self._iteration:
+            ahead[layer + 1 : self._layer + 1] = 0
+            return ahead
+        ahead[layer + 1 :] = 0
+        ahead[: self._layer + 1 if number + 1 == self._iteration else self.shape.layers] = 0
+        return ahead
 
     def _most_wanted(self, priorities: Priorities, layer: int, ahead: int, count: int) -> list[int]:
         """Return up to `count` experts that are requested for the layer so far ahead."""

@@ -161,6 +161,19 @@ def test_it_asks_for_likely_absent_experts_that_are_still_to_come_the_nearest_fi
     assert (again[3, 0] > 0) == (likely[3, 0] >= 0.3)
 
 
+def test_while_the_last_layers_run_it_asks_for_the_next_tokens_first() -> None:
+    policy = served(3, horizon=3)
+    iteration, embeddings, gates = events(np.random.default_rng(4), 1)[0]
+    policy.on_embeddings(iteration, embeddings)
+    requests = [policy.on_gate(iteration, gates.of(layer)) for layer in range(4)][-1]
+    assert requests is not None
+    # The gate of layer 3 of five tells of layer 4, and of 0 and 1 of the next token.
+    distance = np.array([2, 3, np.inf, np.inf, 1])[:, None]
+    expected = np.where(policy._likely >= 0.1, policy._likely / np.sqrt(distance), 0)
+    assert requests == pytest.approx(expected)
+    assert (requests > 0).any(axis=1).tolist() == [True, True, False, False, True]
+
+
 def test_a_prefetch_displaces_less_value_and_nobody_else() -> None:
     policy = served(5)
     iteration, embeddings, _ = events(np.random.default_rng(6), 1)[0]

@@ -55,5 +55,6 @@ def routed(
         counts[layer, list(indices)] = 1
     logits = np.zeros((shape.layers, tokens, shape.experts), dtype=np.float32)
     embeddings = np.zeros((tokens, shape.hidden_size), dtype=np.float32)
-    step = RoutedStep(tokens, counts, logits, embeddings, hidden_states=None)
+    hidden = np.zeros((shape.layers, tokens, shape.hidden_size), dtype=np.float32)
+    step = RoutedStep(tokens, counts, logits, embeddings, hidden)
     return joined(number, (0,), (step,), (5,))

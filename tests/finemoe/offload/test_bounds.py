@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.offload.bounds import Roofline, minimal_loads
+from finemoe.offload.bounds import Roofline, critical_path, minimal_loads
 from finemoe.offload.policy import ModelShape, Routing
 
 ONE_LAYER = ModelShape(layers=1, experts=4, top_k=1, hidden_size=1)
@@ -110,10 +110,81 @@ def test_no_contents_at_the_start_of_the_measured_part_beat_it(
     assert minimal_loads(routing, ONE_LAYER, (slots,), measured_from=start)[0] <= best
 
 
-def test_the_roofline_is_the_larger_of_compute_and_links() -> None:
-    roof = Roofline(compute_s=2.0, link_s=2.5)
+def test_links_that_are_busy_one_after_the_other_add_up() -> None:
+    # Device 0 has A and C, device 1 B and D, each in one slot: three loads, then three more.
+    experts, nothing = stream(A, C, A, C, B, D, B, D), [0.0] * 8
+    assert minimal_loads(experts, ONE_LAYER, (1, 1)) == (4, 4)
+    assert critical_path(experts, ONE_LAYER, (1, 1), nothing, 4.0) == 3 * 4 + 3 * 4
+    assert critical_path(experts, ONE_LAYER, (1, 1), nothing, 4.0, 5.0) == 3 * 5 + 3 * 5
+    # What slots hold at the start is free, and all that both hold always.
+    assert critical_path(experts, ONE_LAYER, (2, 2), nothing, 4.0) == 0
+    assert critical_path(experts, ONE_LAYER, (2, 1), nothing, 4.0) == 3 * 4
+
+
+def test_compute_and_loads_wait_for_each_other() -> None:
+    # A is there, B cannot come before A has computed, nor A again before B has.
+    experts = stream(A, B, A, A, A)
+    assert critical_path(experts, ONE_LAYER, (1,), [1.0] * 5, 4.0) == 2 * 4 + 2 * 1
+    assert critical_path(experts, ONE_LAYER, (1,), [9.0, 1.0, 1.0, 1.0, 1.0], 4.0) == 9 + 4 + 2
+    # Of two slots B takes one while A computes in the other.
+    assert critical_path(experts, ONE_LAYER, (2,), [1.0] * 5, 4.0) == 5
+    # B again, 20 times: it cannot come before A has computed for the last but one time, after 9.
+    long = stream(A, B, A, A, A, *[B] * 20)
+    assert critical_path(long, ONE_LAYER, (1,), [1.0] * 25, 4.0) == 9 + 4 + 19
+
+
+def fastest(experts: tuple[int, ...], slots: int, compute: int, load: int) -> int:
+    """Return the fewest ticks in which one device runs experts in turn, by trying every schedule.
+
+    Any contents are granted at the start; a load takes its slot when it begins.
+    """
+    starts = itertools.combinations(range(4), slots)
+    # Who computes, ticks left of that (0: it waits), residents, who loads, ticks left of that.
+    states = {(0, 0, frozenset(one), -1, 0) for one in starts}
+    for ticks in itertools.count():
+        after = set()
+        for step, left, resident, coming, wait in states:
+            if coming >= 0 and wait == 0:
+                resident, coming = resident | {coming}, -1
+            if step < len(experts) and left == 0 and experts[step] in resident:
+                left = compute
+            if step == len(experts):
+                return ticks
+            choices = [(resident, coming, wait)]
+            if coming < 0:
+                kept = {experts[step]} if left else set()
+                choices += [
+                    (resident - {gone}, new, load)
+                    for new in set(range(4)) - resident
+                    for gone in resident - kept
+                ]
+            for there, new, remaining in choices:
+                done = left == 1
+                after.add((step + done, max(left - 1, 0), there, new, max(remaining - 1, 0)))
+        states = after
+    raise AssertionError
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+def test_no_schedule_is_faster_than_the_path(
+    experts: tuple[int, ...], slots: int, compute: int, load: int
+) -> None:
+    layer_s = [float(compute)] * len(experts)
+    bound = critical_path(stream(*experts), ONE_LAYER, (slots,), layer_s, float(load))
+    assert bound <= fastest(experts, slots, compute, load)
+
+
+def test_the_bound_is_the_largest_of_compute_links_and_path() -> None:
+    roof = Roofline(compute_s=2.0, link_s=2.5, path_s=0.0)
     assert roof.total == 2.5
     assert roof.times(5.0) == 2.0
-    assert Roofline(4.0, 2.5).total == 4.0
+    assert Roofline(4.0, 2.5, 3.0).total == 4.0
+    assert Roofline(4.0, 2.5, 4.5).total == 4.5
     with pytest.raises(ValueError, match="0 s"):
-        Roofline(0.0, 0.0).times(1.0)
+        Roofline(0.0, 0.0, 0.0).times(1.0)

@@ -51,6 +51,35 @@ def test_an_answer_takes_back_earlier_requests_if_the_placement_says_so(replaces
     assert requested(engine) == ([(1, 0), (2, 0)] if replaces else [(1, 0), (1, 1), (2, 0)])
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+def test_requests_for_layers_that_ran_are_for_the_next_iteration_if_the_placement_says_so(
+    wraps: bool,
+) -> None:
+    engine = residency(6)
+    engine.policy.placement = Placement("background", wraps=wraps)
+
+    def answer(number: int, layer: int, *experts: tuple[int, int]) -> list[ExpertId]:
+        engine.prefetch(number, ranked(*experts), engine.policy.on_gate, layer)
+        return requested(engine)
+
+    engine.begin_iteration(iteration(0))
+    for layer in (0, 1):
+        engine.gate(iteration(0), layer, ())
+    # Layer 1 ran before the answer to the gate of layer 0 came.
+    found = answer(0, 0, (0, 1), (1, 1), (2, 1))
+    assert found == ([(0, 1), (2, 1)] if wraps else [(2, 1)])
+    engine.gate(iteration(0), 2, ())
+    engine.begin_iteration(iteration(1))
+    assert requested(engine) == ([(0, 1)] if wraps else [])
+    engine.gate(iteration(1), 0, ())
+    # An answer that comes an iteration late: only layer 1 is still to come of what it was for.
+    assert answer(0, 1, (0, 2), (1, 2), (2, 2)) == ([(1, 2)] if wraps else [])
+    engine.gate(iteration(1), 1, ())
+    assert answer(0, 0, (0, 3), (1, 3), (2, 3)) == []
+    engine.begin_iteration(iteration(2))
+    assert answer(0, 1, (0, 2), (1, 2), (2, 2)) == []
+
+
 def iteration(number: int) -> Iteration:
     return Iteration(number, "decode", (0,), (1,))
 
