@@ -121,14 +121,12 @@ def _check_policy(
     own, small = cfg.model, OmegaConf.select(cfg.model, "scale.config.hidden_size")
     hidden = small if cfg.weights == "scale" and small else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
-    policy: Policy = build(cfg.system, shape=shape)
+    policy, _, _ = build_policy(cfg, shape, full_size(own).expert_bytes, testbed)
     if policy.set_future_routing and not settings.fixed:
         cause = f"system={cfg.system.label} must know all iterations beforehand, and online they"
         raise UserError(f"{cause} depend on how fast it serves; use workload=offline")
-    budget_slots(cfg, policy, full_size(own).expert_bytes, shape, testbed)
     if isinstance(testbed, SimulatedTestbed):
         testbed.costs(own, cfg.system, True)
-    load_store(cfg, policy)
 
 
 def build(cfg: DictConfig, **extra: Any) -> Any:
@@ -219,44 +217,37 @@ def identity(cfg: DictConfig) -> str:
     return f"{cfg.model.name} with weights {cfg.weights}"
 
 
-def budget_slots(
-    cfg: DictConfig,
-    policy: Policy,
-    expert_bytes: int,
-    shape: ModelShape,
-    testbed: Testbed | SimulatedTestbed,
-) -> tuple[int, tuple[int, ...]]:
-    """Return the memory budget in bytes and the slots of each device.
+def build_policy(
+    cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
+) -> tuple[Policy, int, tuple[int, ...]]:
+    """Return a system's policy with the store that it starts from, its budget in bytes and slots.
 
-    Raises UserError for what cannot be, or does not fit a simulated device; the first one also
-    holds what is dense.
+    The slots are those of each device. Raises UserError for a budget that cannot be, or that does
+    not fit a simulated device, of which the first also holds what is dense; and for a store that
+    the system does not keep, that is another model's, or that cannot be saved.
     """
+    policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:
         asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
         budget = parse_budget(asked, expert_bytes, shape)
         slots = plan_slots(budget, expert_bytes, shape, devices)
+        if (cfg.store.load or cfg.store.save) and policy.history is None:
+            raise UserError(f"system={cfg.system.label} keeps no store to load or save")
+        if cfg.store.load and policy.history:
+            policy.history.load(Path(cfg.store.load), identity(cfg))
     except BudgetError as error:
         raise UserError(f"{error}") from error
+    except StoreMismatch as error:
+        raise UserError(f"{error}; give a store saved for this model, or none") from error
+    if cfg.store.save:
+        check_writable(Path(cfg.store.save).parent, "store.save")
     if isinstance(testbed, SimulatedTestbed):
-        first = slots[0] * expert_bytes + full_size(cfg.model).dense_bytes
-        for device, needed in enumerate([first, *(count * expert_bytes for count in slots[1:])]):
-            if needed > testbed.device_bytes:
+        needed = [count * expert_bytes for count in slots]
+        needed[0] += full_size(cfg.model).dense_bytes
+        for device, size in enumerate(needed):
+            if size > testbed.device_bytes:
                 has = f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}"
-                needs = f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of {has}"
+                needs = f"the memory budget needs {size / 1e9:.1f} GB on device {device} of {has}"
                 raise UserError(f"{needs}; lower memory_budget")
-    return budget, slots
-
-
-def load_store(cfg: DictConfig, policy: Policy) -> None:
-    """Load the store that the config names, and make sure that one can be saved."""
-    load, save = cfg.store.load, cfg.store.save
-    if (load or save) and policy.history is None:
-        raise UserError(f"system={cfg.system.label} keeps no store to load or save")
-    if load and policy.history:
-        try:
-            policy.history.load(Path(load), identity(cfg))
-        except StoreMismatch as error:
-            raise UserError(f"{error}; give a store saved for this model, or none") from error
-    if save:
-        check_writable(Path(save).parent, "store.save")
+    return policy, budget, slots

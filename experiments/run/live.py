@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
-from experiments.run.config import budget_slots, build, load_store
+from experiments.run.config import build, build_policy
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, attention_of, config_value, free_bytes, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
@@ -446,15 +446,14 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         torch.set_num_threads(testbed.threads)
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
     shape = model.offloaded.shape
-    policy: Policy = build(cfg.system, shape=shape)
+    full, devices = model.full_expert_bytes, testbed.devices
+    policy, budget, slots = build_policy(cfg, shape, full, testbed)
     if policy.set_gates:
         try:
             policy.set_gates(gate_weights(model.offloaded))
         except ValueError as error:
             cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
             raise UserError(f"{cause}; choose another system") from error
-    full, devices = model.full_expert_bytes, testbed.devices
-    budget, slots = budget_slots(cfg, policy, full, shape, testbed)
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
     if policy.learn or cfg.record:
@@ -469,7 +468,6 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         raise UserError(f"the memory budget puts {cause}; {remedy}")
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
-    load_store(cfg, policy)
     places = (shape, slots, model.tokenizer, model, budget, resident)
     return LiveSetup(cfg, testbed, settings, load, policy, *places)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.run.config import budget_slots, build, full_size, load_store, values_of
+from experiments.run.config import build, build_policy, full_size, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.routing import open_routing, traced_request
@@ -186,16 +186,14 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape
         load = settings.traced(trace, cfg.seed)
-        policy: Policy = build(cfg.system, shape=shape)
+        full = full_size(cfg.model).expert_bytes
+        policy, budget, slots = build_policy(cfg, shape, full, testbed)
         placement = policy.placement
         contents = ("logits", "embeddings") if placement.prediction != "none" else ()
         hidden = ("hidden_states",) if placement.hidden_states else ()
         trace.require((*contents, *hidden), gates=placement.hidden_states)
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
-        full = full_size(cfg.model).expert_bytes
-        budget, slots = budget_slots(cfg, policy, full, shape, testbed)
-        load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
