@@ -4,8 +4,6 @@ Values are checked against the annotations of what takes them (finemoe/options.p
 type and range are declared where it is used, and once. Only CUDA devices need torch here.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

@@ -1,7 +1,5 @@
 """What a run shows on the terminal: one opening line, progress, one table."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

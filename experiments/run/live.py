@@ -1,7 +1,5 @@
 """Live runs: a real model serves requests greedily through the engine, in real time."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
 class Context:
     """Keys and values of one request: the last `tokens` of one row of a cache."""
 
-    cache: DynamicCache
+    cache: "DynamicCache"
     row: int
     rows: int  # how many rows the cache has
     tokens: int
@@ -155,7 +153,7 @@ def serve(runtime: Any, requests: Sequence[Request], size: int = 1) -> list[Serv
     return list(Server(LiveBackend(runtime)).serve(FixedBatches(requests, size)))
 
 
-def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCache:
+def merged(contexts: Sequence[Context], config: "PreTrainedConfig") -> "DynamicCache":
     """Return one cache with a row for each context, padded with zeros on the left."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -375,7 +373,7 @@ Extent = tuple[int, int, int]
 
 
 def needed_beside(
-    config: PreTrainedConfig, top_k: int, width: int, extents: Sequence[Extent]
+    config: "PreTrainedConfig", top_k: int, width: int, extents: Sequence[Extent]
 ) -> Parts:
     """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
 

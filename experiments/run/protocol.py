@@ -8,8 +8,6 @@ TTFT, TPOT, ITL and E2EL are defined as in vLLM's serving benchmark. The expert 
 access as a hit only if the expert was resident when its gate asked.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

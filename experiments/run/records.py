@@ -1,7 +1,5 @@
 """Run records: the folder that one run leaves, marked complete last (rule 6), and W&B beside it."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.metadata

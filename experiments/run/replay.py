@@ -3,8 +3,6 @@
 Nothing is computed, so nothing can be verified: `lossless` is not set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence

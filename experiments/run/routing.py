@@ -1,7 +1,5 @@
 """Routing traces of runs: recorded while a model serves, kept for replays, imposed on live runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from omegaconf import DictConfig
@@ -208,7 +206,7 @@ class Script:
     @classmethod
     def of(
         cls, cfg: DictConfig, traced: Sequence[TracedRequest], routing: str, gates: TracedGates
-    ) -> Script:
+    ) -> Self:
         """Return what the gates' model is to do; raise UserError if it cannot."""
         model = gates.model
         size = model.model.config.get_text_config().vocab_size

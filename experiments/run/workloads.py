@@ -3,8 +3,6 @@
 A workload's option in conf/workload names one of these classes; another one needs the same methods.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import warnings

@@ -3,8 +3,6 @@
 It has no expert cache, so accesses are absent, and no memory budget: what it takes is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

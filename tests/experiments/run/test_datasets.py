@@ -1,7 +1,5 @@
 """Prompts: schemas, exact lengths, templates, determinism, nothing from the training text."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

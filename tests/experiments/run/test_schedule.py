@@ -1,7 +1,5 @@
 """Schedules: conservation in virtual time, and the same tokens live as alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
