@@ -131,9 +131,7 @@ def build(cfg: DictConfig, **extra: Any) -> Any:
     """Call the target of a group's option with its arguments and `extra`; UserError if refused."""
     call = arguments(cfg, **extra)
     try:
-        return call()
-    except ValidationError as error:
-        raise UserError(_complaint(error, _key(cfg))) from error
+        return checked(call, {}, str(cfg._get_full_key(None) or cfg._target_))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{cfg._target_}: {error}") from error
 
@@ -163,7 +161,8 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
     # A testbed takes prediction_us; a system's describes it.
     given = {key: one for key, one in values.items() if key in fields or key not in DESCRIPTIONS}
     free = any(one.kind is one.VAR_KEYWORD for one in signature)
-    valid = checked(schema("allow" if free else "forbid", **fields), given, _key(cfg))
+    kind = schema("allow" if free else "forbid", **fields)
+    valid = checked(kind, given, str(cfg._get_full_key(None) or name))
     return partial(target, **{key: getattr(valid, key) for key in given}, **extra)
 
 
@@ -177,23 +176,15 @@ def values_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def checked(kind: Any, values: Mapping[str, Any], key: str) -> Any:
-    """Return `kind(**values)`; raise UserError, which names the option below `key`."""
+    """Return `kind(**values)`; raise UserError, which names the first option below `key`."""
     try:
         return kind(**values)
     except ValidationError as error:
-        raise UserError(_complaint(error, key)) from error
-
-
-def _complaint(error: ValidationError, key: str) -> str:
-    """Return the first refusal as a line."""
-    first = error.errors(include_url=False)[0]
-    path = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
-    value = "" if first["type"] == "missing" else f"={first['input']}"
-    return f"{path}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}".replace("\n", " ")
-
-
-def _key(cfg: DictConfig) -> str:
-    return str(cfg._get_full_key(None) or cfg.get("_target_", ""))
+        first = error.errors(include_url=False)[0]
+        path = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
+        value = "" if first["type"] == "missing" else f"={first['input']}"
+        said = f"{path}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise UserError(said.replace("\n", " ")) from error
 
 
 def full_size(model: DictConfig) -> FullSizeModel | CountedModel:

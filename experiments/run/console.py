@@ -41,10 +41,6 @@ class Console:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
 
-    def skipped(self, record: Path, other_code: str | None) -> None:
-        """Say that a complete record of this config is already there, and if other code made it."""
-        self._print(f"already complete: {record}{f' ({other_code})' if other_code else ''}")
-
     def results(self, record: dict[str, Any], path: Path, sample: Sequence[str] | None) -> None:
         """Print generated text, if there is any, tables of results and where the record lies."""
         summary, budget = record["summary"], record["memory_budget_gb"]

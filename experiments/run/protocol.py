@@ -229,7 +229,8 @@ def ensure_record(cfg: DictConfig, console: Console | None = None) -> Facts:
         path = path or records.existing_record(cfg)
         record = records.read_record(path) if path else run(cfg, console)
     if path:
-        console.skipped(path, records.other_code(record))
+        other = records.other_code(record)
+        console.announce([f"already complete: {path}{f' ({other})' if other else ''}"])
     if cfg.logger.name == "wandb":
         records.log_record(cfg.logger.project, folder, record)
     return record

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from omegaconf import DictConfig
@@ -133,21 +133,6 @@ def record(
     """Serve schedules and write what each request routed; the file appears when complete."""
     from experiments.run.live import LiveBackend
 
-    progress = console.progress("recording", len(load.history) + len(load.measured))
-    with ExitStack() as stack, Recorder(runtime.model) as recorder, progress as advance:
-        server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
-        write = None
-        for one in chain.from_iterable(map(server.serve, schedules)):
-            if write is None:
-                # Gates may compute in a wider dtype than the model's, which is known by now.
-                header = trace_header(model, load, seed, recorder.dtype)
-                write = stack.enter_context(trace_writer(path, header))
-            write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
-            advance(1)
-
-
-def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> TraceHeader:
-    """Return the header of a trace of a workload's requests."""
     origin = {
         "model": model.name,
         "weights": model.weights,
@@ -161,10 +146,19 @@ def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> T
         "cast": model.cast,
         **provenance(),
     }
-    gates = None
+    gates, write = None, None
     with suppress(ValueError):  # Who applies them to hidden states has no use for such a trace.
         gates = gate_weights(model.offloaded)
-    return TraceHeader(model.offloaded.shape, dtype, CONTENTS, origin, gates)
+    progress = console.progress("recording", len(load.history) + len(load.measured))
+    with ExitStack() as stack, Recorder(runtime.model) as recorder, progress as advance:
+        server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
+        for one in chain.from_iterable(map(server.serve, schedules)):
+            if write is None:
+                # Gates may compute in a wider dtype than the model's, which is known by now.
+                facts = (model.offloaded.shape, recorder.dtype, CONTENTS, origin, gates)
+                write = stack.enter_context(trace_writer(path, TraceHeader(*facts)))
+            write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
+            advance(1)
 
 
 def traced_request(fetch: Callable[[int], TracedRequest], request: Request) -> TracedRequest:
