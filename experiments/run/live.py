@@ -229,7 +229,7 @@ class LiveSetup(Setup):
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
     def description(self) -> tuple[str, ...]:
-        testbed, model = self.testbed, self.model
+        cfg, testbed, model = self.cfg, self.testbed, self.model
         line = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
             load = testbed.load_seconds(model.full_expert_bytes)
@@ -242,7 +242,7 @@ class LiveSetup(Setup):
                 "this model's own experts add up otherwise: lossless means the same logits under "
                 "any budget, not those of generate"
             )
-        named = f"{model.name} ({model.weights} weights, {testbed.mode})"
+        named = f"{cfg.model.name} ({cfg.weights} weights, {testbed.mode})"
         return (named, *notes, line, slots_line(self.shape, self.slots))
 
     def backend(self, runtime: LiveRuntime) -> LiveBackend:
@@ -252,8 +252,8 @@ class LiveSetup(Setup):
         return LiveBackend(runtime, self.script.tokens, self.script.begin)
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[LiveBackend]:
-        with self.under_budget(policy or self.policy, timeline) as runtime:
+    def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[LiveBackend]:
+        with self.under_budget(policy, timeline) as runtime:
             yield self.backend(runtime)
 
     @contextmanager
@@ -284,7 +284,7 @@ class LiveSetup(Setup):
             history = settings.schedule(load.history, history=True)
             schedules = [history, settings.schedule(load.measured)]
         with self.unbounded() as runtime:
-            record(runtime, self.model, load, schedules, self.cfg.seed, path, console)
+            record(self.cfg, runtime, self.model, load, schedules, path, console)
 
     def reference(self, console: Console) -> Reference | None:
         verify = bool(self.cfg.verify) and self.resident

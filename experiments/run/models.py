@@ -57,8 +57,6 @@ DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert s
 class LoadedModel:
     """An offloaded model, its tokenizer, and what one of its full-size experts weighs."""
 
-    name: str
-    weights: str
     offloaded: OffloadedModel
     tokenizer: Any
     full_expert_bytes: int
@@ -96,7 +94,7 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     held = offloaded.dense_bytes + offloaded.shape.size * offloaded.store.layout.nbytes
     cast = cast_of(cfg, weights, offloaded.model.dtype, held)
-    return LoadedModel(cfg.name, weights, offloaded, tokenizer, full, cast)
+    return LoadedModel(offloaded, tokenizer, full, cast)
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedModel", Any]:

@@ -136,9 +136,7 @@ class Setup(ABC):
         """Return what the run record says of this backend; see `run_record`."""
 
     @abstractmethod
-    def serving(
-        self, policy: Policy | None, timeline: Timeline | None
-    ) -> AbstractContextManager[Any]:
+    def serving(self, policy: Any, timeline: Timeline | None) -> AbstractContextManager[Any]:
         """Return a backend with an empty cache, which serves under the memory budget."""
 
     @contextmanager

@@ -107,9 +107,8 @@ class ReplaySetup(Setup):
         yield backend, "replayed with everything resident"
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
+    def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[ReplayBackend]:
         """Yield a backend that starts at time 0 with an empty cache, or a full one if all fit."""
-        policy = policy or self.policy
         residency = Residency(self.shape, self.plan, policy)
         if residency.holds_everything:
             residency.preload()

@@ -81,7 +81,7 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
     console.announce([f"recording the routing once, to {path}"])
     # Runs of one sweep may record the same trace at the same time; the last one keeps its name.
     with _recording_runtime(model.offloaded) as runtime:
-        record(runtime, model, load, [settings.recording(load)], cfg.seed, path, console)
+        record(cfg, runtime, model, load, [settings.recording(load)], path, console)
     return path
 
 
@@ -122,11 +122,11 @@ def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:
 
 
 def record(
+    cfg: DictConfig,
     runtime: LiveRuntime,
     model: LoadedModel,
     load: Workload,
     schedules: Iterable[Schedule],
-    seed: int,
     path: Path,
     console: Console,
 ) -> None:
@@ -134,12 +134,12 @@ def record(
     from experiments.run.live import LiveBackend
 
     origin = {
-        "model": model.name,
-        "weights": model.weights,
+        "model": cfg.model.name,
+        "weights": str(cfg.weights),
         "dataset": load.prompts.dataset,
         "dataset_source": load.prompts.source,
         "dataset_sha256": load.prompts.sha256,
-        "seed": seed,
+        "seed": cfg.seed,
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": load.passes,
         "positions": model.positions,

@@ -22,7 +22,6 @@ from experiments.run.models import cast_of, free_bytes, full_expert_bytes, load_
 from experiments.run.protocol import KINDS, Measurement, Reference, Setup
 from experiments.run.schedule import Server
 from finemoe.offload.model import find_moe_layers, shape_of
-from finemoe.offload.policy import Policy
 from finemoe.offload.timeline import Timeline
 from finemoe.testbed import Testbed
 
@@ -88,7 +87,7 @@ class ZeroSetup(Setup):
         return None
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[LiveBackend]:
+    def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[LiveBackend]:
         """Yield the one backend there can be: DeepSpeed takes the model over for good."""
         if self.backend is None:
             model, cfg = self.model, self.cfg
