@@ -223,7 +223,6 @@ class LiveSetup(Setup):
     testbed: Testbed
     policy: Policy
     model: LoadedModel
-    budget_bytes: int
     resident: bool  # whether all experts fit the devices; on the CPU they are used where they lie
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
@@ -348,16 +347,12 @@ class LiveSetup(Setup):
         model = self.model
         return {
             "routing": self.script.routing if self.script else "the model's own gates",
-            "memory_budget_gb": self.budget_bytes / 1e9,
             "expert_bytes": model.full_expert_bytes,
             "stored_expert_bytes": model.offloaded.store.layout.nbytes,
             "positions": model.positions,
             "cast": model.cast,
             "as_eager_experts": model.offloaded.as_eager,
-            "summary": {
-                "slot_budget_bytes": self.budget_bytes,
-                "dense_bytes": model.offloaded.dense_bytes,
-            },
+            "summary": {"dense_bytes": model.offloaded.dense_bytes},
         }
 
 
@@ -466,8 +461,8 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         raise UserError(f"the memory budget puts {cause}; {remedy}")
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
-    places = (shape, slots, model.tokenizer, model, budget, resident)
-    return LiveSetup(cfg, testbed, settings, load, policy, *places)
+    memory = (shape, budget, slots, model.tokenizer, model, resident)
+    return LiveSetup(cfg, testbed, settings, load, policy, *memory)
 
 
 @contextmanager

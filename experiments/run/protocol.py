@@ -123,6 +123,7 @@ class Setup(ABC):
     workload: Workload
     policy: Policy | None
     shape: ModelShape
+    budget_bytes: int | None  # None where no budget is kept
     slots: tuple[int, ...]  # of each device
     tokenizer: Any  # None where nothing is generated
     log: Any = field(init=False, default=None)  # the LogitsLog of the reference, if it is verified
@@ -319,6 +320,7 @@ def run_record(
         **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
         "lossless": lossless,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
+        "slot_budget_bytes": setup.budget_bytes,
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
         "busy_seconds": busy_s,
@@ -338,6 +340,7 @@ def run_record(
         "dataset_source": load.prompts.source,
         "dataset_sha256": load.prompts.sha256,
         "shared_prefix": load.shared_prefix(),
+        "memory_budget_gb": None if setup.budget_bytes is None else setup.budget_bytes / 1e9,
         "slots": list(setup.slots),
         "time_scale": setup.testbed.time_scale,
         "seed": cfg.seed,

@@ -84,7 +84,6 @@ class ReplaySetup(Setup):
     trace: Trace
     costs: CostModel
     plan: MemoryPlan
-    budget_bytes: int
 
     def description(self) -> tuple[str, ...]:
         testbed, weights = self.testbed, self.trace.header.provenance.get("weights", "foreign")
@@ -161,16 +160,12 @@ class ReplaySetup(Setup):
             routing = f"a trace of {origin['model']} with weights {origin['weights']}"
         return {
             "routing": routing,
-            "memory_budget_gb": self.budget_bytes / 1e9,
             "expert_bytes": self.plan.expert_bytes,
             "stored_expert_bytes": self.plan.expert_bytes,
             "positions": origin.get("positions"),
             "cast": origin.get("cast"),
             "prediction_costs": self.costs.prediction_source,
-            "summary": {
-                "slot_budget_bytes": self.budget_bytes,
-                "dense_bytes": full_size(self.cfg.model).dense_bytes,
-            },
+            "summary": {"dense_bytes": full_size(self.cfg.model).dense_bytes},
         }
 
 
@@ -194,9 +189,8 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
-        yield ReplaySetup(
-            cfg, testbed, settings, load, policy, shape, slots, None, trace, costs, plan, budget
-        )
+        memory = (shape, budget, slots, None, trace, costs, plan)
+        yield ReplaySetup(cfg, testbed, settings, load, policy, *memory)
 
 
 def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> float:

@@ -31,7 +31,7 @@ LINKS = {
 }
 NOT_APPLICABLE = (
     *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
-    *("peak_slot_bytes", "slot_budget_bytes", "phase_seconds"),
+    *("peak_slot_bytes", "phase_seconds"),
 )
 """What a summary says of systems that have an expert cache."""
 
@@ -120,7 +120,6 @@ class ZeroSetup(Setup):
             list(Server(backend).serve(self.settings.schedule(self.workload.measured[:size])))
         return {
             "routing": "the model's own gates",
-            "memory_budget_gb": None,
             "time_scale": None,
             "links": LINKS[self.device.type],
             "expert_bytes": self.full,
@@ -156,7 +155,7 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
     except ValueError as error:
         raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
-    run = (cfg, testbed, settings, load, None, shape_of(model), (), tokenizer)
+    run = (cfg, testbed, settings, load, None, shape_of(model), None, (), tokenizer)
     with ExitStack() as stack:
         yield ZeroSetup(*run, model, options, stack)
 
