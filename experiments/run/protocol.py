@@ -49,18 +49,23 @@ BACKENDS = {
 
 @dataclass
 class AccessCounter:
-    """A listener that counts expert accesses."""
+    """A listener that counts expert accesses, by iteration; it is told of one after the other."""
 
-    rows: list[tuple[int, Phase, int, int, int]] = field(default_factory=list)
-    """Of each iteration and layer: the iteration's number and phase, then accesses by KINDS."""
+    rows: list[list[Any]] = field(default_factory=list)
 
     def __call__(self, outcome: LayerOutcome) -> None:
-        counts = len(outcome.hits), len(outcome.late), len(outcome.misses)
-        self.rows.append((outcome.iteration.number, outcome.iteration.phase, *counts))
+        number, phase = outcome.iteration.number, outcome.iteration.phase
+        if not self.rows or self.rows[-1][0] != number:
+            self.rows.append([number, phase, 0, 0, 0, 0])
+        row, counts = self.rows[-1], (len(outcome.hits), len(outcome.late), len(outcome.misses))
+        for column, count in enumerate(counts, 2):
+            row[column] += count
+        row[-1] = max(row[-1], sum(counts))
 
     def table(self) -> pd.DataFrame:
-        """Return the rows, with columns `iteration`, `phase` and KINDS."""
-        return pd.DataFrame(self.rows, columns=["iteration", "phase", *KINDS])
+        """Return a row per iteration: its `phase`, accesses by KINDS, and the most in a layer."""
+        columns = ["iteration", "phase", *KINDS, "most"]
+        return pd.DataFrame(self.rows, columns=columns).set_index("iteration")
 
     def summary(self, slots: int, layers: int) -> Facts:
         """Return counts and hit rates, in all and by phase; the rate is None without an access.
@@ -80,9 +85,8 @@ class AccessCounter:
         for name in get_args(Phase):
             rows, union = table[table["phase"] == name], None
             if total := sum(counted(rows).values()):
-                most = int(rows[[*KINDS]].sum(axis=1).max())
-                mean = total / rows["iteration"].nunique() / slots
-                union = {"mean": mean, "max": most * layers / slots}
+                most = int(rows["most"].max()) * layers / slots
+                union = {"mean": total / len(rows) / slots, "max": most}
             phases[name] = {**rated(rows), "union_over_capacity": union}
         return {**rated(table), "phases": phases}
 
@@ -363,7 +367,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
     batch; `batch` tells which requests share them. Online requests join and leave their batches:
     theirs are those of every iteration that served them, and `batch` is their order of starts.
     """
-    counts = counter.table().groupby("iteration")[[*KINDS]].sum()
+    counts = counter.table()[[*KINDS]]
 
     def row(one: Served) -> Facts:
         request = one.request
