@@ -60,8 +60,6 @@ class LiveBackend:
     runtime: Any  # a LiveRuntime, or what has its model, `forward`, `end_request` and `drain`
     choose: Callable[[Step, Tensor], list[int]] = lambda step, logits: logits.argmax(-1).tolist()
     before: Callable[[Step], None] = lambda step: None  # called before every forward pass
-    clock: Callable[[], float] = time.perf_counter
-    sleep: Callable[[float], None] = time.sleep
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     """The last step's, shape (B, vocabulary), on the model's device."""
     _contexts: dict[int, Context] = field(default_factory=dict)
@@ -69,10 +67,10 @@ class LiveBackend:
 
     @property
     def now(self) -> float:
-        return self.clock()
+        return time.perf_counter()
 
     def wait(self, until: float) -> None:
-        self.sleep(max(0.0, until - self.clock()))
+        time.sleep(max(0.0, until - self.now))
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
