@@ -315,9 +315,9 @@ def run_record(
     larger, positions = facts["expert_bytes"] / facts["stored_expert_bytes"], facts["positions"]
     beyond = None
     if positions is not None:  # No model was trained beyond its positions.
-        lengths = [len(one.request.prompt) + len(one.tokens) for one in served]
-        over = sum(length > positions for length in lengths)
-        beyond = {"model": positions, "longest": max(lengths), "beyond": over, "of": len(lengths)}
+        lengths = requests["input_tokens"] + requests["output_tokens"]
+        longest, over = int(lengths.max()), int((lengths > positions).sum())
+        beyond = {"model": positions, "longest": longest, "beyond": over, "of": len(lengths)}
     kept = setup.policy and setup.policy.history
     moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
     summary = {
