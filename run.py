@@ -1,7 +1,5 @@
 """The one entry: ``python run.py system=finemoe model=mixtral``; ``--help`` lists what exists."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

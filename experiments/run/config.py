@@ -4,8 +4,6 @@ Values are checked against the annotations of what takes them (finemoe/options.p
 type and range are declared where it is used, and once. Only CUDA devices need torch here.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json
@@ -121,23 +119,19 @@ def _check_policy(
     own, small = cfg.model, OmegaConf.select(cfg.model, "scale.config.hidden_size")
     hidden = small if cfg.weights == "scale" and small else own.hidden_size
     shape = ModelShape(own.layers, own.experts, own.top_k, hidden)
-    policy: Policy = build(cfg.system, shape=shape)
+    policy, _, _ = build_policy(cfg, shape, full_size(own).expert_bytes, testbed)
     if policy.set_future_routing and not settings.fixed:
         cause = f"system={cfg.system.label} must know all iterations beforehand, and online they"
         raise UserError(f"{cause} depend on how fast it serves; use workload=offline")
-    budget_slots(cfg, policy, full_size(own).expert_bytes, shape, testbed)
     if isinstance(testbed, SimulatedTestbed):
         testbed.costs(own, cfg.system, True)
-    load_store(cfg, policy)
 
 
 def build(cfg: DictConfig, **extra: Any) -> Any:
     """Call the target of a group's option with its arguments and `extra`; UserError if refused."""
     call = arguments(cfg, **extra)
     try:
-        return call()
-    except ValidationError as error:
-        raise UserError(_complaint(error, _key(cfg))) from error
+        return checked(call, {}, str(cfg._get_full_key(None) or cfg._target_))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{cfg._target_}: {error}") from error
 
@@ -167,7 +161,8 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
     # A testbed takes prediction_us; a system's describes it.
     given = {key: one for key, one in values.items() if key in fields or key not in DESCRIPTIONS}
     free = any(one.kind is one.VAR_KEYWORD for one in signature)
-    valid = checked(schema("allow" if free else "forbid", **fields), given, _key(cfg))
+    kind = schema("allow" if free else "forbid", **fields)
+    valid = checked(kind, given, str(cfg._get_full_key(None) or name))
     return partial(target, **{key: getattr(valid, key) for key in given}, **extra)
 
 
@@ -181,23 +176,15 @@ def values_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def checked(kind: Any, values: Mapping[str, Any], key: str) -> Any:
-    """Return `kind(**values)`; raise UserError, which names the option below `key`."""
+    """Return `kind(**values)`; raise UserError, which names the first option below `key`."""
     try:
         return kind(**values)
     except ValidationError as error:
-        raise UserError(_complaint(error, key)) from error
-
-
-def _complaint(error: ValidationError, key: str) -> str:
-    """Return the first refusal as a line."""
-    first = error.errors(include_url=False)[0]
-    path = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
-    value = "" if first["type"] == "missing" else f"={first['input']}"
-    return f"{path}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}".replace("\n", " ")
-
-
-def _key(cfg: DictConfig) -> str:
-    return str(cfg._get_full_key(None) or cfg.get("_target_", ""))
+        first = error.errors(include_url=False)[0]
+        path = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
+        value = "" if first["type"] == "missing" else f"={first['input']}"
+        said = f"{path}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise UserError(said.replace("\n", " ")) from error
 
 
 def full_size(model: DictConfig) -> FullSizeModel | CountedModel:
@@ -219,44 +206,37 @@ def identity(cfg: DictConfig) -> str:
     return f"{cfg.model.name} with weights {cfg.weights}"
 
 
-def budget_slots(
-    cfg: DictConfig,
-    policy: Policy,
-    expert_bytes: int,
-    shape: ModelShape,
-    testbed: Testbed | SimulatedTestbed,
-) -> tuple[int, tuple[int, ...]]:
-    """Return the memory budget in bytes and the slots of each device.
+def build_policy(
+    cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
+) -> tuple[Policy, int, tuple[int, ...]]:
+    """Return a system's policy with the store that it starts from, its budget in bytes and slots.
 
-    Raises UserError for what cannot be, or does not fit a simulated device; the first one also
-    holds what is dense.
+    The slots are those of each device. Raises UserError for a budget that cannot be, or that does
+    not fit a simulated device, of which the first also holds what is dense; and for a store that
+    the system does not keep, that is another model's, or that cannot be saved.
     """
+    policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:
         asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
         budget = parse_budget(asked, expert_bytes, shape)
         slots = plan_slots(budget, expert_bytes, shape, devices)
+        if (cfg.store.load or cfg.store.save) and policy.history is None:
+            raise UserError(f"system={cfg.system.label} keeps no store to load or save")
+        if cfg.store.load and policy.history:
+            policy.history.load(Path(cfg.store.load), identity(cfg))
     except BudgetError as error:
         raise UserError(f"{error}") from error
+    except StoreMismatch as error:
+        raise UserError(f"{error}; give a store saved for this model, or none") from error
+    if cfg.store.save:
+        check_writable(Path(cfg.store.save).parent, "store.save")
     if isinstance(testbed, SimulatedTestbed):
-        first = slots[0] * expert_bytes + full_size(cfg.model).dense_bytes
-        for device, needed in enumerate([first, *(count * expert_bytes for count in slots[1:])]):
-            if needed > testbed.device_bytes:
+        needed = [count * expert_bytes for count in slots]
+        needed[0] += full_size(cfg.model).dense_bytes
+        for device, size in enumerate(needed):
+            if size > testbed.device_bytes:
                 has = f"{testbed.name}, which has {testbed.device_bytes / 1e9:.1f}"
-                needs = f"the memory budget needs {needed / 1e9:.1f} GB on device {device} of {has}"
+                needs = f"the memory budget needs {size / 1e9:.1f} GB on device {device} of {has}"
                 raise UserError(f"{needs}; lower memory_budget")
-    return budget, slots
-
-
-def load_store(cfg: DictConfig, policy: Policy) -> None:
-    """Load the store that the config names, and make sure that one can be saved."""
-    load, save = cfg.store.load, cfg.store.save
-    if (load or save) and policy.history is None:
-        raise UserError(f"system={cfg.system.label} keeps no store to load or save")
-    if load and policy.history:
-        try:
-            policy.history.load(Path(load), identity(cfg))
-        except StoreMismatch as error:
-            raise UserError(f"{error}; give a store saved for this model, or none") from error
-    if save:
-        check_writable(Path(save).parent, "store.save")
+    return policy, budget, slots

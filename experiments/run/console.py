@@ -1,7 +1,5 @@
 """What a run shows on the terminal: one opening line, progress, one table."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from finemoe.offload.policy import ModelShape
@@ -43,10 +41,6 @@ class Console:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
 
-    def skipped(self, record: Path, other_code: str | None) -> None:
-        """Say that a complete record of this config is already there, and if other code made it."""
-        self._print(f"already complete: {record}{f' ({other_code})' if other_code else ''}")
-
     def results(self, record: dict[str, Any], path: Path, sample: Sequence[str] | None) -> None:
         """Print generated text, if there is any, tables of results and where the record lies."""
         summary, budget = record["summary"], record["memory_budget_gb"]
@@ -63,9 +57,8 @@ class Console:
             self._rich.print(Panel(text, title=title, box=box.ROUNDED))
         held = "no budget" if budget is None else f"{budget:.1f} GB for experts"
         self._print("", f"{record['system']} on {record['model']}, {held} ({record['mode']})")
-        self._rich.print(_latencies(summary))
-        if budget is not None:
-            self._rich.print(_experts(summary))
+        for table in _tables(record):
+            self._rich.print(table)
         for line in _notes(record):
             self._print(line)
         self._rich.print(shown("lossless: ", lossless))
@@ -101,33 +94,32 @@ def slots_line(shape: ModelShape, slots: Sequence[int]) -> str:
 
 def _columns(*names: str) -> Table:
     """Return an empty table, its first column flush left."""
-    first, *others = names
-    columns = [Column(first, no_wrap=True)]
-    columns += [Column(name, justify="right", no_wrap=True) for name in others]
-    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
 
 
-def _latencies(summary: dict[str, Any]) -> Table:
-    seconds = summary["e2el_s"]["p99"] >= LONG_SECONDS
-    scale, digits = (1, 2) if seconds else (1e3, 1)
-    unit = "seconds" if seconds else "milliseconds"
-    table = _columns(unit, "mean", "95 % interval", "p50", "p95", "p99")
+def _tables(record: dict[str, Any]) -> Iterator[Table]:
+    """Yield latencies and, of a system with a budget, accesses of experts."""
+    summary = record["summary"]
+    large = summary["e2el_s"]["p99"] >= LONG_SECONDS
+    scale, digits, unit = (1, 2, "seconds") if large else (1e3, 1, "milliseconds")
+    times = _columns(unit, "mean", "95 % interval", "p50", "p95", "p99")
     for name in ("queueing", "TTFT", "TPOT", "ITL", "E2EL"):
         if values := summary.get(f"{name.lower()}_s"):
             numbers = [*(values["ci95"] or ()), *map(values.get, ("mean", "p50", "p95", "p99"))]
             *ends, mean, p50, p95, p99 = (f"{one * scale:.{digits}f}" for one in numbers)
-            table.add_row(name, mean, " to ".join(ends) or "-", p50, p95, p99)
+            times.add_row(name, mean, " to ".join(ends) or "-", p50, p95, p99)
         elif name != "queueing":
-            table.add_row(name, *"-----")
-    return table
-
-
-def _experts(summary: dict[str, Any]) -> Table:
-    table = _columns("experts", "hit rate", "hits", "late", "misses")
-    for name, counts in {"all": summary, **summary["phases"]}.items():
-        numbers = (f"{counts[kind]:,}" for kind in ("hits", "late", "misses"))
-        table.add_row(name, _share(counts["expert_hit_rate"]), *numbers)
-    return table
+            times.add_row(name, *"-----")
+    yield times
+    if record["memory_budget_gb"] is not None:
+        experts = _columns("experts", "hit rate", "hits", "late", "misses")
+        for name, counts in {"all": summary, **summary["phases"]}.items():
+            numbers = [f"{counts[kind]:,}" for kind in ("hits", "late", "misses")]
+            experts.add_row(name, _share(counts["expert_hit_rate"]), *numbers)
+        yield experts
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:

@@ -6,8 +6,6 @@ documents, by a hash of their name, is held out: a file's source and docstrings 
 without passages that stand in a training document too.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import inspect
@@ -24,7 +22,7 @@ from itertools import cycle, islice, pairwise, takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +64,7 @@ class PromptSet:
     sha256: str
 
     @classmethod
-    def of(cls, dataset: Dataset, prompts: list[tuple[int, ...]]) -> PromptSet:
+    def of(cls, dataset: Dataset, prompts: list[tuple[int, ...]]) -> Self:
         digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
         return cls(dataset.name, dataset.source, tuple(prompts), digest)
 

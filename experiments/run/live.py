@@ -1,7 +1,5 @@
 """Live runs: a real model serves requests greedily through the engine, in real time."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ from torch.nn.functional import pad
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
-from experiments.run.config import budget_slots, build, load_store
+from experiments.run.config import build, build_policy
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, attention_of, config_value, free_bytes, load_model
 from experiments.run.protocol import Measurement, Reference, Setup
@@ -43,7 +41,7 @@ if TYPE_CHECKING:
 class Context:
     """Keys and values of one request: the last `tokens` of one row of a cache."""
 
-    cache: DynamicCache
+    cache: "DynamicCache"
     row: int
     rows: int  # how many rows the cache has
     tokens: int
@@ -62,8 +60,6 @@ class LiveBackend:
     runtime: Any  # a LiveRuntime, or what has its model, `forward`, `end_request` and `drain`
     choose: Callable[[Step, Tensor], list[int]] = lambda step, logits: logits.argmax(-1).tolist()
     before: Callable[[Step], None] = lambda step: None  # called before every forward pass
-    clock: Callable[[], float] = time.perf_counter
-    sleep: Callable[[float], None] = time.sleep
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     """The last step's, shape (B, vocabulary), on the model's device."""
     _contexts: dict[int, Context] = field(default_factory=dict)
@@ -71,10 +67,10 @@ class LiveBackend:
 
     @property
     def now(self) -> float:
-        return self.clock()
+        return time.perf_counter()
 
     def wait(self, until: float) -> None:
-        self.sleep(max(0.0, until - self.clock()))
+        time.sleep(max(0.0, until - self.now))
 
     @torch.inference_mode()
     def forward(self, step: Step) -> None:
@@ -155,7 +151,7 @@ def serve(runtime: Any, requests: Sequence[Request], size: int = 1) -> list[Serv
     return list(Server(LiveBackend(runtime)).serve(FixedBatches(requests, size)))
 
 
-def merged(contexts: Sequence[Context], config: PreTrainedConfig) -> DynamicCache:
+def merged(contexts: Sequence[Context], config: "PreTrainedConfig") -> "DynamicCache":
     """Return one cache with a row for each context, padded with zeros on the left."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -225,13 +221,12 @@ class LiveSetup(Setup):
     testbed: Testbed
     policy: Policy
     model: LoadedModel
-    budget_bytes: int
     resident: bool  # whether all experts fit the devices; on the CPU they are used where they lie
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
     def description(self) -> tuple[str, ...]:
-        testbed, model = self.testbed, self.model
+        cfg, testbed, model = self.cfg, self.testbed, self.model
         line = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
             load = testbed.load_seconds(model.full_expert_bytes)
@@ -244,7 +239,7 @@ class LiveSetup(Setup):
                 "this model's own experts add up otherwise: lossless means the same logits under "
                 "any budget, not those of generate"
             )
-        named = f"{model.name} ({model.weights} weights, {testbed.mode})"
+        named = f"{cfg.model.name} ({cfg.weights} weights, {testbed.mode})"
         return (named, *notes, line, slots_line(self.shape, self.slots))
 
     def backend(self, runtime: LiveRuntime) -> LiveBackend:
@@ -254,8 +249,8 @@ class LiveSetup(Setup):
         return LiveBackend(runtime, self.script.tokens, self.script.begin)
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[LiveBackend]:
-        with self.under_budget(policy or self.policy, timeline) as runtime:
+    def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[LiveBackend]:
+        with self.under_budget(policy, timeline) as runtime:
             yield self.backend(runtime)
 
     @contextmanager
@@ -286,7 +281,7 @@ class LiveSetup(Setup):
             history = settings.schedule(load.history, history=True)
             schedules = [history, settings.schedule(load.measured)]
         with self.unbounded() as runtime:
-            record(runtime, self.model, load, schedules, self.cfg.seed, path, console)
+            record(self.cfg, runtime, self.model, load, schedules, path, console)
 
     def reference(self, console: Console) -> Reference | None:
         verify = bool(self.cfg.verify) and self.resident
@@ -350,16 +345,12 @@ class LiveSetup(Setup):
         model = self.model
         return {
             "routing": self.script.routing if self.script else "the model's own gates",
-            "memory_budget_gb": self.budget_bytes / 1e9,
             "expert_bytes": model.full_expert_bytes,
             "stored_expert_bytes": model.offloaded.store.layout.nbytes,
             "positions": model.positions,
             "cast": model.cast,
             "as_eager_experts": model.offloaded.as_eager,
-            "summary": {
-                "slot_budget_bytes": self.budget_bytes,
-                "dense_bytes": model.offloaded.dense_bytes,
-            },
+            "summary": {"dense_bytes": model.offloaded.dense_bytes},
         }
 
 
@@ -375,7 +366,7 @@ Extent = tuple[int, int, int]
 
 
 def needed_beside(
-    config: PreTrainedConfig, top_k: int, width: int, extents: Sequence[Extent]
+    config: "PreTrainedConfig", top_k: int, width: int, extents: Sequence[Extent]
 ) -> Parts:
     """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
 
@@ -446,15 +437,14 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         torch.set_num_threads(testbed.threads)
     model = load_model(cfg.model, str(cfg.weights), testbed.devices[0], cfg.seed)
     shape = model.offloaded.shape
-    policy: Policy = build(cfg.system, shape=shape)
+    full, devices = model.full_expert_bytes, testbed.devices
+    policy, budget, slots = build_policy(cfg, shape, full, testbed)
     if policy.set_gates:
         try:
             policy.set_gates(gate_weights(model.offloaded))
         except ValueError as error:
             cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
             raise UserError(f"{cause}; choose another system") from error
-    full, devices = model.full_expert_bytes, testbed.devices
-    budget, slots = budget_slots(cfg, policy, full, shape, testbed)
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
     if policy.learn or cfg.record:
@@ -469,9 +459,8 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         raise UserError(f"the memory budget puts {cause}; {remedy}")
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
-    load_store(cfg, policy)
-    places = (shape, slots, model.tokenizer, model, budget, resident)
-    return LiveSetup(cfg, testbed, settings, load, policy, *places)
+    memory = (shape, budget, slots, model.tokenizer, model, resident)
+    return LiveSetup(cfg, testbed, settings, load, policy, *memory)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Models: those that configs name, with their experts out of the way; their facts; small ones."""
 
-from __future__ import annotations
-
 import gc
 import math
 import re
@@ -59,8 +57,6 @@ DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert s
 class LoadedModel:
     """An offloaded model, its tokenizer, and what one of its full-size experts weighs."""
 
-    name: str
-    weights: str
     offloaded: OffloadedModel
     tokenizer: Any
     full_expert_bytes: int
@@ -98,10 +94,10 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     full = full_expert_bytes(cfg, weights, offloaded.store.layout.nbytes)
     held = offloaded.dense_bytes + offloaded.shape.size * offloaded.store.layout.nbytes
     cast = cast_of(cfg, weights, offloaded.model.dtype, held)
-    return LoadedModel(cfg.name, weights, offloaded, tokenizer, full, cast)
+    return LoadedModel(offloaded, tokenizer, full, cast)
 
 
-def load_plain(cfg: DictConfig, weights: str) -> tuple[transformers.PreTrainedModel, Any]:
+def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedModel", Any]:
     """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`.
 
     The host must have room for the peak: when the first MoE layer has been copied into blocks, or
@@ -131,7 +127,7 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
-def outline_of(cfg: DictConfig, weights: str, source: str | None) -> transformers.PreTrainedModel:
+def outline_of(cfg: DictConfig, weights: str, source: str | None) -> "transformers.PreTrainedModel":
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     import transformers
 
@@ -303,7 +299,7 @@ def complete(cfg: DictConfig) -> None:
     model.update({name: fact for name, fact in facts.items() if model[name] is None})
 
 
-def facts_of(model: transformers.PreTrainedModel, source: str) -> dict[str, Any]:
+def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, Any]:
     """Return the facts of a model on the meta device that a folder or hub id describes."""
     config: Any = model.config.get_text_config()
     path = Path(source)
@@ -416,14 +412,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 WEIGHT_STD = 0.2  # wide enough that a small model's routing depends on its input
 
 
-def small_model(
-    family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> transformers.PreTrainedModel:
+def small_model(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
     """Return a random model of a family, the same for the same seed, with eager experts."""
     import transformers
 
     config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
-    model: transformers.PreTrainedModel = random_model(config, dtype, seed)
+    model = random_model(config, dtype, seed)
     model.set_experts_implementation("eager")
     return model
 

@@ -8,8 +8,6 @@ TTFT, TPOT, ITL and E2EL are defined as in vLLM's serving benchmark. The expert 
 access as a hit only if the expert was resident when its gate asked.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -51,18 +49,23 @@ BACKENDS = {
 
 @dataclass
 class AccessCounter:
-    """A listener that counts expert accesses."""
+    """A listener that counts expert accesses, by iteration; it is told of one after the other."""
 
-    rows: list[tuple[int, Phase, int, int, int]] = field(default_factory=list)
-    """Of each iteration and layer: the iteration's number and phase, then accesses by KINDS."""
+    rows: list[list[Any]] = field(default_factory=list)
 
     def __call__(self, outcome: LayerOutcome) -> None:
-        counts = len(outcome.hits), len(outcome.late), len(outcome.misses)
-        self.rows.append((outcome.iteration.number, outcome.iteration.phase, *counts))
+        number, phase = outcome.iteration.number, outcome.iteration.phase
+        if not self.rows or self.rows[-1][0] != number:
+            self.rows.append([number, phase, 0, 0, 0, 0])
+        row, counts = self.rows[-1], (len(outcome.hits), len(outcome.late), len(outcome.misses))
+        for column, count in enumerate(counts, 2):
+            row[column] += count
+        row[-1] = max(row[-1], sum(counts))
 
     def table(self) -> pd.DataFrame:
-        """Return the rows, with columns `iteration`, `phase` and KINDS."""
-        return pd.DataFrame(self.rows, columns=["iteration", "phase", *KINDS])
+        """Return a row per iteration: its `phase`, accesses by KINDS, and the most in a layer."""
+        columns = ["iteration", "phase", *KINDS, "most"]
+        return pd.DataFrame(self.rows, columns=columns).set_index("iteration")
 
     def summary(self, slots: int, layers: int) -> Facts:
         """Return counts and hit rates, in all and by phase; the rate is None without an access.
@@ -82,9 +85,8 @@ class AccessCounter:
         for name in get_args(Phase):
             rows, union = table[table["phase"] == name], None
             if total := sum(counted(rows).values()):
-                most = int(rows[[*KINDS]].sum(axis=1).max())
-                mean = total / rows["iteration"].nunique() / slots
-                union = {"mean": mean, "max": most * layers / slots}
+                most = int(rows["most"].max()) * layers / slots
+                union = {"mean": total / len(rows) / slots, "max": most}
             phases[name] = {**rated(rows), "union_over_capacity": union}
         return {**rated(table), "phases": phases}
 
@@ -126,6 +128,7 @@ class Setup(ABC):
     workload: Workload
     policy: Policy | None
     shape: ModelShape
+    budget_bytes: int | None  # None where no budget is kept
     slots: tuple[int, ...]  # of each device
     tokenizer: Any  # None where nothing is generated
     log: Any = field(init=False, default=None)  # the LogitsLog of the reference, if it is verified
@@ -139,9 +142,7 @@ class Setup(ABC):
         """Return what the run record says of this backend; see `run_record`."""
 
     @abstractmethod
-    def serving(
-        self, policy: Policy | None, timeline: Timeline | None
-    ) -> AbstractContextManager[Any]:
+    def serving(self, policy: Any, timeline: Timeline | None) -> AbstractContextManager[Any]:
         """Return a backend with an empty cache, which serves under the memory budget."""
 
     @contextmanager
@@ -235,7 +236,8 @@ def ensure_record(cfg: DictConfig, console: Console | None = None) -> Facts:
         path = path or records.existing_record(cfg)
         record = records.read_record(path) if path else run(cfg, console)
     if path:
-        console.skipped(path, records.other_code(record))
+        other = records.other_code(record)
+        console.announce([f"already complete: {path}{f' ({other})' if other else ''}"])
     if cfg.logger.name == "wandb":
         records.log_record(cfg.logger.project, folder, record)
     return record
@@ -317,15 +319,16 @@ def run_record(
     larger, positions = facts["expert_bytes"] / facts["stored_expert_bytes"], facts["positions"]
     beyond = None
     if positions is not None:  # No model was trained beyond its positions.
-        lengths = [len(one.request.prompt) + len(one.tokens) for one in served]
-        over = sum(length > positions for length in lengths)
-        beyond = {"model": positions, "longest": max(lengths), "beyond": over, "of": len(lengths)}
+        lengths = requests["input_tokens"] + requests["output_tokens"]
+        longest, over = int(lengths.max()), int((lengths > positions).sum())
+        beyond = {"model": positions, "longest": longest, "beyond": over, "of": len(lengths)}
     kept = setup.policy and setup.policy.history
     moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
     summary = {
         **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
         "lossless": lossless,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
+        "slot_budget_bytes": setup.budget_bytes,
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
         "busy_seconds": busy_s,
@@ -346,6 +349,7 @@ def run_record(
         "dataset_source": load.prompts.source,
         "dataset_sha256": load.prompts.sha256,
         "shared_prefix": load.shared_prefix(),
+        "memory_budget_gb": None if setup.budget_bytes is None else setup.budget_bytes / 1e9,
         "slots": list(setup.slots),
         "time_scale": setup.testbed.time_scale,
         "seed": cfg.seed,
@@ -368,7 +372,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
     batch; `batch` tells which requests share them. Online requests join and leave their batches:
     theirs are those of every iteration that served them, and `batch` is their order of starts.
     """
-    counts = counter.table().groupby("iteration")[[*KINDS]].sum()
+    counts = counter.table()[[*KINDS]]
 
     def row(one: Served) -> Facts:
         request = one.request

@@ -1,7 +1,5 @@
 """Run records: the folder that one run leaves, marked complete last (rule 6), and W&B beside it."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.metadata
@@ -242,23 +240,18 @@ def read_requests(record: Path) -> pd.DataFrame:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
             table: pd.DataFrame = file.read().to_pandas()
-        wrong = [name for name, share in COLUMNS.items() if not _is_amount(table, name, share)]
-        if wrong or table.empty:
-            raise ValueError(f"no numbers as {', '.join(wrong)}" if wrong else "no requests")
         table = table.reindex(columns=table.columns.union([*COLUMNS], sort=False))
+        for name, share in COLUMNS.items():
+            values = table[name].dropna()
+            numbers = values.dtype.kind in "iuf" and bool(values.between(0, LARGEST).all())
+            if len(values) < share * len(table) or not (values.empty or numbers):
+                raise ValueError(f"no numbers as {name}")
+        if table.empty:
+            raise ValueError("no requests")
     except (*UNREADABLE, LookupError, TypeError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read ({cause}); {AGAIN}") from error
     return table
-
-
-def _is_amount(table: pd.DataFrame, name: str, share: float) -> bool:
-    """Tell whether a column has numbers from 0 up in at least this share of its rows, only."""
-    if name not in table:
-        return share == 0
-    values = table[name].dropna()
-    numbers = values.dtype.kind in "iuf" and bool(values.between(0, LARGEST).all())
-    return len(values) >= share * len(table) and (values.empty or numbers)
 
 
 def of_these_weights(record: Mapping[str, Any]) -> bool:

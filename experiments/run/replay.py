@@ -3,8 +3,6 @@
 Nothing is computed, so nothing can be verified: `lossless` is not set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.run.config import budget_slots, build, full_size, load_store, values_of
+from experiments.run.config import build, build_policy, full_size, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
 from experiments.run.routing import open_routing, traced_request
@@ -86,7 +84,6 @@ class ReplaySetup(Setup):
     trace: Trace
     costs: CostModel
     plan: MemoryPlan
-    budget_bytes: int
 
     def description(self) -> tuple[str, ...]:
         testbed, weights = self.testbed, self.trace.header.provenance.get("weights", "foreign")
@@ -109,9 +106,8 @@ class ReplaySetup(Setup):
         yield backend, "replayed with everything resident"
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
+    def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[ReplayBackend]:
         """Yield a backend that starts at time 0 with an empty cache, or a full one if all fit."""
-        policy = policy or self.policy
         residency = Residency(self.shape, self.plan, policy)
         if residency.holds_everything:
             residency.preload()
@@ -164,16 +160,12 @@ class ReplaySetup(Setup):
             routing = f"a trace of {origin['model']} with weights {origin['weights']}"
         return {
             "routing": routing,
-            "memory_budget_gb": self.budget_bytes / 1e9,
             "expert_bytes": self.plan.expert_bytes,
             "stored_expert_bytes": self.plan.expert_bytes,
             "positions": origin.get("positions"),
             "cast": origin.get("cast"),
             "prediction_costs": self.costs.prediction_source,
-            "summary": {
-                "slot_budget_bytes": self.budget_bytes,
-                "dense_bytes": full_size(self.cfg.model).dense_bytes,
-            },
+            "summary": {"dense_bytes": full_size(self.cfg.model).dense_bytes},
         }
 
 
@@ -186,22 +178,19 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
     with open_routing(cfg, console) as trace:
         shape = trace.header.shape
         load = settings.traced(trace, cfg.seed)
-        policy: Policy = build(cfg.system, shape=shape)
+        full = full_size(cfg.model).expert_bytes
+        policy, budget, slots = build_policy(cfg, shape, full, testbed)
         placement = policy.placement
         contents = ("logits", "embeddings") if placement.prediction != "none" else ()
         hidden = ("hidden_states",) if placement.hidden_states else ()
         trace.require((*contents, *hidden), gates=placement.hidden_states)
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
-        full = full_size(cfg.model).expert_bytes
-        budget, slots = budget_slots(cfg, policy, full, shape, testbed)
-        load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
-        yield ReplaySetup(
-            cfg, testbed, settings, load, policy, shape, slots, None, trace, costs, plan, budget
-        )
+        memory = (shape, budget, slots, None, trace, costs, plan)
+        yield ReplaySetup(cfg, testbed, settings, load, policy, *memory)
 
 
 def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> list[float]:

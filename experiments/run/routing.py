@@ -1,7 +1,5 @@
 """Routing traces of runs: recorded while a model serves, kept for replays, imposed on live runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from omegaconf import DictConfig
@@ -83,7 +81,7 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
     console.announce([f"recording the routing once, to {path}"])
     # Runs of one sweep may record the same trace at the same time; the last one keeps its name.
     with _recording_runtime(model.offloaded) as runtime:
-        record(runtime, model, load, [settings.recording(load)], cfg.seed, path, console)
+        record(cfg, runtime, model, load, [settings.recording(load)], path, console)
     return path
 
 
@@ -124,49 +122,43 @@ def _path(cfg: DictConfig, settings: WorkloadSettings) -> Path:
 
 
 def record(
+    cfg: DictConfig,
     runtime: LiveRuntime,
     model: LoadedModel,
     load: Workload,
     schedules: Iterable[Schedule],
-    seed: int,
     path: Path,
     console: Console,
 ) -> None:
     """Serve schedules and write what each request routed; the file appears when complete."""
     from experiments.run.live import LiveBackend
 
-    progress = console.progress("recording", len(load.history) + len(load.measured))
-    with ExitStack() as stack, Recorder(runtime.model) as recorder, progress as advance:
-        server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
-        write = None
-        for one in chain.from_iterable(map(server.serve, schedules)):
-            if write is None:
-                # Gates may compute in a wider dtype than the model's, which is known by now.
-                header = trace_header(model, load, seed, recorder.dtype)
-                write = stack.enter_context(trace_writer(path, header))
-            write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
-            advance(1)
-
-
-def trace_header(model: LoadedModel, load: Workload, seed: int, dtype: Any) -> TraceHeader:
-    """Return the header of a trace of a workload's requests."""
     origin = {
-        "model": model.name,
-        "weights": model.weights,
+        "model": cfg.model.name,
+        "weights": str(cfg.weights),
         "dataset": load.prompts.dataset,
         "dataset_source": load.prompts.source,
         "dataset_sha256": load.prompts.sha256,
-        "seed": seed,
+        "seed": cfg.seed,
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": load.passes,
         "positions": model.positions,
         "cast": model.cast,
         **provenance(),
     }
-    gates = None
+    gates, write = None, None
     with suppress(ValueError):  # Who applies them to hidden states has no use for such a trace.
         gates = gate_weights(model.offloaded)
-    return TraceHeader(model.offloaded.shape, dtype, CONTENTS, origin, gates)
+    progress = console.progress("recording", len(load.history) + len(load.measured))
+    with ExitStack() as stack, Recorder(runtime.model) as recorder, progress as advance:
+        server = Server(LiveBackend(runtime, before=lambda step: recorder.begin(step.iteration)))
+        for one in chain.from_iterable(map(server.serve, schedules)):
+            if write is None:
+                # Gates may compute in a wider dtype than the model's, which is known by now.
+                facts = (model.offloaded.shape, recorder.dtype, CONTENTS, origin, gates)
+                write = stack.enter_context(trace_writer(path, TraceHeader(*facts)))
+            write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
+            advance(1)
 
 
 def traced_request(fetch: Callable[[int], TracedRequest], request: Request) -> TracedRequest:
@@ -208,7 +200,7 @@ class Script:
     @classmethod
     def of(
         cls, cfg: DictConfig, traced: Sequence[TracedRequest], routing: str, gates: TracedGates
-    ) -> Script:
+    ) -> Self:
         """Return what the gates' model is to do; raise UserError if it cannot."""
         model = gates.model
         size = model.model.config.get_text_config().vocab_size

@@ -3,8 +3,6 @@
 One loop serves every schedule on every backend, live and in virtual time. Times are in seconds.
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections import deque

@@ -1,7 +1,5 @@
 """Which weights a config names and how files are fetched or refused, without torch."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -3,8 +3,6 @@
 A workload's option in conf/workload names one of these classes; another one needs the same methods.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import warnings
@@ -227,8 +225,7 @@ class Online(WorkloadSettings):
         self, load: Workload, served: Sequence[Served], positions: int | None, seed: int
     ) -> Any:
         """Return what was asked for and served; rates are in requests per second."""
-        requests = sorted((one.request for one in served), key=lambda request: request.number)
-        arrivals = [one.arrival or 0.0 for one in requests]
+        requests, arrivals = load.measured, [one.arrival or 0.0 for one in load.measured]
         ends = [(one.request.arrival or 0.0) + one.e2el for one in served]
         drawn = [(one.arrival, one.prompt, one.output_tokens) for one in requests]
         lengths = [len(one.prompt) + one.output_tokens for one in requests]

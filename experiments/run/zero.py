@@ -3,8 +3,6 @@
 It has no expert cache, so accesses are absent, and no memory budget: what it takes is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from experiments.run.models import cast_of, free_bytes, full_expert_bytes, load_
 from experiments.run.protocol import KINDS, Measurement, Reference, Setup
 from experiments.run.schedule import Server
 from finemoe.offload.model import find_moe_layers, shape_of
-from finemoe.offload.policy import Policy
 from finemoe.offload.timeline import Timeline
 from finemoe.testbed import Testbed
 
@@ -34,7 +31,7 @@ LINKS = {
 }
 NOT_APPLICABLE = (
     *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
-    *("peak_slot_bytes", "slot_budget_bytes", "phase_seconds"),
+    *("peak_slot_bytes", "phase_seconds"),
 )
 """What a summary says of systems that have an expert cache."""
 
@@ -90,7 +87,7 @@ class ZeroSetup(Setup):
         return None
 
     @contextmanager
-    def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[LiveBackend]:
+    def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[LiveBackend]:
         """Yield the one backend there can be: DeepSpeed takes the model over for good."""
         if self.backend is None:
             model, cfg = self.model, self.cfg
@@ -123,7 +120,6 @@ class ZeroSetup(Setup):
             list(Server(backend).serve(self.settings.schedule(self.workload.measured[:size])))
         return {
             "routing": "the model's own gates",
-            "memory_budget_gb": None,
             "time_scale": None,
             "links": LINKS[self.device.type],
             "expert_bytes": self.full,
@@ -159,7 +155,7 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
     except ValueError as error:
         raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
-    run = (cfg, testbed, settings, load, None, shape_of(model), (), tokenizer)
+    run = (cfg, testbed, settings, load, None, shape_of(model), None, (), tokenizer)
     with ExitStack() as stack:
         yield ZeroSetup(*run, model, options, stack)
 

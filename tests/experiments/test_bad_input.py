@@ -1,7 +1,5 @@
 """Bad input: one line with cause and remedy, exit code 2, nothing that looks complete."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The real DeepSpeed under ZeRO stage 3 on the CPU: same logits, offloaded, gone afterwards."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

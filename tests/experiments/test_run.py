@@ -1,7 +1,5 @@
 """The command line, end to end: records, sweeps, stores, W&B, interruption."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

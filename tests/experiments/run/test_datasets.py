@@ -1,7 +1,5 @@
 """Prompts: schemas, exact lengths, templates, determinism, nothing from the training text."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -87,4 +85,11 @@ def test_a_row_that_is_no_conversation_is_skipped_and_counted(
     assert re.search(f"^skipped 1 row of {path}: row 2: .*{cause}.*\n$", found)
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
+        conversations("test", str(path), "train")
+
+
+def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(LMSYS[0]) + '\n{"conversation": \n')
+    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl as jsonl: .*; mend or replace"):
         conversations("test", str(path), "train")

@@ -1,7 +1,5 @@
 """What a live run holds on its devices and when, and what is said to fit them."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections import Counter

@@ -1,7 +1,5 @@
 """Checkpoints that are another model, damaged, or not there; what tells weights apart."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

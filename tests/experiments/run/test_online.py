@@ -1,7 +1,5 @@
 """Online runs through the command line: nobody lost, nothing before its time, honest records."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Latencies as vLLM's serving benchmark defines them, accesses, and where results go."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

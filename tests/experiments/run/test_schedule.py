@@ -1,11 +1,10 @@
 """Schedules: conservation in virtual time, and the same tokens live as alone."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoConfig
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
+from experiments.run import live
 from experiments.run.live import LiveBackend, LogitsLog
 from experiments.run.models import COMMON, FAMILIES, random_model
 from experiments.run.schedule import (
@@ -175,7 +175,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 100.0
 
-    def __call__(self) -> float:
+    def perf_counter(self) -> float:
         self.now += 0.01
         return self.now
 
@@ -219,9 +219,10 @@ def offloaded(family: str, **config: Any) -> OffloadedModel:
 
 def served(runtime: Any, schedule: Schedule) -> tuple[dict[int, Served], list[Step]]:
     """Serve in pretended time; return what requests got, and the steps."""
-    clock, steps = Clock(), list[Step]()
-    server = Server(LiveBackend(runtime, clock=clock, sleep=clock.sleep), listeners=[steps.append])
-    return {one.request.number: one for one in server.serve(schedule)}, steps
+    steps = list[Step]()
+    server = Server(LiveBackend(runtime), listeners=[steps.append])
+    with patch.object(live, "time", Clock()):
+        return {one.request.number: one for one in server.serve(schedule)}, steps
 
 
 @pytest.mark.parametrize(

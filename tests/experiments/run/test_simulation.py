@@ -1,7 +1,5 @@
 """Simulated runs through the command line: any machine, twice the same, honest about their mode."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Arrivals and online requests: traces as they are, rates, exact lengths, bad files refused."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
