@@ -217,6 +217,9 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         trace.require((*contents, *hidden), gates=placement.hidden_states)
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
+        if policy.set_links:
+            rate = testbed.rate
+            policy.set_links(rate.each(testbed.devices) / rate.bytes_per_second)
         full = full_size(cfg.model).expert_bytes
         budget, slots = budget_slots(cfg, policy, full, shape, testbed.devices)
         check_room(cfg, testbed, slots)
