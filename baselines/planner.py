@@ -116,6 +116,15 @@ class PlannerPolicy(Policy):
         self._nearness = 1 / np.sqrt(self.value.away)
         self.begin_serving()
 
+    def set_links(self, share: float) -> None:
+        """Admit no more copies than the host's memory feeds at the links' full rate.
+
+        While links share it a copy in vain holds up the others' as if they stood in one queue. If
+        what could be copied is as often sure as unlikely, the likeliest `share` of it begins at the
+        probability 1 - share.
+        """
+        self._threshold = max(self._threshold, 1 - share)
+
     def begin_serving(self) -> None:
         self.predictor.fit()
         self.value.forget()

@@ -186,6 +186,9 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         trace.require((*contents, *hidden), gates=placement.hidden_states)
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
+        if policy.set_links:
+            rate = testbed.rate
+            policy.set_links(rate.each(testbed.devices) / rate.bytes_per_second)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))

@@ -204,6 +204,9 @@ class Policy:
     """Take in an iteration of the history (its embeddings are (T, h)); `end_request` follows."""
     set_gates: Callable[[GateWeights], None] | None = None
     """Take the model's gates, before anything is served."""
+    set_links: Callable[[float], None] | None = None
+    """Take the share of its rate that each link has while all copy, below 1 if the host's memory is
+    the narrower; not called where nobody knows it."""
     set_future_routing: Callable[[Routing], None] | None = None
     """Take all that serving will activate, after `begin_serving`: for bounds."""
     predict_ahead: Callable[[Iteration, Gates], None] | None = None

@@ -174,6 +174,19 @@ def test_while_the_last_layers_run_it_asks_for_the_next_tokens_first() -> None:
     assert (requests > 0).any(axis=1).tolist() == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize(("share", "least"), [(1.0, 0.3), (0.8, 0.3), (0.25, 0.75)])
+def test_where_links_share_the_hosts_memory_only_surer_copies_begin(
+    share: float, least: float
+) -> None:
+    policy = served(3, threshold=0.3)
+    policy.set_links(share)
+    iteration, embeddings, _ = events(np.random.default_rng(4), 1)[0]
+    requests = policy.on_embeddings(iteration, embeddings)
+    assert requests is not None
+    assert ((requests > 0) == (policy._likely >= least)).all()
+    assert 0 < np.count_nonzero(requests) < requests.size
+
+
 def test_a_prefetch_displaces_less_value_and_nobody_else() -> None:
     policy = served(5)
     iteration, embeddings, _ = events(np.random.default_rng(6), 1)[0]
