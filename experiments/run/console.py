@@ -84,7 +84,7 @@ class Console:
             )
         if costs.startswith("assumed"):
             self._print(f"prediction costs {costs}")
-        self._rich.print(shown("lossless: ", LOSSLESS[summary["lossless"]]))
+        self._rich.print(shown("lossless: ", _lossless(summary)))
         self._print(f"run record: {path}")
 
     def _print(self, text: str, bold: str = "") -> None:
@@ -120,7 +120,16 @@ def _brief(summary: dict[str, Any]) -> str:
     times = [(name, summary[f"{name.lower()}_s"]) for name in ("TTFT", "TPOT")]
     parts = [f"{name} {time['mean'] * 1e3:.1f} ms" for name, time in times if time]
     parts += [f"hit rate {_share(summary.get('expert_hit_rate'))}"]
-    return ", ".join([*parts, f"lossless: {shown(LOSSLESS[summary['lossless']]).plain}"])
+    return ", ".join([*parts, f"lossless: {shown(_lossless(summary)).plain}"])
+
+
+def _lossless(summary: dict[str, Any]) -> str | tuple[str, str]:
+    """Say whether logits, or else tokens, are those of the unoffloaded model."""
+    same = summary.get("same_tokens")
+    if summary["lossless"] is not None or same is None:
+        return LOSSLESS[summary["lossless"]]
+    tokens = "the same tokens" if same else "other tokens"
+    return f"not comparable bit for bit, experts computed on the host; {tokens}"
 
 
 def _columns(*names: str) -> Table:
@@ -147,9 +156,10 @@ def _latencies(summary: dict[str, Any]) -> Table:
 
 
 def _experts(summary: dict[str, Any]) -> Table:
-    table = _columns("experts", "hit rate", "hits", "late", "misses")
+    kinds = ["hits", "late", "misses", *(["host"] if summary["host"] else [])]
+    table = _columns("experts", "hit rate", *kinds)
     for name, counts in {"all": summary, **summary["phases"]}.items():
-        numbers = (f"{counts[kind]:,}" for kind in ("hits", "late", "misses"))
+        numbers = (f"{counts[kind]:,}" for kind in kinds)
         table.add_row(name, _share(counts["expert_hit_rate"]), *numbers)
     return table
 
@@ -159,6 +169,8 @@ def _memory(summary: dict[str, Any]) -> str:
     demand, prefetched, wasted = (f"{summary[name] / 1e9:.1f}" for name in names)
     peak, budget = summary["peak_slot_bytes"] / 1e9, summary["slot_budget_bytes"] / 1e9
     loaded = f"GB loaded: {demand} on demand, {prefetched} prefetched ({wasted} in vain)"
+    if summary["host"]:
+        loaded += f", {summary['bytes_not_copied'] / 1e9:.1f} not, as the host computed"
     return f"{loaded}\nGB in slots: {peak:.2f} at most, budget {budget:.2f}"
 
 

@@ -25,10 +25,10 @@ from experiments.run.schedule import FixedBatches, Request, Served, Server, Step
 from experiments.run.testbeds import kinds
 from experiments.run.traced import Script, script, traced_workload
 from experiments.run.workloads import Workload, WorkloadSettings
-from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import measured_machine, offloading_runtime, resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.live import LiveRuntime
-from finemoe.offload.policy import Iteration, LayerOutcome, Policy
+from finemoe.offload.policy import Iteration, LayerOutcome, Machine, Policy
 from finemoe.offload.timeline import Timeline
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
@@ -198,6 +198,7 @@ class LogitsLog:
 
     kept: list[Tensor] = field(default_factory=list)
     same: bool = True
+    same_tokens: bool = True  # whether the largest logits are those of the same tokens
     _compared: int = 0
     _pending: list[Tensor] = field(default_factory=list)
 
@@ -208,7 +209,9 @@ class LogitsLog:
     def compare(self, step: Step, logits: Tensor) -> None:
         """Compare a step's logits with those kept of the same step; the first follows the last."""
         for found in self._settled(step, logits):
-            self.same &= torch.equal(found, self.kept[self._compared % len(self.kept)])
+            kept = self.kept[self._compared % len(self.kept)]
+            self.same &= torch.equal(found, kept)
+            self.same_tokens &= torch.equal(found.argmax(-1), kept.argmax(-1))
             self._compared += 1
 
     def _settled(self, step: Step, logits: Tensor) -> list[Tensor]:
@@ -235,6 +238,7 @@ class LiveSetup(Setup):
     model: LoadedModel
     budget_bytes: int
     resident: bool  # whether all experts fit the devices; on the CPU they are used where they lie
+    machine: Machine | None = None  # what a policy is told that may have the host compute
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
@@ -249,6 +253,7 @@ class LiveSetup(Setup):
         return (
             f"{self.model.name} ({self.model.weights} weights, {testbed.mode})",
             *([f"weights: {self.model.cast}"] if self.model.cast else []),
+            *([_times(self.machine)] if self.machine else []),
             *([] if self.model.offloaded.as_eager else [OTHER_SUMS]),
             line,
             slots_line(self.shape, self.slots),
@@ -276,7 +281,8 @@ class LiveSetup(Setup):
         """Return a runtime that serves under the memory budget."""
         model, full = self.model.offloaded, self.model.full_expert_bytes
         protect = bool(self.cfg.protect)
-        return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline, protect)
+        places = self.testbed, self.slots, full
+        return offloading_runtime(model, policy, *places, timeline, protect, self.machine)
 
     def unbounded(self, policy: Policy | None = None) -> LiveRuntime:
         """Return a runtime with every expert resident if they fit, else one under the budget."""
@@ -376,6 +382,13 @@ class LiveSetup(Setup):
         return texts(self.model.tokenizer, served) if self.settings.fixed else None
 
 
+def _times(machine: Machine) -> str:
+    """Say by which times a policy decides who computes an expert."""
+    times = machine.load, machine.host(1), machine.device(1)
+    load, host, device = (f"{seconds * 1e3:.3g} ms" for seconds in times)
+    return f"an expert is loaded in {load}; for a token the host takes {host}, a device {device}"
+
+
 def texts(tokenizer: Any, served: Served) -> tuple[str, str]:
     """Return prompt and continuation of a request."""
     return tokenizer.decode(list(served.request.prompt)), tokenizer.decode(list(served.tokens))
@@ -408,7 +421,12 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
     load_store(cfg, policy)
-    return LiveSetup(cfg, testbed, settings, load, policy, shape, slots, model, budget, resident)
+    machine = None
+    if policy.host_experts:
+        machine = measured_machine(model.offloaded, testbed, slots, full)
+    return LiveSetup(
+        cfg, testbed, settings, load, policy, shape, slots, model, budget, resident, machine
+    )
 
 
 def _extents(

@@ -17,30 +17,31 @@ from experiments.bootstrap import interval, request_draws
 from experiments.run.schedule import Served
 from finemoe.offload.policy import LayerOutcome, Phase
 
-KINDS = ("hits", "late", "misses")  # an expert was resident, on its way, not requested
+KINDS = ("hits", "late", "misses", "host")
+"""An expert was resident, on its way, not requested, or computed on the host."""
+NONE = (0, 0, 0, 0)
 
 
 @dataclass
 class AccessCounter:
     """A listener that counts expert accesses, by iteration."""
 
-    counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # as in KINDS
+    counts: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # as in KINDS
     phases: dict[int, Phase] = field(default_factory=dict)  # of the iterations
     largest: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(get_args(Phase), 0))
     """The most experts that an iteration of a phase activated in one layer."""
 
     def __call__(self, outcome: LayerOutcome) -> None:
         number, phase = outcome.iteration.number, outcome.iteration.phase
-        hits, late, misses = self.counts.get(number, (0, 0, 0))
-        more = len(outcome.hits), len(outcome.late), len(outcome.misses)
-        self.counts[number] = hits + more[0], late + more[1], misses + more[2]
+        hits, late, misses, host = self.counts.get(number, NONE)
+        more = len(outcome.hits), len(outcome.late), len(outcome.misses), len(outcome.host)
+        self.counts[number] = hits + more[0], late + more[1], misses + more[2], host + more[3]
         self.phases[number] = phase
         self.largest[phase] = max(self.largest[phase], sum(more))
 
     def over(self, iterations: Iterable[int]) -> dict[str, int]:
         """Return the accesses of some iterations, by kind."""
-        none = (0, 0, 0)
-        counts = [none, *(self.counts.get(number, none) for number in iterations)]
+        counts = [NONE, *(self.counts.get(number, NONE) for number in iterations)]
         return dict(zip(KINDS, map(sum, zip(*counts, strict=True)), strict=True))
 
     def summary(self, slots: int, layers: int) -> dict[str, Any]:
@@ -92,9 +93,9 @@ def latency_summary(requests: pd.DataFrame, dataset: str) -> dict[str, Any]:
 def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
     """Return one row per request.
 
-    A batch shares its iterations, so `hits`, `late` and `misses` of a request are those of its
-    batch; `batch` tells which requests share them. Online requests join and leave their batches:
-    theirs are those of every iteration that served them, and `batch` is their order of starts.
+    A batch shares its iterations, so the accesses of a request, by KINDS, are those of its batch;
+    `batch` tells which requests share them. Online requests join and leave their batches: theirs
+    are those of every iteration that served them, and `batch` is their order of starts.
     """
 
     def row(one: Served) -> dict[str, Any]:

@@ -164,7 +164,10 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
             history = build_history(setup, console)
             reference = setup.reference(console) if setup.settings.fixed else None
             measurement = measure(setup, reference, console)
-            lossless, limit = setup.lossless(console), setup.bound(reference)
+            # What the host computes need not be loaded: then loads are no bound.
+            hosted = setup.policy is not None and setup.policy.host_experts is not None
+            limit = None if hosted else setup.bound(reference)
+            lossless = setup.lossless(console)
             requests = request_table(measurement.served, measurement.accesses)
             facts = setup.facts(measurement)
             # What a backend has none of is missing from both.
@@ -303,10 +306,14 @@ def _summary(
     larger, busy_s = facts["expert_bytes"] / facts["stored_expert_bytes"], measurement.busy_seconds
     moved = asdict(measurement.traffic).items()
     history = setup.policy and setup.policy.history
+    accesses = measurement.accesses.summary(sum(setup.slots), setup.shape.layers)
     return {
-        **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
-        "lossless": same,
+        **accesses,
+        # Bit for bit, which the host's sums need not be on a device.
+        "lossless": None if accesses["host"] and setup.testbed.mode == "measured" else same,
+        "same_tokens": setup.log and setup.log.same_tokens,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
+        "bytes_not_copied": accesses["host"] * facts["expert_bytes"],
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
         "busy_seconds": busy_s,

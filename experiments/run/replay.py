@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
+from experiments.errors import UserError
 from experiments.run.config import budget_slots, build, check_room, full_size, load_store, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
@@ -22,7 +24,7 @@ from experiments.run.schedule import Request, Server, Step
 from experiments.run.workloads import prompted
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
-from finemoe.offload.policy import Gates, Policy
+from finemoe.offload.policy import Gates, Machine, Policy
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, joined
@@ -113,6 +115,13 @@ class ReplaySetup(Setup):
     plan: MemoryPlan
     budget_bytes: int
 
+    @property
+    def machine(self) -> Machine:
+        """What a policy is told that may have the host compute."""
+        rate, costs = self.testbed.rate, self.costs
+        load = self.plan.expert_bytes / rate.bytes_per_second + rate.latency
+        return Machine(self.slots, load, cache(costs.host), cache(costs.expert))
+
     def description(self) -> tuple[str, ...]:
         origin, testbed = self.trace.header.provenance, self.testbed
         return (
@@ -137,7 +146,7 @@ class ReplaySetup(Setup):
     def serving(self, policy: Policy | None, timeline: Timeline | None) -> Iterator[ReplayBackend]:
         """Yield a backend that starts at time 0 with an empty cache, or a full one if all fit."""
         policy = policy or self.policy
-        residency = Residency(self.shape, self.plan, policy)
+        residency = Residency(self.shape, self.plan, policy, self.machine)
         if residency.holds_everything:
             residency.preload()
         runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
@@ -223,6 +232,12 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         load_store(cfg, policy)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
+        if policy.host_experts:
+            try:
+                costs.host(1)
+            except NotImplementedError as error:
+                cause = f"testbed {testbed.name}: {error}, which system={cfg.system.label} asks for"
+                raise UserError(f"{cause}; give testbed.host or choose another testbed") from error
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
         yield ReplaySetup(
             cfg, testbed, settings, load, policy, shape, slots, trace, costs, plan, budget

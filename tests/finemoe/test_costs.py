@@ -16,6 +16,7 @@ from finemoe.costs import (
     START_KERNELS,
     Accelerator,
     FullSizeModel,
+    Processor,
     RooflineCosts,
 )
 from tests.command import ROOT, config
@@ -32,6 +33,22 @@ ROUND = Accelerator(
     matrix_efficiency=0.5,
     kernel_us=2.0,
     sync_us=10.0,
+)
+RTX_3090 = Accelerator(
+    memory_gb_s=936.0,
+    matrix_tflops=71.0,
+    memory_gb=24.0,
+    memory_efficiency=0.85,
+    matrix_efficiency=0.8,
+    kernel_us=5.0,
+    sync_us=10.0,
+)
+HOST = Processor(
+    memory_gb_s=10.0,
+    matrix_tflops=0.02,
+    memory_efficiency=0.5,
+    matrix_efficiency=0.5,
+    kernel_us=1.0,
 )
 TINY = FullSizeModel(
     layers=2,
@@ -59,9 +76,8 @@ def full_size(name: str) -> FullSizeModel:
 
 
 def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
-    accelerator = Accelerator(936.0, 71.0, 24.0, 0.85, 0.8, 5.0, 10.0)
     # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
-    mixtral = RooflineCosts(accelerator, full_size("mixtral"))
+    mixtral = RooflineCosts(RTX_3090, full_size("mixtral"))
     assert mixtral.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
     # 1.5 million parameters: 3 MB in 30 us; 3 million operations a token, 1.5 us each.
     kernels = EXPERT_KERNELS * 2e-6

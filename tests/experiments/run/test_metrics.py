@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.run.metrics import AccessCounter, latency_summary, request_table
+from experiments.run.metrics import NONE, AccessCounter, latency_summary, request_table
 from experiments.run.schedule import Request, Served
 from finemoe.offload.policy import Iteration, LayerOutcome, Phase
 
@@ -15,7 +15,7 @@ def served(times: tuple[float, ...], iterations: range, number: int = 7) -> Serv
 
 
 def counter(iterations: int) -> AccessCounter:
-    return AccessCounter(dict.fromkeys(range(iterations), (0, 0, 0)))
+    return AccessCounter(dict.fromkeys(range(iterations), NONE))
 
 
 def test_latencies_of_one_request() -> None:
