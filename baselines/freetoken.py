@@ -12,11 +12,14 @@ It is for one device. Of several, `pcie` is the rate of one link, as each expert
 """
 
 from finemoe.offload.eviction import Recency
-from finemoe.offload.policy import Machine, Need
+from finemoe.offload.policy import ExpertId, Machine, Need
 
 
 class FreeTokenPolicy(Recency):
-    """No prediction; LRU over all layers."""
+    """No prediction; LRU over all layers, by uses on device or host."""
+
+    def on_load(self, expert: ExpertId) -> None:
+        """A load is none."""
 
     def host_experts(self, need: Need, machine: Machine) -> list[int]:
         if need.iteration.phase == "prefill":

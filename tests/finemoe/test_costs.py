@@ -19,6 +19,7 @@ from finemoe.costs import (
     Processor,
     RooflineCosts,
 )
+from finemoe.offload.virtual_links import LinkRate
 from tests.command import ROOT, config
 
 MODELS = ("mixtral", "qwen", "phi")
@@ -83,6 +84,16 @@ def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
     kernels = EXPERT_KERNELS * 2e-6
     assert COSTS.expert(20) == pytest.approx(30e-6 + kernels)
     assert COSTS.expert(200) == pytest.approx(300e-6 + kernels)
+
+
+def test_a_host_costs_the_same_and_the_tokens_way() -> None:
+    # 3 MB at 5 GB/s; 3 million operations a token at 10 GFLOP/s; 2,000 bytes a token each way.
+    costs = RooflineCosts(ROUND, TINY, processor=HOST, link=LinkRate(1e9, latency=5e-6))
+    kernels = EXPERT_KERNELS * 1e-6
+    assert costs.host(1) == pytest.approx(600e-6 + kernels + 2 * (5e-6 + 2e-6))
+    assert costs.host(10) == pytest.approx(3000e-6 + kernels + 2 * (5e-6 + 20e-6))
+    with pytest.raises(NotImplementedError):
+        COSTS.host(1)
 
 
 @pytest.mark.parametrize(
