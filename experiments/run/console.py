@@ -125,11 +125,10 @@ def _brief(summary: dict[str, Any]) -> str:
 
 def _lossless(summary: dict[str, Any]) -> str | tuple[str, str]:
     """Say whether logits, or else tokens, are those of the unoffloaded model."""
-    same = summary.get("same_tokens")
-    if summary["lossless"] is not None or same is None:
+    note, same = summary.get("lossless_note"), summary.get("same_tokens")
+    if note is None:
         return LOSSLESS[summary["lossless"]]
-    tokens = "the same tokens" if same else "other tokens"
-    return f"not comparable bit for bit, experts computed on the host; {tokens}"
+    return f"{note}; tokens: {shown(LOSSLESS[same]).plain}"
 
 
 def _columns(*names: str) -> Table:

@@ -43,6 +43,8 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 
 Facts = dict[str, Any]
+ON_HOST = "not comparable bit for bit: experts computed on the host"
+"""What is said of logits that a host and devices made together."""
 BACKENDS = {
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
@@ -307,10 +309,11 @@ def _summary(
     moved = asdict(measurement.traffic).items()
     history = setup.policy and setup.policy.history
     accesses = measurement.accesses.summary(sum(setup.slots), setup.shape.layers)
+    otherwise = accesses["host"] and setup.testbed.mode == "measured"
     return {
         **accesses,
-        # Bit for bit, which the host's sums need not be on a device.
-        "lossless": None if accesses["host"] and setup.testbed.mode == "measured" else same,
+        "lossless": None if otherwise else same,
+        "lossless_note": ON_HOST if otherwise else None,
         "same_tokens": setup.log and setup.log.same_tokens,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
         "bytes_not_copied": accesses["host"] * facts["expert_bytes"],
