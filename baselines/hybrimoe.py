@@ -103,16 +103,14 @@ class HybriMoePolicy(Policy):
     ) -> tuple[list[float], list[Work]]:
         """Return what `schedule` takes of a layer."""
         first, busy = layer * self.shape.experts, [0.0] * len(machine.slots)
-        for index in resident:
-            busy[(first + index) % len(busy)] += machine.device(tokens[index])
-        return busy, [
-            (
-                (first + index) % len(busy),
-                machine.device(tokens[index]),
-                machine.host(tokens[index]),
-            )
-            for index in missing
-        ]
+
+        def work(index: int) -> Work:
+            count = tokens[index]
+            return (first + index) % len(busy), machine.device(count), machine.host(count)
+
+        for device, seconds, _ in map(work, resident):
+            busy[device] += seconds
+        return busy, [work(index) for index in missing]
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
         """Note the scores, and ask for what would shorten the next layers."""

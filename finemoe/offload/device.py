@@ -393,8 +393,7 @@ class Dispatch:
     def combine(self, outputs: dict[int, Tensor]) -> Tensor:
         """Return the sum of the experts' outputs (n, h) times their routing weights, (T, h).
 
-        Only here do outputs leave their device: on the way they would make the others wait. Those
-        of the host come here, too.
+        Only here do outputs leave device or host: on the way they would make the others wait.
         """
         total = torch.zeros_like(self._hidden, dtype=self._sums)
         for index in self.activated:

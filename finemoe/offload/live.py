@@ -299,8 +299,7 @@ class LiveRuntime:
     def _compute(self, outcome: LayerOutcome, routing: Dispatch, copied: HostCopy | None) -> Tensor:
         """Run experts in order of arrival; their outputs are added in a fixed order (rule 1).
 
-        The host computes its own, of the `copied` tokens, when a device has been given all there is
-        for it.
+        The host computes its own, of the `copied` tokens, while there is nothing to give a device.
         """
         outputs: dict[int, Tensor] = {}
         ready, first = deque(outcome.hits), outcome.layer * self.model.shape.experts
