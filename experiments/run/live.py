@@ -386,7 +386,8 @@ def _times(machine: Machine) -> str:
     """Say by which times a policy decides who computes an expert."""
     times = machine.load, machine.host(1), machine.device(1)
     load, host, device = (f"{seconds * 1e3:.3g} ms" for seconds in times)
-    return f"an expert is loaded in {load}; for a token the host takes {host}, a device {device}"
+    computed = f"the model's own, for a token, takes the host {host}, a device {device}"
+    return f"a full-size expert is loaded in {load}; {computed}"
 
 
 def texts(tokenizer: Any, served: Served) -> tuple[str, str]:
