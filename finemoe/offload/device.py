@@ -388,7 +388,8 @@ class Dispatch:
         """Return the same of hidden states (T, h) that were copied to the host."""
         if self._one_token:
             return hidden
-        return hidden[torch.from_numpy((index == self._chosen.T).nonzero()[1])]
+        _, rows = np.nonzero(np.equal(self._chosen.T, index))
+        return hidden[torch.from_numpy(rows)]
 
     def combine(self, outputs: dict[int, Tensor]) -> Tensor:
         """Return the sum of the experts' outputs (n, h) times their routing weights, (T, h).

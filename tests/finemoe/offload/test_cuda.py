@@ -26,7 +26,7 @@ from experiments.run.protocol import run
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Server
 from experiments.run.small_models import small_model
-from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import measured_machine, offloading_runtime, resident_runtime
 from finemoe.offload import device
 from finemoe.offload.device import CudaLink, ExpertKernel
 from finemoe.offload.live import LiveRuntime
@@ -102,8 +102,8 @@ def offloading(
     testbed = Testbed("pretended", "measured", devices, chunk_bytes)
     busy = [torch.zeros(8, device=one) for one in devices]
     each, nbytes = (slots,) * made.devices, model.store.layout.nbytes
-    facts = {"machine": given.machine(each)}
-    with offloading_runtime(model, policy, testbed, each, nbytes, **facts) as runtime:
+    told = given.machine(each)
+    with offloading_runtime(model, policy, testbed, each, nbytes, machine=told) as runtime:
         yield runtime
     assert len(busy) == made.devices
     runtime.residency.cache.check_integrity()
@@ -186,7 +186,7 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
 def test_logits_are_not_called_lossless_where_the_host_computed(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = live.measured_machine
+    measure = measured_machine
 
     def measured(*facts: Any) -> Any:
         found = measure(*facts)

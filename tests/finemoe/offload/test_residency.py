@@ -155,8 +155,8 @@ def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied
     outcome = engine.gate(now, 0, (0, 1, 2, 3), [1, 5, 2, 4])
     assert policy.asked == [Need(now, 0, [1, 5, 2, 4], (2,), (0, 1, 3))]
-    assert outcome == (now, 0, (2,), (), (1,), (0, 3))
     assert outcome.activated == (0, 1, 2, 3)
+    assert outcome == (now, 0, (2,), (), (1,), (0, 3))
     assert not engine.cache.is_pinned(at(0, 0))
     # What was copied of expert 0 is given up.
     assert copy_all(engine) == [(0, 1)]
