@@ -233,7 +233,6 @@ class LinearCosts(CostModel):
     dense: Line
     finish: Line
     expert_line: Line
-    host_line: Line | None = None
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         lines = (self.start, self.dense, self.finish)
@@ -241,6 +240,3 @@ class LinearCosts(CostModel):
 
     def expert(self, tokens: int) -> float:
         return self.expert_line.at(tokens)
-
-    def host(self, tokens: int) -> float:
-        return self.host_line.at(tokens) if self.host_line else super().host(tokens)

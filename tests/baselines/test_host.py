@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from baselines.fiddler import FiddlerPolicy
 from baselines.freetoken import FreeTokenPolicy
 from baselines.hybrimoe import HybriMoePolicy, schedule
-from finemoe.costs import Line, LinearCosts
+from finemoe.costs import Line
 from finemoe.offload.policy import (
     ExpertId,
     Gate,
@@ -31,7 +31,7 @@ from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.virtual_links import LinkRate
 from tests.command import ROOT
 from tests.engine import OPTIONS, configured
-from tests.finemoe.offload.states import array, asked, routed
+from tests.finemoe.offload.states import HostCosts, array, asked, routed
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=1, hidden_size=2)
 DECODE = Iteration(0, "decode", (0,), (1,))
@@ -183,7 +183,7 @@ class Loading(Scheduled):
 def seconds_of(policy: Policy, on: Machine, layers: tuple[tuple[int, ...], ...]) -> float:
     shape = ModelShape(len(layers), 6, 1, 1)
     zero = Line(0.0)
-    costs = LinearCosts(
+    costs = HostCosts(
         *(zero, zero, zero, Line(on.device(1)), Line(on.host(1))), parallel=len(on.slots) > 1
     )
     residency = Residency(shape, MemoryPlan(on.slots, 8, 8), policy, on)

@@ -20,7 +20,7 @@ import pytest
 
 from experiments.run.replay import ReplayBackend
 from experiments.run.schedule import FixedBatches, Request, Server
-from finemoe.costs import Line, LinearCosts
+from finemoe.costs import Line
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
@@ -40,6 +40,7 @@ from tests.engine import (
     requests,
     serve,
 )
+from tests.finemoe.offload.states import HostCosts
 
 DEVICES: dict[int, list[tuple[int, ...]]] = {
     1: [(2,), (5,), (9,), (12,)],
@@ -118,7 +119,7 @@ def replayed(
     if policy.placement.prediction == "background":
         # The searcher is done before anything else goes on, as `drain` makes it live.
         prediction = PredictionCosts()
-    costs = LinearCosts(line, line, line, line, line, collect=SLOW, prediction=prediction)
+    costs = HostCosts(line, line, line, line, line, collect=SLOW, prediction=prediction)
     residency = Residency(shape, plan, policy, machine(plan.slots))
     if residency.holds_everything:
         residency.preload()

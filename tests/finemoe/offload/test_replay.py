@@ -72,7 +72,7 @@ def runtime(
     host_s: float = 0.0,
 ) -> tuple[ReplayRuntime, list[LayerOutcome]]:
     """Return a runtime where a layer takes 10 s before its gate, an expert 1 s, a load 8 s."""
-    costs = LinearCosts(
+    costs = states.HostCosts(
         start=Line(0.0),
         dense=Line(10.0),
         finish=Line(0.0),
