@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from finemoe.offload.runtime import CostModel, IterationCosts
+from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Bytes, Count, Flag, Micros, Rate, Share, Whole
 
 START_KERNELS = 14
@@ -25,24 +26,30 @@ FINISH_KERNELS = 9
 """Kernels after the last layer, counted likewise: final norm, head, choice of the token."""
 
 
-@checked_dataclass(frozen=True, config=CHECKED)
-class Accelerator:
-    """One device: what its datasheet promises, and the share of it that programs get."""
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Processor:
+    """A device or a host: what its datasheet promises, and the share of it that programs get."""
 
     memory_gb_s: Rate  # nominal bandwidth of its memory, 10^9 bytes per second
     matrix_tflops: Rate
     """Nominal rate of dense bf16 products that accumulate in fp32, 10^12 operations per second."""
-    memory_gb: Rate
     memory_efficiency: Share
     matrix_efficiency: Share
     kernel_us: Micros  # what every kernel launch adds
-    sync_us: Micros  # what the host waits to read a small result
 
     def seconds(self, nbytes: float, flops: float, kernels: int) -> float:
         """Return how long `kernels` take that move `nbytes` and do `flops` operations."""
         moving = nbytes / (self.memory_gb_s * 1e9 * self.memory_efficiency)
         computing = flops / (self.matrix_tflops * 1e12 * self.matrix_efficiency)
         return max(moving, computing) + kernels * self.kernel_us * 1e-6
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=CHECKED)
+class Accelerator(Processor):
+    """One device."""
+
+    memory_gb: Rate
+    sync_us: Micros  # what the host waits to read a small result
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
@@ -161,6 +168,8 @@ class RooflineCosts(CostModel):
     accelerator: Accelerator
     model: FullSizeModel | CountedModel
     layer: float = 0.0  # seconds that a host adds to each layer
+    processor: Processor | None = None  # of the host, if anybody says how fast it is
+    link: LinkRate | None = None  # over which tokens go to the host and back
 
     def iteration(self, tokens: Sequence[int], contexts: Sequence[int]) -> IterationCosts:
         """See `CostModel`; ValueError if the two differ in length."""
@@ -180,10 +189,20 @@ class RooflineCosts(CostModel):
     def expert(self, tokens: int) -> float:
         return self._product(self.model.expert_parameters, tokens, EXPERT_KERNELS)
 
-    def _product(self, parameters: float, rows: int, kernels: int = 0) -> float:
+    def host(self, tokens: int) -> float:
+        if self.processor is None or self.link is None:
+            return super().host(tokens)
+        moved = tokens * self.model.hidden_size * self.model.bytes_per_parameter
+        way = self.link.latency + moved / self.link.bytes_per_second
+        parameters = self.model.expert_parameters
+        return self._product(parameters, tokens, EXPERT_KERNELS, self.processor) + 2 * way
+
+    def _product(
+        self, parameters: float, rows: int, kernels: int = 0, on: Processor | None = None
+    ) -> float:
         """Return the seconds in which `rows` are multiplied with weights that are read once."""
         nbytes = parameters * self.model.bytes_per_parameter
-        return self.accelerator.seconds(nbytes, 2 * parameters * rows, kernels)
+        return (on or self.accelerator).seconds(nbytes, 2 * parameters * rows, kernels)
 
     def _attention(self, tokens: Sequence[int], contexts: Sequence[int]) -> float:
         """Return the seconds in which one layer reads its keys and values and attends causally."""

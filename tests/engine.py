@@ -21,7 +21,7 @@ from experiments.run.weights import SCALE_MODELS
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
+from finemoe.offload.policy import LayerOutcome, Machine, ModelShape, Policy, Routing
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.testbed import Testbed
 from finemoe.trace import TracedRequest
@@ -71,6 +71,9 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "lfru": {},
     "class_lru": {},
     "least_stale": {"order": ["fifo", "next_visit"]},
+    "fiddler": {},
+    "freetoken": {},
+    "hybrimoe": {"alpha": [0.5, 1.0], "ahead": [1, 3]},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},
 }
@@ -113,6 +116,11 @@ def emulated(devices: int = 1, link_gb_s: float = 0.5, chunk_bytes: int = 2048) 
     return Testbed("test", "emulated", (CPU,) * devices, chunk_bytes, link_gb_s)
 
 
+def machine(slots: tuple[int, ...]) -> Machine:
+    """Return one on which the host is sooner for a token or two, and of some experts for more."""
+    return Machine(slots, load=4.0, host=lambda tokens: 2.0 * tokens, device=lambda tokens: 1.0)
+
+
 def offloading(
     model: OffloadedModel,
     policy: Policy,
@@ -123,7 +131,8 @@ def offloading(
 ) -> LiveRuntime:
     """Return a runtime with so many slots on each emulated device; `links` as in `emulated`."""
     testbed, nbytes = emulated(len(slots), **links), model.store.layout.nbytes
-    return offloading_runtime(model, policy, testbed, slots, nbytes, timeline, protect)
+    place = testbed, slots, nbytes
+    return offloading_runtime(model, policy, *place, timeline, protect, machine(slots))
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:

@@ -17,12 +17,21 @@ from omegaconf import DictConfig
 from experiments.bench.replay import bench
 from experiments.errors import command
 from experiments.run.config import build
-from finemoe.offload.policy import FloatArray, Gates, GateWeights, Iteration, ModelShape, Policy
+from finemoe.offload.policy import (
+    FloatArray,
+    Gates,
+    GateWeights,
+    Iteration,
+    Machine,
+    ModelShape,
+    Need,
+    Policy,
+)
 from finemoe.offload.routed import softmax
 
 OPTIONS = {
     "models": "mixtral,qwen,phi",
-    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed,planner",
+    "systems": "finemoe,moe_infinity,promoe,mixtral_offload,deepspeed,planner,hybrimoe",
     "output": "",
 }
 REQUESTS = 45  # requests of the history: 70 % of the 64 prompts of section 6.1
@@ -62,6 +71,10 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     if policy.learn:
         teach(policy, shape)
     policy.begin_serving()
+    if policy.host_experts:
+        # It learns of a machine, and nobody is resident: there cannot be more to weigh.
+        need = Need(Iteration(0, "decode", (REQUESTS,), (1,)), 0, [1], (), (0,))
+        policy.host_experts(need, Machine((1,), 3e-3, lambda tokens: 1e-3, lambda tokens: 1e-4))
     one, prompt = (call_times(policy, shape, tokens) for tokens in (1, PROMPT))
     more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
     rounded = {call: round(us, 1) for call, us in (one | more).items()}

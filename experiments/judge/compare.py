@@ -25,8 +25,8 @@ MEASURED = {
     "GB moved": "{:.0f}", "x bound": "{:.2f}",
 }  # fmt: skip
 NUMBERS = [
-    "hits", "late", "misses", "ttft_s.mean", "tpot_s.mean", "expert_hit_rate", "bound.times",
-    "bytes_on_demand", "bytes_prefetched",
+    "hits", "late", "misses", "host", "ttft_s.mean", "tpot_s.mean", "expert_hit_rate",
+    "bound.times", "bytes_on_demand", "bytes_prefetched",
 ]  # fmt: skip
 IDENTITY = {"model": "model", "memory_budget_gb": "budget_GB", "label": "system"}
 IDENTITY |= {name: name for name in ("dataset", "workload", "weights", "testbed", "mode")}
@@ -100,7 +100,7 @@ def _measured(facts: pd.DataFrame) -> pd.DataFrame:
         "TTFT ms": facts["ttft_s.mean"] * 1e3,
         "TPOT ms": facts["tpot_s.mean"] * 1e3,
         "hit": facts["expert_hit_rate"],
-        "late": facts["late"] / facts[["hits", "late", "misses"]].sum(axis=1),
+        "late": facts["late"] / facts[["hits", "late", "misses", "host"]].sum(axis=1),
         "GB moved": (facts["bytes_on_demand"] + facts["bytes_prefetched"]) / 1e9,
         "x bound": facts["bound.times"].where(facts["bound.times"] >= 1),
     }

@@ -23,7 +23,7 @@ PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")
 """Ablation options of systems that figures tell apart; None where a system has no such option."""
-COUNTS = ("hits", "late", "misses", "slot_budget_bytes", "dense_bytes")
+COUNTS = ("hits", "late", "misses", "host", "slot_budget_bytes", "dense_bytes")
 IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
 NOT_OPTIONS = ("_target_", "label", "look", "prediction_us")
 IDS = (

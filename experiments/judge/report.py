@@ -133,7 +133,7 @@ def system_table(runs: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     groups = by_system(runs)
     sums = groups.sum(numeric_only=True)
-    asked = sums[["hits", "late", "misses"]].sum(axis=1)
+    asked = sums[["hits", "late", "misses", "host"]].sum(axis=1)
     ahead, wasted, on_demand = (
         sums.get(f"bytes_{name}", 0 * asked) / 1e9 for name in ("prefetched", "wasted", "on_demand")
     )

@@ -27,7 +27,7 @@ from finemoe.offload.policy import ModelShape, Policy
 from finemoe.options import Count, Flag, Number, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
-DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us")
+DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us", "uses_host")
 """Keys of a config group's option that are no arguments of its target."""
 NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]  # it becomes part of file names
 

@@ -44,12 +44,12 @@ class Console:
     def results(self, record: dict[str, Any], path: Path, sample: Sequence[str] | None) -> None:
         """Print generated text, if there is any, tables of results and where the record lies."""
         summary, budget = record["summary"], record["memory_budget_gb"]
-        lossless = LOSSLESS[summary["lossless"]]
+        lossless = _lossless(summary)
         if self._job is not None:
             means = [(name, summary[f"{name.lower()}_s"]) for name in ("TTFT", "TPOT")]
             parts = [f"{name} {one['mean'] * 1e3:.1f} ms" for name, one in means if one]
             parts.append(f"hit rate {_share(summary['expert_hit_rate'])}")
-            self._print(", ".join([*parts, f"lossless: {lossless[0]}"]))
+            self._print(", ".join([*parts, f"lossless: {shown(lossless).plain}"]))
             return
         if sample is not None:
             text = shown((sample[0], "dim"), (sample[1].rstrip(), "bold"))
@@ -92,6 +92,14 @@ def slots_line(shape: ModelShape, slots: Sequence[int]) -> str:
     return f"experts {shape.layers} x {shape.experts}, top-{shape.top_k}; {share}"
 
 
+def _lossless(summary: dict[str, Any]) -> str | tuple[str, str]:
+    """Say whether logits, or else tokens, are those of the unoffloaded model."""
+    note, same = summary.get("lossless_note"), summary.get("same_tokens")
+    if note is None:
+        return LOSSLESS[summary["lossless"]]
+    return f"{note}; tokens: {shown(LOSSLESS[same]).plain}"
+
+
 def _columns(*names: str) -> Table:
     """Return an empty table, its first column flush left."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -115,9 +123,10 @@ def _tables(record: dict[str, Any]) -> Iterator[Table]:
             times.add_row(name, *"-----")
     yield times
     if record["memory_budget_gb"] is not None:
-        experts = _columns("experts", "hit rate", "hits", "late", "misses")
+        kinds = ["hits", "late", "misses", *(["host"] if summary["host"] else [])]
+        experts = _columns("experts", "hit rate", *kinds)
         for name, counts in {"all": summary, **summary["phases"]}.items():
-            numbers = [f"{counts[kind]:,}" for kind in ("hits", "late", "misses")]
+            numbers = [f"{counts[kind]:,}" for kind in kinds]
             experts.add_row(name, _share(counts["expert_hit_rate"]), *numbers)
         yield experts
 
@@ -137,7 +146,10 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
             yield f"GB of device memory: {gb('peak_device_bytes'):.2f} at most"
     else:
         loaded = f"{gb('bytes_on_demand'):.1f} on demand, {gb('bytes_prefetched'):.1f} prefetched"
-        yield f"GB loaded: {loaded} ({gb('bytes_wasted'):.1f} in vain)"
+        loaded += f" ({gb('bytes_wasted'):.1f} in vain)"
+        if summary["host"]:
+            loaded += f", {gb('bytes_not_copied'):.1f} not, as the host computed"
+        yield f"GB loaded: {loaded}"
         peak, budget = gb("peak_slot_bytes"), gb("slot_budget_bytes")
         yield f"GB in slots: {peak:.2f} at most, budget {budget:.2f}"
     if (bound := summary["bound"]) and bound["times"] >= 1:

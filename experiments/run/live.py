@@ -24,10 +24,10 @@ from experiments.run.routing import Script, record, traced_workload
 from experiments.run.schedule import FixedBatches, Request, Schedule, Served, Server, Step
 from experiments.run.testbeds import kinds
 from experiments.run.workloads import Workload
-from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import measured_machine, offloading_runtime, resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.live import LiveRuntime
-from finemoe.offload.policy import Iteration, LayerOutcome, Policy
+from finemoe.offload.policy import Iteration, LayerOutcome, Machine, Policy
 from finemoe.offload.timeline import Timeline
 from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
@@ -192,6 +192,7 @@ class LogitsLog:
 
     kept: list[Tensor] = field(default_factory=list)
     same: bool = True
+    same_tokens: bool = True  # whether the largest logits are those of the same tokens
     _compared: int = 0
     _pending: list[Tensor] = field(default_factory=list)
 
@@ -202,7 +203,9 @@ class LogitsLog:
     def compare(self, step: Step, logits: Tensor) -> None:
         """Compare a step's logits with those kept of the same step; the first follows the last."""
         for found in self._settled(step, logits):
-            self.same &= torch.equal(found, self.kept[self._compared % len(self.kept)])
+            kept = self.kept[self._compared % len(self.kept)]
+            self.same &= torch.equal(found, kept)
+            self.same_tokens &= torch.equal(found.argmax(-1), kept.argmax(-1))
             self._compared += 1
 
     def _settled(self, step: Step, logits: Tensor) -> list[Tensor]:
@@ -222,6 +225,7 @@ class LiveSetup(Setup):
     policy: Policy
     model: LoadedModel
     resident: bool  # whether all experts fit the devices; on the CPU they are used where they lie
+    machine: Machine | None = None  # what a policy is told that may have the host compute
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
 
@@ -234,6 +238,8 @@ class LiveSetup(Setup):
         elif len(kinds(testbed.devices)) > 1:
             line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         notes = [f"weights: {model.cast}"] if model.cast else []
+        if self.machine:
+            notes.append(_times(self.machine))
         if not model.offloaded.as_eager:
             notes.append(
                 "this model's own experts add up otherwise: lossless means the same logits under "
@@ -263,7 +269,8 @@ class LiveSetup(Setup):
         """Return a runtime that serves under the memory budget."""
         model, full = self.model.offloaded, self.model.full_expert_bytes
         protect = bool(self.cfg.protect)
-        return offloading_runtime(model, policy, self.testbed, self.slots, full, timeline, protect)
+        places = self.testbed, self.slots, full
+        return offloading_runtime(model, policy, *places, timeline, protect, self.machine)
 
     def unbounded(self, policy: Policy | None = None) -> LiveRuntime:
         """Return a runtime with every expert resident if they fit, else one under the budget."""
@@ -352,6 +359,14 @@ class LiveSetup(Setup):
             "as_eager_experts": model.offloaded.as_eager,
             "summary": {"dense_bytes": model.offloaded.dense_bytes},
         }
+
+
+def _times(machine: Machine) -> str:
+    """Say by which times a policy decides who computes an expert."""
+    times = machine.load, machine.host(1), machine.device(1)
+    load, host, device = (f"{seconds * 1e3:.3g} ms" for seconds in times)
+    computed = f"the model's own, for a token, takes the host {host}, a device {device}"
+    return f"a full-size expert is loaded in {load}; {computed}"
 
 
 # What has to fit a device beside its experts -----------------------------------------------------
@@ -459,7 +474,10 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
         raise UserError(f"the memory budget puts {cause}; {remedy}")
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
-    memory = (shape, budget, slots, model.tokenizer, model, resident)
+    machine = None
+    if policy.host_experts:
+        machine = measured_machine(model.offloaded, testbed, slots, full)
+    memory = (shape, budget, slots, model.tokenizer, model, resident, machine)
     return LiveSetup(cfg, testbed, settings, load, policy, *memory)
 
 

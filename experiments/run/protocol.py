@@ -38,7 +38,10 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 
 Facts = dict[str, Any]
-KINDS = ("hits", "late", "misses")  # an expert was resident, on its way, not requested
+KINDS = ("hits", "late", "misses", "host")
+"""An expert was resident, on its way, not requested, or computed on the host."""
+ON_HOST = "not comparable bit for bit: experts computed on the host"
+"""What is said of logits that a host and devices made together."""
 BACKENDS = {
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
@@ -56,8 +59,9 @@ class AccessCounter:
     def __call__(self, outcome: LayerOutcome) -> None:
         number, phase = outcome.iteration.number, outcome.iteration.phase
         if not self.rows or self.rows[-1][0] != number:
-            self.rows.append([number, phase, 0, 0, 0, 0])
-        row, counts = self.rows[-1], (len(outcome.hits), len(outcome.late), len(outcome.misses))
+            self.rows.append([number, phase, 0, 0, 0, 0, 0])
+        row, kinds = self.rows[-1], (outcome.hits, outcome.late, outcome.misses, outcome.host)
+        counts = [len(kind) for kind in kinds]
         for column, count in enumerate(counts, 2):
             row[column] += count
         row[-1] = max(row[-1], sum(counts))
@@ -210,7 +214,9 @@ def run(cfg: DictConfig, console: Console) -> Facts:
             history = build_history(setup, console)
             reference = setup.reference(console) if setup.settings.fixed else None
             measurement = measure(setup, reference, console)
-            lossless, limit = setup.lossless(console), setup.bound(reference)
+            # What the host computes need not be loaded: then loads are no bound.
+            hosted = setup.policy is not None and setup.policy.host_experts is not None
+            lossless, limit = setup.lossless(console), None if hosted else setup.bound(reference)
             record, requests = run_record(setup, history, measurement, lossless, limit)
             path = records.write_record(Path(cfg.output), record, requests)
             sample = None
@@ -324,10 +330,15 @@ def run_record(
         beyond = {"model": positions, "longest": longest, "beyond": over, "of": len(lengths)}
     kept = setup.policy and setup.policy.history
     moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
+    accesses = measurement.accesses.summary(sum(setup.slots), setup.shape.layers)
+    otherwise = accesses["host"] and setup.testbed.mode == "measured"
     summary = {
-        **measurement.accesses.summary(sum(setup.slots), setup.shape.layers),
-        "lossless": lossless,
+        **accesses,
+        "lossless": None if otherwise else lossless,
+        "lossless_note": ON_HOST if otherwise else None,
+        "same_tokens": setup.log and setup.log.same_tokens,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
+        "bytes_not_copied": accesses["host"] * facts["expert_bytes"],
         "slot_budget_bytes": setup.budget_bytes,
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
@@ -368,9 +379,9 @@ def run_record(
 def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
     """Return one row per request.
 
-    A batch shares its iterations, so `hits`, `late` and `misses` of a request are those of its
-    batch; `batch` tells which requests share them. Online requests join and leave their batches:
-    theirs are those of every iteration that served them, and `batch` is their order of starts.
+    A batch shares its iterations, so the accesses of a request, by KINDS, are those of its batch;
+    `batch` tells which requests share them. Online requests join and leave their batches: theirs
+    are those of every iteration that served them, and `batch` is their order of starts.
     """
     counts = counter.table()[[*KINDS]]
 

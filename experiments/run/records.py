@@ -42,7 +42,7 @@ PLACES = ("output", "logger", "traces", "experiment", "reading")
 AGAIN = "remove the folder and run it again"
 COLUMNS = {
     "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
-    "late": 0, "misses": 0,
+    "late": 0, "misses": 0, "host": 0,
 }  # fmt: skip
 """Columns of a request table that readers compute with, and the share of rows that have a value."""
 ROW_BYTES = 100
@@ -78,8 +78,10 @@ SUMMARY = schema(
     lossless=Flag | None,
     dense_bytes=COUNT,
     **dict.fromkeys(("ttft_s", "tpot_s", "e2el_s"), (LATENCY | None, None)),
-    **dict.fromkeys(("hits", "late", "misses", "slot_budget_bytes"), (COUNT | None, None)),
+    same_tokens=(Flag | None, None),
+    **dict.fromkeys(("hits", "late", "misses", "host", "slot_budget_bytes"), (COUNT | None, None)),
     **dict.fromkeys(("bytes_prefetched", "bytes_on_demand", "bytes_wasted"), (COUNT | None, None)),
+    bytes_not_copied=(COUNT | None, None),
     expert_hit_rate=(AMOUNT | None, None),
     phase_seconds=(dict[TEXT, AMOUNT] | None, None),
     bound=(
@@ -129,11 +131,17 @@ ANALYSIS = schema(
 
 
 def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    """Return a config without what says where results go or how figures draw its system."""
+    """Return a config without what says where results go or how figures draw its system.
+
+    What a testbed's host computes with is left out as well, unless the system `uses_host`.
+    """
     config: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     settings = {key: value for key, value in config.items() if key not in PLACES}
     system = {key: value for key, value in config["system"].items() if key != "look"}
-    return {**settings, "system": system}
+    testbed = config["testbed"]
+    if not system.get("uses_host"):
+        testbed = {key: value for key, value in testbed.items() if key != "host"}
+    return {**settings, "system": system, "testbed": testbed}
 
 
 def existing_record(cfg: DictConfig) -> Path | None:

@@ -8,10 +8,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
+from experiments.errors import UserError
 from experiments.run.config import build, build_policy, full_size, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
@@ -19,7 +21,7 @@ from experiments.run.routing import open_routing, traced_request
 from experiments.run.schedule import Request, Server, Step
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
-from finemoe.offload.policy import Gates, Policy
+from finemoe.offload.policy import Gates, Machine, Policy
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, joined
@@ -85,6 +87,13 @@ class ReplaySetup(Setup):
     costs: CostModel
     plan: MemoryPlan
 
+    @property
+    def machine(self) -> Machine:
+        """What a policy is told that may have the host compute."""
+        rate, costs = self.testbed.rate, self.costs
+        load = self.plan.expert_bytes / rate.bytes_per_second + rate.latency
+        return Machine(self.slots, load, cache(costs.host), cache(costs.expert))
+
     def description(self) -> tuple[str, ...]:
         testbed, weights = self.testbed, self.trace.header.provenance.get("weights", "foreign")
         return (
@@ -108,7 +117,7 @@ class ReplaySetup(Setup):
     @contextmanager
     def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[ReplayBackend]:
         """Yield a backend that starts at time 0 with an empty cache, or a full one if all fit."""
-        residency = Residency(self.shape, self.plan, policy)
+        residency = Residency(self.shape, self.plan, policy, self.machine)
         if residency.holds_everything:
             residency.preload()
         runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
@@ -191,6 +200,12 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
             policy.set_links(rate.each(testbed.devices) / rate.bytes_per_second)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
+        if policy.host_experts:
+            try:
+                costs.host(1)
+            except NotImplementedError as error:
+                cause = f"testbed {testbed.name}: {error}, which system={cfg.system.label} asks for"
+                raise UserError(f"{cause}; give testbed.host or choose another testbed") from error
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
         memory = (shape, budget, slots, None, trace, costs, plan)
         yield ReplaySetup(cfg, testbed, settings, load, policy, *memory)

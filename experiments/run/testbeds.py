@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.config import build, checked, full_size
-from finemoe.costs import Accelerator, Line, LinearCosts, RooflineCosts
+from finemoe.costs import Accelerator, Line, LinearCosts, Processor, RooflineCosts
 from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text, schema
@@ -120,6 +120,7 @@ def simulated(
     accelerator: Accelerator,
     link: SimulatedLink,
     host_memory_gb_s: Rate,
+    host: Processor | None,
     hop_us: Micros,
     collect_us: Micros,
     chunk_mb: Megabytes,
@@ -141,6 +142,8 @@ def simulated(
             collect=collect_us * 1e-6 + accelerator.sync_us * 1e-6,
             hop=hop_us * 1e-6 if devices > 1 else 0.0,
             layer=layer_us * 1e-6,
+            processor=host,
+            link=rate,
         )
 
     room = accelerator.memory_gb * 1e9

@@ -30,7 +30,7 @@ LINKS = {
     "cuda": "DeepSpeed's own copies from page-locked memory",
 }
 NOT_APPLICABLE = (
-    *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted"),
+    *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted", "bytes_not_copied"),
     *("peak_slot_bytes", "phase_seconds"),
 )
 """What a summary says of systems that have an expert cache."""

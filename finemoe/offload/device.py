@@ -341,6 +341,7 @@ class Dispatch:
     """
 
     activated: list[int]  # indices of the experts that at least one token goes to, ascending
+    tokens: list[int]  # that go to each expert, up to the last activated one
 
     def __init__(
         self,
@@ -355,10 +356,12 @@ class Dispatch:
         Outputs are added in the dtype `sums`; None: that of the tokens.
         """
         self._hidden = hidden
+        self._chosen = chosen
         self._sums = sums or hidden.dtype
         self._weights = weights
         self._one_token = len(chosen) == 1
         counts = np.bincount(chosen.ravel())
+        self.tokens = counts.tolist()
         self.activated = counts.nonzero()[0].tolist()
         if self._one_token:
             # No rows to gather.
@@ -381,10 +384,17 @@ class Dispatch:
         hidden, *rows = self._sent[device]
         return hidden[rows[0][self._spans[index]]] if rows else hidden
 
+    def gather_on_host(self, index: int, hidden: Tensor) -> Tensor:
+        """Return the same of hidden states (T, h) that were copied to the host."""
+        if self._one_token:
+            return hidden
+        _, rows = np.nonzero(np.equal(self._chosen.T, index))
+        return hidden[torch.from_numpy(rows)]
+
     def combine(self, outputs: dict[int, Tensor]) -> Tensor:
         """Return the sum of the experts' outputs (n, h) times their routing weights, (T, h).
 
-        Only here do outputs leave their device: on the way they would make the others wait.
+        Only here do outputs leave device or host: on the way they would make the others wait.
         """
         total = torch.zeros_like(self._hidden, dtype=self._sums)
         for index in self.activated:
@@ -416,7 +426,9 @@ class ExpertKernel:
         """Return the expert's output for token rows (n, h), before routing weights, (n, h)."""
         hidden = self._activate(self._linear(rows, weights, self._projection))
         output = self._linear(hidden, weights, "down_proj")
-        return self._after(output) if self._after is not None else output
+        if self._after is None:
+            return output
+        return self._after(output.to(next(self._after.parameters()).device))
 
     def _linear(self, rows: Tensor, weights: Weights, name: str) -> Tensor:
         bias = weights.get(f"{name}_bias")

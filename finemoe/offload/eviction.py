@@ -28,7 +28,7 @@ class Recency(Policy):
     def on_outcome(self, outcome: LayerOutcome) -> None:
         self._now -= TICK
         row = self._recency[outcome.layer]
-        for used in (outcome.hits, outcome.late, outcome.misses):
+        for used in (outcome.hits, outcome.late, outcome.misses, outcome.host):
             for index in used:
                 row[index] = self._now
 
@@ -52,7 +52,7 @@ class UsageTable(Recency):
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
         visits, keys = self.visits[outcome.layer], self._keys[outcome.layer]
-        for used in (outcome.hits, outcome.late, outcome.misses):
+        for used in (outcome.hits, outcome.late, outcome.misses, outcome.host):
             for index in used:
                 visits[index] += 1
                 keys[index] = self._now - visits[index]
@@ -79,7 +79,7 @@ class LayeredLruPolicy(Recency):
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
         row, key = self._layered[outcome.layer], self._now + self._ranks[outcome.layer]
-        for used in (outcome.hits, outcome.late, outcome.misses):
+        for used in (outcome.hits, outcome.late, outcome.misses, outcome.host):
             for index in used:
                 row[index] = key
 

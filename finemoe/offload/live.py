@@ -221,12 +221,13 @@ class LiveRuntime:
         with self._lock:
             self._raise_failure()
             self._arrived.clear()
-            outcome = self.residency.gate(self._iteration, layer, routing.activated)
+            outcome = self.residency.gate(self._iteration, layer, routing.activated, routing.tokens)
+        copied = HostCopy(hidden) if outcome.host else None
         for listener in self.listeners:
             listener(outcome)
         if self._observed:
             self._publish_gate(outcome, copy)
-        output = self._compute(outcome, routing)
+        output = self._compute(outcome, routing, copied)
         self._await_prefetches()
         return output
 
@@ -295,14 +296,23 @@ class LiveRuntime:
             self._ask("search", number, policy.on_gate, shown, layer)
         self._ask("update", number + 1, policy.end_iteration, lambda: (iteration,), -1)
 
-    def _compute(self, outcome: LayerOutcome, routing: Dispatch) -> Tensor:
-        """Run experts in order of arrival; their outputs are added in a fixed order (rule 1)."""
+    def _compute(self, outcome: LayerOutcome, routing: Dispatch, copied: HostCopy | None) -> Tensor:
+        """Run experts in order of arrival; their outputs are added in a fixed order (rule 1).
+
+        The host computes its own, of the `copied` tokens, while there is nothing to give a device.
+        """
         outputs: dict[int, Tensor] = {}
         ready, first = deque(outcome.hits), outcome.layer * self.model.shape.experts
-        waiting = {*outcome.late, *outcome.misses}
-        while ready or waiting:
+        waiting, hosted = {*outcome.late, *outcome.misses}, deque(outcome.host)
+        while ready or waiting or hosted:
             if not ready:
-                arrivals = self._await("on_demand_wait", self._take_arrivals)
+                if hosted:
+                    index = hosted.popleft()
+                    outputs[index] = self._run_on_host(first + index, routing, copied)
+                    with self._lock:
+                        arrivals = self._take_arrivals()
+                else:
+                    arrivals = self._await("on_demand_wait", self._take_arrivals)
                 ready.extend(index for index in arrivals if index in waiting)
                 waiting.difference_update(arrivals)
                 continue
@@ -329,6 +339,16 @@ class LiveRuntime:
             self._computed.append((f"device {slot.device}", name, began, self._mark(device)))
             if device.type != "cuda":
                 self._note_computed()
+        return output
+
+    def _run_on_host(self, flat: int, routing: Dispatch, copied: HostCopy | None) -> Tensor:
+        """Return an expert's output, computed on the host where its weights lie."""
+        assert copied is not None
+        expert, store = self.residency.experts[flat], self.model.store
+        rows = routing.gather_on_host(expert.index, copied.read()[0])
+        began = time.perf_counter()
+        output = self.model.kernels[expert.layer](rows, store.layout.views(store.blocks[flat]))
+        self._note("host", f"expert {expert.layer}.{expert.index}", began, time.perf_counter())
         return output
 
     def _mark(self, device: torch.device) -> Callable[[], float]:

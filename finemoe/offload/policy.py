@@ -6,7 +6,7 @@ count from 0; arrays are NumPy, float32, on the host.
 """
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -95,6 +95,7 @@ class LayerOutcome(NamedTuple):
     """How one layer of one iteration found its activated experts (indices, ascending).
 
     A hit was resident when the gate asked, a late one queued or on its way, a miss not requested.
+    What the policy had the host compute is none of them, wherever it was.
     """
 
     iteration: Iteration
@@ -102,10 +103,31 @@ class LayerOutcome(NamedTuple):
     hits: tuple[int, ...]
     late: tuple[int, ...]
     misses: tuple[int, ...]
+    host: tuple[int, ...] = ()
 
     @property
     def activated(self) -> tuple[int, ...]:
-        return tuple(sorted((*self.hits, *self.late, *self.misses)))
+        return tuple(sorted((*self.hits, *self.late, *self.misses, *self.host)))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What loads and computation take on a testbed, in seconds, each alone."""
+
+    slots: tuple[int, ...]  # of each device; flat index n lives on device n mod devices
+    load: float  # one expert over its device's link
+    host: Callable[[int], float]  # one expert for so many tokens, and moving these there and back
+    device: Callable[[int], float]
+
+
+class Need(NamedTuple):
+    """What a gate needs (indices, ascending), of which something is not resident."""
+
+    iteration: Iteration
+    layer: int
+    tokens: Sequence[int]  # that go to each expert, at least up to the last activated one
+    resident: tuple[int, ...]
+    missing: tuple[int, ...]  # also what is requested or on its way
 
 
 @dataclass(frozen=True)
@@ -207,6 +229,12 @@ class Policy:
     set_links: Callable[[float], None] | None = None
     """Take the share of its rate that each link has while all copy, below 1 if the host's memory is
     the narrower; not called where nobody knows it."""
+    host_experts: Callable[[Need, Machine], Collection[int]] | None = None
+    """Choose from `Need.missing` whom the host computes where it lies; the others are loaded.
+
+    Called from the engine, as `on_outcome` is, before anything is demanded. What of a chosen one
+    is on its way is dropped.
+    """
     set_future_routing: Callable[[Routing], None] | None = None
     """Take all that serving will activate, after `begin_serving`: for bounds."""
     predict_ahead: Callable[[Iteration, Gates], None] | None = None

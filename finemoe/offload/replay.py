@@ -53,6 +53,8 @@ class ReplayRuntime:
         """When, in which order, and what: an expert is computed, or a call is due."""
         self._tickets = 0
         self._arrived: deque[int] = deque()
+        self._hosted: deque[tuple[int, int]] = deque()
+        """What the host still computes in this layer, first what is under way, and its tokens."""
         self._searches: deque[float] = deque()
         self._devices_free = [0.0] * len(residency.plan.slots)
         self._expert_seconds: Callable[[int], float] = cache(costs.expert)
@@ -108,8 +110,12 @@ class ReplayRuntime:
         self, routed: RoutedIteration, layer: int, gates: Gates | None, seconds: float
     ) -> None:
         self._arrived.clear()
-        activated = routed.activated[layer]
-        outcome = self.residency.gate(routed.iteration, layer, activated)
+        activated, counts = routed.activated[layer], routed.counts[layer].tolist()
+        outcome = self.residency.gate(routed.iteration, layer, activated, counts)
+        if outcome.host:
+            first = layer * self.residency.shape.experts
+            self._hosted.extend((first + index, counts[index]) for index in outcome.host)
+            self._start_host()
         for listener in self.listeners:
             listener(outcome)
         if gates is not None:
@@ -117,7 +123,7 @@ class ReplayRuntime:
             hook = self.policy.on_gate
             call = partial(call_hook, hook, layer, routed.iteration, gates.of(layer))
             self._ask("search", seconds, routed.iteration.number, hook, layer, call)
-        self._compute(outcome, routed.counts[layer].tolist())
+        self._compute(outcome, counts)
         self._await_prefetches()
 
     def _on_embeddings(self, routed: RoutedIteration, gates: Gates) -> Priorities | None:
@@ -129,7 +135,7 @@ class ReplayRuntime:
         return answer
 
     def _compute(self, outcome: LayerOutcome, counts: list[int]) -> None:
-        """Run experts in order of arrival; the layer ends with the last of them."""
+        """Run experts in order of arrival; the layer ends with the last of them, and the host's."""
         first = outcome.layer * self.residency.shape.experts
         ready = deque([first + index for index in outcome.hits])
         waiting = len(outcome.late) + len(outcome.misses)
@@ -142,7 +148,25 @@ class ReplayRuntime:
                 waiting -= 1
             flat = ready.popleft()
             end = max(end, self._run_expert(flat, counts[flat - first]))
-        self._advance(end)
+        while self._hosted:
+            self._happen()
+        self._advance(max(end, self.now))
+
+    def _start_host(self) -> None:
+        """Have the host compute its next expert, or leave its memory to the links."""
+        if not self._hosted:
+            self._links.host_reads(self.now, 0.0)
+            return
+        flat, tokens = self._hosted[0]
+        seconds = self._costs.host(tokens)
+        rate = self.residency.plan.expert_bytes / seconds
+        end = self.now + seconds / self._links.host_reads(self.now, rate)
+        self._span("host", f"expert {self.residency.experts[flat].index}", self.now, end)
+        self._at(end, self._host_done)
+
+    def _host_done(self) -> None:
+        self._hosted.popleft()
+        self._start_host()
 
     def _run_expert(self, flat: int, tokens: int) -> float:
         """Take a device's time for one expert and free it afterwards; return when that is."""

@@ -4,7 +4,7 @@ Both runtimes drive this object and nothing below it; the caller holds the lock,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from finemoe.offload.cache import ExpertCache
@@ -12,7 +12,9 @@ from finemoe.offload.policy import (
     Hook,
     Iteration,
     LayerOutcome,
+    Machine,
     ModelShape,
+    Need,
     Policy,
     Priorities,
     call_hook,
@@ -44,11 +46,15 @@ class Residency:
     raises and for an answer that cannot be used.
     """
 
-    def __init__(self, shape: ModelShape, plan: MemoryPlan, policy: Policy) -> None:
+    def __init__(
+        self, shape: ModelShape, plan: MemoryPlan, policy: Policy, machine: Machine | None = None
+    ) -> None:
+        """`machine` is for a policy that may have the host compute; without, all is loaded."""
         self.wake: Callable[[], object] = lambda: None
         self.shape = shape
         self.plan = plan
         self.policy = policy
+        self.machine = machine if policy.host_experts else None
         idle = getattr(policy.on_evict, "__func__", None) is Policy.on_evict
         on_evict = None if idle else policy.on_evict
         self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, on_evict)
@@ -74,10 +80,13 @@ class Residency:
     def begin_iteration(self, iteration: Iteration) -> None:
         self._iteration, self._layer, self._awaited = iteration.number, -1, []
 
-    def gate(self, iteration: Iteration, layer: int, activated: Sequence[int]) -> LayerOutcome:
+    def gate(
+        self, iteration: Iteration, layer: int, activated: Sequence[int], tokens: Sequence[int] = ()
+    ) -> LayerOutcome:
         """Pin what the gate chose, demand what is missing, and cancel the layer's other prefetches.
 
-        Every activated expert stays pinned until `release`.
+        Every activated expert stays pinned until `release`, but for those that the policy has the
+        host compute: they take no slot. `tokens` are those of `Need`.
         """
         self._iteration, self._layer, self._awaited = iteration.number, layer, []
         first, queues, cache = layer * self.shape.experts, self.queues, self.cache
@@ -95,6 +104,15 @@ class Residency:
             else:
                 misses.append(index)
             cache.pin(flat)
+        host: list[int] = []
+        if self.machine is not None and (late or misses):
+            missing = tuple(sorted(late + misses))
+            host = self._on_host(Need(iteration, layer, tokens, tuple(hits), missing))
+            for index in host:
+                cache.unpin(first + index)
+            late = [index for index in late if index not in host]
+            misses = [index for index in misses if index not in host]
+            activated = [index for index in activated if index not in host]
         self._prefetches.drop_layer(layer)
         if self.plan.protect:
             cache.protected[first : first + self.shape.experts] = False
@@ -104,13 +122,24 @@ class Residency:
         for index in late + misses:
             flat = first + index
             queues[flat % len(queues)].demand(flat)
-        outcome = LayerOutcome(iteration, layer, tuple(hits), tuple(late), tuple(misses))
+        outcome = LayerOutcome(
+            iteration, layer, tuple(hits), tuple(late), tuple(misses), tuple(host)
+        )
         call_hook(self.policy.on_outcome, layer, outcome)
         if self.plan.protect:
             self._look_again()
         elif late or misses:
             self.wake()
         return outcome
+
+    def _on_host(self, need: Need) -> list[int]:
+        """Return whom the policy has the host compute, ascending."""
+        hook = self.policy.host_experts
+        assert hook is not None
+        chosen = call_hook(hook, need.layer, need, self.machine)
+        if not isinstance(chosen, Collection) or not all(one in need.missing for one in chosen):
+            raise refused(hook, need.layer, f"answered {chosen!r}; give some of {need.missing}")
+        return [index for index in need.missing if index in chosen]
 
     def prefetch(
         self, iteration_number: int, priorities: Priorities | None, hook: Hook, layer: int = -1

@@ -97,3 +97,7 @@ class CostModel:
     def expert(self, tokens: int) -> float:
         """Return the seconds of one expert's computation for `tokens` tokens."""
         raise NotImplementedError
+
+    def host(self, tokens: int) -> float:
+        """Return the same on the host, the tokens' way there and back included."""
+        raise NotImplementedError("nobody says how fast the host computes")

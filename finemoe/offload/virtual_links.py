@@ -26,8 +26,18 @@ class LinkRate:
     """Seconds after a chunk's end in which what follows it is not settled yet (`EmulatedLink`)."""
     wake: float = 0.0  # seconds until an idle link that is given something begins with it
 
-    def each(self, copying: int) -> float:
-        return min(self.bytes_per_second, self.shared_bytes_per_second / max(copying, 1))
+    def each(self, copying: int, host: float = 0.0) -> float:
+        """Return the rate of each link that copies while the host would read so fast.
+
+        What is more than the memory gives slows them all down alike.
+        """
+        readers = max(copying, 1) + host / self.bytes_per_second
+        return min(self.bytes_per_second, self.shared_bytes_per_second / readers)
+
+    def host_share(self, copying: int, host: float) -> float:
+        """Return the share that the host gets of the rate it would read at beside these links."""
+        asked = host + copying * self.bytes_per_second
+        return min(1.0, self.shared_bytes_per_second / asked) if asked else 1.0
 
 
 class _Lane:
@@ -58,8 +68,9 @@ class VirtualLinks:
         self._rate = rate
         self._timeline = timeline
         self._lanes = [_Lane() for _ in residency.queues]
-        self._speeds = [rate.each(copying) for copying in range(len(residency.queues) + 1)]
         self._speed = rate.each(1)
+        self._speeds: list[float] = []
+        self._share_with(0.0)
         self._chunk_bytes = residency.plan.chunk_bytes
 
     def kick(self, now: float) -> None:
@@ -89,6 +100,19 @@ class VirtualLinks:
             self._start(device, lane, lane.end, 0.0)
         self._settle(now)
         return arrived
+
+    def host_reads(self, now: float, rate: float) -> float:
+        """Have the host read experts from now on; return the share of its rate that it gets.
+
+        That is settled once, by the links that copy now. A rate of 0 ends it.
+        """
+        self._share_with(rate)
+        self._settle(now)
+        return self._rate.host_share(self.copying, rate)
+
+    def _share_with(self, host: float) -> None:
+        counts = range(len(self._lanes) + 1)
+        self._speeds = [self._rate.each(copying, host) for copying in counts]
 
     def _start(self, device: int, lane: _Lane, now: float, wake: float) -> None:
         span = self._queues[device].next_chunk(whole=True)

@@ -16,8 +16,10 @@ from finemoe.costs import (
     START_KERNELS,
     Accelerator,
     FullSizeModel,
+    Processor,
     RooflineCosts,
 )
+from finemoe.offload.virtual_links import LinkRate
 from tests.command import ROOT, config
 
 MODELS = ("mixtral", "qwen", "phi")
@@ -32,6 +34,22 @@ ROUND = Accelerator(
     matrix_efficiency=0.5,
     kernel_us=2.0,
     sync_us=10.0,
+)
+RTX_3090 = Accelerator(
+    memory_gb_s=936.0,
+    matrix_tflops=71.0,
+    memory_gb=24.0,
+    memory_efficiency=0.85,
+    matrix_efficiency=0.8,
+    kernel_us=5.0,
+    sync_us=10.0,
+)
+HOST = Processor(
+    memory_gb_s=10.0,
+    matrix_tflops=0.02,
+    memory_efficiency=0.5,
+    matrix_efficiency=0.5,
+    kernel_us=1.0,
 )
 TINY = FullSizeModel(
     layers=2,
@@ -59,14 +77,23 @@ def full_size(name: str) -> FullSizeModel:
 
 
 def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
-    accelerator = Accelerator(936.0, 71.0, 24.0, 0.85, 0.8, 5.0, 10.0)
     # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
-    mixtral = RooflineCosts(accelerator, full_size("mixtral"))
+    mixtral = RooflineCosts(RTX_3090, full_size("mixtral"))
     assert mixtral.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
     # 1.5 million parameters: 3 MB in 30 us; 3 million operations a token, 1.5 us each.
     kernels = EXPERT_KERNELS * 2e-6
     assert COSTS.expert(20) == pytest.approx(30e-6 + kernels)
     assert COSTS.expert(200) == pytest.approx(300e-6 + kernels)
+
+
+def test_a_host_costs_the_same_and_the_tokens_way() -> None:
+    # 3 MB at 5 GB/s; 3 million operations a token at 10 GFLOP/s; 2,000 bytes a token each way.
+    costs = RooflineCosts(ROUND, TINY, processor=HOST, link=LinkRate(1e9, latency=5e-6))
+    kernels = EXPERT_KERNELS * 1e-6
+    assert costs.host(1) == pytest.approx(600e-6 + kernels + 2 * (5e-6 + 2e-6))
+    assert costs.host(10) == pytest.approx(3000e-6 + kernels + 2 * (5e-6 + 20e-6))
+    with pytest.raises(NotImplementedError):
+        COSTS.host(1)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,15 @@ from tests.architectures import saved
 from tests.command import ROOT, SMALL, composed, config, record_of, run_command
 
 PUBLISHED: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
-ACCELERATOR = Accelerator(936.0, 71.0, 24.0, 0.85, 0.8, 5.0, 10.0)
+ACCELERATOR = Accelerator(
+    memory_gb_s=936.0,
+    matrix_tflops=71.0,
+    memory_gb=24.0,
+    memory_efficiency=0.85,
+    matrix_efficiency=0.8,
+    kernel_us=5.0,
+    sync_us=10.0,
+)
 FAMILIES = (
     *("qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss", "jamba", "granitemoehybrid"),
     "qwen3_vl_moe",

@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from experiments.reproduce.sweeps import digest
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceReader
-from tests.command import SMALL, record_of, run_command
+from tests.command import SMALL, config, record_of, run_command
 
 LIVE = tuple(SMALL)
 REPLAY = tuple(one for one in SMALL if not one.startswith("testbed"))
@@ -109,3 +110,25 @@ def test_what_a_trace_cannot_serve_is_one_line_and_exit_code_2(
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
     assert not (tmp_path / "run.json").exists()
+
+
+def test_the_host_computes_what_its_testbed_lets_it(live: Path, tmp_path: Path) -> None:
+    trace = live / "trace.parquet"
+    plain = replay(tmp_path / "plain", trace, "system=on_demand")["summary"]
+    hosted = replay(tmp_path / "hosted", trace, "system=fiddler")["summary"]
+    kinds = ("hits", "late", "misses", "host")
+    assert sum(hosted[kind] for kind in kinds) == sum(plain[kind] for kind in kinds)
+    assert hosted["host"] > plain["host"] == plain["bytes_not_copied"] == 0
+    place = (f"routing={trace}", "testbed=rtx3090x6", "memory_budget=6", "testbed.host=null")
+    done = run_command(*REPLAY, *place, "system=fiddler", f"output={tmp_path / 'refused'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (
+        "nobody says how fast the host computes, which system=fiddler asks for; give" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(("system", "matters"), [("finemoe", False), ("hybrimoe", True)])
+def test_a_testbeds_host_is_part_of_the_runs_that_use_it(system: str, matters: bool) -> None:
+    words = (f"system={system}", "testbed=rtx3090x6", "output=unset")
+    told, other = (config("config", *words, f"testbed.host.kernel_us={us}") for us in (10.0, 1.0))
+    assert (digest(told) != digest(other)) == matters

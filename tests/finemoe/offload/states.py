@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import numpy as np
 
+from finemoe.costs import Line, LinearCosts
 from finemoe.offload.cache import ExpertCache
 from finemoe.offload.policy import FloatArray, ModelShape, Priorities
 from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
+
+
+@dataclass(frozen=True)
+class HostCosts(LinearCosts):
+    """Lines, and one for the host."""
+
+    host_line: Line
+
+    def host(self, tokens: int) -> float:
+        return self.host_line.at(tokens)
 
 
 class State(Enum):

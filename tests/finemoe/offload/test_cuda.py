@@ -25,7 +25,7 @@ from experiments.run.models import load_model, small_model
 from experiments.run.protocol import run
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Server
-from finemoe.assemble import offloading_runtime, resident_runtime
+from finemoe.assemble import measured_machine, offloading_runtime, resident_runtime
 from finemoe.offload import device
 from finemoe.offload.device import CudaLink, ExpertKernel
 from finemoe.offload.live import LiveRuntime
@@ -34,6 +34,7 @@ from finemoe.offload.policy import Policy, Routing
 from finemoe.offload.transfer import Chunk
 from finemoe.testbed import Testbed
 from finemoe.trace import TraceReader
+from tests import engine as given
 from tests.command import config
 from tests.engine import (
     OPTIONS,
@@ -49,6 +50,7 @@ from tests.engine import (
 from tests.pretend_cuda import Event, Machine, Stream, join, pretend_cuda
 
 SYSTEMS = [*OPTIONS, "resident"]
+HOSTED = ("fiddler", "freetoken", "hybrimoe")
 OUTPUT = 4
 
 
@@ -99,7 +101,8 @@ def offloading(
     testbed = Testbed("pretended", "measured", devices, chunk_bytes)
     busy = [torch.zeros(8, device=one) for one in devices]
     each, nbytes = (slots,) * made.devices, model.store.layout.nbytes
-    with offloading_runtime(model, policy, testbed, each, nbytes) as runtime:
+    told = given.machine(each)
+    with offloading_runtime(model, policy, testbed, each, nbytes, machine=told) as runtime:
         yield runtime
     assert len(busy) == made.devices
     runtime.residency.cache.check_integrity()
@@ -117,6 +120,7 @@ def on_cuda(family: str = "mixtral") -> OffloadedModel:
     [
         *((1, "mixtral", system) for system in SYSTEMS),
         *((6, "qwen2_moe", system) for system in ("on_demand", "deepspeed", "finemoe", "resident")),
+        *((6, "qwen2_moe", system) for system in HOSTED),
     ],
 )
 def test_every_system_serves_the_same_logits_in_order(
@@ -131,8 +135,12 @@ def test_every_system_serves_the_same_logits_in_order(
         # So few that a prefill brings the experts of a layer in waves.
         few = model.shape.top_k if devices == 1 else 1
         slots = model.shape.size if policy.placement.everything_resident else few
+        hosted = list[int]()
         with offloading(made, model, policy, slots) as runtime:
+            runtime.listeners.append(lambda outcome: hosted.extend(outcome.host))
+            # The pretended device has the host's arithmetic.
             assert all(map(torch.equal, logits_on(runtime), logits))
+        assert bool(hosted) == (system in HOSTED)
         assert made.kernels["mm"] > 0
         del model, policy, runtime
 
@@ -172,6 +180,27 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
     if workload is OFFLINE:
         assert (tmp_path / "timeline.json").exists()
         assert (tmp_path / "trace.parquet").exists()
+
+
+def test_logits_are_not_called_lossless_where_the_host_computed(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measured_machine
+
+    def measured(*facts: Any) -> Any:
+        found = measure(*facts)
+        assert min(found.load, found.host(1), found.device(1)) > 0
+        return given.machine(facts[2])
+
+    monkeypatch.setattr(live, "measured_machine", measured)
+    words = [*tiny, *OFFLINE, "memory_budget=50%", "system=fiddler", f"output='{tmp_path}'"]
+    with machine():
+        summary = run(config("config", *words), Console())["summary"]
+    assert (summary["lossless"], summary["same_tokens"], summary["bound"]) == (None, True, None)
+    assert summary["lossless_note"].startswith("not comparable bit for bit")
+    assert summary["host"] > 0
+    assert summary["bytes_not_copied"] == summary["host"] * 3 * 16 * 16 * 2
+    assert pd.read_parquet(tmp_path / "requests.parquet")["host"].sum() > 0
 
 
 @pytest.mark.parametrize(("share", "experts"), [(0.01, 3), (0.8, 6)], ids=["some", "all"])

@@ -20,7 +20,7 @@ import pytest
 
 from experiments.run.replay import ReplayBackend
 from experiments.run.schedule import FixedBatches, Request, Server
-from finemoe.costs import Line, LinearCosts
+from finemoe.costs import Line
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import LayerOutcome, ModelShape, Policy, Routing
@@ -32,6 +32,7 @@ from finemoe.trace import TracedRequest
 from tests.engine import (
     OPTIONS,
     configured,
+    machine,
     offloaded,
     offloading,
     prepared,
@@ -39,12 +40,13 @@ from tests.engine import (
     requests,
     serve,
 )
+from tests.finemoe.offload.states import HostCosts
 
 DEVICES: dict[int, list[tuple[int, ...]]] = {
     1: [(2,), (5,), (9,), (12,)],
     3: [(1, 1, 1), (3, 2, 2), (4, 4, 4)],
 }
-COUPLED = ("promoe", "mixtral_offload")
+COUPLED = ("promoe", "mixtral_offload", "hybrimoe")
 """Their eviction counts a layer's residents on all devices, and no order is forced between links:
 on several devices only budgets that leave no choice, or need none, are compared."""
 OUTPUT = 5
@@ -117,8 +119,8 @@ def replayed(
     if policy.placement.prediction == "background":
         # The searcher is done before anything else goes on, as `drain` makes it live.
         prediction = PredictionCosts()
-    costs = LinearCosts(line, line, line, line, collect=SLOW, prediction=prediction)
-    residency = Residency(shape, plan, policy)
+    costs = HostCosts(line, line, line, line, line, collect=SLOW, prediction=prediction)
+    residency = Residency(shape, plan, policy, machine(plan.slots))
     if residency.holds_everything:
         residency.preload()
     runtime = ReplayRuntime(policy, residency, costs, LinkRate(COPY_RATE))
@@ -133,7 +135,7 @@ def replayed(
 def kinds(outcomes: Sequence[LayerOutcome]) -> dict[str, int]:
     return {
         kind: sum(len(getattr(outcome, kind)) for outcome in outcomes)
-        for kind in ("hits", "late", "misses")
+        for kind in ("hits", "late", "misses", "host")
     }
 
 
@@ -171,9 +173,10 @@ def test_live_and_replay_find_every_expert_alike(
         found, plan = live(model, copy.deepcopy(policy), slots, size, protect)
         again = replayed(trace, model.shape, copy.deepcopy(policy), plan, size)
         assert found == again, (slots, kinds(found), kinds(again))
-        # Each layer is asked for its whole set, every expert once.
+        # Each layer is asked for its whole set, every expert once, wherever it is computed.
         assert [one.activated for one in found] == list(chain(*routing))
         seen.append(kinds(found))
     # The comparison is of something: budgets differ, and the smallest one misses or is late.
     assert seen[0]["hits"] < seen[-1]["hits"]
-    assert seen[0]["late"] + seen[0]["misses"] > 0
+    assert seen[0]["late"] + seen[0]["misses"] + seen[0]["host"] > 0
+    assert (seen[0]["host"] > 0) == (policy.host_experts is not None)

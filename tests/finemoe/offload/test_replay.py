@@ -16,7 +16,9 @@ from finemoe.offload.policy import (
     Gate,
     Iteration,
     LayerOutcome,
+    Machine,
     ModelShape,
+    Need,
     Placement,
     Policy,
     Priorities,
@@ -67,18 +69,21 @@ def runtime(
     gate_token_s: float = 0.0,
     parallel: bool = False,
     thread: ThreadCosts | None = None,
+    host_s: float = 0.0,
 ) -> tuple[ReplayRuntime, list[LayerOutcome]]:
     """Return a runtime where a layer takes 10 s before its gate, an expert 1 s, a load 8 s."""
-    costs = LinearCosts(
+    costs = states.HostCosts(
         start=Line(0.0),
         dense=Line(10.0),
         finish=Line(0.0),
         expert_line=Line(1.0),
+        host_line=Line(host_s),
         prediction=PredictionCosts(gate=gate_s, gate_token=gate_token_s),
         parallel=parallel,
         thread=thread or ThreadCosts(),
     )
-    residency = Residency(SHAPE, MemoryPlan(slots, BYTES, CHUNK), policy)
+    machine = Machine(slots, BYTES / 1.0, costs.host, costs.expert)
+    residency = Residency(SHAPE, MemoryPlan(slots, BYTES, CHUNK), policy, machine)
     replay = ReplayRuntime(policy, residency, costs, rate or LinkRate(1.0))
     outcomes: list[LayerOutcome] = []
     replay.listeners.append(outcomes.append)
@@ -201,6 +206,39 @@ def test_links_take_their_time(case: str) -> None:
     policy = Scripted({}, prediction="none")
     replay, _ = runtime(policy, slots, rate, parallel=len(slots) > 1)
     assert replay.forward(routed(0, *activated)) == pytest.approx(seconds)
+
+
+class Hosting(Scripted):
+    """Has the host compute what is missing of some experts."""
+
+    def __init__(self, *hosted: int) -> None:
+        super().__init__({}, prediction="none")
+        self.hosted = hosted
+
+    def host_experts(self, need: Need, machine: Machine) -> list[int]:
+        return [index for index in need.missing if index in self.hosted]
+
+
+HOSTED = {
+    # Expert 0 comes from 10 to 18 and is computed by 19; the host takes 1 and 2 meanwhile.
+    "beside device and link": (3.0, (1, 2), LinkRate(1.0), 19.0),
+    "one after another": (6.0, (1, 2), LinkRate(1.0), 22.0),
+    "alone": (3.0, (0, 1, 2), LinkRate(1.0), 19.0),
+    # 8 bytes in 8 s are as much as the link asks for: each gets half, and both have all at 26.
+    "at half of the memory's rate": (8.0, (1,), SHARED, 26.0 + 9.0),
+    # Two thirds for the host until 22; the link has 4 of 8 bytes by then, and all of them at 26.
+    "at two thirds of it": (4.0, (1,), SHARED, 26.0 + 9.0),
+}
+
+
+@pytest.mark.parametrize("case", HOSTED)
+def test_the_host_computes_beside_device_and_link(case: str) -> None:
+    seconds, hosted, rate, end = HOSTED[case]
+    replay, outcomes = runtime(Hosting(*hosted), rate=rate, host_s=seconds)
+    # What is neither resident nor the host's comes after expert 0, in 8 s.
+    assert replay.forward(routed(0, (0, 1, 2), ())) == pytest.approx(end + 10)
+    assert outcomes[0].host == hosted
+    assert replay.residency.cache.occupied == 3 - len(hosted)
 
 
 def test_a_prefetch_wakes_an_idle_link_and_keeps_a_busy_one_awake() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from finemoe.offload.policy import (
     ExpertId,
     Iteration,
     LayerOutcome,
+    Machine,
     ModelShape,
+    Need,
     Placement,
     Policy,
     PolicyError,
@@ -157,6 +160,52 @@ def test_a_gate_cancels_the_prefetches_of_its_layer_that_it_did_not_choose() -> 
     assert requested(engine) == [ExpertId(0, 1), ExpertId(1, 0)]
     assert state(engine.cache, at(0, 0)) is State.ABSENT
     assert engine.traffic().wasted == 5
+
+
+class Hosting(LowestFirst):
+    """Has the host compute what the test says; keeps what it was asked."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer, self.asked = answer, list[Need]()
+
+    def host_experts(self, need: Need, machine: Machine) -> Any:
+        self.asked.append(need)
+        return self.answer
+
+
+MACHINE = Machine((4,), 1.0, float, float)
+
+
+def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
+    policy, plan = Hosting({3, 0}), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
+    engine, now = Residency(SHAPE, plan, policy, MACHINE), iteration(0)
+    engine.begin_iteration(now)
+    ask(engine, 0, (0, 2), (0, 0))
+    copy(engine, 3)  # expert 2 arrives, expert 0 is half copied
+    outcome = engine.gate(now, 0, (0, 1, 2, 3), [1, 5, 2, 4])
+    assert policy.asked == [Need(now, 0, [1, 5, 2, 4], (2,), (0, 1, 3))]
+    assert outcome.activated == (0, 1, 2, 3)
+    assert outcome == (now, 0, (2,), (), (1,), (0, 3))
+    assert not engine.cache.is_pinned(at(0, 0))
+    # What was copied of expert 0 is given up.
+    assert copy_all(engine) == [(0, 1)]
+    assert engine.traffic() == Traffic(prefetched=15, on_demand=10, wasted=5)
+    # It is asked only where something is missing.
+    release(engine, 0, (1, 2))
+    engine.gate(iteration(1), 0, (1, 2), [0, 1, 1])
+    assert len(policy.asked) == 1
+
+
+@pytest.mark.parametrize("answer", [None, 3, [2], [0, 7]])
+def test_the_host_computes_only_what_is_missing(answer: object) -> None:
+    plan = MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
+    engine = Residency(SHAPE, plan, Hosting(answer), MACHINE)
+    engine.preload()
+    with pytest.raises(PolicyError, match=r"^Hosting.host_experts, layer 1: answered "):
+        engine.gate(iteration(0), 1, (0, 1), [1, 1])
+    # Where nobody says what it takes, all is loaded.
+    engine = Residency(SHAPE, plan, Hosting(answer))
+    assert engine.gate(iteration(0), 1, (0, 1), [1, 1]).misses == (0, 1)
 
 
 def test_requests_for_layers_that_already_ran_are_dropped() -> None:
