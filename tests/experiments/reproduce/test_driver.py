@@ -142,7 +142,7 @@ def test_figures_share_runs_by_digest(conf: Path) -> None:
 
 def test_all_leaves_out_what_goes_beyond_the_paper() -> None:
     everything = [one.id for one in sweeps.chosen(["all"])]
-    beyond = {"ablation", "foresight", "frontier", "real-routing", "robustness"}
+    beyond = {"ablation", "foresight", "frontier", "rates", "real-routing", "robustness"}
     assert sweeps.available().keys() - everything == beyond
     assert len(sweeps.chosen(["all", "frontier"])) == len(everything) + 1
 
@@ -159,9 +159,9 @@ def test_plain_values_compose_as_hydra_composes_them(conf: Path) -> None:
 
 def test_the_last_run_of_every_sweep_and_every_cell_composes() -> None:
     for experiment in sweeps.available().values():
-        swept = [values[-1] for values in sweeps.parse(experiment.params).values()]
-        for cell in (swept, *experiment.cells):
-            cfg = config("config", f"experiment={experiment.name}", "output=unused", *cell)
+        for swept in (experiment.params, *experiment.cells):
+            last = [values[-1] for values in sweeps.parse(swept).values()]
+            cfg = config("config", f"experiment={experiment.name}", "output=unused", *last)
             assert str(cfg.experiment.id) == experiment.id
 
 
