@@ -66,6 +66,32 @@ def schedule(busy: Sequence[float], missing: Sequence[Work], load: float) -> tup
     return len(missing) - back, max(host, *devices)
 
 
+def timed(
+    first: int,
+    tokens: Sequence[int],
+    resident: Sequence[int],
+    missing: Sequence[int],
+    machine: Machine,
+) -> tuple[list[float], list[Work]]:
+    """Return what `schedule` takes of a layer whose experts begin with flat index `first`."""
+    busy = [0.0] * len(machine.slots)
+
+    def work(index: int) -> Work:
+        count = tokens[index]
+        return (first + index) % len(busy), machine.device(count), machine.host(count)
+
+    for device, seconds, _ in map(work, resident):
+        busy[device] += seconds
+    return busy, [work(index) for index in missing]
+
+
+def divided(need: Need, machine: Machine, shape: ModelShape) -> list[int]:
+    """Return which of the missing experts the host computes, so that the layer ends soonest."""
+    missing, first = by_load(need.missing, need.tokens), need.layer * shape.experts
+    count, _ = schedule(*timed(first, need.tokens, need.resident, missing, machine), machine.load)
+    return missing[len(missing) - count :]
+
+
 class HybriMoePolicy(Policy):
     """Looks `ahead` layers far; `alpha` is the weight of the last gate in a score."""
 
@@ -88,29 +114,7 @@ class HybriMoePolicy(Policy):
 
     def host_experts(self, need: Need, machine: Machine) -> list[int]:
         self._machine = machine
-        missing = by_load(need.missing, need.tokens)
-        busy, works = self._works(need.layer, need.tokens, need.resident, missing, machine)
-        count, _ = schedule(busy, works, machine.load)
-        return missing[len(missing) - count :]
-
-    def _works(
-        self,
-        layer: int,
-        tokens: Sequence[int],
-        resident: Sequence[int],
-        missing: Sequence[int],
-        machine: Machine,
-    ) -> tuple[list[float], list[Work]]:
-        """Return what `schedule` takes of a layer."""
-        first, busy = layer * self.shape.experts, [0.0] * len(machine.slots)
-
-        def work(index: int) -> Work:
-            count = tokens[index]
-            return (first + index) % len(busy), machine.device(count), machine.host(count)
-
-        for device, seconds, _ in map(work, resident):
-            busy[device] += seconds
-        return busy, [work(index) for index in missing]
+        return divided(need, machine, self.shape)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
         """Note the scores, and ask for what would shorten the next layers."""
@@ -136,7 +140,8 @@ class HybriMoePolicy(Policy):
         wanted, there = by_load(np.unique(chosen).tolist(), counts), self._resident[layer]
         missing = [index for index in wanted if not there[index]]
         resident = [index for index in wanted if there[index]]
-        busy, works = self._works(layer, counts, resident, missing, self._machine)
+        first = layer * self.shape.experts
+        busy, works = timed(first, counts, resident, missing, self._machine)
         _, whole = schedule(busy, works, self._machine.load)
         known: dict[Work, float] = {}
         for place, (index, work) in enumerate(zip(missing, works, strict=True)):

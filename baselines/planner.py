@@ -12,13 +12,16 @@ import numpy as np
 from pydantic import Field, validate_call
 
 from baselines.gate_predictor import GatePredictor, logarithms
+from baselines.hybrimoe import divided
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
     Gate,
     Gates,
     Iteration,
+    Machine,
     ModelShape,
+    Need,
     Placement,
     Policy,
     Priorities,
@@ -208,6 +211,13 @@ class PlannerPolicy(Policy):
         wanted = (self._likely >= self._threshold) & self._absent
         wanted[max(0, following + self.reach - self.shape.layers) : following] = False
         return np.where(wanted, self._likely * self._nearness[following], 0.0)
+
+
+class HostPlannerPolicy(PlannerPolicy):
+    """The same, but what a gate misses is divided between links and host, as HybriMoE does."""
+
+    def host_experts(self, need: Need, machine: Machine) -> list[int]:
+        return divided(need, machine, self.shape)
 
 
 def chosen(probabilities: FloatArray, count: int) -> Table:

@@ -73,6 +73,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     "least_stale": {"order": ["fifo", "next_visit"]},
     "fiddler": {},
     "freetoken": {},
+    "planner_host": {"horizon": [1, 3]},
     "hybrimoe": {"alpha": [0.5, 1.0], "ahead": [1, 3]},
     "belady": {},
     "oracle": {"lookahead": [1, 64]},

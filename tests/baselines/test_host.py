@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from baselines.fiddler import FiddlerPolicy
 from baselines.freetoken import FreeTokenPolicy
 from baselines.hybrimoe import HybriMoePolicy, schedule
+from baselines.planner import HostPlannerPolicy
 from finemoe.costs import Line
 from finemoe.offload.policy import (
     ExpertId,
@@ -124,8 +125,11 @@ def test_the_most_recent_are_fetched_and_all_of_a_prefill() -> None:
 # HybriMoE -----------------------------------------------------------------------------------------
 
 
-def test_the_device_takes_from_the_front_and_the_host_from_the_back() -> None:
-    policy = HybriMoePolicy(SHAPE)
+@pytest.mark.parametrize("kind", [HybriMoePolicy, HostPlannerPolicy])
+def test_the_device_takes_from_the_front_and_the_host_from_the_back(
+    kind: type[HybriMoePolicy | HostPlannerPolicy],
+) -> None:
+    policy = kind(SHAPE)
     # Expert 0 is resident, then come 1, 3, 2 by tokens. The host has 2 at 3, when the device would
     # have 1 at 5; the device has 1 at 5, when the host would have 3 at 9; the device has it at 9.
     need = Need(DECODE, 0, [9, 5, 1, 2], (0,), (1, 2, 3))
