@@ -50,7 +50,7 @@ from tests.engine import (
 from tests.pretend_cuda import Event, Machine, Stream, join, pretend_cuda
 
 SYSTEMS = [*OPTIONS, "resident"]
-HOSTED = ("fiddler", "freetoken", "hybrimoe")
+HOSTED = ("fiddler", "freetoken", "hybrimoe", "planner_host")
 OUTPUT = 4
 
 
