@@ -55,6 +55,7 @@ MB, GB = 1e6, 1e9
 TESTBED = "testbed.yaml"
 Facts = dict[str, Any]
 MOST_OF_MEMORY = 0.8
+HOST_ROWS = 64  # tokens that the host's arithmetic is measured with: it is given few
 MOST_DEVIATION = 0.2
 """Largest acceptable deviation of a simulated TTFT or TPOT from the measured one."""
 
@@ -235,7 +236,7 @@ def calibrate(bench: Bench) -> list[Check]:
         # A row to the next device and back.
         there, hopping = bench.testbed.devices[1], row.new_zeros(1, 4096)
         hop_s = bench.timed(lambda: hopping.to(there).to(device))
-    host = {
+    beside = {
         "host_memory_gb_s": rates["rate of all links at once"],
         "hop_us": hop_s * 1e6,
         "layer_us": layer_s * 1e6,
@@ -248,8 +249,26 @@ def calibrate(bench: Bench) -> list[Check]:
         "sync_us": sync_s * 1e6,
     }
     link = {"gb_s": rates["link rate"], "latency_us": latency_s * 1e6}
-    _write_testbed(bench, {**host, "accelerator": accelerator, "link": link})
-    return [measured(name, value) for name, value in {**host, **accelerator, **link}.items()]
+    parts = {"accelerator": accelerator, "link": link, "host": _host(bench)}
+    _write_testbed(bench, {**beside, **parts})
+    told = [(f"{part}.{name}", value) for part, one in parts.items() for name, value in one.items()]
+    return [measured(name, value) for name, value in (*beside.items(), *told)]
+
+
+def _host(bench: Bench) -> dict[str, float]:
+    """Measure the host's roofline, as systems that compute experts there use it."""
+    rows = bench.cfg.sizes.matrix
+    matrix = torch.ones(rows, rows, dtype=torch.bfloat16)
+    few, tall, scalar = matrix[:HOST_ROWS], matrix.repeat(16, 1), torch.zeros(())
+    linear = torch.nn.functional.linear
+    read_s = bench.timed(lambda: linear(few[:1], tall))
+    product_s = bench.timed(lambda: linear(few, tall))
+    kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
+    return {
+        "memory_gb_s": tall.nbytes / read_s / 1e9,
+        "matrix_tflops": 2 * len(few) * tall.numel() / product_s / 1e12,
+        "kernel_us": kernel_s * 1e6,
+    }
 
 
 def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
@@ -265,9 +284,10 @@ def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
 
 def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:
     """Write the YAML; what is not measured is as in conf/simulated.yaml."""
+    all_of_it = {"memory_efficiency": 1.0, "matrix_efficiency": 1.0}
     testbed = OmegaConf.merge(
         OmegaConf.load(CONF / "simulated.yaml"),
-        {"accelerator": {"memory_efficiency": 1.0, "matrix_efficiency": 1.0}},
+        {"accelerator": all_of_it, "host": all_of_it},
         {"link": {"efficiency": 1.0}, "chunk_mb": bench.testbed.chunk_bytes / MB},
         {"name": f"{bench.testbed.name} (measured)", "devices": len(bench.testbed.devices)},
         numbers,

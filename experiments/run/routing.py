@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -71,18 +71,28 @@ def kept_trace(cfg: DictConfig, console: Console) -> Path:
     if path.exists():
         return path
     check_writable(Path(cfg.traces), "traces")
-    # A sum's last bits depend on the threads, and so would tokens that nearly tie.
-    torch.set_num_threads(1)
     device = torch.device("cuda:0" if cuda_devices() else "cpu")
-    model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
-    load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
-    # Loading may have downloaded weights whose revision was not known before.
-    path = _path(cfg, settings)
-    console.announce([f"recording the routing once, to {path}"])
-    # Runs of one sweep may record the same trace at the same time; the last one keeps its name.
-    with _recording_runtime(model.offloaded) as runtime:
-        record(cfg, runtime, model, load, [settings.recording(load)], path, console)
+    with _one_thread():
+        model = load_model(cfg.model, str(cfg.weights), device, cfg.seed)
+        load = settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
+        # Loading may have downloaded weights whose revision was not known before.
+        path = _path(cfg, settings)
+        console.announce([f"recording the routing once, to {path}"])
+        # Runs of one sweep may record the same trace at the same time; the last keeps its name.
+        with _recording_runtime(model.offloaded) as runtime:
+            record(cfg, runtime, model, load, [settings.recording(load)], path, console)
     return path
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A sum's last bits depend on torch's threads, and so would tokens that nearly tie."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _recording_runtime(model: OffloadedModel) -> LiveRuntime:

@@ -16,13 +16,14 @@ from tests.command import config, run_module
 from tests.engine import saved_mixtral
 from tests.pretend_cuda import pretend_cuda
 
+LEFT_OUT = ("deepspeed", "mixtral_offload", "moe_infinity", "planner", "hybrimoe")
 SMALL = (
     *("sizes.expert_mb=0.004", "sizes.copies=4", "sizes.seconds=0.001", "sizes.matrix=256"),
     *("sizes.tokens=3", "sizes.rounds=1", "testbed.chunk_mb=0.1", "~models.qwen", "budgets=[1e-5]"),
     *("models.mixtral.layers=3", "models.mixtral.experts=4", "models.mixtral.hidden_size=16"),
     *("models.mixtral.expert_intermediate_size=16", "dataset=docs", "workload.prompts=2"),
     *("workload.history_share=0.5", "workload.output_tokens=2", "workload.input_tokens=4"),
-    *(f"~system@systems.{one}" for one in ("deepspeed", "mixtral_offload", "moe_infinity")),
+    *(f"~system@systems.{one}" for one in LEFT_OUT),
 )
 
 
@@ -44,7 +45,7 @@ def test_one_call_leaves_everything_there_is_to_know_of_a_machine(
     of_runs = record["parts"]["Full size"]["checks"]
     names = {one["name"].rpartition(":")[0] for one in of_runs}
     # ProMoE speculates on hidden states, which follow no trace.
-    assert len(names) == 3 + 2, [one["name"] for one in of_runs]
+    assert len(names) == 4 + 2, [one["name"] for one in of_runs]
     assert all(one["met"] for one in of_runs if one["name"].endswith("budget"))
     assert len(list(folder.glob("runs/*/simulated/run.json"))) == len(names)
     printed = capsys.readouterr().out
