@@ -44,7 +44,7 @@ def offloading_runtime(
     links: list[Link] = []
     for device in devices:
         if device.type == "cuda":
-            links.append(CudaLink(model.store, memory, device))
+            links.append(CudaLink(model.store, memory, device, timed=timeline is not None))
         else:
             seconds = full_expert_bytes / (testbed.link_gb_s * 1e9) * testbed.time_scale
             latency = testbed.link_latency_s * testbed.time_scale

@@ -78,7 +78,7 @@ class Bench:
 
     def timed(self, work: Callable[[], object]) -> float:
         """Return the median seconds of some work, the device idle before and after."""
-        timer = Timer("work()", globals={"work": work})
+        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=self.cfg.sizes.seconds).median
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MB = 1_000_000
-LINK_CHUNK_MB = 8.0
+LINK_CHUNK_MB = 16.0
 """A demand waits for two: a third of a millisecond each over PCIe 4.0 x16."""
 AGAIN = "calibrate again: python -m experiments.validate.calibrate"
 FREE = "none: a bound, or a system that predicts nothing"

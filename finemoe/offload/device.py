@@ -166,8 +166,10 @@ class DeviceSlots:
 class Link:
     """One host-to-device path, driven by one thread; `admit` and `guard` are the model thread's."""
 
-    depth = 1  # chunks that may be in flight at once
-    queues_kernels = False  # whether the device itself makes kernels wait for a copy that was begun
+    depth = 1  # chunks of prefetches that may be in flight at once
+    queued = False
+    """Whether `start` only queues a copy, for which the device itself makes kernels wait: then the
+    model's thread may start what it demands, under the lock under which others start copies."""
 
     def __init__(self, store: HostStore, slots: DeviceSlots) -> None:
         self._store = store
@@ -177,8 +179,9 @@ class Link:
         """Begin to copy a chunk."""
         raise NotImplementedError
 
-    def finish(self) -> tuple[float, float]:
-        """Wait for the oldest chunk in flight; return the `perf_counter` of its copy's two ends."""
+    def finish(self) -> tuple[float, float] | None:
+        """Wait for the oldest chunk in flight; return the `perf_counter` of its copy's two ends, if
+        the link is timed."""
         raise NotImplementedError
 
     def idle(self) -> None:
@@ -268,19 +271,21 @@ class DeviceClock:
 
 
 class CudaLink(Link):
-    """Copies from pinned memory on a stream of their own, at most two chunks in flight."""
+    """Copies from pinned memory on a stream of their own; a `timed` one tells when."""
 
     depth = 2
-    queues_kernels = True
+    queued = True
 
-    def __init__(self, store: HostStore, slots: DeviceSlots, device: torch.device) -> None:
+    def __init__(
+        self, store: HostStore, slots: DeviceSlots, device: torch.device, timed: bool = False
+    ) -> None:
         super().__init__(store, slots)
         self._device = device
-        self._clock = DeviceClock(device)
+        self._clock = DeviceClock(device) if timed else None
         self._stream = torch.cuda.Stream(device)
         # What filled the slots before may still be under way on the device's own stream.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._in_flight: deque[tuple[torch.cuda.Event | None, torch.cuda.Event]] = deque()
         # Last events of each slot, set by one thread and taken by the other.
         self._readers: dict[Slot, torch.cuda.Event] = {}
         self._writers: dict[Slot, torch.cuda.Event] = {}
@@ -289,14 +294,21 @@ class CudaLink(Link):
         if reader := self._readers.pop(chunk.slot, None):
             self._stream.wait_event(reader)
         with torch.cuda.stream(self._stream):
-            began = self._clock.mark()
+            began = self._clock.mark() if self._clock else None
             self._copy(chunk)
-            arrived = self._clock.mark()
+            if self._clock:
+                arrived = self._clock.mark()
+            else:
+                arrived = torch.cuda.Event(blocking=True)
+                arrived.record(self._stream)
         self._writers[chunk.slot] = arrived
         self._in_flight.append((began, arrived))
 
-    def finish(self) -> tuple[float, float]:
+    def finish(self) -> tuple[float, float] | None:
         began, arrived = self._in_flight.popleft()
+        arrived.synchronize()
+        if self._clock is None or began is None:
+            return None
         return self._clock.seconds(began), self._clock.seconds(arrived)
 
     def admit(self, slot: Slot) -> None:

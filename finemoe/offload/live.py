@@ -81,6 +81,8 @@ class LiveRuntime:
         """Tells links that they are not among the sleepers any more."""
         self._asleep: set[int] = set()
         """Links that found nothing to copy; only `wake` takes them out."""
+        self._in_flight = [deque[Chunk]() for _ in self.links]
+        """By link, chunks whose copies were begun, in that order; its thread takes them out."""
         self._wake = self.residency.wake = partial(_rouse, self._asleep, self._roused)
         self._arrived: deque[int] = deque()
         self._error: BaseException | None = None
@@ -222,6 +224,7 @@ class LiveRuntime:
             self._raise_failure()
             self._arrived.clear()
             outcome = self.residency.gate(self._iteration, layer, routing.activated, routing.tokens)
+            self._begin_demands()
         copied = HostCopy(hidden) if outcome.host else None
         for listener in self.listeners:
             listener(outcome)
@@ -320,6 +323,7 @@ class LiveRuntime:
             outputs[index] = self._run_expert(first + index, routing)
             with self._lock:
                 self.residency.release(first + index)
+                self._begin_demands()
         return routing.combine(outputs)
 
     def _run_expert(self, flat: int, routing: Dispatch) -> Tensor:
@@ -395,27 +399,37 @@ class LiveRuntime:
         with self._timed("prefetch_issue"), self._lock:
             self.residency.prefetch(number, priorities, hook, layer)
 
+    def _begin_demands(self) -> None:
+        """Begin on-demand loads where that only queues copies: no other thread has to wake first.
+
+        The caller holds the lock.
+        """
+        for device, link in enumerate(self.links):
+            if not link.queued or self._error is not None:
+                continue
+            while chunk := self.residency.next_chunk(device, demanded=True):
+                self._begin(device, link, chunk)
+                self._wake()
+
+    def _begin(self, device: int, link: Link, chunk: Chunk) -> None:
+        link.start(chunk)
+        self._in_flight[device].append(chunk)
+        if chunk.stop == self.residency.plan.expert_bytes:
+            self._announce(chunk.flat)
+
     def _drive(self, device: int, link: Link) -> None:
         """Copy what the queue of a link says, until the runtime stops or a copy fails."""
-        in_flight: deque[Chunk] = deque()
-        expert_bytes = self.residency.plan.expert_bytes
+        in_flight = self._in_flight[device]
         try:
-            while True:
-                chunk = self._take_chunk(device, link, block=not in_flight)
-                if chunk is not None:
-                    link.start(chunk)
-                    in_flight.append(chunk)
-                    if link.queues_kernels and chunk.stop == expert_bytes:
-                        self._announce(chunk.flat)
-                if in_flight and (chunk is None or len(in_flight) == link.depth):
-                    oldest = in_flight.popleft()
-                    times = link.finish()
-                    if self.timeline:
-                        name = oldest.name(self.residency.experts[oldest.flat])
-                        self.timeline.span(f"link {device}", name, *times)
-                    self._arrive(device, oldest)
-                elif not in_flight and chunk is None:
-                    return
+            while self._fill(device, link):
+                times, oldest = link.finish(), in_flight[0]
+                if self.timeline and times:
+                    name = oldest.name(self.residency.experts[oldest.flat])
+                    self.timeline.span(f"link {device}", name, *times)
+                with self._lock:
+                    in_flight.popleft()
+                    if self.residency.chunk_done(device, oldest):
+                        self._announce(oldest.flat)
         except BaseException as error:
             self._fail(error)
         finally:
@@ -424,23 +438,32 @@ class LiveRuntime:
                 for _ in in_flight:
                     link.finish()
 
-    def _take_chunk(self, device: int, link: Link, block: bool) -> Chunk | None:
+    def _fill(self, device: int, link: Link) -> bool:
+        """Begin as many copies as the link takes at once, and wait for something to copy if there
+        is nothing in flight; tell whether there is."""
+        in_flight, copied = self._in_flight[device], None
         with self._lock:
-            while not self._stopping and self._error is None:
+            while len(in_flight) < link.depth and not self._stopping and self._error is None:
                 chunk = self.residency.next_chunk(device)
-                if chunk is not None or not block:
-                    return chunk
-                link.idle()
-                self._asleep.add(device)
-                self._changed.notify_all()
-                while device in self._asleep:
-                    self._roused.wait()
-        return None
+                if chunk is not None and link.queued:
+                    self._begin(device, link, chunk)
+                elif chunk is not None:
+                    in_flight.append(chunk)
+                    copied = chunk
+                elif in_flight:
+                    break
+                else:
+                    self._sleep(device, link)
+        if copied is not None:
+            link.start(copied)
+        return bool(in_flight)
 
-    def _arrive(self, device: int, chunk: Chunk) -> None:
-        with self._lock:
-            if self.residency.chunk_done(device, chunk):
-                self._announce(chunk.flat)
+    def _sleep(self, device: int, link: Link) -> None:
+        link.idle()
+        self._asleep.add(device)
+        self._changed.notify_all()
+        while device in self._asleep:
+            self._roused.wait()
 
     def _announce(self, flat: int) -> None:
         """Tell the model of an expert that it may compute with; it may have been told before."""

@@ -229,8 +229,10 @@ class Residency:
             queue.starved = False
             self.wake()
 
-    def next_chunk(self, device: int) -> Chunk | None:
-        return self.queues[device].next_chunk()
+    def next_chunk(self, device: int, demanded: bool = False) -> Chunk | None:
+        """Return what a link is to copy now, or None; with `demanded`, on-demand loads alone."""
+        queue = self.queues[device]
+        return None if demanded and not queue.demanded() else queue.next_chunk()
 
     def chunk_done(self, device: int, chunk: Chunk) -> bool:
         """Note that a chunk arrived, oldest first; tell whether it made its expert resident."""

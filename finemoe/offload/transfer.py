@@ -166,6 +166,10 @@ class TransferQueue:
         self._unused: dict[int, int] = {}
         """Prefetched bytes of residents that no gate asked for yet."""
 
+    def demanded(self) -> bool:
+        """Tell whether an on-demand load, or the rest of one, is still to be copied."""
+        return bool(self._urgent)
+
     def is_empty(self) -> bool:
         return not self.under_way and self._prefetches.first[self._device] == NOBODY
 

@@ -303,11 +303,11 @@ def slots_not_awaited(patch: pytest.MonkeyPatch) -> None:
     """A link begins though its device may still use what is to become slots."""
     make = CudaLink.__init__
 
-    def hasty(link: CudaLink, *given: Any) -> None:
+    def hasty(link: CudaLink, *given: Any, **options: Any) -> None:
         with pytest.MonkeyPatch.context() as within:
             within.setattr(Stream, "wait_stream", lambda stream, other: None)
             within.setattr(Event, "synchronize", lambda event: None)
-            make(link, *given)
+            make(link, *given, **options)
 
     patch.setattr(CudaLink, "__init__", hasty)
 
