@@ -35,7 +35,8 @@ def offloading_runtime(
     `machine` is what a policy is told that may have the host compute.
     """
     layout, devices = model.store.layout, testbed.devices
-    chunks = -(-full_expert_bytes // testbed.chunk_bytes)
+    # Equal ones, none of which is but the rest.
+    chunks = max(1, round(full_expert_bytes / testbed.chunk_bytes))
     plan = MemoryPlan(slots, layout.nbytes, -(-layout.nbytes // chunks), protect)
     residency = Residency(model.shape, plan, policy, machine)
     memory = DeviceSlots.allocate(layout, slots, devices)

@@ -31,11 +31,14 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
 def grouped_mm(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Return what transformers' grouped kernels make of a module that has its experts' parameters.
 
-    Tokens (T, h), their experts (T, K) and routing weights (T, K) give (T, h).
+    Tokens (T, h), their experts (T, K) and routing weights (T, K) give (T, h). A single token goes
+    by `batched_mm`, as in the decoding stage of `generate`: it copies the K experts together, and
+    takes half as long to launch (measured: docs/gpu.md).
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    output: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, index, weights)
+    kernel = ALL_EXPERTS_FUNCTIONS["batched_mm" if len(hidden) == 1 else "grouped_mm"]
+    output: Tensor = kernel(module, hidden, index, weights)
     return output
 
 
