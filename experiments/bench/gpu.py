@@ -37,7 +37,7 @@ from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime, serve
 from experiments.run.models import FAMILIES, small_model
 from experiments.run.protocol import ensure_record
-from experiments.run.records import provenance
+from experiments.run.records import pack_runs, provenance
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Request, Server
 from experiments.validate.calibrate import write_testbed
@@ -339,7 +339,7 @@ def _run_and_simulate(
     follows = str(trace) if routing == "scale" else None
     live = ensure_record(run_config(cfg, system, **choices, routing=follows, output=str(folder)))
     choices |= {"testbed": OmegaConf.load(bench.folder / TESTBED), "routing": str(trace)}
-    simulated = ensure_record(run_config(cfg, system, **choices, output=f"{folder}/simulated"))
+    simulated = ensure_record(run_config(cfg, system, **choices, output=f"{folder}-simulated"))
     peak = live["summary"]["peak_slot_bytes"] / (budget * GB)
     checks, told = [measured(f"{name}: peak slot bytes / budget", peak, at_most=1)], []
     for of in ("TTFT", "TPOT"):
@@ -414,6 +414,7 @@ def check(cfg: DictConfig) -> bool:
     facts: Facts = {"hardware": testbed.name, "driver": driver, "cuda": torch.version.cuda}
     facts |= {"passed": passed, "parts": parts, **provenance()}
     write_json(bench.folder / "summary.json", facts)
+    pack_runs(bench.folder)
     print(*summary(parts), f"written to {bench.folder}", sep="\n")
     return passed
 

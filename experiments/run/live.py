@@ -228,6 +228,7 @@ class LiveSetup(Setup):
     machine: Machine | None = None  # what a policy is told that may have the host compute
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
+    cpu: Counter[str] = field(default_factory=Counter)  # seconds of threads, see `cpu_seconds`
 
     def description(self) -> tuple[str, ...]:
         cfg, testbed, model = self.cfg, self.testbed, self.model
@@ -258,6 +259,14 @@ class LiveSetup(Setup):
     def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[LiveBackend]:
         with self.under_budget(policy, timeline) as runtime:
             yield self.backend(runtime)
+
+    @contextmanager
+    def measuring(self, backend: LiveBackend, measurement: Measurement) -> Iterator[None]:
+        before = backend.runtime.cpu_seconds()
+        with super().measuring(backend, measurement):
+            yield
+        self.cpu.update(backend.runtime.cpu_seconds())
+        self.cpu.subtract(before)
 
     @contextmanager
     def learning(self, policy: Policy) -> Iterator[tuple[LiveBackend, str]]:
@@ -357,7 +366,10 @@ class LiveSetup(Setup):
             "positions": model.positions,
             "cast": model.cast,
             "as_eager_experts": model.offloaded.as_eager,
-            "summary": {"dense_bytes": model.offloaded.dense_bytes},
+            "summary": {
+                "dense_bytes": model.offloaded.dense_bytes,
+                "cpu_seconds": dict(self.cpu),
+            },
         }
 
 

@@ -83,7 +83,7 @@ SUMMARY = schema(
     **dict.fromkeys(("bytes_prefetched", "bytes_on_demand", "bytes_wasted"), (COUNT | None, None)),
     bytes_not_copied=(COUNT | None, None),
     expert_hit_rate=(AMOUNT | None, None),
-    phase_seconds=(dict[TEXT, AMOUNT] | None, None),
+    **dict.fromkeys(("phase_seconds", "cpu_seconds"), (dict[TEXT, AMOUNT] | None, None)),
     bound=(
         schema(compute_s=AMOUNT, link_s=AMOUNT, times=AMOUNT, path_s=(AMOUNT, 0.0)) | None,
         None,

@@ -128,6 +128,18 @@ class LiveRuntime:
         for thread in self._threads:
             thread.start()
 
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU time so far of the model's thread, which calls this, and of the others.
+
+        They share one interpreter: what links and searcher take of it, the model waits for.
+        """
+        taken = {"model": time.thread_time(), "links": 0.0, "searcher": 0.0}
+        for thread in self._threads:
+            clock = time.pthread_getcpuclockid(thread.ident or 0)
+            kind = "searcher" if thread is self._worker else "links"
+            taken[kind] += time.clock_gettime(clock)
+        return taken
+
     def __exit__(self, *_: object) -> None:
         try:
             self._close()

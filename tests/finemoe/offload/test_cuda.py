@@ -176,6 +176,7 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
     assert record["testbed"].startswith(f"{devices} x Pretended GPU")
     assert record["summary"]["lossless"] is True
     assert record["summary"]["hits"] + record["summary"]["misses"] > 0
+    assert min(record["summary"]["cpu_seconds"][one] for one in ("model", "links")) > 0
     assert len(pd.read_parquet(tmp_path / "requests.parquet")) == 4
     if workload is OFFLINE:
         assert (tmp_path / "timeline.json").exists()
