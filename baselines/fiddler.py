@@ -52,7 +52,11 @@ class FiddlerPolicy(Policy):
         chosen = (-gate.probabilities).argsort(axis=1, kind="stable")[:, : self.shape.top_k]
         self._popularity[gate.layer] += np.bincount(chosen.ravel(), minlength=self.shape.experts)
 
-    def host_experts(self, need: Need, machine: Machine) -> list[int]:
+    def set_machine(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def host_experts(self, need: Need) -> list[int]:
+        machine = self._machine
         if self._residents is None:
             self._residents = self._place(machine.slots)
             # What is not placed leaves first.

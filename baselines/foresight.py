@@ -67,8 +67,7 @@ class ForesightPolicy(PlannerPolicy):
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         if not self._evicts_by_next_use:
             return super().eviction_keys(incoming, urgent)
-        keys = self._uses.eviction_keys(incoming, urgent)
-        return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
+        return self._uses.eviction_keys(incoming, urgent)
 
     def _told(self, number: int, following: int) -> Priorities | None:
         """Plan with the truth where it is known, before layer `following` runs."""

@@ -21,16 +21,19 @@ class FreeTokenPolicy(Recency):
     def on_load(self, expert: ExpertId) -> None:
         """A load is none."""
 
-    def host_experts(self, need: Need, machine: Machine) -> list[int]:
+    def set_machine(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def host_experts(self, need: Need) -> list[int]:
         if need.iteration.phase == "prefill":
             return []
         # Time goes down, so the most recent is the smallest.
         recent = sorted(need.missing, key=lambda index: self._recency.item(need.layer, index))
-        return recent[self._fetched(len(recent), machine) :]
+        return recent[self._fetched(len(recent)) :]
 
-    def _fetched(self, missing: int, machine: Machine) -> int:
+    def _fetched(self, missing: int) -> int:
         """Return how many of the missing experts are loaded."""
-        pcie, cpu = 1 / machine.load, 1 / machine.host(1)
+        pcie, cpu = 1 / self._machine.load, 1 / self._machine.host(1)
         share = pcie / (pcie + cpu)
 
         def slower(count: int) -> float:

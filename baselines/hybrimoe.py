@@ -46,12 +46,15 @@ def by_load(experts: Sequence[int], tokens: Sequence[int]) -> list[int]:
 Work = tuple[int, float, float]  # an expert's device, and its seconds there and on the host
 
 
-def schedule(busy: Sequence[float], missing: Sequence[Work], load: float) -> tuple[int, float]:
+def schedule(
+    busy: Sequence[float], missing: Sequence[Work], load: float, copying: Sequence[float] = ()
+) -> tuple[int, float]:
     """Return how many missing experts, from the back, the host computes, and when the layer ends.
 
-    `busy` are the seconds that devices need for their residents, `load` those of one copy.
+    `busy` are the seconds that devices need for their residents, `load` those of one copy, and
+    `copying` those that links need for what they have begun.
     """
-    devices, links = list(busy), [0.0] * len(busy)
+    devices, links = list(busy), list(copying) or [0.0] * len(busy)
     front, back, host = 0, len(missing), 0.0
     while front < back:
         device, seconds, _ = missing[front]
@@ -85,10 +88,22 @@ def timed(
     return busy, [work(index) for index in missing]
 
 
-def divided(need: Need, machine: Machine, shape: ModelShape) -> list[int]:
-    """Return which of the missing experts the host computes, so that the layer ends soonest."""
-    missing, first = by_load(need.missing, need.tokens), need.layer * shape.experts
-    count, _ = schedule(*timed(first, need.tokens, need.resident, missing, machine), machine.load)
+def divided(
+    need: Need, machine: Machine, shape: ModelShape, arriving: Sequence[int] = ()
+) -> list[int]:
+    """Return which of the missing experts the host computes, so that the layer ends soonest.
+
+    It computes none of those that are `arriving`, of whose copies half is left on average.
+    """
+    missing = by_load([index for index in need.missing if index not in arriving], need.tokens)
+    first = need.layer * shape.experts
+    busy, works = timed(first, need.tokens, need.resident, missing, machine)
+    links = [0.0] * len(busy)
+    for index in arriving:
+        device = (first + index) % len(busy)
+        links[device] += machine.load / 2
+        busy[device] = max(busy[device], links[device]) + machine.device(need.tokens[index])
+    count, _ = schedule(busy, works, machine.load, links)
     return missing[len(missing) - count :]
 
 
@@ -102,7 +117,6 @@ class HybriMoePolicy(Policy):
         self.shape = shape
         self._alpha, self._ahead = alpha, ahead
         self._gates: GateWeights | None = None
-        self._machine: Machine | None = None
         self.begin_serving()
 
     def begin_serving(self) -> None:
@@ -112,9 +126,11 @@ class HybriMoePolicy(Policy):
     def set_gates(self, gates: GateWeights) -> None:
         self._gates = gates
 
-    def host_experts(self, need: Need, machine: Machine) -> list[int]:
+    def set_machine(self, machine: Machine) -> None:
         self._machine = machine
-        return divided(need, machine, self.shape)
+
+    def host_experts(self, need: Need) -> list[int]:
+        return divided(need, self._machine, self.shape)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities:
         """Note the scores, and ask for what would shorten the next layers."""
@@ -130,8 +146,6 @@ class HybriMoePolicy(Policy):
 
     def _gain(self, layer: int, hidden: FloatArray | None, gains: Table) -> None:
         """Fill in by how many seconds each expert's presence would shorten a layer."""
-        if self._machine is None:
-            return
         assert self._gates is not None
         assert hidden is not None
         ranked = (-self._gates.logits(layer, hidden)).argsort(axis=1, kind="stable")

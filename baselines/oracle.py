@@ -23,7 +23,6 @@ from finemoe.offload.policy import (
     Placement,
     Priorities,
     Routing,
-    Table,
 )
 from finemoe.options import CHECKED, Count
 
@@ -31,7 +30,7 @@ from finemoe.options import CHECKED, Count
 class OraclePolicy(BeladyPolicy):
     """Requests the next `lookahead` absent experts of the next L layers, at every event."""
 
-    placement = Placement("critical_path", wraps=True)
+    placement = Placement("critical_path", displaces_less=True, wraps=True)
 
     @validate_call(config=CHECKED)
     def __init__(self, shape: ModelShape, lookahead: Count = 64) -> None:
@@ -42,7 +41,6 @@ class OraclePolicy(BeladyPolicy):
         super().set_future_routing(routing)
         self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
         self._plan = np.zeros(self._absent.shape)
-        self._later = np.empty(self._absent.shape)
         for layer in range(self.shape.layers):
             self._plan_visit(0, layer)
 
@@ -66,15 +64,6 @@ class OraclePolicy(BeladyPolicy):
 
     def on_evict(self, expert: ExpertId) -> None:
         self._absent[expert] = True
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        """Farthest next use; a prefetch keeps what is needed no later than itself."""
-        keys, (layer, index) = self._next_use, incoming
-        if urgent:
-            return keys
-        self._later.fill(-np.inf)
-        np.copyto(self._later, keys, where=keys > keys[layer, index : index + 1])
-        return self._later
 
     def _plan_visit(self, number: int, layer: int) -> None:
         """Plan for what a layer activates in an iteration, the sooner the more."""

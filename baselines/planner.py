@@ -97,7 +97,9 @@ class UseValue:
 class PlannerPolicy(Policy):
     """Prefetches by probability over the root of the distance; the least valuable resident goes."""
 
-    placement = Placement("background", hidden_states=True, replaces=True, wraps=True)
+    placement = Placement(
+        "background", hidden_states=True, replaces=True, displaces_less=True, wraps=True
+    )
 
     @validate_call(config=CHECKED)
     def __init__(
@@ -119,14 +121,15 @@ class PlannerPolicy(Policy):
         self._nearness = 1 / np.sqrt(self.value.away)
         self.begin_serving()
 
-    def set_links(self, share: float) -> None:
+    def set_machine(self, machine: Machine) -> None:
         """Admit no more copies than the host's memory feeds at the links' full rate.
 
         While links share it a copy in vain holds up the others' as if they stood in one queue. If
         what could be copied is as often sure as unlikely, the likeliest `share` of it begins at the
         probability 1 - share.
         """
-        self._threshold = max(self._threshold, 1 - share)
+        self._machine = machine
+        self._threshold = max(self._threshold, 1 - machine.share)
 
     def begin_serving(self) -> None:
         self.predictor.fit()
@@ -198,9 +201,8 @@ class PlannerPolicy(Policy):
         self._absent[expert] = True
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        """Least value first; a prefetch keeps what is worth no less than itself."""
-        keys = self._keys
-        return keys if urgent else np.where(keys > keys[incoming], keys, -np.inf)
+        """Least value first."""
+        return self._keys
 
     def _plan(self, following: int) -> Priorities | None:
         """Value all experts before layer `following` runs; ask for the likely ones from it on.
@@ -214,10 +216,13 @@ class PlannerPolicy(Policy):
 
 
 class HostPlannerPolicy(PlannerPolicy):
-    """The same, but what a gate misses is divided between links and host, as HybriMoE does."""
+    """The same, but what a gate misses is divided between links and host, as HybriMoE does.
 
-    def host_experts(self, need: Need, machine: Machine) -> list[int]:
-        return divided(need, machine, self.shape)
+    What a link copies already it goes on to copy.
+    """
+
+    def host_experts(self, need: Need) -> list[int]:
+        return divided(need, self._machine, self.shape, need.arriving)
 
 
 def chosen(probabilities: FloatArray, count: int) -> Table:

@@ -28,17 +28,13 @@ def offloading_runtime(
     full_expert_bytes: int,
     timeline: Timeline | None = None,
     protect: bool = False,
-    machine: Machine | None = None,
 ) -> LiveRuntime:
-    """Return a runtime with links to `slots` (per device), which are filled if they hold all.
-
-    `machine` is what a policy is told that may have the host compute.
-    """
+    """Return a runtime with links to `slots` (per device), which are filled if they hold all."""
     layout, devices = model.store.layout, testbed.devices
     # Equal ones, none of which is but the rest.
     chunks = max(1, round(full_expert_bytes / testbed.chunk_bytes))
     plan = MemoryPlan(slots, layout.nbytes, -(-layout.nbytes // chunks), protect)
-    residency = Residency(model.shape, plan, policy, machine)
+    residency = Residency(model.shape, plan, policy)
     memory = DeviceSlots.allocate(layout, slots, devices)
     if residency.holds_everything:
         _fill(memory, residency, model)

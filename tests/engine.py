@@ -132,8 +132,9 @@ def offloading(
 ) -> LiveRuntime:
     """Return a runtime with so many slots on each emulated device; `links` as in `emulated`."""
     testbed, nbytes = emulated(len(slots), **links), model.store.layout.nbytes
-    place = testbed, slots, nbytes
-    return offloading_runtime(model, policy, *place, timeline, protect, machine(slots))
+    if policy.set_machine:
+        policy.set_machine(machine(slots))
+    return offloading_runtime(model, policy, testbed, slots, nbytes, timeline, protect)
 
 
 def requests(batch: int, length: int, first: int = 0, output: int = 3) -> list[Request]:
@@ -192,6 +193,8 @@ def prepared(policy: Policy, model: OffloadedModel, history: bool = True) -> Pol
     """Give a policy the gates and the history of two requests, as a run does before it serves."""
     if policy.set_gates:
         policy.set_gates(gate_weights(model))
+    if policy.set_machine:
+        policy.set_machine(machine((model.shape.size,)))
     if history and policy.placement.prediction != "none":
         with resident_runtime(model, policy) as runtime:
             serve(runtime, requests(2, 4, first=50))

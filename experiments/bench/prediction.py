@@ -24,7 +24,6 @@ from finemoe.offload.policy import (
     Iteration,
     Machine,
     ModelShape,
-    Need,
     Policy,
 )
 from finemoe.offload.routed import softmax
@@ -71,10 +70,9 @@ def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     if policy.learn:
         teach(policy, shape)
     policy.begin_serving()
-    if policy.host_experts:
-        # It learns of a machine, and nobody is resident: there cannot be more to weigh.
-        need = Need(Iteration(0, "decode", (REQUESTS,), (1,)), 0, [1], (), (0,))
-        policy.host_experts(need, Machine((1,), 3e-3, lambda tokens: 1e-3, lambda tokens: 1e-4))
+    if policy.set_machine:
+        # Nobody is resident: there cannot be more to weigh.
+        policy.set_machine(Machine((1,), 3e-3, lambda tokens: 1e-3, lambda tokens: 1e-4))
     one, prompt = (call_times(policy, shape, tokens) for tokens in (1, PROMPT))
     more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
     rounded = {call: round(us, 1) for call, us in (one | more).items()}

@@ -225,7 +225,7 @@ class LiveSetup(Setup):
     policy: Policy
     model: LoadedModel
     resident: bool  # whether all experts fit the devices; on the CPU they are used where they lie
-    machine: Machine | None = None  # what a policy is told that may have the host compute
+    machine: Machine | None = None  # what the policy was told, if it asks
     script: Script | None = None  # what overrules gates and tokens, if a trace does
     steps: list[Step] = field(default_factory=list)  # measured, if the schedule is not fixed
     cpu: Counter[str] = field(default_factory=Counter)  # seconds of threads, see `cpu_seconds`
@@ -279,7 +279,7 @@ class LiveSetup(Setup):
         model, full = self.model.offloaded, self.model.full_expert_bytes
         protect = bool(self.cfg.protect)
         places = self.testbed, self.slots, full
-        return offloading_runtime(model, policy, *places, timeline, protect, self.machine)
+        return offloading_runtime(model, policy, *places, timeline, protect)
 
     def unbounded(self, policy: Policy | None = None) -> LiveRuntime:
         """Return a runtime with every expert resident if they fit, else one under the budget."""
@@ -487,8 +487,9 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
     machine = None
-    if policy.host_experts:
+    if policy.set_machine:
         machine = measured_machine(model.offloaded, testbed, slots, full)
+        policy.set_machine(machine)
     memory = (shape, budget, slots, model.tokenizer, model, resident, machine)
     return LiveSetup(cfg, testbed, settings, load, policy, *memory)
 

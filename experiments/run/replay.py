@@ -87,13 +87,6 @@ class ReplaySetup(Setup):
     costs: CostModel
     plan: MemoryPlan
 
-    @property
-    def machine(self) -> Machine:
-        """What a policy is told that may have the host compute."""
-        rate, costs = self.testbed.rate, self.costs
-        load = self.plan.expert_bytes / rate.bytes_per_second + rate.latency
-        return Machine(self.slots, load, cache(costs.host), cache(costs.expert))
-
     def description(self) -> tuple[str, ...]:
         testbed, weights = self.testbed, self.trace.header.provenance.get("weights", "foreign")
         return (
@@ -117,7 +110,7 @@ class ReplaySetup(Setup):
     @contextmanager
     def serving(self, policy: Any, timeline: Timeline | None) -> Iterator[ReplayBackend]:
         """Yield a backend that starts at time 0 with an empty cache, or a full one if all fit."""
-        residency = Residency(self.shape, self.plan, policy, self.machine)
+        residency = Residency(self.shape, self.plan, policy)
         if residency.holds_everything:
             residency.preload()
         runtime = ReplayRuntime(policy, residency, self.costs, self.testbed.rate, timeline)
@@ -195,9 +188,6 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         trace.require((*contents, *hidden), gates=placement.hidden_states)
         if policy.set_gates and trace.header.gates is not None:
             policy.set_gates(trace.header.gates)
-        if policy.set_links:
-            rate = testbed.rate
-            policy.set_links(rate.each(testbed.devices) / rate.bytes_per_second)
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         if policy.host_experts:
@@ -206,6 +196,11 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
             except NotImplementedError as error:
                 cause = f"testbed {testbed.name}: {error}, which system={cfg.system.label} asks for"
                 raise UserError(f"{cause}; give testbed.host or choose another testbed") from error
+        if policy.set_machine:
+            rate = testbed.rate
+            load, share = full / rate.bytes_per_second, rate.each(testbed.devices)
+            told = cache(costs.host), cache(costs.expert), share / rate.bytes_per_second
+            policy.set_machine(Machine(slots, load + rate.latency, *told))
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
         memory = (shape, budget, slots, None, trace, costs, plan)
         yield ReplaySetup(cfg, testbed, settings, load, policy, *memory)

@@ -37,8 +37,12 @@ class ExpertCache:
         slots: Sequence[int],
         keys: Callable[[ExpertId, bool], Table],
         on_evict: Callable[[ExpertId], None] | None = None,
+        displaces_less: bool = False,
     ) -> None:
-        """A hook that raises, keys of another type, NaN where a key decides are a PolicyError."""
+        """A hook that raises, keys of another type, NaN where a key decides are a PolicyError.
+
+        `displaces_less` is the policy's, see `Placement`.
+        """
         self.shape = shape
         self.slots = tuple(slots)
         self.occupied = 0
@@ -49,6 +53,7 @@ class ExpertCache:
         self._devices = devices = len(slots)
         self._keys = keys
         self._on_evict = on_evict
+        self._displaces_less = displaces_less
         self.experts = [ExpertId(*divmod(n, shape.experts)) for n in range(shape.size)]
         self._slot: list[Slot | None] = [None] * shape.size
         self._pins = [0] * shape.size
@@ -157,14 +162,17 @@ class ExpertCache:
             evictable = self._evictable_of[device].nonzero()[0]
         if not len(evictable):
             return NOBODY
-        keys = self._keys_of[device][evictable]
+        all_keys = self._keys_of[device]
+        keys = all_keys[evictable]
         # NaN is the largest to argmax.
         best = keys.argmax()
         key = keys.item(best)
         if math.isnan(key):
             raise refused(self._keys, incoming.layer, "answered keys that hold NaN for a resident")
-        if not urgent and key == -math.inf:
-            return NOBODY
+        if not urgent:
+            own = all_keys.item(flat // self._devices) if self._displaces_less else -math.inf
+            if not key > own:
+                return NOBODY
         return device + evictable.item(best) * self._devices
 
     def _take_keys(self, keys: Table, incoming: ExpertId) -> None:

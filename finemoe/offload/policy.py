@@ -118,6 +118,9 @@ class Machine:
     load: float  # one expert over its device's link
     host: Callable[[int], float]  # one expert for so many tokens, and moving these there and back
     device: Callable[[int], float]
+    share: float = 1.0
+    """Of its rate, what each link has while all copy; below 1 if the host's memory is the narrower.
+    Only a simulated testbed knows it."""
 
 
 class Need(NamedTuple):
@@ -128,6 +131,7 @@ class Need(NamedTuple):
     tokens: Sequence[int]  # that go to each expert, at least up to the last activated one
     resident: tuple[int, ...]
     missing: tuple[int, ...]  # also what is requested or on its way
+    arriving: tuple[int, ...] = ()  # those of which a link copies something now
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ class Placement:
     """Whether a call of the policy takes longer for each token of the iteration."""
     replaces: bool = False
     """Whether an answer takes back whatever was requested before and did not start."""
+    displaces_less: bool = False
+    """Whether a prefetch evicts only whose key is larger than its own."""
     wraps: bool = False
     """Whether what the answer to a gate requests for its layer and those before is for the next
     iteration; otherwise nobody can request that before this one ends."""
@@ -226,10 +232,9 @@ class Policy:
     """Take in an iteration of the history (its embeddings are (T, h)); `end_request` follows."""
     set_gates: Callable[[GateWeights], None] | None = None
     """Take the model's gates, before anything is served."""
-    set_links: Callable[[float], None] | None = None
-    """Take the share of its rate that each link has while all copy, below 1 if the host's memory is
-    the narrower; not called where nobody knows it."""
-    host_experts: Callable[[Need, Machine], Collection[int]] | None = None
+    set_machine: Callable[[Machine], None] | None = None
+    """Take what loads and computation take, before anything is served."""
+    host_experts: Callable[[Need], Collection[int]] | None = None
     """Choose from `Need.missing` whom the host computes where it lies; the others are loaded.
 
     Called from the engine, as `on_outcome` is, before anything is demanded. What of a chosen one
@@ -274,7 +279,8 @@ class Policy:
         """Return keys in C order: of the residents that may leave, the largest goes.
 
         `urgent` says that `incoming` is loaded on demand; a prefetch evicts nobody whose key is
-        -inf. The array may be the policy's own: the engine only reads it, and only at once.
+        -inf (see also `Placement.displaces_less`). The array may be the policy's own: the engine
+        only reads it, and only at once.
         """
         raise NotImplementedError
 

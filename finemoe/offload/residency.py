@@ -12,7 +12,6 @@ from finemoe.offload.policy import (
     Hook,
     Iteration,
     LayerOutcome,
-    Machine,
     ModelShape,
     Need,
     Policy,
@@ -46,18 +45,15 @@ class Residency:
     raises and for an answer that cannot be used.
     """
 
-    def __init__(
-        self, shape: ModelShape, plan: MemoryPlan, policy: Policy, machine: Machine | None = None
-    ) -> None:
-        """`machine` is for a policy that may have the host compute; without, all is loaded."""
+    def __init__(self, shape: ModelShape, plan: MemoryPlan, policy: Policy) -> None:
         self.wake: Callable[[], object] = lambda: None
         self.shape = shape
         self.plan = plan
         self.policy = policy
-        self.machine = machine if policy.host_experts else None
         idle = getattr(policy.on_evict, "__func__", None) is Policy.on_evict
         on_evict = None if idle else policy.on_evict
-        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, on_evict)
+        keeps = policy.placement.displaces_less
+        self.cache = ExpertCache(shape, plan.slots, policy.eviction_keys, on_evict, keeps)
         self.experts = self.cache.experts
         self._prefetches = PrefetchQueue(self.cache)
         self.queues = [
@@ -105,9 +101,12 @@ class Residency:
                 misses.append(index)
             cache.pin(flat)
         host: list[int] = []
-        if self.machine is not None and (late or misses):
+        if self.policy.host_experts is not None and (late or misses):
             missing = tuple(sorted(late + misses))
-            host = self._on_host(Need(iteration, layer, tokens, tuple(hits), missing))
+            arriving = tuple(
+                i for i in missing if queues[(first + i) % len(queues)].copies(first + i)
+            )
+            host = self._on_host(Need(iteration, layer, tokens, tuple(hits), missing, arriving))
             for index in host:
                 cache.unpin(first + index)
             late = [index for index in late if index not in host]
@@ -136,7 +135,7 @@ class Residency:
         """Return whom the policy has the host compute, ascending."""
         hook = self.policy.host_experts
         assert hook is not None
-        chosen = call_hook(hook, need.layer, need, self.machine)
+        chosen = call_hook(hook, need.layer, need)
         if not isinstance(chosen, Collection) or not all(one in need.missing for one in chosen):
             raise refused(hook, need.layer, f"answered {chosen!r}; give some of {need.missing}")
         return [index for index in need.missing if index in chosen]

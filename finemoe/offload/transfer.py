@@ -186,6 +186,11 @@ class TransferQueue:
             return self._prefetches.priority(flat) > 0
         return not transfer.cancelled
 
+    def copies(self, flat: int) -> bool:
+        """Tell whether bytes of an expert are in flight."""
+        transfer = self.under_way.get(flat)
+        return transfer is not None and transfer.in_flight()
+
     def prioritize(self, priorities: NDArray[np.float64], start: int) -> None:
         """Note new requests, see `PrefetchQueue.request`; transfers under way go by them too."""
         for flat, transfer in self.under_way.items():

@@ -22,7 +22,7 @@ from finemoe.offload.policy import (
     ModelShape,
     Policy,
 )
-from tests.engine import OPTIONS, configured
+from tests.engine import OPTIONS, configured, machine
 
 WIDE = ModelShape(layers=6, experts=60, top_k=4, hidden_size=8)
 LEARNING = ("finemoe", "moe_infinity")
@@ -63,6 +63,8 @@ def policy_of(case: Case, learned: bool = False) -> Policy:
     gates = GateWeights(normal(shape.layers, shape.experts, shape.hidden_size), biases)
     if policy.set_gates:
         policy.set_gates(gates)
+    if policy.set_machine:
+        policy.set_machine(machine((4,)))
     if policy.set_future_routing:
         policy.set_future_routing([gates.activated for _, _, gates in routed(case)])
     if learned and isinstance(policy, ProMoEPolicy):

@@ -32,7 +32,7 @@ from finemoe.offload.policy import (
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.virtual_links import LinkRate
-from tests.engine import OPTIONS, configured
+from tests.engine import OPTIONS, configured, machine
 from tests.finemoe.offload.states import asked, asking, routed
 
 SHAPE = ModelShape(layers=2, experts=4, top_k=2, hidden_size=1)
@@ -169,9 +169,11 @@ def test_the_oracle_requests_what_is_needed_soonest_and_not_there() -> None:
 
 def test_the_oracle_keeps_what_is_needed_before_a_prefetch() -> None:
     policy = told(OraclePolicy(SHAPE), ROUTING)
-    evictable = policy.eviction_keys(ExpertId(1, 2), False) > -np.inf
+    keys = policy.eviction_keys(ExpertId(1, 2), False)
     # Needed at step 1: what is needed later, or never again, may go.
+    evictable = keys > keys[1, 2]
     assert evictable.tolist() == [[False, False, True, True], [True, True, False, True]]
+    assert policy.placement.displaces_less
 
 
 PLANS = st.sampled_from([(1,), (2,), (3,), (5,), (1, 1), (2, 3), (2, 1, 2)])
@@ -218,6 +220,9 @@ def test_no_system_is_faster_than_the_bound(
     if policy.set_gates:
         shape = (SHAPE.layers, SHAPE.experts, SHAPE.hidden_size)
         policy.set_gates(GateWeights(np.zeros(shape, np.float32)))
+    if policy.set_machine:
+        policy.set_machine(machine(slots))
+    policy.host_experts = None  # it bounds those that load all
     policy.begin_serving()
     if policy.set_future_routing:
         policy.set_future_routing(routing)

@@ -47,6 +47,12 @@ def gate(layer: int, *rows: tuple[float, ...], hidden: tuple[float, float] = (0,
     return Gate(layer, array(*rows), (), array(*[hidden] * len(rows)))
 
 
+def chosen(policy: Any, need: Need, on: Machine) -> list[int]:
+    """Return whom a policy has the host compute on a machine."""
+    policy.set_machine(on)
+    return list(policy.host_experts(need))
+
+
 def test_systems_that_may_use_the_host_say_so_in_their_yaml() -> None:
     """Else what a testbed's host computes with would be no part of their runs' identity."""
     for system in OPTIONS:
@@ -74,7 +80,7 @@ def test_the_popular_stay_and_others_are_computed_where_it_is_sooner() -> None:
     # Three slots hold two residents, (0, 1) and (0, 3): these are loaded. Of the others one token
     # takes the host 3, two take it 6, and a copy and the device 5.
     need = Need(DECODE, 0, [1, 1, 2, 1], (), (0, 1, 2, 3))
-    assert policy.host_experts(need, machine(3)) == [0]
+    assert chosen(policy, need, machine(3)) == [0]
     keys = policy.eviction_keys(ExpertId(0, 2), True)
     ranked = (-keys).ravel().argsort(kind="stable").tolist()
     assert ranked[-2:] == [3, 1]
@@ -84,9 +90,9 @@ def test_each_device_keeps_its_own_most_popular() -> None:
     policy = fiddler()
     # Device 0 has experts 0 and 2 of each layer; of these (1, 2) was seen.
     need = Need(DECODE, 1, [1] * 4, (), (0, 1, 2, 3))
-    assert policy.host_experts(need, machine(2, 2)) == [0, 1, 3]
+    assert chosen(policy, need, machine(2, 2)) == [0, 1, 3]
     # A single slot is all placeholder.
-    assert fiddler().host_experts(need, machine(1, 1)) == [0, 1, 2, 3]
+    assert chosen(fiddler(), need, machine(1, 1)) == [0, 1, 2, 3]
 
 
 # FreeToken ----------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def test_links_and_host_share_so_that_the_slower_one_is_quickest(
     policy = FreeTokenPolicy(ModelShape(1, 16, 1, 1))
     on = Machine((4,), 4.0, lambda tokens: 3.0, lambda tokens: 1.0)
     need = Need(DECODE, 0, [1] * 16, (), tuple(range(missing)))
-    assert len(policy.host_experts(need, on)) == missing - fetched
+    assert len(chosen(policy, need, on)) == missing - fetched
     best = min(max(count * 4.0, (missing - count) * 3.0) for count in range(missing + 1))
     assert max(fetched * 4.0, (missing - fetched) * 3.0) == best
 
@@ -116,10 +122,10 @@ def test_the_most_recent_are_fetched_and_all_of_a_prefill() -> None:
     on = Machine((4,), 1.0, lambda tokens: 1.0, lambda tokens: 1.0)
     # Half of them: 0 and 2 were used, 0 last.
     need = Need(DECODE, 0, [1] * 4, (), (0, 1, 2, 3))
-    assert policy.host_experts(need, on) == [1, 3]
-    assert policy.host_experts(need._replace(missing=(0, 2)), on) == [2]
+    assert chosen(policy, need, on) == [1, 3]
+    assert chosen(policy, need._replace(missing=(0, 2)), on) == [2]
     prefill = Iteration(0, "prefill", (0,), (4,))
-    assert policy.host_experts(need._replace(iteration=prefill), on) == []
+    assert chosen(policy, need._replace(iteration=prefill), on) == []
 
 
 # HybriMoE -----------------------------------------------------------------------------------------
@@ -133,14 +139,24 @@ def test_the_device_takes_from_the_front_and_the_host_from_the_back(
     # Expert 0 is resident, then come 1, 3, 2 by tokens. The host has 2 at 3, when the device would
     # have 1 at 5; the device has 1 at 5, when the host would have 3 at 9; the device has it at 9.
     need = Need(DECODE, 0, [9, 5, 1, 2], (0,), (1, 2, 3))
-    assert policy.host_experts(need, machine(4)) == [2]
+    assert chosen(policy, need, machine(4)) == [2]
     assert schedule([1.0], [(0, 1.0, 15.0), (0, 1.0, 6.0), (0, 1.0, 3.0)], 4.0) == (1, 9.0)
     # With a link each, the first two arrive at 4; the third would arrive at 8.
     assert schedule([1.0, 0.0], [(1, 1.0, 15.0), (0, 1.0, 6.0), (1, 1.0, 6.0)], 4.0) == (1, 6.0)
 
 
+def test_what_a_link_copies_the_planner_does_not_have_the_host_compute() -> None:
+    need = Need(DECODE, 0, [1, 1, 1], (), (0, 1, 2), arriving=(1,))
+    assert chosen(HybriMoePolicy(SHAPE), need, machine(4)) == [1, 2]
+    # The copy of 1 takes 2 more, so a load of 0 would end at 6 and its expert at 7. On the host 2
+    # is done at 3 and 0 at 6.
+    assert chosen(HostPlannerPolicy(SHAPE), need, machine(4)) == [0, 2]
+
+
 def test_scores_average_the_best_probabilities_and_the_lowest_of_the_fullest_layer_leaves() -> None:
     policy = HybriMoePolicy(SHAPE)
+    policy.set_machine(machine(4))
+    policy.set_gates(GateWeights(np.zeros((2, 4, 2), np.float32)))
     policy.on_gate(DECODE, gate(0, (0.5, 0.3, 0.125, 0.075), (0.25, 0.5, 0.2, 0.05)))
     policy.on_gate(DECODE, gate(0, (0.125, 0.125, 0.25, 0.5)))
     # TopP keeps 2: first (0.375, 0.4, 0, 0), then (0, 0, 0.25, 0.5).
@@ -162,8 +178,7 @@ def test_what_would_shorten_a_later_layer_most_is_prefetched_first() -> None:
     weight[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
     policy.set_gates(GateWeights(weight))
     here = gate(0, (0.25,) * 4, hidden=(2, 1))
-    assert asked(policy.on_gate(DECODE, here)) == {}
-    policy.host_experts(Need(DECODE, 0, [1] * 4, (), (0,)), machine(4))
+    policy.set_machine(machine(4))
     # Layer 1 wants 0 and 1 for a token each: the host has 1 at 3, the device 0 at 5. With either
     # of them there, the device has it at 1 and the host the other one at 3.
     assert asked(policy.on_gate(DECODE, here)) == {(1, 0): 2.0, (1, 1): 2.0}
@@ -190,7 +205,9 @@ def seconds_of(policy: Policy, on: Machine, layers: tuple[tuple[int, ...], ...])
     costs = HostCosts(
         *(zero, zero, zero, Line(on.device(1)), Line(on.host(1))), parallel=len(on.slots) > 1
     )
-    residency = Residency(shape, MemoryPlan(on.slots, 8, 8), policy, on)
+    if policy.set_machine:
+        policy.set_machine(on)
+    residency = Residency(shape, MemoryPlan(on.slots, 8, 8), policy)
     replay = ReplayRuntime(policy, residency, costs, LinkRate(8 / on.load))
     return replay.forward(routed(shape, 0, layers))
 

@@ -101,8 +101,9 @@ def offloading(
     testbed = Testbed("pretended", "measured", devices, chunk_bytes)
     busy = [torch.zeros(8, device=one) for one in devices]
     each, nbytes = (slots,) * made.devices, model.store.layout.nbytes
-    told = given.machine(each)
-    with offloading_runtime(model, policy, testbed, each, nbytes, machine=told) as runtime:
+    if policy.set_machine:
+        policy.set_machine(given.machine(each))
+    with offloading_runtime(model, policy, testbed, each, nbytes) as runtime:
         yield runtime
     assert len(busy) == made.devices
     runtime.residency.cache.check_integrity()

@@ -120,7 +120,9 @@ def replayed(
         # The searcher is done before anything else goes on, as `drain` makes it live.
         prediction = PredictionCosts()
     costs = HostCosts(line, line, line, line, line, collect=SLOW, prediction=prediction)
-    residency = Residency(shape, plan, policy, machine(plan.slots))
+    if policy.set_machine:
+        policy.set_machine(machine(plan.slots))
+    residency = Residency(shape, plan, policy)
     if residency.holds_everything:
         residency.preload()
     runtime = ReplayRuntime(policy, residency, costs, LinkRate(COPY_RATE))

@@ -16,7 +16,6 @@ from finemoe.offload.policy import (
     Gate,
     Iteration,
     LayerOutcome,
-    Machine,
     ModelShape,
     Need,
     Placement,
@@ -82,8 +81,7 @@ def runtime(
         parallel=parallel,
         thread=thread or ThreadCosts(),
     )
-    machine = Machine(slots, BYTES / 1.0, costs.host, costs.expert)
-    residency = Residency(SHAPE, MemoryPlan(slots, BYTES, CHUNK), policy, machine)
+    residency = Residency(SHAPE, MemoryPlan(slots, BYTES, CHUNK), policy)
     replay = ReplayRuntime(policy, residency, costs, rate or LinkRate(1.0))
     outcomes: list[LayerOutcome] = []
     replay.listeners.append(outcomes.append)
@@ -215,7 +213,7 @@ class Hosting(Scripted):
         super().__init__({}, prediction="none")
         self.hosted = hosted
 
-    def host_experts(self, need: Need, machine: Machine) -> list[int]:
+    def host_experts(self, need: Need) -> list[int]:
         return [index for index in need.missing if index in self.hosted]
 
 

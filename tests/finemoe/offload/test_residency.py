@@ -15,7 +15,6 @@ from finemoe.offload.policy import (
     ExpertId,
     Iteration,
     LayerOutcome,
-    Machine,
     ModelShape,
     Need,
     Placement,
@@ -168,17 +167,14 @@ class Hosting(LowestFirst):
     def __init__(self, answer: object) -> None:
         self.answer, self.asked = answer, list[Need]()
 
-    def host_experts(self, need: Need, machine: Machine) -> Any:
+    def host_experts(self, need: Need) -> Any:
         self.asked.append(need)
         return self.answer
 
 
-MACHINE = Machine((4,), 1.0, float, float)
-
-
 def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
     policy, plan = Hosting({3, 0}), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine, now = Residency(SHAPE, plan, policy, MACHINE), iteration(0)
+    engine, now = Residency(SHAPE, plan, policy), iteration(0)
     engine.begin_iteration(now)
     ask(engine, 0, (0, 2), (0, 0))
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied
@@ -196,16 +192,24 @@ def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
     assert len(policy.asked) == 1
 
 
+def test_who_may_have_the_host_compute_is_told_what_links_copy() -> None:
+    policy, plan = Hosting([]), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
+    engine = Residency(SHAPE, plan, policy)
+    engine.begin_iteration(iteration(0))
+    ask(engine, 0, (0, 2), (0, 0))
+    engine.next_chunk(0)
+    engine.gate(iteration(0), 0, (0, 1, 2), [1, 1, 1])
+    assert policy.asked[0].missing == (0, 1, 2)
+    assert policy.asked[0].arriving == (2,)
+
+
 @pytest.mark.parametrize("answer", [None, 3, [2], [0, 7]])
 def test_the_host_computes_only_what_is_missing(answer: object) -> None:
     plan = MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine = Residency(SHAPE, plan, Hosting(answer), MACHINE)
+    engine = Residency(SHAPE, plan, Hosting(answer))
     engine.preload()
     with pytest.raises(PolicyError, match=r"^Hosting.host_experts, layer 1: answered "):
         engine.gate(iteration(0), 1, (0, 1), [1, 1])
-    # Where nobody says what it takes, all is loaded.
-    engine = Residency(SHAPE, plan, Hosting(answer))
-    assert engine.gate(iteration(0), 1, (0, 1), [1, 1]).misses == (0, 1)
 
 
 def test_requests_for_layers_that_already_ran_are_dropped() -> None:
