@@ -198,9 +198,10 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
                 raise UserError(f"{cause}; give testbed.host or choose another testbed") from error
         if policy.set_machine:
             rate = testbed.rate
-            load, share = full / rate.bytes_per_second, rate.each(testbed.devices)
-            told = cache(costs.host), cache(costs.expert), share / rate.bytes_per_second
-            policy.set_machine(Machine(slots, load + rate.latency, *told))
+            load_s = full / rate.bytes_per_second + rate.latency
+            share = rate.each(testbed.devices) / rate.bytes_per_second
+            told = load_s, cache(costs.host), cache(costs.expert), share
+            policy.set_machine(Machine(slots, *told))
         plan = MemoryPlan(slots, full, testbed.chunk_bytes, bool(cfg.protect))
         memory = (shape, budget, slots, None, trace, costs, plan)
         yield ReplaySetup(cfg, testbed, settings, load, policy, *memory)
