@@ -93,15 +93,18 @@ def divided(
 ) -> list[int]:
     """Return which of the missing experts the host computes, so that the layer ends soonest.
 
-    It computes none of those that are `arriving`, of whose copies half is left on average.
+    Of the copies of those that are `arriving` half is left on average. To give one up is to compute
+    the expert now and at its next use again, so it goes on where it ends sooner than that.
     """
+    half = machine.load / 2
+    arriving = [index for index in arriving if half <= 2 * machine.host(need.tokens[index])]
     missing = by_load([index for index in need.missing if index not in arriving], need.tokens)
     first = need.layer * shape.experts
     busy, works = timed(first, need.tokens, need.resident, missing, machine)
     links = [0.0] * len(busy)
     for index in arriving:
         device = (first + index) % len(busy)
-        links[device] += machine.load / 2
+        links[device] += half
         busy[device] = max(busy[device], links[device]) + machine.device(need.tokens[index])
     count, _ = schedule(busy, works, machine.load, links)
     return missing[len(missing) - count :]

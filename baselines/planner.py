@@ -218,7 +218,7 @@ class PlannerPolicy(Policy):
 class HostPlannerPolicy(PlannerPolicy):
     """The same, but what a gate misses is divided between links and host, as HybriMoE does.
 
-    What a link copies already it goes on to copy.
+    A copy under way is given up only for a host that is sooner twice.
     """
 
     def host_experts(self, need: Need) -> list[int]:

@@ -151,6 +151,9 @@ def test_what_a_link_copies_the_planner_does_not_have_the_host_compute() -> None
     # The copy of 1 takes 2 more, so a load of 0 would end at 6 and its expert at 7. On the host 2
     # is done at 3 and 0 at 6.
     assert chosen(HostPlannerPolicy(SHAPE), need, machine(4)) == [0, 2]
+    # A host that computes it twice before the rest of the copy is there has it all.
+    strong = Machine((4,), 4.0, lambda tokens: 0.9, lambda tokens: 1.0)
+    assert sorted(chosen(HostPlannerPolicy(SHAPE), need, strong)) == [0, 1, 2]
 
 
 def test_scores_average_the_best_probabilities_and_the_lowest_of_the_fullest_layer_leaves() -> None:
