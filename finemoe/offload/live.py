@@ -134,7 +134,8 @@ class LiveRuntime:
         They share one interpreter: what links and searcher take of it, the model waits for.
         """
         taken = {"model": time.thread_time(), "links": 0.0, "searcher": 0.0}
-        for thread in self._threads:
+        # The clock of one that ended must not be asked for.
+        for thread in filter(threading.Thread.is_alive, self._threads):
             clock = time.pthread_getcpuclockid(thread.ident or 0)
             kind = "searcher" if thread is self._worker else "links"
             taken[kind] += time.clock_gettime(clock)
