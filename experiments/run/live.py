@@ -239,7 +239,7 @@ class LiveSetup(Setup):
         elif len(kinds(testbed.devices)) > 1:
             line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         notes = [f"weights: {model.cast}"] if model.cast else []
-        if self.machine:
+        if self.machine and self.policy.host_experts:
             notes.append(_times(self.machine))
         if not model.offloaded.as_eager:
             notes.append(

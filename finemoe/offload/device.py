@@ -251,7 +251,7 @@ class EmulatedLink(Link):
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return a CUDA device's current stream; torch takes 10 us more to look into a `device`."""
+    """Return a CUDA device's current stream; torch takes longer to look into a `device`."""
     return torch.cuda.current_stream(device.index)
 
 

@@ -33,7 +33,7 @@ def grouped_mm(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> T
 
     Tokens (T, h), their experts (T, K) and routing weights (T, K) give (T, h). A single token goes
     by `batched_mm`, as in the decoding stage of `generate`: it copies the K experts together, and
-    takes half as long to launch (measured: docs/gpu.md).
+    is launched sooner.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
