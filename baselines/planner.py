@@ -9,10 +9,12 @@ value. docs/planner.md holds the mathematics and what each part is worth.
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, validate_call
 
-from baselines.gate_predictor import GatePredictor, logarithms
+from baselines.gate_predictor import SAMPLE, GatePredictor, logarithms
 from baselines.hybrimoe import divided
+from baselines.map_memory import MapMemory, chosen
 from finemoe.offload.policy import (
     ExpertId,
     FloatArray,
@@ -27,9 +29,10 @@ from finemoe.offload.policy import (
     Priorities,
     Table,
 )
-from finemoe.options import CHECKED, Count, Number, Share
+from finemoe.options import CHECKED, Count, Number, Share, Whole
 
 Ridge = Annotated[Number, Field(ge=1e-3)]
+USUAL = 0.25  # how much a request's average counts where neighbours tell of the next visit
 
 
 class UseValue:
@@ -75,16 +78,19 @@ class UseValue:
     def end(self, request: int) -> None:
         self._running.pop(request, None)
 
-    def observe(self, iteration: Iteration, gate: Gate) -> None:
-        """Have the averages follow what the tokens of each request chose."""
-        uses = chosen(gate.probabilities, self.shape.top_k)
+    def observe(self, iteration: Iteration, first: int, probabilities: FloatArray) -> Table:
+        """Have the averages of S layers from `first` on follow what gates chose, (S, T, J).
+
+        Returns the rates that hold once these gates have spoken, (S, J).
+        """
+        uses = chosen(probabilities, self.shape.top_k)
         averages = []
         for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
-            average = self._running[request][gate.layer]
+            average = self._running[request][first : first + len(uses)]
             weight = 1 - (1 - self._recency) ** (rows.stop - rows.start)
-            average += weight * (uses[rows].mean(axis=0) - average)
+            average += weight * (uses[:, rows].mean(axis=1) - average)
             averages.append(average)
-        self.rates[gate.layer] = union(averages)
+        return union(averages)
 
     def of(self, following: int, likely: Table) -> Table:
         """Return the value of every expert before layer `following` runs.
@@ -109,15 +115,18 @@ class PlannerPolicy(Policy):
         threshold: Share = 0.1,  # probability of activation from which on an expert is prefetched
         discount: Share = 0.95,  # what a use one layer later is worth
         recency: Share = 0.05,  # weight of one token in the average of a request's activations
+        memory: Whole = 4096,  # tokens whose maps are kept
         ridge: Ridge = 1.0,  # strength with which the regression is held to the gates' own logits
     ) -> None:
         self.shape = shape
         self.predictor = GatePredictor(shape, horizon, ridge)
         self.value = UseValue(shape, discount, recency)
+        self.memory = MapMemory(shape, memory)
         self.reach = self.predictor.horizon  # layers ahead of which the next token's are asked for
         self._threshold = threshold
         self.set_gates = self.predictor.set_gates
-        self._rows: dict[int, list[tuple[FloatArray, FloatArray]]] = {}
+        self._inputs: dict[int, list[FloatArray]] = {}
+        self._trails: dict[int, list[FloatArray]] = {}
         self._nearness = 1 / np.sqrt(self.value.away)
         self.begin_serving()
 
@@ -135,8 +144,9 @@ class PlannerPolicy(Policy):
         self.predictor.fit()
         self.value.forget()
         self._said: dict[int, FloatArray] = {}
+        self._cosines: dict[int, FloatArray] = {}
         self._logs: FloatArray = np.empty((0, 0, 0), np.float32)
-        self._ahead: FloatArray | None = None
+        self._ahead: tuple[Table, FloatArray, FloatArray] | None = None
         self._absent = np.ones((self.shape.layers, self.shape.experts), dtype=bool)
         self._likely = self.value.rates.copy()  # probabilities of the next visit, as far as known
         self._keys = -self.value.of(0, self._likely)
@@ -147,52 +157,105 @@ class PlannerPolicy(Policy):
         logs = logarithms(gates.probabilities)
         self.value.learn(gates.probabilities)
         for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
-            seen = (inputs[:, rows], logs[:, rows])
-            self._rows.setdefault(request, []).append(seen)
+            self._inputs.setdefault(request, []).append(inputs[:, rows])
+            self._trails.setdefault(request, []).append(logs[:, rows])
 
     def end_request(self, request: int) -> None:
+        """Learn from a request of the history by those before it; remember whatever was served."""
         self.value.end(request)
         self._said.pop(request, None)
-        if rows := self._rows.pop(request, []):
-            inputs, logs = (np.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
-            self.predictor.learn(inputs, logs)
+        self._cosines.pop(request, None)
+        inputs, trail = self._inputs.pop(request, []), self._trails.pop(request, [])
+        if not trail:
+            return
+        logs = np.concatenate(trail, axis=1)
+        if inputs and logs.shape[1] > 2:
+            lessons = self.memory.lessons(logs, self.predictor.horizon)
+            self.predictor.learn(np.concatenate(inputs, axis=1), logs, lessons)
+        self.memory.add(logs)
 
     def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> Priorities | None:
         self._ahead = None
         self.value.begin(iteration.requests)
         layers, tokens = self.shape.layers, len(embeddings)
+        self._weight = max(1.0, tokens / SAMPLE)
+        self._sample = np.linspace(0, tokens - 1, min(tokens, SAMPLE)).astype(np.intp)
         self._logs = np.zeros((2 * layers, tokens, self.shape.experts), np.float32)
+        context = np.zeros((tokens, self.memory.capacity), np.float32)
+        ends = [rows.stop - 1 for rows in iteration.rows()]
+        self._lasts = np.flatnonzero(np.isin(self._sample, ends))
         for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
             before = self._said.get(request, self.predictor.usual)
             self._logs[:layers, rows] = before[:, None]
-        self._likely[:] = self.predictor.probabilities(0, embeddings[None], self._logs)[0]
+            if request in self._cosines:
+                context[rows] = self.memory.context(self._cosines[request])
+        context = context[self._sample]
+        self.memory.begin(context)
+        uses = self.memory.uses(context, 0, layers)
+        uses[~context.any(axis=1)] = self.memory.usual
+        self._likely[:] = self._probable(0, embeddings[None], uses[None])[0]
         return self._plan(0)
 
     def predict_ahead(self, iteration: Iteration, gates: Gates) -> None:
         assert gates.hidden_states is not None
-        self._logs[self.shape.layers :] = logarithms(gates.probabilities)
-        self._ahead = self.predictor.probabilities(1, gates.hidden_states, self._logs)
+        self._ahead = self._predicted(iteration, 0, gates.probabilities, gates.hidden_states)
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
-        self.value.observe(iteration, gate)
         following, layers = gate.layer + 1, self.shape.layers
-        self._likely[gate.layer] = self.value.rates[gate.layer]
-        if self._ahead is None:
+        told = self._ahead
+        if told is None:
             assert gate.hidden_states is not None
-            self._logs[layers + gate.layer] = logarithms(gate.probabilities)
-            inputs = gate.hidden_states[None]
-            likely = self.predictor.probabilities(following, inputs, self._logs)[0]
-        else:
-            likely = self._ahead[gate.layer]
+            seen = gate.probabilities[None], gate.hidden_states[None]
+            told = self._predicted(iteration, gate.layer, *seen)
+        rates, used, near = (part[gate.layer if self._ahead else 0] for part in told)
+        self.value.rates[gate.layer] = rates
+        self._likely[:] = np.concatenate([used[layers:][:following], used[following:layers]])
+        self._likely += (1 if self.memory.is_empty else USUAL) * (self.value.rates - self._likely)
         here = layers - following
-        self._likely[following : following + len(likely)] = likely[:here]
-        self._likely[: max(len(likely) - here, 0)] = likely[here:]
+        self._likely[following : following + len(near)] = near[:here]
+        self._likely[: max(len(near) - here, 0)] = near[here:]
         return self._plan(following)
 
     def end_iteration(self, iteration: Iteration) -> Priorities | None:
+        places = {int(self._sample[place]): place for place in self._lasts}
         for request, rows in zip(iteration.requests, iteration.rows(), strict=True):
-            self._said[request] = self._logs[self.shape.layers :, rows.stop - 1].copy()
+            logs = self._logs[self.shape.layers :, rows].copy()
+            self._said[request] = logs[:, -1]
+            self._trails.setdefault(request, []).append(logs)
+            if (place := places.get(rows.stop - 1)) is not None:
+                self._cosines[request] = self.memory.cosines[place]
         return self._plan(0)
+
+    def _predicted(
+        self, iteration: Iteration, first: int, probabilities: FloatArray, inputs: FloatArray
+    ) -> tuple[Table, FloatArray, FloatArray]:
+        """Return what S gates from layer `first` on tell.
+
+        Rates of their own layers (S, J), what neighbours used of all (S, 2 L, J), and what is
+        likely of the next ones (S, H, J).
+        """
+        rates = self.value.observe(iteration, first, probabilities)
+        said = slice(self.shape.layers + first, self.shape.layers + first + len(probabilities))
+        self._logs[said] = logarithms(probabilities)
+        alike = self.memory.compare(self._logs[said, self._sample])
+        uses = self.memory.uses(alike, 0, 2 * self.shape.layers)
+        used = self._joined(1 - uses.swapaxes(1, 2), np.arange(2 * self.shape.layers))
+        return rates, used, self._probable(first + 1, inputs, uses)
+
+    def _probable(self, first: int, inputs: FloatArray, uses: FloatArray) -> FloatArray:
+        inputs, logs = inputs[:, self._sample], self._logs[:, self._sample]
+        return self._joined(*self.predictor.unlikely(first, inputs, logs, uses))
+
+    def _joined(self, unlikely: FloatArray, layers: NDArray[np.intp]) -> FloatArray:
+        """Return how likely it is that some token goes to an expert, by (S, layers, T, J).
+
+        To the next token's layers only the last token of each request leads on.
+        """
+        every = unlikely.prod(axis=2) ** self._weight
+        if len(self._lasts) < unlikely.shape[2]:
+            following = unlikely[:, :, self._lasts].prod(axis=2)
+            every = np.where((layers < self.shape.layers)[..., None], every, following)
+        return 1 - every
 
     def on_load(self, expert: ExpertId) -> None:
         self._absent[expert] = False
@@ -223,14 +286,6 @@ class HostPlannerPolicy(PlannerPolicy):
 
     def host_experts(self, need: Need) -> list[int]:
         return divided(need, self._machine, self.shape, need.arriving)
-
-
-def chosen(probabilities: FloatArray, count: int) -> Table:
-    """Return 1 for the `count` experts that each token goes to, else 0, in the same shape."""
-    best = (-probabilities).argpartition(count - 1, axis=-1)[..., :count]
-    uses = np.zeros(probabilities.shape)
-    np.put_along_axis(uses, best, 1.0, axis=-1)
-    return uses
 
 
 def union(rates: list[Table]) -> Table:

@@ -63,6 +63,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
         "threshold": [0.1, 0.4],
         "discount": [0.5, 0.95, 1.0],
         "recency": [0.2, 1.0],
+        "memory": [0, 2, 64],
         "ridge": [0.1, 1.0],
     },
     "deepspeed": {},

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.foresight import ForesightPolicy
-from baselines.gate_predictor import GatePredictor, Regression
+from baselines.gate_predictor import GatePredictor, Regression, centred
+from baselines.map_memory import NEIGHBOURS, SHARPNESS, MapMemory
 from baselines.planner import PlannerPolicy, UseValue, planner
 from finemoe.offload.policy import (
     ExpertId,
@@ -43,7 +44,7 @@ def decode(number: int, *requests: int) -> Iteration:
 def test_a_regression_finds_the_ridge_solution_and_what_it_leaves_over() -> None:
     """One source and target, one expert: y = 3 x, seen at x = 1 and -1, of a ridge of 2 to 1."""
     regression = Regression(1, 1, 1, 1, 2.0)
-    own = np.array([[[1, 0], [-1, 0]]], np.float32)
+    own = np.array([[[1, 0, 0], [-1, 0, 0]]], np.float32)
     wanted = np.array([[[3], [-3]]], np.float32)
     regression.learn(0, own, np.zeros((2, 1), np.float32), wanted)
     regression.fit()
@@ -59,14 +60,34 @@ def test_the_token_before_is_an_input() -> None:
     predictor.set_gates(GateWeights(np.zeros((2, 2, 2), np.float32)))
     signs = np.array([rng.choice([-1, 1], 400), [1, -1] * 200])
     logs = (2 * signs[:, :, None] * np.array([1, -1])).astype(np.float32)
-    predictor.learn(normal(rng, 3, 400, 2), logs)
+    nothing = [np.zeros((398, 2, 2), np.float32)] * 3
+    predictor.learn(normal(rng, 3, 400, 2), logs, nothing)
     predictor.fit()
     known = np.zeros((4, 1, 2), np.float32)
     known[1, 0] = 2, -2
     # After the gate of layer 0: layer 1, and layer 0 of the next token.
-    likely = predictor.probabilities(1, np.zeros((1, 1, 2), np.float32), known)[0]
+    unused = np.zeros((1, 1, 4, 2), np.float32)
+    likely = 1 - predictor.unlikely(1, np.zeros((1, 1, 2), np.float32), known, unused)[0][0, :, 0]
     assert likely[0] == pytest.approx([0, 1], abs=1e-3)
     assert likely[1] == pytest.approx([0.5, 0.5], abs=0.1)
+
+
+def test_what_neighbours_used_is_an_input() -> None:
+    """Layer 1 does what neighbours did; gates and layer 0 say nothing."""
+    rng = np.random.default_rng(0)
+    predictor = GatePredictor(SMALL, 1, 1e-3)
+    predictor.set_gates(GateWeights(np.zeros((2, 2, 2), np.float32)))
+    logs = np.zeros((2, 200, 2), np.float32)
+    first = rng.choice([0.0, 1.0], 200).astype(np.float32)
+    logs[1] = (4 * first - 2)[:, None] * np.array([1, -1])
+    uses = np.stack([first, 1 - first], axis=1)[1:-1, None]
+    nothing = np.zeros((198, 2, 2), np.float32)
+    predictor.learn(normal(rng, 3, 200, 2), logs, [nothing, uses, nothing[:, :1]])
+    predictor.fit()
+    used, known = np.zeros((1, 1, 4, 2), np.float32), np.zeros((4, 1, 2), np.float32)
+    used[..., 1, :] = 0, 1
+    likely = 1 - predictor.unlikely(1, np.zeros((1, 1, 2), np.float32), known, used)[0][0, :, 0]
+    assert likely[0] == pytest.approx([0, 1], abs=1e-3)
 
 
 def test_without_a_history_the_later_gates_speak_for_themselves() -> None:
@@ -76,10 +97,101 @@ def test_without_a_history_the_later_gates_speak_for_themselves() -> None:
     predictor.set_gates(GateWeights(weights))
     predictor.fit()
     logs = np.zeros((10, 1, 4), np.float32)
-    likely = predictor.probabilities(1, inputs, logs)[0]
+    used = np.zeros((1, 1, 10, 4), np.float32)
+    likely = 1 - predictor.unlikely(1, inputs, logs, used)[0][0, :, 0]
     logits = np.einsum("lje,e->lj", weights[1:4], inputs[0, 0])
     assert (likely.argsort() == logits.argsort()).all()
     assert likely.sum(axis=1) == pytest.approx([2, 2, 2], abs=0.1)
+
+
+# The memory ---------------------------------------------------------------------------------------
+
+
+def test_the_memory_tells_what_tokens_of_like_maps_used_and_those_after_them() -> None:
+    """Each of two maps comes ten times, by turns: whoever has one goes where it went."""
+    memory = MapMemory(SMALL, 64)
+    signs = np.array([[1, 1], [1, -1]] * 10, np.float32)  # of experts 0 in each layer
+    logs = signs.T[:, :, None] * np.array([1, -1], np.float32)
+    memory.begin(np.zeros((1, 64), np.float32))
+    nobody = memory.uses(memory.compare(logs[:1, :1]), 0, 4)
+    assert memory.is_empty
+    assert not nobody.any()
+    memory.add(logs)
+    memory.begin(np.zeros((1, 64), np.float32))
+    # Layer 0 is the same for both, so half of 16 neighbours are of each map.
+    assert memory.uses(memory.compare(logs[:1, :1]), 0, 2)[0, 0, 0] == pytest.approx([1, 0])
+    alike = memory.compare(logs[1:, 1:2])
+    expected = [[1, 0], [0, 1], [1, 0], [1, 0]]  # map 1, and then always map 0
+    assert memory.uses(alike, 0, 4)[0, 0] == pytest.approx(np.array(expected), abs=1e-6)
+    assert memory.uses(alike, 1, 3)[0, 0] == pytest.approx(np.array(expected[1:3]), abs=1e-6)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    capacity=st.integers(1, 40),
+)
+def test_neighbours_are_those_of_largest_cosine(
+    seed: int, lengths: list[int], capacity: int
+) -> None:
+    """Against all tokens in one list, the last `capacity` of which are kept."""
+    rng = np.random.default_rng(seed)
+    memory = MapMemory(WIDE, capacity)
+    requests = [centred(normal(rng, 5, length, 4)) for length in lengths]
+    for logs in requests:
+        memory.add(logs)
+    entries = [logs[:, t] for logs in requests for t in range(logs.shape[1])]
+    last = {sum(lengths[: n + 1]) - 1 for n in range(len(lengths))}
+    kept = [n for n in range(len(entries))[-capacity:] if n not in last]
+    now, before = centred(normal(rng, 3, 1, 4)), centred(normal(rng, 5, 1, 4))
+    memory.begin(np.zeros((1, capacity), np.float32))
+    memory.compare(before)
+    memory.begin(memory.context(memory.cosines))
+    used = memory.uses(memory.compare(now)[-1], 0, 10)[0]
+    if not kept:
+        assert memory.is_empty
+        assert not used.any()
+        return
+
+    def cosine(a: FloatArray, b: FloatArray) -> float:
+        return float((a * b).sum()) / float(np.sqrt((a**2).sum() * (b**2).sum()))
+
+    def likeness(n: int) -> float:
+        # The oldest entry's predecessor is the newest one, in its place.
+        context = entries[n - 1] if n > len(entries) - capacity else entries[-1]
+        there = len(entries) >= capacity or n > 0
+        return cosine(now[:, 0], entries[n][:3]) + 0.3 * there * cosine(before[:, 0], context)
+
+    best = sorted(kept, key=likeness)[-NEIGHBOURS:]
+    scores = np.array([likeness(n) for n in best])
+    weights = np.exp(SHARPNESS * (scores - scores.max()))
+    chosen = np.zeros((len(entries), 5, 4))
+    for n, entry in enumerate(entries):
+        np.put_along_axis(chosen[n], entry.argsort(axis=1)[:, -2:], 1.0, axis=1)
+    both = [np.concatenate([chosen[n], chosen[n + 1]]) for n in best]
+    expected = np.average(both, axis=0, weights=weights)
+    assert used == pytest.approx(expected, abs=2e-3)
+
+
+def test_lessons_are_what_serving_the_request_would_have_said() -> None:
+    rng = np.random.default_rng(7)
+    memory = MapMemory(WIDE, 64)
+    memory.add(centred(normal(rng, 5, 50, 4)))
+    logs = centred(normal(rng, 5, 6, 4))
+    lessons = list(memory.lessons(logs, 2))
+    assert [one.shape for one in lessons] == [(4, 5, 4), *[(4, 2, 4)] * 5]
+    context = np.zeros((1, 64), np.float32)
+    for token in range(5):
+        if token:
+            served = memory.uses(context, 0, 5)[0]
+            assert lessons[0][token - 1] == pytest.approx(served, abs=1e-4)
+        memory.begin(context)
+        for layer in range(5):
+            alike = memory.compare(logs[layer : layer + 1, token : token + 1])
+            if token:
+                served = memory.uses(alike, layer + 1, layer + 3)[0, 0]
+                assert lessons[layer + 1][token - 1] == pytest.approx(served, abs=1e-4)
+        context = memory.context(memory.cosines)
 
 
 # The value ----------------------------------------------------------------------------------------
@@ -104,9 +216,9 @@ def test_averages_follow_each_request_and_are_joined() -> None:
     value = UseValue(SMALL, discount=0.5, recency=0.5)
     first, second = [0.9, 0.1], [0.2, 0.8]
     value.begin((1, 2))
-    value.observe(decode(0, 1, 2), Gate(0, np.array([first, second], np.float32), (0, 1), None))
+    rates = value.observe(decode(0, 1, 2), 0, np.array([[first, second]], np.float32))
     # Of request 1 (0.75, 0.25), of request 2 (0.25, 0.75): one of both 1 - 0.25 * 0.75.
-    assert value.rates[0] == pytest.approx([0.8125, 0.8125])
+    assert rates[0] == pytest.approx([0.8125, 0.8125])
     value.begin((1,))
     assert value.rates[0] == pytest.approx([0.75, 0.25])
     value.end(1)
