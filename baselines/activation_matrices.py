@@ -32,8 +32,7 @@ class MatrixCollection:
         self.capacity = capacity
         self._replace = replace
         self.size = 0
-        self.matches = np.zeros(capacity, dtype=np.int64)
-        """How often each matrix was the nearest one."""
+        self.matches = np.zeros(capacity, dtype=np.int64)  # how often each was the nearest
         self.popularity = np.zeros((shape.layers, shape.experts))
         """Tokens of all stored requests per expert."""
         self.additions = 0
@@ -56,7 +55,6 @@ class MatrixCollection:
         return self._ratios[entries]
 
     def memory_bytes(self) -> dict[str, int]:
-        """Return the bytes of the matrices, and of all that is kept."""
         matrices = self._matrices.nbytes
         return {"matrices": matrices, "store": matrices + self._ratios.nbytes + self._rows.nbytes}
 
@@ -92,11 +90,9 @@ class MatrixCollection:
         return entry
 
     def save(self, path: Path, model_id: str) -> None:
-        """Write the matrices as safetensors, marked with the model they belong to."""
         write_arrays(path, {"model_id": model_id}, {"matrices": self.matrices.copy()})
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add a file's matrices in order; StoreMismatch for another model's, or no such file."""
         shape = ("entries", self.shape.layers, self.shape.experts)
         (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
         if (matrices != abs(matrices.round())).any():

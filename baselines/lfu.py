@@ -29,7 +29,6 @@ class LfuPolicy(UsageTable):
     def on_evict(self, expert: ExpertId) -> None:
         if self._forgets:
             self.visits[expert] = 0
-            self._keys[expert] = self._recency[expert]
 
 
 class LfruPolicy(UsageTable):

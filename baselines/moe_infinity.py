@@ -47,14 +47,11 @@ Prefetching = Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_
 class MoEInfinityPolicy(UsageTable):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one.
 
-    `eviction` says who leaves: the least visited (section 6.1 of the FineMoE paper, and the code's
-    dispatcher of 2025), the most visited (its live scheduler, core/prefetch/task_scheduler.cpp),
-    the least active (our own: the running requests' activation ratio x layer decay, two of the
-    three factors of expert_priority_score.py, which nobody calls), or the least recently used.
-
-    `prefetching` says whether a layer waits for prefetches. In its code copies are asynchronous;
-    the FineMoE paper calls them synchronous (6.1), every layer waiting for them (4.3), but says not
-    for how many: all that are asked for, K of the next layer, or K of the layer `early_layers` on.
+    `eviction` says who leaves: the least visited, the most visited (`scheduler`, the code's
+    core/prefetch/task_scheduler.cpp), the least active (our own: the running requests' activation
+    ratio x layer decay, two of the three factors of expert_priority_score.py, which nobody calls),
+    or the least recently used. `prefetching` says whether a layer waits for prefetches: for all, or
+    for K of the next layer or of the layer `early_layers` on. docs/fidelity.md weighs them.
     """
 
     @validate_call(config=CHECKED)
@@ -228,8 +225,10 @@ class MoEInfinityPolicy(UsageTable):
         return -activity * self._front[first : first + len(tokens)]
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        if self._eviction == "lfu":
+            return super().eviction_keys(incoming, urgent)
         orders = {"activation": self._activity, "scheduler": self.visits, "lru": self._recency}
-        return orders.get(self._eviction, self._keys)
+        return orders[self._eviction]
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:

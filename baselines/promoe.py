@@ -75,10 +75,9 @@ class LearnedPredictor:
 class ProMoEPolicy(SpeculatingPolicy):
     """Prefetches the K best experts of each token, and `extra` more, the nearest layer first.
 
-    `prefill` says whether every prompt token predicts, as "stride-based" reads, or none, as in its
-    code (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the
-    last layer's output of a decoded token predict the first d layers of the next one
-    (`layer_predict_replace_first_input_with_last_output`); here the input of its last MoE block.
+    `prefill` says whether every prompt token predicts, or none, as in its code
+    (src/cpp_worker/predictor.cpp), which also has the last layer's output of a decoded token
+    predict the first d layers of the next one; here the input of its last MoE block.
     """
 
     placement = Placement("background", hidden_states=True)

@@ -39,11 +39,10 @@ class ExpectedUse:
         visits, frequency = self._visits[layer], self._frequency[layer]
         expected, keys = self._expected[layer], self._keys[layer]
         # One by one: for the few experts of a decode step this beats indexing with a list.
-        for used in (outcome.hits, outcome.late, outcome.misses):
-            for index in used:
-                visits[index] += 1
-                frequency[index] = visits[index]
-                keys[index] = 1 / (expected[index] * frequency[index])
+        for index in outcome.activated:
+            visits[index] += 1
+            frequency[index] = visits[index]
+            keys[index] = 1 / (expected[index] * frequency[index])
 
     def keys(self) -> Table:
         """Return the keys in an array that is updated in place."""

@@ -147,7 +147,6 @@ class ExpertMapStore:
         return entries
 
     def save(self, path: Path, model_id: str) -> None:
-        """Write the stored iterations as safetensors, marked with the model they belong to."""
         arrays = {
             "maps": np.ascontiguousarray(self.maps.transpose(2, 0, 1)),
             "embeddings": np.ascontiguousarray(self.embeddings.T),
@@ -155,7 +154,6 @@ class ExpertMapStore:
         write_arrays(path, {"model_id": model_id}, arrays)
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add a file's iterations in order; StoreMismatch for another model's, or no store file."""
         maps, embeddings = read_arrays(
             path,
             {"model_id": model_id},

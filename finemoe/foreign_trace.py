@@ -76,15 +76,11 @@ def is_foreign(path: Path) -> bool:
 
 
 class ForeignTrace(Trace):
-    """The requests of a foreign table.
+    """The requests of a foreign table, see docs/trace-format.md.
 
-    A request's prefill rows are its step 0, whatever their `step`; its decode steps follow in the
-    order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up; they
-    are not told apart, so each has the shares of all. Layers count MoE layers from 0. Unless
-    `shape` is given, L, J and K are the largest layer, expert and rank plus one, up to
-    `LARGEST_SIZE`.
-
-    Raises TraceError if the file is no such table, a number is out of range, or steps are missing.
+    Unless `shape` is given, L, J and K are the largest layer, expert and rank plus one, up to
+    `LARGEST_SIZE`. Raises TraceError if the file is no such table, a number is out of range, or
+    steps are missing.
     """
 
     def __init__(self, path: Path, shape: ModelShape | None = None) -> None:
@@ -128,13 +124,10 @@ class ForeignTrace(Trace):
 
 
 class RoutedStream(Trace):
-    """Requests cut from the experts that token after token chose, in every layer.
+    """Requests cut from the experts that token after token chose: see docs/trace-format.md.
 
-    A `.npy` or `.npz` holds ids as whole numbers, (tokens, L, K) as vLLM and SGLang hand them out
-    for a request, or (L, tokens, K); of several arrays each is cut for itself. A `.jsonl` has an
-    object a line, with a `layer` and its tokens' ids, (tokens, K), layer by layer in the order of
-    the tokens. A request takes `prompt` tokens, which are one prefill, and `output` - 1 more; what
-    is left at the end is not used. Raises TraceError if the file is no such stream of `shape`.
+    A request takes `prompt` tokens, which are one prefill, and `output` - 1 more; what is left at
+    the end is not used. Raises TraceError if the file is no such stream of `shape`.
     """
 
     def __init__(self, path: Path, shape: ModelShape, prompt: int, output: int) -> None:

@@ -28,7 +28,7 @@ from finemoe.selection import Variant, divisors, select_experts, union_prioritie
 
 @dataclass(frozen=True, config=CHECKED)
 class FineMoEOptions:
-    """What the paper fixes and its ablations vary."""
+    """What the paper fixes and its ablations vary; docs/fidelity.md says what speaks for which."""
 
     prefetch_distance: Count  # d; 3 for Mixtral, 6 for Qwen, 4 for Phi (section 6.1)
     store_capacity: Count = 1000  # C (section 6.1)
@@ -39,14 +39,12 @@ class FineMoEOptions:
     selection: Literal["delta", "top_k"] = "delta"
     """Similarity-aware (section 4.3) or always K experts."""
     eviction: Literal["finemoe", "demo", "lru", "lfu"] = "finemoe"
-    """Figure 14b; `demo` takes p * freq as an integer, and freq is 0 once an expert has left."""
+    """Figure 14b, and the demo's."""
     horizon: Literal["single", "all", "demo"] = "single"
-    """After the gate of layer l, predict layer l + d (4.2.2), all layers from there on, or all but
-    that one, as the demo does."""
+    """After the gate of layer l, predict layer l + d, all from there on, or all but that one."""
     aggregation: Literal["mean", "token", "demo"] = "token"
-    """What queries and enters the store of a prompt: the mean over its tokens (section 4.2.3: "each
-    prompt generates one data point"), or every token. `demo` remembers every token and searches by
-    each request's last one: its queue is emptied by every search, so that the last one stands."""
+    """What queries and enters the store of a prompt: the mean over its tokens, or every token; the
+    demo remembers every token and searches by each request's last one."""
     online_growth: Flag = True
     """Whether iterations enter the store while serving, beyond the prompts that prepared it."""
     asynchronous: Flag = True  # search in the background (section 4.3) or on the critical path
@@ -55,8 +53,7 @@ class FineMoEOptions:
 class FineMoEPolicy(UsageTable):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
-    Q counts what an iteration enters into the store: its requests, or its tokens. All Q search, or
-    the last token of each request, as in the demo.
+    Q counts what an iteration enters into the store: its requests, or its tokens.
     """
 
     def __init__(self, shape: ModelShape, options: FineMoEOptions) -> None:
@@ -227,7 +224,8 @@ class FineMoEPolicy(UsageTable):
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         if self._by_maps:
             return self._use.keys()
-        return self._recency if self.options.eviction == "lru" else self._keys
+        lru = self.options.eviction == "lru"
+        return self._recency if lru else super().eviction_keys(incoming, urgent)
 
 
 def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:

@@ -20,13 +20,11 @@ class Matches(NamedTuple):
         return type(self)(self.entries[gates], self.scores[gates])
 
 
-def semantic_search(store: ExpertMapStore, embeddings: FloatArray) -> Matches:
-    """Return, for each embedding (B, h), the stored iteration of largest cosine (4.2.1)."""
-    return nearest(store.cosines(embeddings))
-
-
 def nearest(scores: FloatArray, norms: FloatArray | float = 1.0) -> Matches:
-    """Return the best entries by scores (..., B, size), which are divided by norms (..., B)."""
+    """Return the best entries by scores (..., B, size), which are divided by norms (..., B).
+
+    Of a store's cosines with embeddings that is the semantic search (4.2.1).
+    """
     best = scores.max(axis=-1).astype(np.float64) / norms
     return Matches(scores.argmax(axis=-1), best)
 
