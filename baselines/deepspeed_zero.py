@@ -66,8 +66,7 @@ class ZeroModel:
     """A model under ZeRO stage 3, served by one process; use as a context manager.
 
     Takes the model over, for good: its parameters live in host memory, page-locked if `device` is
-    a CUDA device, and are gone on exit. On the CPU they are gathered within host memory, which no
-    link slows down.
+    a CUDA device, and are gone on exit. On the CPU no link slows their gathering down.
     """
 
     model: "PreTrainedModel"

@@ -45,7 +45,7 @@ COLUMNS = pa.schema(
     }
 )
 
-NAMES = {
+NAMES = {  # what others call the columns
     "request": ("request_id", "req_id", "seq_id", "sequence", "prompt_id"),
     "phase": ("stage", "is_decode"),
     "step": ("iteration", "iter", "token", "token_idx", "position", "pos"),
@@ -54,10 +54,9 @@ NAMES = {
     "expert": ("expert_id", "expert_idx", "expert_index"),
     "weight": ("gate_weight", "routing_weight", "score", "prob", "probability"),
 }
-"""What others call the columns."""
 PHASES = {"0": "prefill", "1": "decode"}
+# What a line of a stream may call its ids.
 STREAM_KEYS = ("experts", "topk_experts", "topk_indices", "expert_ids", "indices")
-"""What a line of a stream may call its ids."""
 STREAMS = (".npy", ".npz", ".jsonl")
 NO_SHARE = 1e-12
 ROW_BYTES = 50  # in memory

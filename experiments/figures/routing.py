@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 
 from experiments.bootstrap import limits, weights
-from finemoe.expert_map import ExpertMapStore
+from finemoe.expert_map import ExpertMapStore, TrajectorySearch, nearest
 from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.offload.routed import joined
-from finemoe.search import TrajectorySearch, nearest
 from finemoe.trace import TracedRequest
 
 Values = NDArray[np.floating]

@@ -177,8 +177,7 @@ class Link:
         raise NotImplementedError
 
     def finish(self) -> tuple[float, float] | None:
-        """Wait for the oldest chunk in flight; return the `perf_counter` of its copy's two ends, if
-        the link is timed."""
+        """Wait for the oldest chunk in flight; return when its copy began and ended, if timed."""
         raise NotImplementedError
 
     def idle(self) -> None:

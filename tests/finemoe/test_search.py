@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.expert_map import ExpertMapStore
+from finemoe.expert_map import ExpertMapStore, Matches, TrajectorySearch, nearest
 from finemoe.offload.policy import FloatArray, ModelShape
-from finemoe.search import Matches, TrajectorySearch, nearest
 from tests.finemoe.offload.states import array
 
 
