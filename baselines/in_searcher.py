@@ -57,7 +57,7 @@ class HitCountInSearcher(MoEInfinityPolicy):
         distance = self._early
         first, last = layers.start + distance, min(layers.stop + distance, self.shape.layers)
         steps = np.arange(max(last - first, 0))
-        ratios = [self.collection.ratios(e[: len(steps)])[steps, first + steps] for e in nearest]
+        ratios = [self.collection.ratios[e[: len(steps)]][steps, first + steps] for e in nearest]
         likeliest = self._likeliest(np.stack(ratios, axis=1), range(distance, distance + 1), now=0)
         wanted = np.zeros((layers.stop - layers.start, self.shape.layers, self.shape.experts))
         wanted[steps, first + steps] = likeliest

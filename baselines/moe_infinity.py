@@ -18,6 +18,7 @@ description and its code differ:
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,8 @@ class MatrixCollection:
         self.additions = 0
         self._prepared = 0
         self._matrices = np.zeros((capacity, shape.layers, shape.experts), dtype=np.float32)
-        self._ratios = np.zeros_like(self._matrices)
+        self.ratios = np.zeros_like(self._matrices)
+        """Each expert's share of its layer's activations, shape (capacity, L, J)."""
         self._rows = np.zeros((shape.layers, capacity, shape.experts), dtype=np.float32)
 
     @property
@@ -76,13 +78,9 @@ class MatrixCollection:
         """Return rows of every stored matrix scaled to unit length, shape (layers, size, J)."""
         return self._rows[layers, : self.size]
 
-    def ratios(self, entries: NDArray[np.intp]) -> FloatArray:
-        """Return each expert's share of its layer's activations, shape (entries, L, J); a copy."""
-        return self._ratios[entries]
-
     def memory_bytes(self) -> dict[str, int]:
         matrices = self._matrices.nbytes
-        return {"matrices": matrices, "store": matrices + self._ratios.nbytes + self._rows.nbytes}
+        return {"matrices": matrices, "store": matrices + self.ratios.nbytes + self._rows.nbytes}
 
     def counts(self) -> dict[str, int]:
         return {"entries": self.size}
@@ -109,7 +107,7 @@ class MatrixCollection:
             return None
         self.popularity += matrix - self._matrices[entry]
         self._matrices[entry] = matrix
-        self._ratios[entry] = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        self.ratios[entry] = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         self._rows[:, entry] = unit(matrix)
         self.matches[entry] = 1
         self.additions += 1
@@ -326,10 +324,7 @@ class MoEInfinityPolicy(UsageTable):
 
     def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
         """Return what each gate requests, (layers, L, J): the largest of the nearest's ratios."""
-        first, *others = nearest
-        ratios = self.collection.ratios(first)
-        for entries in others:
-            np.maximum(ratios, self.collection.ratios(entries), out=ratios)
+        ratios = reduce(np.maximum, [self.collection.ratios[entries] for entries in nearest])
         wanted = ratios.astype(np.float64)
         if self.collection.variant == "code":
             wanted += UNSEEN_RATIO

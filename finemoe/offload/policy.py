@@ -245,7 +245,7 @@ class Policy:
     predict_ahead: Callable[[Iteration, Gates], None] | None = None
     """Compute at once what follows from the gates of an iteration that has begun.
 
-    Only a replay calls it, right after `on_embeddings`; no answer may depend on it.
+    Called, if at all, right after `on_embeddings`; no answer may depend on it.
     """
 
     def begin_serving(self) -> None:
