@@ -39,14 +39,6 @@ class ZeroOptions:
     param_persistence_threshold: Whole = 100_000
 
 
-@dataclass(frozen=True)
-class Shrinkage:
-    """How many times smaller than full size the experts and the hidden size of a model are."""
-
-    expert: float = 1.0
-    hidden: float = 1.0
-
-
 @dataclass
 class Gathered:
     """The most bytes of parameters that were on the device at once, and of them experts'."""
@@ -74,14 +66,14 @@ class ZeroModel:
     """A model under ZeRO stage 3, served by one process; use as a context manager.
 
     Takes the model over, for good: its parameters live in host memory, page-locked if `device` is
-    a CUDA device, and are gone on exit. On the CPU they are gathered within host memory, which no
-    link slows down.
+    a CUDA device, and are gone on exit. On the CPU no link slows their gathering down.
     """
 
     model: "PreTrainedModel"
     device: torch.device
     options: ZeroOptions = field(default_factory=ZeroOptions)
-    shrinkage: Shrinkage = Shrinkage()
+    expert_shrinkage: float = 1.0  # how many times smaller than full size its experts are
+    hidden_shrinkage: float = 1.0
 
     def __enter__(self) -> Self:
         """Start DeepSpeed; raise ValueError if this process cannot have it on this device."""
@@ -119,12 +111,10 @@ class ZeroModel:
             peak.total = max(peak.total, sum(size for _, size in sizes))
             peak.experts = max(peak.experts, sum(size for expert, size in sizes if expert))
 
-        hooks = [module.register_forward_pre_hook(look) for module in self.model.modules()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for module in self.model.modules():
+                hooks.enter_context(module.register_forward_pre_hook(look))
             yield peak
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _drop_weights(self) -> None:
         """Free the weights: DeepSpeed holds on to the modules of every model it has had."""
@@ -136,7 +126,7 @@ class ZeroModel:
     def _start(self) -> Any:
         import deepspeed
 
-        config = _config(self.options, self.shrinkage, self.device, self.model.dtype)
+        config = self._config()
         self.model.set_experts_implementation(self.options.experts)
         # Converted before the engine sees it, which would move the whole model to the device.
         deepspeed.zero.Init(module=self.model, config_dict_or_path=config, dtype=self.model.dtype)
@@ -147,31 +137,24 @@ class ZeroModel:
         engine.eval()
         return engine
 
-
-def _config(
-    options: ZeroOptions, shrinkage: Shrinkage, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Return DeepSpeed's config; sizes shrink with the model, so that they bind as at full size.
-
-    Persistence tells vectors from matrices, so its threshold shrinks with the hidden size.
-    """
-    larger = shrinkage.expert
-    zero = {
-        "stage": 3,
-        "offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"},
-        "stage3_prefetch_bucket_size": round(options.prefetch_bucket_size / larger),
-        "stage3_max_live_parameters": round(options.max_live_parameters / larger),
-        "stage3_max_reuse_distance": round(options.max_reuse_distance / larger),
-        "stage3_param_persistence_threshold": round(
-            options.param_persistence_threshold / shrinkage.hidden
-        ),
-    }
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "zero_optimization": zero,
-    }
+    def _config(self) -> dict[str, Any]:
+        # Sizes shrink with the model, so that they bind as at full size. Persistence tells vectors
+        # from matrices, so its threshold shrinks with the hidden size.
+        options, larger = self.options, self.expert_shrinkage
+        persisting = options.param_persistence_threshold / self.hidden_shrinkage
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": self.model.dtype == torch.bfloat16},
+            "fp16": {"enabled": self.model.dtype == torch.float16},
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "cpu", "pin_memory": self.device.type == "cuda"},
+                "stage3_prefetch_bucket_size": round(options.prefetch_bucket_size / larger),
+                "stage3_max_live_parameters": round(options.max_live_parameters / larger),
+                "stage3_max_reuse_distance": round(options.max_reuse_distance / larger),
+                "stage3_param_persistence_threshold": round(persisting),
+            },
+        }
 
 
 @contextlib.contextmanager

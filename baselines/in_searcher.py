@@ -29,13 +29,13 @@ class SpeculationInSearcher(UsageTable, SpeculatingPolicy):
 
     def __init__(self, shape: ModelShape, distance: int, eviction: Eviction) -> None:
         super().__init__(shape, distance, shape.top_k)
-        self._eviction = eviction
+        self._by_recency = eviction == "lru"
 
     def _rank(self, first: int, probabilities: Table) -> Table:
         return probabilities / self._distance
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        return self._recency if self._eviction == "lru" else self._keys
+        return self._recency if self._by_recency else super().eviction_keys(incoming, urgent)
 
 
 class HitCountInSearcher(MoEInfinityPolicy):
@@ -57,7 +57,7 @@ class HitCountInSearcher(MoEInfinityPolicy):
         distance = self._early
         first, last = layers.start + distance, min(layers.stop + distance, self.shape.layers)
         steps = np.arange(max(last - first, 0))
-        ratios = [self.collection.ratios(e[: len(steps)])[steps, first + steps] for e in nearest]
+        ratios = [self.collection.ratios[e[: len(steps)]][steps, first + steps] for e in nearest]
         likeliest = self._likeliest(np.stack(ratios, axis=1), range(distance, distance + 1), now=0)
         wanted = np.zeros((layers.stop - layers.start, self.shape.layers, self.shape.experts))
         wanted[steps, first + steps] = likeliest

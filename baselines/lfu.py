@@ -29,14 +29,10 @@ class LfuPolicy(UsageTable):
     def on_evict(self, expert: ExpertId) -> None:
         if self._forgets:
             self.visits[expert] = 0
-            self._keys[expert] = self._recency[expert]
 
 
 class LfruPolicy(UsageTable):
-    """The expert of the smallest f / (age + 1) leaves: its uses so far, and layers since the last.
-
-    Counts are kept when an expert leaves.
-    """
+    """The expert of the smallest f / (age + 1) leaves: all its uses, and layers since the last."""
 
     def forget(self) -> None:
         super().forget()
@@ -56,10 +52,9 @@ class ClassLruPolicy(Recency):
     """llama.cpp's expert cache: the largest age / 2^class leaves, age in layers since the last use.
 
     Each use counts half as much after HALF_LIFE tokens; the class is the binary logarithm of the
-    count, rounded down, from 0 to LAST_CLASS. A list per class in order of last use would find the
-    same expert among its tails. The public proposals of such a cache, ggml-org/llama.cpp pull
-    requests 24524 and 27861, tell of hot experts and of recency; the classes are known from a
-    description at second hand.
+    count, rounded down, from 0 to LAST_CLASS. The public proposals of such a cache,
+    ggml-org/llama.cpp pull requests 24524 and 27861, tell of hot experts and of recency; the
+    classes are known from a description at second hand.
 
     There, iterations of more than LARGEST_BATCH tokens read the cache and do not fill it. Here an
     expert needs a slot to compute, which no policy can refuse. So what such an iteration loads

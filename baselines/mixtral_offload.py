@@ -21,9 +21,8 @@ DISTANCE = 1  # layers that the guess looks ahead (section 6.1 of the FineMoE pa
 class MixtralOffloadPolicy(SpeculatingPolicy):
     """After each gate asks for the top-K that the next gate would choose for the same input.
 
-    A layer waits for them (`awaited`: the FineMoE paper calls its prefetches synchronous, 4.3 and
-    6.2) or goes on (`asynchronous`: they overlap with compute in its own report). At most `experts`
-    are asked for a layer, 1 or 2 in the report; None: K of every token.
+    A layer waits for them or goes on (docs/fidelity.md). At most `experts` are asked for a layer, 1
+    or 2 in its report; None: K of every token.
     """
 
     @validate_call(config=CHECKED)

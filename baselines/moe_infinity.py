@@ -1,8 +1,9 @@
 """MoE-Infinity (arXiv 2401.14361): prefetch what the most similar past request activated.
 
-After every gate the running request's activation matrix is compared with those of all finished
-ones, and the nearest one's activation ratios, damped by how far ahead a layer lies, rank what is
-prefetched. Prediction is on the critical path (section 6.1 of the FineMoE paper).
+A request's activation matrix (L x J) counts its tokens per expert, over its prompt and its decoded
+tokens. After every gate the running request's is compared with those of all finished ones, and the
+nearest one's activation ratios, damped by how far ahead a layer lies, rank what is prefetched.
+Prediction is on the critical path (section 6.1 of the FineMoE paper).
 
 File names below are those of the original code, TorchMoE/MoE-Infinity. `variant` chooses where its
 description and its code differ:
@@ -17,13 +18,15 @@ description and its code differ:
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call
 
-from baselines.activation_matrices import MatrixCollection, RunningRequest, Variant
+from finemoe.expert_map import StoreMismatch, read_arrays, unit, write_arrays
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
@@ -39,22 +42,134 @@ from finemoe.offload.policy import (
 from finemoe.options import CHECKED, Count, Flag
 
 UNSEEN_RATIO = 1e-8  # what the code adds to every ratio before the decay (expert_predictor.py)
-SMALLEST_ACTIVITY = 1e-6
-"""Added to an activation ratio, so that layers tell even unused experts apart."""
+SMALLEST_ACTIVITY = 1e-6  # added to a ratio, so that layers tell even unused experts apart
+Variant = Literal["paper", "code"]
 Prefetching = Literal["asynchronous", "awaited", "awaited_next_layer", "awaited_at_distance"]
+
+
+class MatrixCollection:
+    """Up to `capacity` activation matrices (L, J) of finished requests.
+
+    Two matrices are as similar as the mean, over the layers, of the cosines of their rows
+    (`find_most_similar`, expert_tracer.py); a layer without tokens counts as zero.
+    """
+
+    def __init__(self, shape: ModelShape, capacity: int, variant: Variant) -> None:
+        self.shape = shape
+        self.capacity = capacity
+        self.variant = variant
+        self.size = 0
+        self.matches = np.zeros(capacity, dtype=np.int64)  # how often each was the nearest
+        self.popularity = np.zeros((shape.layers, shape.experts))
+        """Tokens of all stored requests per expert."""
+        self.additions = 0
+        self._prepared = 0
+        self._matrices = np.zeros((capacity, shape.layers, shape.experts), dtype=np.float32)
+        self.ratios = np.zeros_like(self._matrices)
+        """Each expert's share of its layer's activations, shape (capacity, L, J)."""
+        self._rows = np.zeros((shape.layers, capacity, shape.experts), dtype=np.float32)
+
+    @property
+    def matrices(self) -> FloatArray:
+        """The stored matrices, shape (size, L, J)."""
+        return self._matrices[: self.size]
+
+    def rows(self, layers: slice) -> FloatArray:
+        """Return rows of every stored matrix scaled to unit length, shape (layers, size, J)."""
+        return self._rows[layers, : self.size]
+
+    def memory_bytes(self) -> dict[str, int]:
+        matrices = self._matrices.nbytes
+        return {"matrices": matrices, "store": matrices + self.ratios.nbytes + self._rows.nbytes}
+
+    def counts(self) -> dict[str, int]:
+        return {"entries": self.size}
+
+    def keep_all(self) -> None:
+        """Keep what is stored now from being the least matched (`persistent_capacity`)."""
+        self._prepared = self.size
+
+    def similarity(self, matrix: FloatArray) -> FloatArray:
+        """Return the similarity of a matrix (L, J) to every stored one, shape (size,)."""
+        cosines = np.matmul(self._rows[:, : self.size], unit(matrix)[:, :, None])[..., 0]
+        return cosines.mean(axis=0)
+
+    def add(self, matrix: FloatArray) -> int | None:
+        """Store a matrix and return its entry; None if it was full of matrices to be kept."""
+        if self.size < self.capacity:
+            entry = self.size
+            self.size += 1
+        elif self.variant == "paper":
+            entry = int(self.similarity(matrix).argmax())
+        elif self._prepared < self.size:
+            entry = self._prepared + int(self.matches[self._prepared :].argmin())
+        else:
+            return None
+        self.popularity += matrix - self._matrices[entry]
+        self._matrices[entry] = matrix
+        self.ratios[entry] = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        self._rows[:, entry] = unit(matrix)
+        self.matches[entry] = 1
+        self.additions += 1
+        return entry
+
+    def save(self, path: Path, model_id: str) -> None:
+        write_arrays(path, {"model_id": model_id}, {"matrices": self.matrices.copy()})
+
+    def load(self, path: Path, model_id: str) -> None:
+        shape = ("entries", self.shape.layers, self.shape.experts)
+        (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
+        if (matrices != abs(matrices.round())).any():
+            raise StoreMismatch(f"{path} holds matrices that do not count tokens")
+        for matrix in matrices:
+            self.add(matrix)
+
+
+class RunningRequest:
+    """The matrix of a request under way, and each row's cosine with every stored row, summed up."""
+
+    def __init__(self, collection: MatrixCollection) -> None:
+        shape = collection.shape
+        self.matrix = np.zeros((shape.layers, shape.experts), dtype=np.float32)
+        self._collection = collection
+        self._cosines = np.zeros((shape.layers, collection.capacity), dtype=np.float32)
+        self._sums = np.zeros(collection.capacity, dtype=np.float32)
+
+    def begin_iteration(self) -> None:
+        """Sum up anew, so that rounding errors do not pile up."""
+        size = self._collection.size
+        self._sums[:size] = self._cosines[:, :size].sum(axis=0)
+
+    def refresh(self, entry: int) -> None:
+        """Compare with a matrix that was stored after this request had begun."""
+        stored = self._collection.matrices[entry]
+        self._cosines[:, entry] = (unit(stored) * unit(self.matrix)).sum(axis=1)
+
+    def count(self, layers: slice, tokens: FloatArray) -> FloatArray:
+        """Add tokens (gates, J) of gates in a row; return similarities after each (gates, size)."""
+        rows = self.matrix[layers]
+        rows += tokens
+        lengths = np.sqrt(np.vecdot(rows, rows))[:, None]
+        directions = rows / np.maximum(lengths, 1e-30)
+        cosines = np.matmul(self._collection.rows(layers), directions[:, :, None])[..., 0]
+        known = self._cosines[layers, : self._collection.size]
+        changes = cosines - known if self._collection.variant == "paper" else -known
+        known[:] = cosines
+        carried = self._sums[: self._collection.size]
+        changes[0] += carried
+        sums: FloatArray = changes.cumsum(axis=0)
+        carried[:] = sums[-1]
+        return sums
 
 
 class MoEInfinityPolicy(UsageTable):
     """Keeps one matrix a request, and prefetches all later layers of the nearest stored one.
 
-    `eviction` says who leaves: the least visited (section 6.1 of the FineMoE paper, and the code's
-    dispatcher of 2025), the most visited (its live scheduler, core/prefetch/task_scheduler.cpp),
-    the least active (our own: the running requests' activation ratio x layer decay, two of the
-    three factors of expert_priority_score.py, which nobody calls), or the least recently used.
-
-    `prefetching` says whether a layer waits for prefetches. In its code copies are asynchronous;
-    the FineMoE paper calls them synchronous (6.1), every layer waiting for them (4.3), but says not
-    for how many: all that are asked for, K of the next layer, or K of the layer `early_layers` on.
+    `eviction` says who leaves: the least visited, the most visited (`scheduler`, the code's
+    core/prefetch/task_scheduler.cpp), the least active (our own: the running requests' activation
+    ratio x layer decay, two of the three factors of expert_priority_score.py, which nobody calls),
+    or the least recently used. `prefetching` says whether a layer waits for prefetches: for all, or
+    for K of the next layer or of the layer `early_layers` on. docs/fidelity.md weighs them.
     """
 
     @validate_call(config=CHECKED)
@@ -70,7 +185,7 @@ class MoEInfinityPolicy(UsageTable):
         online_growth: Flag = True,  # served requests join (`finish_entry`, expert_tracer.py)
     ) -> None:
         self.shape = shape
-        self._early, self._variant, self._eviction = early_layers, variant, eviction
+        self._early, self._eviction = early_layers, eviction
         self._online_growth = online_growth
         few = {"awaited_next_layer": 1, "awaited_at_distance": early_layers}
         distance = few.get(prefetching)
@@ -79,9 +194,7 @@ class MoEInfinityPolicy(UsageTable):
             awaited=prefetching != "asynchronous",
             awaits=(distance, shape.top_k) if distance else None,
         )
-        self.history = self.collection = MatrixCollection(
-            shape, capacity, "similar" if variant == "paper" else "unmatched"
-        )
+        self.history = self.collection = MatrixCollection(shape, capacity, variant)
         self._growing = True
         self._running: dict[int, RunningRequest] = {}
         layers = np.arange(shape.layers)
@@ -154,7 +267,7 @@ class MoEInfinityPolicy(UsageTable):
     def _requests(self, iteration: Iteration) -> list[RunningRequest]:
         for number in iteration.requests:
             if number not in self._running:
-                self._running[number] = RunningRequest(self.collection, self._variant)
+                self._running[number] = RunningRequest(self.collection)
         return [self._running[number] for number in iteration.requests]
 
     def _popular_experts(self) -> Priorities:
@@ -211,12 +324,9 @@ class MoEInfinityPolicy(UsageTable):
 
     def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
         """Return what each gate requests, (layers, L, J): the largest of the nearest's ratios."""
-        first, *others = nearest
-        ratios = self.collection.ratios(first)
-        for entries in others:
-            np.maximum(ratios, self.collection.ratios(entries), out=ratios)
+        ratios = reduce(np.maximum, [self.collection.ratios[entries] for entries in nearest])
         wanted = ratios.astype(np.float64)
-        if self._variant == "code":
+        if self.collection.variant == "code":
             wanted += UNSEEN_RATIO
         wanted *= self._decay[layers]
         return wanted
@@ -228,8 +338,10 @@ class MoEInfinityPolicy(UsageTable):
         return -activity * self._front[first : first + len(tokens)]
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
+        if self._eviction == "lfu":
+            return super().eviction_keys(incoming, urgent)
         orders = {"activation": self._activity, "scheduler": self.visits, "lru": self._recency}
-        return orders.get(self._eviction, self._keys)
+        return orders[self._eviction]
 
 
 def _tokens_of(requests: Sequence[RunningRequest], layers: slice) -> FloatArray:

@@ -2,8 +2,7 @@
 
 Links work through the absent experts earliest deadline first, and no resident that is needed before
 the incoming expert is given up for it. Requests reach as far as the next visit of every layer, the
-next iteration's included. Predictions are on the critical path, to be there at once, and cost
-nothing in virtual time.
+next iteration's included, and cost nothing in virtual time.
 It is greedy: a link that is slow against the layers may evict for a prefetch what a later start
 would have spared, so its misses are no proven minimum (P. Cao et al., "A study of integrated
 prefetching and caching strategies", 1995, call this rule aggressive). `finemoe.offload.bounds` is

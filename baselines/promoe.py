@@ -2,10 +2,8 @@
 
 `predictor=gate` applies layer l + d's own gate to it, as the prototype that the FineMoE paper
 compares with (section 6.1); `predictor=learned` a small MLP per layer, trained offline, as the
-ProMoE paper does (`python -m experiments.train.predictor`). Predictions start with layer d, unless
-the last token tells of the first d layers (`prefill=code`). Its chunked prefetch, early preemption,
-and order of experts by arrival are the engine's, and every system has them. Its cache is least
-recently used per layer; layers have equal shares.
+ProMoE paper does (`python -m experiments.train.predictor`). Its chunked prefetch, early preemption,
+and order of experts by arrival are the engine's, and every system has them.
 """
 
 from collections.abc import Mapping
@@ -41,10 +39,8 @@ class LearnedPredictor:
     down_bias: FloatArray  # shape (S, J)
 
     def logits(self, source: int | slice, hidden_states: FloatArray) -> FloatArray:
-        """Return scores (T, J) of the experts of layer `source` + d for inputs (T, h).
-
-        For a slice of S sources the inputs are (S, T, h), and the scores (S, T, J).
-        """
+        """Return scores of layer `source` + d's experts: inputs (T, h) to (T, J), or (S, T, h) to
+        (S, T, J) for a slice of S sources."""
         up, down = self.up[source].swapaxes(-1, -2), self.down[source].swapaxes(-1, -2)
         units = np.maximum(hidden_states @ up + self.up_bias[source][..., None, :], 0)
         return units @ down + self.down_bias[source][..., None, :]
@@ -75,10 +71,9 @@ class LearnedPredictor:
 class ProMoEPolicy(SpeculatingPolicy):
     """Prefetches the K best experts of each token, and `extra` more, the nearest layer first.
 
-    `prefill` says whether every prompt token predicts, as "stride-based" reads, or none, as in its
-    code (src/cpp_worker/predictor.cpp, "skip prediction due to prefill"). The code also has the
-    last layer's output of a decoded token predict the first d layers of the next one
-    (`layer_predict_replace_first_input_with_last_output`); here the input of its last MoE block.
+    `prefill` says whether every prompt token predicts, or none, as in its code
+    (src/cpp_worker/predictor.cpp), which also has the last layer's output of a decoded token
+    predict the first d layers of the next one; here the input of its last MoE block.
     """
 
     placement = Placement("background", hidden_states=True)

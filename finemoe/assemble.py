@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from finemoe.offload.budget import spread
-from finemoe.offload.cache import Slot
 from finemoe.offload.device import CudaLink, DeviceSlots, EmulatedLink, Link
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel, grouped_mm_waits
@@ -112,11 +111,10 @@ def resident_runtime(
         memory = DeviceSlots.allocate(layout, slots, devices)
         _fill(memory, residency, model)
     else:
-        blocks = {
-            residency.cache.slot(flat): model.store.blocks[flat] for flat in residency.preload()
-        }
-        rows = [[blocks[Slot(d, i)] for i in range(count)] for d, count in enumerate(slots)]
-        memory = DeviceSlots(layout, rows)
+        # Each takes the next slot of its device.
+        residency.preload()
+        blocks = [model.store.blocks[device :: len(slots)] for device in range(len(slots))]
+        memory = DeviceSlots(layout, blocks)
     grouped = grouped and _grouped_is_faster(model, devices)
     return LiveRuntime(model, policy, residency, memory, (), devices, grouped=grouped)
 

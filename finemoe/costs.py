@@ -64,8 +64,7 @@ class FullSizeModel:
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Count
-    shared_expert_intermediate_size: Whole
-    """Width of the experts that every token goes to; 0 if there are none."""
+    shared_expert_intermediate_size: Whole  # of those that every token goes to; 0: there are none
     vocab_size: Count
     bytes_per_parameter: Count = 2
 
@@ -74,10 +73,8 @@ class FullSizeModel:
 
     @property
     def layer_parts(self) -> tuple[int, ...]:
-        """Parameters outside routed experts that a MoE layer reads, product by product.
-
-        Of attention (query, key, value and output), shared experts (gate, up and down), and router.
-        """
+        """Parameters, product by product, that a MoE layer reads outside routed experts: those of
+        attention, shared experts and router."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         shared = 3 * self.shared_expert_intermediate_size
         widths = heads * self.head_dim, shared, self.experts

@@ -45,7 +45,7 @@ COLUMNS = pa.schema(
     }
 )
 
-NAMES = {
+NAMES = {  # what others call the columns
     "request": ("request_id", "req_id", "seq_id", "sequence", "prompt_id"),
     "phase": ("stage", "is_decode"),
     "step": ("iteration", "iter", "token", "token_idx", "position", "pos"),
@@ -54,10 +54,9 @@ NAMES = {
     "expert": ("expert_id", "expert_idx", "expert_index"),
     "weight": ("gate_weight", "routing_weight", "score", "prob", "probability"),
 }
-"""What others call the columns."""
 PHASES = {"0": "prefill", "1": "decode"}
+# What a line of a stream may call its ids.
 STREAM_KEYS = ("experts", "topk_experts", "topk_indices", "expert_ids", "indices")
-"""What a line of a stream may call its ids."""
 STREAMS = (".npy", ".npz", ".jsonl")
 NO_SHARE = 1e-12
 ROW_BYTES = 50  # in memory
@@ -76,15 +75,11 @@ def is_foreign(path: Path) -> bool:
 
 
 class ForeignTrace(Trace):
-    """The requests of a foreign table.
+    """The requests of a foreign table, see docs/trace-format.md.
 
-    A request's prefill rows are its step 0, whatever their `step`; its decode steps follow in the
-    order of theirs. A step's tokens are the most that any layer saw: rows over K, rounded up; they
-    are not told apart, so each has the shares of all. Layers count MoE layers from 0. Unless
-    `shape` is given, L, J and K are the largest layer, expert and rank plus one, up to
-    `LARGEST_SIZE`.
-
-    Raises TraceError if the file is no such table, a number is out of range, or steps are missing.
+    Unless `shape` is given, L, J and K are the largest layer, expert and rank plus one, up to
+    `LARGEST_SIZE`. Raises TraceError if the file is no such table, a number is out of range, or
+    steps are missing.
     """
 
     def __init__(self, path: Path, shape: ModelShape | None = None) -> None:
@@ -128,13 +123,10 @@ class ForeignTrace(Trace):
 
 
 class RoutedStream(Trace):
-    """Requests cut from the experts that token after token chose, in every layer.
+    """Requests cut from the experts that token after token chose: see docs/trace-format.md.
 
-    A `.npy` or `.npz` holds ids as whole numbers, (tokens, L, K) as vLLM and SGLang hand them out
-    for a request, or (L, tokens, K); of several arrays each is cut for itself. A `.jsonl` has an
-    object a line, with a `layer` and its tokens' ids, (tokens, K), layer by layer in the order of
-    the tokens. A request takes `prompt` tokens, which are one prefill, and `output` - 1 more; what
-    is left at the end is not used. Raises TraceError if the file is no such stream of `shape`.
+    A request takes `prompt` tokens, which are one prefill, and `output` - 1 more; what is left at
+    the end is not used. Raises TraceError if the file is no such stream of `shape`.
     """
 
     def __init__(self, path: Path, shape: ModelShape, prompt: int, output: int) -> None:

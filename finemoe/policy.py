@@ -5,8 +5,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from finemoe.expected_use import ExpectedUse, WholeUse
-from finemoe.expert_map import ExpertMapStore
+from finemoe.expert_map import ExpertMapStore, Matches, TrajectorySearch, nearest
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
@@ -22,41 +21,95 @@ from finemoe.offload.policy import (
     layer_requests,
 )
 from finemoe.options import CHECKED, Count, Flag
-from finemoe.search import Matches, TrajectorySearch, nearest
 from finemoe.selection import Variant, divisors, select_experts, union_priorities
+
+SMALLEST_PROBABILITY = 1e-9  # of an expert, as its eviction key takes it
 
 
 @dataclass(frozen=True, config=CHECKED)
 class FineMoEOptions:
-    """What the paper fixes and its ablations vary."""
+    """What the paper fixes and its ablations vary; docs/fidelity.md says what speaks for which."""
 
     prefetch_distance: Count  # d; 3 for Mixtral, 6 for Qwen, 4 for Phi (section 6.1)
     store_capacity: Count = 1000  # C (section 6.1)
-    variant: Variant = "paper"
-    """Whose selection and priorities, where paper and demo differ: see finemoe/selection.py."""
-    search: Literal["both", "semantic", "trajectory"] = "both"
-    """Figure 14a: T+S, S alone for every layer, or T alone."""
-    selection: Literal["delta", "top_k"] = "delta"
-    """Similarity-aware (section 4.3) or always K experts."""
-    eviction: Literal["finemoe", "demo", "lru", "lfu"] = "finemoe"
-    """Figure 14b; `demo` takes p * freq as an integer, and freq is 0 once an expert has left."""
+    variant: Variant = "paper"  # whose selection and priorities: see finemoe/selection.py
+    search: Literal["both", "semantic", "trajectory"] = "both"  # figure 14a: T+S, S or T alone
+    selection: Literal["delta", "top_k"] = "delta"  # similarity-aware (4.3) or always K experts
+    eviction: Literal["finemoe", "demo", "lru", "lfu"] = "finemoe"  # figure 14b, and the demo's
     horizon: Literal["single", "all", "demo"] = "single"
-    """After the gate of layer l, predict layer l + d (4.2.2), all layers from there on, or all but
-    that one, as the demo does."""
+    """After the gate of layer l, predict layer l + d, all from there on, or all but that one."""
     aggregation: Literal["mean", "token", "demo"] = "token"
-    """What queries and enters the store of a prompt: the mean over its tokens (section 4.2.3: "each
-    prompt generates one data point"), or every token. `demo` remembers every token and searches by
-    each request's last one: its queue is emptied by every search, so that the last one stands."""
+    """What queries and enters the store of a prompt: the mean over its tokens, or every token; the
+    demo remembers every token and searches by each request's last one."""
     online_growth: Flag = True
     """Whether iterations enter the store while serving, beyond the prompts that prepared it."""
     asynchronous: Flag = True  # search in the background (section 4.3) or on the critical path
 
 
+class ExpectedUse:
+    """Eviction keys 1 / (p * freq): p from the maps searched last, freq counts visits (4.5).
+
+    An expert not yet visited counts as visited once. `expect` may be called from another thread
+    than the others: it writes p alone, and tells by `_revised` from which layers on.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        table = (shape.layers, shape.experts)
+        self._layers = shape.layers
+        self._anything = np.float32(1 / shape.experts)
+        self._expected = np.full(table, self._anything, dtype=np.float64)
+        self._visits = [[0] * shape.experts for _ in range(shape.layers)]
+        self._frequency = np.ones(table)
+        self._keys = np.empty(table)
+        self._revised = [0]
+
+    def expect(self, probabilities: FloatArray, first: int) -> None:
+        """Take p of the layers from `first` on, shape (L - first, J)."""
+        np.maximum(probabilities, SMALLEST_PROBABILITY, out=self._expected[first:])
+        self._revised.append(first)
+
+    def expect_anything(self) -> None:
+        """Take every expert of a layer to be as likely as any."""
+        self._expected[:] = self._anything
+        self._revised.append(0)
+
+    def on_outcome(self, outcome: LayerOutcome) -> None:
+        layer = outcome.layer
+        visits, frequency = self._visits[layer], self._frequency[layer]
+        expected, keys = self._expected[layer], self._keys[layer]
+        # One by one: for the few experts of a decode step this beats indexing with a list.
+        for index in outcome.activated:
+            visits[index] += 1
+            frequency[index] = visits[index]
+            keys[index] = 1 / (expected[index] * frequency[index])
+
+    def keys(self) -> Table:
+        """Return the keys in an array that is updated in place."""
+        first = self._layers
+        while self._revised:
+            first = min(first, self._revised.pop())
+        if first < self._layers:
+            keys = self._keys[first:]
+            np.multiply(self._expected[first:], self._frequency[first:], out=keys)
+            np.reciprocal(keys, out=keys)
+        return self._keys
+
+
+class WholeUse(ExpectedUse):
+    """The demo's keys: p * freq as an integer; the least goes, of equal ones the first."""
+
+    def forget(self, expert: ExpertId) -> None:
+        self._visits[expert.layer][expert.index] = 0
+        self._frequency[expert] = 1
+
+    def keys(self) -> Table:
+        return -np.floor(self._expected * self._frequency)
+
+
 class FineMoEPolicy(UsageTable):
     """Searches the store after the embeddings and after every gate, and prefetches its answer.
 
-    Q counts what an iteration enters into the store: its requests, or its tokens. All Q search, or
-    the last token of each request, as in the demo.
+    Q counts what an iteration enters into the store: its requests, or its tokens.
     """
 
     def __init__(self, shape: ModelShape, options: FineMoEOptions) -> None:
@@ -227,7 +280,8 @@ class FineMoEPolicy(UsageTable):
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
         if self._by_maps:
             return self._use.keys()
-        return self._recency if self.options.eviction == "lru" else self._keys
+        lru = self.options.eviction == "lru"
+        return self._recency if lru else super().eviction_keys(incoming, urgent)
 
 
 def finemoe(shape: ModelShape, **options: Any) -> FineMoEPolicy:

@@ -24,8 +24,7 @@ class Testbed:
     link_gb_s: float = 0.0
     link_latency_s: float = 0.0  # what every emulated transfer adds
     time_scale: float = 1.0  # factor on the time that emulated links take
-    threads: int | None = None
-    """Threads for the model's operations on the CPU; None leaves torch's default."""
+    threads: int | None = None  # for operations on the CPU; None leaves torch's default
     cores: tuple[frozenset[int], frozenset[int]] | None = None
     """Those of the model's thread, and those of links and searcher; None leaves them free."""
 
@@ -52,6 +51,5 @@ class SimulatedTestbed:
     costs: Callable[[Any, Any, bool], CostModel]
     """Returns the costs of a model under a system (their configs), which may predict."""
     device_bytes: float = float("inf")
-    time_scale: float = 1.0
-    """Factor on the time of links, of a testbed that stands for an emulated one."""
+    time_scale: float = 1.0  # factor on the time of links, as of an emulated testbed
     mode: Literal["simulated"] = "simulated"

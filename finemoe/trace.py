@@ -58,13 +58,11 @@ class TraceHeader:
     """What a trace says about itself."""
 
     shape: ModelShape
-    dtype: DType
-    """Of logits, embeddings and hidden states, which are stored as the model computed them."""
+    dtype: DType  # of optional arrays, which are stored as the model computed them
     contents: tuple[Content, ...]  # which optional arrays every step holds
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model, weights, dataset, seed, versions: whatever says where the routing came from."""
-    gates: GateWeights | None = None
-    """The model's gates, for systems that apply them to hidden states."""
+    gates: GateWeights | None = None  # for systems that apply them to hidden states
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import pdist
 
 from experiments.bootstrap import limits, weights
-from finemoe.expert_map import ExpertMapStore
+from finemoe.expert_map import ExpertMapStore, TrajectorySearch, nearest
 from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.offload.routed import joined
-from finemoe.search import TrajectorySearch, semantic_search
 from finemoe.trace import TracedRequest
 
 Values = NDArray[np.floating]
@@ -180,7 +179,7 @@ def search(
     rows = queries.maps.swapaxes(0, 1)
     by_map = [trajectory.observe(layer[None]) for layer in rows]
     entries, scores = (np.concatenate(parts) for parts in zip(*by_map, strict=True))
-    return Searched(store, *semantic_search(store, queries.embeddings), entries, scores)
+    return Searched(store, *nearest(store.cosines(queries.embeddings)), entries, scores)
 
 
 def request_counts(history: Iterations, measured: Iterations, top_k: int) -> Predictor:

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_accelerator
+from baselines.deepspeed_zero import ZeroModel, ZeroOptions, choose_accelerator
 from experiments.errors import UserError
 from experiments.run.config import build
 from experiments.run.console import Console
@@ -93,8 +93,7 @@ class ZeroSetup(Setup):
             model, cfg = self.model, self.cfg
             hidden = cfg.model.hidden_size / model.config.get_text_config().hidden_size
             scaled = hidden if cfg.weights == "scale" else 1.0
-            shrinkage = Shrinkage(self.full / self.stored, scaled)
-            zero = ZeroModel(model, self.device, self.options, shrinkage)
+            zero = ZeroModel(model, self.device, self.options, self.full / self.stored, scaled)
             try:
                 self.backend = LiveBackend(PlainRuntime(self.stack.enter_context(zero)))
             except (torch.AcceleratorError, torch.OutOfMemoryError) as error:

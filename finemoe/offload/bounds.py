@@ -11,12 +11,8 @@ Where a device runs one expert a layer that is Belady's MIN. For larger sets the
 no order of computation forbids, also that an expert computes and leaves before the next one of its
 layer arrives; so it holds for layers wider than the slots, too, which run in waves.
 
-Time is bounded by the longest path through such stretches. Whatever the slots hold when a layer
-ends, what the layers after it need and cannot all have found there arrives later, one after the
-other on its device's link, and before the layer that uses it ends. So the end of a layer comes no
-earlier than any earlier layer's end and the loads of the busiest link in between, and no earlier
-than the layer before and its own compute. Foresight does not help, as any slots' contents are
-granted, at no cost, at the beginning of every stretch.
+Time is bounded by the longest path through stretches of loads and layers of compute, whatever the
+slots hold when a stretch begins: docs/planner.md.
 """
 
 import itertools

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.offload.policy import ExpertId, ModelShape, Table, check_table, failed, refused
+from finemoe.offload.policy import ExpertId, ModelShape, Table, call_hook, check_table, refused
 
 
 class Slot(NamedTuple):
@@ -94,10 +94,7 @@ class ExpertCache:
             slot = self._remove(victim)
             if self._on_evict is not None:
                 expert = self.experts[victim]
-                try:
-                    self._on_evict(expert)
-                except Exception as error:
-                    raise failed(self._on_evict, expert.layer, error) from error
+                call_hook(self._on_evict, expert.layer, expert)
         self._slot[flat] = slot
         self.absent[flat] = False
         self.occupied += 1
@@ -150,10 +147,7 @@ class ExpertCache:
     def _victim(self, flat: int, urgent: bool) -> int:
         """Return whom the load of an expert may evict, or NOBODY; of equal keys the first."""
         incoming = self.experts[flat]
-        try:
-            given = self._keys(incoming, urgent)
-        except Exception as error:
-            raise failed(self._keys, incoming.layer, error) from error
+        given = call_hook(self._keys, incoming.layer, incoming, urgent)
         if given is not self._checked:
             self._take_keys(given, incoming)
         device = flat % self._devices

@@ -125,12 +125,6 @@ def _unlock(pointers: set[int]) -> None:
         cudart.cudaHostUnregister(pointer)
 
 
-def _aligned(nbytes: int, device: torch.device) -> Tensor:
-    buffer = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
-    skip = -buffer.data_ptr() % ALIGNMENT
-    return buffer[skip : skip + nbytes]
-
-
 class DeviceSlots:
     """Slots by device and index: blocks that links copy to, and the weights that they hold."""
 
@@ -144,9 +138,13 @@ class DeviceSlots:
         cls, layout: BlockLayout, counts: Sequence[int], devices: Sequence[torch.device]
     ) -> Self:
         """Return `counts` slots on each of the devices, one allocation each."""
-        sizes = zip(counts, devices, strict=True)
-        slabs = [_aligned(count * layout.nbytes, device) for count, device in sizes]
-        return cls(layout, [slab.split(layout.nbytes) for slab in slabs])
+        rows = []
+        for count, device in zip(counts, devices, strict=True):
+            nbytes = count * layout.nbytes
+            slab = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
+            skip = -slab.data_ptr() % ALIGNMENT
+            rows.append(slab[skip : skip + nbytes].split(layout.nbytes))
+        return cls(layout, rows)
 
     def block(self, slot: Slot) -> Tensor:
         return self._blocks[slot.device][slot.index]
@@ -176,12 +174,10 @@ class Link:
         self._slots = slots
 
     def start(self, chunk: Chunk) -> None:
-        """Begin to copy a chunk."""
         raise NotImplementedError
 
     def finish(self) -> tuple[float, float] | None:
-        """Wait for the oldest chunk in flight; return the `perf_counter` of its copy's two ends, if
-        the link is timed."""
+        """Wait for the oldest chunk in flight; return when its copy began and ended, if timed."""
         raise NotImplementedError
 
     def idle(self) -> None:
@@ -215,7 +211,6 @@ class EmulatedLink(Link):
         self._latency = latency
         self._free_at = self._counted_to = self._began = 0.0
         self._busy = False
-        self._sent = 0  # bytes of the chunk in flight
         self.copied_bytes = 0
         self.copying_seconds = 0.0
         self.lags = 0  # how often a chunk followed another without a pause
@@ -230,17 +225,16 @@ class EmulatedLink(Link):
             self.lags += 1
             self.lag_seconds += now - self._free_at
         self._busy = True
-        self._sent = chunk.stop - chunk.start
-        self._free_at += self._sent / self._bytes_per_second
+        self._free_at += (chunk.stop - chunk.start) / self._bytes_per_second
         if chunk.start == 0:
             self._free_at += self._latency
         self._copy(chunk)
+        self.copied_bytes += chunk.stop - chunk.start
 
     def finish(self) -> tuple[float, float]:
         wait = self._free_at - time.perf_counter()
         if wait > 0:
             time.sleep(wait)
-        self.copied_bytes += self._sent
         now = time.perf_counter()
         self.copying_seconds += now - self._counted_to
         self._counted_to = now
@@ -302,11 +296,8 @@ class CudaLink(Link):
         with torch.cuda.stream(self._stream):
             began = self._clock.mark() if self._clock else None
             self._copy(chunk)
-            if self._clock:
-                arrived = self._clock.mark()
-            else:
-                arrived = torch.cuda.Event(blocking=True)
-                arrived.record(self._stream)
+            arrived = torch.cuda.Event(enable_timing=self._clock is not None, blocking=True)
+            arrived.record(self._stream)
         self._writers[chunk.slot] = arrived
         self._in_flight.append((began, arrived))
 

@@ -1,7 +1,4 @@
-"""Eviction orders that need no prediction: policies that never prefetch, and bases of others.
-
-Orders are kept up to date, an expert or a row at a time, so that asking for one costs nothing.
-"""
+"""Eviction orders that need no prediction: policies that never prefetch, and bases of others."""
 
 import numpy as np
 
@@ -28,9 +25,8 @@ class Recency(Policy):
     def on_outcome(self, outcome: LayerOutcome) -> None:
         self._now -= TICK
         row = self._recency[outcome.layer]
-        for used in (outcome.hits, outcome.late, outcome.misses, outcome.host):
-            for index in used:
-                row[index] = self._now
+        for index in outcome.activated:
+            row[index] = self._now
 
     def on_load(self, expert: ExpertId) -> None:
         self._now -= TICK
@@ -51,18 +47,12 @@ class UsageTable(Recency):
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
-        visits, keys = self.visits[outcome.layer], self._keys[outcome.layer]
-        for used in (outcome.hits, outcome.late, outcome.misses, outcome.host):
-            for index in used:
-                visits[index] += 1
-                keys[index] = self._now - visits[index]
-
-    def on_load(self, expert: ExpertId) -> None:
-        super().on_load(expert)
-        self._keys[expert] = self._now - self.visits[expert]
+        visits = self.visits[outcome.layer]
+        for index in outcome.activated:
+            visits[index] += 1
 
     def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Table:
-        return self._keys
+        return np.subtract(self._recency, self.visits, out=self._keys)
 
 
 class LayeredLruPolicy(Recency):
@@ -79,9 +69,8 @@ class LayeredLruPolicy(Recency):
     def on_outcome(self, outcome: LayerOutcome) -> None:
         super().on_outcome(outcome)
         row, key = self._layered[outcome.layer], self._now + self._ranks[outcome.layer]
-        for used in (outcome.hits, outcome.late, outcome.misses, outcome.host):
-            for index in used:
-                row[index] = key
+        for index in outcome.activated:
+            row[index] = key
 
     def on_load(self, expert: ExpertId) -> None:
         super().on_load(expert)

@@ -14,10 +14,8 @@ from torch.overrides import TorchFunctionMode
 from finemoe.offload.policy import LEAST_SCORE
 
 SQUASHING = ("sigmoid", "softmax")
-MAKING = ("linear", "matmul", "mm")
-"""Functions that make logits."""
-PASSING = ("softmax", "to", "float", "type", "view", "reshape")
-"""Functions that leave their order as it is."""
+MAKING = ("linear", "matmul", "mm")  # functions that make logits
+PASSING = ("softmax", "to", "float", "type", "view", "reshape")  # and leave their order as it is
 
 
 class Ranking(TorchFunctionMode):

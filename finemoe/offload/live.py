@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import Any, Self
 
@@ -79,8 +79,7 @@ class LiveRuntime:
         """Tells the model's thread of arrivals, of links that fall asleep, and of failures."""
         self._roused = threading.Condition(self._lock)
         """Tells links that they are not among the sleepers any more."""
-        self._asleep: set[int] = set()
-        """Links that found nothing to copy; only `wake` takes them out."""
+        self._asleep: set[int] = set()  # links that found nothing to copy, until `wake`
         self._in_flight = [deque[Chunk]() for _ in self.links]
         """By link, chunks whose copies were begun, in that order; its thread takes them out."""
         self._wake = self.residency.wake = partial(_rouse, self._asleep, self._roused)
@@ -101,7 +100,7 @@ class LiveRuntime:
         """The same of the last iteration, until `_settle` tells it."""
         self._computed: list[tuple[str, str, Callable[[], float], Callable[[], float]]] = []
         """Spans of kernels, written at a time when nobody has to wait for them."""
-        self._clocks: dict[torch.device, DeviceClock] = {}
+        self._clock_of = cache(DeviceClock)
 
     def __enter__(self) -> Self:
         try:
@@ -180,7 +179,6 @@ class LiveRuntime:
         return output
 
     def end_request(self, request: int) -> None:
-        """Tell the policy that a request is served."""
         self._settle()
         self._publish("update", 0, self.policy.end_request, lambda: (request,))
 
@@ -294,7 +292,7 @@ class LiveRuntime:
             for listener in self.listeners:
                 listener(outcome)
         if self._observed:
-            self._hand_over(partial(self._tell, iteration, copies, activated))
+            self._tell(iteration, copies, activated)
 
     def _tell(
         self, iteration: Iteration, copies: list[HostCopy], activated: list[tuple[int, ...]]
@@ -304,13 +302,13 @@ class LiveRuntime:
         _, logits, *hidden = (np.stack(part) for part in zip(*routed, strict=True))
         gates = Gates(softmax(logits), activated, hidden[0] if hidden else None)
         policy, number = self.policy, iteration.number
-        self._ask("search", number, policy.on_embeddings, lambda: (iteration, embeddings), -1)
+        self._ask("search", number, policy.on_embeddings, lambda: (iteration, embeddings))
         if policy.predict_ahead:
-            self._ask("search", number, policy.predict_ahead, lambda: (iteration, gates), -1)
+            self._ask("search", number, policy.predict_ahead, lambda: (iteration, gates))
         for layer in range(len(routed)):
             shown = partial(lambda layer: (iteration, gates.of(layer)), layer)
             self._ask("search", number, policy.on_gate, shown, layer)
-        self._ask("update", number + 1, policy.end_iteration, lambda: (iteration,), -1)
+        self._ask("update", number + 1, policy.end_iteration, lambda: (iteration,))
 
     def _compute(self, outcome: LayerOutcome, routing: Dispatch, copied: HostCopy | None) -> Tensor:
         """Run experts in order of arrival; their outputs are added in a fixed order (rule 1).
@@ -373,9 +371,7 @@ class LiveRuntime:
         if self.timeline is None or device.type != "cuda":
             now = time.perf_counter()
             return lambda: now
-        if device not in self._clocks:
-            self._clocks[device] = DeviceClock(device)
-        clock = self._clocks[device]
+        clock = self._clock_of(device)
         return partial(clock.seconds, clock.mark())
 
     def _note_computed(self) -> None:
@@ -389,18 +385,16 @@ class LiveRuntime:
         self, phase: str, number: int, hook: Hook, shown: Callable[[], Any], layer: int = -1
     ) -> None:
         """Have a hook called, here or by the worker, and its prefetches for an iteration queued."""
-        if self._observed:
-            self._hand_over(partial(self._ask, phase, number, hook, shown, layer))
-
-    def _hand_over(self, task: Task) -> None:
+        if not self._observed:
+            return
         if self._worker is None:
-            task()
+            self._ask(phase, number, hook, shown, layer)
             return
         with self._timed("context_collection"):
-            self._worker.publish(task)
+            self._worker.publish(partial(self._ask, phase, number, hook, shown, layer))
 
     def _ask(
-        self, phase: str, number: int, hook: Hook, shown: Callable[[], Any], layer: int
+        self, phase: str, number: int, hook: Hook, shown: Callable[[], Any], layer: int = -1
     ) -> None:
         # What the worker's thread waits for is nobody's loss.
         with nullcontext() if self._worker else self._timed("context_collection"):
@@ -552,7 +546,6 @@ class Worker(threading.Thread):
         self._tasks.put(task)
 
     def drain(self) -> None:
-        """Wait until every published task is done or dropped."""
         reached = threading.Event()
         self._tasks.put(reached)
         reached.wait()

@@ -63,10 +63,8 @@ class OffloadedModel:
     gates: tuple[nn.Module, ...]
     experts: tuple[nn.Module, ...]
     kernels: tuple[ExpertKernel, ...]
-    logits_index: int
-    """Which of the router's outputs holds the logits."""
-    sums: torch.dtype | None
-    """In which dtype experts' outputs are added, if not in that of the tokens."""
+    logits_index: int  # which of the router's outputs holds the logits
+    sums: torch.dtype | None  # in which experts' outputs are added, if not in that of the tokens
     as_eager: bool
     """Whether a layer's own eager experts gave the same, bit for bit, when the model was loaded."""
 

@@ -245,7 +245,7 @@ class Policy:
     predict_ahead: Callable[[Iteration, Gates], None] | None = None
     """Compute at once what follows from the gates of an iteration that has begun.
 
-    Only a replay calls it, right after `on_embeddings`; no answer may depend on it.
+    Called, if at all, right after `on_embeddings`; no answer may depend on it.
     """
 
     def begin_serving(self) -> None:
@@ -305,16 +305,12 @@ def call_hook(hook: Hook, layer: int, *arguments: Any) -> Any:
     try:
         return hook(*arguments)
     except Exception as error:
-        raise failed(hook, layer, error) from error
-
-
-def failed(hook: Hook, layer: int, error: Exception) -> PolicyError:
-    """Return the error that says what a hook raised, and on which line of its own file."""
-    source = getattr(getattr(hook, "__code__", None), "co_filename", "")
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = next((f for f in reversed(frames) if f.filename == source), frames[-1])
-    line = f"{Path(frame.filename).name}:{frame.lineno}"
-    return refused(hook, layer, f"raised {type(error).__name__}: {error} ({line})")
+        source = getattr(getattr(hook, "__code__", None), "co_filename", "")
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((f for f in reversed(frames) if f.filename == source), frames[-1])
+        line = f"{Path(frame.filename).name}:{frame.lineno}"
+        what = f"raised {type(error).__name__}: {error} ({line})"
+        raise refused(hook, layer, what) from error
 
 
 def check_table(hook: Hook, layer: int, table: Any, shape: tuple[int, int]) -> None:

@@ -18,7 +18,6 @@ from finemoe.offload.policy import (
     Priorities,
     call_hook,
     check_table,
-    failed,
     refused,
 )
 from finemoe.offload.transfer import Chunk, PrefetchQueue, Traffic, TransferQueue
@@ -33,8 +32,7 @@ class MemoryPlan:
     chunk_bytes: int
     protect: bool = False
     """Whether what a policy asked for, and has or gets, is kept until its layer's gate speaks: it
-    leaves for no prefetch, and for an on-demand load last. MoE-Infinity's scheduler passes over the
-    candidates of a prefetch (core/prefetch/task_scheduler.cpp, `candidates_`)."""
+    leaves for no prefetch, and for an on-demand load last (docs/fidelity.md)."""
 
 
 class Residency:
@@ -238,10 +236,7 @@ class Residency:
         loaded = self.queues[device].chunk_done(chunk)
         if loaded:
             expert = self.experts[chunk.flat]
-            try:
-                self.policy.on_load(expert)
-            except Exception as error:
-                raise failed(self.policy.on_load, expert.layer, error) from error
+            call_hook(self.policy.on_load, expert.layer, expert)
         return loaded
 
     def traffic(self) -> Traffic:

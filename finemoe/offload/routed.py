@@ -28,8 +28,7 @@ class RoutedIteration:
 
     iteration: Iteration
     steps: tuple[RoutedStep, ...]
-    contexts: tuple[int, ...]
-    """Tokens that each request attends to, its own included."""
+    contexts: tuple[int, ...]  # tokens that each request attends to, its own included
 
     @cached_property
     def counts(self) -> NDArray[np.integer]:

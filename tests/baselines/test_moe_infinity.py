@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from baselines.activation_matrices import MatrixCollection, RunningRequest
-from baselines.moe_infinity import MoEInfinityPolicy, moe_infinity
+from baselines.moe_infinity import (
+    MatrixCollection,
+    MoEInfinityPolicy,
+    RunningRequest,
+    moe_infinity,
+)
 from finemoe.expert_map import StoreMismatch
 from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
 from tests.finemoe.offload.states import asked
@@ -117,7 +121,7 @@ def test_popular_experts_come_first_for_the_early_layers() -> None:
 
 
 def test_a_full_collection_replaces_the_most_similar() -> None:
-    collection = MatrixCollection(SHAPE, 2, "similar")
+    collection = MatrixCollection(SHAPE, 2, "paper")
     collection.add(FIRST)
     collection.add(SECOND)
     near_first = FIRST + np.array([[0, 1, 0, 0]], np.float32)
@@ -126,7 +130,7 @@ def test_a_full_collection_replaces_the_most_similar() -> None:
 
 
 def test_a_full_collection_replaces_what_was_matched_least_while_serving() -> None:
-    collection = MatrixCollection(SHAPE, 3, "unmatched")
+    collection = MatrixCollection(SHAPE, 3, "code")
     collection.add(FIRST)
     collection.keep_all()
     collection.add(SECOND)
@@ -147,8 +151,8 @@ counts = st.lists(st.integers(0, 3), min_size=4, max_size=4)
 def test_carried_sums_find_what_a_full_comparison_finds(
     stored: list[list[list[int]]], passes: list[list[list[int]]]
 ) -> None:
-    collection = MatrixCollection(SHAPE, 5, "similar")
-    request = RunningRequest(collection, "paper")
+    collection = MatrixCollection(SHAPE, 5, "paper")
+    request = RunningRequest(collection)
     for matrix, passed in zip(stored, passes, strict=False):
         entry = collection.add(np.array(matrix, np.float32))
         assert entry is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.deepspeed_zero import ALONE, Shrinkage, ZeroModel, ZeroOptions
+from baselines.deepspeed_zero import ALONE, ZeroModel, ZeroOptions
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import PlainRuntime
@@ -106,9 +106,9 @@ def test_same_table_same_tokens(tmp_path: Path) -> None:
 
 def test_a_model_smaller_than_the_threshold_persists_unless_sizes_shrink_with_it() -> None:
     peaks = []
-    for shrinkage in (Shrinkage(), Shrinkage(expert=30_000, hidden=128)):
+    for shrinkage in ((), (30_000.0, 128.0)):
         model = small_model("mixtral")
-        with ZeroModel(model, CPU, ZeroOptions(), shrinkage) as zero:
+        with ZeroModel(model, CPU, ZeroOptions(), *shrinkage) as zero:
             logits_of(zero)
             with zero.watching(experts_of(model)) as gathered:
                 logits_of(zero)

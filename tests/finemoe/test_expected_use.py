@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.expected_use import ExpectedUse
 from finemoe.offload.policy import FloatArray, Iteration, LayerOutcome, ModelShape
+from finemoe.policy import ExpectedUse
 
 LAYERS, EXPERTS = 3, 4
 SHAPE = ModelShape(LAYERS, EXPERTS, top_k=1, hidden_size=2)

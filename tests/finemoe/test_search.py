@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.expert_map import ExpertMapStore
+from finemoe.expert_map import ExpertMapStore, Matches, TrajectorySearch, nearest
 from finemoe.offload.policy import FloatArray, ModelShape
-from finemoe.search import Matches, TrajectorySearch, semantic_search
 from tests.finemoe.offload.states import array
 
 
@@ -33,7 +32,7 @@ def test_semantic_search_finds_the_largest_cosine_of_every_query() -> None:
     # (3, 4): 3/5 to entry 0, 4/5 to entry 1, 7 / (5 * sqrt 2) to entry 2.
     # (-1, 0.5): -2 / sqrt 5 to entry 0, 1 / sqrt 5 to entry 1, -1 / sqrt 10 to entry 2.
     expected = [(0, 1.0), (2, 7 / (5 * 2**0.5)), (1, 1 / 5**0.5)]
-    assert_matches(semantic_search(store, queries), expected)
+    assert_matches(nearest(store.cosines(queries)), expected)
 
 
 @st.composite
