@@ -20,8 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Hydra raises what it refuses, instead of printing several lines of it.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
-REFUSED = "FINEMOE_REFUSED"
-"""The variable that names a file which jobs, in whatever process, leave when they are refused."""
+REFUSED = "FINEMOE_REFUSED"  # names a file that jobs leave when they are refused
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")

@@ -38,8 +38,8 @@ def weights(units: int, *key: object) -> NDArray[np.float64]:
 def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
     """Return a metric over a run's requests: a mean latency, `e2el_s@0.9`, or one of RATIOS.
 
-    Requests that shared a batch, and repeats of a request, are drawn together, as they depend on
-    each other. Raises ValueError for an unknown metric and for a run without any value.
+    Requests of a batch and repeats of a request are drawn together: they depend on each other.
+    Raises ValueError for an unknown metric and for a run without any value.
     """
     clusters = requests.groupby("batch")["request"].transform("min").to_numpy()
     names, units = np.unique(clusters, return_inverse=True)

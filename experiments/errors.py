@@ -17,12 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 BAD_INPUT = 2  # the exit code of a command that was given what it cannot use
 REFUSED = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-REMEDIES = {
+REMEDIES = {  # by what the file system says
     errno.ENAMETOOLONG: "choose a shorter name",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys(REFUSED, "choose another folder, such as with output="),
 }
-"""By the number of what the file system refuses."""
 
 
 class UserError(Exception):

@@ -98,10 +98,7 @@ def generate_tpot(model: Any, experts: str, request: Request) -> float:
 
 
 def resident_overheads(folder: Path, device: torch.device, new: int, repeats: int) -> list[Check]:
-    """Compare engine and `generate`, everything resident: medians of ratios within a round.
-
-    One request is served in every round; round 0 only warms up.
-    """
+    """Compare engine and `generate`, all resident: medians of ratios within a round; 0 warms up."""
     unmodified: Any = scale_model(folder)
     default: str = unmodified.config._experts_implementation
     unmodified.to(device).generation_config.eos_token_id = None

@@ -1,8 +1,4 @@
-"""Check this machine's CUDA devices: ``python -m experiments.bench.gpu``.
-
-Every part runs, whatever becomes of the others, and says line by line what it measured and whether
-that is as it should be. docs/gpu.md says what comes of it.
-"""
+"""Check this machine's CUDA devices: ``python -m experiments.bench.gpu`` (docs/gpu.md)."""
 
 import gc
 import itertools
@@ -56,8 +52,7 @@ TESTBED = "testbed.yaml"
 Facts = dict[str, Any]
 MOST_OF_MEMORY = 0.8
 HOST_ROWS = 64  # tokens that the host's arithmetic is measured with: it is given few
-MOST_DEVIATION = 0.2
-"""Largest acceptable deviation of a simulated TTFT or TPOT from the measured one."""
+MOST_DEVIATION = 0.2  # largest acceptable, of a simulated TTFT or TPOT from the measured
 
 
 @dataclass(frozen=True)

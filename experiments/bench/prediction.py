@@ -58,8 +58,7 @@ def normal(*lengths: int) -> FloatArray:
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
     """Teach a policy a history of full length, then time its calls.
 
-    Returns the shape, and microseconds of one call: of the embeddings, of a gate with its softmax,
-    of the update, and of each for one more token.
+    Returns the shape and the microseconds of each call; a gate's are with its softmax.
     """
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)

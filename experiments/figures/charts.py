@@ -45,8 +45,7 @@ SETTINGS: Any = {
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
     """Return a copy of the records that have the values `only`; UserError for none or two modes.
 
-    The copy has a column `series`: the display name of the system, with its options other than the
-    default and, where modes are mixed, its mode.
+    Its column `series` is the system's name, its options other than the default, mixed modes.
     """
     for column, value in only.items():
         frame = frame[frame[column] == value] if len(frame) else frame
@@ -78,10 +77,9 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
 
 
 def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Look]:
-    """Return the look of each series, in the order of drawing; a system has one colour everywhere.
+    """Return the look of each series in the order of drawing; a system has one colour everywhere.
 
-    Its variants, or its modes where they are mixed, differ in line and hatch. Systems that are
-    `references`, none of those that are compared, are dashed lines.
+    Variants, and mixed modes, differ in line and hatch; `references` are dashed lines.
     """
     systems = style.ordered(frame["system"], style.SYSTEMS)
     styled = variants(frame, "system", {system: style.system_look(system) for system in systems})
@@ -94,10 +92,7 @@ def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Lo
 def variants(
     frame: pd.DataFrame, column: str, base: Mapping[str, tuple[str, str]]
 ) -> dict[str, Look]:
-    """Return the look of each series: colour and marker by its value of a column, as `base` says.
-
-    Series of the same value differ in line and hatch.
-    """
+    """Return each series' look: colour and marker by its value of `column`, as in `base`."""
     styled: dict[str, Look] = {}
     for value, (colour, marker) in base.items():
         # Sorted by length, the plain series comes before its variants.
@@ -119,10 +114,7 @@ Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
 
 @contextmanager
 def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: float) -> Panels:
-    """Yield a figure, `width` x `height` inches, and each panel with its row and its column.
-
-    The figure is closed afterwards.
-    """
+    """Yield a figure, `width` x `height` inches, and each panel with its row and column."""
     matplotlib.use("Agg")
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(SETTINGS):
         figure, grid = plt.subplots(
@@ -224,8 +216,7 @@ def bars(
 ) -> None:
     """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
 
-    A bar for each series of `looks` that has a hatch, always where it belongs, so that a missing
-    record is a gap; those in `hollow` are not filled. Others are lines across the groups.
+    A missing record is a gap; series in `hollow` are not filled, those without hatch are lines.
     """
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
@@ -270,10 +261,7 @@ def lines(
     at: Sequence[float] | None = None,
     by: str = "series",
 ) -> None:
-    """Draw the means over `x` of each series, a value of column `by`, with their intervals.
-
-    A line breaks at those values of `at` where its series has no record; None: the series' own.
-    """
+    """Draw means with intervals over `x`; a line breaks where it has no record of `at`."""
     for name, look in looks.items():
         rows = frame[frame[by] == name].sort_values(x)
         if at is not None:
@@ -330,10 +318,7 @@ def legend(
     narrow: int | None = None,
     hollow: Collection[str] = (),
 ) -> None:
-    """Put one legend above all panels; `kind` is bar or line; bars in `hollow` are not filled.
-
-    In `columns` columns, or `narrow` ones where the figure is narrower than a page.
-    """
+    """Put one legend above all panels, in `narrow` columns if they are less than a page."""
     if narrow and figure.get_figwidth() < style.PAGE_INCHES:
         columns = narrow
     handles: list[Any] = []
@@ -370,10 +355,7 @@ def save(
     metrics: Sequence[str],
     *more: str,
 ) -> None:
-    """Save a figure of runs and, as its data, `metrics` with their intervals and `more` columns.
-
-    `names`: its id and title.
-    """
+    """Save a figure of runs (`names`: id, title); its data are `metrics` and `more` columns."""
     named = ["series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb"]
     values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
     source = ["requests", "mode", "testbed", "weights", "digest"]
@@ -412,10 +394,7 @@ def served(frame: pd.DataFrame, stand_ins: str) -> str:
 
 
 def write(figure: Figure, data: pd.DataFrame, output: Path, name: str, caption: str) -> None:
-    """Write `<output>/<name>` as png, pdf, csv (the data drawn) and txt (the caption).
-
-    The same figure gives the same bytes on the same machine. Raises OSError.
-    """
+    """Write `<output>/<name>` as png, pdf, csv (the data) and txt (the caption)."""
     for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
         with atomic_write(output / f"{name}.{kind}") as partial:
             figure.savefig(partial, format=kind, dpi=300, metadata=metadata)

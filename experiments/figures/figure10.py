@@ -10,10 +10,8 @@ from experiments.figures import charts
 
 TITLE = "TTFT, TPOT and expert hit rate of all systems"
 METRICS = ("ttft_s", "tpot_s", "hit_rate")
-WHOLE_LAYERS = "deepspeed"
-"""Fetches every expert of a layer: what it hits says nothing of a prediction."""
-REFERENCE = "oracle"
-"""Drawn as a line across each group of bars: none of the systems that are compared."""
+WHOLE_LAYERS = "deepspeed"  # fetches all of a layer: its hits say nothing of a prediction
+REFERENCE = "oracle"  # a line across each group of bars
 SYSTEM_NOTES = {
     WHOLE_LAYERS: "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its "
     "hit rate rewards no prediction; the paper leaves it out.",

@@ -11,8 +11,7 @@ from experiments.figures import charts
 
 SPECULATE, HIT_COUNT = "#56B4E9", "#009E73"
 IN_SEARCHER, MAP = {"system": "in_searcher"}, {"system": "finemoe", "eviction": "lru"}
-Approaches = dict[str, tuple[str, dict[str, str]]]
-"""Each approach: its colour, and the system and options that stand for it."""
+Approaches = dict[str, tuple[str, dict[str, str]]]  # colour, and system and options
 # Maps grow darker with each feature; whole systems have the colours of their predictions.
 TRACKING: Approaches = {
     "Speculate": (SPECULATE, {**IN_SEARCHER, "predictor": "speculation"}),
@@ -28,8 +27,7 @@ CACHING: Approaches = {
     "LFU": ("#0072B2", {"system": "finemoe", "eviction": "lfu"}),
     "FineMoE": ("#D55E00", {"system": "finemoe", "eviction": "finemoe"}),
 }
-WHOLE = ("ProMoE", "MoE-Infinity")
-"""Systems, not approaches of the paper."""
+WHOLE = ("ProMoE", "MoE-Infinity")  # systems, not approaches of the paper
 
 
 def _draw(
@@ -39,11 +37,7 @@ def _draw(
     output: Path,
     mixed_modes: bool = False,
 ) -> None:
-    """Draw hit rates of `approaches`, one panel a dataset, models as groups; `names`: id, title.
-
-    A run belongs to the approach whose system and options it has; other runs are left out. WHOLE
-    ones are drawn hollow.
-    """
+    """Draw hit rates of `approaches`, a panel a dataset, models as groups; WHOLE is hollow."""
     of_runs = [_approach(run, approaches) for run in frame.to_dict("records")]
     frame = frame.assign(approach=pd.Series(of_runs, index=frame.index, dtype=object))
     frame = charts.checked(frame.dropna(subset=["approach"]), names[0], mixed_modes)

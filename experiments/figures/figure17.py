@@ -12,7 +12,7 @@ from experiments import style
 from experiments.figures import charts
 
 NAMES = ("17", "Mean latency of one iteration of FineMoE and of its parts")
-PARTS = {
+PARTS = {  # part to its name and whether the model waits for it
     "iteration": ("Whole iteration", "whole"),
     "on_demand_wait": ("On-demand loading", "synchronous"),
     "prefetch_wait": ("Waiting for prefetches", "synchronous"),
@@ -22,16 +22,13 @@ PARTS = {
     "prefetch_issue": ("Issuing prefetches", "asynchronous"),
     "update": ("Store update", "asynchronous"),
 }
-"""Part to its name and whether the model waits for it."""
 KINDS = {
     "whole": ("whole iteration", "#222222"),
     "synchronous": ("synchronous: the model waits", "#D55E00"),
     "asynchronous": ("asynchronous: beside the model", "#0072B2"),
 }
-LEAST_MS = 1e-2
-"""Shorter parts, zero among them, are drawn here, at the left edge."""
-ROOM = 1.75
-"""Length of the axis over that of its longest part, in decades: values stand at the right."""
+LEAST_MS = 1e-2  # shorter parts, zero among them, are drawn here, at the left edge
+ROOM = 1.75  # length of the axis over that of its longest part, in decades
 NOTES = (
     "Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the "
     "iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as "

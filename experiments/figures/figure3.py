@@ -17,8 +17,7 @@ MEASURES = {"counts": "activation counts", "gate": "gate probabilities"}
 def heatmaps(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
     """Return activation shares of the first request, by layer and expert.
 
-    `coarse` is the request's activation counts over their sum in a layer; `fine` is the gate
-    probabilities, and `fine_counts` the counts, of the decode iteration halfway through it.
+    `coarse`: its counts; `fine` and `fine_counts`: gate probabilities and counts halfway through.
     """
     first = next(subject.routed.by_request())
     decoded = first.at(first.decode)
@@ -67,10 +66,7 @@ def draw_heatmaps(folder: Path, output: Path, mixed_modes: bool = False) -> None
 
 @analyses.of_traces
 def entropy(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return mean entropies over layers and requests, or iterations, with 95 % intervals.
-
-    By measure and granularity, with `uniform` (ln J) and `ln_top_k`.
-    """
+    """Return mean entropies by measure and granularity, with `uniform` (ln J) and `ln_top_k`."""
     routed, shape = subject.routed, subject.shape
     decoded, requests = routed.at(routed.decode), np.unique(routed.request)
     counts, gates = [], []
@@ -95,8 +91,7 @@ def entropy(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """Draw bars from zero: measures down, datasets across, ln J as a line over each model.
 
-    Of activation counts, as the authors' demo takes it, a decode iteration's entropy is ln K by
-    construction: K experts, one hit each. So that of gate probabilities is drawn beside it.
+    A decode iteration's entropy of counts is ln K by construction: so that of gates is beside it.
     """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["granularity"].str.capitalize()
@@ -127,10 +122,7 @@ def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
 
 @analyses.of_traces
 def growth(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return the mean entropy over layers of the counts of a request's first n decode iterations.
-
-    Over the requests that have so many, n = 1..`iterations`, with 95 % intervals.
-    """
+    """Return mean entropies of the counts of a request's first n decode iterations."""
     decoded = subject.routed.at(subject.routed.decode)
     curves = [
         routing.entropy(one.counts[: experiment.iterations].cumsum(axis=0)).mean(axis=-1)

@@ -21,15 +21,11 @@ MARKS: dict[str, style.Look] = {
     UNTESTABLE: {"marker": "_", "color": "#666666", "linestyle": ""},
 }
 
-SMALL = 5.5
-"""Points of what stands at a row or a column of many."""
+SMALL = 5.5  # points of what stands at a row or a column of many
 
 
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a mark for each claim (down) under each reading (across); faint ones are the default's.
-
-    Claims that no reading touches are left out. It fits a column: claims go by their ids.
-    """
+    """Draw a mark for each claim (down) under each reading (across), if any touches it."""
     table = read_table(folder / TABLE).astype({"experiment": str})
     touched = table[table.groupby("claim")["touched"].transform("any")]
     claims, readings = (touched[name].drop_duplicates().tolist() for name in ("claim", "reading"))

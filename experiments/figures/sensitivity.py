@@ -12,8 +12,7 @@ from experiments.figures import charts
 
 TIMES = ("ttft_s", "tpot_s")
 INTERVALS = f"Error bars: {charts.INTERVALS}"
-PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}
-"""Section 6.1: the distances that the paper found best."""
+PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}  # found best in section 6.1
 DATASET_LOOKS = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
 BOUNDS = ("belady", "oracle")
 
@@ -206,10 +205,7 @@ def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -
 
 
 def _agreement(frame: pd.DataFrame, sources: list[str], metric: str) -> str:
-    """Say how alike routings rank the systems, bounds left out: Kendall's tau, the mean of budgets.
-
-    Each of `sources` is compared with the last one, which is the scale model's.
-    """
+    """Say how alike routings rank systems: Kendall's tau with the last, mean of budgets."""
     systems = frame[~frame["system"].isin(BOUNDS)]
     *others, scale = sources
     values = systems.pivot(index=["memory_budget", "series"], columns="source", values=metric)

@@ -13,16 +13,12 @@ from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 
 STORES = {"maps_mb": "Expert maps", "total_mb": "Maps and embeddings"}
-CLAIMED_MB = 200
-"""What the paper says 32K maps stay below (section 6.7)."""
+CLAIMED_MB = 200  # what the paper says 32K maps stay below (section 6.7)
 
 
 @analyses.of_models
 def models(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
-    """Return a model's row: parameters in 10^9, sizes in 10^9 bytes (of an expert in 10^6).
-
-    Norms and biases are not counted.
-    """
+    """Return a model's parameters in 10^9, without norms and biases, and sizes in GB or MB."""
     facts = analyses.model_facts(name)
     model = full_size(facts)
     width = model.bytes_per_parameter

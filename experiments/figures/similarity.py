@@ -12,30 +12,24 @@ from experiments import style
 from experiments.errors import UserError
 from experiments.figures import analyses, charts, routing
 
-METHODS = {"pairs": "All pairs", "matches": "Best match"}
-"""Figures 8 and 9 by the paper's method, all pairs of prompts, and by what the store answers."""
-PAPER = 0.84, 0.97
-"""The least and the largest of the paper's twelve coefficients (figure 9)."""
+METHODS = {"pairs": "All pairs", "matches": "Best match"}  # the paper's, and what a store answers
+PAPER = 0.84, 0.97  # the least and the largest of its twelve coefficients (figure 9)
 COEFFICIENTS: dict[str, style.Look] = {
     **style.SEARCHES,
     "Bin means": {"color": "#333333", "marker": "D", "linestyle": "", "markerfacecolor": "white"},
     "Paper": {"color": "#dddddd", "hatch": ""},
 }
-LARGEST_MARKER = 60
-"""Area in square points of a marker that stands for everything."""
-NARROWEST = 0.02
-"""The least range of scores that an axis shows."""
-DODGE = 16
-"""How far apart, in iterations of capacity, whiskers of the same capacity are drawn."""
+LARGEST_MARKER = 60  # square points of a marker that stands for everything
+NARROWEST = 0.02  # the least range of scores that an axis shows
+DODGE = 16  # how far apart, in iterations of capacity, whiskers are drawn
 
 
 @analyses.of_traces
 def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return hit rates at distances 1..`longest_distance`, as far as the model has layers.
+    """Return hit rates at distances 1..`longest_distance` by granularity, and `chance` (K/J).
 
-    Coarse is the past request of nearest activation counts, as MoE-Infinity tracks them; fine is
-    the past iteration of nearest expert map (trajectory search). Means over decode iterations and
-    layers d..L-1, with 95 % intervals, and `chance` (K/J).
+    Coarse is the past request of nearest activation counts; fine the past iteration of nearest
+    map. Means over decode iterations and layers d..L-1, with 95 % intervals.
     """
     history, measured, shape = subject.history, subject.measured, subject.shape
     searched = subject.searched(experiment.store_capacity)
@@ -81,10 +75,7 @@ def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> Non
 def compared(
     subject: analyses.Subject, experiment: DictConfig
 ) -> Iterator[tuple[str, str, routing.Comparison]]:
-    """Yield pairs of all prompts, and matches of measured iterations, by method and search.
-
-    Raises UserError if the experiment's `point` is none of `routing.POINTS`.
-    """
+    """Yield pairs of prompts, and matches of iterations, by method and search; UserError."""
     if experiment.point not in routing.POINTS:
         known = ", ".join(routing.POINTS)
         raise UserError(f"experiment.point={experiment.point} is unknown; choose one of {known}")
@@ -99,10 +90,7 @@ def compared(
 
 @analyses.of_traces
 def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return mean hit rates in equally wide bins of similarity, by method and search.
-
-    With intervals, how many pairs or iterations a bin holds, and their share.
-    """
+    """Return mean hit rates in equally wide bins of similarity, by method and search."""
     frames = {}
     for method, search, values in compared(subject, experiment):
         bins = routing.binned(*values, experiment.bins)
@@ -111,11 +99,7 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
 
 
 def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 8, a line a model: methods and datasets down, searches across.
-
-    By the paper's method, over all pairs of prompts, and by ours: what a match predicts. Markers
-    show the share of a bin.
-    """
+    """Draw figure 8, a line a model: methods and datasets down, searches across."""
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
@@ -153,10 +137,7 @@ def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> No
 
 @analyses.of_traces
 def pearson(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return the coefficient over pairs or iterations, with its interval, by method and search.
-
-    With that of the means of figure 8's bins, the mean score and hit rate, and their number.
-    """
+    """Return the coefficient and that of figure 8's bins, by method and search."""
     rows = []
     for method, search, (score, hits, request) in compared(subject, experiment):
         bins = routing.binned(score, hits, request, experiment.bins)
@@ -168,10 +149,7 @@ def pearson(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 9, a bar a search for each model; n/a where nothing varies.
-
-    Methods down, datasets across, both as in figure 8.
-    """
+    """Draw figure 9, a bar a search for each model; n/a where nothing varies."""
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["search"].str.capitalize()
     models, datasets = charts.facets(frame)
@@ -206,10 +184,7 @@ def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
 
 @analyses.of_traces
 def capacity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return mean scores, with intervals, and how many iterations a store of a capacity holds.
-
-    Trajectories are scored as far as they predict a layer.
-    """
+    """Return mean scores with intervals, and how many iterations a store of a capacity holds."""
     measured = subject.measured
     request = measured.request[measured.decode]
     rows = []

@@ -105,8 +105,7 @@ def judge(
 ) -> list[Verdict]:
     """Judge every claim, write claims.json and claims.csv into the folder, return the verdicts.
 
-    A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
-    UserError if the folder is unreadable, OSError if it cannot be written to.
+    Claims over several modes are judged only with `mixed_modes`. Raises UserError or OSError.
     """
     verdicts = [judge_one(claim, results.rows, mixed_modes) for claim in load_claims(claims)]
     rows = [asdict(one) for one in verdicts]

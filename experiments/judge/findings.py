@@ -112,9 +112,8 @@ def claim(
 ) -> Callable[[Callable[..., Finding]], Claim]:
     """Make a claim of a function, named as the function is; its docstring is the claim's text.
 
-    The function takes the experiment's runs, as `run_frame` gives them, or the rows that its
-    analysis left. In a text of several claims {model} or {system} and {paper} are filled in. See
-    Claim for `paper` and the options.
+    It takes the experiment's runs, as `run_frame` gives them, or the rows that its analysis left.
+    {model} or {system} and {paper} are filled in; see Claim for `paper` and the options.
     """
 
     def register(measure: Callable[..., Finding]) -> Claim:
@@ -145,10 +144,7 @@ def _of(rows: Rows, selectors: Sequence[Selector]) -> Rows:
 def _measured(
     rows: Rows, metrics: Names, selectors: Sequence[Selector], by: Names = ()
 ) -> tuple[list[tuple[Cell, str]], Draws]:
-    """Return cells, each with every metric, and draws, shape (these, selectors, 1 + RESAMPLES).
-
-    A cell is a model and dataset, unless these are compared, and a value of each of `by`.
-    """
+    """Return cells with each metric, and draws: (these, selectors, 1 + RESAMPLES)."""
     compared = {key for one in selectors if not isinstance(one, str) for key in one}
     names = [name for name in ("model", "dataset") if name in {*rows.columns} - compared]
     if rows.empty:
@@ -176,11 +172,7 @@ def _draws(chosen: Rows, selector: Selector, cell: Cell, metric: str) -> Draws:
 
 
 def _run_draws(run: Any, metric: str) -> Draws:
-    """Return a metric of one run, its requests resampled; of these three there is one number.
-
-    A footprint is the bytes of slots at the peak, and of what is never offloaded; sync_s and
-    sync_share are what a system adds to the critical path, expert loads on demand left out.
-    """
+    """Return a metric of one run, its requests resampled; footprint and sync_* are constant."""
     summary = run["record"]["summary"]
     if metric == "footprint":
         return constant(summary["peak_slot_bytes"] + summary["dense_bytes"])

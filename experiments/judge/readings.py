@@ -35,11 +35,7 @@ def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
 
 
 def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
-    """Judge every claim that the default reading's runs decide under every reading it was run for.
-
-    Returns claim, experiment, section, text, reading, `touched` (whether its runs are others than
-    by default), verdict, and ours, low, high and paper in `unit`.
-    """
+    """Judge the claims that the default reading decides, under every reading; columns: COLUMNS."""
     judged: list[dict[str, Any]] = []
     by_digest = runs.set_axis(runs["digest"].tolist())
     rows = {name: partial(_runs_of, by_digest, view) for name, view in views.items()}

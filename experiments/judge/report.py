@@ -37,10 +37,7 @@ BROAD = 600  # a figure of more CSS pixels scrolls on a phone rather than shrink
 def write(
     results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
 ) -> list[Verdict]:
-    """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
-
-    Raises UserError for an unreadable folder or figure, OSError if nothing can be written.
-    """
+    """Judge, write REPORT.md and report.html, return the verdicts. Raises UserError, OSError."""
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
     others = [one for one in verdicts if one.section not in HEADLINES]

@@ -278,10 +278,9 @@ def made(results: ResultsFolder, name: str, source: str) -> bool:
 
 
 def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
-    """Copy the runs of these digests, as far as they are not here, from records below a folder.
+    """Copy the runs of these digests that are missing from records below a folder; return how many.
 
-    Returns how many. A sweep without testbed= that was simulated counts as what it simulated.
-    Raises UserError if there is no such folder, or a malformed record in it.
+    A sweep without testbed= that was simulated counts as what it simulated. Raises UserError.
     """
     if not folder.is_dir():
         raise UserError(f"records={folder} is no folder; name one that a sweep left")

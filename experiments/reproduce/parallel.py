@@ -41,8 +41,7 @@ class Outcome:
 def side_by_side(tasks: Tasks, launcher: str, n_jobs: int) -> Generator[Outcome, None, None]:
     """Yield how each task ended, as they end; no task's failure stops the others.
 
-    In other processes, where every task has one thread, unless there is but one job. Raises
-    UserError if the launcher's package is missing.
+    Each in a process with one thread, unless n_jobs is 1. UserError for a missing launcher.
     """
     left = dict(tasks)
     try:

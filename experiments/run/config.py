@@ -28,10 +28,9 @@ from finemoe.options import Count, Flag, Number, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
 DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us", "uses_host")
-"""Keys of a config group's option that are no arguments of its target."""
 NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]  # it becomes part of file names
 
-OPTIONS = schema(
+OPTIONS = schema(  # of a config, but for what targets check of their own
     system=schema(label=NAME),
     model=schema(
         name=NAME,
@@ -57,7 +56,6 @@ OPTIONS = schema(
     store=dict[Literal["load", "save"], Text | None],
     output=Text | None,
 )
-"""What a config has, but for what targets check of their own options."""
 
 
 def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
@@ -71,10 +69,7 @@ def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise UserError for what cannot be served, before weights or a dataset are loaded.
-
-    What `model=checkpoint` leaves open is filled in first.
-    """
+    """Raise UserError for what cannot be served; fill in what model=checkpoint leaves open."""
     values = values_of(cfg)
     if (values.get("model") or {}).get("counted", ...) is None:
         from experiments.run.models import complete
@@ -209,11 +204,10 @@ def identity(cfg: DictConfig) -> str:
 def build_policy(
     cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
 ) -> tuple[Policy, int, tuple[int, ...]]:
-    """Return a system's policy with the store that it starts from, its budget in bytes and slots.
+    """Return a system's policy with its store, its budget in bytes and slots of each device.
 
-    The slots are those of each device. Raises UserError for a budget that cannot be, or that does
-    not fit a simulated device, of which the first also holds what is dense; and for a store that
-    the system does not keep, that is another model's, or that cannot be saved.
+    Raises UserError for a budget that cannot be or does not fit a simulated device, and for a
+    store that the system does not keep, that is another model's, or that cannot be saved.
     """
     policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)

@@ -15,10 +15,9 @@ from rich.text import Text
 
 from finemoe.offload.policy import ModelShape
 
-CONTROLS = re.compile(
+CONTROLS = re.compile(  # but tab and line feed; marks of direction, halves of surrogate pairs
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Control characters but tab and line feed, marks of direction, halves of surrogate pairs."""
 LOSSLESS = {None: ("not verified here", ""), True: ("yes", ""), False: ("NO", "bold red")}
 LONG_SECONDS = 100  # from an end-to-end latency of this p99 on, latencies are shown in seconds
 

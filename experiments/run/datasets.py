@@ -93,10 +93,8 @@ Source = Annotated[str, AfterValidator(_there)]
 def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
     """Return the first human turn of each conversation of a hub dataset or a local file.
 
-    A row is an object with `conversation` or `conversations`, a list of turns: role and content
-    (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is skipped; standard error and the
-    source say how many, and what the first was. Raises UserError if the data is missing, gated or
-    unreadable, or no row is left.
+    Turns have role and content (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is
+    skipped, which standard error and the source say. Raises UserError if no row is left.
     """
     if Path(path).suffix in SUFFIXES:
         rows = _local_rows(Path(path))
@@ -123,10 +121,7 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
 def draw_prompts(
     dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
 ) -> PromptSet:
-    """Draw prompts by seed, each cut to exactly `input_tokens` tokens, a chat template's included.
-
-    Raises UserError if too few texts are that long.
-    """
+    """Draw prompts by seed, cut to `input_tokens` with the chat template; UserError for too few."""
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
@@ -149,10 +144,8 @@ def prompts_of(
 ) -> tuple[PromptSet, int]:
     """Return one prompt of exactly each length, and how many passes over the texts that took.
 
-    A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
-    prompt goes on with the next text, so that no text is used twice before all were; where the
-    first starts, and which request gets which run, is drawn by seed. The chat template is counted
-    in; a prompt without room for it and one more token goes without.
+    A prompt is a run of consecutive texts, cut at its end; the next goes on with the next text.
+    The chat template is counted in; a prompt without room for it goes without.
     """
     before, after = template(tokenizer)
     order, draw = list(range(len(lengths))), random.Random(seed)
@@ -186,10 +179,7 @@ def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def template(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the token ids that the chat template, or the tokenizer, puts around a prompt.
-
-    Raises UserError if the template fails or does not pass a prompt on as it is.
-    """
+    """Return the token ids around a prompt; UserError if the chat template fails or alters it."""
     if not getattr(tokenizer, "chat_template", None):
         return [one for one in (tokenizer.bos_token_id,) if one is not None], []
     turn = [{"role": "user", "content": SENTINEL}]

@@ -384,12 +384,10 @@ def _times(machine: Machine) -> str:
 # What has to fit a device beside its experts -----------------------------------------------------
 
 MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-CUDA_BYTES = 500_000_000
-"""Assumed; see `needed_beside`."""
+CUDA_BYTES = 500_000_000  # assumed; see `needed_beside`
 
 Parts = Mapping[str, int]
-Extent = tuple[int, int, int]
-"""The most tokens in caches, tokens in a prefill and rows of logits that there are at once."""
+Extent = tuple[int, int, int]  # the most tokens in caches, in a prefill, rows of logits
 
 
 def needed_beside(
@@ -437,10 +435,7 @@ def extent(schedule: Schedule, logs: bool = False) -> Extent:
 def shortage(
     devices: Sequence[torch.device], slots: Sequence[int], expert_bytes: int, beside: Parts
 ) -> str:
-    """Return in words which device cannot hold its slots and the rest; nothing if all can.
-
-    All but the first only run experts.
-    """
+    """Return in words which device cannot hold its slots and the rest; nothing if all can."""
     experts: Counter[torch.device] = Counter()
     for device, count in zip(devices, slots, strict=True):
         experts[device] += count * expert_bytes
@@ -496,10 +491,7 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
 
 @contextmanager
 def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield the setup of a run, its gates overruled by a trace where `routing` names one.
-
-    Raises UserError for what cannot be, or does not fit a device.
-    """
+    """Yield the setup of a run, gates overruled by `routing`; UserError if it cannot be."""
     try:
         with ExitStack() as stack:
             traced = traced_workload(cfg, console) if cfg.routing else None

@@ -33,22 +33,18 @@ if TYPE_CHECKING:
 GROWING = ("full_attention", "sliding_attention", "indexed_attention", "hybrid", "hybrid_sliding")
 """Kinds of layers that keep something of every token."""
 
-PREFETCH_DISTANCE = 3
-"""Of a model for which nobody measured one: the paper's for Mixtral (section 6.1)."""
+PREFETCH_DISTANCE = 3  # of a model that nobody measured: Mixtral's (section 6.1)
 
-FACTS = (
+FACTS = (  # what tells models apart: a scale model has the first four
     *("scale.config.model_type", "layers", "experts", "top_k"),
     *("hidden_size", "expert_intermediate_size"),
 )
-"""What tells models apart; scale models have the first four in common with the full ones."""
 
-DEQUANTISED = ("fp8", "mxfp4")
-"""How weights may be quantised that transformers can bring to the model's own dtype."""
+DEQUANTISED = ("fp8", "mxfp4")  # ways to quantise that transformers can undo
 
 SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-LOADING_SHARE = 1.15
-"""What loading takes in terms of what it must; 1.0 for large tensors, up to this for small ones."""
+LOADING_SHARE = 1.15  # of memory over what it must take: 1.0 for large tensors
 
 DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
 
@@ -60,8 +56,7 @@ class LoadedModel:
     offloaded: OffloadedModel
     tokenizer: Any
     full_expert_bytes: int
-    cast: str | None = None
-    """From which dtype to which most of the weights were brought, if that is not their own."""
+    cast: str | None = None  # what most weights were cast from and to, if they were
 
     @property
     def positions(self) -> int | None:
@@ -71,10 +66,7 @@ class LoadedModel:
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """Raise UserError if a folder's or the hub's config.json is of another model, or missing.
-
-    What the hub's cache lacks is compared when it is loaded.
-    """
+    """Raise UserError if config.json, as far as it is here, is of another model or missing."""
     if folder := _folder(source_of(cfg.model, str(cfg.weights))):
         outline_of(cfg.model, str(cfg.weights), str(folder))
 
@@ -100,9 +92,7 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedModel", Any]:
     """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`.
 
-    The host must have room for the peak: when the first MoE layer has been copied into blocks, or
-    by DeepSpeed, and not been freed yet, that is all weights and that layer twice. Files are
-    mapped, and their pages given back.
+    At the peak the first MoE layer has been copied and not been freed: it takes room twice.
     """
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
@@ -210,10 +200,7 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
 
 
 def cast_of(cfg: DictConfig, weights: str, dtype: torch.dtype, nbytes: int) -> str | None:
-    """Say what most weights were in their files, if a model of `nbytes` in `dtype` has others.
-
-    Quantised ones are dequantised: kernels for them run on some GPUs only. What that costs is said.
-    """
+    """Say of which dtype most weights were in their files, if the model has another."""
     folder = None if weights in ("dummy", "scale") else _folder(source_of(cfg, weights))
     if folder is None:
         return None
@@ -243,18 +230,14 @@ def _folder(source: str) -> Path | None:
 # Room ---------------------------------------------------------------------------------------------
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-CGROUP_FILES = {
+CGROUP_FILES = {  # limit and use by controller; version 2 has one tree, without a name
     "": ("memory.max", "memory.current"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-"""Limit and use of a group, by controller: version 2 has one tree for all, without a name."""
 
 
 def available_bytes() -> int:
-    """Return how much host memory this process can still take: its machine's or its group's.
-
-    File caches are given back on demand, so they count as available.
-    """
+    """Return how much host memory this process, or its group, can still take, file caches too."""
     lines = (PROC / "meminfo").read_text().splitlines()
     machine = next(line for line in lines if line.startswith("MemAvailable"))
     left = [int(machine.split()[1]) * 1024]
@@ -350,8 +333,7 @@ def _told(facts: dict[str, Any], kinds: Counter[str]) -> str:
 
 
 def attention_of(config: Any) -> tuple[int, int]:
-    """Return the numbers that an attention layer keeps of a token: keys and values, or their latent
-    form; and the width of all heads' keys and values."""
+    """Return the numbers that an attention layer keeps of a token, and its heads' width."""
     of = partial(config_value, config)
     heads = of("num_attention_heads")
     size = of("head_dim") or config.hidden_size // heads

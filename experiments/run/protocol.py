@@ -38,16 +38,13 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 
 Facts = dict[str, Any]
-KINDS = ("hits", "late", "misses", "host")
-"""An expert was resident, on its way, not requested, or computed on the host."""
+KINDS = ("hits", "late", "misses", "host")  # resident, on its way, not requested, computed there
 ON_HOST = "not comparable bit for bit: experts computed on the host"
-"""What is said of logits that a host and devices made together."""
-BACKENDS = {
+BACKENDS = {  # what prepares a run on a testbed of this mode
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
     "simulated": "experiments.run.replay.prepare",
 }
-"""What prepares a run on a testbed of this mode."""
 
 
 @dataclass
@@ -74,10 +71,8 @@ class AccessCounter:
     def summary(self, slots: int, layers: int) -> Facts:
         """Return counts and hit rates, in all and by phase; the rate is None without an access.
 
-        `union_over_capacity` of a phase tells how many experts an iteration activates in a layer,
-        all its tokens together, over the `slots / layers` that are a layer's share of the cache:
-        mean and maximum over iterations and layers, None without an access. Above 1, one step of
-        one layer alone is more than its share holds.
+        `union_over_capacity` (mean, max) is how many experts an iteration activates in a layer over
+        a layer's share of the slots: above 1, one step of a layer is more than that holds.
         """
 
         def rated(rows: pd.DataFrame) -> Facts:
@@ -231,10 +226,7 @@ def run(cfg: DictConfig, console: Console) -> Facts:
 
 
 def ensure_record(cfg: DictConfig, console: Console | None = None) -> Facts:
-    """Return the complete record of this config, made if need be and logged if asked for.
-
-    Raises UserError.
-    """
+    """Return this config's complete record, made and logged if need be; raise UserError."""
     folder, console = Path(cfg.output), console or Console(quiet=True)
     path = records.existing_record(cfg)
     # Another process may make it meanwhile.
@@ -314,10 +306,7 @@ def run_record(
     lossless: bool | None,
     limit: Roofline | None,
 ) -> tuple[Facts, pd.DataFrame]:
-    """Return the run record and the request table.
-
-    The backend's facts go over what holds for every one; bytes are those of full-size experts.
-    """
+    """Return the run record, in bytes of full-size experts, and the request table."""
     cfg, load, served = setup.cfg, setup.workload, measurement.served
     facts, requests = setup.facts(measurement), request_table(served, measurement.accesses)
     # What a backend has none of is missing from both.
@@ -377,11 +366,9 @@ def run_record(
 
 
 def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
-    """Return one row per request.
+    """Return one row per request; `batch` tells which requests share their iterations' accesses.
 
-    A batch shares its iterations, so the accesses of a request, by KINDS, are those of its batch;
-    `batch` tells which requests share them. Online requests join and leave their batches: theirs
-    are those of every iteration that served them, and `batch` is their order of starts.
+    Online they join and leave: accesses are those of every iteration, `batch` the order of starts.
     """
     counts = counter.table()[[*KINDS]]
 
@@ -406,11 +393,10 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
-    """Return mean, percentiles and bootstrap 95 % interval of TTFT, TPOT, ITL, E2EL and queueing.
+    """Return mean, percentiles and bootstrap 95 % interval of each latency of a `request_table`.
 
-    `requests` is a `request_table`. Seconds; None for a latency that no request has. All but TPOT
-    and ITL count from the arrival, so that the queueing of online requests is part of them;
-    offline, a request arrives when its prefill starts.
+    Seconds; None where no request has it. All but TPOT and ITL count from the arrival; offline, a
+    request arrives when its prefill starts.
     """
     gaps = requests.explode("itl_s", ignore_index=True)
     summary: Facts = {}

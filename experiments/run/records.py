@@ -40,11 +40,10 @@ LONGEST_NAME = 255  # in bytes, of a file or a folder
 PLACES = ("output", "logger", "traces", "experiment", "reading")
 """Settings that say where results go, or what other settings took, not what results are."""
 AGAIN = "remove the folder and run it again"
-COLUMNS = {
+COLUMNS = {  # of a request table, and the share of rows that have a value
     "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
     "late": 0, "misses": 0, "host": 0,
 }  # fmt: skip
-"""Columns of a request table that readers compute with, and the share of rows that have a value."""
 ROW_BYTES = 100
 LARGEST = 1e15
 
@@ -131,10 +130,7 @@ ANALYSIS = schema(
 
 
 def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    """Return a config without what says where results go or how figures draw its system.
-
-    What a testbed's host computes with is left out as well, unless the system `uses_host`.
-    """
+    """Return a config without PLACES, the look, and a host that its system does not use."""
     config: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
     settings = {key: value for key, value in config.items() if key not in PLACES}
     system = {key: value for key, value in config["system"].items() if key != "look"}
@@ -145,10 +141,7 @@ def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
 
 def existing_record(cfg: DictConfig) -> Path | None:
-    """Return the complete record of this very config and of today's weights, if there is one.
-
-    Raises UserError if the folder holds another run's record, or cannot be written to.
-    """
+    """Return the complete record of this config and today's weights; UserError for another's."""
     folder = Path(cfg.output)
     path = folder / RECORD
     if not path.exists():

@@ -1,7 +1,4 @@
-"""Simulated runs: a routing trace replayed in the virtual time of a testbed.
-
-Nothing is computed, so nothing can be verified: `lossless` is not set.
-"""
+"""Simulated runs: a routing trace replayed in virtual time; nothing is computed or verified."""
 
 import hashlib
 import json
@@ -208,10 +205,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
 
 
 def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> list[float]:
-    """Return what each layer of an iteration takes with every expert resident.
-
-    What comes before the first and after the last layer is theirs.
-    """
+    """Return the seconds of each layer, all resident; start and finish are of the outer ones."""
     whole = costs.iteration(routed.iteration.tokens, routed.contexts)
     experts = routed.counts.shape[1]
     taken = []

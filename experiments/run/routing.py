@@ -42,15 +42,13 @@ from finemoe.trace import (
 )
 from finemoe.traced_gates import GateStep, TracedGates
 
-SHARE = 0.8
-"""Of a GPU's free memory that experts may take while routing is recorded."""
+SHARE = 0.8  # of a GPU's free memory that experts may take while routing is recorded
 
 
 def open_routing(cfg: DictConfig, console: Console) -> Trace:
-    """Open the trace that `routing` names, or the kept one of this model and workload.
+    """Open the trace that `routing` names, or the kept one, which is recorded if it is not there.
 
-    The latter is recorded first if it is not there. A table of activations alone, CSV or Parquet,
-    will do for systems that predict nothing. Raises TraceError or UserError.
+    A table of activations will do for systems that predict nothing. TraceError or UserError.
     """
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
     shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
@@ -96,10 +94,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _recording_runtime(model: OffloadedModel) -> LiveRuntime:
-    """Return a runtime with as many experts resident as the CUDA devices hold, or all on the CPU.
-
-    Raises UserError if not even a token's experts fit.
-    """
+    """Return a runtime with as many experts resident as fit; UserError if a token's do not."""
     policy, nbytes = OnDemandPolicy(model.shape), model.store.layout.nbytes
     if model.device.type != "cuda":
         return resident_runtime(model, policy)
@@ -230,10 +225,7 @@ class Script:
 
 
 def traced_workload(cfg: DictConfig, console: Console) -> tuple[Workload, list[TracedRequest], str]:
-    """Read the requests that a run asks of the trace that `routing` names, and what it is of.
-
-    Beforehand, so that no measured time has it in it. Raises UserError or TraceError.
-    """
+    """Read the requests that a run asks of a trace, and what it is of, before any is served."""
     settings: WorkloadSettings = build(cfg.workload)
     if not settings.fixed:
         raise UserError("routing= in a live run takes workload=offline; or simulate the testbed")

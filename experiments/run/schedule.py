@@ -100,8 +100,7 @@ class FixedBatches(Schedule):
 class ContinuousBatches(Schedule):
     """Requests queue first come, first served, and join and leave between iterations.
 
-    If a request waits and fewer than `size` run, the next iteration is the prefill of the first
-    that waits, alone; otherwise it is one decode of all that run.
+    The first that waits is prefilled, alone, while fewer than `size` run; else all that run decode.
     """
 
     def __init__(self, requests: Sequence[Request], size: int) -> None:
@@ -140,8 +139,7 @@ class Served:
     """What one request got; times are seconds since it arrived."""
 
     request: Request
-    batch: int
-    """Which prefill it was in; under continuous batching its place in the order of starts."""
+    batch: int  # of its prefill; under continuous batching its place in the order of starts
     arrived: float  # in the backend's time
     queueing: float  # from its arrival to the beginning of its prefill
     tokens: tuple[int, ...] = ()

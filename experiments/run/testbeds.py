@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MB = 1_000_000
-LINK_CHUNK_MB = 16.0
-"""A demand waits for two: a third of a millisecond each over PCIe 4.0 x16."""
+LINK_CHUNK_MB = 16.0  # a demand waits for two: a third of a millisecond each over PCIe 4.0 x16
 AGAIN = "calibrate again: python -m experiments.validate.calibrate"
 FREE = "none: a bound, or a system that predicts nothing"
 
@@ -56,8 +55,7 @@ def emulated(
 ) -> Testbed:
     """Return CPU devices whose links take the time of full-size experts on a real link.
 
-    With `pinned`, links and searcher never run on the model's cores. Raises UserError for a testbed
-    that cannot be.
+    `pinned`: links and searcher never run on the model's cores. Raises UserError.
     """
     import torch
 
@@ -84,10 +82,9 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
-    """Return the CUDA devices of this machine, all of them or the first `devices`.
+    """Return this machine's CUDA devices, all or the first `devices`; UserError without.
 
-    Chunks are of `LINK_CHUNK_MB` for each device if nothing is said: all links' threads together
-    then take as much of the interpreter as one link's.
+    The links of several share the interpreter: by default, chunks grow with their number.
     """
     import torch
 
@@ -153,8 +150,7 @@ def simulated(
 def _prediction(system: Any, model: str) -> tuple[Mapping[Call, float], str]:
     """Return what each call of a system's policy costs on a model, and of what that was measured.
 
-    What nobody measured costs, call by call, as much as the dearest that was: another model of the
-    same system, or else any system. So nothing gains by being unknown.
+    What nobody measured costs as much as the dearest that was: nothing gains by being unknown.
     """
     label, own = system.label, _measured(system)
     if model in own:
@@ -187,10 +183,8 @@ def calibrated(
 ) -> SimulatedTestbed:
     """Return the testbed that `python -m experiments.validate.calibrate` wrote.
 
-    `latency_us` of `link` is already stretched by its `time_scale`. `compute_us` holds a line each
-    for start and finish and, for each system, for dense and expert, with `after_wait` and
-    `while_copying` (`ThreadCosts`); the others a number, or one a call, for each system. Raises
-    UserError for another model than the calibrated one, and for a system that was not measured.
+    `latency_us` of `link` is already stretched by its `time_scale`; `compute_us` holds lines, with
+    `ThreadCosts`, by system. Raises UserError for another model or system than was measured.
     """
     try:
         (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))

@@ -46,10 +46,7 @@ class Workload:
     passes: int | None = 1  # through the dataset's texts; above 1, text is used again
 
     def shared_prefix(self) -> dict[str, float] | None:
-        """Return how long a prefix measured prompts share with any other, history included.
-
-        In tokens, and as the mean share of a prompt; None without prompts, as in foreign traces.
-        """
+        """Return how long a prefix measured prompts share with any other; None without prompts."""
         lengths = [len(one.prompt) for one in self.measured]
         if not all(lengths):
             return None
@@ -262,8 +259,7 @@ def origin(trace: Trace) -> PromptSet:
 def read_azure_trace(path: Path) -> pd.DataFrame:
     """Return `seconds` since the first request, `input_tokens`, `output_tokens`, in order of time.
 
-    Raises UserError for a file that is missing, empty or no table, lacks a column, or has, in which
-    line, an unreadable time or a length that is no whole number from 1.
+    Raises UserError for a file that is no such table, with the line that is no request.
     """
     asked: Any = {"index_col": False, "skip_blank_lines": False, "compression": None}
     try:
@@ -289,11 +285,9 @@ def read_azure_trace(path: Path) -> pd.DataFrame:
 def sampled(
     trace: pd.DataFrame, count: int, rate: float, process: Process, seed: int
 ) -> pd.DataFrame:
-    """Sample `count` rows without replacement, kept in order of time, to arrive at `rate` a second.
+    """Sample `count` rows, kept in order of time, to arrive at `rate` a second, the first at 0.
 
-    The first arrives at 0. With "poisson" the gaps are exponential of mean 1 / rate; with "trace"
-    they are the sampled rows' own, stretched alike so that their mean is 1 / rate. Raises UserError
-    if the trace has too few rows, or no time passes between the sampled ones.
+    Gaps are exponential, or the rows' own, stretched to that mean. UserError for too few rows.
     """
     if count > len(trace):
         cause = f"the trace has {len(trace)} requests, {count} are asked for"

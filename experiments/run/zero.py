@@ -1,7 +1,4 @@
-"""Runs of DeepSpeed ZeRO: the unmodified model, the same requests, the same times and record.
-
-It has no expert cache, so accesses are absent, and no memory budget: what it takes is measured.
-"""
+"""Runs of DeepSpeed ZeRO on the unmodified model: no expert cache, so no accesses and no budget."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,11 +26,10 @@ LINKS = {
     "cpu": "none: parameters are gathered in host memory at memory speed",
     "cuda": "DeepSpeed's own copies from page-locked memory",
 }
-NOT_APPLICABLE = (
+NOT_APPLICABLE = (  # of a summary: what only an expert cache has
     *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted", "bytes_not_copied"),
     *("peak_slot_bytes", "phase_seconds"),
 )
-"""What a summary says of systems that have an expert cache."""
 
 
 @dataclass

@@ -73,10 +73,7 @@ def record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) ->
 
 
 def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
-    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d.
-
-    `cfg` holds hidden_units, epochs, tokens_per_step, learning_rate and seed.
-    """
+    """Return perceptrons of `cfg` that minimise binary cross-entropy over layer l + d's experts."""
     inputs = torch.from_numpy(recording.hidden_states[:-distance])
     targets = torch.from_numpy(recording.chosen[distance:]).float()
     (sources, tokens, width), experts, units = inputs.shape, targets.shape[2], cfg.hidden_units

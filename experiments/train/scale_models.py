@@ -36,20 +36,18 @@ from finemoe.files import atomic_write, write_json
 END_OF_TEXT = "<|endoftext|>"
 CARD = Path(__file__).with_name("card.md")
 
-RECIPE = [
+RECIPE = [  # what a training run is made of, apart from model and text
     "tokens", "sequence_length", "batch_sequences", "learning_rate", "warmup_steps", "weight_decay",
     "evaluate_every", "evaluate_sequences", "seed",
 ]  # fmt: skip
-"""Settings that a training run is made of, apart from model and text."""
 
 
 @dataclass
 class Training:
     """One model, its optimizer, and the checkpoint they are kept in.
 
-    A step's batch depends only on the seed and the step number, so that a run that was stopped and
-    resumed ends with the weights of one that ran through. `history` holds `step`, `train_loss` and
-    `held_out_loss`, in nats per token, of each evaluation.
+    A step's batch depends on seed and step alone: a resumed run ends as one that ran through.
+    `history` holds `step`, and `train_loss` and `held_out_loss` in nats per token.
     """
 
     model: PreTrainedModel
@@ -240,10 +238,7 @@ def draw_loss(training: Training, baseline: float, path: Path) -> None:
 
 
 def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float) -> dict[str, Any]:
-    """Write weights (bf16), tokenizer, generation config, history, loss curve and card.
-
-    Returns what the card says, among it the perplexity over the whole held-out text.
-    """
+    """Write weights (bf16), tokenizer, history, loss curve and card; return what the card says."""
     folder = Path(cfg.export)
     loss = training.held_out_loss()
     model: Any = training.model

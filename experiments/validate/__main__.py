@@ -29,10 +29,8 @@ from experiments.validate.calibrate import Calibration, emulated_testbed, write_
 from finemoe.files import write_json
 from finemoe.testbed import Testbed
 
-MOST_DEVIATION = 0.05
-"""Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""
-Result = dict[str, float]
-"""What one run measured: `ttft_s` and `tpot_s`, means over requests, hits, late and misses."""
+MOST_DEVIATION = 0.05  # largest acceptable, of a replay's TTFT and TPOT from the live run's
+Result = dict[str, float]  # means over requests in s, and accesses
 
 
 def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -105,10 +103,7 @@ def _served(setup: Setup, console: Console) -> Result:
 
 
 def comparison(run: DictConfig, repeats: Sequence[Result], replay: Result) -> dict[str, Any]:
-    """Compare a replay with the middle one of a system's live runs at one budget, by TPOT.
-
-    The costs are means of good and bad moments. Of two repeats, the faster one counts.
-    """
+    """Compare a replay with the middle one, by TPOT, of a system's live runs at one budget."""
     ranked = sorted(repeats, key=lambda one: one["tpot_s"])
     live = ranked[(len(ranked) - 1) // 2]
     ratios = {f"{time}_ratio": replay[f"{time}_s"] / live[f"{time}_s"] for time in ("ttft", "tpot")}

@@ -85,10 +85,7 @@ class Probe:
 def compute_samples(
     probe: Probe, traced: Mapping[int, TracedRequest], layers: int
 ) -> dict[str, list[Sample]]:
-    """Split iterations into start, dense, finish and expert, waits and the policy's calls left out.
-
-    What passes between two experts counts for the second; the last iteration of all is left out.
-    """
+    """Split iterations into start, dense, finish and expert, waits and calls left out."""
     samples: dict[str, list[Sample]] = defaultdict(list)
     # When the model's thread last did something else: there, a part begins.
     own = [span.end for span in probe.spans if span.own and span.track.startswith(STOPS)]
@@ -142,9 +139,8 @@ def _iterations(
 def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
     """Return the seconds that an idle link takes to begin, and a waiting model to go on.
 
-    The former from gates that find nothing, of a system that prefetches nothing, to the first
-    chunk; the latter from when each load is due, all following that chunk, to the wait's end.
-    Raises UserError if no layer missed all its experts.
+    Of gates that find nothing, with nothing prefetched: to the first chunk; from when each load is
+    due to the wait's end. Raises UserError if there are no such gates.
     """
     copies, waits = probe.on("link"), probe.waits()
     begins, woken = [span.start for span in copies], [span.end for span in waits]
@@ -176,10 +172,7 @@ def without_outliers(seconds: Iterable[float]) -> list[float]:
 
 
 def call_seconds(probe: Probe, layers: int) -> dict[str, float]:
-    """Return what the policy's calls take, in seconds; one on_embeddings, then L on_gates.
-
-    Each with the queueing of the prefetches that it led to, if it led to any.
-    """
+    """Return the seconds of the policy's calls, each with queueing what it asked for."""
     searches = probe.on("search")
     if not searches:
         return {}
