@@ -366,10 +366,7 @@ class LiveSetup(Setup):
             "positions": model.positions,
             "cast": model.cast,
             "as_eager_experts": model.offloaded.as_eager,
-            "summary": {
-                "dense_bytes": model.offloaded.dense_bytes,
-                "cpu_seconds": dict(self.cpu),
-            },
+            "summary": {"dense_bytes": model.offloaded.dense_bytes, "cpu_seconds": dict(self.cpu)},
         }
 
 

@@ -19,13 +19,7 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.weights import NAMED, SCALE_MODELS, hub_access, is_hub, loading, source_of
 from finemoe.offload.device import BlockLayout
-from finemoe.offload.model import (
-    OffloadedModel,
-    class_for,
-    find_moe_layers,
-    leave_text,
-    shape_of,
-)
+from finemoe.offload.model import OffloadedModel, class_for, find_moe_layers, leave_text, shape_of
 
 if TYPE_CHECKING:
     import transformers
