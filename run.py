@@ -37,8 +37,7 @@ def serve(cfg: DictConfig) -> None:
     try:
         own = cfg.get("experiment")
         if own and (single or own.get("analysis") or own.get("cells")):
-            cause = f"experiment {own.id} is no single run"
-            raise UserError(f"{cause}; call python -m experiments.reproduce {own.id}")
+            raise UserError(f"no single run; call python -m experiments.reproduce {own.id}")
         with file_errors():
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))

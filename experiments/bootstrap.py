@@ -17,11 +17,10 @@ RESAMPLES = 2000
 Draws = NDArray[np.float64]  # shape (1 + RESAMPLES,): the estimate, then its resamples
 
 LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "service_s", "itl_s", "queueing_s")
-RATIOS = {
+RATIOS = {  # of sums over batches: the requests of a batch share their iterations
     "hit_rate": (["hits"], ["hits", "late", "misses", "host"]),
     "iteration_s": (["e2el_s"], ["output_tokens"]),
 }
-"""Metrics that are ratios of sums over batches: the requests of a batch share their iterations."""
 Z95 = 1.959963984540054
 
 

@@ -47,10 +47,7 @@ OPTIONS = {
     "time_scale": 1.0,  # factor on the link's time
     "threads": 1,  # torch's; searcher and link need cores as well
 }
-
-
-Check = dict[str, Any]
-"""One measured number, the bound that it should keep, and whether it is `met`; see `measured`."""
+Check = dict[str, Any]  # what was measured, its bounds, and whether it is `met`
 
 
 def measured(name: str, value: float, unit: str = "", **bounds: float) -> Check:

@@ -278,7 +278,6 @@ def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
 
 
 def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:
-    """Write the YAML; what is not measured is as in conf/simulated.yaml."""
     all_of_it = {"memory_efficiency": 1.0, "matrix_efficiency": 1.0}
     testbed = OmegaConf.merge(
         OmegaConf.load(CONF / "simulated.yaml"),
@@ -397,8 +396,7 @@ def check(cfg: DictConfig) -> bool:
     """Run all parts, write what they measured; return whether all passed. Raises UserError."""
     testbed = build(cfg.testbed)
     if not isinstance(testbed, Testbed) or testbed.mode != "measured":
-        cause = "testbed: only CUDA devices are checked"
-        raise UserError(f"{cause}; use testbed=local, or python -m experiments.bench")
+        raise UserError("testbed: only CUDA devices are checked; use testbed=local")
     hardware = re.sub(r"[^a-z0-9]+", "-", testbed.name.lower()).strip("-")
     bench = Bench(cfg, testbed, Path(cfg.output) / hardware)
     parts = run_parts(bench, RichConsole())

@@ -52,7 +52,6 @@ class Subject:
         return routing.search(self.history, self.measured, self.shape, capacity, self.distance)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says about this subject."""
         return {
             "model": self.model,
             "dataset": self.dataset,
@@ -101,10 +100,7 @@ def model_facts(name: str) -> DictConfig:
 
 
 def of_traces(table: Callable[[Subject, DictConfig], pd.DataFrame]) -> Analysis:
-    """Make an analysis of a function of one subject and of `cfg.experiment`.
-
-    The tables of all subjects become <the function's name>.csv, columns model and dataset first.
-    """
+    """Make an analysis, of all subjects, of a function of one and of `cfg.experiment`."""
 
     def analyse(cfg: DictConfig, traces: Traces, folder: Path) -> None:
         listed = list(subjects(cfg, traces))

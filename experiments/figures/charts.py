@@ -43,19 +43,14 @@ SETTINGS: Any = {
 
 
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
-    """Return a copy of the records that have the values `only`; UserError for none or two modes.
-
-    Its column `series` is the system's name, its options other than the default, mixed modes.
-    """
+    """Return the records of `only`, with a column `series`; UserError for none or two modes."""
     for column, value in only.items():
         frame = frame[frame[column] == value] if len(frame) else frame
     if frame.empty:
-        remedy = f"run python -m experiments.reproduce {figure}"
-        raise UserError(f"figure {figure}: no run records; {remedy}")
+        raise UserError(f"{figure}: no run records; run python -m experiments.reproduce {figure}")
     modes = sorted(frame["mode"].unique())
     if len(modes) > 1 and not mixed_modes:
-        cause = f"figure {figure} mixes {' and '.join(modes)} records"
-        raise UserError(f"{cause}; draw them apart or set mixed_modes=true")
+        raise UserError(f"figure {figure} mixes {' and '.join(modes)}; set mixed_modes=true")
     names = []
     for system, label, mode in frame[["system", "label", "mode"]].itertuples(index=False):
         notes = ", ".join(filter(None, (label.partition(" ")[2], mode if len(modes) > 1 else "")))
@@ -77,10 +72,7 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
 
 
 def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Look]:
-    """Return the look of each series in the order of drawing; a system has one colour everywhere.
-
-    Variants, and mixed modes, differ in line and hatch; `references` are dashed lines.
-    """
+    """Return the look of each series, in the order of drawing; `references` are dashed lines."""
     systems = style.ordered(frame["system"], style.SYSTEMS)
     styled = variants(frame, "system", {system: style.system_look(system) for system in systems})
     for name in set(frame.loc[frame["system"].isin(references), "series"]):
@@ -193,10 +185,7 @@ def apart(figure: Figure) -> None:
 
 
 def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return means in the axis's unit, and how far their intervals reach down and up: (2, n).
-
-    The ends are columns `<metric>_low` and `<metric>_high`, or `low` and `high`; 0 where unknown.
-    """
+    """Return means in the axis's unit, and how far intervals reach down and up, shape (2, n)."""
     ends = (f"{metric}_low", f"{metric}_high") if f"{metric}_low" in rows else ("low", "high")
     mean, low, high = (rows[column].to_numpy(dtype=float) for column in (metric, *ends))
     _, factor = style.METRICS[metric]
@@ -214,10 +203,7 @@ def bars(
     looks: Mapping[str, Look],
     hollow: Collection[str] = (),
 ) -> None:
-    """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
-
-    A missing record is a gap; series in `hollow` are not filled, those without hatch are lines.
-    """
+    """Draw a group of bars, from zero, for each of `groups`: a value of `by`, and its name."""
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
     width = 0.84 / max(1, len(solid))

@@ -27,7 +27,6 @@ SYSTEM_NOTES = {
 def _draw(
     names: tuple[str, str], frame: pd.DataFrame, output: Path, mixed_modes: bool = False
 ) -> None:
-    """Draw a panel a metric and model; `names`: id, title."""
     frame = charts.checked(frame, names[0], mixed_modes)
     charts.single(frame, names[0])
     looks = charts.looks(frame, [REFERENCE])

@@ -28,6 +28,10 @@ CACHING: Approaches = {
     "FineMoE": ("#D55E00", {"system": "finemoe", "eviction": "finemoe"}),
 }
 WHOLE = ("ProMoE", "MoE-Infinity")  # systems, not approaches of the paper
+HOLLOW = (
+    "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions differ. Hollow: "
+    "whole systems, in the colours of their predictions."
+)
 
 
 def _draw(
@@ -57,11 +61,8 @@ def _draw(
             if len(datasets) > 1:
                 axes.set_title(style.dataset_name(dataset))
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
-        notes = [f"Error bars: {charts.INTERVALS}, batches resampled."]
-        if hollow:
-            filled = "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions"
-            whole = "differ. Hollow: whole systems, in the colours of their predictions."
-            notes.insert(0, f"{filled} {whole}")
+        notes = [HOLLOW] if hollow else []
+        notes.append(f"Error bars: {charts.INTERVALS}, batches resampled.")
         charts.save(figure, output, names, frame, notes, ["hit_rate"], "approach")
 
 
@@ -70,13 +71,12 @@ def _approach(run: Any, approaches: Approaches) -> str | None:
     changed = set(run["label"].split()[1:])
     for name, (_, options) in approaches.items():
         named = {f"{key}={value}" for key, value in options.items()}
-        if all(run[key] == value for key, value in options.items()) and changed <= named:
+        if options.items() <= run.items() and changed <= named:
             return name
     return None
 
 
 TITLE = "Expert hit rate by the way of finding experts to prefetch"
 draw_a = partial(_draw, ("14a", TITLE), TRACKING)
-draw_b = partial(
-    _draw, ("14b", "Expert hit rate of FineMoE by what its cache evicts first"), CACHING
-)
+BY_CACHE = "Expert hit rate of FineMoE by what its cache evicts first"
+draw_b = partial(_draw, ("14b", BY_CACHE), CACHING)

@@ -81,7 +81,6 @@ def parts_of(run: Any) -> pd.DataFrame:
 
 
 def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None:
-    """Draw one dot a part on a logarithmic axis, its value written beside it."""
     y, colours = np.arange(len(parts)), [KINDS[kind][1] for kind in parts["kind"]]
     end = parts["milliseconds"].clip(lower=LEAST_MS)
     axes.hlines(y, LEAST_MS, end, colours, linewidth=0.8)

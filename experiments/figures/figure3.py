@@ -15,10 +15,7 @@ MEASURES = {"counts": "activation counts", "gate": "gate probabilities"}
 
 @analyses.of_traces
 def heatmaps(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return activation shares of the first request, by layer and expert.
-
-    `coarse`: its counts; `fine` and `fine_counts`: gate probabilities and counts halfway through.
-    """
+    """Return activation shares of the first request and of its iteration halfway, by expert."""
     first = next(subject.routed.by_request())
     decoded = first.at(first.decode)
     halfway = len(decoded.maps) // 2
@@ -89,10 +86,7 @@ def entropy(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw bars from zero: measures down, datasets across, ln J as a line over each model.
-
-    A decode iteration's entropy of counts is ln K by construction: so that of gates is beside it.
-    """
+    """Draw bars from zero: measures down, datasets across, ln J as a line over each model."""
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)

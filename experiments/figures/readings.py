@@ -1,11 +1,11 @@
 """Claims under every reading of the paper, and what moves its headline numbers most."""
 
 import textwrap
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from experiments import style
@@ -31,8 +31,11 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     claims, readings = (touched[name].drop_duplicates().tolist() for name in ("claim", "reading"))
     size = style.COLUMN_INCHES, 1.7 + 0.105 * len(claims)
     with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
-        for name, look in MARKS.items():
-            _mark(axes, touched[touched["verdict"] == name], look, claims, readings)
+        faint = ~touched["touched"] & (touched["reading"] != DEFAULT)
+        for (name, look), alpha in product(MARKS.items(), (1.0, 0.25)):
+            marked = touched[(touched["verdict"] == name) & (faint == (alpha < 1))]
+            x, y = marked["reading"].map(readings.index), marked["claim"].map(claims.index)
+            axes.plot(x, y, **look, ms=3, mew=0.8, alpha=alpha, zorder=3)
         axes.set_yticks(range(len(claims)), claims, fontsize=SMALL)
         axes.set_xticks(range(len(readings)), readings, fontsize=SMALL, rotation=60, ha="left")
         axes.tick_params(length=1.5, pad=1)
@@ -43,10 +46,9 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         present = {name: look for name, look in MARKS.items() if name in set(touched["verdict"])}
         charts.legend(figure, present)
         caption = (
-            "Verdicts on the paper's claims, by id, under every reading of what the paper leaves "
-            "open; one choice changes at a time, but for the second and the third column. Faint: "
-            "the reading concerns none of the claim's runs. Empty: not run. "
-            f"{_runs(table)}"
+            "Verdicts on the paper's claims under every reading of what the paper leaves open; one "
+            "choice changes at a time, but for the second and the third column. Faint: the reading "
+            f"concerns none of the claim's runs. Empty: not run. {_runs(table)}"
         )
         charts.write(figure, table, output, folder.name, caption)
 
@@ -54,15 +56,6 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
 def _runs(table: pd.DataFrame) -> str:
     figures, modes = (", ".join(sorted(set(table[key]))) for key in ("experiment", "mode"))
     return f"Runs: of figures {figures}, narrowed as the experiment's file says. Mode: {modes}."
-
-
-def _mark(
-    axes: Axes, rows: pd.DataFrame, look: style.Look, claims: list[str], readings: list[str]
-) -> None:
-    own = rows["touched"] | (rows["reading"] == DEFAULT)
-    for part, alpha in ((rows[own], 1.0), (rows[~own], 0.25)):
-        x, y = part["reading"].map(readings.index), part["claim"].map(claims.index)
-        axes.plot(x, y, **look, ms=3, mew=0.8, alpha=alpha, zorder=3)
 
 
 def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None:
@@ -89,8 +82,7 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.grid(axis="y", visible=False)
         caption = (
             "What moves the headline numbers: from their value by default (solid line) to that "
-            "under one other assumption at a time. Dashed: the paper's value. "
-            f"{_runs(table)}"
+            f"under one other assumption at a time. Dashed: the paper's value. {_runs(table)}"
         )
         charts.write(figure, table, output, folder.name, caption)
 
@@ -99,15 +91,16 @@ def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> No
     """Draw TTFT and TPOT of each system over the planner's under each condition; right: slower."""
     table: Any = read_table(folder / LATENCIES).set_index(["reading", "system"])
     conditions = list(dict.fromkeys(table.index.get_level_values("reading")))
-    systems = style.ordered(table.index.get_level_values("system"), style.SYSTEMS)
+    looks: dict[str, style.Look] = {}
+    for system in style.ordered(table.index.get_level_values("system"), style.SYSTEMS):
+        colour, marker = style.system_look(system)
+        looks[system] = {"color": colour, "marker": marker, "linestyle": ""}
     size = style.COLUMN_INCHES, 0.9 + 0.13 * len(conditions)
     with charts.panels([""], ["ttft_s", "tpot_s"], *size) as (figure, panels):
         for axes, _, metric in panels:
             times = table[metric].unstack()
             shares = times.div(times["planner"], axis=0).loc[conditions]
-            for system in systems:
-                colour, marker = style.system_look(system)
-                look: style.Look = {"color": colour, "marker": marker, "linestyle": ""}
+            for system, look in looks.items():
                 axes.plot(shares[system], range(len(conditions)), **look, clip_on=False, zorder=3)
             axes.set(xscale="log", ylim=(len(conditions) - 0.5, -0.5))
             axes.set_xlabel(f"{style.METRICS[metric][0].split()[0]} (planner = 1)")
@@ -117,9 +110,7 @@ def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> No
             axes.xaxis.set_minor_locator(NullLocator())
             names = conditions if metric == "ttft_s" else []
             axes.set_yticks(range(len(conditions)), names or [""] * len(conditions), fontsize=SMALL)
-        looks = {style.system_name(one): style.system_look(one) for one in systems}
-        shown = {n: {"color": c, "marker": m, "linestyle": ""} for n, (c, m) in looks.items()}
-        charts.legend(figure, shown, columns=3)
+        charts.legend(figure, {style.system_name(s): look for s, look in looks.items()}, columns=3)
         caption = (
             "TTFT and TPOT of each system over the planner's, by condition: Mixtral, docs, 25 % of "
             "the experts' memory, six RTX 3090s and fixed batches unless the condition says "

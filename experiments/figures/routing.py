@@ -1,7 +1,6 @@
-"""What routing traces look like, and how well one can tell the experts of a token d layers ahead.
+"""How well one can tell the experts of a token d layers ahead, at K experts a layer.
 
 N counts iterations, L layers, J experts, C stored iterations, h hidden size; entropies are in nats.
-Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +22,10 @@ from finemoe.trace import TracedRequest
 Values = NDArray[np.floating]
 Experts = NDArray[np.bool_]
 Predictor = Callable[[int], Experts]  # of d; the experts of layers d..L-1, (N, L - d, J)
+# Similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2).
 Comparison = tuple[Values, Values, NDArray[np.int64]]
-"""Similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2)."""
+# Which iterations of a request are its prompt's data point; the paper does not say (4.2.3).
 POINTS = {"prefill": slice(1), "first_decode": slice(1, 2), "request": slice(None)}
-"""Which iterations of a request are its prompt's data point; the paper does not say (4.2.3)."""
 
 
 class Iterations(NamedTuple):
@@ -40,7 +39,6 @@ class Iterations(NamedTuple):
 
     @property
     def requests(self) -> int:
-        """How many requests there are."""
         return int(self.request[-1]) + 1
 
     def at(self, chosen: NDArray[np.bool_]) -> Self:
@@ -87,10 +85,7 @@ def mean_with_interval(values: Values, request: NDArray[np.int64]) -> tuple[floa
 
 
 def correlation(x: Values, y: Values, request: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Return Pearson's coefficient of x and y (N,) and its 95 % interval (figure 9).
-
-    `request` is (N,), or (N, 2) where values are of pairs. NaN where x or y does not vary.
-    """
+    """Return Pearson's coefficient (figure 9) and its 95 % interval; NaN where nothing varies."""
     # Centred first, or the sums of squares lose what little the values vary.
     x, y = x - x.mean(), y - y.mean()
     return _bootstrapped([np.ones_like(x), x, y, x * x, y * y, x * y], request, _pearson)
@@ -134,15 +129,12 @@ def binned(score: Values, rate: Values, request: NDArray[np.int64], bins: int) -
 
 
 class Searched(NamedTuple):
-    """What a filled store answers to the decode iterations of the measured requests.
-
-    The best stored iteration and its cosine, by embedding (N,), by trajectory per layer (L, N).
-    """
+    """What a store answers to N decode iterations: the best entries and their cosines."""
 
     store: ExpertMapStore
-    semantic: NDArray[np.intp]
+    semantic: NDArray[np.intp]  # by embedding, shape (N,)
     semantic_scores: NDArray[np.float64]
-    trajectory: NDArray[np.intp]
+    trajectory: NDArray[np.intp]  # after the gate of each layer, shape (L, N)
     trajectory_scores: NDArray[np.float64]
 
     def scores(self, distance: int) -> dict[str, NDArray[np.float64]]:
@@ -167,10 +159,7 @@ def search(
 
 
 def request_counts(history: Iterations, measured: Iterations, top_k: int) -> Predictor:
-    """Predict by the past request whose activation counts are nearest, as MoE-Infinity does.
-
-    Its whole counts are compared with those of the current one up to layer l - d of now.
-    """
+    """Predict by the past request of nearest activation counts, as MoE-Infinity does."""
     past = np.stack([one.counts.sum(axis=0) for one in history.by_request()]).astype(np.float64)
     before = [one.counts.cumsum(axis=0) - one.counts for one in measured.by_request()]
     earlier = np.concatenate(before)[measured.decode]
@@ -210,11 +199,7 @@ def hit_rates(predicted: Experts, activated: Experts) -> NDArray[np.float64]:
 
 
 def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Comparison]:
-    """Return all pairs of prompts, each of them one data point, as the paper's figures 8 and 9 do.
-
-    A point is a mean embedding and map over the iterations that `point`, one of POINTS, says. The
-    hit rate is the share of their K likeliest experts that two maps have in common.
-    """
+    """Return all pairs of prompts, each a data point by `point` of POINTS (figures 8, 9)."""
     own = POINTS[point]
     requests = [one for one in routed.by_request() if len(one.request[own])]
     embeddings = np.stack([one.embeddings[own].mean(axis=0) for one in requests])
@@ -230,10 +215,7 @@ def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Co
 def compared_matches(
     searched: Searched, measured: Iterations, top_k: int, distance: int
 ) -> dict[str, Comparison]:
-    """Return each decode iteration and its best match in the store (figures 8, 9).
-
-    A semantic match is judged over all layers, a trajectory `distance` layers after each score.
-    """
+    """Return each decode iteration and its best match in the store (figures 8, 9)."""
     queries, scores = measured.at(measured.decode), searched.scores(distance)
     predicted = {
         "semantic": _stored_experts(searched.store, top_k)[searched.semantic],

@@ -218,7 +218,6 @@ def _agreement(frame: pd.DataFrame, sources: list[str], metric: str) -> str:
 
 
 def _source(run: Any) -> str:
-    """Name a run's routing: the file of a trace, or the model and its dataset."""
     trace = run["record"]["config"]["routing"]
     if trace:
         return Path(trace).stem

@@ -67,7 +67,6 @@ def draw_models(folder: Path, output: Path, mixed_modes: bool = False) -> None:
 
 
 def _rounded(row: Any) -> dict[str, str]:
-    """Return the cells of one model under their heads."""
     return {
         "Model": style.model_name(row["model"]),
         "Active / total": f"{row['active_b']:.1f} / {row['total_b']:.1f} B",

@@ -26,11 +26,7 @@ DODGE = 16  # how far apart, in iterations of capacity, whiskers are drawn
 
 @analyses.of_traces
 def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return hit rates at distances 1..`longest_distance` by granularity, and `chance` (K/J).
-
-    Coarse is the past request of nearest activation counts; fine the past iteration of nearest
-    map. Means over decode iterations and layers d..L-1, with 95 % intervals.
-    """
+    """Return hit rates at distances 1..`longest_distance` by granularity, and `chance` (K/J)."""
     history, measured, shape = subject.history, subject.measured, subject.shape
     searched = subject.searched(experiment.store_capacity)
     predictors = {

@@ -151,8 +151,7 @@ class ResultsFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            remedy = "run `python -m experiments.reproduce all` first"
-            raise UserError(f"{root}: no such folder; {remedy}")
+            raise UserError(f"{root}: no such folder; run python -m experiments.reproduce all")
         self.root, self.figures = root, root / "figures"
         records.unpack_runs(root)
 
@@ -196,6 +195,5 @@ class ResultsFolder:
         )
 
     def analysis_record(self, name: str) -> dict[str, Any]:
-        """Return an analysis's record, empty where there is none."""
         path, due = self.analysis(name) / "record.json", "analysis record; remove it, analyse again"
         return records.read_checked(path, records.ANALYSIS, due) if path.exists() else {}

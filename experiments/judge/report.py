@@ -86,7 +86,6 @@ def _sentences(text: str) -> list[str]:
 
 
 def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return what the report says of one figure or table of the paper."""
     picture, caption, csv = (results.figures / f"{name}.{one}" for one in ("png", "txt", "csv"))
     data = read_table(csv) if csv.exists() else pd.DataFrame()
     about = results.index(name) or results.analysis_record(name)
@@ -163,7 +162,6 @@ def _cell(column: str, value: float) -> str:
 
 
 def _provenance(results: ResultsFolder) -> dict[str, str]:
-    """Return what the records say of commits, versions, machines, traces and seeds."""
     runs = list(results.runs.get("record", ()))
     analyses = [record for name in IDS if (record := results.analysis_record(name))]
     origins = [*runs, *(one["provenance"] for one in analyses)]

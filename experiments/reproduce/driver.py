@@ -45,17 +45,12 @@ from finemoe.testbed import SimulatedTestbed
 
 OPTIONS = {
     "results": "outputs/reproduce",
-    "records": "",
+    "records": "",  # runs below it, which a sweep left, are taken instead of made again
     "launcher": "joblib",
     "n_jobs": os.cpu_count() or 1,
-    "mixed_modes": False,
-    "redraw": False,
+    "mixed_modes": False,  # whether one figure shows several modes, marked as such
+    "redraw": False,  # whether what is complete is made again
 }
-"""What ``key=value`` sets of the reproduction itself; every other key is one of the runs'.
-
-Runs below `records`, which a sweep left, are taken instead of made again. `mixed_modes` lets one
-figure show records of several modes, marked as such; `redraw` makes again what is complete.
-"""
 AUTO, SIMULATED = "experiments.run.testbeds.auto", "experiments.run.testbeds.simulated"
 
 
@@ -195,7 +190,6 @@ class Reproduction:
                 self._say(f"{outcome.name}: {escape(str(picture))}")
 
     def _report(self) -> None:
-        """Judge the claims and write the report, unless there is one of these results."""
         root = self.results.root
         report = root / "REPORT.md"
         # Claims, their rules and the report's template.
@@ -278,10 +272,7 @@ def made(results: ResultsFolder, name: str, source: str) -> bool:
 
 
 def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
-    """Copy the runs of these digests that are missing from records below a folder; return how many.
-
-    A sweep without testbed= that was simulated counts as what it simulated. Raises UserError.
-    """
+    """Copy the runs of these digests that are missing from below a folder; return how many."""
     if not folder.is_dir():
         raise UserError(f"records={folder} is no folder; name one that a sweep left")
     adopted = 0

@@ -1,7 +1,6 @@
 """A run's config: how its options become objects, and a check of the whole before anything slow.
 
-Values are checked against the annotations of what takes them (finemoe/options.py), so an option's
-type and range are declared where it is used, and once. Only CUDA devices need torch here.
+An option's type and range are the annotations of what takes it. Only CUDA devices need torch here.
 """
 
 import importlib
@@ -204,11 +203,7 @@ def identity(cfg: DictConfig) -> str:
 def build_policy(
     cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
 ) -> tuple[Policy, int, tuple[int, ...]]:
-    """Return a system's policy with its store, its budget in bytes and slots of each device.
-
-    Raises UserError for a budget that cannot be or does not fit a simulated device, and for a
-    store that the system does not keep, that is another model's, or that cannot be saved.
-    """
+    """Return a system's policy with its store, budget in bytes, slots by device. UserError."""
     policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:

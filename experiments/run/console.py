@@ -35,7 +35,6 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar over `total` requests while the block runs."""
         with bar_on(self._rich, hidden=self._rich.quiet or self._job is not None) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
@@ -100,7 +99,6 @@ def _lossless(summary: dict[str, Any]) -> str | tuple[str, str]:
 
 
 def _columns(*names: str) -> Table:
-    """Return an empty table, its first column flush left."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
@@ -108,7 +106,6 @@ def _columns(*names: str) -> Table:
 
 
 def _tables(record: dict[str, Any]) -> Iterator[Table]:
-    """Yield latencies and, of a system with a budget, accesses of experts."""
     summary = record["summary"]
     large = summary["e2el_s"]["p99"] >= LONG_SECONDS
     scale, digits, unit = (1, 2, "seconds") if large else (1e3, 1, "milliseconds")
@@ -131,7 +128,6 @@ def _tables(record: dict[str, Any]) -> Iterator[Table]:
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:
-    """Yield what there is to say beside the tables."""
     summary, positions = record["summary"], record.get("positions")
 
     def gb(name: str) -> float:

@@ -1,9 +1,7 @@
-"""Prompts: from conversations, on the hub or in a local file, and from the built-in corpus.
+"""Prompts: from conversations, on the hub or in a file, and from the standard library's text.
 
-The corpus is text that every Python installation carries: the source and the docstrings of every
-``.py`` file of its standard library, every topic of the language reference. A tenth of the
-documents, by a hash of their name, is held out: a file's source and docstrings together, and
-without passages that stand in a training document too.
+Of the latter a tenth of the documents, by a hash of their name, is held out, without passages that
+stand in a training document too.
 """
 
 import ast
@@ -91,11 +89,7 @@ Source = Annotated[str, AfterValidator(_there)]
 
 
 def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
-    """Return the first human turn of each conversation of a hub dataset or a local file.
-
-    Turns have role and content (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is
-    skipped, which standard error and the source say. Raises UserError if no row is left.
-    """
+    """Return the first human turn of each conversation, on the hub or in a file. UserError."""
     if Path(path).suffix in SUFFIXES:
         rows = _local_rows(Path(path))
     else:
@@ -131,39 +125,32 @@ def draw_prompts(
     random.Random(seed).shuffle(texts)
     tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     long = ((*before, *ids[:room], *after) for ids in tokens if len(ids) >= room)
-    prompts = list(islice(long, count))
-    if len(prompts) < count:
-        have = f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the"
-        asked = f"{input_tokens} input tokens asked for, {count} are needed"
-        raise UserError(f"{have} {asked}; lower workload.input_tokens or workload.prompts")
+    if len(prompts := list(islice(long, count))) < count:
+        have = f"{len(prompts)} of {count} texts of {dataset.name} have {input_tokens} tokens"
+        raise UserError(f"only {have}; lower workload.input_tokens or workload.prompts")
     return PromptSet.of(dataset, prompts)
 
 
 def prompts_of(
     lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
 ) -> tuple[PromptSet, int]:
-    """Return one prompt of exactly each length, and how many passes over the texts that took.
-
-    A prompt is a run of consecutive texts, cut at its end; the next goes on with the next text.
-    The chat template is counted in; a prompt without room for it goes without.
-    """
-    before, after = template(tokenizer)
+    """Return one prompt of exactly each length, and how many passes over the texts that took."""
+    around = template(tokenizer)
     order, draw = list(range(len(lengths))), random.Random(seed)
     draw.shuffle(order)
     start, used = draw.randrange(len(dataset.texts)), 0
     texts = cycle((*dataset.texts[start:], *dataset.texts[:start]))
-    prompts: dict[int, tuple[int, ...]] = {}
+    prompts: list[tuple[int, ...]] = [()] * len(lengths)
+    # The next prompt goes on with the next text, so that none is used twice before all were.
     for index in order:
-        room = lengths[index] - len(before) - len(after)
-        wanted = room if room >= 1 else lengths[index]
-        tokens: list[int] = []
+        room = lengths[index] - sum(map(len, around))
+        before, after = around if room >= 1 else ([], [])
+        wanted, tokens = lengths[index] - len(before) - len(after), list[int]()
         while len(tokens) < wanted:
             tokens += tokenizer(next(texts) + "\n\n", add_special_tokens=False)["input_ids"]
             used += 1
-        tokens = tokens[:wanted]
-        prompts[index] = (*before, *tokens, *after) if room >= 1 else tuple(tokens)
-    ordered = [prompts[index] for index in range(len(lengths))]
-    return PromptSet.of(dataset, ordered), math.ceil(used / len(dataset.texts))
+        prompts[index] = (*before, *tokens[:wanted], *after)
+    return PromptSet.of(dataset, prompts), math.ceil(used / len(dataset.texts))
 
 
 def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
@@ -222,7 +209,7 @@ def _first_turn(row: Any) -> str:
     turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"no list of turns as {' or '.join(TURNS)}; only {short([*row])}")
-    speakers = [turn.get("role") or turn.get("from") for turn in turns]
+    speakers = [turn.get("role") or turn.get("from") for turn in turns]  # LMSYS, or ShareGPT
     first = next((i for i, speaker in enumerate(speakers) if speaker in HUMANS), None)
     if first is None:
         raise ValueError(f"no turn by {' or '.join(HUMANS)}, only by {short(speakers)}")

@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -21,25 +21,16 @@ from experiments.run.weights import NAMED, SCALE_MODELS, hub_access, is_hub, loa
 from finemoe.offload.device import BlockLayout
 from finemoe.offload.model import OffloadedModel, class_for, find_moe_layers, leave_text, shape_of
 
-if TYPE_CHECKING:
-    import transformers
-
+# Kinds of layers that keep something of every token.
 GROWING = ("full_attention", "sliding_attention", "indexed_attention", "hybrid", "hybrid_sliding")
-"""Kinds of layers that keep something of every token."""
-
 PREFETCH_DISTANCE = 3  # of a model that nobody measured: Mixtral's (section 6.1)
-
 FACTS = (  # what tells models apart: a scale model has the first four
     *("scale.config.model_type", "layers", "experts", "top_k"),
     *("hidden_size", "expert_intermediate_size"),
 )
-
 DEQUANTISED = ("fp8", "mxfp4")  # ways to quantise that transformers can undo
-
 SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
 LOADING_SHARE = 1.15  # of memory over what it must take: 1.0 for large tensors
-
 DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
 
 
@@ -83,11 +74,8 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     return LoadedModel(offloaded, tokenizer, full, cast)
 
 
-def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedModel", Any]:
-    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`.
-
-    At the peak the first MoE layer has been copied and not been freed: it takes room twice.
-    """
+def load_plain(cfg: DictConfig, weights: str) -> tuple[Any, Any]:
+    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`."""
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
@@ -97,6 +85,7 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedM
         modules = find_moe_layers(outline)[1]
         layers = [sum(one.nbytes for one in module.parameters(recurse=False)) for module in modules]
         whole = sum(parameter.nbytes for parameter in outline.parameters())
+        # At the peak, one layer's experts are in their blocks and in the model.
         needed, free = LOADING_SHARE * (whole + max(layers)), available_bytes()
         if needed > free:
             cause = f"loading weights={weights} of {cfg.name} takes {needed / 1e9:.1f} GB of host"
@@ -111,22 +100,18 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
-def outline_of(cfg: DictConfig, weights: str, source: str | None) -> "transformers.PreTrainedModel":
+def outline_of(cfg: DictConfig, weights: str, source: str | None) -> Any:
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     import transformers
 
     wanted = [OmegaConf.select(cfg, key) for key in FACTS]
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
-        own = transformers.AutoConfig
-        config = (
-            own.for_model(wanted[0])
-            if source is None
-            else own.from_pretrained(source, trust_remote_code=False)
-        )
+        own, safe = transformers.AutoConfig, {"trust_remote_code": False}
+        config = own.from_pretrained(source, **safe) if source else own.for_model(wanted[0])
         told = cfg.dtype or getattr(config.get_text_config(), "dtype", None) or config.dtype
         dtype = getattr(torch, str(told or "bfloat16").removeprefix("torch."))
-        model: Any = class_for(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        model: Any = class_for(config).from_config(config, dtype=dtype, **safe)
         leave_text(model)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
@@ -175,16 +160,16 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         with loading(str(path), again), safe_open(path, "pt"):
             pass
     with loading(f"the weights of {source}", again):
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        safe = {"trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(source, **safe)
         told: Any = getattr(config, "quantization_config", None) or {}
         if (method := told.get("quant_method")) in DEQUANTISED:
             config.quantization_config["dequantize"] = True
         elif method and method not in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING:
             raise ValueError(f"transformers knows no {method}, by which they are quantised")
-        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        options = {"dtype": dtype, "device_map": "cpu", "trust_remote_code": False}
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True, **safe}
         load = class_for(config).from_pretrained
-        model, report = load(source, config=config, **options, **checks)
+        model, report = load(source, config=config, dtype=dtype, device_map="cpu", **checks)
         leave_text(model)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
@@ -216,7 +201,6 @@ def cast_of(cfg: DictConfig, weights: str, dtype: torch.dtype, nbytes: int) -> s
 
 
 def _folder(source: str) -> Path | None:
-    """Return the folder of weights, if they are here."""
     path = try_to_load_from_cache(source, "config.json") if is_hub(source) else f"{source}/_"
     return Path(path).parent if isinstance(path, str) else None
 
@@ -276,7 +260,7 @@ def complete(cfg: DictConfig) -> None:
     model.update({name: fact for name, fact in facts.items() if model[name] is None})
 
 
-def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, Any]:
+def facts_of(model: Any, source: str) -> dict[str, Any]:
     """Return the facts of a model on the meta device that a folder or hub id describes."""
     config: Any = model.config.get_text_config()
     path = Path(source)
@@ -291,9 +275,7 @@ def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, An
     layers = find_moe_layers(model)[1]
     routed = {id(one) for layer in layers for one in layer.parameters()}
     dense = {name: one.nbytes for name, one in model.named_parameters() if id(one) not in routed}
-    embedding, head = (
-        one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     cached, attended = attention_of(config)
     facts["counted"] = {  # What finemoe.costs.CountedModel has beside the routing.
         "expert_bytes": BlockLayout.of(layers[0]).nbytes,
@@ -312,7 +294,6 @@ def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, An
 
 
 def _told(facts: dict[str, Any], kinds: Counter[str]) -> str:
-    """Return facts as a line."""
     counted = facts["counted"]
     each, count = counted["expert_bytes"], facts["layers"] * facts["experts"]
     dense, shared = (counted[f"{part}_bytes"] / 1e9 for part in ("dense", "shared_expert"))

@@ -1,11 +1,8 @@
 """The one way through a run: prepare, learn from the history, serve and measure, record.
 
-What differs between live runs, replays and other engines is a `Setup`; which one a run gets is its
-system's or testbed's `backend`, or follows from the testbed's mode. Offline (section 6.1) a share
-of the prompts is the history and the others are measured, after a warm-up; online all are measured.
-
-TTFT, TPOT, ITL and E2EL are defined as in vLLM's serving benchmark. The expert hit rate counts an
-access as a hit only if the expert was resident when its gate asked.
+Offline (section 6.1) a share of the prompts is the history; online all are measured. Latencies are
+those of vLLM's benchmark; all but TPOT and ITL count from the arrival. A hit was resident when its
+gate asked.
 """
 
 import copy
@@ -69,11 +66,7 @@ class AccessCounter:
         return pd.DataFrame(self.rows, columns=columns).set_index("iteration")
 
     def summary(self, slots: int, layers: int) -> Facts:
-        """Return counts and hit rates, in all and by phase; the rate is None without an access.
-
-        `union_over_capacity` (mean, max) is how many experts an iteration activates in a layer over
-        a layer's share of the slots: above 1, one step of a layer is more than that holds.
-        """
+        """Return counts and hit rates, in all and by phase; a rate is None without an access."""
 
         def rated(rows: pd.DataFrame) -> Facts:
             counts = counted(rows)
@@ -83,6 +76,7 @@ class AccessCounter:
         table, phases = self.table(), {}
         for name in get_args(Phase):
             rows, union = table[table["phase"] == name], None
+            # Experts of one step in a layer, over the slots that are the layer's share.
             if total := sum(counted(rows).values()):
                 most = int(rows["most"].max()) * layers / slots
                 union = {"mean": total / len(rows) / slots, "max": most}
@@ -178,12 +172,12 @@ class Setup(ABC):
         if reference is None or reference.compute_s is None or load_s is None:
             return None
         loads = minimal_loads(reference.routing, self.shape, self.slots, reference.measured_from)
-        repeats, path_s = self.settings.repeats, 0.0
-        link_s = max(max(loads) * load_s[0], sum(loads) * load_s[1])
+        link_s, path_s = max(max(loads) * load_s[0], sum(loads) * load_s[1]), 0.0
         if layer_s := reference.layer_s:
             measured = reference.routing[reference.measured_from :]
             path_s = critical_path(measured, self.shape, self.slots, layer_s, *load_s)
-        return Roofline(reference.compute_s * repeats, link_s * repeats, path_s * repeats)
+        seconds = (reference.compute_s, link_s, path_s)
+        return Roofline(*(one * self.settings.repeats for one in seconds))
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""
@@ -213,12 +207,11 @@ def run(cfg: DictConfig, console: Console) -> Facts:
             hosted = setup.policy is not None and setup.policy.host_experts is not None
             lossless, limit = setup.lossless(console), None if hosted else setup.bound(reference)
             record, requests = run_record(setup, history, measurement, lossless, limit)
-            path = records.write_record(Path(cfg.output), record, requests)
-            sample = None
+            path, sample = records.write_record(Path(cfg.output), record, requests), None
             if setup.tokenizer and setup.settings.fixed:
                 first = measurement.served[0]
-                texts = (list(ids) for ids in (first.request.prompt, first.tokens))
-                sample = [setup.tokenizer.decode(ids) for ids in texts]
+                texts = first.request.prompt, first.tokens
+                sample = [setup.tokenizer.decode(list(ids)) for ids in texts]
             console.results(record, path, sample)
             return record
     except (PolicyError, TraceError) as error:
@@ -315,8 +308,8 @@ def run_record(
     beyond = None
     if positions is not None:  # No model was trained beyond its positions.
         lengths = requests["input_tokens"] + requests["output_tokens"]
-        longest, over = int(lengths.max()), int((lengths > positions).sum())
-        beyond = {"model": positions, "longest": longest, "beyond": over, "of": len(lengths)}
+        over = {"longest": int(lengths.max()), "beyond": int((lengths > positions).sum())}
+        beyond = {"model": positions, **over, "of": len(lengths)}
     kept = setup.policy and setup.policy.history
     moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
     accesses = measurement.accesses.summary(sum(setup.slots), setup.shape.layers)
@@ -366,10 +359,7 @@ def run_record(
 
 
 def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
-    """Return one row per request; `batch` tells which requests share their iterations' accesses.
-
-    Online they join and leave: accesses are those of every iteration, `batch` the order of starts.
-    """
+    """Return one row per request; its accesses are those of all iterations that served it."""
     counts = counter.table()[[*KINDS]]
 
     def row(one: Served) -> Facts:
@@ -380,9 +370,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
             "batch": one.batch,
             "input_tokens": len(request.prompt),
             "output_tokens": len(one.tokens),
-            "ttft_s": one.ttft,
-            "tpot_s": one.tpot,
-            "e2el_s": one.e2el,
+            **{f"{name}_s": getattr(one, name) for name in ("ttft", "tpot", "e2el")},
             **(waited if request.arrival is not None else {}),
             **counted(counts.reindex(one.iterations, fill_value=0)),
             "itl_s": one.itl,
@@ -393,11 +381,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
-    """Return mean, percentiles and bootstrap 95 % interval of each latency of a `request_table`.
-
-    Seconds; None where no request has it. All but TPOT and ITL count from the arrival; offline, a
-    request arrives when its prefill starts.
-    """
+    """Return mean, percentiles and 95 % interval of each latency in seconds; None without any."""
     gaps = requests.explode("itl_s", ignore_index=True)
     summary: Facts = {}
     for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s", "queueing_s"):
@@ -405,8 +389,8 @@ def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
         values = rows[name].dropna().to_numpy(float) if name in rows else np.empty(0)
         summary[name] = None
         if len(values):
-            summary[name] = {"mean": float(values.mean())}
-            summary[name] |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
+            percentiles = {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
             ends = interval(request_draws(rows, name, dataset))
-            summary[name]["ci95"] = list(ends) if ends else None
+            of_ends = {"ci95": list(ends) if ends else None}
+            summary[name] = {"mean": float(values.mean())} | percentiles | of_ends
     return summary

@@ -132,12 +132,11 @@ ANALYSIS = schema(
 def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """Return a config without PLACES, the look, and a host that its system does not use."""
     config: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    settings = {key: value for key, value in config.items() if key not in PLACES}
-    system = {key: value for key, value in config["system"].items() if key != "look"}
-    testbed = config["testbed"]
-    if not system.get("uses_host"):
-        testbed = {key: value for key, value in testbed.items() if key != "host"}
-    return {**settings, "system": system, "testbed": testbed}
+    own = {key: value for key, value in config.items() if key not in PLACES}
+    unused = () if config["system"].get("uses_host") else ("host",)
+    for group, left_out in (("system", ("look",)), ("testbed", unused)):
+        own[group] = {key: one for key, one in config[group].items() if key not in left_out}
+    return own
 
 
 def existing_record(cfg: DictConfig) -> Path | None:

@@ -46,10 +46,7 @@ SHARE = 0.8  # of a GPU's free memory that experts may take while routing is rec
 
 
 def open_routing(cfg: DictConfig, console: Console) -> Trace:
-    """Open the trace that `routing` names, or the kept one, which is recorded if it is not there.
-
-    A table of activations will do for systems that predict nothing. TraceError or UserError.
-    """
+    """Open the trace that `routing` names, or the kept one; raise TraceError or UserError."""
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
     shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
     if cfg.routing and path.suffix in STREAMS:
@@ -219,8 +216,7 @@ class Script:
                 for one in traced
             }
         except ValueError as error:
-            cause = f"{cfg.routing}: {error}"
-            raise UserError(f"{cause}; give a trace of a plain top-K model") from error
+            raise UserError(f"{cfg.routing}: {error}; give one of a plain top-K model") from error
         return cls(gates, steps, {one.number: one.output for one in traced}, routing)
 
 

@@ -1,7 +1,4 @@
-"""A run is a schedule, which says what each iteration is, times a backend, which carries it out.
-
-One loop serves every schedule on every backend, live and in virtual time. Times are in seconds.
-"""
+"""A run is a schedule, what each iteration is, times a backend, which carries it out (seconds)."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -58,12 +55,10 @@ class Schedule(ABC):
 
     @property
     def finished(self) -> bool:
-        """Whether every request has been served."""
         return not (self._coming or self._waiting or self._running)
 
     @property
     def idle_until(self) -> float:
-        """When the next request comes."""
         return self._coming[0].arrival or 0.0
 
     def next(self, now: float, number: int) -> Step | None:
@@ -98,10 +93,7 @@ class FixedBatches(Schedule):
 
 
 class ContinuousBatches(Schedule):
-    """Requests queue first come, first served, and join and leave between iterations.
-
-    The first that waits is prefilled, alone, while fewer than `size` run; else all that run decode.
-    """
+    """Prefills the first that waits, alone, if fewer than `size` run; else all that run decode."""
 
     def __init__(self, requests: Sequence[Request], size: int) -> None:
         super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0), size)

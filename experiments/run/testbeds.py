@@ -53,10 +53,7 @@ def emulated(
     threads: Few | None,
     pinned: Flag = False,
 ) -> Testbed:
-    """Return CPU devices whose links take the time of full-size experts on a real link.
-
-    `pinned`: links and searcher never run on the model's cores. Raises UserError.
-    """
+    """Return CPU devices whose links take the time of full-size experts on a real link."""
     import torch
 
     return Testbed(
@@ -82,18 +79,13 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
-    """Return this machine's CUDA devices, all or the first `devices`; UserError without.
-
-    The links of several share the interpreter: by default, chunks grow with their number.
-    """
+    """Return this machine's CUDA devices, all or the first `devices`; raise UserError."""
     import torch
 
     there = cuda_devices()
     if not there and torch.cuda.device_count():
-        raise UserError(
-            f"testbed=local: the NVIDIA driver is too old for torch's CUDA {torch.version.cuda}; "
-            "update it, or install torch for an older CUDA (pytorch.org/get-started/locally)"
-        )
+        remedy = "update it, or install torch for an older CUDA (pytorch.org/get-started/locally)"
+        raise UserError(f"NVIDIA driver is too old for torch's CUDA {torch.version.cuda}; {remedy}")
     if there < (devices or 1):
         cause = f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}"
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
@@ -148,15 +140,13 @@ def simulated(
 
 
 def _prediction(system: Any, model: str) -> tuple[Mapping[Call, float], str]:
-    """Return what each call of a system's policy costs on a model, and of what that was measured.
-
-    What nobody measured costs as much as the dearest that was: nothing gains by being unknown.
-    """
+    """Return what each call of a system's policy costs on a model, and where that was measured."""
     label, own = system.label, _measured(system)
     if model in own:
         return own[model], f"{label} on {model}"
     systems = [system] if own else map(OmegaConf.load, sorted(CONF.glob("system/*.yaml")))
     like = {one.label: _measured(one) for one in systems}
+    # The dearest, so that nothing gains by being unknown.
     measured = [calls for models in like.values() for calls in models.values()]
     dearest = {call: max(one.get(call, 0.0) for one in measured) for call in get_args(Call)}
     source = ", ".join(name for name, models in like.items() if models)
@@ -181,11 +171,7 @@ def calibrated(
     collect_us: SystemMicros,
     prediction_us: Mapping[str, Mapping[Call, Micros]],
 ) -> SimulatedTestbed:
-    """Return the testbed that `python -m experiments.validate.calibrate` wrote.
-
-    `latency_us` of `link` is already stretched by its `time_scale`; `compute_us` holds lines, with
-    `ThreadCosts`, by system. Raises UserError for another model or system than was measured.
-    """
+    """Return the testbed that experiments.validate.calibrate wrote; UserError for another model."""
     try:
         (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))
         dense, expert = (
@@ -194,7 +180,7 @@ def calibrated(
         )
         rate = LinkRate(
             link["gb_s"] * 1e9 / link["time_scale"],
-            link["latency_us"] * 1e-6,
+            link["latency_us"] * 1e-6,  # stretched by the time scale already
             lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )
@@ -204,8 +190,7 @@ def calibrated(
     def costs(asked: DictConfig, system_cfg: DictConfig, predicts: bool) -> LinearCosts:
         system = system_cfg.label
         if asked.name != model:
-            cause = f"testbed {name} was calibrated with {model}, not {asked.name}"
-            raise UserError(f"{cause}; {AGAIN}")
+            raise UserError(f"testbed {name} is of {model}, not {asked.name}; {AGAIN}")
         if not all(system in known for known in (dense, expert, collect_us)):
             raise UserError(f"testbed {name} knows no costs of system={system}; {AGAIN}")
         (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]

@@ -26,10 +26,7 @@ LARGE = 2**30  # bytes, from which on a file is told by its size and time of cha
 
 
 def fingerprint(model: Any, weights: str, seed: int) -> str:
-    """Return 16 hex digits that change whenever the weights do; `model` is a config's group.
-
-    Over files, a hub model's revision as far as it is here, or a dummy's seed.
-    """
+    """Return 16 hex digits of files, of a hub revision or of a dummy's seed."""
     if weights == "dummy":
         facts = [("dummy", str(seed))]
     elif is_hub(weights):

@@ -1,7 +1,4 @@
-"""What is served: prompts in fixed batches, or requests that arrive over time (section 6.1).
-
-A workload's option in conf/workload names one of these classes; another one needs the same methods.
-"""
+"""What is served: prompts in fixed batches, or requests that arrive over time (section 6.1)."""
 
 import hashlib
 import random
@@ -27,12 +24,9 @@ Process = Literal["poisson", "trace"]
 
 TIME, INPUT, OUTPUT = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
 LONGEST = 2**31
+# Mean and deviation of ln tokens over the conversation trace of 2023, and its largest: a stand-in,
+# as the trace has several modes (Kolmogorov-Smirnov distance 0.16 and 0.18).
 CONVERSATIONS = {"input_tokens": (6.6333, 0.9852, 14050), "output_tokens": (5.0190, 0.8590, 1000)}
-"""Mean and standard deviation of ln tokens over the conversation trace of 2023, and its largest.
-
-Log-normal lengths are a stand-in: the trace has several modes (Kolmogorov-Smirnov distance 0.16
-and 0.18), and the logarithms of a row's two lengths correlate by 0.09, which is left out.
-"""
 
 
 @dataclass(frozen=True)
@@ -142,14 +136,11 @@ class Offline(WorkloadSettings):
         return {name: getattr(self, name) for name in names}
 
     def _split(self, prompts: PromptSet, requests: list[Request]) -> Workload:
-        """Let the first requests be the history; warm-ups are of them, so none is new."""
         share, cut = self.history_share, round(self.history_share * len(requests))
         if cut == len(requests):
-            cause = f"workload.history_share={share} of {len(requests)} prompts"
-            raise UserError(f"{cause} leaves none to measure")
+            raise UserError(f"workload.history_share={share} of {cut} leaves none to measure")
         if self.warmup > cut:
-            cause = f"workload.warmup={self.warmup} of {cut} history prompts"
-            raise UserError(f"{cause}; set workload.warmup={cut}")
+            raise UserError(f"workload.warmup={self.warmup} of {cut}; set workload.warmup={cut}")
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
         return Workload(prompts, history, history[: self.warmup], measured)
 
@@ -211,8 +202,8 @@ class Online(WorkloadSettings):
     def _drawn(self, seed: int) -> pd.DataFrame:
         if self.trace is None:
             return generated(self.requests, self.rate, seed)
-        rows = read_azure_trace(Path(self.trace))
-        return sampled(rows, self.requests, self.rate, self.arrival, seed)
+        trace = read_azure_trace(Path(self.trace))
+        return sampled(trace, self.requests, self.rate, self.arrival, seed)
 
     def _requests(self, seed: int) -> tuple[Request, ...]:
         rows = self.plan(seed)[["output_tokens", "seconds", "input_tokens"]].itertuples(index=False)
@@ -250,17 +241,13 @@ class Online(WorkloadSettings):
 
 def origin(trace: Trace) -> PromptSet:
     """Return what a trace says of where its prompts come from, without them."""
-    said = trace.header.provenance
-    names = ("dataset", "dataset_source", "dataset_sha256")
-    dataset, source, sha256 = (str(said.get(name, "unknown: a foreign trace")) for name in names)
+    names, unknown = ("dataset", "dataset_source", "dataset_sha256"), "unknown: a foreign trace"
+    dataset, source, sha256 = (str(trace.header.provenance.get(n, unknown)) for n in names)
     return PromptSet(dataset, source, (), sha256)
 
 
 def read_azure_trace(path: Path) -> pd.DataFrame:
-    """Return `seconds` since the first request, `input_tokens`, `output_tokens`, in order of time.
-
-    Raises UserError for a file that is no such table, with the line that is no request.
-    """
+    """Return `seconds` from the first request, `input_tokens`, `output_tokens`; raise UserError."""
     asked: Any = {"index_col": False, "skip_blank_lines": False, "compression": None}
     try:
         with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
@@ -285,10 +272,7 @@ def read_azure_trace(path: Path) -> pd.DataFrame:
 def sampled(
     trace: pd.DataFrame, count: int, rate: float, process: Process, seed: int
 ) -> pd.DataFrame:
-    """Sample `count` rows, kept in order of time, to arrive at `rate` a second, the first at 0.
-
-    Gaps are exponential, or the rows' own, stretched to that mean. UserError for too few rows.
-    """
+    """Sample `count` rows, in order of time, to arrive at `rate` a second; raise UserError."""
     if count > len(trace):
         cause = f"the trace has {len(trace)} requests, {count} are asked for"
         raise UserError(f"{cause}; lower workload.requests")

@@ -48,10 +48,9 @@ class ZeroSetup(Setup):
         fused = [list(module.parameters(recurse=False)) for module in modules]
         self.experts: tuple[nn.Parameter, ...] = tuple(chain.from_iterable(fused))
         # DeepSpeed empties the parameters.
-        self.expert_bytes = _bytes(self.experts)
-        self.dense_bytes = _bytes(self.model.parameters()) - self.expert_bytes
+        self.expert_bytes, whole = _bytes(self.experts), _bytes(self.model.parameters())
+        self.dense_bytes = whole - self.expert_bytes
         cfg, self.device = self.cfg, self.testbed.devices[0]
-        whole = self.dense_bytes + self.expert_bytes
         self.cast = cast_of(cfg.model, str(cfg.weights), self.model.dtype, whole)
         self.stored = sum(parameter[0].nbytes for parameter in fused[0])
         self.full = full_expert_bytes(cfg.model, str(cfg.weights), self.stored)

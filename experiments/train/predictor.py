@@ -1,9 +1,7 @@
 """Train ProMoE's learned predictor: ``python -m experiments.train.predictor model=mixtral``.
 
-Serves prompts with everything resident, records the input and the choice of every gate, and trains
-for each layer l < L - d a two-layer perceptron that predicts from layer l's input what layer l + d
-activates. Prompts to learn from are documents that no run draws its prompts from; the accuracy is
-taken on held-out ones.
+For each layer l < L - d a two-layer perceptron predicts from layer l's input what layer l + d
+activates. It learns from documents that no run draws its prompts from.
 """
 
 import json

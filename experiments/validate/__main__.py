@@ -1,8 +1,4 @@
-"""Compare live runs with replays of their own routing: ``python -m experiments.validate``.
-
-Every system serves the same prompts live, over emulated links, at every budget, and others while
-its costs are observed; the recorded routing is then replayed in the testbed that these make.
-"""
+"""Compare live runs with replays of their own routing: ``python -m experiments.validate``."""
 
 from collections.abc import Sequence
 from itertools import chain

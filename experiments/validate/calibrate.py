@@ -61,11 +61,7 @@ def _micros(seconds: float) -> float:
 
 
 class Calibration:
-    """Watches live runs of the config's systems and turns what it saw into a testbed.
-
-    Compute is measured all resident and, disturbed, under small budgets; predictions and wake-ups
-    under these alone. What is observed again counts as well. Raises UserError.
-    """
+    """Watches live runs of the config's systems and makes a testbed of them. Raises UserError."""
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
         testbed = emulated_testbed(cfg)
@@ -85,11 +81,9 @@ class Calibration:
         self._probes: dict[str, Probe] = defaultdict(Probe)
 
     def observe_resident(self) -> None:
-        """Serve with every expert resident."""
         self._observe("resident", self._resident)
 
     def observe(self, system: str) -> None:
-        """Serve with a system at every budget."""
         for budget in self._cfg.memory_budgets:
             run = run_config(self._cfg, system, memory_budget=budget)
             setup = _vary_lengths(load_setup(run, self._testbed))
@@ -123,7 +117,6 @@ class Calibration:
         return probe
 
     def testbed(self) -> dict[str, Any]:
-        """Return the testbed as conf/testbed would hold it."""
         testbed, probes = self._testbed, self._probes
         load = testbed.load_seconds(self._resident.model.full_expert_bytes)
         every = sum(probes.values(), Probe())

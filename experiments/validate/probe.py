@@ -17,9 +17,8 @@ from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.trace import TracedRequest
 
 WAITS = ("on_demand_wait", "prefetch_wait")
+# What the model's thread does besides the parts that are looked for: there, a part begins.
 STOPS = ("device", *WAITS, "context_collection", "search", "prefetch_issue", "update")
-"""What the model's thread does besides the parts that are looked for; a part begins where one of
-these ended."""
 SHORTEST_WAIT = 20e-6  # seconds; what is shorter found its condition met and put no thread to sleep
 MOST_MEDIANS = 3
 
@@ -66,12 +65,10 @@ class Probe:
         self.gates.append((outcome, time.perf_counter()))
 
     def on(self, track: str | tuple[str, ...]) -> list[Span]:
-        """Return the spans of the tracks whose names begin so, in order of their starts."""
         named = (span for span in self.spans if span.track.startswith(track))
         return sorted(named, key=lambda span: span.start)
 
     def waits(self) -> list[Span]:
-        """Return when the model's thread slept, in order."""
         return [span for span in self.on(WAITS) if span.end - span.start > SHORTEST_WAIT]
 
     def seconds(self, track: str) -> list[float]:
@@ -137,11 +134,7 @@ def _iterations(
 
 
 def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
-    """Return the seconds that an idle link takes to begin, and a waiting model to go on.
-
-    Of gates that find nothing, with nothing prefetched: to the first chunk; from when each load is
-    due to the wait's end. Raises UserError if there are no such gates.
-    """
+    """Return the seconds that an idle link takes to begin, a waiting model to go on; UserError."""
     copies, waits = probe.on("link"), probe.waits()
     begins, woken = [span.start for span in copies], [span.end for span in waits]
     wakes, resumes = [], []
