@@ -21,6 +21,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console as RichConsole
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.benchmark import Timer
 
 from baselines.on_demand import OnDemandPolicy
@@ -70,6 +71,10 @@ class Bench:
     @property
     def expert_bytes(self) -> int:
         return round(self.cfg.sizes.expert_mb * MB)
+
+    def matrix(self, device: torch.device) -> Tensor:
+        rows = self.cfg.sizes.matrix
+        return torch.ones(rows, rows, dtype=torch.bfloat16, device=device)
 
     def timed(self, work: Callable[[], object]) -> float:
         """Return the median seconds of some work, the device idle before and after."""
@@ -176,8 +181,7 @@ def rate(bench: Bench) -> list[Check]:
 def overlap(bench: Bench) -> list[Check]:
     """Run compute alone, copies alone and both at once; 1 is perfect overlap, 0 is none."""
     drive, _ = copies(bench, bench.device)
-    matrix = _matrix(bench)
-    times = 10
+    matrix, times = bench.matrix(bench.device), 10
 
     def compute() -> None:
         for _ in range(times):
@@ -201,11 +205,6 @@ def overlap(bench: Bench) -> list[Check]:
     ]
 
 
-def _matrix(bench: Bench) -> Tensor:
-    rows = bench.cfg.sizes.matrix
-    return torch.ones(rows, rows, dtype=torch.bfloat16, device=bench.device)
-
-
 def overheads(bench: Bench) -> list[Check]:
     """Compare engine and `generate` on the device, everything resident."""
     sizes = bench.cfg.sizes
@@ -214,7 +213,7 @@ def overheads(bench: Bench) -> list[Check]:
 
 def calibrate(bench: Bench) -> list[Check]:
     """Measure what the roofline is made of, and write the testbed that this machine is."""
-    device, matrix = bench.device, _matrix(bench)
+    device, matrix = bench.device, bench.matrix(bench.device)
     # Four matrices together do not fit a cache.
     rows, row, tall = len(matrix), matrix[:1], matrix.repeat(4, 1)
     scalar = torch.zeros((), device=device)
@@ -222,7 +221,7 @@ def calibrate(bench: Bench) -> list[Check]:
     kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
     sync_s = max(0.0, bench.timed(lambda: scalar.add_(1).item()) - kernel_s)
     # A row times a matrix takes as long as reading it.
-    read_s = bench.timed(lambda: torch.nn.functional.linear(row, tall))
+    read_s = bench.timed(lambda: linear(row, tall))
     product_s = bench.timed(lambda: torch.mm(matrix, matrix))
     small = torch.zeros(1, pin_memory=True)
     latency_s = bench.timed(lambda: scalar.copy_(small[0], non_blocking=True))
@@ -252,10 +251,8 @@ def calibrate(bench: Bench) -> list[Check]:
 
 def _host(bench: Bench) -> dict[str, float]:
     """Measure the host's roofline, as systems that compute experts there use it."""
-    rows = bench.cfg.sizes.matrix
-    matrix = torch.ones(rows, rows, dtype=torch.bfloat16)
-    few, tall, scalar = matrix[:HOST_ROWS], matrix.repeat(16, 1), torch.zeros(())
-    linear = torch.nn.functional.linear
+    matrix, scalar = bench.matrix(torch.device("cpu")), torch.zeros(())
+    few, tall = matrix[:HOST_ROWS], matrix.repeat(16, 1)
     read_s = bench.timed(lambda: linear(few[:1], tall))
     product_s = bench.timed(lambda: linear(few, tall))
     kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
