@@ -15,8 +15,8 @@ METRIC, WASTED = "tpot_s", "bytes_wasted"
 DEFAULTS = "defaults"
 COLOUR, REFERENCE = "#A6761D", "#333333"
 NOTES = (
-    f"Error bars: {charts.INTERVALS}. Dashed: the first row.",
-    "In vain: copies that left unused, of all measured requests.",
+    f"Error bars: {charts.INTERVALS}. Dashed: the first row. In vain: copies that left unused, of "
+    "all measured requests."
 )
 
 
@@ -64,4 +64,5 @@ def _draw(names: tuple[str, str], frame: pd.DataFrame, output: Path) -> None:
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.apart(figure)
         metrics, bytes_moved = [METRIC, "ttft_s", "hit_rate"], ["bytes_prefetched", WASTED]
-        charts.save(figure, output, names, frame, NOTES, metrics, *bytes_moved)
+        doc = f"{names[1]}\n\n{NOTES}"
+        charts.save(figure, output, names[0], doc, frame, metrics, *bytes_moved)

@@ -111,8 +111,8 @@ def of_traces(table: Callable[[Subject, DictConfig], pd.DataFrame]) -> Analysis:
     return analyse
 
 
-def of_models(rows: Callable[[str, DictConfig], list[dict[str, Any]]]) -> Analysis:
-    """The same of a function that returns the rows of one model by its name, without traces."""
+def of_models(rows: Callable[[str, DictConfig], Iterator[dict[str, Any]]]) -> Analysis:
+    """The same of a function that yields the rows of one model by its name, without traces."""
 
     def analyse(cfg: DictConfig, traces: Traces, folder: Path) -> None:
         table = [row for name in cfg.experiment.models for row in rows(name, cfg.experiment)]
@@ -156,10 +156,11 @@ def save(
     output: Path,
     record: Mapping[str, Any],
     table: pd.DataFrame,
-    shows: str,
+    shows: str | None,
     split: bool = True,
 ) -> None:
     """Save a figure of a table; `split`: requests were split into history and measured ones."""
+    table = table.drop(columns="series", errors="ignore")
     caption = f"{record['label']}: {record['title']}. {shows} Mode: {record['mode']}"
     if record["subjects"]:
         listed = pd.DataFrame(list(record["subjects"]))

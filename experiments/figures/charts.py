@@ -335,35 +335,35 @@ def model_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
 def save(
     figure: Figure,
     output: Path,
-    names: tuple[str, str],
+    name: str,
+    doc: str | None,
     frame: pd.DataFrame,
-    notes: Sequence[str],
     metrics: Sequence[str],
     *more: str,
 ) -> None:
-    """Save a figure of runs (`names`: id, title); its data are `metrics` and `more` columns."""
+    """Save a figure of runs with the `caption` of `doc`; its data are `metrics` and `more`."""
     named = ["series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb"]
     values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
     source = ["requests", "mode", "testbed", "weights", "digest"]
     data = frame[[*named, *more, *values, *source]]
     data = data.sort_values(["model", "dataset", "series"], kind="stable")
-    write(figure, data, output, names[0], caption(names, frame, notes))
+    write(figure, data, output, name, caption(name, doc, frame))
 
 
-def caption(names: tuple[str, str], frame: pd.DataFrame, notes: Sequence[str]) -> str:
-    """Return the caption of a figure of runs: `names` (id, title), how measured, on what."""
+def caption(name: str, doc: str | None, frame: pd.DataFrame) -> str:
+    """Return a caption: the title of a docstring, how measured and on what, what follows below."""
+    title, _, notes = (doc or "").partition("\n\n")
     budgets = frame["memory_budget"].unique()
     memory = budgets[0] if budgets[0].endswith("%") else f"{budgets[0]} GB"
     memory = memory if len(budgets) == 1 else f"{len(budgets)} sizes"
     requests = sorted({frame["requests"].min(), frame["requests"].max()})
     count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
-    about = (
-        f"Figure {names[0]}: {names[1]}. Mode: {modes}; testbed: {testbeds}; "
+    return (
+        f"Figure {name}: {title.strip(' .')}. Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
-        f"expert memory: {memory}; n = {count} requests a run."
+        f"expert memory: {memory}; n = {count} requests a run. {notes}"
     )
-    return " ".join([about, *notes])
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:
@@ -387,4 +387,4 @@ def write(figure: Figure, data: pd.DataFrame, output: Path, name: str, caption: 
     with atomic_write(output / f"{name}.csv") as partial:
         data.to_csv(partial, index=False)
     with atomic_write(output / f"{name}.txt") as partial:
-        partial.write_text(caption + "\n")
+        partial.write_text(" ".join(caption.split()) + "\n")

@@ -35,7 +35,8 @@ HOLLOW = (
 
 
 def _draw(
-    names: tuple[str, str],
+    name: str,
+    title: str,
     approaches: Approaches,
     frame: pd.DataFrame,
     output: Path,
@@ -44,9 +45,9 @@ def _draw(
     """Draw hit rates of `approaches`, a panel a dataset, models as groups; WHOLE is hollow."""
     of_runs = [_approach(run, approaches) for run in frame.to_dict("records")]
     frame = frame.assign(approach=pd.Series(of_runs, index=frame.index, dtype=object))
-    frame = charts.checked(frame.dropna(subset=["approach"]), names[0], mixed_modes)
+    frame = charts.checked(frame.dropna(subset=["approach"]), name, mixed_modes)
     frame["series"] = charts.named_after(frame["approach"], frame)
-    charts.single(frame, names[0])
+    charts.single(frame, name)
     models, datasets = charts.facets(frame)
     base = {name: (colour, "") for name, (colour, _) in approaches.items()}
     looks = charts.variants(frame, "approach", base)
@@ -61,9 +62,9 @@ def _draw(
             if len(datasets) > 1:
                 axes.set_title(style.dataset_name(dataset))
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
-        notes = [HOLLOW] if hollow else []
-        notes.append(f"Error bars: {charts.INTERVALS}, batches resampled.")
-        charts.save(figure, output, names, frame, notes, ["hit_rate"], "approach")
+        bars = f"Error bars: {charts.INTERVALS}, batches resampled."
+        doc = f"{title}\n\n{HOLLOW if hollow else ''} {bars}"
+        charts.save(figure, output, name, doc, frame, ["hit_rate"], "approach")
 
 
 def _approach(run: Any, approaches: Approaches) -> str | None:
@@ -77,6 +78,6 @@ def _approach(run: Any, approaches: Approaches) -> str | None:
 
 
 TITLE = "Expert hit rate by the way of finding experts to prefetch"
-draw_a = partial(_draw, ("14a", TITLE), TRACKING)
+draw_a = partial(_draw, "14a", TITLE, TRACKING)
 BY_CACHE = "Expert hit rate of FineMoE by what its cache evicts first"
-draw_b = partial(_draw, ("14b", BY_CACHE), CACHING)
+draw_b = partial(_draw, "14b", BY_CACHE, CACHING)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from experiments import style
 from experiments.figures import charts
 
-NAMES = ("17", "Mean latency of one iteration of FineMoE and of its parts")
+NAME = "17"
 PARTS = {  # part to its name and whether the model waits for it
     "iteration": ("Whole iteration", "whole"),
     "on_demand_wait": ("On-demand loading", "synchronous"),
@@ -29,18 +29,17 @@ KINDS = {
 }
 LEAST_MS = 1e-2  # shorter parts, zero among them, are drawn here, at the left edge
 ROOM = 1.75  # length of the axis over that of its longest part, in decades
-NOTES = (
-    "Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the "
-    "iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as "
-    "totals, without an interval.",
-    "Asynchronous parts run beside the model and do not add up with the others.",
-)
 
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
-    frame = charts.checked(frame, NAMES[0], mixed_modes, system="finemoe", workload="offline")
-    charts.single(frame, NAMES[0])
+    """Mean latency of one iteration of FineMoE and of its parts.
+
+    Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the
+    iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as totals,
+    without an interval. Asynchronous parts run beside the model and do not add up with the others.
+    """
+    frame = charts.checked(frame, NAME, mixed_modes, system="finemoe", workload="offline")
+    charts.single(frame, NAME)
     models, datasets = charts.facets(frame)
     frame = frame.assign(order=frame["model"].map(models.index))
     runs: Any = frame.sort_values(["order", "dataset", "series"], kind="stable").to_dict("records")
@@ -61,7 +60,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
-        charts.write(figure, data, output, NAMES[0], charts.caption(NAMES, frame, NOTES))
+        charts.write(figure, data, output, NAME, charts.caption(NAME, draw.__doc__, frame))
 
 
 def parts_of(run: Any) -> pd.DataFrame:

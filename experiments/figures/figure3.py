@@ -86,7 +86,10 @@ def entropy(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw bars from zero: measures down, datasets across, ln J as a line over each model."""
+    """Mean over layers and over requests (coarse) or decode iterations (fine); above, of activation
+    counts, where an iteration's is ln K by construction; below, of gate probabilities. Dashed: ln
+    J, the entropy of uniform routing. Whiskers: 95 % bootstrap intervals over requests.
+    """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
@@ -105,13 +108,7 @@ def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.set_ylabel(f"Entropy of\n{MEASURES[measure]}\n(nats)")
             axes.label_outer()
         charts.legend(figure, style.GRANULARITIES, "bar")
-        shows = (
-            "Mean over layers and over requests (coarse) or decode iterations (fine); above, of "
-            "activation counts, where an iteration's is ln K by construction; below, of gate "
-            "probabilities. Dashed: ln J, the entropy of uniform routing. "
-            "Whiskers: 95 % bootstrap intervals over requests."
-        )
-        analyses.save(figure, output, record, frame.drop(columns="series"), shows, split=False)
+        analyses.save(figure, output, record, frame, draw_entropy.__doc__, split=False)
 
 
 @analyses.of_traces
@@ -131,7 +128,9 @@ def growth(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_growth(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a line a model with its band, datasets across."""
+    """Entropy of the activation counts of a request's first n decode iterations, mean over layers
+    and requests. Bands: 95 % bootstrap intervals over requests.
+    """
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = charts.unmarked(style.model_looks(models))
@@ -147,8 +146,4 @@ def draw_growth(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.label_outer()
         charts.apart(figure)
         charts.model_legend(figure, looks)
-        shows = (
-            "Entropy of the activation counts of a request's first n decode iterations, mean over "
-            "layers and requests. Bands: 95 % bootstrap intervals over requests."
-        )
-        analyses.save(figure, output, record, frame, shows, split=False)
+        analyses.save(figure, output, record, frame, draw_growth.__doc__, split=False)

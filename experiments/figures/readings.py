@@ -25,7 +25,10 @@ SMALL = 5.5  # points of what stands at a row or a column of many
 
 
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a mark for each claim (down) under each reading (across), if any touches it."""
+    """Verdicts on the paper's claims, by id, under every reading of what the paper leaves open; one
+    choice changes at a time, but for the second and the third column. Faint: the reading concerns
+    none of the claim's runs. Empty: not run.
+    """
     table = read_table(folder / TABLE).astype({"experiment": str})
     touched = table[table.groupby("claim")["touched"].transform("any")]
     claims, readings = (touched[name].drop_duplicates().tolist() for name in ("claim", "reading"))
@@ -45,12 +48,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         axes.axvspan(-0.5, 0.5, color="#eeeeee", lw=0, zorder=0)
         present = {name: look for name, look in MARKS.items() if name in set(touched["verdict"])}
         charts.legend(figure, present)
-        caption = (
-            "Verdicts on the paper's claims under every reading of what the paper leaves open; one "
-            "choice changes at a time, but for the second and the third column. Faint: the reading "
-            f"concerns none of the claim's runs. Empty: not run. {_runs(table)}"
-        )
-        charts.write(figure, table, output, folder.name, caption)
+        charts.write(figure, table, output, folder.name, f"{draw.__doc__} {_runs(table)}")
 
 
 def _runs(table: pd.DataFrame) -> str:
@@ -59,7 +57,9 @@ def _runs(table: pd.DataFrame) -> str:
 
 
 def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a tornado a headline: from the default's value to that under each other assumption."""
+    """What moves the headline numbers: from their value by default (solid line) to that under one
+    other assumption at a time. Dashed: the paper's value.
+    """
     table = read_table(folder / TABLE).astype({"experiment": str})
     table = table[table["section"].isin(["Abstract", "Talk"])]
     headlines = table.drop_duplicates("claim")
@@ -80,15 +80,14 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.set_title(textwrap.fill(title, 36), fontsize=style.POINTS - 0.5)
             axes.set_xlabel(f"here ({usual['unit']})")
             axes.grid(axis="y", visible=False)
-        caption = (
-            "What moves the headline numbers: from their value by default (solid line) to that "
-            f"under one other assumption at a time. Dashed: the paper's value. {_runs(table)}"
-        )
-        charts.write(figure, table, output, folder.name, caption)
+        charts.write(figure, table, output, folder.name, f"{draw_unknowns.__doc__} {_runs(table)}")
 
 
 def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TTFT and TPOT of each system over the planner's under each condition; right: slower."""
+    """TTFT and TPOT of each system over the planner's, by condition: Mixtral, docs, 25 % of the
+    experts' memory, six RTX 3090s and fixed batches unless the condition says otherwise. Mode:
+    simulated.
+    """
     table: Any = read_table(folder / LATENCIES).set_index(["reading", "system"])
     conditions = list(dict.fromkeys(table.index.get_level_values("reading")))
     looks: dict[str, style.Look] = {}
@@ -111,9 +110,5 @@ def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> No
             names = conditions if metric == "ttft_s" else []
             axes.set_yticks(range(len(conditions)), names or [""] * len(conditions), fontsize=SMALL)
         charts.legend(figure, {style.system_name(s): look for s, look in looks.items()}, columns=3)
-        caption = (
-            "TTFT and TPOT of each system over the planner's, by condition: Mixtral, docs, 25 % of "
-            "the experts' memory, six RTX 3090s and fixed batches unless the condition says "
-            "otherwise. Mode: simulated."
-        )
+        caption = draw_conditions.__doc__ or ""
         charts.write(figure, table.reset_index(), output, folder.name, caption)

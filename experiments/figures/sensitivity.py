@@ -11,15 +11,18 @@ from experiments import style
 from experiments.figures import charts
 
 TIMES = ("ttft_s", "tpot_s")
-INTERVALS = f"Error bars: {charts.INTERVALS}"
 PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}  # found best in section 6.1
 DATASET_LOOKS = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
 BOUNDS = ("belady", "oracle")
 
 
 def figure1b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw request latency against memory footprint (section 1)."""
-    names = "1b", "End-to-end request latency against memory, all systems and no offloading"
+    """End-to-end request latency against memory, all systems and no offloading.
+
+    Error bars: 95 % bootstrap intervals of the mean. The latency axis is logarithmic. Memory: the
+    expert budget (all experts where nothing is offloaded) and the weights that are always resident;
+    keys, values and activations are not counted.
+    """
     frame = charts.checked(frame, "1b", mixed_modes)
     frame["memory_gb"] = (frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9
     charts.single(frame, "1b", "memory_gb")
@@ -36,17 +39,15 @@ def figure1b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
             axes.set_ylim(0.7 * part["e2el_s"].min(), 1.4 * part["e2el_s"].max())
             axes.xaxis.set_major_locator(MaxNLocator(5))
         charts.legend(figure, looks, columns=6, narrow=2)
-        notes = (
-            f"{INTERVALS}. The latency axis is logarithmic.",
-            "Memory: the expert budget (all experts where nothing is offloaded) and the weights "
-            "that are always resident; keys, values and activations are not counted.",
-        )
-        charts.save(figure, output, names, frame, notes, ["e2el_s"], "memory_gb")
+        charts.save(figure, output, "1b", figure1b.__doc__, frame, ["e2el_s"], "memory_gb")
 
 
 def figure12(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TPOT against the expert cache limit (section 6.3)."""
-    names = "12", "TPOT against the memory limit of the expert cache"
+    """TPOT against the memory limit of the expert cache.
+
+    Error bars: 95 % bootstrap intervals of the mean. Limits above what all experts take (Mixtral
+    90 GB, Qwen 25 GB, Phi 81 GB) hold them all.
+    """
     frame = charts.checked(frame, "12", mixed_modes)
     asked = pd.to_numeric(frame["memory_budget"], errors="coerce")
     frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"]).astype(float)
@@ -61,17 +62,15 @@ def figure12(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
             axes.set_xticks(limits, [f"{limit:g}" for limit in limits])
             axes.set_ylim(bottom=0)
         charts.legend(figure, looks, narrow=2)
-        notes = (
-            f"{INTERVALS}.",
-            "Limits above what all experts take (Mixtral 90 GB, Qwen 25 GB, Phi 81 GB) hold them "
-            "all.",
-        )
-        charts.save(figure, output, names, frame, notes, ["tpot_s"], "limit_gb")
+        charts.save(figure, output, "12", figure12.__doc__, frame, ["tpot_s"], "limit_gb")
 
 
 def figure15(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TTFT and TPOT of FineMoE against the prefetch distance, a line a dataset (6.6)."""
-    names = "15", "TTFT and TPOT of FineMoE against the prefetch distance d"
+    """TTFT and TPOT of FineMoE against the prefetch distance d.
+
+    Error bars: 95 % bootstrap intervals of the mean. Dotted: the distance that the paper found
+    best. Vertical axes do not start at zero.
+    """
     frame = charts.checked(frame, "15", mixed_modes, system="finemoe")
     frame["series"] = charts.named_after(frame["dataset"].map(style.dataset_name), frame)
     charts.single(frame, "15", "prefetch_distance")
@@ -90,15 +89,15 @@ def figure15(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
                 axes.set_xlabel("Prefetch distance d (layers)")
         if len(looks) > 1:
             charts.legend(figure, looks)
-        best = "Dotted: the distance that the paper found best. Vertical axes do not start at zero."
-        charts.save(
-            figure, output, names, frame, [f"{INTERVALS}.", best], TIMES, "prefetch_distance"
-        )
+        charts.save(figure, output, "15", figure15.__doc__, frame, TIMES, "prefetch_distance")
 
 
 def figure16b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TTFT and TPOT of offline runs against the batch size (section 6.6)."""
-    names = "16b", "TTFT and TPOT against the batch size"
+    """TTFT and TPOT against the batch size.
+
+    {models} Error bars: 95 % bootstrap intervals of the mean; whole batches are resampled, for
+    their requests share their times, so larger batches leave fewer samples.
+    """
     frame = charts.checked(frame, "16b", mixed_modes, workload="offline")
     charts.single(frame, "16b", "batch_size")
     models, datasets = charts.facets(frame)
@@ -115,17 +114,19 @@ def figure16b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> N
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.legend(figure, looks, "bar", 2)
         several = "s" if len(models) > 1 else ""
-        notes = (
-            f"Model{several}: {', '.join(map(style.model_name, models))}.",
-            f"{INTERVALS}; whole batches are resampled, for their requests share their times, so "
-            "larger batches leave fewer samples.",
-        )
-        charts.save(figure, output, names, frame, notes, TIMES, "batch_size")
+        named = f"Model{several}: {', '.join(map(style.model_name, models))}."
+        doc = str(figure16b.__doc__).format(models=named)
+        charts.save(figure, output, "16b", doc, frame, TIMES, "batch_size")
 
 
 def frontier(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TPOT of all systems against the memory for experts, beyond the paper."""
-    names = "frontier", "TPOT against the memory for experts"
+    """TPOT against the memory for experts.
+
+    Error bars: 95 % bootstrap intervals of the mean. Vertical axes are logarithmic and differ by
+    model. Dotted: nothing offloaded, compute alone. Dashed: the oracle, a greedy reference that is
+    told the routing beforehand. Records bound the time of whole runs, not TPOT, so no bound is
+    drawn.
+    """
     frame = charts.checked(frame, "frontier", mixed_modes)
     charts.single(frame, "frontier", "memory_budget")
     looks = charts.looks(frame, ["oracle", "resident"])
@@ -143,18 +144,17 @@ def frontier(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
             charts.budget_axis(axes, part[~floor])
             charts.log_axis(axes)
         charts.legend(figure, looks, narrow=2)
-        notes = (
-            f"{INTERVALS}. Vertical axes are logarithmic and differ by model.",
-            "Dotted: nothing offloaded, compute alone. Dashed: the oracle, a greedy reference that "
-            "is told the routing beforehand. Records bound the time of whole runs, not TPOT, so no "
-            "bound is drawn.",
-        )
-        charts.save(figure, output, names, frame, notes, ["tpot_s", "ttft_s", "hit_rate"])
+        metrics = ["tpot_s", "ttft_s", "hit_rate"]
+        charts.save(figure, output, "frontier", frontier.__doc__, frame, metrics)
 
 
 def rates(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw end-to-end latency against the rate at which requests arrive, beyond the paper."""
-    names = "rates", "End-to-end latency against the request rate, online serving"
+    """End-to-end latency against the request rate, online serving.
+
+    Error bars: 95 % bootstrap intervals of the mean, as if requests that queue together were
+    independent. Latency counts from the arrival, queueing included; its axis is logarithmic. Where
+    a line turns upwards, requests arrive faster than the system serves them.
+    """
     frame = charts.checked(frame, "rates", mixed_modes, workload="online")
     frame["rate"] = [record["config"]["workload"]["rate"] for record in frame["record"]]
     charts.single(frame, "rates", "rate")
@@ -168,17 +168,17 @@ def rates(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             charts.log_axis(axes)
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        notes = (
-            f"{INTERVALS}, as if requests that queue together were independent.",
-            "Latency counts from the arrival, queueing included; its axis is logarithmic. Where a "
-            "line turns upwards, requests arrive faster than the system serves them.",
-        )
-        charts.save(figure, output, names, frame, notes, ["e2el_s", "ttft_s", "tpot_s"], "rate")
+        metrics = ["e2el_s", "ttft_s", "tpot_s"]
+        charts.save(figure, output, "rates", rates.__doc__, frame, metrics, "rate")
 
 
 def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw policies on the routing of a real and of a scale model, a column of panels for each."""
-    names = "real-routing", "Policies on the routing of a real model and of a scale model"
+    """Policies on the routing of a real model and of a scale model.
+
+    Error bars: 95 % bootstrap intervals of the mean. Dashed: bounds, which are told the routing. On
+    real traces, which hold ids alone, FineMoE's maps are sparse and the choices before stand for
+    embeddings.
+    """
     frame = charts.checked(frame, "real-routing", mixed_modes)
     frame["source"] = [_source(run) for run in frame.to_dict("records")]
     charts.single(frame, "real-routing", "source", "memory_budget")
@@ -196,12 +196,9 @@ def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -
             else:
                 axes.set_xlabel(charts.BUDGET)
         charts.legend(figure, looks, columns=6)
-        notes = (
-            f"{INTERVALS}. Dashed: bounds, which are told the routing. On real traces, which hold "
-            "ids alone, FineMoE's maps are sparse and the choices before stand for embeddings.",
-            *(_agreement(frame, sources, metric) for metric in metrics),
-        )
-        charts.save(figure, output, names, frame, notes, [*metrics, "ttft_s"], "source")
+        agree = (_agreement(frame, sources, metric) for metric in metrics)
+        doc = " ".join([str(real_routing.__doc__), *agree])
+        charts.save(figure, output, "real-routing", doc, frame, [*metrics, "ttft_s"], "source")
 
 
 def _agreement(frame: pd.DataFrame, sources: list[str], metric: str) -> str:

@@ -44,7 +44,10 @@ def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame
 
 
 def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 4: coarse and fine with their bands, models down and datasets across."""
+    """Share of a decoded token's experts that were among the K predicted d layers before. Coarse:
+    the past request of nearest activation counts; fine: the past iteration of nearest expert map.
+    Bands: 95 % bootstrap intervals over requests.
+    """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
@@ -60,12 +63,7 @@ def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> Non
             axes.set_xticks(range(0, longest + 1, 10 if longest > 10 else 2))
         charts.label_once(figure, "Prefetch distance d (layers)", style.METRICS["hit_rate"][0])
         charts.legend(figure, {**looks, "Chance (K/J)": style.CHANCE}, columns=3)
-        shows = (
-            "Share of a decoded token's experts that were among the K predicted d layers before. "
-            "Coarse: the past request of nearest activation counts; fine: the past iteration of "
-            "nearest expert map. Bands: 95 % bootstrap intervals over requests."
-        )
-        analyses.save(figure, output, record, frame.drop(columns="series"), shows)
+        analyses.save(figure, output, record, frame, draw_hit_rates.__doc__)
 
 
 def compared(
@@ -95,7 +93,12 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
 
 
 def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 8, a line a model: methods and datasets down, searches across."""
+    """Mean hit rate in equally wide bins of similarity. All pairs, the paper's method: each prompt
+    is one embedding and one map; the share that two have in common of their K likeliest experts.
+    Best match: the hit rate, in a decode iteration, of the K likeliest experts of the stored map
+    that its search found. The area of a marker is the bin's share (smallest size: 15 % and below).
+    Whiskers: 95 % bootstrap intervals over requests, none where a bin holds one request.
+    """
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
@@ -120,15 +123,7 @@ def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> No
             axes.locator_params(axis="x", nbins=4)
             axes.tick_params(labelbottom=True)
         charts.model_legend(figure, looks)
-        shows = (
-            "Mean hit rate in equally wide bins of similarity. All pairs, the paper's method: each "
-            "prompt is one embedding and one map; the share that two have in common of their K "
-            "likeliest experts. Best match: the hit rate, in a decode iteration, of the K "
-            "likeliest experts of the stored map that its search found. The area of a marker is "
-            "the bin's share (smallest size: 15 % and below). Whiskers: 95 % bootstrap intervals "
-            "over requests, none where a bin holds one request."
-        )
-        analyses.save(figure, output, record, frame, shows)
+        analyses.save(figure, output, record, frame, draw_similarity.__doc__)
 
 
 @analyses.of_traces
@@ -145,7 +140,11 @@ def pearson(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 9, a bar a search for each model; n/a where nothing varies."""
+    """Correlation of similarity and hit rate, as in figure 8: over all pairs of prompts, the
+    paper's method, and over decode iterations, each with its best match. Bin means: the coefficient
+    of the means of figure 8's bins. Grey: the range of the paper's twelve coefficients (LMSYS,
+    ShareGPT). Whiskers: 95 % bootstrap intervals over requests.
+    """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["search"].str.capitalize()
     models, datasets = charts.facets(frame)
@@ -168,14 +167,7 @@ def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.set(ylim=(least, 1.05), ylabel=label)
             axes.label_outer()
         charts.legend(figure, COEFFICIENTS, "bar")
-        shows = (
-            "Correlation of similarity and hit rate, as in figure 8: over all pairs of prompts, "
-            "the paper's method, and over decode iterations, each with its best match. Bin means: "
-            "the coefficient of the means of figure 8's bins. Grey: the range of the paper's "
-            "twelve coefficients (LMSYS, ShareGPT). Whiskers: 95 % bootstrap intervals over "
-            "requests."
-        )
-        analyses.save(figure, output, record, frame.drop(columns="series"), shows)
+        analyses.save(figure, output, record, frame, draw_pearson.__doc__)
 
 
 @analyses.of_traces
@@ -193,7 +185,10 @@ def capacity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_capacity(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 16a, a line a model: searches down, datasets across, one scale a search."""
+    """Mean score of the best match over decode iterations, in a store filled with the history. Axes
+    do not begin at zero. Whiskers: 95 % bootstrap intervals over requests, the same at every
+    capacity.
+    """
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
@@ -212,9 +207,4 @@ def draw_capacity(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.set_title(f"{search}, {style.dataset_name(dataset)}")
         charts.label_once(figure, "Store capacity (iterations)", style.METRICS["score"][0])
         charts.model_legend(figure, looks)
-        shows = (
-            "Mean score of the best match over decode iterations, in a store filled with the "
-            "history. Axes do not begin at zero. Whiskers: 95 % bootstrap intervals over requests, "
-            "the same at every capacity."
-        )
-        analyses.save(figure, output, record, frame, shows)
+        analyses.save(figure, output, record, frame, draw_capacity.__doc__)

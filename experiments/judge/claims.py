@@ -93,7 +93,7 @@ def load_claims(path: Path | None = None) -> list[Claim]:
 def judge(
     results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
 ) -> list[Verdict]:
-    """Judge every claim, write claims.json and claims.csv, return verdicts; UserError, OSError."""
+    """Judge every claim, write claims.json and claims.csv; raise UserError or OSError."""
     verdicts = [judge_one(claim, results.rows, mixed_modes) for claim in load_claims(claims)]
     rows = [asdict(one) for one in verdicts]
     write_json(results.root / "claims.json", {"rules": RULES, "claims": rows})

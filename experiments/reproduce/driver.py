@@ -279,6 +279,7 @@ def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
     for path in sorted(folder.rglob(RECORD)):
         record = records.read_record(path)
         cfg = OmegaConf.create(record["config"])
+        # A sweep without testbed= that was simulated counts as what it simulated.
         if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
             cfg.testbed._target_ = SIMULATED
         identity = sweeps.digest(cfg)
@@ -290,9 +291,6 @@ def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
                     shutil.copyfile(path.parent / name, partial_file)
             adopted += 1
     return adopted
-
-
-# What workers do ----------------------------------------------------------------------------------
 
 
 def record_traces(configs: Iterable[DictConfig]) -> list[Path]:

@@ -152,7 +152,7 @@ def parse(overrides: Iterable[str]) -> Sweep:
 
 def combine(params: Sweep, cells: Sequence[Words], user: Sweep, groups: set[str]) -> list[Words]:
     """Return the lists of overrides that params, cells and the user's overrides stand for."""
-    # A key of the user's replaces its sweep; his choice of a group leaves out others' cells.
+    # The user's keys replace sweeps; the user's choice of a group leaves out cells of others.
     swept = {**params, **user}
     products = [swept] if params or not cells else []
     for cell in map(parse, cells):

@@ -203,7 +203,7 @@ def identity(cfg: DictConfig) -> str:
 def build_policy(
     cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
 ) -> tuple[Policy, int, tuple[int, ...]]:
-    """Return a system's policy with its store, budget in bytes, slots by device. UserError."""
+    """Return a policy with its store, the budget in bytes, slots of each device; UserError."""
     policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:

@@ -156,11 +156,8 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
     elif bound:
         yield "no bound: compute alone was timed on a busy machine"
     if positions and positions["beyond"]:
-        yield (
-            f"{positions['beyond']} of {positions['of']} requests run past the model's "
-            f"{positions['model']:,} positions (the longest has {positions['longest']:,}): "
-            "beyond them it was never trained"
-        )
+        ran = f"{positions['beyond']} of {positions['of']} requests run past the model's"
+        yield f"{ran} {positions['model']:,} positions (up to {positions['longest']:,}), untrained"
     if (costs := record.get("prediction_costs") or "").startswith("assumed"):
         yield f"prediction costs {costs}"
 

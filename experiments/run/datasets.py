@@ -89,7 +89,7 @@ Source = Annotated[str, AfterValidator(_there)]
 
 
 def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
-    """Return the first human turn of each conversation, on the hub or in a file. UserError."""
+    """Return the first human turn of each conversation of a dataset; UserError without any."""
     if Path(path).suffix in SUFFIXES:
         rows = _local_rows(Path(path))
     else:
@@ -218,9 +218,6 @@ def _first_turn(row: Any) -> str:
         raise ValueError(f"no text in turn {first + 1}, but {short(text)}")
     # A half of a surrogate pair, which JSON can hold, is no text for a tokenizer.
     return text.strip().encode("utf-8").decode()
-
-
-# The corpus ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

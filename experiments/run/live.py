@@ -366,8 +366,6 @@ class LiveSetup(Setup):
         }
 
 
-# What has to fit a device beside its experts -----------------------------------------------------
-
 MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 CUDA_BYTES = 500_000_000  # assumed; see `needed_beside`
 LESS = "lower memory_budget, or the workload's batch size or lengths"
@@ -430,9 +428,6 @@ def shortage(
             has = f"has {free / 1e9:.1f} GB free, with {needed / 1e9:.1f} GB needed"
             return f"{asked / 1e9:.1f} GB of experts on {device}, which {has} beside them ({rest})"
     return ""
-
-
-# Preparing a run ----------------------------------------------------------------------------------
 
 
 def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) -> LiveSetup:

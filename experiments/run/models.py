@@ -205,8 +205,6 @@ def _folder(source: str) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-# Room ---------------------------------------------------------------------------------------------
-
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 CGROUP_FILES = {  # limit and use by controller; version 2 has one tree, without a name
     "": ("memory.max", "memory.current"),
@@ -242,9 +240,6 @@ def free_bytes(device: torch.device) -> int:
         return available_bytes()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
-
-
-# What a checkpoint says of its model: conf/model/checkpoint.yaml leaves it open -------------------
 
 
 def complete(cfg: DictConfig) -> None:
@@ -324,8 +319,6 @@ def config_value(config: Any, name: str) -> Any:
     """Return a value of a config, also one that single layers may have otherwise."""
     return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
-
-# Small random members of the families that the engine serves bit for bit --------------------------
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,

@@ -47,8 +47,6 @@ COLUMNS = {  # of a request table, and the share of rows that have a value
 ROW_BYTES = 100
 LARGEST = 1e15
 
-# What readers rely on; what else a record holds is not looked at ---------------------------------
-
 
 def _inside(name: str) -> str:
     """Refuse a name that leads out of the folder that it is joined to."""
@@ -348,9 +346,6 @@ def unpack_runs(root: Path) -> None:
             raise UserError(f"{root / RUNS} is damaged ({error}); make it again") from error
         with suppress(OSError):
             Path(folder, "runs").rename(root / "runs")
-
-
-# Weights & Biases, offline unless a key is set ----------------------------------------------------
 
 
 LOGGED = "wandb/logged"  # beside the file that completes a result

@@ -177,9 +177,6 @@ def traced_request(fetch: Callable[[int], TracedRequest], request: Request) -> T
     return traced
 
 
-# Live runs of a trace's routing -------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Script:
     """What requests are to route and to say, by their number, step by step."""

@@ -190,7 +190,7 @@ def calibrated(
     def costs(asked: DictConfig, system_cfg: DictConfig, predicts: bool) -> LinearCosts:
         system = system_cfg.label
         if asked.name != model:
-            raise UserError(f"testbed {name} is of {model}, not {asked.name}; {AGAIN}")
+            raise UserError(f"testbed {name}: calibrated with {model}, not {asked.name}; {AGAIN}")
         if not all(system in known for known in (dense, expert, collect_us)):
             raise UserError(f"testbed {name} knows no costs of system={system}; {AGAIN}")
         (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]

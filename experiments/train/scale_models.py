@@ -116,8 +116,7 @@ class Training:
         length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
-        positions = starts[:, None] + torch.arange(length)
-        batch = self.train_ids[positions.to(self.train_ids.device)]
+        batch = self.train_ids.unfold(0, length, 1)[starts]
         output = self.model(
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
         )

@@ -134,7 +134,7 @@ def _iterations(
 
 
 def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
-    """Return the seconds that an idle link takes to begin, a waiting model to go on; UserError."""
+    """Return the seconds an idle link takes to begin, and a waiting model to go on; UserError."""
     copies, waits = probe.on("link"), probe.waits()
     begins, woken = [span.start for span in copies], [span.end for span in waits]
     wakes, resumes = [], []
