@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -379,12 +379,14 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def summary(parts: Mapping[str, Facts]) -> Iterator[str]:
-    """Yield a line a part, pass or fail, and which of its lines fell short."""
+def summary(parts: Mapping[str, Facts]) -> list[str]:
+    """Return a line a part, pass or fail, and which of its lines fell short."""
+    lines = []
     for name, part in parts.items():
         short = [one["name"] for one in part["checks"] if one["met"] is False]
         why = part["error"] or "; ".join(short)
-        yield f"{'pass' if part['passed'] else 'FAIL'}  {name}{why and f': {why}'}"
+        lines.append(f"{'pass' if part['passed'] else 'FAIL'}  {name}{why and f': {why}'}")
+    return lines
 
 
 def check(cfg: DictConfig) -> bool:
