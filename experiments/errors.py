@@ -95,6 +95,16 @@ def file_errors() -> Iterator[None]:
         raise UserError(f"{cause}; {remedy}") from error
 
 
+@contextmanager
+def refusing(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
+    """Turn errors of these kinds into UserError: `what`, why in the error's first line, remedy."""
+    try:
+        yield
+    except kinds as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {why}{remedy and f'; {remedy}'}") from error
+
+
 def config_error(error: Exception) -> str:
     """Return in one line what Hydra or OmegaConf found wrong with a command, and what to do."""
     if isinstance(error, OverrideParseException):

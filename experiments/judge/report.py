@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from experiments.errors import UserError, command
+from experiments.errors import command, refusing
 from experiments.judge import readings
 from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
 from experiments.judge.frame import IDS, PREDICTION, ResultsFolder, by_system, commit
@@ -105,11 +105,8 @@ def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> 
 
 def _picture(path: Path) -> dict[str, Any]:
     """Return a figure as a PNG of at most 256 colours, and its size in CSS pixels."""
-    try:
-        with Image.open(path) as drawn:
-            whole = drawn.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not an image; delete it and draw the figure again") from error
+    with refusing(f"{path}: not an image", OSError, remedy="draw it again"):
+        whole = Image.open(path).convert("RGB")
     packed = io.BytesIO()
     whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(packed, "PNG", optimize=True)
     width, height = (max(1, round(side / PIXELS_PER_CSS_PIXEL)) for side in whole.size)

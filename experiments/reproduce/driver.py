@@ -29,7 +29,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from experiments import CONF, ROOT
-from experiments.errors import BAD_INPUT, UserError, command, words_given
+from experiments.errors import BAD_INPUT, UserError, command, refusing, words_given
 from experiments.judge.frame import ResultsFolder, run_frame
 from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Tasks, attempt, side_by_side
@@ -328,10 +328,8 @@ def write_experiment(results: ResultsFolder, name: str, content: Mapping[str, An
 
 def function(dotted: str) -> Callable[..., Any]:
     """Return what ``module.name`` names; raise UserError if there is no such thing."""
-    try:
+    with refusing(f"no function {dotted}", ImportError, AttributeError, ValueError):
         return pkgutil.resolve_name(dotted)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"no function {dotted}: {error}") from error
 
 
 @command("interrupted; complete runs are kept: call again to go on")

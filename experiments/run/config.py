@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.records import check_writable
 from experiments.run.weights import source_of
 from experiments.run.workloads import WorkloadSettings
@@ -95,10 +95,8 @@ def check(cfg: DictConfig) -> None:
                 raise UserError(f"{own} with a real model; use testbed=emulated")
     except (MemoryError, OverflowError) as error:
         raise UserError(f"the config asks for more than fits memory ({error}); lower it") from error
-    try:
+    with refusing("config", ValueError, remedy="give finite numbers"):
         json.dumps(values, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"config: {error}; give finite numbers") from error
     if cfg.weights != "dummy":
         source_of(cfg.model, cfg.weights)
     if cfg.weights not in ("dummy", "scale"):
@@ -124,10 +122,8 @@ def _check_policy(
 def build(cfg: DictConfig, **extra: Any) -> Any:
     """Call the target of a group's option with its arguments and `extra`; UserError if refused."""
     call = arguments(cfg, **extra)
-    try:
+    with refusing(str(cfg._target_), ValueError, KeyError, TypeError):
         return checked(call, {}, str(cfg._get_full_key(None) or cfg._target_))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{cfg._target_}: {error}") from error
 
 
 def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
@@ -162,10 +158,8 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
 
 def values_of(cfg: DictConfig) -> dict[str, Any]:
     """Return a config as a dictionary; raise UserError for what does not resolve."""
-    try:
+    with refusing("config", OmegaConfBaseException, remedy="mend it"):
         values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"config: {str(error).splitlines()[0]}; mend it") from error
     return values
 
 

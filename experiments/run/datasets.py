@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.weights import hub_access, loading
 
 Kind = Literal["docs", "code"]
@@ -181,7 +181,8 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _local_rows(path: Path) -> list[Any]:
     """Return the rows of a file: of JSON, those of a list, or one row, or one row per line."""
-    try:
+    kinds = (OSError, ValueError, RecursionError, pa.ArrowException)
+    with refusing(f"cannot read {path} as {path.suffix[1:]}", *kinds, remedy="mend or replace it"):
         if path.suffix == ".parquet":
             names = pq.read_schema(path).names
             columns = [name for name in TURNS if name in names]
@@ -196,10 +197,6 @@ def _local_rows(path: Path) -> list[Any]:
             if path.suffix == ".json" and content.lstrip().startswith(b"["):
                 raise
             return [json.loads(line) for line in content.split(b"\n") if line.strip()]
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        cause = f"cannot read {path} as {path.suffix[1:]}: {cause}"
-        raise UserError(f"{cause}; mend or replace it") from error
 
 
 def _first_turn(row: Any) -> str:

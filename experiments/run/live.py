@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build, build_policy
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, attention_of, config_value, free_bytes, load_model
@@ -440,11 +440,9 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     full, devices = model.full_expert_bytes, testbed.devices
     policy, budget, slots = build_policy(cfg, shape, full, testbed)
     if policy.set_gates:
-        try:
+        what = f"system={cfg.system.label} cannot apply gates to hidden states"
+        with refusing(what, ValueError, remedy="choose another system"):
             policy.set_gates(gate_weights(model.offloaded))
-        except ValueError as error:
-            cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
-            raise UserError(f"{cause}; choose another system") from error
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
     if policy.learn or cfg.record:

@@ -19,7 +19,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.bootstrap import interval, request_draws
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run import records
 from experiments.run.config import build, check, identity
 from experiments.run.console import Console
@@ -238,10 +238,9 @@ def prepare(cfg: DictConfig, console: Console) -> Any:
     """Return the setup of a run, to be entered. Raises UserError for what cannot be."""
     testbed = build(cfg.testbed)
     name = cfg.system.get("backend") or cfg.testbed.get("backend") or BACKENDS[testbed.mode]
-    try:
+    remedy = "set PYTHONPATH to its folder"
+    with refusing(f"backend={name}", ImportError, ValueError, remedy=remedy):
         backend = get_method(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"backend={name}: {error}; set PYTHONPATH to its folder") from error
     return backend(cfg, testbed, console)
 
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from experiments import ROOT
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.weights import fingerprint
 from finemoe.files import atomic_write
 from finemoe.options import Flag, schema
@@ -224,17 +224,15 @@ def read_checked(path: Path, kind: type[BaseModel], due: str) -> dict[str, Any]:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Return a CSV that an analysis or a figure left; UserError if it is unreadable."""
-    try:
+    with refusing(f"{path} is no table", OSError, ValueError, remedy="make it again"):
         return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is no table ({cause}); remove it and make it again") from error
 
 
 def read_requests(record: Path) -> pd.DataFrame:
     """Return the request table beside a run record; UserError if it is missing or damaged."""
     path = record.parent / REQUESTS
-    try:
+    kinds = (*UNREADABLE, LookupError, TypeError)
+    with refusing(f"{path} cannot be read", *kinds, remedy=AGAIN):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
             table: pd.DataFrame = file.read().to_pandas()
@@ -246,9 +244,6 @@ def read_requests(record: Path) -> pd.DataFrame:
                 raise ValueError(f"no numbers as {name}")
         if table.empty:
             raise ValueError("no requests")
-    except (*UNREADABLE, LookupError, TypeError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({cause}); {AGAIN}") from error
     return table
 
 
@@ -339,11 +334,9 @@ def unpack_runs(root: Path) -> None:
     if (root / "runs").exists() or not (root / RUNS).exists():
         return
     with TemporaryDirectory(dir=root) as folder:
-        try:
-            with tarfile.open(root / RUNS) as archive:
-                archive.extractall(folder, filter="data")
-        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-            raise UserError(f"{root / RUNS} is damaged ({error}); make it again") from error
+        kinds = (tarfile.TarError, lzma.LZMAError, EOFError)
+        with refusing(f"{root / RUNS} is damaged", *kinds), tarfile.open(root / RUNS) as archive:
+            archive.extractall(folder, filter="data")
         with suppress(OSError):
             Path(folder, "runs").rename(root / "runs")
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build, values_of
 from experiments.run.console import Console
 from experiments.run.models import LoadedModel, free_bytes, load_model
@@ -98,11 +98,9 @@ def _recording_runtime(model: OffloadedModel) -> LiveRuntime:
     testbed = local(None, None)
     each = min(int(SHARE * free_bytes(device)) // nbytes for device in testbed.devices)
     count = len(testbed.devices)
-    try:
+    remedy = "record on a larger one, or give routing="
+    with refusing("the GPUs cannot hold a token's experts", BudgetError, remedy=remedy):
         slots = plan_slots(each * count * nbytes, nbytes, model.shape, count)
-    except BudgetError as error:
-        cause = f"the GPUs cannot hold a token's experts: {error}"
-        raise UserError(f"{cause}; record on a larger one, or give routing=") from error
     return offloading_runtime(model, policy, testbed, slots, nbytes)
 
 
@@ -207,13 +205,11 @@ class Script:
         if largest >= size:
             cause = f"the trace has token {largest}, the model only {size} of them"
             raise UserError(f"{cause}; give a trace of a model with its vocabulary")
-        try:
+        with refusing(str(cfg.routing), ValueError, remedy="give one of a plain top-K model"):
             steps = {
                 one.number: tuple(GateStep.of(step, model.shape.top_k) for step in one.steps)
                 for one in traced
             }
-        except ValueError as error:
-            raise UserError(f"{cfg.routing}: {error}; give one of a plain top-K model") from error
         return cls(gates, steps, {one.number: one.output for one in traced}, routing)
 
 

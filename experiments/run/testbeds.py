@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from experiments import CONF
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build, checked, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, Processor, RooflineCosts
 from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
@@ -172,7 +172,8 @@ def calibrated(
     prediction_us: Mapping[str, Mapping[Call, Micros]],
 ) -> SimulatedTestbed:
     """Return the testbed that experiments.validate.calibrate wrote; UserError for another model."""
-    try:
+    kinds = (ArithmeticError, AttributeError, KeyError, TypeError)
+    with refusing(f"testbed {name}", *kinds, remedy=AGAIN):
         (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))
         dense, expert = (
             {system: _disturbed(line) for system, line in compute_us[part].items()}
@@ -184,8 +185,6 @@ def calibrated(
             lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"testbed {name}: {error}; {AGAIN}") from error
 
     def costs(asked: DictConfig, system_cfg: DictConfig, predicts: bool) -> LinearCosts:
         system = system_cfg.label

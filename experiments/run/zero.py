@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from baselines.deepspeed_zero import Shrinkage, ZeroModel, ZeroOptions, choose_accelerator
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime
@@ -90,12 +90,10 @@ class ZeroSetup(Setup):
             scaled = hidden if cfg.weights == "scale" else 1.0
             shrinkage = Shrinkage(self.full / self.stored, scaled)
             zero = ZeroModel(model, self.device, self.options, shrinkage)
-            try:
+            kinds = (torch.AcceleratorError, torch.OutOfMemoryError)
+            remedy = "lift the limit of page-locked memory (ulimit -l), or take a smaller model"
+            with refusing("DeepSpeed cannot take the model over", *kinds, remedy=remedy):
                 self.backend = LiveBackend(PlainRuntime(self.stack.enter_context(zero)))
-            except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
-                cause = f"DeepSpeed cannot take the model over: {str(error).splitlines()[0]}"
-                remedy = "lift the limit of page-locked memory (ulimit -l unlimited), or take a"
-                raise UserError(f"{cause}; {remedy} smaller model or a larger machine") from error
         yield self.backend
 
     @contextmanager
@@ -145,10 +143,8 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
         torch.set_num_threads(testbed.threads)
     settings, options = build(cfg.workload), build(cfg.system)
     model, tokenizer = load_plain(cfg.model, str(cfg.weights))
-    try:
+    with refusing(f"system={label}", ValueError):
         choose_accelerator(testbed.devices[0])
-    except ValueError as error:
-        raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
     run = (cfg, testbed, settings, load, None, shape_of(model), None, (), tokenizer)
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from experiments.errors import UserError, command
+from experiments.errors import UserError, command, refusing
 from experiments.run import replay
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
@@ -73,13 +73,11 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
 
 def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
     """Return the testbed of the file that the config names, if it is of the same links."""
-    path, again = Path(cfg.calibration), "run experiments.validate.calibrate"
-    try:
+    path = Path(cfg.calibration)
+    what = f"calibration={path} is no file of experiments.validate.calibrate"
+    with refusing(what, OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError):
         loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
         link, _ = loaded["link"], loaded["compute_us"]
-    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError) as error:
-        what = f"calibration={path} is no file of experiments.validate.calibrate"
-        raise UserError(f"{what} ({str(error).splitlines()[0]}); {again}") from error
     if (link["gb_s"], link["time_scale"]) != (testbed.link_gb_s, testbed.time_scale):
         raise UserError(
             f"calibrated for links of {link['gb_s']} GB/s at time scale {link['time_scale']}, not "
