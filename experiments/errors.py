@@ -101,7 +101,8 @@ def refusing(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[N
     try:
         yield
     except kinds as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = str(getattr(error, "strerror", None) or error).strip()
+        why = (said or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: {why}{remedy and f'; {remedy}'}") from error
 
 

@@ -46,8 +46,7 @@ def _draw(names: tuple[str, str], frame: pd.DataFrame, output: Path) -> None:
     frame = frame.assign(low=np.nan, high=np.nan)  # of what has no interval
     models, datasets = charts.facets(frame)
     cells = list(product(models, datasets))
-    size = style.COLUMN_INCHES, 0.3 + 1.55 * len(cells)
-    with charts.panels(cells, (METRIC, WASTED), *size) as (figure, panels):
+    with charts.panels(cells, (METRIC, WASTED), 0.3 + 1.55 * len(cells)) as (figure, panels):
         for axes, (model, dataset), metric in panels:
             part = charts.part_of(frame, model, dataset)
             values, spread = charts.interval(part, metric)

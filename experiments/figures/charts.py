@@ -105,7 +105,9 @@ Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
 
 
 @contextmanager
-def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: float) -> Panels:
+def panels(
+    rows: Sequence[Any], columns: Sequence[Any], height: float, width: float = style.COLUMN_INCHES
+) -> Panels:
     """Yield a figure, `width` x `height` inches, and each panel with its row and column."""
     matplotlib.use("Agg")
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(SETTINGS):
@@ -124,15 +126,15 @@ def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: fl
 
 @contextmanager
 def dataset_panels(
-    frame: pd.DataFrame, xlabel: str, ylabel: str
+    frame: pd.DataFrame, xlabel: str, metric: str
 ) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
     """Yield a figure, and a panel with its rows for each dataset (down) and model (across)."""
     models, datasets = facets(frame)
     height = 0.6 + 1.7 * len(datasets)
-    with panels(datasets, models, width_of(models), height) as (figure, cells):
+    with panels(datasets, models, height, width_of(models)) as (figure, cells):
         for axes, dataset, model in cells:
             panel_title(axes, model, dataset if len(datasets) > 1 else None)
-            axes.set(xlabel=xlabel, ylabel=ylabel if model == models[0] else "")
+            axes.set(xlabel=xlabel, ylabel=style.METRICS[metric][0] if model == models[0] else "")
         yield figure, [(axes, part_of(frame, model, dataset)) for axes, dataset, model in cells]
 
 
@@ -140,7 +142,7 @@ def dataset_panels(
 def metric_panels(frame: pd.DataFrame, metrics: Sequence[str], height: float) -> Panels:
     """Yield a figure, and a panel for each metric (down) and model (across)."""
     models, _ = facets(frame)
-    with panels(metrics, models, width_of(models), height) as (figure, cells):
+    with panels(metrics, models, height, width_of(models)) as (figure, cells):
         for axes, metric, model in cells:
             if metric == metrics[0]:
                 panel_title(axes, model)

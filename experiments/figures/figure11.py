@@ -27,7 +27,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     curves = pd.concat([curve(run, latency) for run, latency in each], ignore_index=True)
     models, datasets = charts.facets(frame)
     rows = list(product(datasets, LATENCIES))
-    size = charts.width_of(models), 0.6 + 1.5 * len(rows)
+    size = 0.6 + 1.5 * len(rows), charts.width_of(models)
     with charts.panels(rows, models, *size) as (figure, panels):
         for axes, (dataset, latency), model in panels:
             part = charts.part_of(curves[curves["latency"] == latency], model, dataset)

@@ -53,8 +53,7 @@ def _draw(
     looks = charts.variants(frame, "approach", base)
     hollow = set(frame.loc[frame["approach"].isin(WHOLE), "series"])
     groups = {model: style.model_name(model) for model in models}
-    size = style.COLUMN_INCHES, 0.65 + 1.35 * len(datasets)
-    with charts.panels(datasets, ["hit_rate"], *size) as (figure, panels):
+    with charts.panels(datasets, ["hit_rate"], 0.65 + 1.35 * len(datasets)) as (figure, panels):
         for axes, dataset, metric in panels:
             part = frame[frame["dataset"] == dataset]
             charts.bars(axes, part, metric, "model", groups, looks, hollow)

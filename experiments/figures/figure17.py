@@ -48,7 +48,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     longest = data["milliseconds_high"].max()
     columns = min(3, len(runs))
     rows = math.ceil(len(runs) / columns)
-    size = charts.width_of(runs), 0.3 + 1.75 * rows
+    size = 0.3 + 1.75 * rows, charts.width_of(runs)
     with charts.panels(range(rows), range(columns), *size) as (figure, panels):
         for axes, _, _ in panels[len(runs) :]:
             axes.set_visible(False)

@@ -38,7 +38,7 @@ def draw_heatmaps(folder: Path, output: Path, mixed_modes: bool = False) -> None
     heat = charts.part_of(heat, model, dataset)
     layers, experts = heat["layer"].max() + 1, heat["expert"].max() + 1
     largest = heat[list(SHARES)].to_numpy().max()
-    with charts.panels([""], list(SHARES), style.COLUMN_INCHES, 2.3) as (figure, panels):
+    with charts.panels([""], list(SHARES), 2.3) as (figure, panels):
         for axes, _, kind in panels:
             shares = heat.pivot(index="layer", columns="expert", values=kind)
             image = axes.imshow(shares, cmap="rocket_r", vmin=0, vmax=largest, aspect="auto")
@@ -95,7 +95,7 @@ def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     models, datasets = charts.facets(frame)
     top = frame["uniform"].max() * 1.05
     x = np.arange(len(models))
-    with charts.panels(list(MEASURES), datasets, style.COLUMN_INCHES, 2.9) as (figure, panels):
+    with charts.panels(list(MEASURES), datasets, 2.9) as (figure, panels):
         for axes, measure, dataset in panels:
             rows = frame[(frame["measure"] == measure) & (frame["dataset"] == dataset)]
             groups = charts.model_groups(models)
@@ -135,7 +135,7 @@ def draw_growth(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     models, datasets = charts.facets(frame)
     looks = charts.unmarked(style.model_looks(models))
     longest = frame["iterations"].max()
-    with charts.panels([""], datasets, style.COLUMN_INCHES, 1.8) as (figure, panels):
+    with charts.panels([""], datasets, 1.8) as (figure, panels):
         for axes, _, dataset in panels:
             rows = frame[frame["dataset"] == dataset]
             charts.bands(axes, rows, "iterations", "nats", "model", looks)

@@ -32,8 +32,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     table = read_table(folder / TABLE).astype({"experiment": str})
     touched = table[table.groupby("claim")["touched"].transform("any")]
     claims, readings = (touched[name].drop_duplicates().tolist() for name in ("claim", "reading"))
-    size = style.COLUMN_INCHES, 1.7 + 0.105 * len(claims)
-    with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
+    with charts.panels([""], [""], 1.7 + 0.105 * len(claims)) as (figure, [(axes, _, _)]):
         faint = ~touched["touched"] & (touched["reading"] != DEFAULT)
         for (name, look), alpha in product(MARKS.items(), (1.0, 0.25)):
             marked = touched[(touched["verdict"] == name) & (faint == (alpha < 1))]
@@ -64,8 +63,8 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
     table = table[table["section"].isin(["Abstract", "Talk"])]
     headlines = table.drop_duplicates("claim")
     count = table["reading"].nunique() - 1
-    size = style.COLUMN_INCHES, 0.5 + len(headlines) * (0.45 + 0.125 * count)
-    with charts.panels(list(headlines["claim"]), [""], *size) as (figure, panels):
+    height = 0.5 + len(headlines) * (0.45 + 0.125 * count)
+    with charts.panels(list(headlines["claim"]), [""], height) as (figure, panels):
         for axes, claim, _ in panels:
             rows = table[table["claim"] == claim].set_index("reading")
             usual = rows.loc[DEFAULT]
@@ -94,8 +93,8 @@ def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> No
     for system in style.ordered(table.index.get_level_values("system"), style.SYSTEMS):
         colour, marker = style.system_look(system)
         looks[system] = {"color": colour, "marker": marker, "linestyle": ""}
-    size = style.COLUMN_INCHES, 0.9 + 0.13 * len(conditions)
-    with charts.panels([""], ["ttft_s", "tpot_s"], *size) as (figure, panels):
+    height = 0.9 + 0.13 * len(conditions)
+    with charts.panels([""], ["ttft_s", "tpot_s"], height) as (figure, panels):
         for axes, _, metric in panels:
             times = table[metric].unstack()
             shares = times.div(times["planner"], axis=0).loc[conditions]

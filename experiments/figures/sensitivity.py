@@ -30,8 +30,7 @@ def figure1b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
     if not frame.duplicated(["model", "dataset", "series"]).any():
         own["linestyle"] = ""
     looks = {name: {**look, **own} for name, look in charts.looks(frame).items()}
-    labels = "Memory for weights (GB)", style.METRICS["e2el_s"][0]
-    with charts.dataset_panels(frame, *labels) as (figure, panels):
+    with charts.dataset_panels(frame, "Memory for weights (GB)", "e2el_s") as (figure, panels):
         for axes, part in panels:
             charts.lines(axes, part, "memory_gb", "e2el_s", looks)
             axes.set_xlim(0, 1.12 * part["memory_gb"].max())
@@ -53,8 +52,7 @@ def figure12(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
     frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"]).astype(float)
     charts.single(frame, "12", "limit_gb")
     looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
-    labels = "Expert cache limit (GB)", style.METRICS["tpot_s"][0]
-    with charts.dataset_panels(frame, *labels) as (figure, panels):
+    with charts.dataset_panels(frame, "Expert cache limit (GB)", "tpot_s") as (figure, panels):
         for axes, part in panels:
             charts.lines(axes, part, "limit_gb", "tpot_s", looks, limits)
             axes.set_xscale("log", base=2)
@@ -104,8 +102,7 @@ def figure16b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> N
     looks = charts.looks(frame)
     groups = {size: f"{size:g}" for size in sorted(set(frame["batch_size"]))}
     cells = list(product(models, datasets))
-    size = style.COLUMN_INCHES, 0.75 + 1.4 * len(cells)
-    with charts.panels(cells, TIMES, *size) as (figure, panels):
+    with charts.panels(cells, TIMES, 0.75 + 1.4 * len(cells)) as (figure, panels):
         for axes, (model, dataset), metric in panels:
             part = charts.part_of(frame, model, dataset)
             charts.bars(axes, part, metric, "batch_size", groups, looks)
@@ -132,10 +129,7 @@ def frontier(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
     looks = charts.looks(frame, ["oracle", "resident"])
     for name in set(frame.loc[frame["system"] == "resident", "series"]):
         looks[name]["linestyle"] = ":"
-    with charts.dataset_panels(frame, charts.BUDGET, style.METRICS["tpot_s"][0]) as (
-        figure,
-        panels,
-    ):
+    with charts.dataset_panels(frame, charts.BUDGET, "tpot_s") as (figure, panels):
         for axes, part in panels:
             floor = part["system"] == "resident"
             for name, tpot in part.loc[floor, ["series", "tpot_s"]].itertuples(index=False):
@@ -159,10 +153,7 @@ def rates(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     frame["rate"] = [record["config"]["workload"]["rate"] for record in frame["record"]]
     charts.single(frame, "rates", "rate")
     looks = charts.looks(frame)
-    with charts.dataset_panels(frame, "Requests a second", style.METRICS["e2el_s"][0]) as (
-        figure,
-        panels,
-    ):
+    with charts.dataset_panels(frame, "Requests a second", "e2el_s") as (figure, panels):
         for axes, part in panels:
             charts.lines(axes, part, "rate", "e2el_s", looks)
             charts.log_axis(axes)
@@ -184,7 +175,7 @@ def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -
     charts.single(frame, "real-routing", "source", "memory_budget")
     sources = list(frame.sort_values("weights", kind="stable")["source"].unique())
     looks, metrics = charts.looks(frame, BOUNDS), ("hit_rate", "tpot_s")
-    with charts.panels(metrics, sources, style.PAGE_INCHES, 3.7) as (figure, panels):
+    with charts.panels(metrics, sources, 3.7, style.PAGE_INCHES) as (figure, panels):
         for axes, metric, source in panels:
             part = frame[frame["source"] == source]
             charts.lines(axes, part, "memory_budget_gb", metric, looks)

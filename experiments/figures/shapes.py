@@ -49,7 +49,7 @@ def draw_models(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     """
     record, frame = analyses.read_analysis(folder)
     rows = [_rounded(row) for row in frame.to_dict("records")]
-    size = style.PAGE_INCHES, 0.3 + 0.22 * len(rows)
+    size = 0.3 + 0.22 * len(rows), style.PAGE_INCHES
     with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
         axes.set_axis_off()
         heads = list(rows[0])
@@ -96,7 +96,7 @@ def draw_memory(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     looks = style.model_looks(style.ordered(frame["model"], style.MODELS))
     ticks = sorted(set(frame["capacity"]))
     ylim = frame["maps_mb"].min() / 1.4, frame["total_mb"].max() * 1.6
-    with charts.panels([""], list(STORES), style.COLUMN_INCHES, 2.0) as (figure, panels):
+    with charts.panels([""], list(STORES), 2.0) as (figure, panels):
         for axes, _, kind in panels:
             for model, look in looks.items():
                 part = frame[frame["model"] == model]

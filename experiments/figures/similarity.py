@@ -52,8 +52,7 @@ def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> Non
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
     looks, longest = charts.unmarked(style.GRANULARITIES), frame["distance"].max()
-    size = style.COLUMN_INCHES, 0.75 + 1.05 * len(models)
-    with charts.panels(models, datasets, *size) as (figure, panels):
+    with charts.panels(models, datasets, 0.75 + 1.05 * len(models)) as (figure, panels):
         for axes, model, dataset in panels:
             part = charts.part_of(frame, model, dataset)
             charts.panel_title(axes, model, dataset)
@@ -103,8 +102,8 @@ def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> No
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
     down = list(product(METHODS, datasets))
-    size = style.COLUMN_INCHES, 0.6 + 1.05 * len(down)
-    with charts.panels(down, list(style.SEARCHES), *size) as (figure, panels):
+    height = 0.6 + 1.05 * len(down)
+    with charts.panels(down, list(style.SEARCHES), height) as (figure, panels):
         charts.label_once(figure, "Similarity score (cosine)", style.METRICS["hit_rate"][0])
         for axes, (method, dataset), search in panels:
             shown = {"method": method, "dataset": dataset, "search": search.lower()}
@@ -149,7 +148,7 @@ def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     frame["series"] = frame["search"].str.capitalize()
     models, datasets = charts.facets(frame)
     least = min(0.0, frame["low"].min() * 1.1, frame["pearson"].min() * 1.1)
-    with charts.panels(list(METHODS), datasets, style.COLUMN_INCHES, 3.1) as (figure, panels):
+    with charts.panels(list(METHODS), datasets, 3.1) as (figure, panels):
         for axes, method, dataset in panels:
             rows = frame[(frame["method"] == method) & (frame["dataset"] == dataset)]
             groups = charts.model_groups(models)
@@ -194,8 +193,7 @@ def draw_capacity(folder: Path, output: Path, mixed_modes: bool = False) -> None
     looks = style.model_looks(models)
     shift = frame["model"].map(models.index) - (len(models) - 1) / 2
     apart = frame.assign(capacity=frame["capacity"] + DODGE * shift)
-    size = style.COLUMN_INCHES, 2.9
-    with charts.panels(list(style.SEARCHES), datasets, *size) as (figure, panels):
+    with charts.panels(list(style.SEARCHES), datasets, 2.9) as (figure, panels):
         for axes, search, dataset in panels:
             rows = apart[apart["search"] == search.lower()]
             part = rows[rows["dataset"] == dataset]

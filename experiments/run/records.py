@@ -152,13 +152,9 @@ def existing_record(cfg: DictConfig) -> Path | None:
 
 def check_writable(folder: Path, option: str) -> None:
     """Raise UserError if nothing can be written to the folder of an option; make it if need be."""
-    try:
+    with refusing(f"cannot write to {folder}", OSError, remedy=f"choose another {option}="):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        cause = f"cannot write to {folder}: {error.strerror}"
-        raise UserError(f"{cause}; choose another {option}=") from error
+        TemporaryFile(dir=folder).close()
 
 
 def new_folder(parent: Path) -> Path:

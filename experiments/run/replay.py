@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.errors import UserError
+from experiments.errors import refusing
 from experiments.run.config import build, build_policy, full_size, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
@@ -188,11 +188,9 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         if policy.host_experts:
-            try:
+            what = f"system={cfg.system.label} on testbed {testbed.name}"
+            with refusing(what, NotImplementedError, remedy="give testbed.host or another testbed"):
                 costs.host(1)
-            except NotImplementedError as error:
-                cause = f"testbed {testbed.name}: {error}, which system={cfg.system.label} asks for"
-                raise UserError(f"{cause}; give testbed.host or choose another testbed") from error
         if policy.set_machine:
             rate = testbed.rate
             load_s = full / rate.bytes_per_second + rate.latency

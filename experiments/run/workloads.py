@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.datasets import Dataset, PromptSet, draw_prompts, prompts_of, shared_prefixes
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Request, Schedule, Served
 from finemoe.options import CHECKED, Count, Number, Text, Whole
@@ -249,7 +249,9 @@ def origin(trace: Trace) -> PromptSet:
 def read_azure_trace(path: Path) -> pd.DataFrame:
     """Return `seconds` from the first request, `input_tokens`, `output_tokens`; raise UserError."""
     asked: Any = {"index_col": False, "skip_blank_lines": False, "compression": None}
-    try:
+    due = f"give a CSV table with a time as {TIME}, whole numbers as {INPUT} and {OUTPUT}"
+    kinds = (OSError, ValueError, LookupError, pd.errors.ParserWarning)
+    with refusing(f"cannot read the trace {path}", *kinds, remedy=due):
         with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
             rows = pd.read_csv(path, dtype=str, **asked).dropna(how="all")
         if rows.empty:
@@ -259,10 +261,6 @@ def read_azure_trace(path: Path) -> pd.DataFrame:
         whole = (lengths.ge(1) & lengths.le(LONGEST) & (lengths % 1 == 0)).all(axis=1)
         if wrong := rows.index[times.isna() | ~whole].tolist():
             raise ValueError(f"line {wrong[0] + 2} is no request: {rows.loc[wrong[0]].to_dict()}")
-    except (OSError, ValueError, LookupError, pd.errors.ParserWarning) as error:
-        cause = str(getattr(error, "strerror", None) or error).strip().splitlines()[0]
-        due = f"a CSV table with a time as {TIME}, whole numbers as {INPUT} and {OUTPUT}"
-        raise UserError(f"cannot read the trace {path}: {cause}; give {due}") from error
     seconds = (times - times.min()).dt.total_seconds()
     trace = lengths.astype(int).set_axis(["input_tokens", "output_tokens"], axis=1)
     trace.insert(0, "seconds", seconds)
