@@ -248,26 +248,19 @@ def lines(
     looks: Mapping[str, Look],
     at: Sequence[float] | None = None,
     by: str = "series",
+    band: bool = False,
 ) -> None:
-    """Draw means with intervals over `x`; a line breaks where it has no record of `at`."""
+    """Draw means with intervals, or a `band`, over `x`; breaks where no record is of `at`."""
     for name, look in looks.items():
         rows = frame[frame[by] == name].sort_values(x)
         if at is not None:
             rows = rows.set_index(x).reindex(list(at)).rename_axis(x).reset_index()
-        mean, spread = interval(rows, metric)
-        axes.errorbar(rows[x], mean, spread, **_line(look), **CAPS, **EDGE)
-
-
-def bands(
-    axes: Axes, frame: pd.DataFrame, x: str, metric: str, by: str, looks: Mapping[str, Look]
-) -> None:
-    """Draw the means over `x` of each value of column `by` as a line, and low to high as a band."""
-    _, factor = style.METRICS[metric]
-    for name, look in looks.items():
-        rows = frame[frame[by] == name]
-        axes.plot(rows[x], rows[metric] * factor, **_line(look), **EDGE)
-        low, high = rows["low"] * factor, rows["high"] * factor
-        axes.fill_between(rows[x], low, high, color=look["color"], alpha=0.2, lw=0)
+        mean, (down, up) = interval(rows, metric)
+        if band:
+            axes.plot(rows[x], mean, **_line(look), **EDGE)
+            axes.fill_between(rows[x], mean - down, mean + up, color=look["color"], alpha=0.2, lw=0)
+        else:
+            axes.errorbar(rows[x], mean, (down, up), **_line(look), **CAPS, **EDGE)
 
 
 def budget_axis(axes: Axes, frame: pd.DataFrame) -> None:

@@ -138,7 +138,7 @@ def draw_growth(folder: Path, output: Path, mixed_modes: bool = False) -> None:
     with charts.panels([""], datasets, 1.8) as (figure, panels):
         for axes, _, dataset in panels:
             rows = frame[frame["dataset"] == dataset]
-            charts.bands(axes, rows, "iterations", "nats", "model", looks)
+            charts.lines(axes, rows, "iterations", "nats", looks, by="model", band=True)
             axes.set(ylim=(0, frame["high"].max() * 1.08), ylabel=style.METRICS["nats"][0])
             axes.set(xlim=(0, longest * 1.02), xticks=range(0, longest + 1, max(1, longest // 5)))
             axes.set_xlabel("Decode iterations")

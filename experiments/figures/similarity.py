@@ -56,7 +56,7 @@ def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> Non
         for axes, model, dataset in panels:
             part = charts.part_of(frame, model, dataset)
             charts.panel_title(axes, model, dataset)
-            charts.bands(axes, part, "distance", "hit_rate", "series", looks)
+            charts.lines(axes, part, "distance", "hit_rate", looks, band=True)
             axes.axhline(part["chance"].iloc[0] * 100, color="#333333", ls="--", lw=0.8)
             axes.set(xlim=(0, longest + 0.5), ylim=(0, 103), yticks=(0, 50, 100))
             axes.set_xticks(range(0, longest + 1, 10 if longest > 10 else 2))

@@ -23,6 +23,7 @@ from experiments.run.schedule import Request, Schedule, Server, Step
 from experiments.run.testbeds import local
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
+from finemoe import trace as traces
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.foreign_trace import STREAMS, ForeignTrace, RoutedStream, is_foreign
 from finemoe.offload.budget import BudgetError, plan_slots
@@ -31,15 +32,7 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.testbed import cuda_devices
-from finemoe.trace import (
-    CONTENTS,
-    Trace,
-    TracedRequest,
-    TraceError,
-    TraceHeader,
-    TraceReader,
-    trace_writer,
-)
+from finemoe.trace import Trace, TracedRequest, TraceError
 from finemoe.traced_gates import GateStep, TracedGates
 
 SHARE = 0.8  # of a GPU's free memory that experts may take while routing is recorded
@@ -54,7 +47,7 @@ def open_routing(cfg: DictConfig, console: Console) -> Trace:
         return RoutedStream(path, shape, *lengths)
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
-    reader = TraceReader(path)
+    reader = traces.TraceReader(path)
     reader.require(shape=shape)
     return reader
 
@@ -155,8 +148,8 @@ def record(
         for one in chain.from_iterable(map(server.serve, schedules)):
             if write is None:
                 # Gates may compute in a wider dtype than the model's, which is known by now.
-                facts = (model.offloaded.shape, recorder.dtype, CONTENTS, origin, gates)
-                write = stack.enter_context(trace_writer(path, TraceHeader(*facts)))
+                facts = (model.offloaded.shape, recorder.dtype, traces.CONTENTS, origin, gates)
+                write = stack.enter_context(traces.trace_writer(path, traces.TraceHeader(*facts)))
             write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
             advance(1)
 
