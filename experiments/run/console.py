@@ -15,7 +15,7 @@ from rich.text import Text
 
 from finemoe.offload.policy import ModelShape
 
-CONTROLS = re.compile(  # but tab and line feed; marks of direction, halves of surrogate pairs
+CONTROLS = re.compile(  # all but tab and line feed; marks of direction, halves of surrogates
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 LOSSLESS = {None: ("not verified here", ""), True: ("yes", ""), False: ("NO", "bold red")}

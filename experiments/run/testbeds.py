@@ -91,6 +91,7 @@ def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = " + ".join(f"{count} x {kind}" for kind, count in kinds(chosen).items())
+    # All links' threads together then take as much of the interpreter as one link's.
     return Testbed(name, "measured", chosen, round((chunk_mb or LINK_CHUNK_MB * len(chosen)) * MB))
 
 
