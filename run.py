@@ -20,8 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Hydra raises what it refuses, instead of printing several lines of it.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
-REFUSED = "FINEMOE_REFUSED"
-"""The variable that names a file which jobs, in whatever process, leave when they are refused."""
+REFUSED = "FINEMOE_REFUSED"  # names a file that jobs leave when they are refused
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -38,8 +37,7 @@ def serve(cfg: DictConfig) -> None:
     try:
         own = cfg.get("experiment")
         if own and (single or own.get("analysis") or own.get("cells")):
-            cause = f"experiment {own.id} is no single run"
-            raise UserError(f"{cause}; call python -m experiments.reproduce {own.id}")
+            raise UserError(f"no single run; call python -m experiments.reproduce {own.id}")
         with file_errors():
             check(cfg)
             cfg.output = cfg.output or str(output_folder(chosen, single))

@@ -17,11 +17,10 @@ RESAMPLES = 2000
 Draws = NDArray[np.float64]  # shape (1 + RESAMPLES,): the estimate, then its resamples
 
 LATENCIES = ("ttft_s", "tpot_s", "e2el_s", "service_s", "itl_s", "queueing_s")
-RATIOS = {
+RATIOS = {  # of sums over batches: the requests of a batch share their iterations
     "hit_rate": (["hits"], ["hits", "late", "misses", "host"]),
     "iteration_s": (["e2el_s"], ["output_tokens"]),
 }
-"""Metrics that are ratios of sums over batches: the requests of a batch share their iterations."""
 Z95 = 1.959963984540054
 
 
@@ -38,8 +37,8 @@ def weights(units: int, *key: object) -> NDArray[np.float64]:
 def request_draws(requests: pd.DataFrame, metric: str, dataset: str) -> Draws:
     """Return a metric over a run's requests: a mean latency, `e2el_s@0.9`, or one of RATIOS.
 
-    Requests that shared a batch, and repeats of a request, are drawn together, as they depend on
-    each other. Raises ValueError for an unknown metric and for a run without any value.
+    Requests of a batch and repeats of a request are drawn together: they depend on each other.
+    Raises ValueError for an unknown metric and for a run without any value.
     """
     clusters = requests.groupby("batch")["request"].transform("min").to_numpy()
     names, units = np.unique(clusters, return_inverse=True)

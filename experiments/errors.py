@@ -17,12 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 BAD_INPUT = 2  # the exit code of a command that was given what it cannot use
 REFUSED = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-REMEDIES = {
+REMEDIES = {  # by what the file system says
     errno.ENAMETOOLONG: "choose a shorter name",
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     **dict.fromkeys(REFUSED, "choose another folder, such as with output="),
 }
-"""By the number of what the file system refuses."""
 
 
 class UserError(Exception):
@@ -94,6 +93,17 @@ def file_errors() -> Iterator[None]:
             raise
         cause = f"{error.filename or 'a file'}: {os.strerror(error.errno or 0).lower()}"
         raise UserError(f"{cause}; {remedy}") from error
+
+
+@contextmanager
+def refusing(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
+    """Turn errors of these kinds into UserError: `what`, why in the error's first line, remedy."""
+    try:
+        yield
+    except kinds as error:
+        said = str(getattr(error, "strerror", None) or error).strip()
+        why = (said or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {why}{remedy and f'; {remedy}'}") from error
 
 
 def config_error(error: Exception) -> str:

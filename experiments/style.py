@@ -12,18 +12,17 @@ POINTS = 7.5
 Look = dict[str, Any]  # colour, marker and line as matplotlib names them; a bar's has a hatch
 
 _LOOKS = [(one.label, one.look) for one in map(OmegaConf.load, CONF.glob("system/*.yaml"))]
-SYSTEMS = {
+SYSTEMS = {  # name, colour and marker, in the order of drawing
     label: (look.name, look.colour, look.marker)
     for label, look in sorted(_LOOKS, key=lambda pair: pair[1].order)
 }
-"""Display names, colours and markers, in the order of drawing: as in the paper, then bounds."""
 MODELS = {
     "mixtral": ("Mixtral-8x7B", "#0072B2"),
     "qwen": ("Qwen1.5-MoE", "#E69F00"),
     "phi": ("Phi-3.5-MoE", "#009E73"),
 }
 DATASETS = {"docs": "docs", "code": "code", "lmsys": "LMSYS", "sharegpt": "ShareGPT"}
-METRICS = {
+METRICS = {  # label of an axis, and the factor to its unit
     "ttft_s": ("TTFT (s)", 1.0),
     "tpot_s": ("TPOT (ms)", 1e3),
     "e2el_s": ("End-to-end latency (s)", 1.0),
@@ -33,7 +32,6 @@ METRICS = {
     "score": ("Mean similarity score (cosine)", 1.0),
     "pearson": ("Pearson coefficient", 1.0),
 }
-"""Axis label of a column, and what its values are multiplied by for that unit."""
 HATCHES = ("", "////", "....", "xxxx")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")

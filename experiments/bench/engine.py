@@ -47,10 +47,7 @@ OPTIONS = {
     "time_scale": 1.0,  # factor on the link's time
     "threads": 1,  # torch's; searcher and link need cores as well
 }
-
-
-Check = dict[str, Any]
-"""One measured number, the bound that it should keep, and whether it is `met`; see `measured`."""
+Check = dict[str, Any]  # what was measured, its bounds, and whether it is `met`
 
 
 def measured(name: str, value: float, unit: str = "", **bounds: float) -> Check:
@@ -98,10 +95,7 @@ def generate_tpot(model: Any, experts: str, request: Request) -> float:
 
 
 def resident_overheads(folder: Path, device: torch.device, new: int, repeats: int) -> list[Check]:
-    """Compare engine and `generate`, everything resident: medians of ratios within a round.
-
-    One request is served in every round; round 0 only warms up.
-    """
+    """Compare engine and `generate`, all resident: medians of ratios within a round; 0 warms up."""
     unmodified: Any = scale_model(folder)
     default: str = unmodified.config._experts_implementation
     unmodified.to(device).generation_config.eos_token_id = None

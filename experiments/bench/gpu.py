@@ -1,8 +1,4 @@
-"""Check this machine's CUDA devices: ``python -m experiments.bench.gpu``.
-
-Every part runs, whatever becomes of the others, and says line by line what it measured and whether
-that is as it should be. docs/gpu.md says what comes of it.
-"""
+"""Check this machine's CUDA devices: ``python -m experiments.bench.gpu`` (docs/gpu.md)."""
 
 import gc
 import itertools
@@ -25,6 +21,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console as RichConsole
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.benchmark import Timer
 
 from baselines.on_demand import OnDemandPolicy
@@ -56,8 +53,7 @@ TESTBED = "testbed.yaml"
 Facts = dict[str, Any]
 MOST_OF_MEMORY = 0.8
 HOST_ROWS = 64  # tokens that the host's arithmetic is measured with: it is given few
-MOST_DEVIATION = 0.2
-"""Largest acceptable deviation of a simulated TTFT or TPOT from the measured one."""
+MOST_DEVIATION = 0.2  # largest acceptable, of a simulated TTFT or TPOT from the measured
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,10 @@ class Bench:
     @property
     def expert_bytes(self) -> int:
         return round(self.cfg.sizes.expert_mb * MB)
+
+    def matrix(self, device: torch.device) -> Tensor:
+        rows = self.cfg.sizes.matrix
+        return torch.ones(rows, rows, dtype=torch.bfloat16, device=device)
 
     def timed(self, work: Callable[[], object]) -> float:
         """Return the median seconds of some work, the device idle before and after."""
@@ -181,8 +181,7 @@ def rate(bench: Bench) -> list[Check]:
 def overlap(bench: Bench) -> list[Check]:
     """Run compute alone, copies alone and both at once; 1 is perfect overlap, 0 is none."""
     drive, _ = copies(bench, bench.device)
-    matrix = _matrix(bench)
-    times = 10
+    matrix, times = bench.matrix(bench.device), 10
 
     def compute() -> None:
         for _ in range(times):
@@ -206,11 +205,6 @@ def overlap(bench: Bench) -> list[Check]:
     ]
 
 
-def _matrix(bench: Bench) -> Tensor:
-    rows = bench.cfg.sizes.matrix
-    return torch.ones(rows, rows, dtype=torch.bfloat16, device=bench.device)
-
-
 def overheads(bench: Bench) -> list[Check]:
     """Compare engine and `generate` on the device, everything resident."""
     sizes = bench.cfg.sizes
@@ -219,7 +213,7 @@ def overheads(bench: Bench) -> list[Check]:
 
 def calibrate(bench: Bench) -> list[Check]:
     """Measure what the roofline is made of, and write the testbed that this machine is."""
-    device, matrix = bench.device, _matrix(bench)
+    device, matrix = bench.device, bench.matrix(bench.device)
     # Four matrices together do not fit a cache.
     rows, row, tall = len(matrix), matrix[:1], matrix.repeat(4, 1)
     scalar = torch.zeros((), device=device)
@@ -227,7 +221,7 @@ def calibrate(bench: Bench) -> list[Check]:
     kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
     sync_s = max(0.0, bench.timed(lambda: scalar.add_(1).item()) - kernel_s)
     # A row times a matrix takes as long as reading it.
-    read_s = bench.timed(lambda: torch.nn.functional.linear(row, tall))
+    read_s = bench.timed(lambda: linear(row, tall))
     product_s = bench.timed(lambda: torch.mm(matrix, matrix))
     small = torch.zeros(1, pin_memory=True)
     latency_s = bench.timed(lambda: scalar.copy_(small[0], non_blocking=True))
@@ -257,10 +251,8 @@ def calibrate(bench: Bench) -> list[Check]:
 
 def _host(bench: Bench) -> dict[str, float]:
     """Measure the host's roofline, as systems that compute experts there use it."""
-    rows = bench.cfg.sizes.matrix
-    matrix = torch.ones(rows, rows, dtype=torch.bfloat16)
-    few, tall, scalar = matrix[:HOST_ROWS], matrix.repeat(16, 1), torch.zeros(())
-    linear = torch.nn.functional.linear
+    matrix, scalar = bench.matrix(torch.device("cpu")), torch.zeros(())
+    few, tall = matrix[:HOST_ROWS], matrix.repeat(16, 1)
     read_s = bench.timed(lambda: linear(few[:1], tall))
     product_s = bench.timed(lambda: linear(few, tall))
     kernel_s = bench.timed(lambda: [scalar.add_(1) for _ in range(100)]) / 100
@@ -283,7 +275,6 @@ def _layer_seconds(bench: Bench, kernel_s: float, sync_s: float) -> float:
 
 
 def _write_testbed(bench: Bench, numbers: dict[str, Any]) -> None:
-    """Write the YAML; what is not measured is as in conf/simulated.yaml."""
     all_of_it = {"memory_efficiency": 1.0, "matrix_efficiency": 1.0}
     testbed = OmegaConf.merge(
         OmegaConf.load(CONF / "simulated.yaml"),
@@ -402,8 +393,7 @@ def check(cfg: DictConfig) -> bool:
     """Run all parts, write what they measured; return whether all passed. Raises UserError."""
     testbed = build(cfg.testbed)
     if not isinstance(testbed, Testbed) or testbed.mode != "measured":
-        cause = "testbed: only CUDA devices are checked"
-        raise UserError(f"{cause}; use testbed=local, or python -m experiments.bench")
+        raise UserError("testbed: only CUDA devices are checked; use testbed=local")
     hardware = re.sub(r"[^a-z0-9]+", "-", testbed.name.lower()).strip("-")
     bench = Bench(cfg, testbed, Path(cfg.output) / hardware)
     parts = run_parts(bench, RichConsole())

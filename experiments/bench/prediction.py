@@ -7,25 +7,25 @@ and `systems=` choose what is measured, `output=FILE.json` leaves a record. A wo
 `model.hidden_size=4096` changes a shape, and rows tell which it was.
 """
 
+import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments.bench.replay import bench
-from experiments.errors import command
+from experiments import CONF
+from experiments.errors import command, words_given
 from experiments.run.config import build
-from finemoe.offload.policy import (
-    FloatArray,
-    Gates,
-    GateWeights,
-    Iteration,
-    Machine,
-    ModelShape,
-    Policy,
-)
+from experiments.run.records import provenance
+from finemoe.files import write_json
+from finemoe.offload import policy as told
+from finemoe.offload.policy import FloatArray, Gates, ModelShape, Policy
 from finemoe.offload.routed import softmax
 
 OPTIONS = {
@@ -56,23 +56,19 @@ def normal(*lengths: int) -> FloatArray:
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
-    """Teach a policy a history of full length, then time its calls.
-
-    Returns the shape, and microseconds of one call: of the embeddings, of a gate with its softmax,
-    of the update, and of each for one more token.
-    """
+    """Return a policy's shape and microseconds of its calls, after a history of full length."""
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)
     if policy.set_gates:
         weights = normal(shape.layers, shape.experts, shape.hidden_size)
-        policy.set_gates(GateWeights(weights))
+        policy.set_gates(told.GateWeights(weights))
     if policy.learn:
         teach(policy, shape)
     policy.begin_serving()
     if policy.set_machine:
         # Nobody is resident: there cannot be more to weigh.
-        policy.set_machine(Machine((1,), 3e-3, lambda tokens: 1e-3, lambda tokens: 1e-4))
+        policy.set_machine(told.Machine((1,), 3e-3, lambda tokens: 1e-3, lambda tokens: 1e-4))
     one, prompt = (call_times(policy, shape, tokens) for tokens in (1, PROMPT))
     more = {f"{call}_token": max(0.0, prompt[call] - us) / (PROMPT - 1) for call, us in one.items()}
     rounded = {call: round(us, 1) for call, us in (one | more).items()}
@@ -86,7 +82,7 @@ def call_times(policy: Policy, shape: ModelShape, tokens: int) -> dict[str, floa
     calls = CALLS if tokens == 1 else -(-CALLS // 10)
     times: dict[str, list[Any]] = {"embeddings": [], "gate": [], "update": []}
     for number in range(calls):
-        iteration = Iteration(number, phase, (REQUESTS,), (tokens,))
+        iteration = told.Iteration(number, phase, (REQUESTS,), (tokens,))
         embeddings = normal(tokens, shape.hidden_size)
         times["embeddings"].append(micros(policy.on_embeddings, iteration, embeddings))
         logits, gates = random_gates(shape, tokens, policy.placement.hidden_states)
@@ -106,7 +102,7 @@ def teach(policy: Policy, shape: ModelShape) -> None:
     assert policy.learn
     for number in range(REQUESTS * STEPS):
         request, step = divmod(number, STEPS)
-        iteration = Iteration(number, "decode", (request,), (1,))
+        iteration = told.Iteration(number, "decode", (request,), (1,))
         _, gates = random_gates(shape, 1, policy.placement.hidden_states)
         policy.learn(iteration, normal(1, shape.hidden_size), gates)
         if step == STEPS - 1:
@@ -123,7 +119,19 @@ def micros(call: Callable[..., object], *arguments: Any) -> float:
 @command()
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write if asked; exit 2 for bad input."""
-    bench(__doc__, OPTIONS, arguments, prediction_times, "times", {"calls": CALLS})
+    torch.set_num_threads(1)
+    options, overrides = words_given(__doc__, OPTIONS, arguments)
+    overrides = ["testbed=rtx3090x6", "workload=quick", *overrides]
+    cases = itertools.product(options["models"].split(","), options["systems"].split(","))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = [[f"model={model}", f"system={system}", *overrides] for model, system in cases]
+        configs = [compose("config", words) for words in chosen]
+    rows = [prediction_times(cfg) for cfg in configs]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:,.2f}".format))
+    if options["output"]:
+        record = {"times": rows, "overrides": overrides, "calls": CALLS, **provenance()}
+        write_json(Path(options["output"]), record)
+        print(f"written to {options['output']}")
 
 
 if __name__ == "__main__":

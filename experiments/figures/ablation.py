@@ -15,8 +15,8 @@ METRIC, WASTED = "tpot_s", "bytes_wasted"
 DEFAULTS = "defaults"
 COLOUR, REFERENCE = "#A6761D", "#333333"
 NOTES = (
-    f"Error bars: {charts.INTERVALS}. Dashed: the first row.",
-    "In vain: copies that left unused, of all measured requests.",
+    f"Error bars: {charts.INTERVALS}. Dashed: the first row. In vain: copies that left unused, of "
+    "all measured requests."
 )
 
 
@@ -46,8 +46,7 @@ def _draw(names: tuple[str, str], frame: pd.DataFrame, output: Path) -> None:
     frame = frame.assign(low=np.nan, high=np.nan)  # of what has no interval
     models, datasets = charts.facets(frame)
     cells = list(product(models, datasets))
-    size = style.COLUMN_INCHES, 0.3 + 1.55 * len(cells)
-    with charts.panels(cells, (METRIC, WASTED), *size) as (figure, panels):
+    with charts.panels(cells, (METRIC, WASTED), 0.3 + 1.55 * len(cells)) as (figure, panels):
         for axes, (model, dataset), metric in panels:
             part = charts.part_of(frame, model, dataset)
             values, spread = charts.interval(part, metric)
@@ -64,4 +63,5 @@ def _draw(names: tuple[str, str], frame: pd.DataFrame, output: Path) -> None:
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.apart(figure)
         metrics, bytes_moved = [METRIC, "ttft_s", "hit_rate"], ["bytes_prefetched", WASTED]
-        charts.save(figure, output, names, frame, NOTES, metrics, *bytes_moved)
+        doc = f"{names[1]}\n\n{NOTES}"
+        charts.save(figure, output, names[0], doc, frame, metrics, *bytes_moved)

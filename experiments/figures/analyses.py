@@ -1,7 +1,4 @@
-"""What the analyses of routing traces share: the traces they read and the record they leave.
-
-An analysis leaves a CSV file and `record.json` in a folder, from which alone a picture is drawn.
-"""
+"""Analyses of routing traces: a CSV file and `record.json` in a folder, from which to draw."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,13 +21,10 @@ from finemoe.trace import TraceReader
 
 MODE = "analysis of routing traces"
 FACTS_MODE = "computed from the models' published shapes"
-KEPT = 6
-"""Three models on two datasets: what one process keeps, so that it reads each trace once."""
+KEPT = 6  # traces that a process keeps: three models on two datasets
 
-Traces = Mapping[tuple[str, str], Path]
-"""Model and dataset to the file of their trace."""
+Traces = Mapping[tuple[str, str], Path]  # of a model and a dataset
 Analysis = Callable[[DictConfig, Traces, Path], None]
-"""From a config and traces to a table and a record in a folder."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +34,10 @@ class Subject:
     model: str
     dataset: str
     shape: ModelShape
-    origin: Mapping[str, Any]
-    """Where its trace comes from."""
+    origin: Mapping[str, Any]  # where its trace comes from
     routed: routing.Iterations
-    distance: int
-    """The model's prefetch distance d, below its number of layers."""
-    cut: int
-    """How many requests are history."""
+    distance: int  # d of the model, below its number of layers
+    cut: int  # how many requests are history
 
     @property
     def history(self) -> routing.Iterations:
@@ -61,7 +52,6 @@ class Subject:
         return routing.search(self.history, self.measured, self.shape, capacity, self.distance)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a record says about this subject."""
         return {
             "model": self.model,
             "dataset": self.dataset,
@@ -85,10 +75,7 @@ def read_routing(path: Path) -> tuple[ModelShape, Mapping[str, Any], routing.Ite
 
 
 def subjects(cfg: DictConfig, traces: Traces) -> Iterator[Subject]:
-    """Yield what `cfg.experiment` lists: every model of `models` on every dataset of `datasets`.
-
-    Raises UserError if a trace is missing, or has no history or nothing else.
-    """
+    """Yield every model on every dataset of `cfg.experiment`; UserError for a missing trace."""
     for model, dataset in product(cfg.experiment.models, cfg.experiment.datasets):
         if (model, dataset) not in traces:
             raise UserError(f"no routing trace of {model} on {dataset}; record it first")
@@ -113,11 +100,7 @@ def model_facts(name: str) -> DictConfig:
 
 
 def of_traces(table: Callable[[Subject, DictConfig], pd.DataFrame]) -> Analysis:
-    """Make an analysis of a function of one subject and of `cfg.experiment`.
-
-    It leaves the tables of all subjects as one, <the function's name>.csv, with columns model and
-    dataset first. Raises UserError, as `subjects` does.
-    """
+    """Make an analysis, of all subjects, of a function of one and of `cfg.experiment`."""
 
     def analyse(cfg: DictConfig, traces: Traces, folder: Path) -> None:
         listed = list(subjects(cfg, traces))
@@ -128,8 +111,8 @@ def of_traces(table: Callable[[Subject, DictConfig], pd.DataFrame]) -> Analysis:
     return analyse
 
 
-def of_models(rows: Callable[[str, DictConfig], list[dict[str, Any]]]) -> Analysis:
-    """The same of a function that returns the rows of one model by its name, without traces."""
+def of_models(rows: Callable[[str, DictConfig], Iterator[dict[str, Any]]]) -> Analysis:
+    """The same of a function that yields the rows of one model by its name, without traces."""
 
     def analyse(cfg: DictConfig, traces: Traces, folder: Path) -> None:
         table = [row for name in cfg.experiment.models for row in rows(name, cfg.experiment)]
@@ -173,13 +156,11 @@ def save(
     output: Path,
     record: Mapping[str, Any],
     table: pd.DataFrame,
-    shows: str,
+    shows: str | None,
     split: bool = True,
 ) -> None:
-    """Save a figure of a table; its caption says what it `shows`, the mode, and whose routing.
-
-    `split`: whether requests were split into history and measured ones.
-    """
+    """Save a figure of a table; `split`: requests were split into history and measured ones."""
+    table = table.drop(columns="series", errors="ignore")
     caption = f"{record['label']}: {record['title']}. {shows} Mode: {record['mode']}"
     if record["subjects"]:
         listed = pd.DataFrame(list(record["subjects"]))

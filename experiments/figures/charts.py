@@ -43,20 +43,14 @@ SETTINGS: Any = {
 
 
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
-    """Return a copy of the records that have the values `only`; UserError for none or two modes.
-
-    The copy has a column `series`: the display name of the system, with its options other than the
-    default and, where modes are mixed, its mode.
-    """
+    """Return the records of `only`, with a column `series`; UserError for none or two modes."""
     for column, value in only.items():
         frame = frame[frame[column] == value] if len(frame) else frame
     if frame.empty:
-        remedy = f"run python -m experiments.reproduce {figure}"
-        raise UserError(f"figure {figure}: no run records; {remedy}")
+        raise UserError(f"{figure}: no run records; run python -m experiments.reproduce {figure}")
     modes = sorted(frame["mode"].unique())
     if len(modes) > 1 and not mixed_modes:
-        cause = f"figure {figure} mixes {' and '.join(modes)} records"
-        raise UserError(f"{cause}; draw them apart or set mixed_modes=true")
+        raise UserError(f"figure {figure} mixes {' and '.join(modes)}; set mixed_modes=true")
     names = []
     for system, label, mode in frame[["system", "label", "mode"]].itertuples(index=False):
         notes = ", ".join(filter(None, (label.partition(" ")[2], mode if len(modes) > 1 else "")))
@@ -78,11 +72,7 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
 
 
 def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Look]:
-    """Return the look of each series, in the order of drawing; a system has one colour everywhere.
-
-    Its variants, or its modes where they are mixed, differ in line and hatch. Systems that are
-    `references`, none of those that are compared, are dashed lines.
-    """
+    """Return the look of each series, in the order of drawing; `references` are dashed lines."""
     systems = style.ordered(frame["system"], style.SYSTEMS)
     styled = variants(frame, "system", {system: style.system_look(system) for system in systems})
     for name in set(frame.loc[frame["system"].isin(references), "series"]):
@@ -94,10 +84,7 @@ def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Lo
 def variants(
     frame: pd.DataFrame, column: str, base: Mapping[str, tuple[str, str]]
 ) -> dict[str, Look]:
-    """Return the look of each series: colour and marker by its value of a column, as `base` says.
-
-    Series of the same value differ in line and hatch.
-    """
+    """Return each series' look: colour and marker by its value of `column`, as in `base`."""
     styled: dict[str, Look] = {}
     for value, (colour, marker) in base.items():
         # Sorted by length, the plain series comes before its variants.
@@ -118,11 +105,10 @@ Panels = Iterator[tuple[Figure, list[tuple[Axes, Any, Any]]]]
 
 
 @contextmanager
-def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: float) -> Panels:
-    """Yield a figure, `width` x `height` inches, and each panel with its row and its column.
-
-    The figure is closed afterwards.
-    """
+def panels(
+    rows: Sequence[Any], columns: Sequence[Any], height: float, width: float = style.COLUMN_INCHES
+) -> Panels:
+    """Yield a figure, `width` x `height` inches, and each panel with its row and column."""
     matplotlib.use("Agg")
     with sns.axes_style("whitegrid"), sns.plotting_context("paper"), plt.rc_context(SETTINGS):
         figure, grid = plt.subplots(
@@ -140,15 +126,15 @@ def panels(rows: Sequence[Any], columns: Sequence[Any], width: float, height: fl
 
 @contextmanager
 def dataset_panels(
-    frame: pd.DataFrame, xlabel: str, ylabel: str
+    frame: pd.DataFrame, xlabel: str, metric: str
 ) -> Iterator[tuple[Figure, list[tuple[Axes, pd.DataFrame]]]]:
     """Yield a figure, and a panel with its rows for each dataset (down) and model (across)."""
     models, datasets = facets(frame)
     height = 0.6 + 1.7 * len(datasets)
-    with panels(datasets, models, width_of(models), height) as (figure, cells):
+    with panels(datasets, models, height, width_of(models)) as (figure, cells):
         for axes, dataset, model in cells:
             panel_title(axes, model, dataset if len(datasets) > 1 else None)
-            axes.set(xlabel=xlabel, ylabel=ylabel if model == models[0] else "")
+            axes.set(xlabel=xlabel, ylabel=style.METRICS[metric][0] if model == models[0] else "")
         yield figure, [(axes, part_of(frame, model, dataset)) for axes, dataset, model in cells]
 
 
@@ -156,7 +142,7 @@ def dataset_panels(
 def metric_panels(frame: pd.DataFrame, metrics: Sequence[str], height: float) -> Panels:
     """Yield a figure, and a panel for each metric (down) and model (across)."""
     models, _ = facets(frame)
-    with panels(metrics, models, width_of(models), height) as (figure, cells):
+    with panels(metrics, models, height, width_of(models)) as (figure, cells):
         for axes, metric, model in cells:
             if metric == metrics[0]:
                 panel_title(axes, model)
@@ -201,10 +187,7 @@ def apart(figure: Figure) -> None:
 
 
 def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return means in the axis's unit, and how far their intervals reach down and up: (2, n).
-
-    The ends are columns `<metric>_low` and `<metric>_high`, or `low` and `high`; 0 where unknown.
-    """
+    """Return means in the axis's unit, and how far intervals reach down and up, shape (2, n)."""
     ends = (f"{metric}_low", f"{metric}_high") if f"{metric}_low" in rows else ("low", "high")
     mean, low, high = (rows[column].to_numpy(dtype=float) for column in (metric, *ends))
     _, factor = style.METRICS[metric]
@@ -222,11 +205,7 @@ def bars(
     looks: Mapping[str, Look],
     hollow: Collection[str] = (),
 ) -> None:
-    """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
-
-    A bar for each series of `looks` that has a hatch, always where it belongs, so that a missing
-    record is a gap; those in `hollow` are not filled. Others are lines across the groups.
-    """
+    """Draw a group of bars, from zero, for each of `groups`: a value of `by`, and its name."""
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
     width = 0.84 / max(1, len(solid))
@@ -269,29 +248,19 @@ def lines(
     looks: Mapping[str, Look],
     at: Sequence[float] | None = None,
     by: str = "series",
+    band: bool = False,
 ) -> None:
-    """Draw the means over `x` of each series, a value of column `by`, with their intervals.
-
-    A line breaks at those values of `at` where its series has no record; None: the series' own.
-    """
+    """Draw means with intervals, or a `band`, over `x`; breaks where no record is of `at`."""
     for name, look in looks.items():
         rows = frame[frame[by] == name].sort_values(x)
         if at is not None:
             rows = rows.set_index(x).reindex(list(at)).rename_axis(x).reset_index()
-        mean, spread = interval(rows, metric)
-        axes.errorbar(rows[x], mean, spread, **_line(look), **CAPS, **EDGE)
-
-
-def bands(
-    axes: Axes, frame: pd.DataFrame, x: str, metric: str, by: str, looks: Mapping[str, Look]
-) -> None:
-    """Draw the means over `x` of each value of column `by` as a line, and low to high as a band."""
-    _, factor = style.METRICS[metric]
-    for name, look in looks.items():
-        rows = frame[frame[by] == name]
-        axes.plot(rows[x], rows[metric] * factor, **_line(look), **EDGE)
-        low, high = rows["low"] * factor, rows["high"] * factor
-        axes.fill_between(rows[x], low, high, color=look["color"], alpha=0.2, lw=0)
+        mean, (down, up) = interval(rows, metric)
+        if band:
+            axes.plot(rows[x], mean, **_line(look), **EDGE)
+            axes.fill_between(rows[x], mean - down, mean + up, color=look["color"], alpha=0.2, lw=0)
+        else:
+            axes.errorbar(rows[x], mean, (down, up), **_line(look), **CAPS, **EDGE)
 
 
 def budget_axis(axes: Axes, frame: pd.DataFrame) -> None:
@@ -330,10 +299,7 @@ def legend(
     narrow: int | None = None,
     hollow: Collection[str] = (),
 ) -> None:
-    """Put one legend above all panels; `kind` is bar or line; bars in `hollow` are not filled.
-
-    In `columns` columns, or `narrow` ones where the figure is narrower than a page.
-    """
+    """Put one legend above all panels, in `narrow` columns if they are less than a page."""
     if narrow and figure.get_figwidth() < style.PAGE_INCHES:
         columns = narrow
     handles: list[Any] = []
@@ -364,38 +330,35 @@ def model_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
 def save(
     figure: Figure,
     output: Path,
-    names: tuple[str, str],
+    name: str,
+    doc: str | None,
     frame: pd.DataFrame,
-    notes: Sequence[str],
     metrics: Sequence[str],
     *more: str,
 ) -> None:
-    """Save a figure of runs and, as its data, `metrics` with their intervals and `more` columns.
-
-    `names`: its id and title.
-    """
+    """Save a figure of runs with the `caption` of `doc`; its data are `metrics` and `more`."""
     named = ["series", "system", "label", "model", "dataset", "memory_budget", "memory_budget_gb"]
     values = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
     source = ["requests", "mode", "testbed", "weights", "digest"]
     data = frame[[*named, *more, *values, *source]]
     data = data.sort_values(["model", "dataset", "series"], kind="stable")
-    write(figure, data, output, names[0], caption(names, frame, notes))
+    write(figure, data, output, name, caption(name, doc, frame))
 
 
-def caption(names: tuple[str, str], frame: pd.DataFrame, notes: Sequence[str]) -> str:
-    """Return the caption of a figure of runs: `names` (id, title), how measured, on what."""
+def caption(name: str, doc: str | None, frame: pd.DataFrame) -> str:
+    """Return a caption: the title of a docstring, how measured and on what, what follows below."""
+    title, _, notes = (doc or "").partition("\n\n")
     budgets = frame["memory_budget"].unique()
     memory = budgets[0] if budgets[0].endswith("%") else f"{budgets[0]} GB"
     memory = memory if len(budgets) == 1 else f"{len(budgets)} sizes"
     requests = sorted({frame["requests"].min(), frame["requests"].max()})
     count = " to ".join(map(str, requests))
     modes, testbeds = (", ".join(sorted(set(frame[key]))) for key in ("mode", "testbed"))
-    about = (
-        f"Figure {names[0]}: {names[1]}. Mode: {modes}; testbed: {testbeds}; "
+    return (
+        f"Figure {name}: {title.strip(' .')}. Mode: {modes}; testbed: {testbeds}; "
         f"{served(frame, '; bytes are those of the full-size models')}; "
-        f"expert memory: {memory}; n = {count} requests a run."
+        f"expert memory: {memory}; n = {count} requests a run. {notes}"
     )
-    return " ".join([about, *notes])
 
 
 def served(frame: pd.DataFrame, stand_ins: str) -> str:
@@ -412,14 +375,11 @@ def served(frame: pd.DataFrame, stand_ins: str) -> str:
 
 
 def write(figure: Figure, data: pd.DataFrame, output: Path, name: str, caption: str) -> None:
-    """Write `<output>/<name>` as png, pdf, csv (the data drawn) and txt (the caption).
-
-    The same figure gives the same bytes on the same machine. Raises OSError.
-    """
+    """Write `<output>/<name>` as png, pdf, csv (the data) and txt (the caption)."""
     for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
         with atomic_write(output / f"{name}.{kind}") as partial:
             figure.savefig(partial, format=kind, dpi=300, metadata=metadata)
     with atomic_write(output / f"{name}.csv") as partial:
         data.to_csv(partial, index=False)
     with atomic_write(output / f"{name}.txt") as partial:
-        partial.write_text(caption + "\n")
+        partial.write_text(" ".join(caption.split()) + "\n")

@@ -10,10 +10,9 @@ from experiments.figures import charts
 
 TITLE = "TTFT, TPOT and expert hit rate of all systems"
 METRICS = ("ttft_s", "tpot_s", "hit_rate")
-WHOLE_LAYERS = "deepspeed"
-"""Fetches every expert of a layer: what it hits says nothing of a prediction."""
-REFERENCE = "oracle"
-"""Drawn as a line across each group of bars: none of the systems that are compared."""
+WHOLE_LAYERS = "deepspeed"  # fetches all of a layer: its hits say nothing of a prediction
+REFERENCE = "oracle"  # a line across each group of bars
+NOTES = f"\n\nError bars: {charts.INTERVALS}. Vertical axes of TTFT and TPOT differ by model."
 SYSTEM_NOTES = {
     WHOLE_LAYERS: "Hollow: DeepSpeed fetches every expert of a layer before it runs, so that its "
     "hit rate rewards no prediction; the paper leaves it out.",
@@ -27,11 +26,10 @@ SYSTEM_NOTES = {
 
 
 def _draw(
-    names: tuple[str, str], frame: pd.DataFrame, output: Path, mixed_modes: bool = False
+    name: str, title: str, frame: pd.DataFrame, output: Path, mixed_modes: bool = False
 ) -> None:
-    """Draw a panel a metric and model; `names`: id, title."""
-    frame = charts.checked(frame, names[0], mixed_modes)
-    charts.single(frame, names[0])
+    frame = charts.checked(frame, name, mixed_modes)
+    charts.single(frame, name)
     looks = charts.looks(frame, [REFERENCE])
     hollow = set(frame.loc[frame["system"] == WHOLE_LAYERS, "series"])
     groups = {dataset: style.dataset_name(dataset) for dataset in charts.facets(frame)[1]}
@@ -41,13 +39,9 @@ def _draw(
             not_filled = hollow if metric == "hit_rate" else set()
             charts.bars(axes, part, metric, "dataset", groups, looks, not_filled)
         charts.legend(figure, looks, "bar", 6, narrow=2)
-        notes = (
-            f"Error bars: {charts.INTERVALS}.",
-            "Vertical axes of TTFT and TPOT differ by model.",
-            *(note for system, note in SYSTEM_NOTES.items() if system in set(frame["system"])),
-        )
-        charts.save(figure, output, names, frame, notes, METRICS)
+        notes = [note for system, note in SYSTEM_NOTES.items() if system in set(frame["system"])]
+        charts.save(figure, output, name, " ".join([f"{title}{NOTES}", *notes]), frame, METRICS)
 
 
-draw = partial(_draw, ("10", TITLE))
-draw_13 = partial(_draw, ("13", f"{TITLE} on testbed B"))
+draw = partial(_draw, "10", TITLE)
+draw_13 = partial(_draw, "13", f"{TITLE} on testbed B")

@@ -10,25 +10,24 @@ import pandas as pd
 
 from experiments.figures import charts
 
-NAMES = ("11", "Distribution of the request latency, with and without queueing, online serving")
+NAME = "11"
 LATENCIES = {"service_s": "Service time (s)", "e2el_s": "Queueing and service (s)"}
-NOTES = (
-    "Bands: 95 % simultaneous (Dvoretzky-Kiefer-Wolfowitz), as if requests were independent; "
-    "those that queue together are not, so the true ones may be wider.",
-    "Stores and collections start empty.",
-)
 
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw the figure, as `experiments.figures` says, of the request tables of online runs."""
-    frame = charts.checked(frame, NAMES[0], mixed_modes, workload="online")
-    charts.single(frame, NAMES[0])
+    """Distribution of the request latency, with and without queueing, online serving.
+
+    Bands: 95 % simultaneous (Dvoretzky-Kiefer-Wolfowitz), as if requests were independent; those
+    that queue together are not, so the true ones may be wider. Stores and collections start empty.
+    """
+    frame = charts.checked(frame, NAME, mixed_modes, workload="online")
+    charts.single(frame, NAME)
     looks = charts.unmarked(charts.looks(frame))
     each = product(frame.to_dict("records"), LATENCIES)
     curves = pd.concat([curve(run, latency) for run, latency in each], ignore_index=True)
     models, datasets = charts.facets(frame)
     rows = list(product(datasets, LATENCIES))
-    size = charts.width_of(models), 0.6 + 1.5 * len(rows)
+    size = 0.6 + 1.5 * len(rows), charts.width_of(models)
     with charts.panels(rows, models, *size) as (figure, panels):
         for axes, (dataset, latency), model in panels:
             part = charts.part_of(curves[curves["latency"] == latency], model, dataset)
@@ -47,7 +46,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
             axes.set(xlabel=LATENCIES[latency], ylabel=label, ylim=(0, 1.005))
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        charts.write(figure, curves, output, NAMES[0], charts.caption(NAMES, frame, NOTES))
+        charts.write(figure, curves, output, NAME, charts.caption(NAME, draw.__doc__, frame))
 
 
 def curve(run: Any, latency: str) -> pd.DataFrame:

@@ -11,8 +11,7 @@ from experiments.figures import charts
 
 SPECULATE, HIT_COUNT = "#56B4E9", "#009E73"
 IN_SEARCHER, MAP = {"system": "in_searcher"}, {"system": "finemoe", "eviction": "lru"}
-Approaches = dict[str, tuple[str, dict[str, str]]]
-"""Each approach: its colour, and the system and options that stand for it."""
+Approaches = dict[str, tuple[str, dict[str, str]]]  # colour, and system and options
 # Maps grow darker with each feature; whole systems have the colours of their predictions.
 TRACKING: Approaches = {
     "Speculate": (SPECULATE, {**IN_SEARCHER, "predictor": "speculation"}),
@@ -28,34 +27,33 @@ CACHING: Approaches = {
     "LFU": ("#0072B2", {"system": "finemoe", "eviction": "lfu"}),
     "FineMoE": ("#D55E00", {"system": "finemoe", "eviction": "finemoe"}),
 }
-WHOLE = ("ProMoE", "MoE-Infinity")
-"""Systems, not approaches of the paper."""
+WHOLE = ("ProMoE", "MoE-Infinity")  # systems, not approaches of the paper
+HOLLOW = (
+    "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions differ. Hollow: "
+    "whole systems, in the colours of their predictions."
+)
 
 
 def _draw(
-    names: tuple[str, str],
+    name: str,
+    title: str,
     approaches: Approaches,
     frame: pd.DataFrame,
     output: Path,
     mixed_modes: bool = False,
 ) -> None:
-    """Draw hit rates of `approaches`, one panel a dataset, models as groups; `names`: id, title.
-
-    A run belongs to the approach whose system and options it has; other runs are left out. WHOLE
-    ones are drawn hollow.
-    """
+    """Draw hit rates of `approaches`, a panel a dataset, models as groups; WHOLE is hollow."""
     of_runs = [_approach(run, approaches) for run in frame.to_dict("records")]
     frame = frame.assign(approach=pd.Series(of_runs, index=frame.index, dtype=object))
-    frame = charts.checked(frame.dropna(subset=["approach"]), names[0], mixed_modes)
+    frame = charts.checked(frame.dropna(subset=["approach"]), name, mixed_modes)
     frame["series"] = charts.named_after(frame["approach"], frame)
-    charts.single(frame, names[0])
+    charts.single(frame, name)
     models, datasets = charts.facets(frame)
     base = {name: (colour, "") for name, (colour, _) in approaches.items()}
     looks = charts.variants(frame, "approach", base)
     hollow = set(frame.loc[frame["approach"].isin(WHOLE), "series"])
     groups = {model: style.model_name(model) for model in models}
-    size = style.COLUMN_INCHES, 0.65 + 1.35 * len(datasets)
-    with charts.panels(datasets, ["hit_rate"], *size) as (figure, panels):
+    with charts.panels(datasets, ["hit_rate"], 0.65 + 1.35 * len(datasets)) as (figure, panels):
         for axes, dataset, metric in panels:
             part = frame[frame["dataset"] == dataset]
             charts.bars(axes, part, metric, "model", groups, looks, hollow)
@@ -63,12 +61,9 @@ def _draw(
             if len(datasets) > 1:
                 axes.set_title(style.dataset_name(dataset))
         charts.legend(figure, looks, "bar", 3, hollow=hollow)
-        notes = [f"Error bars: {charts.INTERVALS}, batches resampled."]
-        if hollow:
-            filled = "Filled bars: all in FineMoE's searcher, with LRU caching; only predictions"
-            whole = "differ. Hollow: whole systems, in the colours of their predictions."
-            notes.insert(0, f"{filled} {whole}")
-        charts.save(figure, output, names, frame, notes, ["hit_rate"], "approach")
+        bars = f"Error bars: {charts.INTERVALS}, batches resampled."
+        doc = f"{title}\n\n{HOLLOW if hollow else ''} {bars}"
+        charts.save(figure, output, name, doc, frame, ["hit_rate"], "approach")
 
 
 def _approach(run: Any, approaches: Approaches) -> str | None:
@@ -76,13 +71,12 @@ def _approach(run: Any, approaches: Approaches) -> str | None:
     changed = set(run["label"].split()[1:])
     for name, (_, options) in approaches.items():
         named = {f"{key}={value}" for key, value in options.items()}
-        if all(run[key] == value for key, value in options.items()) and changed <= named:
+        if options.items() <= run.items() and changed <= named:
             return name
     return None
 
 
 TITLE = "Expert hit rate by the way of finding experts to prefetch"
-draw_a = partial(_draw, ("14a", TITLE), TRACKING)
-draw_b = partial(
-    _draw, ("14b", "Expert hit rate of FineMoE by what its cache evicts first"), CACHING
-)
+draw_a = partial(_draw, "14a", TITLE, TRACKING)
+BY_CACHE = "Expert hit rate of FineMoE by what its cache evicts first"
+draw_b = partial(_draw, "14b", BY_CACHE, CACHING)

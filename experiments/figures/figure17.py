@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from experiments import style
 from experiments.figures import charts
 
-NAMES = ("17", "Mean latency of one iteration of FineMoE and of its parts")
-PARTS = {
+NAME = "17"
+PARTS = {  # part to its name and whether the model waits for it
     "iteration": ("Whole iteration", "whole"),
     "on_demand_wait": ("On-demand loading", "synchronous"),
     "prefetch_wait": ("Waiting for prefetches", "synchronous"),
@@ -22,28 +22,24 @@ PARTS = {
     "prefetch_issue": ("Issuing prefetches", "asynchronous"),
     "update": ("Store update", "asynchronous"),
 }
-"""Part to its name and whether the model waits for it."""
 KINDS = {
     "whole": ("whole iteration", "#222222"),
     "synchronous": ("synchronous: the model waits", "#D55E00"),
     "asynchronous": ("asynchronous: beside the model", "#0072B2"),
 }
-LEAST_MS = 1e-2
-"""Shorter parts, zero among them, are drawn here, at the left edge."""
-ROOM = 1.75
-"""Length of the axis over that of its longest part, in decades: values stand at the right."""
-NOTES = (
-    "Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the "
-    "iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as "
-    "totals, without an interval.",
-    "Asynchronous parts run beside the model and do not add up with the others.",
-)
+LEAST_MS = 1e-2  # shorter parts, zero among them, are drawn here, at the left edge
+ROOM = 1.75  # length of the axis over that of its longest part, in decades
 
 
 def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a panel a model, dataset and mode of offline runs, as `experiments.figures` says."""
-    frame = charts.checked(frame, NAMES[0], mixed_modes, system="finemoe", workload="offline")
-    charts.single(frame, NAMES[0])
+    """Mean latency of one iteration of FineMoE and of its parts.
+
+    Means over prefill and decode iterations, logarithmic axis; in brackets, the share of the
+    iteration. Bar at the whole iteration: 95 % bootstrap interval; records hold parts as totals,
+    without an interval. Asynchronous parts run beside the model and do not add up with the others.
+    """
+    frame = charts.checked(frame, NAME, mixed_modes, system="finemoe", workload="offline")
+    charts.single(frame, NAME)
     models, datasets = charts.facets(frame)
     frame = frame.assign(order=frame["model"].map(models.index))
     runs: Any = frame.sort_values(["order", "dataset", "series"], kind="stable").to_dict("records")
@@ -52,7 +48,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
     longest = data["milliseconds_high"].max()
     columns = min(3, len(runs))
     rows = math.ceil(len(runs) / columns)
-    size = charts.width_of(runs), 0.3 + 1.75 * rows
+    size = 0.3 + 1.75 * rows, charts.width_of(runs)
     with charts.panels(range(rows), range(columns), *size) as (figure, panels):
         for axes, _, _ in panels[len(runs) :]:
             axes.set_visible(False)
@@ -64,7 +60,7 @@ def draw(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
         look = {"marker": "o", "linestyle": "-"}
         looks = {name: {"color": colour, **look} for name, colour in KINDS.values()}
         charts.legend(figure, looks, columns=3 if columns > 1 else 1)
-        charts.write(figure, data, output, NAMES[0], charts.caption(NAMES, frame, NOTES))
+        charts.write(figure, data, output, NAME, charts.caption(NAME, draw.__doc__, frame))
 
 
 def parts_of(run: Any) -> pd.DataFrame:
@@ -84,7 +80,6 @@ def parts_of(run: Any) -> pd.DataFrame:
 
 
 def _panel(axes: Axes, parts: pd.DataFrame, longest: float, named: bool) -> None:
-    """Draw one dot a part on a logarithmic axis, its value written beside it."""
     y, colours = np.arange(len(parts)), [KINDS[kind][1] for kind in parts["kind"]]
     end = parts["milliseconds"].clip(lower=LEAST_MS)
     axes.hlines(y, LEAST_MS, end, colours, linewidth=0.8)

@@ -15,11 +15,7 @@ MEASURES = {"counts": "activation counts", "gate": "gate probabilities"}
 
 @analyses.of_traces
 def heatmaps(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return activation shares of the first request, by layer and expert.
-
-    `coarse` is the request's activation counts over their sum in a layer; `fine` is the gate
-    probabilities, and `fine_counts` the counts, of the decode iteration halfway through it.
-    """
+    """Return activation shares of the first request and of its iteration halfway, by expert."""
     first = next(subject.routed.by_request())
     decoded = first.at(first.decode)
     halfway = len(decoded.maps) // 2
@@ -42,7 +38,7 @@ def draw_heatmaps(folder: Path, output: Path, mixed_modes: bool = False) -> None
     heat = charts.part_of(heat, model, dataset)
     layers, experts = heat["layer"].max() + 1, heat["expert"].max() + 1
     largest = heat[list(SHARES)].to_numpy().max()
-    with charts.panels([""], list(SHARES), style.COLUMN_INCHES, 2.3) as (figure, panels):
+    with charts.panels([""], list(SHARES), 2.3) as (figure, panels):
         for axes, _, kind in panels:
             shares = heat.pivot(index="layer", columns="expert", values=kind)
             image = axes.imshow(shares, cmap="rocket_r", vmin=0, vmax=largest, aspect="auto")
@@ -67,10 +63,7 @@ def draw_heatmaps(folder: Path, output: Path, mixed_modes: bool = False) -> None
 
 @analyses.of_traces
 def entropy(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return mean entropies over layers and requests, or iterations, with 95 % intervals.
-
-    By measure and granularity, with `uniform` (ln J) and `ln_top_k`.
-    """
+    """Return mean entropies by measure and granularity, with `uniform` (ln J) and `ln_top_k`."""
     routed, shape = subject.routed, subject.shape
     decoded, requests = routed.at(routed.decode), np.unique(routed.request)
     counts, gates = [], []
@@ -93,17 +86,16 @@ def entropy(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw bars from zero: measures down, datasets across, ln J as a line over each model.
-
-    Of activation counts, as the authors' demo takes it, a decode iteration's entropy is ln K by
-    construction: K experts, one hit each. So that of gate probabilities is drawn beside it.
+    """Mean over layers and over requests (coarse) or decode iterations (fine); above, of activation
+    counts, where an iteration's is ln K by construction; below, of gate probabilities. Dashed: ln
+    J, the entropy of uniform routing. Whiskers: 95 % bootstrap intervals over requests.
     """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
     top = frame["uniform"].max() * 1.05
     x = np.arange(len(models))
-    with charts.panels(list(MEASURES), datasets, style.COLUMN_INCHES, 2.9) as (figure, panels):
+    with charts.panels(list(MEASURES), datasets, 2.9) as (figure, panels):
         for axes, measure, dataset in panels:
             rows = frame[(frame["measure"] == measure) & (frame["dataset"] == dataset)]
             groups = charts.model_groups(models)
@@ -116,21 +108,12 @@ def draw_entropy(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.set_ylabel(f"Entropy of\n{MEASURES[measure]}\n(nats)")
             axes.label_outer()
         charts.legend(figure, style.GRANULARITIES, "bar")
-        shows = (
-            "Mean over layers and over requests (coarse) or decode iterations (fine); above, of "
-            "activation counts, where an iteration's is ln K by construction; below, of gate "
-            "probabilities. Dashed: ln J, the entropy of uniform routing. "
-            "Whiskers: 95 % bootstrap intervals over requests."
-        )
-        analyses.save(figure, output, record, frame.drop(columns="series"), shows, split=False)
+        analyses.save(figure, output, record, frame, draw_entropy.__doc__, split=False)
 
 
 @analyses.of_traces
 def growth(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return the mean entropy over layers of the counts of a request's first n decode iterations.
-
-    Over the requests that have so many, n = 1..`iterations`, with 95 % intervals.
-    """
+    """Return mean entropies of the counts of a request's first n decode iterations."""
     decoded = subject.routed.at(subject.routed.decode)
     curves = [
         routing.entropy(one.counts[: experiment.iterations].cumsum(axis=0)).mean(axis=-1)
@@ -145,15 +128,17 @@ def growth(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_growth(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a line a model with its band, datasets across."""
+    """Entropy of the activation counts of a request's first n decode iterations, mean over layers
+    and requests. Bands: 95 % bootstrap intervals over requests.
+    """
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = charts.unmarked(style.model_looks(models))
     longest = frame["iterations"].max()
-    with charts.panels([""], datasets, style.COLUMN_INCHES, 1.8) as (figure, panels):
+    with charts.panels([""], datasets, 1.8) as (figure, panels):
         for axes, _, dataset in panels:
             rows = frame[frame["dataset"] == dataset]
-            charts.bands(axes, rows, "iterations", "nats", "model", looks)
+            charts.lines(axes, rows, "iterations", "nats", looks, by="model", band=True)
             axes.set(ylim=(0, frame["high"].max() * 1.08), ylabel=style.METRICS["nats"][0])
             axes.set(xlim=(0, longest * 1.02), xticks=range(0, longest + 1, max(1, longest // 5)))
             axes.set_xlabel("Decode iterations")
@@ -161,8 +146,4 @@ def draw_growth(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.label_outer()
         charts.apart(figure)
         charts.model_legend(figure, looks)
-        shows = (
-            "Entropy of the activation counts of a request's first n decode iterations, mean over "
-            "layers and requests. Bands: 95 % bootstrap intervals over requests."
-        )
-        analyses.save(figure, output, record, frame, shows, split=False)
+        analyses.save(figure, output, record, frame, draw_growth.__doc__, split=False)

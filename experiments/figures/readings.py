@@ -1,11 +1,11 @@
 """Claims under every reading of the paper, and what moves its headline numbers most."""
 
 import textwrap
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from experiments import style
@@ -21,22 +21,23 @@ MARKS: dict[str, style.Look] = {
     UNTESTABLE: {"marker": "_", "color": "#666666", "linestyle": ""},
 }
 
-SMALL = 5.5
-"""Points of what stands at a row or a column of many."""
+SMALL = 5.5  # points of what stands at a row or a column of many
 
 
 def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a mark for each claim (down) under each reading (across); faint ones are the default's.
-
-    Claims that no reading touches are left out. It fits a column: claims go by their ids.
+    """Verdicts on the paper's claims, by id, under every reading of what the paper leaves open; one
+    choice changes at a time, but for the second and the third column. Faint: the reading concerns
+    none of the claim's runs. Empty: not run.
     """
     table = read_table(folder / TABLE).astype({"experiment": str})
     touched = table[table.groupby("claim")["touched"].transform("any")]
     claims, readings = (touched[name].drop_duplicates().tolist() for name in ("claim", "reading"))
-    size = style.COLUMN_INCHES, 1.7 + 0.105 * len(claims)
-    with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
-        for name, look in MARKS.items():
-            _mark(axes, touched[touched["verdict"] == name], look, claims, readings)
+    with charts.panels([""], [""], 1.7 + 0.105 * len(claims)) as (figure, [(axes, _, _)]):
+        faint = ~touched["touched"] & (touched["reading"] != DEFAULT)
+        for (name, look), alpha in product(MARKS.items(), (1.0, 0.25)):
+            marked = touched[(touched["verdict"] == name) & (faint == (alpha < 1))]
+            x, y = marked["reading"].map(readings.index), marked["claim"].map(claims.index)
+            axes.plot(x, y, **look, ms=3, mew=0.8, alpha=alpha, zorder=3)
         axes.set_yticks(range(len(claims)), claims, fontsize=SMALL)
         axes.set_xticks(range(len(readings)), readings, fontsize=SMALL, rotation=60, ha="left")
         axes.tick_params(length=1.5, pad=1)
@@ -46,13 +47,7 @@ def draw(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         axes.axvspan(-0.5, 0.5, color="#eeeeee", lw=0, zorder=0)
         present = {name: look for name, look in MARKS.items() if name in set(touched["verdict"])}
         charts.legend(figure, present)
-        caption = (
-            "Verdicts on the paper's claims, by id, under every reading of what the paper leaves "
-            "open; one choice changes at a time, but for the second and the third column. Faint: "
-            "the reading concerns none of the claim's runs. Empty: not run. "
-            f"{_runs(table)}"
-        )
-        charts.write(figure, table, output, folder.name, caption)
+        charts.write(figure, table, output, folder.name, f"{draw.__doc__} {_runs(table)}")
 
 
 def _runs(table: pd.DataFrame) -> str:
@@ -60,23 +55,16 @@ def _runs(table: pd.DataFrame) -> str:
     return f"Runs: of figures {figures}, narrowed as the experiment's file says. Mode: {modes}."
 
 
-def _mark(
-    axes: Axes, rows: pd.DataFrame, look: style.Look, claims: list[str], readings: list[str]
-) -> None:
-    own = rows["touched"] | (rows["reading"] == DEFAULT)
-    for part, alpha in ((rows[own], 1.0), (rows[~own], 0.25)):
-        x, y = part["reading"].map(readings.index), part["claim"].map(claims.index)
-        axes.plot(x, y, **look, ms=3, mew=0.8, alpha=alpha, zorder=3)
-
-
 def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a tornado a headline: from the default's value to that under each other assumption."""
+    """What moves the headline numbers: from their value by default (solid line) to that under one
+    other assumption at a time. Dashed: the paper's value.
+    """
     table = read_table(folder / TABLE).astype({"experiment": str})
     table = table[table["section"].isin(["Abstract", "Talk"])]
     headlines = table.drop_duplicates("claim")
     count = table["reading"].nunique() - 1
-    size = style.COLUMN_INCHES, 0.5 + len(headlines) * (0.45 + 0.125 * count)
-    with charts.panels(list(headlines["claim"]), [""], *size) as (figure, panels):
+    height = 0.5 + len(headlines) * (0.45 + 0.125 * count)
+    with charts.panels(list(headlines["claim"]), [""], height) as (figure, panels):
         for axes, claim, _ in panels:
             rows = table[table["claim"] == claim].set_index("reading")
             usual = rows.loc[DEFAULT]
@@ -91,27 +79,26 @@ def draw_unknowns(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.set_title(textwrap.fill(title, 36), fontsize=style.POINTS - 0.5)
             axes.set_xlabel(f"here ({usual['unit']})")
             axes.grid(axis="y", visible=False)
-        caption = (
-            "What moves the headline numbers: from their value by default (solid line) to that "
-            "under one other assumption at a time. Dashed: the paper's value. "
-            f"{_runs(table)}"
-        )
-        charts.write(figure, table, output, folder.name, caption)
+        charts.write(figure, table, output, folder.name, f"{draw_unknowns.__doc__} {_runs(table)}")
 
 
 def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TTFT and TPOT of each system over the planner's under each condition; right: slower."""
+    """TTFT and TPOT of each system over the planner's, by condition: Mixtral, docs, 25 % of the
+    experts' memory, six RTX 3090s and fixed batches unless the condition says otherwise. Mode:
+    simulated.
+    """
     table: Any = read_table(folder / LATENCIES).set_index(["reading", "system"])
     conditions = list(dict.fromkeys(table.index.get_level_values("reading")))
-    systems = style.ordered(table.index.get_level_values("system"), style.SYSTEMS)
-    size = style.COLUMN_INCHES, 0.9 + 0.13 * len(conditions)
-    with charts.panels([""], ["ttft_s", "tpot_s"], *size) as (figure, panels):
+    looks: dict[str, style.Look] = {}
+    for system in style.ordered(table.index.get_level_values("system"), style.SYSTEMS):
+        colour, marker = style.system_look(system)
+        looks[system] = {"color": colour, "marker": marker, "linestyle": ""}
+    height = 0.9 + 0.13 * len(conditions)
+    with charts.panels([""], ["ttft_s", "tpot_s"], height) as (figure, panels):
         for axes, _, metric in panels:
             times = table[metric].unstack()
             shares = times.div(times["planner"], axis=0).loc[conditions]
-            for system in systems:
-                colour, marker = style.system_look(system)
-                look: style.Look = {"color": colour, "marker": marker, "linestyle": ""}
+            for system, look in looks.items():
                 axes.plot(shares[system], range(len(conditions)), **look, clip_on=False, zorder=3)
             axes.set(xscale="log", ylim=(len(conditions) - 0.5, -0.5))
             axes.set_xlabel(f"{style.METRICS[metric][0].split()[0]} (planner = 1)")
@@ -121,12 +108,6 @@ def draw_conditions(folder: Path, output: Path, mixed_modes: bool = False) -> No
             axes.xaxis.set_minor_locator(NullLocator())
             names = conditions if metric == "ttft_s" else []
             axes.set_yticks(range(len(conditions)), names or [""] * len(conditions), fontsize=SMALL)
-        looks = {style.system_name(one): style.system_look(one) for one in systems}
-        shown = {n: {"color": c, "marker": m, "linestyle": ""} for n, (c, m) in looks.items()}
-        charts.legend(figure, shown, columns=3)
-        caption = (
-            "TTFT and TPOT of each system over the planner's, by condition: Mixtral, docs, 25 % of "
-            "the experts' memory, six RTX 3090s and fixed batches unless the condition says "
-            "otherwise. Mode: simulated."
-        )
+        charts.legend(figure, {style.system_name(s): look for s, look in looks.items()}, columns=3)
+        caption = draw_conditions.__doc__ or ""
         charts.write(figure, table.reset_index(), output, folder.name, caption)

@@ -1,7 +1,6 @@
-"""What routing traces look like, and how well one can tell the experts of a token d layers ahead.
+"""How well one can tell the experts of a token d layers ahead, at K experts a layer.
 
 N counts iterations, L layers, J experts, C stored iterations, h hidden size; entropies are in nats.
-Every predictor names K experts a layer, so that all are compared at equal cost.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,31 +20,24 @@ from finemoe.trace import TracedRequest
 
 Values = NDArray[np.floating]
 Experts = NDArray[np.bool_]
-Predictor = Callable[[int], Experts]
-"""From a distance d to the experts predicted for layers d..L-1, shape (N, L - d, J)."""
+Predictor = Callable[[int], Experts]  # of d; the experts of layers d..L-1, (N, L - d, J)
+# Similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2).
 Comparison = tuple[Values, Values, NDArray[np.int64]]
-"""Similarity and hit rate, (N,), and the request of each (N,), or its two (N, 2)."""
+# Which iterations of a request are its prompt's data point; the paper does not say (4.2.3).
 POINTS = {"prefill": slice(1), "first_decode": slice(1, 2), "request": slice(None)}
-"""Which iterations of a request are its prompt's data point; the paper does not say (4.2.3)."""
 
 
 class Iterations(NamedTuple):
     """Every iteration of some requests, request after request; each begins with its prefill."""
 
-    request: NDArray[np.int64]
-    """Position of the request that an iteration belongs to, shape (N,)."""
-    decode: NDArray[np.bool_]
-    """Whether an iteration decodes one token, shape (N,)."""
-    counts: NDArray[np.int64]
-    """Tokens that go to each expert, shape (N, L, J)."""
-    maps: FloatArray
-    """Expert maps, shape (N, L, J): gate probabilities, in a prefill the mean over its tokens."""
-    embeddings: FloatArray
-    """Token embeddings, shape (N, h), in a prefill the mean over its tokens."""
+    request: NDArray[np.int64]  # position of an iteration's request, shape (N,)
+    decode: NDArray[np.bool_]  # whether an iteration decodes one token, shape (N,)
+    counts: NDArray[np.int64]  # tokens that go to each expert, shape (N, L, J)
+    maps: FloatArray  # gate probabilities, shape (N, L, J), in a prefill the mean over its tokens
+    embeddings: FloatArray  # shape (N, h), in a prefill the mean over its tokens
 
     @property
     def requests(self) -> int:
-        """How many requests there are."""
         return int(self.request[-1]) + 1
 
     def at(self, chosen: NDArray[np.bool_]) -> Self:
@@ -60,10 +52,7 @@ class Iterations(NamedTuple):
 
 
 def iterations(requests: Iterable[TracedRequest]) -> Iterations:
-    """Return the iterations of recorded requests.
-
-    Raises ValueError if there are none, or if they lack logits or embeddings.
-    """
+    """Return the iterations of requests; ValueError for none, or without logits or embeddings."""
     parts = []
     for number, request in enumerate(requests):
         steps = [joined(n, [number], [step], [n]) for n, step in enumerate(request.steps)]
@@ -90,19 +79,12 @@ def entropy(weights: NDArray[np.generic]) -> NDArray[np.float64]:
 
 
 def mean_with_interval(values: Values, request: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Return the mean of values (N,) and its 95 % interval.
-
-    The bootstrap draws whole requests, since the iterations of one are alike.
-    """
+    """Return the mean of values (N,) and its 95 % interval; the bootstrap draws whole requests."""
     return _bootstrapped([values, np.ones_like(values)], request, lambda sums: sums[0] / sums[1])
 
 
 def correlation(x: Values, y: Values, request: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Return Pearson's coefficient of x and y (N,) and its 95 % interval (figure 9).
-
-    The bootstrap draws whole requests; `request` is (N,), or (N, 2) where values are of pairs. NaN
-    where x or y does not vary.
-    """
+    """Return Pearson's coefficient (figure 9) and its 95 % interval; NaN where nothing varies."""
     # Centred first, or the sums of squares lose what little the values vary.
     x, y = x - x.mean(), y - y.mean()
     return _bootstrapped([np.ones_like(x), x, y, x * x, y * y, x * y], request, _pearson)
@@ -135,10 +117,7 @@ def _bootstrapped(
 
 
 def binned(score: Values, rate: Values, request: NDArray[np.int64], bins: int) -> pd.DataFrame:
-    """Return mean hit rate and its 95 % interval in equally wide bins of the score (figure 8).
-
-    `score` is the mean of a bin, `count` how many values it holds; empty bins are left out.
-    """
+    """Return mean score, mean hit rate and its interval in equally wide bins (figure 8)."""
     edges = np.linspace(score.min(), score.max(), bins + 1)[1:-1]
     number = np.digitize(score, edges)
     rows = []
@@ -149,16 +128,12 @@ def binned(score: Values, rate: Values, request: NDArray[np.int64], bins: int) -
 
 
 class Searched(NamedTuple):
-    """What a filled store answers to the decode iterations of the measured requests.
-
-    The best stored iteration and its cosine, by embedding (N,), and by trajectory, after the gate
-    of each layer by the rows up to it (L, N).
-    """
+    """What a store answers to N decode iterations: the best entries and their cosines."""
 
     store: ExpertMapStore
-    semantic: NDArray[np.intp]
+    semantic: NDArray[np.intp]  # by embedding, shape (N,)
     semantic_scores: NDArray[np.float64]
-    trajectory: NDArray[np.intp]
+    trajectory: NDArray[np.intp]  # after the gate of each layer, shape (L, N)
     trajectory_scores: NDArray[np.float64]
 
     def scores(self, distance: int) -> dict[str, NDArray[np.float64]]:
@@ -183,11 +158,7 @@ def search(
 
 
 def request_counts(history: Iterations, measured: Iterations, top_k: int) -> Predictor:
-    """Predict by the past request whose activation counts are nearest, as MoE-Infinity does.
-
-    The cosine is between the whole counts of a past request and those of the current one up to
-    layer l - d of the current iteration, its prefill included.
-    """
+    """Predict by the past request of nearest activation counts, as MoE-Infinity does."""
     past = np.stack([one.counts.sum(axis=0) for one in history.by_request()]).astype(np.float64)
     before = [one.counts.cumsum(axis=0) - one.counts for one in measured.by_request()]
     earlier = np.concatenate(before)[measured.decode]
@@ -227,12 +198,7 @@ def hit_rates(predicted: Experts, activated: Experts) -> NDArray[np.float64]:
 
 
 def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Comparison]:
-    """Return all pairs of prompts, each of them one data point, as the paper's figures 8 and 9 do.
-
-    A point is an embedding and a map, means over the iterations that `point`, one of POINTS, says.
-    Similarity is the cosine of the embeddings or of the whole maps; the hit rate is the share that
-    two maps have in common of their K likeliest experts, mean over layers, so it is symmetric.
-    """
+    """Return all pairs of prompts, each a data point by `point` of POINTS (figures 8, 9)."""
     own = POINTS[point]
     requests = [one for one in routed.by_request() if len(one.request[own])]
     embeddings = np.stack([one.embeddings[own].mean(axis=0) for one in requests])
@@ -248,11 +214,7 @@ def compared_prompts(routed: Iterations, point: str, top_k: int) -> dict[str, Co
 def compared_matches(
     searched: Searched, measured: Iterations, top_k: int, distance: int
 ) -> dict[str, Comparison]:
-    """Return each decode iteration and its best match in the store (figures 8, 9).
-
-    A semantic match is judged over all layers, a trajectory `distance` layers after each score. The
-    K likeliest experts of the matched map count as predicted; rates are means over layers.
-    """
+    """Return each decode iteration and its best match in the store (figures 8, 9)."""
     queries, scores = measured.at(measured.decode), searched.scores(distance)
     predicted = {
         "semantic": _stored_experts(searched.store, top_k)[searched.semantic],

@@ -11,16 +11,18 @@ from experiments import style
 from experiments.figures import charts
 
 TIMES = ("ttft_s", "tpot_s")
-INTERVALS = f"Error bars: {charts.INTERVALS}"
-PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}
-"""Section 6.1: the distances that the paper found best."""
+PAPER_DISTANCE = {"mixtral": 3, "qwen": 6, "phi": 4}  # found best in section 6.1
 DATASET_LOOKS = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
 BOUNDS = ("belady", "oracle")
 
 
 def figure1b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw request latency against memory footprint (section 1)."""
-    names = "1b", "End-to-end request latency against memory, all systems and no offloading"
+    """End-to-end request latency against memory, all systems and no offloading.
+
+    Error bars: 95 % bootstrap intervals of the mean. The latency axis is logarithmic. Memory: the
+    expert budget (all experts where nothing is offloaded) and the weights that are always resident;
+    keys, values and activations are not counted.
+    """
     frame = charts.checked(frame, "1b", mixed_modes)
     frame["memory_gb"] = (frame["slot_budget_bytes"] + frame["dense_bytes"]) / 1e9
     charts.single(frame, "1b", "memory_gb")
@@ -28,8 +30,7 @@ def figure1b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
     if not frame.duplicated(["model", "dataset", "series"]).any():
         own["linestyle"] = ""
     looks = {name: {**look, **own} for name, look in charts.looks(frame).items()}
-    labels = "Memory for weights (GB)", style.METRICS["e2el_s"][0]
-    with charts.dataset_panels(frame, *labels) as (figure, panels):
+    with charts.dataset_panels(frame, "Memory for weights (GB)", "e2el_s") as (figure, panels):
         for axes, part in panels:
             charts.lines(axes, part, "memory_gb", "e2el_s", looks)
             axes.set_xlim(0, 1.12 * part["memory_gb"].max())
@@ -37,24 +38,21 @@ def figure1b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
             axes.set_ylim(0.7 * part["e2el_s"].min(), 1.4 * part["e2el_s"].max())
             axes.xaxis.set_major_locator(MaxNLocator(5))
         charts.legend(figure, looks, columns=6, narrow=2)
-        notes = (
-            f"{INTERVALS}. The latency axis is logarithmic.",
-            "Memory: the expert budget (all experts where nothing is offloaded) and the weights "
-            "that are always resident; keys, values and activations are not counted.",
-        )
-        charts.save(figure, output, names, frame, notes, ["e2el_s"], "memory_gb")
+        charts.save(figure, output, "1b", figure1b.__doc__, frame, ["e2el_s"], "memory_gb")
 
 
 def figure12(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TPOT against the expert cache limit (section 6.3)."""
-    names = "12", "TPOT against the memory limit of the expert cache"
+    """TPOT against the memory limit of the expert cache.
+
+    Error bars: 95 % bootstrap intervals of the mean. Limits above what all experts take (Mixtral
+    90 GB, Qwen 25 GB, Phi 81 GB) hold them all.
+    """
     frame = charts.checked(frame, "12", mixed_modes)
     asked = pd.to_numeric(frame["memory_budget"], errors="coerce")
     frame["limit_gb"] = asked.fillna(frame["memory_budget_gb"]).astype(float)
     charts.single(frame, "12", "limit_gb")
     looks, limits = charts.looks(frame), sorted(set(frame["limit_gb"]))
-    labels = "Expert cache limit (GB)", style.METRICS["tpot_s"][0]
-    with charts.dataset_panels(frame, *labels) as (figure, panels):
+    with charts.dataset_panels(frame, "Expert cache limit (GB)", "tpot_s") as (figure, panels):
         for axes, part in panels:
             charts.lines(axes, part, "limit_gb", "tpot_s", looks, limits)
             axes.set_xscale("log", base=2)
@@ -62,17 +60,15 @@ def figure12(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
             axes.set_xticks(limits, [f"{limit:g}" for limit in limits])
             axes.set_ylim(bottom=0)
         charts.legend(figure, looks, narrow=2)
-        notes = (
-            f"{INTERVALS}.",
-            "Limits above what all experts take (Mixtral 90 GB, Qwen 25 GB, Phi 81 GB) hold them "
-            "all.",
-        )
-        charts.save(figure, output, names, frame, notes, ["tpot_s"], "limit_gb")
+        charts.save(figure, output, "12", figure12.__doc__, frame, ["tpot_s"], "limit_gb")
 
 
 def figure15(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TTFT and TPOT of FineMoE against the prefetch distance, a line a dataset (6.6)."""
-    names = "15", "TTFT and TPOT of FineMoE against the prefetch distance d"
+    """TTFT and TPOT of FineMoE against the prefetch distance d.
+
+    Error bars: 95 % bootstrap intervals of the mean. Dotted: the distance that the paper found
+    best. Vertical axes do not start at zero.
+    """
     frame = charts.checked(frame, "15", mixed_modes, system="finemoe")
     frame["series"] = charts.named_after(frame["dataset"].map(style.dataset_name), frame)
     charts.single(frame, "15", "prefetch_distance")
@@ -91,23 +87,22 @@ def figure15(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
                 axes.set_xlabel("Prefetch distance d (layers)")
         if len(looks) > 1:
             charts.legend(figure, looks)
-        best = "Dotted: the distance that the paper found best. Vertical axes do not start at zero."
-        charts.save(
-            figure, output, names, frame, [f"{INTERVALS}.", best], TIMES, "prefetch_distance"
-        )
+        charts.save(figure, output, "15", figure15.__doc__, frame, TIMES, "prefetch_distance")
 
 
 def figure16b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TTFT and TPOT of offline runs against the batch size (section 6.6)."""
-    names = "16b", "TTFT and TPOT against the batch size"
+    """TTFT and TPOT against the batch size.
+
+    {models} Error bars: 95 % bootstrap intervals of the mean; whole batches are resampled, for
+    their requests share their times, so larger batches leave fewer samples.
+    """
     frame = charts.checked(frame, "16b", mixed_modes, workload="offline")
     charts.single(frame, "16b", "batch_size")
     models, datasets = charts.facets(frame)
     looks = charts.looks(frame)
     groups = {size: f"{size:g}" for size in sorted(set(frame["batch_size"]))}
     cells = list(product(models, datasets))
-    size = style.COLUMN_INCHES, 0.75 + 1.4 * len(cells)
-    with charts.panels(cells, TIMES, *size) as (figure, panels):
+    with charts.panels(cells, TIMES, 0.75 + 1.4 * len(cells)) as (figure, panels):
         for axes, (model, dataset), metric in panels:
             part = charts.part_of(frame, model, dataset)
             charts.bars(axes, part, metric, "batch_size", groups, looks)
@@ -116,26 +111,25 @@ def figure16b(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> N
                 charts.panel_title(axes, model, dataset if len(datasets) > 1 else None)
         charts.legend(figure, looks, "bar", 2)
         several = "s" if len(models) > 1 else ""
-        notes = (
-            f"Model{several}: {', '.join(map(style.model_name, models))}.",
-            f"{INTERVALS}; whole batches are resampled, for their requests share their times, so "
-            "larger batches leave fewer samples.",
-        )
-        charts.save(figure, output, names, frame, notes, TIMES, "batch_size")
+        named = f"Model{several}: {', '.join(map(style.model_name, models))}."
+        doc = str(figure16b.__doc__).format(models=named)
+        charts.save(figure, output, "16b", doc, frame, TIMES, "batch_size")
 
 
 def frontier(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw TPOT of all systems against the memory for experts, beyond the paper."""
-    names = "frontier", "TPOT against the memory for experts"
+    """TPOT against the memory for experts.
+
+    Error bars: 95 % bootstrap intervals of the mean. Vertical axes are logarithmic and differ by
+    model. Dotted: nothing offloaded, compute alone. Dashed: the oracle, a greedy reference that is
+    told the routing beforehand. Records bound the time of whole runs, not TPOT, so no bound is
+    drawn.
+    """
     frame = charts.checked(frame, "frontier", mixed_modes)
     charts.single(frame, "frontier", "memory_budget")
     looks = charts.looks(frame, ["oracle", "resident"])
     for name in set(frame.loc[frame["system"] == "resident", "series"]):
         looks[name]["linestyle"] = ":"
-    with charts.dataset_panels(frame, charts.BUDGET, style.METRICS["tpot_s"][0]) as (
-        figure,
-        panels,
-    ):
+    with charts.dataset_panels(frame, charts.BUDGET, "tpot_s") as (figure, panels):
         for axes, part in panels:
             floor = part["system"] == "resident"
             for name, tpot in part.loc[floor, ["series", "tpot_s"]].itertuples(index=False):
@@ -144,48 +138,44 @@ def frontier(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> No
             charts.budget_axis(axes, part[~floor])
             charts.log_axis(axes)
         charts.legend(figure, looks, narrow=2)
-        notes = (
-            f"{INTERVALS}. Vertical axes are logarithmic and differ by model.",
-            "Dotted: nothing offloaded, compute alone. Dashed: the oracle, a greedy reference that "
-            "is told the routing beforehand. Records bound the time of whole runs, not TPOT, so no "
-            "bound is drawn.",
-        )
-        charts.save(figure, output, names, frame, notes, ["tpot_s", "ttft_s", "hit_rate"])
+        metrics = ["tpot_s", "ttft_s", "hit_rate"]
+        charts.save(figure, output, "frontier", frontier.__doc__, frame, metrics)
 
 
 def rates(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw end-to-end latency against the rate at which requests arrive, beyond the paper."""
-    names = "rates", "End-to-end latency against the request rate, online serving"
+    """End-to-end latency against the request rate, online serving.
+
+    Error bars: 95 % bootstrap intervals of the mean, as if requests that queue together were
+    independent. Latency counts from the arrival, queueing included; its axis is logarithmic. Where
+    a line turns upwards, requests arrive faster than the system serves them.
+    """
     frame = charts.checked(frame, "rates", mixed_modes, workload="online")
     frame["rate"] = [record["config"]["workload"]["rate"] for record in frame["record"]]
     charts.single(frame, "rates", "rate")
     looks = charts.looks(frame)
-    with charts.dataset_panels(frame, "Requests a second", style.METRICS["e2el_s"][0]) as (
-        figure,
-        panels,
-    ):
+    with charts.dataset_panels(frame, "Requests a second", "e2el_s") as (figure, panels):
         for axes, part in panels:
             charts.lines(axes, part, "rate", "e2el_s", looks)
             charts.log_axis(axes)
             axes.set_xlim(left=0)
         charts.legend(figure, looks, narrow=2)
-        notes = (
-            f"{INTERVALS}, as if requests that queue together were independent.",
-            "Latency counts from the arrival, queueing included; its axis is logarithmic. Where a "
-            "line turns upwards, requests arrive faster than the system serves them.",
-        )
-        charts.save(figure, output, names, frame, notes, ["e2el_s", "ttft_s", "tpot_s"], "rate")
+        metrics = ["e2el_s", "ttft_s", "tpot_s"]
+        charts.save(figure, output, "rates", rates.__doc__, frame, metrics, "rate")
 
 
 def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -> None:
-    """Draw policies on the routing of a real and of a scale model, a column of panels for each."""
-    names = "real-routing", "Policies on the routing of a real model and of a scale model"
+    """Policies on the routing of a real model and of a scale model.
+
+    Error bars: 95 % bootstrap intervals of the mean. Dashed: bounds, which are told the routing. On
+    real traces, which hold ids alone, FineMoE's maps are sparse and the choices before stand for
+    embeddings.
+    """
     frame = charts.checked(frame, "real-routing", mixed_modes)
     frame["source"] = [_source(run) for run in frame.to_dict("records")]
     charts.single(frame, "real-routing", "source", "memory_budget")
     sources = list(frame.sort_values("weights", kind="stable")["source"].unique())
     looks, metrics = charts.looks(frame, BOUNDS), ("hit_rate", "tpot_s")
-    with charts.panels(metrics, sources, style.PAGE_INCHES, 3.7) as (figure, panels):
+    with charts.panels(metrics, sources, 3.7, style.PAGE_INCHES) as (figure, panels):
         for axes, metric, source in panels:
             part = frame[frame["source"] == source]
             charts.lines(axes, part, "memory_budget_gb", metric, looks)
@@ -197,19 +187,13 @@ def real_routing(frame: pd.DataFrame, output: Path, mixed_modes: bool = False) -
             else:
                 axes.set_xlabel(charts.BUDGET)
         charts.legend(figure, looks, columns=6)
-        notes = (
-            f"{INTERVALS}. Dashed: bounds, which are told the routing. On real traces, which hold "
-            "ids alone, FineMoE's maps are sparse and the choices before stand for embeddings.",
-            *(_agreement(frame, sources, metric) for metric in metrics),
-        )
-        charts.save(figure, output, names, frame, notes, [*metrics, "ttft_s"], "source")
+        agree = (_agreement(frame, sources, metric) for metric in metrics)
+        doc = " ".join([str(real_routing.__doc__), *agree])
+        charts.save(figure, output, "real-routing", doc, frame, [*metrics, "ttft_s"], "source")
 
 
 def _agreement(frame: pd.DataFrame, sources: list[str], metric: str) -> str:
-    """Say how alike routings rank the systems, bounds left out: Kendall's tau, the mean of budgets.
-
-    Each of `sources` is compared with the last one, which is the scale model's.
-    """
+    """Say how alike routings rank systems: Kendall's tau with the last, mean of budgets."""
     systems = frame[~frame["system"].isin(BOUNDS)]
     *others, scale = sources
     values = systems.pivot(index=["memory_budget", "series"], columns="source", values=metric)
@@ -222,7 +206,6 @@ def _agreement(frame: pd.DataFrame, sources: list[str], metric: str) -> str:
 
 
 def _source(run: Any) -> str:
-    """Name a run's routing: the file of a trace, or the model and its dataset."""
     trace = run["record"]["config"]["routing"]
     if trace:
         return Path(trace).stem

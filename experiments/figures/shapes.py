@@ -1,5 +1,6 @@
 """What follows from the models' published shapes: table 1, and figure 18 (section 6.7)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,12 @@ from finemoe.expert_map import ExpertMapStore
 from finemoe.offload.policy import ModelShape
 
 STORES = {"maps_mb": "Expert maps", "total_mb": "Maps and embeddings"}
-CLAIMED_MB = 200
-"""What the paper says 32K maps stay below (section 6.7)."""
+CLAIMED_MB = 200  # what the paper says 32K maps stay below (section 6.7)
 
 
 @analyses.of_models
-def models(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
-    """Return a model's row: parameters in 10^9, sizes in 10^9 bytes (of an expert in 10^6).
-
-    Norms and biases are not counted.
-    """
+def models(name: str, experiment: DictConfig) -> Iterator[dict[str, Any]]:
+    """Yield a model's parameters in 10^9, without norms and biases, and sizes in GB or MB."""
     facts = analyses.model_facts(name)
     model = full_size(facts)
     width = model.bytes_per_parameter
@@ -30,7 +27,7 @@ def models(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
         model.dense_bytes // width + model.layers * each * model.expert_parameters
         for each in (model.experts, model.top_k)
     )
-    row = {
+    yield {
         "model": name,
         "hub_id": facts.hub_id,
         "active_b": active / 1e9,
@@ -43,14 +40,16 @@ def models(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
         "inactive_share": 1 - active / total,
         "inactive_gb": (total - active) * width / 1e9,
     }
-    return [row]
 
 
 def draw_models(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw the table as a picture, one row a model; the CSV has the unrounded numbers."""
+    """K: experts a token activates, J: experts a layer, L: layers with experts, d: prefetch
+    distance; one expert and the inactive parameters in bf16, 1 GB = 10^9 bytes; norms and biases
+    are not counted.
+    """
     record, frame = analyses.read_analysis(folder)
     rows = [_rounded(row) for row in frame.to_dict("records")]
-    size = style.PAGE_INCHES, 0.3 + 0.22 * len(rows)
+    size = 0.3 + 0.22 * len(rows), style.PAGE_INCHES
     with charts.panels([""], [""], *size) as (figure, [(axes, _, _)]):
         axes.set_axis_off()
         heads = list(rows[0])
@@ -62,16 +61,10 @@ def draw_models(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         for (row, _), cell in table.get_celld().items():
             cell.set_linewidth(0.6)
             cell.get_text().set_fontweight("bold" if row == 0 else "normal")
-        shows = (
-            "K: experts a token activates, J: experts a layer, L: layers with experts, d: prefetch "
-            "distance; one expert and the inactive parameters in bf16, 1 GB = 10^9 bytes; norms "
-            "and biases are not counted."
-        )
-        analyses.save(figure, output, record, frame, shows)
+        analyses.save(figure, output, record, frame, draw_models.__doc__)
 
 
 def _rounded(row: Any) -> dict[str, str]:
-    """Return the cells of one model under their heads."""
     return {
         "Model": style.model_name(row["model"]),
         "Active / total": f"{row['active_b']:.1f} / {row['total_b']:.1f} B",
@@ -84,25 +77,26 @@ def _rounded(row: Any) -> dict[str, str]:
 
 
 @analyses.of_models
-def memory(name: str, experiment: DictConfig) -> list[dict[str, Any]]:
-    """Return what stores take as `ExpertMapStore` allocates them: maps and all, in 10^6 bytes."""
+def memory(name: str, experiment: DictConfig) -> Iterator[dict[str, Any]]:
+    """Yield what stores take as `ExpertMapStore` allocates them: maps and all, in 10^6 bytes."""
     facts = analyses.model_facts(name)
     shape = ModelShape(facts.layers, facts.experts, facts.top_k, facts.hidden_size)
-    rows = []
     for capacity in experiment.capacities:
         taken = ExpertMapStore(shape, capacity, facts.prefetch_distance).memory_bytes()
         sizes = {"maps_mb": taken["maps"] / 1e6, "total_mb": taken["store"] / 1e6}
-        rows.append({"model": name, "capacity": capacity, **sizes})
-    return rows
+        yield {"model": name, "capacity": capacity, **sizes}
 
 
 def draw_memory(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw a line a model on logarithmic axes: maps alone, and with embeddings."""
+    """Host memory of an expert map store, 1 MB = 10^6 bytes, for the real models' layers, experts
+    and hidden sizes, fp32. Left, the maps alone, as the paper counts; right, with the embeddings
+    and the norms kept for the search. Dashed: the paper's 200 MB.
+    """
     record, frame = analyses.read_analysis(folder)
     looks = style.model_looks(style.ordered(frame["model"], style.MODELS))
     ticks = sorted(set(frame["capacity"]))
     ylim = frame["maps_mb"].min() / 1.4, frame["total_mb"].max() * 1.6
-    with charts.panels([""], list(STORES), style.COLUMN_INCHES, 2.0) as (figure, panels):
+    with charts.panels([""], list(STORES), 2.0) as (figure, panels):
         for axes, _, kind in panels:
             for model, look in looks.items():
                 part = frame[frame["model"] == model]
@@ -119,9 +113,4 @@ def draw_memory(folder: Path, output: Path, mixed_modes: bool = False) -> None:
         figure.supxlabel("Store capacity (iterations)", fontsize=style.POINTS)
         charts.apart(figure)
         charts.model_legend(figure, looks)
-        shows = (
-            "Host memory of an expert map store, 1 MB = 10^6 bytes, for the real models' layers, "
-            "experts and hidden sizes, fp32. Left, the maps alone, as the paper counts; right, "
-            "with the embeddings and the norms kept for the search. Dashed: the paper's 200 MB."
-        )
-        analyses.save(figure, output, record, frame, shows)
+        analyses.save(figure, output, record, frame, draw_memory.__doc__)

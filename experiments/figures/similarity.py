@@ -12,31 +12,21 @@ from experiments import style
 from experiments.errors import UserError
 from experiments.figures import analyses, charts, routing
 
-METHODS = {"pairs": "All pairs", "matches": "Best match"}
-"""Figures 8 and 9 by the paper's method, all pairs of prompts, and by what the store answers."""
-PAPER = 0.84, 0.97
-"""The least and the largest of the paper's twelve coefficients (figure 9)."""
+METHODS = {"pairs": "All pairs", "matches": "Best match"}  # the paper's, and what a store answers
+PAPER = 0.84, 0.97  # the least and the largest of its twelve coefficients (figure 9)
 COEFFICIENTS: dict[str, style.Look] = {
     **style.SEARCHES,
     "Bin means": {"color": "#333333", "marker": "D", "linestyle": "", "markerfacecolor": "white"},
     "Paper": {"color": "#dddddd", "hatch": ""},
 }
-LARGEST_MARKER = 60
-"""Area in square points of a marker that stands for everything."""
-NARROWEST = 0.02
-"""The least range of scores that an axis shows."""
-DODGE = 16
-"""How far apart, in iterations of capacity, whiskers of the same capacity are drawn."""
+LARGEST_MARKER = 60  # square points of a marker that stands for everything
+NARROWEST = 0.02  # the least range of scores that an axis shows
+DODGE = 16  # how far apart, in iterations of capacity, whiskers are drawn
 
 
 @analyses.of_traces
 def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return hit rates at distances 1..`longest_distance`, as far as the model has layers.
-
-    Coarse is the past request of nearest activation counts, as MoE-Infinity tracks them; fine is
-    the past iteration of nearest expert map (trajectory search). Means over decode iterations and
-    layers d..L-1, with 95 % intervals, and `chance` (K/J).
-    """
+    """Return hit rates at distances 1..`longest_distance` by granularity, and `chance` (K/J)."""
     history, measured, shape = subject.history, subject.measured, subject.shape
     searched = subject.searched(experiment.store_capacity)
     predictors = {
@@ -54,37 +44,31 @@ def hit_rates(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame
 
 
 def draw_hit_rates(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 4: coarse and fine with their bands, models down and datasets across."""
+    """Share of a decoded token's experts that were among the K predicted d layers before. Coarse:
+    the past request of nearest activation counts; fine: the past iteration of nearest expert map.
+    Bands: 95 % bootstrap intervals over requests.
+    """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["granularity"].str.capitalize()
     models, datasets = charts.facets(frame)
     looks, longest = charts.unmarked(style.GRANULARITIES), frame["distance"].max()
-    size = style.COLUMN_INCHES, 0.75 + 1.05 * len(models)
-    with charts.panels(models, datasets, *size) as (figure, panels):
+    with charts.panels(models, datasets, 0.75 + 1.05 * len(models)) as (figure, panels):
         for axes, model, dataset in panels:
             part = charts.part_of(frame, model, dataset)
             charts.panel_title(axes, model, dataset)
-            charts.bands(axes, part, "distance", "hit_rate", "series", looks)
+            charts.lines(axes, part, "distance", "hit_rate", looks, band=True)
             axes.axhline(part["chance"].iloc[0] * 100, color="#333333", ls="--", lw=0.8)
             axes.set(xlim=(0, longest + 0.5), ylim=(0, 103), yticks=(0, 50, 100))
             axes.set_xticks(range(0, longest + 1, 10 if longest > 10 else 2))
         charts.label_once(figure, "Prefetch distance d (layers)", style.METRICS["hit_rate"][0])
         charts.legend(figure, {**looks, "Chance (K/J)": style.CHANCE}, columns=3)
-        shows = (
-            "Share of a decoded token's experts that were among the K predicted d layers before. "
-            "Coarse: the past request of nearest activation counts; fine: the past iteration of "
-            "nearest expert map. Bands: 95 % bootstrap intervals over requests."
-        )
-        analyses.save(figure, output, record, frame.drop(columns="series"), shows)
+        analyses.save(figure, output, record, frame, draw_hit_rates.__doc__)
 
 
 def compared(
     subject: analyses.Subject, experiment: DictConfig
 ) -> Iterator[tuple[str, str, routing.Comparison]]:
-    """Yield pairs of all prompts, and matches of measured iterations, by method and search.
-
-    Raises UserError if the experiment's `point` is none of `routing.POINTS`.
-    """
+    """Yield pairs of prompts, and matches of iterations, by method and search; UserError."""
     if experiment.point not in routing.POINTS:
         known = ", ".join(routing.POINTS)
         raise UserError(f"experiment.point={experiment.point} is unknown; choose one of {known}")
@@ -99,10 +83,7 @@ def compared(
 
 @analyses.of_traces
 def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return mean hit rates in equally wide bins of similarity, by method and search.
-
-    With intervals, how many pairs or iterations a bin holds, and their share.
-    """
+    """Return mean hit rates in equally wide bins of similarity, by method and search."""
     frames = {}
     for method, search, values in compared(subject, experiment):
         bins = routing.binned(*values, experiment.bins)
@@ -111,17 +92,18 @@ def similarity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFram
 
 
 def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 8, a line a model: methods and datasets down, searches across.
-
-    By the paper's method, over all pairs of prompts, and by ours: what a match predicts. Markers
-    show the share of a bin.
+    """Mean hit rate in equally wide bins of similarity. All pairs, the paper's method: each prompt
+    is one embedding and one map; the share that two have in common of their K likeliest experts.
+    Best match: the hit rate, in a decode iteration, of the K likeliest experts of the stored map
+    that its search found. The area of a marker is the bin's share (smallest size: 15 % and below).
+    Whiskers: 95 % bootstrap intervals over requests, none where a bin holds one request.
     """
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
     down = list(product(METHODS, datasets))
-    size = style.COLUMN_INCHES, 0.6 + 1.05 * len(down)
-    with charts.panels(down, list(style.SEARCHES), *size) as (figure, panels):
+    height = 0.6 + 1.05 * len(down)
+    with charts.panels(down, list(style.SEARCHES), height) as (figure, panels):
         charts.label_once(figure, "Similarity score (cosine)", style.METRICS["hit_rate"][0])
         for axes, (method, dataset), search in panels:
             shown = {"method": method, "dataset": dataset, "search": search.lower()}
@@ -140,23 +122,12 @@ def draw_similarity(folder: Path, output: Path, mixed_modes: bool = False) -> No
             axes.locator_params(axis="x", nbins=4)
             axes.tick_params(labelbottom=True)
         charts.model_legend(figure, looks)
-        shows = (
-            "Mean hit rate in equally wide bins of similarity. All pairs, the paper's method: each "
-            "prompt is one embedding and one map; the share that two have in common of their K "
-            "likeliest experts. Best match: the hit rate, in a decode iteration, of the K "
-            "likeliest experts of the stored map that its search found. The area of a marker is "
-            "the bin's share (smallest size: 15 % and below). Whiskers: 95 % bootstrap intervals "
-            "over requests, none where a bin holds one request."
-        )
-        analyses.save(figure, output, record, frame, shows)
+        analyses.save(figure, output, record, frame, draw_similarity.__doc__)
 
 
 @analyses.of_traces
 def pearson(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return the coefficient over pairs or iterations, with its interval, by method and search.
-
-    With that of the means of figure 8's bins, the mean score and hit rate, and their number.
-    """
+    """Return the coefficient and that of figure 8's bins, by method and search."""
     rows = []
     for method, search, (score, hits, request) in compared(subject, experiment):
         bins = routing.binned(score, hits, request, experiment.bins)
@@ -168,15 +139,16 @@ def pearson(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 9, a bar a search for each model; n/a where nothing varies.
-
-    Methods down, datasets across, both as in figure 8.
+    """Correlation of similarity and hit rate, as in figure 8: over all pairs of prompts, the
+    paper's method, and over decode iterations, each with its best match. Bin means: the coefficient
+    of the means of figure 8's bins. Grey: the range of the paper's twelve coefficients (LMSYS,
+    ShareGPT). Whiskers: 95 % bootstrap intervals over requests.
     """
     record, frame = analyses.read_analysis(folder)
     frame["series"] = frame["search"].str.capitalize()
     models, datasets = charts.facets(frame)
     least = min(0.0, frame["low"].min() * 1.1, frame["pearson"].min() * 1.1)
-    with charts.panels(list(METHODS), datasets, style.COLUMN_INCHES, 3.1) as (figure, panels):
+    with charts.panels(list(METHODS), datasets, 3.1) as (figure, panels):
         for axes, method, dataset in panels:
             rows = frame[(frame["method"] == method) & (frame["dataset"] == dataset)]
             groups = charts.model_groups(models)
@@ -194,22 +166,12 @@ def draw_pearson(folder: Path, output: Path, mixed_modes: bool = False) -> None:
             axes.set(ylim=(least, 1.05), ylabel=label)
             axes.label_outer()
         charts.legend(figure, COEFFICIENTS, "bar")
-        shows = (
-            "Correlation of similarity and hit rate, as in figure 8: over all pairs of prompts, "
-            "the paper's method, and over decode iterations, each with its best match. Bin means: "
-            "the coefficient of the means of figure 8's bins. Grey: the range of the paper's "
-            "twelve coefficients (LMSYS, ShareGPT). Whiskers: 95 % bootstrap intervals over "
-            "requests."
-        )
-        analyses.save(figure, output, record, frame.drop(columns="series"), shows)
+        analyses.save(figure, output, record, frame, draw_pearson.__doc__)
 
 
 @analyses.of_traces
 def capacity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
-    """Return mean scores, with intervals, and how many iterations a store of a capacity holds.
-
-    Trajectories are scored as far as they predict a layer.
-    """
+    """Return mean scores with intervals, and how many iterations a store of a capacity holds."""
     measured = subject.measured
     request = measured.request[measured.decode]
     rows = []
@@ -222,14 +184,16 @@ def capacity(subject: analyses.Subject, experiment: DictConfig) -> pd.DataFrame:
 
 
 def draw_capacity(folder: Path, output: Path, mixed_modes: bool = False) -> None:
-    """Draw figure 16a, a line a model: searches down, datasets across, one scale a search."""
+    """Mean score of the best match over decode iterations, in a store filled with the history. Axes
+    do not begin at zero. Whiskers: 95 % bootstrap intervals over requests, the same at every
+    capacity.
+    """
     record, frame = analyses.read_analysis(folder)
     models, datasets = charts.facets(frame)
     looks = style.model_looks(models)
     shift = frame["model"].map(models.index) - (len(models) - 1) / 2
     apart = frame.assign(capacity=frame["capacity"] + DODGE * shift)
-    size = style.COLUMN_INCHES, 2.9
-    with charts.panels(list(style.SEARCHES), datasets, *size) as (figure, panels):
+    with charts.panels(list(style.SEARCHES), datasets, 2.9) as (figure, panels):
         for axes, search, dataset in panels:
             rows = apart[apart["search"] == search.lower()]
             part = rows[rows["dataset"] == dataset]
@@ -241,9 +205,4 @@ def draw_capacity(folder: Path, output: Path, mixed_modes: bool = False) -> None
             axes.set_title(f"{search}, {style.dataset_name(dataset)}")
         charts.label_once(figure, "Store capacity (iterations)", style.METRICS["score"][0])
         charts.model_legend(figure, looks)
-        shows = (
-            "Mean score of the best match over decode iterations, in a store filled with the "
-            "history. Axes do not begin at zero. Whiskers: 95 % bootstrap intervals over requests, "
-            "the same at every capacity."
-        )
-        analyses.save(figure, output, record, frame, shows)
+        analyses.save(figure, output, record, frame, draw_capacity.__doc__)

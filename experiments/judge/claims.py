@@ -5,6 +5,7 @@ yours as well. `RULES` says when each holds. Writes `<results>/claims.json` and 
 """
 
 import runpy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,19 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.bootstrap import Draws, cell_mean, interval, limits, ratio
+from experiments.bootstrap import Draws, interval, limits, ratio
 from experiments.errors import UserError, command, words_given
-from experiments.judge import paper
-from experiments.judge.findings import (
-    Claim,
-    Finding,
-    Part,
-    Rows,
-    Untestable,
-    cell_name,
-    selector_name,
-    significant,
-)
+from experiments.judge import findings, paper
+from experiments.judge.findings import Claim, Finding, Part, Rows, Untestable, cell_name
 from experiments.judge.frame import ResultsFolder, by_system
 from finemoe.files import atomic_write, write_json
 
@@ -38,7 +30,7 @@ ROUNDING = 1e-9
 SHOWN_PARTS = 4
 OPTIONS = {"results": "results", "mixed_modes": False, "claims": ""}
 
-RULES = {
+RULES = {  # when a claim of each kind holds; reports print this
     "reduction": "holds: the 95 % interval contains or exceeds the paper's value and lies above 0; "
     "holds weaker: it lies above 0 but below the paper's value.",
     "increase": "as for reductions; rises are over the baseline's mean over the cells.",
@@ -55,7 +47,6 @@ RULES = {
     "value": "holds: the paper's value is in the interval, or as near as the digits printed (or "
     "the tolerance named); holds weaker: within 10 % of it (or the weaker tolerance named).",
 }
-"""When a claim of each kind holds; otherwise it does not. Reports print this."""
 
 
 @dataclass(frozen=True)
@@ -93,21 +84,16 @@ def load_claims(path: Path | None = None) -> list[Claim]:
         raise UserError(f"{path}: no such file; give claims=<a Python file>")
     defined = [*vars(paper).values(), *(runpy.run_path(str(path)).values() if path else ())]
     claims = [one for each in defined if isinstance(each, Claim) for one in each.each()]
-    names = [one.id for one in claims]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"several claims are called {', '.join(sorted(twice))}; rename one")
+    (name, count), *_ = Counter(one.id for one in claims).most_common(1)
+    if count > 1:
+        raise UserError(f"several claims are called {name}; rename one")
     return claims
 
 
 def judge(
     results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
 ) -> list[Verdict]:
-    """Judge every claim, write claims.json and claims.csv into the folder, return the verdicts.
-
-    A claim over records of several modes is judged only with `mixed_modes`, and marked. Raises
-    UserError if the folder is unreadable, OSError if it cannot be written to.
-    """
+    """Judge every claim, write claims.json and claims.csv; raise UserError or OSError."""
     verdicts = [judge_one(claim, results.rows, mixed_modes) for claim in load_claims(claims)]
     rows = [asdict(one) for one in verdicts]
     write_json(results.root / "claims.json", {"rules": RULES, "claims": rows})
@@ -152,7 +138,7 @@ def _judged(claim: Claim, finding: Finding, mixed_modes: bool) -> dict[str, Any]
     if not np.isfinite(draws[0]):
         raise Untestable(f"{measured}: not a finite number, as a baseline's value is 0", "")
     ends = [end * claim.scale for end in interval(draws) or ()]
-    between = " to ".join(map(significant, ends)) or "no interval"
+    between = " to ".join(map(findings.significant, ends)) or "no interval"
     return {
         "verdict": verdict,
         "ours": float(draws[0]) * claim.scale,
@@ -171,15 +157,9 @@ def _judged(claim: Claim, finding: Finding, mixed_modes: bool) -> dict[str, Any]
     }
 
 
-def _means(finding: Finding) -> dict[str, Draws]:
-    """Return each comparison over all its cells."""
-    labels = dict.fromkeys(label for label, _, _ in finding.parts)
-    return {one: cell_mean([d for label, _, d in finding.parts if label == one]) for one in labels}
-
-
 def decide(claim: Claim, finding: Finding) -> tuple[Draws, str, str]:
     """Return the number that the verdict is about, what it is, and the verdict by `RULES`."""
-    means, every = _means(finding), [draws for _, _, draws in finding.parts]
+    means, every = finding.means(), [draws for _, _, draws in finding.parts]
     if not every:
         raise Untestable("nothing to compare")
     if claim.kind == "order":
@@ -222,7 +202,7 @@ def _bound(claim: Claim, finding: Finding) -> str:
     """Say how far the subject's runs are from their bound, and what an oracle reached instead."""
     said = []
     if finding.subject and finding.of_runs:
-        times, name = finding.subjects["bound_times"], selector_name(finding.subject)
+        times, name = finding.subjects["bound_times"], findings.selector_name(finding.subject)
         if (mean := times[times >= 1].mean()) > 0:
             said.append(f"{name} takes {mean:.2f} times the least possible time")
     if finding.oracle is not None and np.isfinite(finding.oracle):
@@ -233,7 +213,7 @@ def _bound(claim: Claim, finding: Finding) -> str:
 
 
 def _why(claim: Claim, finding: Finding) -> Iterator[str]:
-    means, parts = _means(finding), sorted(finding.parts, key=lambda part: float(part[2][0]))
+    means, parts = finding.means(), sorted(finding.parts, key=lambda part: float(part[2][0]))
     if claim.paper == "flat":
         yield from (f"The {label} is {_shown(claim, draws)}." for label, draws in means.items())
     elif claim.kind in ("order", "trend"):
@@ -258,9 +238,8 @@ def _why(claim: Claim, finding: Finding) -> Iterator[str]:
 
 
 def _listed(claim: Claim, parts: list[Part], between: str = "; ") -> str:
-    named = [f"{_shown(claim, draws)} ({label}; {cell_name(cell)})"
-             for label, cell, draws in parts[:SHOWN_PARTS]]  # fmt: skip
-    more = len(parts) - SHOWN_PARTS
+    shown, more = parts[:SHOWN_PARTS], len(parts) - SHOWN_PARTS
+    named = [f"{_shown(claim, draws)} ({label}; {cell_name(cell)})" for label, cell, draws in shown]
     return between.join(named) + (f"; and {more} more" if more > 0 else "")
 
 

@@ -95,7 +95,6 @@ def _settings(paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> pd
 
 
 def _measured(facts: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per run of the columns MEASURED, as text."""
     columns = {
         "TTFT ms": facts["ttft_s.mean"] * 1e3,
         "TPOT ms": facts["tpot_s.mean"] * 1e3,

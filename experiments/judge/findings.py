@@ -1,8 +1,4 @@
-"""A claim is a function, registered by `claim`, from an experiment's rows to a Finding.
-
-`reductions`, `ranked`, `trend` and the other comparisons turn rows into what was measured in every
-cell, as bootstrap draws.
-"""
+"""Comparisons turn rows into a Finding: what was measured in every cell, as bootstrap draws."""
 
 import inspect
 import itertools
@@ -14,7 +10,8 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from experiments.bootstrap import Draws, constant, ratio, request_draws, spearman, table_draws
+from experiments import bootstrap
+from experiments.bootstrap import Draws, constant, ratio
 from experiments.style import dataset_name, model_name, system_name
 
 Rows = pd.DataFrame  # rows of a `run_frame`, or of a CSV of an analysis
@@ -44,6 +41,13 @@ class Finding:
     @property
     def cells(self) -> list[Cell]:
         return list(dict.fromkeys(cell for _, cell, _ in self.parts))
+
+    def means(self) -> dict[str, Draws]:
+        """Return each comparison over all its cells."""
+        by_label = defaultdict(list)
+        for label, _, draws in self.parts:
+            by_label[label].append(draws)
+        return {label: bootstrap.cell_mean(each) for label, each in by_label.items()}
 
     @property
     def of_runs(self) -> bool:
@@ -77,9 +81,9 @@ class Claim:
     experiment: str
     section: str
     text: str
+    # Number or limit (a share, seconds, or in `unit`), None for an order; a trend rises, falls or
+    # is flat. By model or system where the claim is made of each.
     paper: Any
-    """The paper's number or limit (a share, seconds, or in `unit`), None for an order, and for a
-    trend rises, falls or flat. By model or system where the claim is made of each."""
     measure: Callable[..., Finding]  # of the rows, and of the model or system if of each
     unit: str = ""  # in which numbers are shown: shares in %, seconds in ms, others as they are
     tolerance: float = 0.0
@@ -91,7 +95,6 @@ class Claim:
         return {"%": 100.0, "ms": 1000.0}.get(self.unit, 1.0)
 
     def number(self, value: float, digits: int = 3) -> str:
-        """Return a value in the claim's unit."""
         return f"{significant(value * self.scale, digits)} {self.unit}".strip()
 
     def each(self) -> Iterator[Self]:
@@ -112,9 +115,8 @@ def claim(
 ) -> Callable[[Callable[..., Finding]], Claim]:
     """Make a claim of a function, named as the function is; its docstring is the claim's text.
 
-    The function takes the experiment's runs, as `run_frame` gives them, or the rows that its
-    analysis left. In a text of several claims {model} or {system} and {paper} are filled in. See
-    Claim for `paper` and the options.
+    It takes the experiment's runs, as `run_frame` gives them, or the rows that its analysis left.
+    {model} or {system} and {paper} are filled in; see Claim for `paper` and the options.
     """
 
     def register(measure: Callable[..., Finding]) -> Claim:
@@ -145,10 +147,7 @@ def _of(rows: Rows, selectors: Sequence[Selector]) -> Rows:
 def _measured(
     rows: Rows, metrics: Names, selectors: Sequence[Selector], by: Names = ()
 ) -> tuple[list[tuple[Cell, str]], Draws]:
-    """Return cells, each with every metric, and draws, shape (these, selectors, 1 + RESAMPLES).
-
-    A cell is a model and dataset, unless these are compared, and a value of each of `by`.
-    """
+    """Return cells with each metric, and draws: (these, selectors, 1 + RESAMPLES)."""
     compared = {key for one in selectors if not isinstance(one, str) for key in one}
     names = [name for name in ("model", "dataset") if name in {*rows.columns} - compared]
     if rows.empty:
@@ -172,22 +171,18 @@ def _draws(chosen: Rows, selector: Selector, cell: Cell, metric: str) -> Draws:
     if "table" in chosen:
         return _run_draws(chosen.iloc[0], metric)
     values = () if isinstance(selector, str) else selector.values()
-    return table_draws(chosen.iloc[0], metric, (*cell, *values))
+    return bootstrap.table_draws(chosen.iloc[0], metric, (*cell, *values))
 
 
 def _run_draws(run: Any, metric: str) -> Draws:
-    """Return a metric of one run, its requests resampled; of these three there is one number.
-
-    A footprint is the bytes of slots at the peak, and of what is never offloaded; sync_s and
-    sync_share are what a system adds to the critical path, expert loads on demand left out.
-    """
+    """Return a metric of one run, its requests resampled; footprint and sync_* are constant."""
     summary = run["record"]["summary"]
     if metric == "footprint":
         return constant(summary["peak_slot_bytes"] + summary["dense_bytes"])
     over = {"sync_s": run["iterations"], "sync_share": run["busy_s"]}.get(metric)
     if over is None:
         try:
-            return request_draws(run["table"], metric, run["dataset"])
+            return bootstrap.request_draws(run["table"], metric, run["dataset"])
         except ValueError as error:
             raise Untestable(f"{error} in {run['digest'][:12]}") from error
     if not over > 0:
@@ -314,7 +309,7 @@ def trend(finding: Finding, x: str, direction: str, what: str = "") -> Finding:
         # Points of an analysis are of the same requests: drawn one by one they lose their order.
         drawn = draws if finding.of_runs else np.repeat(draws[:, :1], draws.shape[1], axis=1)
         name = f"{what}{label} {direction} with {quantity_name(x)}"
-        parts.append((name, cell, sign * spearman([*at], [*drawn])))
+        parts.append((name, cell, sign * bootstrap.spearman([*at], [*drawn])))
     return replace(finding, parts=parts, oracle=None)
 
 

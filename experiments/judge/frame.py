@@ -21,16 +21,14 @@ from experiments.style import system_name
 
 PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
-OPTIONS = ("search", "selection", "eviction", "predictor")
-"""Ablation options of systems that figures tell apart; None where a system has no such option."""
+OPTIONS = ("search", "selection", "eviction", "predictor")  # None where a system has no such
 COUNTS = ("hits", "late", "misses", "host", "slot_budget_bytes", "dense_bytes")
 IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
 NOT_OPTIONS = ("_target_", "label", "look", "prediction_us")
-IDS = (
+IDS = (  # of experiments, in the paper's order
     "table1", "1b", "3a", "3b", "3c", "4", "8", "9", "10", "11", "12", "13", "14a", "14b", "15",
     "16a", "16b", "17", "18", "readings", "unknowns",
 )  # fmt: skip
-"""Experiments in the paper's order."""
 
 
 def run_frame(runs: Sequence[Path]) -> pd.DataFrame:
@@ -153,8 +151,7 @@ class ResultsFolder:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            remedy = "run `python -m experiments.reproduce all` first"
-            raise UserError(f"{root}: no such folder; {remedy}")
+            raise UserError(f"{root}: no such folder; run python -m experiments.reproduce all")
         self.root, self.figures = root, root / "figures"
         records.unpack_runs(root)
 
@@ -198,6 +195,5 @@ class ResultsFolder:
         )
 
     def analysis_record(self, name: str) -> dict[str, Any]:
-        """Return an analysis's record, empty where there is none."""
         path, due = self.analysis(name) / "record.json", "analysis record; remove it, analyse again"
         return records.read_checked(path, records.ANALYSIS, due) if path.exists() else {}

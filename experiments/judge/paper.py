@@ -1,7 +1,4 @@
-"""What the paper claims in sections 3 to 6, and how each claim is measured.
-
-Shares are fractions here and per cent in reports; an order has no number of its own.
-"""
+"""What the paper claims in sections 3 to 6, and how each is measured; shares are fractions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,24 +6,8 @@ from dataclasses import replace
 import pandas as pd
 from scipy.special import entr
 
-from experiments.judge.findings import (
-    LAST,
-    Finding,
-    Rows,
-    best_setting,
-    changes,
-    claim,
-    increases,
-    lowest,
-    plateau,
-    ranked,
-    reductions,
-    select,
-    share_lowest,
-    smaller,
-    trend,
-    values,
-)
+from experiments.judge import findings
+from experiments.judge.findings import LAST, Finding, Rows, claim, ranked, select, trend, values
 
 BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")
 PAPER_SYSTEMS = ("finemoe", *BASELINES)
@@ -72,7 +53,7 @@ def table1_total(rows: Rows, model: str) -> Finding:
 def fig1b_origin(rows: Rows) -> Finding:
     """FineMoE is nearest the origin of latency and memory footprint, no offloading included."""
     # TPOT and footprint, each over the largest of the systems compared.
-    return lowest(rows, ["origin"], [*PAPER_SYSTEMS, "resident"])
+    return findings.lowest(rows, ["origin"], [*PAPER_SYSTEMS, "resident"])
 
 
 @claim("order", "3a", "Figure 3a")
@@ -112,7 +93,7 @@ def fig3c_rises(rows: Rows) -> Finding:
 @claim("trend", "3c", "Figure 3c", "flat")
 def fig3c_plateau(rows: Rows) -> Finding:
     """The entropy plateaus after about 10 iterations."""
-    return plateau(values(rows, "nats", by=["iterations"]), "iterations", after=10)
+    return findings.plateau(values(rows, "nats", by=["iterations"]), "iterations", after=10)
 
 
 @claim("order", "3c", "Figure 3c")
@@ -168,64 +149,65 @@ def fig9_match(rows: Rows) -> Finding:
 @claim("reduction", "10", "Section 6.2, Figure 10", against(BASELINES, 0.74, 0.67, 0.56, 0.53))
 def fig10_ttft(rows: Rows, system: str) -> Finding:
     """FineMoE lowers TTFT by {paper} against {system}."""
-    return reductions(rows, ["ttft_s"], ["finemoe", system])
+    return findings.reductions(rows, ["ttft_s"], ["finemoe", system])
 
 
 @claim("reduction", "10", "Section 6.2, Figure 10", against(BASELINES, 0.46, 0.38, 0.27, 0.22))
 def fig10_tpot(rows: Rows, system: str) -> Finding:
     """FineMoE lowers TPOT by {paper} against {system}."""
-    return reductions(rows, ["tpot_s"], ["finemoe", system])
+    return findings.reductions(rows, ["tpot_s"], ["finemoe", system])
 
 
 @claim("increase", "10", "Section 6.2, Figure 10", against(BASELINES[1:], 0.14, 0.37, 0.68))
 def fig10_hits(rows: Rows, system: str) -> Finding:
     """FineMoE raises the expert hit rate by {paper} against {system}."""
-    return increases(rows, "hit_rate", ["finemoe", system])
+    return findings.increases(rows, "hit_rate", ["finemoe", system])
 
 
 @claim("order", "11", "Section 6.2, Figure 11")
 def fig11_cdf(rows: Rows) -> Finding:
     """Online, FineMoE's CDF of end-to-end latency lies left of every baseline's."""
     # The paper's requests take 40 to 200 s at 2.91 a second: with queueing they would take hours.
-    return lowest(rows, [f"service_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
+    return findings.lowest(rows, [f"service_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
 
 
 @claim("order", "11", "Section 6.2, Figure 11")
 def fig11_queueing(rows: Rows) -> Finding:
     """The same with the time that a request queues, which "end-to-end" includes elsewhere."""
-    return lowest(rows, [f"e2el_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
+    return findings.lowest(rows, [f"e2el_s@{one}" for one in QUANTILES], PAPER_SYSTEMS)
 
 
 @claim("reduction", "12", "Section 6.3, Figure 12", against(BASELINES, 0.36, 0.25, 0.16, 0.29))
 def fig12(rows: Rows, system: str) -> Finding:
     """At 6 GB of expert cache FineMoE lowers TPOT by {paper} against {system}."""
-    return reductions(select(rows, {"memory_budget": 6}), ["tpot_s"], ["finemoe", system])
+    return findings.reductions(select(rows, {"memory_budget": 6}), ["tpot_s"], ["finemoe", system])
 
 
 @claim("trend", "12", "Section 6.3, Figure 12", "falls")
 def fig12_narrows(rows: Rows) -> Finding:
     """The gaps in TPOT narrow as the limit of the expert cache grows."""
-    gaps = reductions(rows, ["tpot_s"], PAPER_SYSTEMS, by=["memory_budget_gb"])
+    gaps = findings.reductions(rows, ["tpot_s"], PAPER_SYSTEMS, by=["memory_budget_gb"])
     return trend(gaps, "memory_budget_gb", "falls", "reduction of ")
 
 
 @claim("order", "13", "Section 6.4, Figure 13")
 def fig13_first(rows: Rows) -> Finding:
     """On the A100, too, FineMoE has the lowest TTFT and TPOT."""
-    return lowest(rows, LATENCIES, PAPER_SYSTEMS)
+    return findings.lowest(rows, LATENCIES, PAPER_SYSTEMS)
 
 
 @claim("order", "13", "Section 6.4, Figure 13", against="10")
 def fig13_smaller_gains(rows: Rows, others: Rows) -> Finding:
     """On the A100 FineMoE's reductions are smaller than on the six RTX 3090s."""
-    return smaller(*(reductions(one, LATENCIES, PAPER_SYSTEMS) for one in (rows, others)))
+    here, there = (findings.reductions(one, LATENCIES, PAPER_SYSTEMS) for one in (rows, others))
+    return findings.smaller(here, there)
 
 
 @claim("at most", "13", "Section 6.4, Figure 13", 0.02, unit="%", against="10")
 def fig13_hits_unchanged(rows: Rows, others: Rows) -> Finding:
     """The hit rates on the A100 are those on the six RTX 3090s."""
     # "Unchanged" is read as within two percentage points.
-    return changes(rows, others, "hit_rate", EXPERT_SYSTEMS)
+    return findings.changes(rows, others, "hit_rate", EXPERT_SYSTEMS)
 
 
 SPECULATE = {"system": "in_searcher", "predictor": "speculation"}
@@ -241,7 +223,7 @@ def fig14a_hit_count_worst(rows: Rows) -> Finding:
     """Of the ways to track patterns, the hit count has the lowest hit rate."""
     # All five in FineMoE's searcher, with LRU caching.
     others = [SPECULATE, T, T_S, T_S_DELTA]
-    return lowest(rows, ["hit_rate"], [HIT_COUNT, *others])
+    return findings.lowest(rows, ["hit_rate"], [HIT_COUNT, *others])
 
 
 @claim("order", "14a", "Section 6.5, Figure 14a")
@@ -261,26 +243,28 @@ def fig14b_caching(rows: Rows) -> Finding:
 def fig15_ttft(rows: Rows, model: str) -> Finding:
     """For {model} TTFT is lowest at prefetch distance {paper}."""
     of_model = select(rows, {"model": model})
-    return best_setting(values(of_model, "ttft_s", "finemoe", [DISTANCE]), DISTANCE)
+    return findings.best_setting(values(of_model, "ttft_s", "finemoe", [DISTANCE]), DISTANCE)
 
 
 @claim("value", "15", "Section 6.6, Figure 15", {"mixtral": 3, "qwen": 6, "phi": 4}, weaker=1)
 def fig15_tpot(rows: Rows, model: str) -> Finding:
     """For {model} TPOT is lowest at prefetch distance {paper}."""
     of_model = select(rows, {"model": model})
-    return best_setting(values(of_model, "tpot_s", "finemoe", [DISTANCE]), DISTANCE)
+    return findings.best_setting(values(of_model, "tpot_s", "finemoe", [DISTANCE]), DISTANCE)
 
 
 @claim("trend", "16a", "Section 6.6, Figure 16a", "flat")
 def fig16a_plateau(rows: Rows) -> Finding:
     """Semantic and trajectory scores rise steeply up to a capacity of 1,000 maps, then are flat."""
-    return plateau(values(rows, "score", by=["search", "capacity"]), "capacity", after=1000)
+    return findings.plateau(
+        values(rows, "score", by=["search", "capacity"]), "capacity", after=1000
+    )
 
 
 @claim("at least", "16b", "Section 6.6, Figure 16b", 0.5, unit="%")
 def fig16b_lowest_in_most(rows: Rows) -> Finding:
     """FineMoE has the lowest TTFT and TPOT at most batch sizes."""
-    return share_lowest(rows, LATENCIES, EXPERT_SYSTEMS, by=["batch_size"])
+    return findings.share_lowest(rows, LATENCIES, EXPERT_SYSTEMS, by=["batch_size"])
 
 
 @claim("at most", "17", "Section 6.7, Figure 17", 0.05, unit="ms")
@@ -313,16 +297,16 @@ def fig18_with_embeddings(rows: Rows) -> Finding:
 @claim("reduction", "10", "Abstract", 0.47)
 def headline_latency(rows: Rows) -> Finding:
     """FineMoE lowers latency by 47 % (mean of TTFT and TPOT over the four baselines)."""
-    return reductions(rows, LATENCIES, PAPER_SYSTEMS)
+    return findings.reductions(rows, LATENCIES, PAPER_SYSTEMS)
 
 
 @claim("increase", "10", "Abstract", 0.39)
 def headline_hits(rows: Rows) -> Finding:
     """FineMoE raises the expert hit rate by 39 % (mean over three baselines; 36 % in the talk)."""
-    return increases(rows, "hit_rate", EXPERT_SYSTEMS)
+    return findings.increases(rows, "hit_rate", EXPERT_SYSTEMS)
 
 
 @claim("reduction", "12", "Talk", 0.32)
 def headline_6gb(rows: Rows) -> Finding:
     """At 6 GB of expert cache FineMoE lowers TPOT by 32 % (mean over the four baselines)."""
-    return reductions(select(rows, {"memory_budget": 6}), ["tpot_s"], PAPER_SYSTEMS)
+    return findings.reductions(select(rows, {"memory_budget": 6}), ["tpot_s"], PAPER_SYSTEMS)

@@ -35,29 +35,23 @@ def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
 
 
 def verdicts(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:
-    """Judge every claim that the default reading's runs decide under every reading it was run for.
-
-    Returns claim, experiment, section, text, reading, `touched` (whether its runs are others than
-    by default), verdict, and ours, low, high and paper in `unit`.
-    """
+    """Judge the claims that the default reading decides, under every reading; columns: COLUMNS."""
     judged: list[dict[str, Any]] = []
     by_digest = runs.set_axis(runs["digest"].tolist())
-    rows = {name: partial(_runs_of, by_digest, view) for name, view in views.items()}
+
+    def rows(view: View, experiment: str) -> pd.DataFrame:
+        return by_digest.loc[[*view.get(experiment, ())]]
+
     for claim in load_claims():
-        of_each = {name: judge_one(claim, one) for name, one in rows.items()}
+        of_each = {name: judge_one(claim, partial(rows, one)) for name, one in views.items()}
         usual = of_each[DEFAULT]
         if usual.verdict == UNTESTABLE:
             continue
         for name, one in of_each.items():
-            if claim.experiment not in views[name]:
-                continue
-            touched = one.digests != usual.digests
-            judged.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
+            if claim.experiment in views[name]:
+                touched = one.digests != usual.digests
+                judged.append({**vars(one), "claim": one.id, "reading": name, "touched": touched})
     return pd.DataFrame(judged, columns=[*COLUMNS])
-
-
-def _runs_of(runs: pd.DataFrame, view: View, experiment: str) -> pd.DataFrame:
-    return runs.loc[[*view.get(experiment, ())]]
 
 
 def summary(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from experiments.errors import UserError, command
+from experiments.errors import command, refusing
 from experiments.judge import readings
 from experiments.judge.claims import RULES, VERDICTS, Verdict, arguments, judge
 from experiments.judge.frame import IDS, PREDICTION, ResultsFolder, by_system, commit
@@ -37,10 +37,7 @@ BROAD = 600  # a figure of more CSS pixels scrolls on a phone rather than shrink
 def write(
     results: ResultsFolder, mixed_modes: bool = False, claims: Path | None = None
 ) -> list[Verdict]:
-    """Judge the claims, then write REPORT.md and report.html into the folder; return the verdicts.
-
-    Raises UserError for an unreadable folder or figure, OSError if nothing can be written.
-    """
+    """Judge, write REPORT.md and report.html, return the verdicts. Raises UserError, OSError."""
     verdicts = judge(results, mixed_modes, claims)
     headlines = [one for one in verdicts if one.section in HEADLINES]
     others = [one for one in verdicts if one.section not in HEADLINES]
@@ -89,7 +86,6 @@ def _sentences(text: str) -> list[str]:
 
 
 def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return what the report says of one figure or table of the paper."""
     picture, caption, csv = (results.figures / f"{name}.{one}" for one in ("png", "txt", "csv"))
     data = read_table(csv) if csv.exists() else pd.DataFrame()
     about = results.index(name) or results.analysis_record(name)
@@ -109,11 +105,8 @@ def _section(results: ResultsFolder, name: str, verdicts: Sequence[Verdict]) -> 
 
 def _picture(path: Path) -> dict[str, Any]:
     """Return a figure as a PNG of at most 256 colours, and its size in CSS pixels."""
-    try:
-        with Image.open(path) as drawn:
-            whole = drawn.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not an image; delete it and draw the figure again") from error
+    with refusing(f"{path}: not an image", OSError, remedy="draw it again"):
+        whole = Image.open(path).convert("RGB")
     packed = io.BytesIO()
     whole.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(packed, "PNG", optimize=True)
     width, height = (max(1, round(side / PIXELS_PER_CSS_PIXEL)) for side in whole.size)
@@ -166,7 +159,6 @@ def _cell(column: str, value: float) -> str:
 
 
 def _provenance(results: ResultsFolder) -> dict[str, str]:
-    """Return what the records say of commits, versions, machines, traces and seeds."""
     runs = list(results.runs.get("record", ()))
     analyses = [record for name in IDS if (record := results.analysis_record(name))]
     origins = [*runs, *(one["provenance"] for one in analyses)]

@@ -29,7 +29,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from experiments import CONF, ROOT
-from experiments.errors import BAD_INPUT, UserError, command, words_given
+from experiments.errors import BAD_INPUT, UserError, command, refusing, words_given
 from experiments.judge.frame import ResultsFolder, run_frame
 from experiments.reproduce import sweeps
 from experiments.reproduce.parallel import LAUNCHERS, Outcome, Tasks, attempt, side_by_side
@@ -45,17 +45,12 @@ from finemoe.testbed import SimulatedTestbed
 
 OPTIONS = {
     "results": "outputs/reproduce",
-    "records": "",
+    "records": "",  # runs below it, which a sweep left, are taken instead of made again
     "launcher": "joblib",
     "n_jobs": os.cpu_count() or 1,
-    "mixed_modes": False,
-    "redraw": False,
+    "mixed_modes": False,  # whether one figure shows several modes, marked as such
+    "redraw": False,  # whether what is complete is made again
 }
-"""What ``key=value`` sets of the reproduction itself; every other key is one of the runs'.
-
-Runs below `records`, which a sweep left, are taken instead of made again. `mixed_modes` lets one
-figure show records of several modes, marked as such; `redraw` makes again what is complete.
-"""
 AUTO, SIMULATED = "experiments.run.testbeds.auto", "experiments.run.testbeds.simulated"
 
 
@@ -195,7 +190,6 @@ class Reproduction:
                 self._say(f"{outcome.name}: {escape(str(picture))}")
 
     def _report(self) -> None:
-        """Judge the claims and write the report, unless there is one of these results."""
         root = self.results.root
         report = root / "REPORT.md"
         # Claims, their rules and the report's template.
@@ -278,17 +272,14 @@ def made(results: ResultsFolder, name: str, source: str) -> bool:
 
 
 def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
-    """Copy the runs of these digests, as far as they are not here, from records below a folder.
-
-    Returns how many. A sweep without testbed= that was simulated counts as what it simulated.
-    Raises UserError if there is no such folder, or a malformed record in it.
-    """
+    """Copy the runs of these digests that are missing from below a folder; return how many."""
     if not folder.is_dir():
         raise UserError(f"records={folder} is no folder; name one that a sweep left")
     adopted = 0
     for path in sorted(folder.rglob(RECORD)):
         record = records.read_record(path)
         cfg = OmegaConf.create(record["config"])
+        # A sweep without testbed= that was simulated counts as what it simulated.
         if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
             cfg.testbed._target_ = SIMULATED
         identity = sweeps.digest(cfg)
@@ -300,9 +291,6 @@ def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
                     shutil.copyfile(path.parent / name, partial_file)
             adopted += 1
     return adopted
-
-
-# What workers do ----------------------------------------------------------------------------------
 
 
 def record_traces(configs: Iterable[DictConfig]) -> list[Path]:
@@ -340,10 +328,8 @@ def write_experiment(results: ResultsFolder, name: str, content: Mapping[str, An
 
 def function(dotted: str) -> Callable[..., Any]:
     """Return what ``module.name`` names; raise UserError if there is no such thing."""
-    try:
+    with refusing(f"no function {dotted}", ImportError, AttributeError, ValueError):
         return pkgutil.resolve_name(dotted)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"no function {dotted}: {error}") from error
 
 
 @command("interrupted; complete runs are kept: call again to go on")

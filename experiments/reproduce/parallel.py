@@ -20,12 +20,8 @@ from joblib.parallel import BACKENDS
 from experiments.errors import UserError, file_errors
 from finemoe.trace import TraceError
 
-KILLED = (
-    "a worker process was killed, perhaps for want of memory; start again, with n_jobs=1 if it "
-    "happens again"
-)
-Tasks = Mapping[str, Callable[[], object]]
-"""By name, functions that another process can import, with their arguments."""
+KILLED = "a worker process was killed, perhaps for want of memory; start again, or with n_jobs=1"
+Tasks = Mapping[str, Callable[[], object]]  # functions that another process can import, by name
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,7 @@ class Outcome:
 
 
 def side_by_side(tasks: Tasks, launcher: str, n_jobs: int) -> Generator[Outcome, None, None]:
-    """Yield how each task ended, as they end; no task's failure stops the others.
-
-    In other processes, where every task has one thread, unless there is but one job. Raises
-    UserError if the launcher's package is missing.
-    """
+    """Yield how each task ended, as they end; beside each other unless `n_jobs` is 1."""
     left = dict(tasks)
     try:
         for outcome in LAUNCHERS[launcher](tasks, n_jobs) if tasks else ():

@@ -34,11 +34,7 @@ NO_MATTER = ("system", "memory_budget")  # for routing: an analysis passes over 
 Words = Sequence[str]
 Sweep = dict[str, list[str]]  # overrides by key, one for each value of the key
 Configs = dict[str, DictConfig]  # of runs, by digest
-
-
-Experiment = SimpleNamespace
-"""What an experiment's file says of itself: `id`, `title` and those of UNSAID, its `name` and what
-it sweeps, `params`: overrides `key=values` that are multiplied out."""
+Experiment = SimpleNamespace  # `id`, `title`, those of UNSAID, file `name`, `params` that it sweeps
 UNSAID: dict[str, Any] = {
     "draws": None,  # dotted name of the function that draws its figure
     "beyond": False,  # made when asked for by its id, not by `all`
@@ -155,11 +151,8 @@ def parse(overrides: Iterable[str]) -> Sweep:
 
 
 def combine(params: Sweep, cells: Sequence[Words], user: Sweep, groups: set[str]) -> list[Words]:
-    """Return the lists of overrides that params, cells and the user's overrides stand for.
-
-    A key of the user's replaces the sweep of that key. Cells are written for one choice of a group,
-    so that the user's choice of a group leaves out the cells of another.
-    """
+    """Return the lists of overrides that params, cells and the user's overrides stand for."""
+    # The user's keys replace sweeps; the user's choice of a group leaves out cells of others.
     swept = {**params, **user}
     products = [swept] if params or not cells else []
     for cell in map(parse, cells):

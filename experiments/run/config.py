@@ -1,7 +1,6 @@
 """A run's config: how its options become objects, and a check of the whole before anything slow.
 
-Values are checked against the annotations of what takes them (finemoe/options.py), so an option's
-type and range are declared where it is used, and once. Only CUDA devices need torch here.
+An option's type and range are the annotations of what takes it. Only CUDA devices need torch here.
 """
 
 import importlib
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.records import check_writable
 from experiments.run.weights import source_of
 from experiments.run.workloads import WorkloadSettings
@@ -28,10 +27,9 @@ from finemoe.options import Count, Flag, Number, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed
 
 DESCRIPTIONS = ("_target_", "label", "lengths", "backend", "look", "prediction_us", "uses_host")
-"""Keys of a config group's option that are no arguments of its target."""
 NAME: Any = Annotated[Text, Field(pattern=r"^\w[\w.+-]*$")]  # it becomes part of file names
 
-OPTIONS = schema(
+OPTIONS = schema(  # of a config, but for what targets check of their own
     system=schema(label=NAME),
     model=schema(
         name=NAME,
@@ -57,7 +55,6 @@ OPTIONS = schema(
     store=dict[Literal["load", "save"], Text | None],
     output=Text | None,
 )
-"""What a config has, but for what targets check of their own options."""
 
 
 def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
@@ -71,10 +68,7 @@ def run_config(cfg: DictConfig, system: str, **changes: Any) -> DictConfig:
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise UserError for what cannot be served, before weights or a dataset are loaded.
-
-    What `model=checkpoint` leaves open is filled in first.
-    """
+    """Raise UserError for what cannot be served; fill in what model=checkpoint leaves open."""
     values = values_of(cfg)
     if (values.get("model") or {}).get("counted", ...) is None:
         from experiments.run.models import complete
@@ -101,10 +95,8 @@ def check(cfg: DictConfig) -> None:
                 raise UserError(f"{own} with a real model; use testbed=emulated")
     except (MemoryError, OverflowError) as error:
         raise UserError(f"the config asks for more than fits memory ({error}); lower it") from error
-    try:
+    with refusing("config", ValueError, remedy="give finite numbers"):
         json.dumps(values, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"config: {error}; give finite numbers") from error
     if cfg.weights != "dummy":
         source_of(cfg.model, cfg.weights)
     if cfg.weights not in ("dummy", "scale"):
@@ -130,10 +122,8 @@ def _check_policy(
 def build(cfg: DictConfig, **extra: Any) -> Any:
     """Call the target of a group's option with its arguments and `extra`; UserError if refused."""
     call = arguments(cfg, **extra)
-    try:
+    with refusing(str(cfg._target_), ValueError, KeyError, TypeError):
         return checked(call, {}, str(cfg._get_full_key(None) or cfg._target_))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{cfg._target_}: {error}") from error
 
 
 def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
@@ -168,10 +158,8 @@ def arguments(cfg: DictConfig, **extra: Any) -> partial[Any]:
 
 def values_of(cfg: DictConfig) -> dict[str, Any]:
     """Return a config as a dictionary; raise UserError for what does not resolve."""
-    try:
+    with refusing("config", OmegaConfBaseException, remedy="mend it"):
         values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"config: {str(error).splitlines()[0]}; mend it") from error
     return values
 
 
@@ -209,12 +197,7 @@ def identity(cfg: DictConfig) -> str:
 def build_policy(
     cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
 ) -> tuple[Policy, int, tuple[int, ...]]:
-    """Return a system's policy with the store that it starts from, its budget in bytes and slots.
-
-    The slots are those of each device. Raises UserError for a budget that cannot be, or that does
-    not fit a simulated device, of which the first also holds what is dense; and for a store that
-    the system does not keep, that is another model's, or that cannot be saved.
-    """
+    """Return a policy with its store, the budget in bytes, slots of each device; UserError."""
     policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:

@@ -15,10 +15,9 @@ from rich.text import Text
 
 from finemoe.offload.policy import ModelShape
 
-CONTROLS = re.compile(
+CONTROLS = re.compile(  # all but tab and line feed; marks of direction, halves of surrogates
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Control characters but tab and line feed, marks of direction, halves of surrogate pairs."""
 LOSSLESS = {None: ("not verified here", ""), True: ("yes", ""), False: ("NO", "bold red")}
 LONG_SECONDS = 100  # from an end-to-end latency of this p99 on, latencies are shown in seconds
 
@@ -36,7 +35,6 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a bar over `total` requests while the block runs."""
         with bar_on(self._rich, hidden=self._rich.quiet or self._job is not None) as bar:
             task = bar.add_task(what, total=total)
             yield lambda count: bar.advance(task, count)
@@ -101,7 +99,6 @@ def _lossless(summary: dict[str, Any]) -> str | tuple[str, str]:
 
 
 def _columns(*names: str) -> Table:
-    """Return an empty table, its first column flush left."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
@@ -109,7 +106,6 @@ def _columns(*names: str) -> Table:
 
 
 def _tables(record: dict[str, Any]) -> Iterator[Table]:
-    """Yield latencies and, of a system with a budget, accesses of experts."""
     summary = record["summary"]
     large = summary["e2el_s"]["p99"] >= LONG_SECONDS
     scale, digits, unit = (1, 2, "seconds") if large else (1e3, 1, "milliseconds")
@@ -132,7 +128,6 @@ def _tables(record: dict[str, Any]) -> Iterator[Table]:
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:
-    """Yield what there is to say beside the tables."""
     summary, positions = record["summary"], record.get("positions")
 
     def gb(name: str) -> float:
@@ -161,11 +156,8 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
     elif bound:
         yield "no bound: compute alone was timed on a busy machine"
     if positions and positions["beyond"]:
-        yield (
-            f"{positions['beyond']} of {positions['of']} requests run past the model's "
-            f"{positions['model']:,} positions (the longest has {positions['longest']:,}): "
-            "beyond them it was never trained"
-        )
+        ran = f"{positions['beyond']} of {positions['of']} requests run past the model's"
+        yield f"{ran} {positions['model']:,} positions (up to {positions['longest']:,}), untrained"
     if (costs := record.get("prediction_costs") or "").startswith("assumed"):
         yield f"prediction costs {costs}"
 

@@ -1,9 +1,7 @@
-"""Prompts: from conversations, on the hub or in a local file, and from the built-in corpus.
+"""Prompts: from conversations, on the hub or in a file, and from the standard library's text.
 
-The corpus is text that every Python installation carries: the source and the docstrings of every
-``.py`` file of its standard library, every topic of the language reference. A tenth of the
-documents, by a hash of their name, is held out: a file's source and docstrings together, and
-without passages that stand in a training document too.
+Of the latter a tenth of the documents, by a hash of their name, is held out, without passages that
+stand in a training document too.
 """
 
 import ast
@@ -28,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.weights import hub_access, loading
 
 Kind = Literal["docs", "code"]
@@ -91,13 +89,7 @@ Source = Annotated[str, AfterValidator(_there)]
 
 
 def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
-    """Return the first human turn of each conversation of a hub dataset or a local file.
-
-    A row is an object with `conversation` or `conversations`, a list of turns: role and content
-    (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is skipped; standard error and the
-    source say how many, and what the first was. Raises UserError if the data is missing, gated or
-    unreadable, or no row is left.
-    """
+    """Return the first human turn of each conversation of a dataset; UserError without any."""
     if Path(path).suffix in SUFFIXES:
         rows = _local_rows(Path(path))
     else:
@@ -123,10 +115,7 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
 def draw_prompts(
     dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
 ) -> PromptSet:
-    """Draw prompts by seed, each cut to exactly `input_tokens` tokens, a chat template's included.
-
-    Raises UserError if too few texts are that long.
-    """
+    """Draw prompts by seed, cut to `input_tokens` with the chat template; UserError for too few."""
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
@@ -136,41 +125,32 @@ def draw_prompts(
     random.Random(seed).shuffle(texts)
     tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     long = ((*before, *ids[:room], *after) for ids in tokens if len(ids) >= room)
-    prompts = list(islice(long, count))
-    if len(prompts) < count:
-        have = f"only {len(prompts)} of the {len(texts)} texts of {dataset.name} have the"
-        asked = f"{input_tokens} input tokens asked for, {count} are needed"
-        raise UserError(f"{have} {asked}; lower workload.input_tokens or workload.prompts")
+    if len(prompts := list(islice(long, count))) < count:
+        have = f"{len(prompts)} of {count} texts of {dataset.name} have {input_tokens} tokens"
+        raise UserError(f"only {have}; lower workload.input_tokens or workload.prompts")
     return PromptSet.of(dataset, prompts)
 
 
 def prompts_of(
     lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
 ) -> tuple[PromptSet, int]:
-    """Return one prompt of exactly each length, and how many passes over the texts that took.
-
-    A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
-    prompt goes on with the next text, so that no text is used twice before all were; where the
-    first starts, and which request gets which run, is drawn by seed. The chat template is counted
-    in; a prompt without room for it and one more token goes without.
-    """
-    before, after = template(tokenizer)
+    """Return one prompt of exactly each length, and how many passes over the texts that took."""
+    around = template(tokenizer)
     order, draw = list(range(len(lengths))), random.Random(seed)
     draw.shuffle(order)
     start, used = draw.randrange(len(dataset.texts)), 0
     texts = cycle((*dataset.texts[start:], *dataset.texts[:start]))
-    prompts: dict[int, tuple[int, ...]] = {}
+    prompts: list[tuple[int, ...]] = [()] * len(lengths)
+    # The next prompt goes on with the next text, so that none is used twice before all were.
     for index in order:
-        room = lengths[index] - len(before) - len(after)
-        wanted = room if room >= 1 else lengths[index]
-        tokens: list[int] = []
+        room = lengths[index] - sum(map(len, around))
+        before, after = around if room >= 1 else ([], [])
+        wanted, tokens = lengths[index] - len(before) - len(after), list[int]()
         while len(tokens) < wanted:
             tokens += tokenizer(next(texts) + "\n\n", add_special_tokens=False)["input_ids"]
             used += 1
-        tokens = tokens[:wanted]
-        prompts[index] = (*before, *tokens, *after) if room >= 1 else tuple(tokens)
-    ordered = [prompts[index] for index in range(len(lengths))]
-    return PromptSet.of(dataset, ordered), math.ceil(used / len(dataset.texts))
+        prompts[index] = (*before, *tokens[:wanted], *after)
+    return PromptSet.of(dataset, prompts), math.ceil(used / len(dataset.texts))
 
 
 def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
@@ -186,10 +166,7 @@ def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def template(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the token ids that the chat template, or the tokenizer, puts around a prompt.
-
-    Raises UserError if the template fails or does not pass a prompt on as it is.
-    """
+    """Return the token ids around a prompt; UserError if the chat template fails or alters it."""
     if not getattr(tokenizer, "chat_template", None):
         return [one for one in (tokenizer.bos_token_id,) if one is not None], []
     turn = [{"role": "user", "content": SENTINEL}]
@@ -204,7 +181,8 @@ def template(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _local_rows(path: Path) -> list[Any]:
     """Return the rows of a file: of JSON, those of a list, or one row, or one row per line."""
-    try:
+    kinds = (OSError, ValueError, RecursionError, pa.ArrowException)
+    with refusing(f"cannot read {path} as {path.suffix[1:]}", *kinds, remedy="mend or replace it"):
         if path.suffix == ".parquet":
             names = pq.read_schema(path).names
             columns = [name for name in TURNS if name in names]
@@ -219,10 +197,6 @@ def _local_rows(path: Path) -> list[Any]:
             if path.suffix == ".json" and content.lstrip().startswith(b"["):
                 raise
             return [json.loads(line) for line in content.split(b"\n") if line.strip()]
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        cause = f"cannot read {path} as {path.suffix[1:]}: {cause}"
-        raise UserError(f"{cause}; mend or replace it") from error
 
 
 def _first_turn(row: Any) -> str:
@@ -232,7 +206,7 @@ def _first_turn(row: Any) -> str:
     turns = next((row[name] for name in TURNS if row.get(name) is not None), None)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"no list of turns as {' or '.join(TURNS)}; only {short([*row])}")
-    speakers = [turn.get("role") or turn.get("from") for turn in turns]
+    speakers = [turn.get("role") or turn.get("from") for turn in turns]  # LMSYS, or ShareGPT
     first = next((i for i, speaker in enumerate(speakers) if speaker in HUMANS), None)
     if first is None:
         raise ValueError(f"no turn by {' or '.join(HUMANS)}, only by {short(speakers)}")
@@ -241,9 +215,6 @@ def _first_turn(row: Any) -> str:
         raise ValueError(f"no text in turn {first + 1}, but {short(text)}")
     # A half of a surrogate pair, which JSON can hold, is no text for a tokenizer.
     return text.strip().encode("utf-8").decode()
-
-
-# The corpus ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build, build_policy
 from experiments.run.console import Console, slots_line
 from experiments.run.models import LoadedModel, attention_of, config_value, free_bytes, load_model
@@ -33,15 +33,12 @@ from finemoe.recorder import gate_weights
 from finemoe.testbed import Testbed
 from finemoe.traced_gates import TracedGates
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedConfig
-
 
 @dataclass(frozen=True)
 class Context:
     """Keys and values of one request: the last `tokens` of one row of a cache."""
 
-    cache: "DynamicCache"
+    cache: Any  # a DynamicCache of transformers
     row: int
     rows: int  # how many rows the cache has
     tokens: int
@@ -91,8 +88,7 @@ class LiveBackend:
         return self.runtime.forward(step.iteration, use_cache=True, logits_to_keep=1, **inputs)
 
     def _prefill(self, step: Step) -> Tensor:
-        prompts = [request.prompt for request in step.requests]
-        tokens = _sent(prompts, self.runtime.model.device)
+        tokens = _sent([one.prompt for one in step.requests], self.runtime.model.device)
         output = self._run(step, input_ids=tokens)
         for row, request in enumerate(step.requests):
             self._contexts[request.number] = Context(output.cache, row, *tokens.shape)
@@ -102,8 +98,7 @@ class LiveBackend:
         device, numbers = self.runtime.model.device, [one.number for one in step.requests]
         contexts = self._together([self._contexts[number] for number in numbers])
         lengths = _sent([[context.tokens] for context in contexts], device)
-        longest = max(context.tokens for context in contexts)
-        mask = None
+        longest, mask = max(context.tokens for context in contexts), None
         if any(context.tokens < longest for context in contexts):
             mask = (torch.arange(longest + 1, device=device) >= longest - lengths).long()
         tokens = _sent([[self._tokens[n][-1]] for n in numbers], device)
@@ -151,21 +146,17 @@ def serve(runtime: Any, requests: Sequence[Request], size: int = 1) -> list[Serv
     return list(Server(LiveBackend(runtime)).serve(FixedBatches(requests, size)))
 
 
-def merged(contexts: Sequence[Context], config: "PreTrainedConfig") -> "DynamicCache":
+def merged(contexts: Sequence[Context], config: Any) -> Any:
     """Return one cache with a row for each context, padded with zeros on the left."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-    cache = DynamicCache(config=config)
+    cache: Any = DynamicCache(config=config)
     longest = max(context.tokens for context in contexts)
     for index, layer in enumerate(cache.layers):
         rows = [_own(context, index) for context in contexts]
         width = max(keys.shape[-2] for keys, _ in rows)
-        keys, values = (
-            torch.cat([pad(row[part], (0, 0, width - row[part].shape[-2], 0)) for row in rows])
-            for part in (0, 1)
-        )
-        assert isinstance(layer, DynamicLayer)
-        layer.update(keys, values)
+        padded = [[pad(one, (0, 0, width - one.shape[-2], 0)) for one in row] for row in rows]
+        layer.update(*map(torch.cat, zip(*padded, strict=True)))
         if isinstance(layer, DynamicSlidingWindowLayer):
             # A window keeps fewer tokens than it has seen, and its mask counts those seen.
             layer.cumulative_length = longest
@@ -217,6 +208,12 @@ class LogitsLog:
         return [one.cpu() for one in settled]
 
 
+OWN_SUMS = (
+    "this model's own experts add up otherwise: lossless means the same logits under any budget, "
+    "not those of generate"
+)
+
+
 @dataclass
 class LiveSetup(Setup):
     """A model, its experts in host memory, and what serves with it."""
@@ -234,23 +231,22 @@ class LiveSetup(Setup):
         cfg, testbed, model = self.cfg, self.testbed, self.model
         line = f"testbed {testbed.name}, {len(testbed.devices)} device(s)"
         if testbed.mode == "emulated":
-            load = testbed.load_seconds(model.full_expert_bytes)
-            line += f", {load * 1e3:.2f} ms to load an expert"
+            milliseconds = testbed.load_seconds(model.full_expert_bytes) * 1e3
+            line += f", {milliseconds:.2f} ms to load an expert"
         elif len(kinds(testbed.devices)) > 1:
             line += "; experts are spread evenly: the smallest limits them, the slowest the speed"
         notes = [f"weights: {model.cast}"] if model.cast else []
         if self.machine and self.policy.host_experts:
-            notes.append(_times(self.machine))
+            times = self.machine.load, self.machine.host(1), self.machine.device(1)
+            load, host, device = (f"{seconds * 1e3:.3g} ms" for seconds in times)
+            computed = f"the model's own, for a token, takes the host {host}, a device {device}"
+            notes.append(f"a full-size expert is loaded in {load}; {computed}")
         if not model.offloaded.as_eager:
-            notes.append(
-                "this model's own experts add up otherwise: lossless means the same logits under "
-                "any budget, not those of generate"
-            )
+            notes.append(OWN_SUMS)
         named = f"{cfg.model.name} ({cfg.weights} weights, {testbed.mode})"
         return (named, *notes, line, slots_line(self.shape, self.slots))
 
     def backend(self, runtime: LiveRuntime) -> LiveBackend:
-        """Return what serves through a runtime."""
         if self.script is None:
             return LiveBackend(runtime)
         return LiveBackend(runtime, self.script.tokens, self.script.begin)
@@ -276,10 +272,9 @@ class LiveSetup(Setup):
 
     def under_budget(self, policy: Policy, timeline: Timeline | None = None) -> LiveRuntime:
         """Return a runtime that serves under the memory budget."""
-        model, full = self.model.offloaded, self.model.full_expert_bytes
+        places = self.testbed, self.slots, self.model.full_expert_bytes
         protect = bool(self.cfg.protect)
-        places = self.testbed, self.slots, full
-        return offloading_runtime(model, policy, *places, timeline, protect)
+        return offloading_runtime(self.model.offloaded, policy, *places, timeline, protect)
 
     def unbounded(self, policy: Policy | None = None) -> LiveRuntime:
         """Return a runtime with every expert resident if they fit, else one under the budget."""
@@ -292,10 +287,11 @@ class LiveSetup(Setup):
 
     def record_routing(self, path: Path, console: Console) -> None:
         load, settings = self.workload, self.settings
-        schedules = [settings.recording(load)]
         if settings.fixed:
             history = settings.schedule(load.history, history=True)
             schedules = [history, settings.schedule(load.measured)]
+        else:
+            schedules = [settings.recording(load)]
         with self.unbounded() as runtime:
             record(self.cfg, runtime, self.model, load, schedules, path, console)
 
@@ -311,7 +307,6 @@ class LiveSetup(Setup):
                 routing.append([])
             routing[-1].append(outcome.activated)
 
-        self.log = LogitsLog() if verify else None
         progress = console.progress("reference", len(load.measured))
         with self.unbounded() as runtime, progress as advance:
             runtime.listeners.append(listen)
@@ -319,7 +314,8 @@ class LiveSetup(Setup):
             server = Server(backend)
             list(server.serve(settings.schedule(load.warmup)))
             measured_from, server.busy_seconds = server.iterations, 0.0
-            if log := self.log:
+            if verify:
+                log = self.log = LogitsLog()
                 server.listeners.append(lambda step: log.keep(step, backend.logits))
             for _ in server.serve(settings.schedule(load.measured)):
                 advance(1)
@@ -366,35 +362,18 @@ class LiveSetup(Setup):
             "positions": model.positions,
             "cast": model.cast,
             "as_eager_experts": model.offloaded.as_eager,
-            "summary": {
-                "dense_bytes": model.offloaded.dense_bytes,
-                "cpu_seconds": dict(self.cpu),
-            },
+            "summary": {"dense_bytes": model.offloaded.dense_bytes, "cpu_seconds": dict(self.cpu)},
         }
 
 
-def _times(machine: Machine) -> str:
-    """Say by which times a policy decides who computes an expert."""
-    times = machine.load, machine.host(1), machine.device(1)
-    load, host, device = (f"{seconds * 1e3:.3g} ms" for seconds in times)
-    computed = f"the model's own, for a token, takes the host {host}, a device {device}"
-    return f"a full-size expert is loaded in {load}; {computed}"
-
-
-# What has to fit a device beside its experts -----------------------------------------------------
-
 MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-CUDA_BYTES = 500_000_000
-"""Assumed; see `needed_beside`."""
-
+CUDA_BYTES = 500_000_000  # assumed; see `needed_beside`
+LESS = "lower memory_budget, or the workload's batch size or lengths"
 Parts = Mapping[str, int]
-Extent = tuple[int, int, int]
-"""The most tokens in caches, tokens in a prefill and rows of logits that there are at once."""
+Extent = tuple[int, int, int]  # the most tokens in caches, in a prefill, rows of logits
 
 
-def needed_beside(
-    config: "PreTrainedConfig", top_k: int, width: int, extents: Sequence[Extent]
-) -> Parts:
+def needed_beside(config: Any, top_k: int, width: int, extents: Sequence[Extent]) -> Parts:
     """Return the bytes that serving takes beside weights, by part, of numbers `width` bytes wide.
 
     - KV cache: 2 x layers x keys and values for each token of the most that lie in caches at once,
@@ -421,9 +400,8 @@ def extent(schedule: Schedule, logs: bool = False) -> Extent:
     """Run through a schedule as if all requests were there; with `logs`, logits are kept."""
     cached = prefill = rows = pending = 0
     while step := schedule.next(math.inf, 0):
-        lengths = [
-            len(one.prompt) + n for one, n in zip(step.requests, step.generated, strict=True)
-        ]
+        pairs = zip(step.requests, step.generated, strict=True)
+        lengths = [len(one.prompt) + made for one, made in pairs]
         cached = max(cached, len(lengths) * max(lengths))
         if step.phase == "prefill":
             prefill = max(prefill, sum(lengths))
@@ -437,24 +415,19 @@ def extent(schedule: Schedule, logs: bool = False) -> Extent:
 def shortage(
     devices: Sequence[torch.device], slots: Sequence[int], expert_bytes: int, beside: Parts
 ) -> str:
-    """Return in words which device cannot hold its slots and the rest; nothing if all can.
-
-    All but the first only run experts.
-    """
+    """Return in words which device cannot hold its slots and the rest; nothing if all can."""
     experts: Counter[torch.device] = Counter()
     for device, count in zip(devices, slots, strict=True):
         experts[device] += count * expert_bytes
     for device, asked in experts.items():
         names = beside if device == devices[0] else ("activations", "CUDA")
         parts = {name: beside[name] for name in names if device.type == "cuda" or name != "CUDA"}
-        if asked + sum(parts.values()) > (free := free_bytes(device)):
+        needed, free = sum(parts.values()), free_bytes(device)
+        if asked + needed > free:
             rest = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-            has = f"has {free / 1e9:.1f} GB free, with {sum(parts.values()) / 1e9:.1f} GB needed"
+            has = f"has {free / 1e9:.1f} GB free, with {needed / 1e9:.1f} GB needed"
             return f"{asked / 1e9:.1f} GB of experts on {device}, which {has} beside them ({rest})"
     return ""
-
-
-# Preparing a run ----------------------------------------------------------------------------------
 
 
 def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) -> LiveSetup:
@@ -467,11 +440,9 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     full, devices = model.full_expert_bytes, testbed.devices
     policy, budget, slots = build_policy(cfg, shape, full, testbed)
     if policy.set_gates:
-        try:
+        what = f"system={cfg.system.label} cannot apply gates to hidden states"
+        with refusing(what, ValueError, remedy="choose another system"):
             policy.set_gates(gate_weights(model.offloaded))
-        except ValueError as error:
-            cause = f"system={cfg.system.label} applies gates to hidden states, but {error}"
-            raise UserError(f"{cause}; choose another system") from error
     load = load or settings.draw(build(cfg.dataset), model.tokenizer, cfg.seed)
     extents = [extent(settings.schedule(load.measured), bool(cfg.verify))]
     if policy.learn or cfg.record:
@@ -482,8 +453,7 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
     text = own.config.get_text_config()
     beside = needed_beside(text, shape.top_k, own.dtype.itemsize, extents)
     if cause := shortage(devices, slots, nbytes, beside):
-        remedy = "lower memory_budget, or the workload's batch size or lengths"
-        raise UserError(f"the memory budget puts {cause}; {remedy}")
+        raise UserError(f"the memory budget puts {cause}; {LESS}")
     everything = spread(shape, len(devices))
     resident = devices[0].type != "cuda" or not shortage(devices, everything, nbytes, beside)
     machine = None
@@ -496,23 +466,17 @@ def load_setup(cfg: DictConfig, testbed: Testbed, load: Workload | None = None) 
 
 @contextmanager
 def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[LiveSetup]:
-    """Yield the setup of a run, its gates overruled by a trace where `routing` names one.
-
-    Raises UserError for what cannot be, or does not fit a device.
-    """
+    """Yield the setup of a run, gates overruled by `routing`; UserError if it cannot be."""
     try:
         with ExitStack() as stack:
             traced = traced_workload(cfg, console) if cfg.routing else None
             setup = load_setup(cfg, testbed, traced and traced[0])
             if traced:
                 if setup.policy.placement.hidden_states:
-                    cause = f"system={cfg.system.label} applies gates to hidden states, which do"
-                    remedy = "replay it on a simulated testbed"
-                    raise UserError(f"{cause} not lead to a trace's routing; {remedy}")
+                    why = "which do not lead to a trace's routing; simulate the testbed"
+                    raise UserError(f"system={cfg.system.label} looks at hidden states, {why}")
                 gates = stack.enter_context(TracedGates(setup.model.offloaded))
                 setup.script = Script.of(cfg, *traced[1:], gates)
             yield setup
     except torch.OutOfMemoryError as error:
-        cause = str(error).partition(". ")[0]
-        remedy = "lower memory_budget, or the workload's batch or lengths"
-        raise UserError(f"{cause}; {remedy}") from error
+        raise UserError(f"{str(error).partition('. ')[0]}; {LESS}") from error

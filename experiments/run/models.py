@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -19,37 +19,18 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.run.weights import NAMED, SCALE_MODELS, hub_access, is_hub, loading, source_of
 from finemoe.offload.device import BlockLayout
-from finemoe.offload.model import (
-    OffloadedModel,
-    class_for,
-    find_moe_layers,
-    leave_text,
-    shape_of,
-)
+from finemoe.offload.model import OffloadedModel, class_for, find_moe_layers, leave_text, shape_of
 
-if TYPE_CHECKING:
-    import transformers
-
+# Kinds of layers that keep something of every token.
 GROWING = ("full_attention", "sliding_attention", "indexed_attention", "hybrid", "hybrid_sliding")
-"""Kinds of layers that keep something of every token."""
-
-PREFETCH_DISTANCE = 3
-"""Of a model for which nobody measured one: the paper's for Mixtral (section 6.1)."""
-
-FACTS = (
+PREFETCH_DISTANCE = 3  # of a model that nobody measured: Mixtral's (section 6.1)
+FACTS = (  # what tells models apart: a scale model has the first four
     *("scale.config.model_type", "layers", "experts", "top_k"),
     *("hidden_size", "expert_intermediate_size"),
 )
-"""What tells models apart; scale models have the first four in common with the full ones."""
-
-DEQUANTISED = ("fp8", "mxfp4")
-"""How weights may be quantised that transformers can bring to the model's own dtype."""
-
+DEQUANTISED = ("fp8", "mxfp4")  # ways to quantise that transformers can undo
 SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-LOADING_SHARE = 1.15
-"""What loading takes in terms of what it must; 1.0 for large tensors, up to this for small ones."""
-
+LOADING_SHARE = 1.15  # of memory over what it must take: 1.0 for large tensors
 DESCRIPTION = "a {} of {} x {} experts, top-{}, with hidden size {} and expert size {}"
 
 
@@ -60,8 +41,7 @@ class LoadedModel:
     offloaded: OffloadedModel
     tokenizer: Any
     full_expert_bytes: int
-    cast: str | None = None
-    """From which dtype to which most of the weights were brought, if that is not their own."""
+    cast: str | None = None  # what most weights were cast from and to, if they were
 
     @property
     def positions(self) -> int | None:
@@ -71,10 +51,7 @@ class LoadedModel:
 
 
 def check_weights(cfg: DictConfig) -> None:
-    """Raise UserError if a folder's or the hub's config.json is of another model, or missing.
-
-    What the hub's cache lacks is compared when it is loaded.
-    """
+    """Raise UserError if config.json, as far as it is here, is of another model or missing."""
     if folder := _folder(source_of(cfg.model, str(cfg.weights))):
         outline_of(cfg.model, str(cfg.weights), str(folder))
 
@@ -97,13 +74,8 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
     return LoadedModel(offloaded, tokenizer, full, cast)
 
 
-def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedModel", Any]:
-    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`.
-
-    The host must have room for the peak: when the first MoE layer has been copied into blocks, or
-    by DeepSpeed, and not been freed yet, that is all weights and that layer twice. Files are
-    mapped, and their pages given back.
-    """
+def load_plain(cfg: DictConfig, weights: str) -> tuple[Any, Any]:
+    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`."""
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
@@ -113,6 +85,7 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple["transformers.PreTrainedM
         modules = find_moe_layers(outline)[1]
         layers = [sum(one.nbytes for one in module.parameters(recurse=False)) for module in modules]
         whole = sum(parameter.nbytes for parameter in outline.parameters())
+        # At the peak, one layer's experts are in their blocks and in the model.
         needed, free = LOADING_SHARE * (whole + max(layers)), available_bytes()
         if needed > free:
             cause = f"loading weights={weights} of {cfg.name} takes {needed / 1e9:.1f} GB of host"
@@ -127,22 +100,18 @@ def full_expert_bytes(cfg: DictConfig, weights: str, stored: int) -> int:
     return 3 * cfg.hidden_size * cfg.expert_intermediate_size * 2 if weights == "scale" else stored
 
 
-def outline_of(cfg: DictConfig, weights: str, source: str | None) -> "transformers.PreTrainedModel":
+def outline_of(cfg: DictConfig, weights: str, source: str | None) -> Any:
     """Return the model on the meta device; raise UserError unless it is the one of `cfg`."""
     import transformers
 
     wanted = [OmegaConf.select(cfg, key) for key in FACTS]
     remedy = "give a whole mixture-of-experts model that transformers has code for: no other is run"
     with loading(f"the config of {source or cfg.name}", remedy), torch.device("meta"):
-        own = transformers.AutoConfig
-        config = (
-            own.for_model(wanted[0])
-            if source is None
-            else own.from_pretrained(source, trust_remote_code=False)
-        )
+        own, safe = transformers.AutoConfig, {"trust_remote_code": False}
+        config = own.from_pretrained(source, **safe) if source else own.for_model(wanted[0])
         told = cfg.dtype or getattr(config.get_text_config(), "dtype", None) or config.dtype
         dtype = getattr(torch, str(told or "bfloat16").removeprefix("torch."))
-        model: Any = class_for(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        model: Any = class_for(config).from_config(config, dtype=dtype, **safe)
         leave_text(model)
         experts: Any = find_moe_layers(model)[1][0]
         shape = shape_of(model)
@@ -191,16 +160,16 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
         with loading(str(path), again), safe_open(path, "pt"):
             pass
     with loading(f"the weights of {source}", again):
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        safe = {"trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(source, **safe)
         told: Any = getattr(config, "quantization_config", None) or {}
         if (method := told.get("quant_method")) in DEQUANTISED:
             config.quantization_config["dequantize"] = True
         elif method and method not in transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING:
             raise ValueError(f"transformers knows no {method}, by which they are quantised")
-        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        options = {"dtype": dtype, "device_map": "cpu", "trust_remote_code": False}
+        checks = {"ignore_mismatched_sizes": True, "output_loading_info": True, **safe}
         load = class_for(config).from_pretrained
-        model, report = load(source, config=config, **options, **checks)
+        model, report = load(source, config=config, dtype=dtype, device_map="cpu", **checks)
         leave_text(model)
     for kind in ("missing", "mismatched", "unexpected"):
         if keys := report[f"{kind}_keys"]:
@@ -210,10 +179,7 @@ def _whole(source: str, dtype: torch.dtype) -> Any:
 
 
 def cast_of(cfg: DictConfig, weights: str, dtype: torch.dtype, nbytes: int) -> str | None:
-    """Say what most weights were in their files, if a model of `nbytes` in `dtype` has others.
-
-    Quantised ones are dequantised: kernels for them run on some GPUs only. What that costs is said.
-    """
+    """Say of which dtype most weights were in their files, if the model has another."""
     folder = None if weights in ("dummy", "scale") else _folder(source_of(cfg, weights))
     if folder is None:
         return None
@@ -235,26 +201,19 @@ def cast_of(cfg: DictConfig, weights: str, dtype: torch.dtype, nbytes: int) -> s
 
 
 def _folder(source: str) -> Path | None:
-    """Return the folder of weights, if they are here."""
     path = try_to_load_from_cache(source, "config.json") if is_hub(source) else f"{source}/_"
     return Path(path).parent if isinstance(path, str) else None
 
 
-# Room ---------------------------------------------------------------------------------------------
-
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-CGROUP_FILES = {
+CGROUP_FILES = {  # limit and use by controller; version 2 has one tree, without a name
     "": ("memory.max", "memory.current"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-"""Limit and use of a group, by controller: version 2 has one tree for all, without a name."""
 
 
 def available_bytes() -> int:
-    """Return how much host memory this process can still take: its machine's or its group's.
-
-    File caches are given back on demand, so they count as available.
-    """
+    """Return how much host memory this process, or its group, can still take, file caches too."""
     lines = (PROC / "meminfo").read_text().splitlines()
     machine = next(line for line in lines if line.startswith("MemAvailable"))
     left = [int(machine.split()[1]) * 1024]
@@ -283,9 +242,6 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-# What a checkpoint says of its model: conf/model/checkpoint.yaml leaves it open -------------------
-
-
 def complete(cfg: DictConfig) -> None:
     """Fill in what cfg.model leaves open from the config.json of `weights`; raise UserError."""
     model, weights = cfg.model, str(cfg.weights)
@@ -299,7 +255,7 @@ def complete(cfg: DictConfig) -> None:
     model.update({name: fact for name, fact in facts.items() if model[name] is None})
 
 
-def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, Any]:
+def facts_of(model: Any, source: str) -> dict[str, Any]:
     """Return the facts of a model on the meta device that a folder or hub id describes."""
     config: Any = model.config.get_text_config()
     path = Path(source)
@@ -314,9 +270,7 @@ def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, An
     layers = find_moe_layers(model)[1]
     routed = {id(one) for layer in layers for one in layer.parameters()}
     dense = {name: one.nbytes for name, one in model.named_parameters() if id(one) not in routed}
-    embedding, head = (
-        one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     cached, attended = attention_of(config)
     facts["counted"] = {  # What finemoe.costs.CountedModel has beside the routing.
         "expert_bytes": BlockLayout.of(layers[0]).nbytes,
@@ -335,7 +289,6 @@ def facts_of(model: "transformers.PreTrainedModel", source: str) -> dict[str, An
 
 
 def _told(facts: dict[str, Any], kinds: Counter[str]) -> str:
-    """Return facts as a line."""
     counted = facts["counted"]
     each, count = counted["expert_bytes"], facts["layers"] * facts["experts"]
     dense, shared = (counted[f"{part}_bytes"] / 1e9 for part in ("dense", "shared_expert"))
@@ -350,8 +303,7 @@ def _told(facts: dict[str, Any], kinds: Counter[str]) -> str:
 
 
 def attention_of(config: Any) -> tuple[int, int]:
-    """Return the numbers that an attention layer keeps of a token: keys and values, or their latent
-    form; and the width of all heads' keys and values."""
+    """Return the numbers that an attention layer keeps of a token, and its heads' width."""
     of = partial(config_value, config)
     heads = of("num_attention_heads")
     size = of("head_dim") or config.hidden_size // heads
@@ -367,8 +319,6 @@ def config_value(config: Any, name: str) -> Any:
     """Return a value of a config, also one that single layers may have otherwise."""
     return vars(config)[name] if name in vars(config) else getattr(config, name, None)
 
-
-# Small random members of the families that the engine serves bit for bit --------------------------
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,

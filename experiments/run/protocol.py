@@ -1,11 +1,8 @@
 """The one way through a run: prepare, learn from the history, serve and measure, record.
 
-What differs between live runs, replays and other engines is a `Setup`; which one a run gets is its
-system's or testbed's `backend`, or follows from the testbed's mode. Offline (section 6.1) a share
-of the prompts is the history and the others are measured, after a warm-up; online all are measured.
-
-TTFT, TPOT, ITL and E2EL are defined as in vLLM's serving benchmark. The expert hit rate counts an
-access as a hit only if the expert was resident when its gate asked.
+Offline (section 6.1) a share of the prompts is the history; online all are measured. Latencies are
+those of vLLM's benchmark; all but TPOT and ITL count from the arrival. A hit was resident when its
+gate asked.
 """
 
 import copy
@@ -22,7 +19,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.bootstrap import interval, request_draws
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run import records
 from experiments.run.config import build, check, identity
 from experiments.run.console import Console
@@ -38,16 +35,13 @@ from finemoe.testbed import SimulatedTestbed, Testbed
 from finemoe.trace import TraceError
 
 Facts = dict[str, Any]
-KINDS = ("hits", "late", "misses", "host")
-"""An expert was resident, on its way, not requested, or computed on the host."""
+KINDS = ("hits", "late", "misses", "host")  # resident, on its way, not requested, computed there
 ON_HOST = "not comparable bit for bit: experts computed on the host"
-"""What is said of logits that a host and devices made together."""
-BACKENDS = {
+BACKENDS = {  # what prepares a run on a testbed of this mode
     "measured": "experiments.run.live.prepare",
     "emulated": "experiments.run.live.prepare",
     "simulated": "experiments.run.replay.prepare",
 }
-"""What prepares a run on a testbed of this mode."""
 
 
 @dataclass
@@ -72,13 +66,7 @@ class AccessCounter:
         return pd.DataFrame(self.rows, columns=columns).set_index("iteration")
 
     def summary(self, slots: int, layers: int) -> Facts:
-        """Return counts and hit rates, in all and by phase; the rate is None without an access.
-
-        `union_over_capacity` of a phase tells how many experts an iteration activates in a layer,
-        all its tokens together, over the `slots / layers` that are a layer's share of the cache:
-        mean and maximum over iterations and layers, None without an access. Above 1, one step of
-        one layer alone is more than its share holds.
-        """
+        """Return counts and hit rates, in all and by phase; a rate is None without an access."""
 
         def rated(rows: pd.DataFrame) -> Facts:
             counts = counted(rows)
@@ -88,6 +76,7 @@ class AccessCounter:
         table, phases = self.table(), {}
         for name in get_args(Phase):
             rows, union = table[table["phase"] == name], None
+            # Experts of one step in a layer, over the slots that are the layer's share.
             if total := sum(counted(rows).values()):
                 most = int(rows["most"].max()) * layers / slots
                 union = {"mean": total / len(rows) / slots, "max": most}
@@ -183,12 +172,12 @@ class Setup(ABC):
         if reference is None or reference.compute_s is None or load_s is None:
             return None
         loads = minimal_loads(reference.routing, self.shape, self.slots, reference.measured_from)
-        repeats, path_s = self.settings.repeats, 0.0
-        link_s = max(max(loads) * load_s[0], sum(loads) * load_s[1])
+        link_s, path_s = max(max(loads) * load_s[0], sum(loads) * load_s[1]), 0.0
         if layer_s := reference.layer_s:
             measured = reference.routing[reference.measured_from :]
             path_s = critical_path(measured, self.shape, self.slots, layer_s, *load_s)
-        return Roofline(reference.compute_s * repeats, link_s * repeats, path_s * repeats)
+        seconds = (reference.compute_s, link_s, path_s)
+        return Roofline(*(one * self.settings.repeats for one in seconds))
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""
@@ -218,12 +207,11 @@ def run(cfg: DictConfig, console: Console) -> Facts:
             hosted = setup.policy is not None and setup.policy.host_experts is not None
             lossless, limit = setup.lossless(console), None if hosted else setup.bound(reference)
             record, requests = run_record(setup, history, measurement, lossless, limit)
-            path = records.write_record(Path(cfg.output), record, requests)
-            sample = None
+            path, sample = records.write_record(Path(cfg.output), record, requests), None
             if setup.tokenizer and setup.settings.fixed:
                 first = measurement.served[0]
-                texts = (list(ids) for ids in (first.request.prompt, first.tokens))
-                sample = [setup.tokenizer.decode(ids) for ids in texts]
+                texts = first.request.prompt, first.tokens
+                sample = [setup.tokenizer.decode(list(ids)) for ids in texts]
             console.results(record, path, sample)
             return record
     except (PolicyError, TraceError) as error:
@@ -231,10 +219,7 @@ def run(cfg: DictConfig, console: Console) -> Facts:
 
 
 def ensure_record(cfg: DictConfig, console: Console | None = None) -> Facts:
-    """Return the complete record of this config, made if need be and logged if asked for.
-
-    Raises UserError.
-    """
+    """Return this config's complete record, made and logged if need be; raise UserError."""
     folder, console = Path(cfg.output), console or Console(quiet=True)
     path = records.existing_record(cfg)
     # Another process may make it meanwhile.
@@ -253,10 +238,9 @@ def prepare(cfg: DictConfig, console: Console) -> Any:
     """Return the setup of a run, to be entered. Raises UserError for what cannot be."""
     testbed = build(cfg.testbed)
     name = cfg.system.get("backend") or cfg.testbed.get("backend") or BACKENDS[testbed.mode]
-    try:
+    remedy = "set PYTHONPATH to its folder"
+    with refusing(f"backend={name}", ImportError, ValueError, remedy=remedy):
         backend = get_method(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"backend={name}: {error}; set PYTHONPATH to its folder") from error
     return backend(cfg, testbed, console)
 
 
@@ -314,10 +298,7 @@ def run_record(
     lossless: bool | None,
     limit: Roofline | None,
 ) -> tuple[Facts, pd.DataFrame]:
-    """Return the run record and the request table.
-
-    The backend's facts go over what holds for every one; bytes are those of full-size experts.
-    """
+    """Return the run record, in bytes of full-size experts, and the request table."""
     cfg, load, served = setup.cfg, setup.workload, measurement.served
     facts, requests = setup.facts(measurement), request_table(served, measurement.accesses)
     # What a backend has none of is missing from both.
@@ -326,8 +307,8 @@ def run_record(
     beyond = None
     if positions is not None:  # No model was trained beyond its positions.
         lengths = requests["input_tokens"] + requests["output_tokens"]
-        longest, over = int(lengths.max()), int((lengths > positions).sum())
-        beyond = {"model": positions, "longest": longest, "beyond": over, "of": len(lengths)}
+        over = {"longest": int(lengths.max()), "beyond": int((lengths > positions).sum())}
+        beyond = {"model": positions, **over, "of": len(lengths)}
     kept = setup.policy and setup.policy.history
     moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
     accesses = measurement.accesses.summary(sum(setup.slots), setup.shape.layers)
@@ -377,12 +358,7 @@ def run_record(
 
 
 def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
-    """Return one row per request.
-
-    A batch shares its iterations, so the accesses of a request, by KINDS, are those of its batch;
-    `batch` tells which requests share them. Online requests join and leave their batches: theirs
-    are those of every iteration that served them, and `batch` is their order of starts.
-    """
+    """Return one row per request; its accesses are those of all iterations that served it."""
     counts = counter.table()[[*KINDS]]
 
     def row(one: Served) -> Facts:
@@ -393,9 +369,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
             "batch": one.batch,
             "input_tokens": len(request.prompt),
             "output_tokens": len(one.tokens),
-            "ttft_s": one.ttft,
-            "tpot_s": one.tpot,
-            "e2el_s": one.e2el,
+            **{f"{name}_s": getattr(one, name) for name in ("ttft", "tpot", "e2el")},
             **(waited if request.arrival is not None else {}),
             **counted(counts.reindex(one.iterations, fill_value=0)),
             "itl_s": one.itl,
@@ -406,12 +380,7 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
-    """Return mean, percentiles and bootstrap 95 % interval of TTFT, TPOT, ITL, E2EL and queueing.
-
-    `requests` is a `request_table`. Seconds; None for a latency that no request has. All but TPOT
-    and ITL count from the arrival, so that the queueing of online requests is part of them;
-    offline, a request arrives when its prefill starts.
-    """
+    """Return mean, percentiles and 95 % interval of each latency in seconds; None without any."""
     gaps = requests.explode("itl_s", ignore_index=True)
     summary: Facts = {}
     for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s", "queueing_s"):
@@ -419,8 +388,8 @@ def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
         values = rows[name].dropna().to_numpy(float) if name in rows else np.empty(0)
         summary[name] = None
         if len(values):
-            summary[name] = {"mean": float(values.mean())}
-            summary[name] |= {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
+            percentiles = {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
             ends = interval(request_draws(rows, name, dataset))
-            summary[name]["ci95"] = list(ends) if ends else None
+            of_ends = {"ci95": list(ends) if ends else None}
+            summary[name] = {"mean": float(values.mean())} | percentiles | of_ends
     return summary

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from experiments import ROOT
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.weights import fingerprint
 from finemoe.files import atomic_write
 from finemoe.options import Flag, schema
@@ -40,15 +40,12 @@ LONGEST_NAME = 255  # in bytes, of a file or a folder
 PLACES = ("output", "logger", "traces", "experiment", "reading")
 """Settings that say where results go, or what other settings took, not what results are."""
 AGAIN = "remove the folder and run it again"
-COLUMNS = {
+COLUMNS = {  # of a request table, and the share of rows that have a value
     "request": 1, "batch": 1, "output_tokens": 1, "ttft_s": 1, "e2el_s": 1, "tpot_s": 0, "hits": 0,
     "late": 0, "misses": 0, "host": 0,
 }  # fmt: skip
-"""Columns of a request table that readers compute with, and the share of rows that have a value."""
 ROW_BYTES = 100
 LARGEST = 1e15
-
-# What readers rely on; what else a record holds is not looked at ---------------------------------
 
 
 def _inside(name: str) -> str:
@@ -131,24 +128,17 @@ ANALYSIS = schema(
 
 
 def comparable(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
-    """Return a config without what says where results go or how figures draw its system.
-
-    What a testbed's host computes with is left out as well, unless the system `uses_host`.
-    """
+    """Return a config without PLACES, the look, and a host that its system does not use."""
     config: Any = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    settings = {key: value for key, value in config.items() if key not in PLACES}
-    system = {key: value for key, value in config["system"].items() if key != "look"}
-    testbed = config["testbed"]
-    if not system.get("uses_host"):
-        testbed = {key: value for key, value in testbed.items() if key != "host"}
-    return {**settings, "system": system, "testbed": testbed}
+    own = {key: value for key, value in config.items() if key not in PLACES}
+    unused = () if config["system"].get("uses_host") else ("host",)
+    for group, left_out in (("system", ("look",)), ("testbed", unused)):
+        own[group] = {key: one for key, one in config[group].items() if key not in left_out}
+    return own
 
 
 def existing_record(cfg: DictConfig) -> Path | None:
-    """Return the complete record of this very config and of today's weights, if there is one.
-
-    Raises UserError if the folder holds another run's record, or cannot be written to.
-    """
+    """Return the complete record of this config and today's weights; UserError for another's."""
     folder = Path(cfg.output)
     path = folder / RECORD
     if not path.exists():
@@ -162,13 +152,9 @@ def existing_record(cfg: DictConfig) -> Path | None:
 
 def check_writable(folder: Path, option: str) -> None:
     """Raise UserError if nothing can be written to the folder of an option; make it if need be."""
-    try:
+    with refusing(f"cannot write to {folder}", OSError, remedy=f"choose another {option}="):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        cause = f"cannot write to {folder}: {error.strerror}"
-        raise UserError(f"{cause}; choose another {option}=") from error
+        TemporaryFile(dir=folder).close()
 
 
 def new_folder(parent: Path) -> Path:
@@ -234,17 +220,15 @@ def read_checked(path: Path, kind: type[BaseModel], due: str) -> dict[str, Any]:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Return a CSV that an analysis or a figure left; UserError if it is unreadable."""
-    try:
+    with refusing(f"{path} is no table", OSError, ValueError, remedy="make it again"):
         return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is no table ({cause}); remove it and make it again") from error
 
 
 def read_requests(record: Path) -> pd.DataFrame:
     """Return the request table beside a run record; UserError if it is missing or damaged."""
     path = record.parent / REQUESTS
-    try:
+    kinds = (*UNREADABLE, LookupError, TypeError)
+    with refusing(f"{path} cannot be read", *kinds, remedy=AGAIN):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
             table: pd.DataFrame = file.read().to_pandas()
@@ -256,9 +240,6 @@ def read_requests(record: Path) -> pd.DataFrame:
                 raise ValueError(f"no numbers as {name}")
         if table.empty:
             raise ValueError("no requests")
-    except (*UNREADABLE, LookupError, TypeError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({cause}); {AGAIN}") from error
     return table
 
 
@@ -349,16 +330,11 @@ def unpack_runs(root: Path) -> None:
     if (root / "runs").exists() or not (root / RUNS).exists():
         return
     with TemporaryDirectory(dir=root) as folder:
-        try:
-            with tarfile.open(root / RUNS) as archive:
-                archive.extractall(folder, filter="data")
-        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-            raise UserError(f"{root / RUNS} is damaged ({error}); make it again") from error
+        kinds = (tarfile.TarError, lzma.LZMAError, EOFError)
+        with refusing(f"{root / RUNS} is damaged", *kinds), tarfile.open(root / RUNS) as archive:
+            archive.extractall(folder, filter="data")
         with suppress(OSError):
             Path(folder, "runs").rename(root / "runs")
-
-
-# Weights & Biases, offline unless a key is set ----------------------------------------------------
 
 
 LOGGED = "wandb/logged"  # beside the file that completes a result

@@ -1,7 +1,4 @@
-"""Simulated runs: a routing trace replayed in the virtual time of a testbed.
-
-Nothing is computed, so nothing can be verified: `lossless` is not set.
-"""
+"""Simulated runs: a routing trace replayed in virtual time; nothing is computed or verified."""
 
 import hashlib
 import json
@@ -13,7 +10,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig
 
-from experiments.errors import UserError
+from experiments.errors import refusing
 from experiments.run.config import build, build_policy, full_size, values_of
 from experiments.run.console import Console, slots_line
 from experiments.run.protocol import Measurement, Reference, Setup
@@ -191,11 +188,9 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
         predicts = placement.prediction != "none" and not policy.set_future_routing
         costs = testbed.costs(cfg.model, cfg.system, predicts)
         if policy.host_experts:
-            try:
+            what = f"system={cfg.system.label} on testbed {testbed.name}"
+            with refusing(what, NotImplementedError, remedy="give testbed.host or another testbed"):
                 costs.host(1)
-            except NotImplementedError as error:
-                cause = f"testbed {testbed.name}: {error}, which system={cfg.system.label} asks for"
-                raise UserError(f"{cause}; give testbed.host or choose another testbed") from error
         if policy.set_machine:
             rate = testbed.rate
             load_s = full / rate.bytes_per_second + rate.latency
@@ -208,10 +203,7 @@ def prepare(cfg: DictConfig, testbed: SimulatedTestbed, console: Console) -> Ite
 
 
 def compute_seconds(costs: CostModel, routed: RoutedIteration, devices: int) -> list[float]:
-    """Return what each layer of an iteration takes with every expert resident.
-
-    What comes before the first and after the last layer is theirs.
-    """
+    """Return the seconds of each layer, all resident; start and finish are of the outer ones."""
     whole = costs.iteration(routed.iteration.tokens, routed.contexts)
     experts = routed.counts.shape[1]
     taken = []

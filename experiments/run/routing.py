@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from baselines.on_demand import OnDemandPolicy
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build, values_of
 from experiments.run.console import Console
 from experiments.run.models import LoadedModel, free_bytes, load_model
@@ -23,6 +23,7 @@ from experiments.run.schedule import Request, Schedule, Server, Step
 from experiments.run.testbeds import local
 from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
+from finemoe import trace as traces
 from finemoe.assemble import offloading_runtime, resident_runtime
 from finemoe.foreign_trace import STREAMS, ForeignTrace, RoutedStream, is_foreign
 from finemoe.offload.budget import BudgetError, plan_slots
@@ -31,27 +32,14 @@ from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import ModelShape
 from finemoe.recorder import Recorder, gate_weights
 from finemoe.testbed import cuda_devices
-from finemoe.trace import (
-    CONTENTS,
-    Trace,
-    TracedRequest,
-    TraceError,
-    TraceHeader,
-    TraceReader,
-    trace_writer,
-)
+from finemoe.trace import Trace, TracedRequest, TraceError
 from finemoe.traced_gates import GateStep, TracedGates
 
-SHARE = 0.8
-"""Of a GPU's free memory that experts may take while routing is recorded."""
+SHARE = 0.8  # of a GPU's free memory that experts may take while routing is recorded
 
 
 def open_routing(cfg: DictConfig, console: Console) -> Trace:
-    """Open the trace that `routing` names, or the kept one of this model and workload.
-
-    The latter is recorded first if it is not there. A table of activations alone, CSV or Parquet,
-    will do for systems that predict nothing. Raises TraceError or UserError.
-    """
+    """Open the trace that `routing` names, or the kept one; raise TraceError or UserError."""
     path = Path(cfg.routing) if cfg.routing else kept_trace(cfg, console)
     shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
     if cfg.routing and path.suffix in STREAMS:
@@ -59,7 +47,7 @@ def open_routing(cfg: DictConfig, console: Console) -> Trace:
         return RoutedStream(path, shape, *lengths)
     if cfg.routing and is_foreign(path):
         return ForeignTrace(path, shape)
-    reader = TraceReader(path)
+    reader = traces.TraceReader(path)
     reader.require(shape=shape)
     return reader
 
@@ -96,21 +84,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def _recording_runtime(model: OffloadedModel) -> LiveRuntime:
-    """Return a runtime with as many experts resident as the CUDA devices hold, or all on the CPU.
-
-    Raises UserError if not even a token's experts fit.
-    """
+    """Return a runtime with as many experts resident as fit; UserError if a token's do not."""
     policy, nbytes = OnDemandPolicy(model.shape), model.store.layout.nbytes
     if model.device.type != "cuda":
         return resident_runtime(model, policy)
     testbed = local(None, None)
     each = min(int(SHARE * free_bytes(device)) // nbytes for device in testbed.devices)
     count = len(testbed.devices)
-    try:
+    remedy = "record on a larger one, or give routing="
+    with refusing("the GPUs cannot hold a token's experts", BudgetError, remedy=remedy):
         slots = plan_slots(each * count * nbytes, nbytes, model.shape, count)
-    except BudgetError as error:
-        cause = f"the GPUs cannot hold a token's experts: {error}"
-        raise UserError(f"{cause}; record on a larger one, or give routing=") from error
     return offloading_runtime(model, policy, testbed, slots, nbytes)
 
 
@@ -165,8 +148,8 @@ def record(
         for one in chain.from_iterable(map(server.serve, schedules)):
             if write is None:
                 # Gates may compute in a wider dtype than the model's, which is known by now.
-                facts = (model.offloaded.shape, recorder.dtype, CONTENTS, origin, gates)
-                write = stack.enter_context(trace_writer(path, TraceHeader(*facts)))
+                facts = (model.offloaded.shape, recorder.dtype, traces.CONTENTS, origin, gates)
+                write = stack.enter_context(traces.trace_writer(path, traces.TraceHeader(*facts)))
             write(recorder.finish(one.request.number, one.request.prompt, one.tokens))
             advance(1)
 
@@ -183,9 +166,6 @@ def traced_request(fetch: Callable[[int], TracedRequest], request: Request) -> T
         holds = f"request {request.number} with {prompt} input and {answer} output tokens"
         raise TraceError(f"the trace holds {holds}, the workload asks for {asked}")
     return traced
-
-
-# Live runs of a trace's routing -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -218,22 +198,16 @@ class Script:
         if largest >= size:
             cause = f"the trace has token {largest}, the model only {size} of them"
             raise UserError(f"{cause}; give a trace of a model with its vocabulary")
-        try:
+        with refusing(str(cfg.routing), ValueError, remedy="give one of a plain top-K model"):
             steps = {
                 one.number: tuple(GateStep.of(step, model.shape.top_k) for step in one.steps)
                 for one in traced
             }
-        except ValueError as error:
-            cause = f"{cfg.routing}: {error}"
-            raise UserError(f"{cause}; give a trace of a plain top-K model") from error
         return cls(gates, steps, {one.number: one.output for one in traced}, routing)
 
 
 def traced_workload(cfg: DictConfig, console: Console) -> tuple[Workload, list[TracedRequest], str]:
-    """Read the requests that a run asks of the trace that `routing` names, and what it is of.
-
-    Beforehand, so that no measured time has it in it. Raises UserError or TraceError.
-    """
+    """Read the requests that a run asks of a trace, and what it is of, before any is served."""
     settings: WorkloadSettings = build(cfg.workload)
     if not settings.fixed:
         raise UserError("routing= in a live run takes workload=offline; or simulate the testbed")

@@ -1,7 +1,4 @@
-"""A run is a schedule, which says what each iteration is, times a backend, which carries it out.
-
-One loop serves every schedule on every backend, live and in virtual time. Times are in seconds.
-"""
+"""A run is a schedule, what each iteration is, times a backend, which carries it out (seconds)."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -58,12 +55,10 @@ class Schedule(ABC):
 
     @property
     def finished(self) -> bool:
-        """Whether every request has been served."""
         return not (self._coming or self._waiting or self._running)
 
     @property
     def idle_until(self) -> float:
-        """When the next request comes."""
         return self._coming[0].arrival or 0.0
 
     def next(self, now: float, number: int) -> Step | None:
@@ -98,11 +93,7 @@ class FixedBatches(Schedule):
 
 
 class ContinuousBatches(Schedule):
-    """Requests queue first come, first served, and join and leave between iterations.
-
-    If a request waits and fewer than `size` run, the next iteration is the prefill of the first
-    that waits, alone; otherwise it is one decode of all that run.
-    """
+    """Prefills the first that waits, alone, if fewer than `size` run; else all that run decode."""
 
     def __init__(self, requests: Sequence[Request], size: int) -> None:
         super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0), size)
@@ -140,8 +131,7 @@ class Served:
     """What one request got; times are seconds since it arrived."""
 
     request: Request
-    batch: int
-    """Which prefill it was in; under continuous batching its place in the order of starts."""
+    batch: int  # of its prefill; under continuous batching its place in the order of starts
     arrived: float  # in the backend's time
     queueing: float  # from its arrival to the beginning of its prefill
     tokens: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from experiments import CONF
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build, checked, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, Processor, RooflineCosts
 from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MB = 1_000_000
-LINK_CHUNK_MB = 16.0
-"""A demand waits for two: a third of a millisecond each over PCIe 4.0 x16."""
+LINK_CHUNK_MB = 16.0  # a demand waits for two: a third of a millisecond each over PCIe 4.0 x16
 AGAIN = "calibrate again: python -m experiments.validate.calibrate"
 FREE = "none: a bound, or a system that predicts nothing"
 
@@ -54,11 +53,7 @@ def emulated(
     threads: Few | None,
     pinned: Flag = False,
 ) -> Testbed:
-    """Return CPU devices whose links take the time of full-size experts on a real link.
-
-    With `pinned`, links and searcher never run on the model's cores. Raises UserError for a testbed
-    that cannot be.
-    """
+    """Return CPU devices whose links take the time of full-size experts on a real link."""
     import torch
 
     return Testbed(
@@ -84,24 +79,19 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
-    """Return the CUDA devices of this machine, all of them or the first `devices`.
-
-    Chunks are of `LINK_CHUNK_MB` for each device if nothing is said: all links' threads together
-    then take as much of the interpreter as one link's.
-    """
+    """Return this machine's CUDA devices, all or the first `devices`; raise UserError."""
     import torch
 
     there = cuda_devices()
     if not there and torch.cuda.device_count():
-        raise UserError(
-            f"testbed=local: the NVIDIA driver is too old for torch's CUDA {torch.version.cuda}; "
-            "update it, or install torch for an older CUDA (pytorch.org/get-started/locally)"
-        )
+        remedy = "update it, or install torch for an older CUDA (pytorch.org/get-started/locally)"
+        raise UserError(f"NVIDIA driver is too old for torch's CUDA {torch.version.cuda}; {remedy}")
     if there < (devices or 1):
         cause = f"testbed=local needs {devices or 1} CUDA device(s) and finds {there}"
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = " + ".join(f"{count} x {kind}" for kind, count in kinds(chosen).items())
+    # All links' threads together then take as much of the interpreter as one link's.
     return Testbed(name, "measured", chosen, round((chunk_mb or LINK_CHUNK_MB * len(chosen)) * MB))
 
 
@@ -151,16 +141,13 @@ def simulated(
 
 
 def _prediction(system: Any, model: str) -> tuple[Mapping[Call, float], str]:
-    """Return what each call of a system's policy costs on a model, and of what that was measured.
-
-    What nobody measured costs, call by call, as much as the dearest that was: another model of the
-    same system, or else any system. So nothing gains by being unknown.
-    """
+    """Return what each call of a system's policy costs on a model, and where that was measured."""
     label, own = system.label, _measured(system)
     if model in own:
         return own[model], f"{label} on {model}"
     systems = [system] if own else map(OmegaConf.load, sorted(CONF.glob("system/*.yaml")))
     like = {one.label: _measured(one) for one in systems}
+    # The dearest, so that nothing gains by being unknown.
     measured = [calls for models in like.values() for calls in models.values()]
     dearest = {call: max(one.get(call, 0.0) for one in measured) for call in get_args(Call)}
     source = ", ".join(name for name, models in like.items() if models)
@@ -185,14 +172,9 @@ def calibrated(
     collect_us: SystemMicros,
     prediction_us: Mapping[str, Mapping[Call, Micros]],
 ) -> SimulatedTestbed:
-    """Return the testbed that `python -m experiments.validate.calibrate` wrote.
-
-    `latency_us` of `link` is already stretched by its `time_scale`. `compute_us` holds a line each
-    for start and finish and, for each system, for dense and expert, with `after_wait` and
-    `while_copying` (`ThreadCosts`); the others a number, or one a call, for each system. Raises
-    UserError for another model than the calibrated one, and for a system that was not measured.
-    """
-    try:
+    """Return the testbed that experiments.validate.calibrate wrote; UserError for another model."""
+    kinds = (ArithmeticError, AttributeError, KeyError, TypeError)
+    with refusing(f"testbed {name}", *kinds, remedy=AGAIN):
         (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))
         dense, expert = (
             {system: _disturbed(line) for system, line in compute_us[part].items()}
@@ -200,18 +182,15 @@ def calibrated(
         )
         rate = LinkRate(
             link["gb_s"] * 1e9 / link["time_scale"],
-            link["latency_us"] * 1e-6,
+            link["latency_us"] * 1e-6,  # stretched by the time scale already
             lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"testbed {name}: {error}; {AGAIN}") from error
 
     def costs(asked: DictConfig, system_cfg: DictConfig, predicts: bool) -> LinearCosts:
         system = system_cfg.label
         if asked.name != model:
-            cause = f"testbed {name} was calibrated with {model}, not {asked.name}"
-            raise UserError(f"{cause}; {AGAIN}")
+            raise UserError(f"testbed {name}: calibrated with {model}, not {asked.name}; {AGAIN}")
         if not all(system in known for known in (dense, expert, collect_us)):
             raise UserError(f"testbed {name} knows no costs of system={system}; {AGAIN}")
         (dense_line, dense_extra), (expert_line, expert_extra) = dense[system], expert[system]

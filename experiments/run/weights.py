@@ -20,18 +20,13 @@ from experiments.errors import UserError
 
 SCALE_MODELS = ROOT / "experiments" / "scale"
 OF_A_MODEL = ("config.json", "model*.safetensors", "pytorch_model*.bin")
-NAMED = ("scale", "dummy", "hub")
-"""Weights that go with a model of conf/model; all others bring their own facts."""
+NAMED = ("scale", "dummy", "hub")  # go with a model of conf/model; others bring their own facts
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LARGE = 2**30  # bytes, from which on a file is told by its size and time of change
 
 
 def fingerprint(model: Any, weights: str, seed: int) -> str:
-    """Return 16 hex digits that change whenever the weights do; `model` is a config's group.
-
-    Of scale models and folders it is over their files, whose absence changes it too; of hub models
-    over the revision that this machine holds, if it holds one; of dummies over their seed.
-    """
+    """Return 16 hex digits of files, of a hub revision or of a dummy's seed."""
     if weights == "dummy":
         facts = [("dummy", str(seed))]
     elif is_hub(weights):

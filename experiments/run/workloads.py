@@ -1,7 +1,4 @@
-"""What is served: prompts in fixed batches, or requests that arrive over time (section 6.1).
-
-A workload's option in conf/workload names one of these classes; another one needs the same methods.
-"""
+"""What is served: prompts in fixed batches, or requests that arrive over time (section 6.1)."""
 
 import hashlib
 import random
@@ -17,7 +14,7 @@ import pandas as pd
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.datasets import Dataset, PromptSet, draw_prompts, prompts_of, shared_prefixes
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Request, Schedule, Served
 from finemoe.options import CHECKED, Count, Number, Text, Whole
@@ -27,12 +24,9 @@ Process = Literal["poisson", "trace"]
 
 TIME, INPUT, OUTPUT = "TIMESTAMP", "ContextTokens", "GeneratedTokens"
 LONGEST = 2**31
+# Mean and deviation of ln tokens over the conversation trace of 2023, and its largest: a stand-in,
+# as the trace has several modes (Kolmogorov-Smirnov distance 0.16 and 0.18).
 CONVERSATIONS = {"input_tokens": (6.6333, 0.9852, 14050), "output_tokens": (5.0190, 0.8590, 1000)}
-"""Mean and standard deviation of ln tokens over the conversation trace of 2023, and its largest.
-
-Log-normal lengths are a stand-in: the trace has several modes (Kolmogorov-Smirnov distance 0.16
-and 0.18), and the logarithms of a row's two lengths correlate by 0.09, which is left out.
-"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +40,7 @@ class Workload:
     passes: int | None = 1  # through the dataset's texts; above 1, text is used again
 
     def shared_prefix(self) -> dict[str, float] | None:
-        """Return how long a prefix measured prompts share with any other, history included.
-
-        In tokens, and as the mean share of a prompt; None without prompts, as in foreign traces.
-        """
+        """Return how long a prefix measured prompts share with any other; None without prompts."""
         lengths = [len(one.prompt) for one in self.measured]
         if not all(lengths):
             return None
@@ -145,14 +136,11 @@ class Offline(WorkloadSettings):
         return {name: getattr(self, name) for name in names}
 
     def _split(self, prompts: PromptSet, requests: list[Request]) -> Workload:
-        """Let the first requests be the history; warm-ups are of them, so none is new."""
         share, cut = self.history_share, round(self.history_share * len(requests))
         if cut == len(requests):
-            cause = f"workload.history_share={share} of {len(requests)} prompts"
-            raise UserError(f"{cause} leaves none to measure")
+            raise UserError(f"workload.history_share={share} of {cut} leaves none to measure")
         if self.warmup > cut:
-            cause = f"workload.warmup={self.warmup} of {cut} history prompts"
-            raise UserError(f"{cause}; set workload.warmup={cut}")
+            raise UserError(f"workload.warmup={self.warmup} of {cut}; set workload.warmup={cut}")
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
         return Workload(prompts, history, history[: self.warmup], measured)
 
@@ -214,8 +202,8 @@ class Online(WorkloadSettings):
     def _drawn(self, seed: int) -> pd.DataFrame:
         if self.trace is None:
             return generated(self.requests, self.rate, seed)
-        rows = read_azure_trace(Path(self.trace))
-        return sampled(rows, self.requests, self.rate, self.arrival, seed)
+        trace = read_azure_trace(Path(self.trace))
+        return sampled(trace, self.requests, self.rate, self.arrival, seed)
 
     def _requests(self, seed: int) -> tuple[Request, ...]:
         rows = self.plan(seed)[["output_tokens", "seconds", "input_tokens"]].itertuples(index=False)
@@ -253,20 +241,17 @@ class Online(WorkloadSettings):
 
 def origin(trace: Trace) -> PromptSet:
     """Return what a trace says of where its prompts come from, without them."""
-    said = trace.header.provenance
-    names = ("dataset", "dataset_source", "dataset_sha256")
-    dataset, source, sha256 = (str(said.get(name, "unknown: a foreign trace")) for name in names)
+    names, unknown = ("dataset", "dataset_source", "dataset_sha256"), "unknown: a foreign trace"
+    dataset, source, sha256 = (str(trace.header.provenance.get(n, unknown)) for n in names)
     return PromptSet(dataset, source, (), sha256)
 
 
 def read_azure_trace(path: Path) -> pd.DataFrame:
-    """Return `seconds` since the first request, `input_tokens`, `output_tokens`, in order of time.
-
-    Raises UserError for a file that is missing, empty or no table, lacks a column, or has, in which
-    line, an unreadable time or a length that is no whole number from 1.
-    """
+    """Return `seconds` from the first request, `input_tokens`, `output_tokens`; raise UserError."""
     asked: Any = {"index_col": False, "skip_blank_lines": False, "compression": None}
-    try:
+    due = f"give a CSV table with a time as {TIME}, whole numbers as {INPUT} and {OUTPUT}"
+    kinds = (OSError, ValueError, LookupError, pd.errors.ParserWarning)
+    with refusing(f"cannot read the trace {path}", *kinds, remedy=due):
         with warnings.catch_warnings(category=pd.errors.ParserWarning, action="error"):
             rows = pd.read_csv(path, dtype=str, **asked).dropna(how="all")
         if rows.empty:
@@ -276,10 +261,6 @@ def read_azure_trace(path: Path) -> pd.DataFrame:
         whole = (lengths.ge(1) & lengths.le(LONGEST) & (lengths % 1 == 0)).all(axis=1)
         if wrong := rows.index[times.isna() | ~whole].tolist():
             raise ValueError(f"line {wrong[0] + 2} is no request: {rows.loc[wrong[0]].to_dict()}")
-    except (OSError, ValueError, LookupError, pd.errors.ParserWarning) as error:
-        cause = str(getattr(error, "strerror", None) or error).strip().splitlines()[0]
-        due = f"a CSV table with a time as {TIME}, whole numbers as {INPUT} and {OUTPUT}"
-        raise UserError(f"cannot read the trace {path}: {cause}; give {due}") from error
     seconds = (times - times.min()).dt.total_seconds()
     trace = lengths.astype(int).set_axis(["input_tokens", "output_tokens"], axis=1)
     trace.insert(0, "seconds", seconds)
@@ -289,12 +270,7 @@ def read_azure_trace(path: Path) -> pd.DataFrame:
 def sampled(
     trace: pd.DataFrame, count: int, rate: float, process: Process, seed: int
 ) -> pd.DataFrame:
-    """Sample `count` rows without replacement, kept in order of time, to arrive at `rate` a second.
-
-    The first arrives at 0. With "poisson" the gaps are exponential of mean 1 / rate; with "trace"
-    they are the sampled rows' own, stretched alike so that their mean is 1 / rate. Raises UserError
-    if the trace has too few rows, or no time passes between the sampled ones.
-    """
+    """Sample `count` rows, in order of time, to arrive at `rate` a second; raise UserError."""
     if count > len(trace):
         cause = f"the trace has {len(trace)} requests, {count} are asked for"
         raise UserError(f"{cause}; lower workload.requests")

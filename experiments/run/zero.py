@@ -1,7 +1,4 @@
-"""Runs of DeepSpeed ZeRO: the unmodified model, the same requests, the same times and record.
-
-It has no expert cache, so accesses are absent, and no memory budget: what it takes is measured.
-"""
+"""Runs of DeepSpeed ZeRO on the unmodified model: no expert cache, so no accesses and no budget."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from baselines.deepspeed_zero import ZeroModel, ZeroOptions, choose_accelerator
-from experiments.errors import UserError
+from experiments.errors import UserError, refusing
 from experiments.run.config import build
 from experiments.run.console import Console
 from experiments.run.live import LiveBackend, LogitsLog, PlainRuntime
@@ -29,11 +26,10 @@ LINKS = {
     "cpu": "none: parameters are gathered in host memory at memory speed",
     "cuda": "DeepSpeed's own copies from page-locked memory",
 }
-NOT_APPLICABLE = (
+NOT_APPLICABLE = (  # of a summary: what only an expert cache has
     *(*KINDS, "bytes_prefetched", "bytes_on_demand", "bytes_wasted", "bytes_not_copied"),
     *("peak_slot_bytes", "phase_seconds"),
 )
-"""What a summary says of systems that have an expert cache."""
 
 
 @dataclass
@@ -52,10 +48,9 @@ class ZeroSetup(Setup):
         fused = [list(module.parameters(recurse=False)) for module in modules]
         self.experts: tuple[nn.Parameter, ...] = tuple(chain.from_iterable(fused))
         # DeepSpeed empties the parameters.
-        self.expert_bytes = _bytes(self.experts)
-        self.dense_bytes = _bytes(self.model.parameters()) - self.expert_bytes
+        self.expert_bytes, whole = _bytes(self.experts), _bytes(self.model.parameters())
+        self.dense_bytes = whole - self.expert_bytes
         cfg, self.device = self.cfg, self.testbed.devices[0]
-        whole = self.dense_bytes + self.expert_bytes
         self.cast = cast_of(cfg.model, str(cfg.weights), self.model.dtype, whole)
         self.stored = sum(parameter[0].nbytes for parameter in fused[0])
         self.full = full_expert_bytes(cfg.model, str(cfg.weights), self.stored)
@@ -94,12 +89,10 @@ class ZeroSetup(Setup):
             hidden = cfg.model.hidden_size / model.config.get_text_config().hidden_size
             scaled = hidden if cfg.weights == "scale" else 1.0
             zero = ZeroModel(model, self.device, self.options, self.full / self.stored, scaled)
-            try:
+            kinds = (torch.AcceleratorError, torch.OutOfMemoryError)
+            remedy = "lift the limit of page-locked memory (ulimit -l), or take a smaller model"
+            with refusing("DeepSpeed cannot take the model over", *kinds, remedy=remedy):
                 self.backend = LiveBackend(PlainRuntime(self.stack.enter_context(zero)))
-            except (torch.AcceleratorError, torch.OutOfMemoryError) as error:
-                cause = f"DeepSpeed cannot take the model over: {str(error).splitlines()[0]}"
-                remedy = "lift the limit of page-locked memory (ulimit -l unlimited), or take a"
-                raise UserError(f"{cause}; {remedy} smaller model or a larger machine") from error
         yield self.backend
 
     @contextmanager
@@ -149,10 +142,8 @@ def prepare(cfg: DictConfig, testbed: Testbed, console: Console) -> Iterator[Zer
         torch.set_num_threads(testbed.threads)
     settings, options = build(cfg.workload), build(cfg.system)
     model, tokenizer = load_plain(cfg.model, str(cfg.weights))
-    try:
+    with refusing(f"system={label}", ValueError):
         choose_accelerator(testbed.devices[0])
-    except ValueError as error:
-        raise UserError(f"system={label}: {error}") from error
     load = settings.draw(build(cfg.dataset), tokenizer, cfg.seed)
     run = (cfg, testbed, settings, load, None, shape_of(model), None, (), tokenizer)
     with ExitStack() as stack:

@@ -1,9 +1,7 @@
 """Train ProMoE's learned predictor: ``python -m experiments.train.predictor model=mixtral``.
 
-Serves prompts with everything resident, records the input and the choice of every gate, and trains
-for each layer l < L - d a two-layer perceptron that predicts from layer l's input what layer l + d
-activates. Prompts to learn from are documents that no run draws its prompts from; the accuracy is
-taken on held-out ones.
+For each layer l < L - d a two-layer perceptron predicts from layer l's input what layer l + d
+activates. It learns from documents that no run draws its prompts from.
 """
 
 import json
@@ -73,10 +71,7 @@ def record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) ->
 
 
 def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
-    """Return perceptrons that minimise binary cross-entropy over the experts of layer l + d.
-
-    `cfg` holds hidden_units, epochs, tokens_per_step, learning_rate and seed.
-    """
+    """Return perceptrons of `cfg` that minimise binary cross-entropy over layer l + d's experts."""
     inputs = torch.from_numpy(recording.hidden_states[:-distance])
     targets = torch.from_numpy(recording.chosen[distance:]).float()
     (sources, tokens, width), experts, units = inputs.shape, targets.shape[2], cfg.hidden_units

@@ -1,9 +1,5 @@
 """Train and export a scale model: ``python -m experiments.train.scale_models model=mixtral``.
 
-Trains a small member of the paper model's family, with the same routing shape (L, J, K), on the
-corpus of `experiments.run.datasets`, and exports it in the Hugging Face format. Called again, it
-goes on.
-
 On a CPU with glibc a step takes a sixth less time if large tensors stay mapped:
 GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184.
 """
@@ -14,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import hydra
@@ -28,28 +23,27 @@ from rich.console import Console as RichConsole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from experiments.errors import UserError, command
+from experiments.errors import command
 from experiments.run.console import bar_on
 from experiments.run.datasets import Document, documents
+from experiments.run.weights import loading
 from finemoe.files import atomic_write, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 CARD = Path(__file__).with_name("card.md")
 
-RECIPE = [
+RECIPE = [  # what a training run is made of, apart from model and text
     "tokens", "sequence_length", "batch_sequences", "learning_rate", "warmup_steps", "weight_decay",
     "evaluate_every", "evaluate_sequences", "seed",
 ]  # fmt: skip
-"""Settings that a training run is made of, apart from model and text."""
 
 
 @dataclass
 class Training:
     """One model, its optimizer, and the checkpoint they are kept in.
 
-    A step's batch depends only on the seed and the step number, so that a run that was stopped and
-    resumed ends with the weights of one that ran through. `history` holds `step`, `train_loss` and
-    `held_out_loss`, in nats per token, of each evaluation.
+    A step's batch depends on seed and step alone: a resumed run ends as one that ran through.
+    `history` holds `step`, and `train_loss` and `held_out_loss` in nats per token.
     """
 
     model: PreTrainedModel
@@ -61,14 +55,10 @@ class Training:
     step: int = 0
 
     def __post_init__(self) -> None:
-        embedding = self.model.get_input_embeddings().weight
-        decayed, others = list[Any](), list[Any]()
+        embedding, decay = self.model.get_input_embeddings().weight, self.recipe.weight_decay
+        groups: list[Any] = [{"params": [], "weight_decay": one} for one in (decay, 0.0)]
         for one in self.model.parameters():
-            (decayed if one.dim() > 1 and one is not embedding else others).append(one)
-        groups = [
-            {"params": decayed, "weight_decay": self.recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+            groups[one.dim() <= 1 or one is embedding]["params"].append(one)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         if self.checkpoint.exists():
             self._restore()
@@ -126,8 +116,7 @@ class Training:
         length, rows = self.recipe.sequence_length, self.recipe.batch_sequences
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(len(self.train_ids) - length, (rows,), generator=generator)
-        positions = starts[:, None] + torch.arange(length)
-        batch = self.train_ids[positions.to(self.train_ids.device)]
+        batch = self.train_ids.unfold(0, length, 1)[starts]
         output = self.model(
             input_ids=batch, labels=batch, use_cache=False, output_router_logits=True
         )
@@ -148,26 +137,20 @@ class Training:
         return float((output.loss - own_balance_loss).detach())
 
     def _restore(self) -> None:
-        try:
+        with loading(f"checkpoint {self.checkpoint}", "remove it to start over"):
             state = torch.load(self.checkpoint, weights_only=True)
-            known = state["recipe"]
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, UnpicklingError) as error:
-            raise UserError(f"{self.checkpoint} is no checkpoint; remove it") from error
-        if known != OmegaConf.to_container(self.recipe):
-            raise UserError(f"{self.checkpoint} is of another recipe; remove it to start over")
+            if state["recipe"] != OmegaConf.to_container(self.recipe):
+                raise ValueError("it is of another recipe")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.history = state["history"]
+        self.step, self.history = state["step"], state["history"]
 
 
 def held_out_windows(ids: torch.Tensor, length: int, windows: int | None) -> torch.Tensor:
     """Return evenly spaced windows of `length` tokens, or all that there are."""
     whole = len(ids) // length
-    cut = ids[: whole * length].view(whole, length)
-    if windows is None or windows >= whole:
-        return cut
-    return cut[torch.linspace(0, whole - 1, windows).long()]
+    count = whole if windows is None else min(windows, whole)
+    return ids.unfold(0, length, length)[torch.linspace(0, whole - 1, count).long()]
 
 
 @torch.no_grad()
@@ -240,10 +223,7 @@ def draw_loss(training: Training, baseline: float, path: Path) -> None:
 
 
 def export(cfg: DictConfig, training: Training, tokenizer: Any, baseline: float) -> dict[str, Any]:
-    """Write weights (bf16), tokenizer, generation config, history, loss curve and card.
-
-    Returns what the card says, among it the perplexity over the whole held-out text.
-    """
+    """Write weights (bf16), tokenizer, history, loss curve and card; return what the card says."""
     folder = Path(cfg.export)
     loss = training.held_out_loss()
     model: Any = training.model

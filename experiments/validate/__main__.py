@@ -1,8 +1,4 @@
-"""Compare live runs with replays of their own routing: ``python -m experiments.validate``.
-
-Every system serves the same prompts live, over emulated links, at every budget, and others while
-its costs are observed; the recorded routing is then replayed in the testbed that these make.
-"""
+"""Compare live runs with replays of their own routing: ``python -m experiments.validate``."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -18,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from experiments.errors import UserError, command
+from experiments.errors import UserError, command, refusing
 from experiments.run import replay
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
@@ -29,10 +25,8 @@ from experiments.validate.calibrate import Calibration, emulated_testbed, write_
 from finemoe.files import write_json
 from finemoe.testbed import Testbed
 
-MOST_DEVIATION = 0.05
-"""Largest acceptable deviation of a replay's TTFT and TPOT from the live run's."""
-Result = dict[str, float]
-"""What one run measured: `ttft_s` and `tpot_s`, means over requests, hits, late and misses."""
+MOST_DEVIATION = 0.05  # largest acceptable, of a replay's TTFT and TPOT from the live run's
+Result = dict[str, float]  # means over requests in s, and accesses
 
 
 def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -79,13 +73,11 @@ def validate(cfg: DictConfig, console: Console) -> tuple[list[dict[str, Any]], d
 
 def _calibrated(cfg: DictConfig, testbed: Testbed) -> dict[str, Any]:
     """Return the testbed of the file that the config names, if it is of the same links."""
-    path, again = Path(cfg.calibration), "run experiments.validate.calibrate"
-    try:
+    path = Path(cfg.calibration)
+    what = f"calibration={path} is no file of experiments.validate.calibrate"
+    with refusing(what, OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError):
         loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
         link, _ = loaded["link"], loaded["compute_us"]
-    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError) as error:
-        what = f"calibration={path} is no file of experiments.validate.calibrate"
-        raise UserError(f"{what} ({str(error).splitlines()[0]}); {again}") from error
     if (link["gb_s"], link["time_scale"]) != (testbed.link_gb_s, testbed.time_scale):
         raise UserError(
             f"calibrated for links of {link['gb_s']} GB/s at time scale {link['time_scale']}, not "
@@ -105,10 +97,7 @@ def _served(setup: Setup, console: Console) -> Result:
 
 
 def comparison(run: DictConfig, repeats: Sequence[Result], replay: Result) -> dict[str, Any]:
-    """Compare a replay with the middle one of a system's live runs at one budget, by TPOT.
-
-    The costs are means of good and bad moments. Of two repeats, the faster one counts.
-    """
+    """Compare a replay with the middle one, by TPOT, of a system's live runs at one budget."""
     ranked = sorted(repeats, key=lambda one: one["tpot_s"])
     live = ranked[(len(ranked) - 1) // 2]
     ratios = {f"{time}_ratio": replay[f"{time}_s"] / live[f"{time}_s"] for time in ("ttft", "tpot")}

@@ -1,8 +1,4 @@
-"""Measure what serving costs here: ``python -m experiments.validate.calibrate output=FILE``.
-
-Serves a few prompts of their own with the live runtime and writes a testbed in which the same
-hardware runs in virtual time.
-"""
+"""Measure what serving costs here: ``python -m experiments.validate.calibrate output=FILE``."""
 
 import copy
 import itertools
@@ -47,10 +43,7 @@ def emulated_testbed(cfg: DictConfig) -> Testbed:
 
 
 def fit(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
-    """Return base, per_token and the other columns asked for in microseconds, none below 0.
-
-    Least squares over the relative errors of the means of samples that agree in these columns.
-    """
+    """Return base, per_token and the other columns in microseconds, by least squares."""
     costs = ["per_token", "per_context", "seconds", "after_wait", "while_copying"]
     names = ["base", "per_token", *columns]
     frame = pd.DataFrame(samples).set_axis(costs, axis=1).assign(base=1)
@@ -68,12 +61,7 @@ def _micros(seconds: float) -> float:
 
 
 class Calibration:
-    """Watches live runs of the config's systems and turns what it saw into a testbed.
-
-    Compute is measured with every expert resident and, for each system, under small budgets, where
-    waits and copies disturb it; predictions and wake-ups under these alone. Whatever is observed
-    again counts as well. Raises UserError for a testbed that cannot be calibrated.
-    """
+    """Watches live runs of the config's systems and makes a testbed of them. Raises UserError."""
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
         testbed = emulated_testbed(cfg)
@@ -93,11 +81,9 @@ class Calibration:
         self._probes: dict[str, Probe] = defaultdict(Probe)
 
     def observe_resident(self) -> None:
-        """Serve with every expert resident."""
         self._observe("resident", self._resident)
 
     def observe(self, system: str) -> None:
-        """Serve with a system at every budget."""
         for budget in self._cfg.memory_budgets:
             run = run_config(self._cfg, system, memory_budget=budget)
             setup = _vary_lengths(load_setup(run, self._testbed))
@@ -131,7 +117,6 @@ class Calibration:
         return probe
 
     def testbed(self) -> dict[str, Any]:
-        """Return the testbed as conf/testbed would hold it."""
         testbed, probes = self._testbed, self._probes
         load = testbed.load_seconds(self._resident.model.full_expert_bytes)
         every = sum(probes.values(), Probe())

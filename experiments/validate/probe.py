@@ -17,9 +17,8 @@ from finemoe.offload.policy import Iteration, LayerOutcome
 from finemoe.trace import TracedRequest
 
 WAITS = ("on_demand_wait", "prefetch_wait")
+# What the model's thread does besides the parts that are looked for: there, a part begins.
 STOPS = ("device", *WAITS, "context_collection", "search", "prefetch_issue", "update")
-"""What the model's thread does besides the parts that are looked for; a part begins where one of
-these ended."""
 SHORTEST_WAIT = 20e-6  # seconds; what is shorter found its condition met and put no thread to sleep
 MOST_MEDIANS = 3
 
@@ -66,12 +65,10 @@ class Probe:
         self.gates.append((outcome, time.perf_counter()))
 
     def on(self, track: str | tuple[str, ...]) -> list[Span]:
-        """Return the spans of the tracks whose names begin so, in order of their starts."""
         named = (span for span in self.spans if span.track.startswith(track))
         return sorted(named, key=lambda span: span.start)
 
     def waits(self) -> list[Span]:
-        """Return when the model's thread slept, in order."""
         return [span for span in self.on(WAITS) if span.end - span.start > SHORTEST_WAIT]
 
     def seconds(self, track: str) -> list[float]:
@@ -85,10 +82,7 @@ class Probe:
 def compute_samples(
     probe: Probe, traced: Mapping[int, TracedRequest], layers: int
 ) -> dict[str, list[Sample]]:
-    """Split iterations into start, dense, finish and expert, waits and the policy's calls left out.
-
-    What passes between two experts counts for the second; the last iteration of all is left out.
-    """
+    """Split iterations into start, dense, finish and expert, waits and calls left out."""
     samples: dict[str, list[Sample]] = defaultdict(list)
     # When the model's thread last did something else: there, a part begins.
     own = [span.end for span in probe.spans if span.own and span.track.startswith(STOPS)]
@@ -140,12 +134,7 @@ def _iterations(
 
 
 def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
-    """Return the seconds that an idle link takes to begin, and a waiting model to go on.
-
-    The former from gates that find nothing, of a system that prefetches nothing, to the first
-    chunk; the latter from when each load is due, all following that chunk, to the wait's end.
-    Raises UserError if no layer missed all its experts.
-    """
+    """Return the seconds an idle link takes to begin, and a waiting model to go on; UserError."""
     copies, waits = probe.on("link"), probe.waits()
     begins, woken = [span.start for span in copies], [span.end for span in waits]
     wakes, resumes = [], []
@@ -176,10 +165,7 @@ def without_outliers(seconds: Iterable[float]) -> list[float]:
 
 
 def call_seconds(probe: Probe, layers: int) -> dict[str, float]:
-    """Return what the policy's calls take, in seconds; one on_embeddings, then L on_gates.
-
-    Each with the queueing of the prefetches that it led to, if it led to any.
-    """
+    """Return the seconds of the policy's calls, each with queueing what it asked for."""
     searches = probe.on("search")
     if not searches:
         return {}

@@ -12,7 +12,6 @@ import torch
 
 from experiments.bench import engine as bench
 from experiments.bench import prediction as prediction_bench
-from experiments.bench import replay as replay_bench
 from experiments.run.models import small_model
 
 
@@ -34,17 +33,6 @@ def test_no_overhead_is_negative_and_no_link_beats_its_rate(
     assert all(0 < value < math.inf for value in values.values())
     assert values["emulated link, achieved / configured rate"] <= 1.001
     assert values["FineMoE synchronous work / decode iteration"] < 1
-
-
-def test_a_replays_speed_is_of_the_layers_that_it_served(tmp_path: Path) -> None:
-    lengths = ("workload.prompts=4", "workload.input_tokens=12", "workload.output_tokens=4")
-    chosen = ("models=mixtral", "systems=on_demand", f"traces={tmp_path}")
-    replay_bench.main([*lengths, *chosen, f"output={tmp_path / 'speeds.json'}"])
-    (speed,) = written(tmp_path / "speeds.json")["speeds"]
-    # One request to warm up and one measured, of four tokens and 32 layers each.
-    assert speed["layer_steps"] == 2 * 4 * 32
-    assert speed["layer_steps_per_s"] == speed["layer_steps"] / speed["measure_s"]
-    assert min(speed["history_s"], speed["measure_s"], speed["bound_s"]) > 0
 
 
 def test_every_call_of_every_system_is_timed(

@@ -199,7 +199,7 @@ def test_request_tables_that_no_run_leaves_are_refused(
     content = {k: v for k, v in json.loads(record.read_text()).items() if k != "requests_sha256"}
     record.write_text(json.dumps(content))
     assert read_record(record) == content
-    with pytest.raises(UserError, match=f"cannot be read .*{cause}.*; remove the folder"):
+    with pytest.raises(UserError, match=f"cannot be read: .*{cause}.*; remove the folder"):
         run_frame([record])
 
 

@@ -122,9 +122,7 @@ def test_the_host_computes_what_its_testbed_lets_it(live: Path, tmp_path: Path) 
     place = (f"routing={trace}", "testbed=rtx3090x6", "memory_budget=6", "testbed.host=null")
     done = run_command(*REPLAY, *place, "system=fiddler", f"output={tmp_path / 'refused'}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert (
-        "nobody says how fast the host computes, which system=fiddler asks for; give" in done.stderr
-    )
+    assert "nobody says how fast the host computes; give" in done.stderr
 
 
 @pytest.mark.parametrize(("system", "matters"), [("finemoe", False), ("hybrimoe", True)])
