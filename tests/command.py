@@ -1,7 +1,5 @@
 """Run the project's command line as a user does, and compose its configs in-process."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Engines of a test's size: small models, testbeds, requests, and policies as runs build them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -3,8 +3,6 @@
 Figures and claims from outside are tested beside those of the project.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

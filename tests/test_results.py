@@ -1,7 +1,5 @@
 """The committed results are what the command makes: two small figures are made again."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

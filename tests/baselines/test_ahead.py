@@ -1,7 +1,5 @@
 """What policies compute at once, for a replay or from a history, is what they say gate by gate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

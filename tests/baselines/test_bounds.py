@@ -1,7 +1,5 @@
 """Belady and the oracle: what they keep, what they request, and that nobody has more hits."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

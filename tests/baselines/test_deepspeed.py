@@ -1,7 +1,5 @@
 """DeepSpeed: whole layers, one ahead; nobody misses what is awaited."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

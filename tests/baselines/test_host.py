@@ -1,7 +1,5 @@
 """Fiddler, HybriMoE and FreeToken's split: who computes what is missing, by hand and as laws."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -61,9 +59,6 @@ def test_systems_that_may_use_the_host_say_so_in_their_yaml() -> None:
         assert option.get("uses_host", False) == uses, system
 
 
-# Fiddler ------------------------------------------------------------------------------------------
-
-
 def fiddler() -> FiddlerPolicy:
     """Return one that saw expert 1 of layer 0 twice, 2 of layer 1 and 3 of layer 0 once."""
     policy = FiddlerPolicy(SHAPE)
@@ -95,9 +90,6 @@ def test_each_device_keeps_its_own_most_popular() -> None:
     assert chosen(fiddler(), need, machine(1, 1)) == [0, 1, 2, 3]
 
 
-# FreeToken ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     # The link takes 4 for what takes the host 3: three sevenths are fetched. Of 4, the sides take 8
     # and 6, or 4 and 9.
@@ -126,9 +118,6 @@ def test_the_most_recent_are_fetched_and_all_of_a_prefill() -> None:
     assert chosen(policy, need._replace(missing=(0, 2)), on) == [2]
     prefill = Iteration(0, "prefill", (0,), (4,))
     assert chosen(policy, need._replace(iteration=prefill), on) == []
-
-
-# HybriMoE -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [HybriMoePolicy, HostPlannerPolicy])

@@ -1,7 +1,5 @@
 """Predictions in FineMoE's searcher: what they ask for, and that nothing else tells them apart."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
@@ -25,9 +23,6 @@ def gate(layer: int, *pairs: tuple[int, int], inputs: FloatArray | None = None) 
     return Gate(layer, probabilities, tuple(sorted({e for pair in pairs for e in pair})), inputs)
 
 
-# Speculation ----------------------------------------------------------------------------------
-
-
 def test_the_later_gate_guesses_for_its_layer_alone() -> None:
     policy = in_searcher(SHAPE, "speculation", 2)
     weight = np.zeros((4, 4, 2), np.float32)
@@ -45,9 +40,6 @@ def test_the_later_gate_guesses_for_its_layer_alone() -> None:
     assert asked(policy.on_gate(DECODE, spoken)) == pytest.approx(both)
     for layer in (2, 3):
         assert policy.on_gate(DECODE, gate(layer, (0, 1), inputs=EMBEDDINGS)) is None
-
-
-# Hit count ------------------------------------------------------------------------------------
 
 
 def hit_count(distance: int, *stored: FloatArray) -> HitCountInSearcher:
@@ -82,6 +74,3 @@ def test_popular_experts_are_asked_for_below_layer_d() -> None:
     # Of 24 tokens 8 went to each of experts 2 and 3; then 8, 4, 4, 8, two layers after -1.
     assert popular == pytest.approx({(0, 2): 1 / 3, (0, 3): 1 / 3, (1, 0): 1 / 6, (1, 3): 1 / 6})
     assert asked(hit_count(2).on_embeddings(DECODE, EMBEDDINGS)) == {}
-
-
-# All in one searcher --------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Least-Stale: tiers and orders by hand, victims against a naive model, and its speculation."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -1,7 +1,5 @@
 """LFRU and ClassLRU: cases by hand, and victims against naive models of them."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """MoE-Infinity: matrices of requests, the nearest one, what it ranks, what leaves the cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The planner's parts, each alone: what it predicts, what an expert is worth, what it asks for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -35,9 +33,6 @@ def normal(rng: np.random.Generator, *size: int) -> FloatArray:
 
 def decode(number: int, *requests: int) -> Iteration:
     return Iteration(number, "decode", requests, (1,) * len(requests))
-
-
-# The predictor ------------------------------------------------------------------------------------
 
 
 def test_a_regression_finds_the_ridge_solution_and_what_it_leaves_over() -> None:
@@ -82,9 +77,6 @@ def test_without_a_history_the_later_gates_speak_for_themselves() -> None:
     assert likely.sum(axis=1) == pytest.approx([2, 2, 2], abs=0.1)
 
 
-# The value ----------------------------------------------------------------------------------------
-
-
 def test_value_is_discounted_expected_uses() -> None:
     value = UseValue(SMALL, discount=0.5, recency=0.5)
     value.begin((7,))
@@ -112,9 +104,6 @@ def test_averages_follow_each_request_and_are_joined() -> None:
     value.end(1)
     value.begin((1,))
     assert value.rates[0] == pytest.approx([0.5, 0.5])
-
-
-# The planner --------------------------------------------------------------------------------------
 
 
 def served(seed: int, horizon: int = 2, threshold: float = 0.1) -> PlannerPolicy:
@@ -243,8 +232,6 @@ def answers(
         note(policy.end_iteration(iteration))
     return found
 
-
-# The planner told a part of the future ------------------------------------------------------------
 
 ROUTING = [[(0,), (1,)], [(1,), (0,)]]
 

@@ -1,7 +1,5 @@
 """ProMoE: gate and learned predictors at stride d, their order, and the predictor's file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

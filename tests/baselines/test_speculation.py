@@ -1,7 +1,5 @@
 """What Mixtral-Offloading and ProMoE share: probabilities, caches of equal shares, guesses."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The roofline cost model: worked by hand, its properties, and conf/testbed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -73,9 +71,6 @@ def full_size(name: str) -> FullSizeModel:
     return sizes
 
 
-# By hand ------------------------------------------------------------------------------------------
-
-
 def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
     # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
     mixtral = RooflineCosts(RTX_3090, full_size("mixtral"))
@@ -119,9 +114,6 @@ def test_an_iteration_by_hand(
     assert costs.start == pytest.approx((start + START_KERNELS * 2 + 10) * 1e-6)
     assert costs.dense == pytest.approx((dense + DENSE_KERNELS * 2 + 10) * 1e-6)
     assert costs.finish == pytest.approx((finish + FINISH_KERNELS * 2 + 10) * 1e-6)
-
-
-# Properties ---------------------------------------------------------------------------------------
 
 
 # The testbeds in conf/ ----------------------------------------------------------------------------

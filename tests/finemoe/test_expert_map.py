@@ -1,7 +1,5 @@
 """The expert map store: redundancy by hand, files, and byte counts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Traces of other projects, worked out by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FineMoE's decisions: selection, priorities, options and eviction, by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Literal
 
@@ -46,8 +44,6 @@ def outcome(layer: int, *activated: int) -> LayerOutcome:
     return LayerOutcome(DECODE, layer, activated, (), ())
 
 
-# Selection ------------------------------------------------------------------------------------
-
 # Running sums of LIKELY: 0.5, 0.75, 0.875, 1.
 SELECTIONS = [
     # score, K, paper, demo
@@ -75,8 +71,6 @@ def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> N
         chosen = select_experts(shuffled, np.array([score]), top_k, variant)
         assert np.flatnonzero(chosen).tolist() == sorted(descending[:count])
 
-
-# Priorities -----------------------------------------------------------------------------------
 
 # The stored embedding is (1, 0). A query (7, 24) / 25 scores 0.28, so delta is 0.72: the paper
 # takes 0.5 + 0.25, the demo stops at 0.5. Rows of rolled(0): layer l likes l, then l + 1 mod 4.
@@ -150,8 +144,6 @@ def test_a_gate_asks_for(case: str) -> None:
     policy = policy_with(replace(OPTIONS, **options), ONE)  # type: ignore[arg-type]
     assert after_gate(policy, layer, row) == pytest.approx(expected)
 
-
-# Options --------------------------------------------------------------------------------------
 
 # Entry 0 means what the query means and takes another path; entry 1 the reverse.
 TWO = ((array(1, 0), rolled(1)), (array(0, 1), rolled(0)))
@@ -279,9 +271,6 @@ def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
     assert found == pytest.approx({(0, 0): 0.5, (0, 2): 0.75, (1, 1): 0.5})
     reverse = asked(policy.on_embeddings(batch, array((0, 1), (4, -3))))
     assert reverse == pytest.approx(found)
-
-
-# Eviction -------------------------------------------------------------------------------------
 
 
 def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:

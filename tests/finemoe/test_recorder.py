@@ -1,7 +1,5 @@
 """The recorder: what it hands out is what the model routed, and the model does not notice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

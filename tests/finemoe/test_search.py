@@ -1,7 +1,5 @@
 """Semantic and trajectory search: cases by hand, and equality with the plain cosine."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Routing traces on disk: exact round trips, nothing half-written, no damage that goes unseen."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -137,9 +135,6 @@ def test_the_documented_way_of_reading(tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(names["logits"], due.logits)
 
 
-# Half-written and wrongly written -----------------------------------------------------------------
-
-
 HEADER = TraceHeader(SHAPE, "float16", ("logits",))
 GOOD = a_request(3, [2, 1], HEADER)
 
@@ -170,9 +165,6 @@ def test_what_no_trace_can_say_is_refused(tmp_path: Path) -> None:
         written(tmp_path / "t", TraceHeader(SHAPE, "float32", (), {"path": tmp_path}), [])
     with pytest.raises(ValueError, match="no bfloat16"):
         encode(np.array([1 + 2**-8], np.float32), "bfloat16")
-
-
-# Damaged and foreign files ------------------------------------------------------------------------
 
 
 def read_all(path: Path) -> list[TracedRequest]:
@@ -263,9 +255,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         TraceReader(tmp_path / "nowhere")
     with pytest.raises(TraceError, match="damaged or no trace"):
         TraceReader(tmp_path)
-
-
-# What a system needs ------------------------------------------------------------------------------
 
 
 def test_what_a_system_needs(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Traced gates: another model of the same shape routes, live, what the trace says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +103,12 @@ def test_a_model_is_its_own_again_afterwards() -> None:
     assert [one.output for one in trace_of(model)] == [one.output for one in before]
 
 
-# Choices ----------------------------------------------------------------------------------------
-
-
 def test_counts_decide_ties_and_no_more() -> None:
     logits = np.array([[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]], np.float32)
     assert choices(logits, np.array([2, 0, 2]), 2).tolist() == [[0, 2], [0, 2]]
     assert choices(logits, np.array([2, 1, 1]), 2).tolist() == [[0, 1], [0, 2]]
     with pytest.raises(ValueError, match="not those of the highest logits"):
         choices(logits, np.array([1, 1, 2]), 2)
-
-
-# Refusals ---------------------------------------------------------------------------------------
 
 
 SMALL, MIXTRAL = ModelShape(3, 4, 2, 8), ModelShape(32, 8, 2, 8)

@@ -1,7 +1,5 @@
 """Commands stopped at random times: nothing corrupt or left behind, the same numbers later."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Live serving, fuzzed: lossless within the budget, and every fault ends soon in its own error."""
 
-from __future__ import annotations
-
 import faulthandler
 import itertools
 import re
@@ -174,8 +172,6 @@ def test_whatever_is_served_is_lossless_within_its_budget(case: Case) -> None:
     with watched(), undisturbed(case):
         serve(case, policy)
 
-
-# Faults -------------------------------------------------------------------------------------
 
 ASKED = ("on_embeddings", "on_gate", "end_iteration")
 TOLD = ("end_request", "on_outcome", "on_load", "on_evict")

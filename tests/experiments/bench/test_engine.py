@@ -1,7 +1,5 @@
 """The benches, as commands at a tiny size: what they write is of what they ran."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Analyses and pictures of a toy trace (`test_routing` has it) and of published shapes."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

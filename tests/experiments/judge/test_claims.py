@@ -115,9 +115,6 @@ def results(tmp_path: Path) -> Results:
     return Results(tmp_path / "results")
 
 
-# Draws ------------------------------------------------------------------------------------------
-
-
 def test_same_requests_are_drawn_alike() -> None:
     base = pd.DataFrame({"request": range(4), "batch": range(4), "tpot_s": [1.0, 2.0, 4.0, 8.0]})
     half = base.assign(tpot_s=base["tpot_s"] / 2)
@@ -143,9 +140,6 @@ def test_hit_rate_is_the_ratio_of_sums_and_a_quantile_is_an_observation() -> Non
     assert request_draws(rows, "hit_rate", "docs")[0] == 10 / 20
     assert request_draws(rows, "e2el_s@0.5", "docs")[0] == 1.0
     assert request_draws(rows, "e2el_s@0.9", "docs")[0] == 3.0
-
-
-# Each rule ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,9 +263,6 @@ def test_overhead_is_over_iterations_and_time(results: Results) -> None:
     for name, ours, verdict in (("fig17-overhead", 20, HOLDS), ("fig17-share", 3, FAILS)):
         judged = results.verdict(name)
         assert (judged.ours, judged.verdict) == (pytest.approx(ours), verdict)
-
-
-# Missing, mixed and broken records ----------------------------------------------------------------
 
 
 def test_nothing_there_is_not_testable(results: Results) -> None:

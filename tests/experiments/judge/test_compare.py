@@ -1,7 +1,5 @@
 """One table of many runs, over the records that the project ships."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import reduce

@@ -1,7 +1,5 @@
 """Verdicts under every reading, by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Reproduction: expansion of experiments, and the command at a tiny size."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -96,9 +94,6 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("traces")
 
 
-# Expansion ------------------------------------------------------------------------------------
-
-
 PARAMS, CELLS = ["s=p,q", "m=6,12"], [["s=r", "x=1"], ["m=96"]]
 SWEPT = ["s=p m=6", "s=p m=12", "s=q m=6", "s=q m=12"]
 
@@ -163,9 +158,6 @@ def test_the_last_run_of_every_sweep_and_every_cell_composes() -> None:
             last = [values[-1] for values in sweeps.parse(swept).values()]
             cfg = config("config", f"experiment={experiment.name}", "output=unused", *last)
             assert str(cfg.experiment.id) == experiment.id
-
-
-# The command ----------------------------------------------------------------------------------
 
 
 def command(conf: Path, results: Path, traces: Path, *more: str) -> list[str]:
@@ -322,9 +314,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert message in said
     assert said.count("\n") == 1
     assert not list(tmp_path.rglob("*.json"))
-
-
-# Workers --------------------------------------------------------------------------------------
 
 
 def fail(kind: str) -> None:

@@ -48,9 +48,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: saved(family, root / f"My {family}") for family in FAMILIES}
 
 
-# Facts and costs --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_bytes_are_those_of_the_published_model(name: str) -> None:
     facts = dict(PUBLISHED[name])
@@ -101,9 +98,6 @@ def test_linear_attention_reads_no_keys_and_values(folders: dict[str, Path]) -> 
     short, long = (3 * costs.iteration([1], [length]).dense for length in (10**6, 2 * 10**6))
     # One of three layers keeps 2 heads x (8 + 8) numbers of 2 bytes.
     assert long - short == pytest.approx(10**6 * 64 / (936e9 * 0.85))
-
-
-# Runs -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("testbed", ["emulated", "a100"])
@@ -207,9 +201,6 @@ def test_sums_unlike_those_of_eager_experts_are_said(
     record = run(cfg, Console())
     assert (record["as_eager_experts"], record["summary"]["lossless"]) == (False, True)
     assert "this model's own experts add up otherwise" in " ".join(capsys.readouterr().out.split())
-
-
-# Loading ----------------------------------------------------------------------------------------
 
 
 def loaded(folder: Path, *told: str) -> LoadedModel:

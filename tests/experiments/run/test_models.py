@@ -249,8 +249,6 @@ def test_a_model_beyond_the_host_s_memory_is_refused_before_its_weights_are_read
     refused(folder, r"loading weights=.* takes 0.0 GB .*\(0.0 GB for experts stay\), and 0.0 GB")
 
 
-# Fingerprints -------------------------------------------------------------------------------------
-
 TOY = {"name": "toy", "hub_id": "someone/toy"}
 
 

@@ -41,9 +41,6 @@ def request(number: int, arrival: float, output_tokens: int, input_tokens: int =
     return Request(number, tuple(prompt), output_tokens, arrival)
 
 
-# Schedules, in virtual time ----------------------------------------------------------------------
-
-
 @dataclass
 class Hours:
     """A backend whose steps take the time that it is told, and compute nothing."""
@@ -164,9 +161,6 @@ def check_borders(
         assert step.generated == tuple(made[one.number] for one in step.requests)
         made.update(step.iteration.requests)
         last_end = end
-
-
-# The live backend ------------------------------------------------------------------------------
 
 
 class Clock:

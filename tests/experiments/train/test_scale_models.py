@@ -1,7 +1,5 @@
 """The shipped scale model, and the command that trains one, at toy size."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Live against replay, as a command."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Words for tests: states of an expert, prefetch requests as dictionaries, routing of one step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto

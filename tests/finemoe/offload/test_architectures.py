@@ -1,7 +1,5 @@
 """Every mixture-of-experts architecture of transformers is served bit for bit, or listed."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The fewest loads, by hand, against exhaustive search, and against schedules of every kind."""
 
-from __future__ import annotations
-
 import itertools
 from functools import cache
 

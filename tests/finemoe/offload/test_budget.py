@@ -1,7 +1,5 @@
 """From memory budgets to slots."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Single cases of the expert cache, and orders of eviction; `test_transfer` has a model of both."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The CUDA path on pretended devices: ordered, lossless, within memory, and nothing left behind."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,9 +109,6 @@ def offloading(
 
 def on_cuda(family: str = "mixtral") -> OffloadedModel:
     return OffloadedModel.from_model(small_model(family), torch.device("cuda", 0))
-
-
-# What runs rightly --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,9 +227,6 @@ def dense_bytes(cfg: DictConfig) -> int:
     return dense
 
 
-# What cannot be -----------------------------------------------------------------------------------
-
-
 def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,9 +235,6 @@ def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
     monkeypatch.setattr(live, "shortage", lambda *_: "")
     with machine(memory=dense + 40_000), pytest.raises(UserError, match=r"out of memory.*; lower"):
         run(cfg, Console())
-
-
-# What would be wrong ------------------------------------------------------------------------------
 
 
 def no_guard(patch: pytest.MonkeyPatch) -> None:
@@ -334,9 +323,6 @@ def test_what_is_broken_is_found(
     assert made.hazards != []
 
 
-# What the machine itself finds --------------------------------------------------------------------
-
-
 def test_memory_that_is_freed_or_rewritten_too_early_is_found() -> None:
     with pretend_cuda() as made:
         there = torch.cuda.Stream(0)
@@ -350,9 +336,6 @@ def test_memory_that_is_freed_or_rewritten_too_early_is_found() -> None:
         torch.cuda.synchronize()
     assert "is freed under mul_" in made.hazards[0]
     assert "host memory is written before a copy from it" in made.hazards[1]
-
-
-# What it costs ------------------------------------------------------------------------------------
 
 
 def per_decode(made: Machine, runtime: Any, batch: int = 1) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """Host blocks, and the emulated link's schedule by a clock that only sleeping and the test move."""
 
-from __future__ import annotations
-
 import mmap
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The live runtime: failures surface, threads end, predictions run where they are placed."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable
@@ -238,9 +236,6 @@ def test_an_interrupt_of_the_exit_comes_when_everything_is_undone(
         with runtime(model, Spy(model.shape, Placement("background")), 5, devices=2) as live:
             serve_and_drain(live)
     leaves_nothing(model, before)
-
-
-# The searcher ---------------------------------------------------------------------------------
 
 
 def started(capacity: int, errors: list[BaseException]) -> Worker:

@@ -6,8 +6,6 @@ does ends only when searcher and links have nothing left to do; in virtual time,
 takes a million times as long as a copy.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Sequence

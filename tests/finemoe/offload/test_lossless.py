@@ -1,7 +1,5 @@
 """Rule 1: logits and tokens equal those of transformers' own eager experts, bit for bit."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

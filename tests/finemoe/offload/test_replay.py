@@ -1,7 +1,5 @@
 """Virtual time, by hand: when gates ask, when links deliver, what a request takes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

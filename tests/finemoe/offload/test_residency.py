@@ -1,7 +1,5 @@
 """How gates and requests become cache and queue operations, and how accesses are classified."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
