@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from baselines.in_searcher import HitCountInSearcher, in_searcher
-from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape
-from tests.finemoe.offload.states import asked
+from finemoe.offload.policy import FloatArray, Gate, GateWeights, ModelShape
+from tests.finemoe.offload.states import DECODE, asked, decode
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=2, hidden_size=2)
-DECODE = Iteration(0, "decode", (0,), (1,))
 EMBEDDINGS = np.zeros((1, 2), np.float32)
 # Rows are layers: tokens of a finished request by expert.
 FIRST = np.array([[4, 4, 0, 0], [0, 4, 4, 0], [5, 2, 1, 0], [0, 1, 3, 4]], np.float32)
@@ -61,7 +60,7 @@ def test_the_nearest_matrix_answers_for_layer_l_plus_d_alone() -> None:
 
 
 def test_each_request_asks_for_k_experts() -> None:
-    policy, both = hit_count(1, FIRST, SECOND), Iteration(0, "decode", (0, 1), (1, 1))
+    policy, both = hit_count(1, FIRST, SECOND), decode(0, 0, 1)
     policy.on_embeddings(both, np.zeros((2, 2), np.float32))
     policy.on_gate(both, gate(0, (0, 1), (2, 3)))
     # (5, 2, 1, 0) / 8 and (4, 4, 2, 6) / 16: the first asks for 0 and 1, the second for 3 and 0.
