@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.command import record_of, run_command
+from tests.command import carried_out, record_of
 
 FILES = {
     "conf/model/tiny.yaml": """
@@ -111,8 +111,7 @@ def test_what_lies_outside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     chosen = ("system=twice", "model=tiny", "weights=dummy", "workload=backwards", "testbed=a100")
     places = (f"routing={tmp_path / 'routing.csv'}", f"output={tmp_path}", "memory_budget=50%")
     config = ("--config-dir", str(tmp_path / "conf"))
-    done = run_command(*config, *chosen, *places)
-    assert done.returncode == 0, done.stderr
+    carried_out(*config, *chosen, *places)
     assert pd.read_parquet(tmp_path / "requests.parquet")["request"].tolist() == [2, 1, 0] * 2
     record = record_of(tmp_path)
     assert [record[k] for k in ("system", "model", "dataset")] == ["twice", "tiny", "backwards"]

@@ -44,9 +44,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> ResultsFolder:
     return ResultsFolder(linked(RESULTS, tmp_path_factory.mktemp("results")))
 
 
-def test_every_committed_figure_is_drawn_from_records_of_its_archive(
-    committed: ResultsFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_committed_figures(committed: ResultsFolder, tmp_path: Path, monkeypatch: Any) -> None:
     """To the digits that another processor computes alike; coarse pictures are drawn sooner."""
     save = Figure.savefig
 
@@ -68,9 +66,7 @@ def test_every_committed_figure_is_drawn_from_records_of_its_archive(
         pd.testing.assert_frame_equal(mine, theirs, check_dtype=False, rtol=1e-9)
 
 
-def test_runs_are_packed_into_the_same_bytes_and_a_damaged_archive_is_refused(
-    committed: ResultsFolder, tmp_path: Path
-) -> None:
+def test_archives_repeat_or_are_refused(committed: ResultsFolder, tmp_path: Path) -> None:
     for folder in sorted((committed.root / "runs").iterdir())[:3]:
         shutil.copytree(folder, tmp_path / "runs" / folder.name)
     pack_runs(tmp_path)

@@ -130,9 +130,7 @@ def test_predicting_ahead_changes_no_answer(
 @pytest.mark.parametrize("system", LEARNING)
 @settings(max_examples=10)
 @given(data=st.data())
-def test_what_is_learned_is_remembered_as_if_it_were_served(
-    system: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_learning_is_as_serving(system: str, data: st.DataObject, tmp_path_factory: Any) -> None:
     case = data.draw(cases(system))
     folder = tmp_path_factory.mktemp("history")
     learner, served = policy_of(case), policy_of(case)

@@ -137,9 +137,7 @@ counts = st.lists(st.integers(0, 3), min_size=4, max_size=4)
     stored=st.lists(st.lists(counts, min_size=3, max_size=3), min_size=1, max_size=5),
     passes=st.lists(st.lists(counts, min_size=3, max_size=3), min_size=1, max_size=3),
 )
-def test_carried_sums_find_what_a_full_comparison_finds(
-    stored: list[list[list[int]]], passes: list[list[list[int]]]
-) -> None:
+def test_carried_sums(stored: list[list[list[int]]], passes: list[list[list[int]]]) -> None:
     collection = MatrixCollection(SHAPE, 5, "similar")
     request = RunningRequest(collection, "paper")
     for matrix, passed in zip(stored, passes, strict=False):

@@ -20,46 +20,25 @@ from finemoe.costs import (
 from finemoe.offload.virtual_links import LinkRate
 from tests.command import ROOT, config
 
-MODELS = ("mixtral", "qwen", "phi")
 PREDICTING = ("finemoe", "moe_infinity", "promoe", "mixtral_offload", "deepspeed", "planner")
 
 # What is left of it, 100 GB/s and 2 TFLOPS: 10 ns a 1,000 bytes, 0.5 ns a 1,000 operations.
 ROUND = Accelerator(
-    memory_gb_s=200.0,
-    matrix_tflops=4.0,
-    memory_gb=1.0,
-    memory_efficiency=0.5,
-    matrix_efficiency=0.5,
-    kernel_us=2.0,
-    sync_us=10.0,
+    **{"memory_gb_s": 200.0, "matrix_tflops": 4.0, "memory_gb": 1.0, "sync_us": 10.0},
+    **{"memory_efficiency": 0.5, "matrix_efficiency": 0.5, "kernel_us": 2.0},
 )
 RTX_3090 = Accelerator(
-    memory_gb_s=936.0,
-    matrix_tflops=71.0,
-    memory_gb=24.0,
-    memory_efficiency=0.85,
-    matrix_efficiency=0.8,
-    kernel_us=5.0,
-    sync_us=10.0,
+    **{"memory_gb_s": 936.0, "matrix_tflops": 71.0, "memory_gb": 24.0, "sync_us": 10.0},
+    **{"memory_efficiency": 0.85, "matrix_efficiency": 0.8, "kernel_us": 5.0},
 )
 HOST = Processor(
-    memory_gb_s=10.0,
-    matrix_tflops=0.02,
-    memory_efficiency=0.5,
-    matrix_efficiency=0.5,
-    kernel_us=1.0,
+    **{"memory_gb_s": 10.0, "matrix_tflops": 0.02, "kernel_us": 1.0},
+    **{"memory_efficiency": 0.5, "matrix_efficiency": 0.5},
 )
 TINY = FullSizeModel(
-    layers=2,
-    experts=10,
-    top_k=2,
-    hidden_size=1000,
-    expert_intermediate_size=500,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    head_dim=100,
-    shared_expert_intermediate_size=200,
-    vocab_size=3000,
+    **{"layers": 2, "experts": 10, "top_k": 2, "hidden_size": 1000, "vocab_size": 3000},
+    **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 100},
+    **{"expert_intermediate_size": 500, "shared_expert_intermediate_size": 200},
 )
 COSTS = RooflineCosts(ROUND, TINY)
 
@@ -134,7 +113,7 @@ def test_nothing_gains_by_being_unknown() -> None:
     assert again.prediction_source.startswith("assumed, as nobody measured promoe on another")
     newcomer = testbed.costs(model, OmegaConf.create({"label": "newcomer"}), True).prediction
     for name_of_system in PREDICTING:
-        for name in MODELS:
+        for name in ("mixtral", "qwen", "phi"):
             other = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
             there = testbed.costs(other, system(name_of_system), True)
             assert newcomer.gate >= there.prediction.gate

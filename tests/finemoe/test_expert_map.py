@@ -1,6 +1,5 @@
 """The expert map store: redundancy by hand, files, and byte counts."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,8 @@ def saved(store: ExpertMapStore, folder: Path) -> Path:
         (9, (1.0000, 0.60), 0),  # a distance beyond the last layer counts as L
     ],
 )
-def test_the_distance_weighs_meaning_against_path(
-    distance: int, redundancy: tuple[float, float], replaced: int
+def test_distance_weighs_meaning_against_path(
+    distance: int, redundancy: Any, replaced: int
 ) -> None:
     store = disagreeing_store(distance)
     embedding, expert_map = NEW
@@ -117,8 +116,8 @@ def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:
         ("embeddings", lambda good: good * np.float32(9), "embeddings that are longer than 1"),
     ],
 )
-def test_arrays_that_no_store_holds_are_refused(
-    name: str, change: Callable[[Any], Any], message: str, tmp_path: Path
+def test_arrays_of_no_store_are_refused(
+    name: str, change: Any, message: str, tmp_path: Path
 ) -> None:
     path = saved(disagreeing_store(1), tmp_path)
     arrays = load_file(path)

@@ -49,9 +49,7 @@ def searches(draw: st.DrawFn) -> tuple[FloatArray, FloatArray, int]:
 
 @settings(max_examples=60)
 @given(searches())
-def test_trajectory_search_equals_the_flattened_cosine(
-    case: tuple[FloatArray, FloatArray, int],
-) -> None:
+def test_trajectory_search_is_a_flat_cosine(case: tuple[FloatArray, FloatArray, int]) -> None:
     maps, queries, capacity = case
     _, layers, experts = maps.shape
     store = ExpertMapStore(ModelShape(layers, experts, 1, 1), capacity, 1)

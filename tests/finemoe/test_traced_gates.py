@@ -65,9 +65,7 @@ def script_of(gates: TracedGates, model: OffloadedModel, traced: list[TracedRequ
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_another_model_routes_what_the_trace_says_and_offloading_changes_no_bit(
-    family: str,
-) -> None:
+def test_another_model_routes_what_the_trace_says_bit_for_bit(family: str) -> None:
     traced, other = trace_of(offloaded(family, seed=0)), offloaded(family, seed=1)
     shape, policy = other.shape, OnDemandPolicy(other.shape)
     assert counts_of(trace_of(other)) != counts_of(traced)
@@ -123,9 +121,7 @@ SMALL, MIXTRAL = ModelShape(3, 4, 2, 8), ModelShape(32, 8, 2, 8)
         (MIXTRAL, "workload=online", "routing="),
     ],
 )
-def test_what_a_trace_cannot_serve_is_refused(
-    tmp_path: Path, shape: ModelShape, override: str, cause: str
-) -> None:
+def test_refusals(tmp_path: Path, shape: ModelShape, override: str, cause: str) -> None:
     counts = np.zeros((shape.layers, shape.experts), np.int32)
     counts[:, : shape.top_k] = 1
     logits = np.zeros((shape.layers, 1, shape.experts), np.float32)

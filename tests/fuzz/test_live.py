@@ -236,9 +236,7 @@ def faults(draw: st.DrawFn, case: Case) -> Fault:
 
 @given(data=st.data(), case=cases())
 @fuzzed(10)
-def test_a_fault_ends_in_its_own_error_and_the_model_serves_again(
-    data: st.DataObject, case: Case
-) -> None:
+def test_a_fault_ends_in_its_own_error(data: st.DataObject, case: Case) -> None:
     policy, fault = policy_of(case), data.draw(faults(case))
     with pytest.MonkeyPatch.context() as patch:
         if fault.where in ("start", "finish"):

@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Callable
 from functools import lru_cache, reduce
 from operator import getitem
 from pathlib import Path
@@ -112,9 +111,7 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     assert math.isnan(row["phase_search_s"])
 
 
-def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
-    tmp_path: Path,
-) -> None:
+def test_requests_of_one_batch_are_no_independent_samples(tmp_path: Path) -> None:
     leave_run(tmp_path / "two", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
     leave_run(tmp_path / "one", batches=(0, 0, 0), tpots=(0.1, 0.1, 0.1), hits=(1, 1, 1))
     two, one = run_frame([tmp_path / "two", tmp_path / "one"]).to_dict("records")
@@ -136,9 +133,7 @@ def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
         ("on_demand", [], "on_demand"),
     ],
 )  # fmt: skip
-def test_the_label_names_what_is_not_default(
-    tmp_path: Path, system: str, options: list[str], label: str
-) -> None:
+def test_labels_name_options(tmp_path: Path, system: str, options: list[str], label: str) -> None:
     leave_run(tmp_path / "a", f"system={system}", *(f"system.{one}" for one in options))
     assert only(run_frame([tmp_path / "a"]))["label"] == label
 
@@ -165,9 +160,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
     ],
 )
-def test_records_that_no_run_leaves_are_refused(
-    tmp_path: Path, path: list[str], value: Any, cause: str
-) -> None:
+def test_odd_records_are_refused(tmp_path: Path, path: list[str], value: Any, cause: str) -> None:
     record = leave_run(tmp_path / "a")
     content = json.loads(record.read_text())
     reduce(getitem, path[:-1], content)[path[-1]] = value
@@ -186,9 +179,7 @@ def test_records_that_no_run_leaves_are_refused(
         (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),
     ],
 )
-def test_request_tables_that_no_run_leaves_are_refused(
-    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], cause: str
-) -> None:
+def test_odd_tables_are_refused(tmp_path: Path, change: Any, cause: str) -> None:
     record = leave_run(tmp_path / "a")
     table = pd.read_parquet(record.parent / "requests.parquet")
     change(table).to_parquet(record.parent / "requests.parquet", compression="zstd")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.errors import UserError
@@ -29,9 +28,7 @@ README = (ROOT / "README.md").read_text().split("\n\n")
 CORPUS = [Document(f"part {number}", "docs", (text,)) for number, text in enumerate(README)]
 
 
-def test_training_stops_resumes_and_exports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_resumes_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     overrides = (*TOY, f"checkpoints={tmp_path}", f"export={folder}")
     train(config("scale_models", *overrides, "stop_after=4"), CORPUS)
@@ -49,25 +46,16 @@ def test_training_stops_resumes_and_exports(
     assert 0 <= training["least_used_share"] < 1
 
 
-RECIPE = OmegaConf.create(
-    {
-        "tokens": 6 * 2 * 16,
-        "sequence_length": 16,
-        "batch_sequences": 2,
-        "learning_rate": 1e-3,
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-        "evaluate_every": 2,
-        "evaluate_sequences": 2,
-        "seed": 0,
-    }
+RECIPE = (
+    *("tokens=192", "sequence_length=16", "batch_sequences=2", "warmup_steps=2"),
+    *("evaluate_every=2", "evaluate_sequences=2"),
 )
 
 
 def training(checkpoint: Path) -> Training:
     ids = torch.randint(128, (500,), generator=torch.Generator().manual_seed(0))
     model = small_model("mixtral", torch.float32)
-    return Training(model.train(), RECIPE, ids, ids[:64], checkpoint)
+    return Training(model.train(), config("scale_models", *RECIPE), ids, ids[:64], checkpoint)
 
 
 def test_stopped_and_resumed_equals_run_through(tmp_path: Path) -> None:

@@ -107,9 +107,7 @@ def check_testbed(testbed: SimulatedTestbed) -> None:
         ("repeats=0", "repeats=0: serve live at least once"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
-    overrides: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(overrides: str, cause: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     write_testbed(Path("mine.yaml"), TESTBED)
     Path("other.yaml").write_text("name: other\n")

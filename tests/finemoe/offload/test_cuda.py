@@ -1,7 +1,7 @@
 """The CUDA path on pretended devices: ordered, lossless, within memory, and nothing left behind."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -119,9 +119,7 @@ def on_cuda(family: str = "mixtral") -> OffloadedModel:
         *((6, "qwen2_moe", system) for system in HOSTED),
     ],
 )
-def test_every_system_serves_the_same_logits_in_order(
-    devices: int, family: str, system: str
-) -> None:
+def test_every_system_serves_the_same_logits(devices: int, family: str, system: str) -> None:
     logits, routing = expected(family)
     with machine(devices, capability=(8, 6)) as made:
         model = on_cuda(family)
@@ -179,9 +177,7 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
         assert (tmp_path / "trace.parquet").exists()
 
 
-def test_logits_are_not_called_lossless_where_the_host_computed(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_logits_are_not_lossless(tiny: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     measure = measured_machine
 
     def measured(*facts: Any) -> Any:
@@ -227,9 +223,7 @@ def dense_bytes(cfg: DictConfig) -> int:
     return dense
 
 
-def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_out_of_memory(tiny: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     cfg = config("config", *tiny, *OFFLINE, "memory_budget=50%", f"output='{tmp_path}'")
     dense = dense_bytes(cfg)
     monkeypatch.setattr(live, "shortage", lambda *_: "")
@@ -310,9 +304,7 @@ def slots_not_awaited(patch: pytest.MonkeyPatch) -> None:
         *(not_locked, unlocked_early, slots_not_awaited),
     ],
 )
-def test_what_is_broken_is_found(
-    broken: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_broken_is_found(broken: Any, monkeypatch: Any) -> None:
     with pretend_cuda(2) as made:
         broken(monkeypatch)
         model = on_cuda()
@@ -368,9 +360,7 @@ def plain_on_cuda(family: str) -> PlainRuntime:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("system", ["on_demand", "finemoe"])
-def test_a_decode_waits_for_its_token_and_for_layers_that_may_miss(
-    family: str, system: str
-) -> None:
+def test_a_decode_waits_for_its_token_and_layers_that_may_miss(family: str, system: str) -> None:
     with machine() as made:
         generating = per_decode(made, plain_on_cuda(family))
         assert generating[1] == 1

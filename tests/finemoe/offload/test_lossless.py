@@ -37,9 +37,7 @@ def systems(family: str) -> list[str]:
     ("dtype", "batch", "devices"),
     [(torch.bfloat16, 1, 1), (torch.bfloat16, 3, 3), (torch.float32, 3, 1)],
 )
-def test_every_budget_serves_the_same_logits(
-    family: str, dtype: torch.dtype, batch: int, devices: int
-) -> None:
+def test_budgets_are_lossless(family: str, dtype: torch.dtype, batch: int, devices: int) -> None:
     served = requests(batch, 7, output=5)
     expected = logits_of(PlainRuntime(small_model(family, dtype)), served)
     model = offloaded(family, dtype)

@@ -112,28 +112,22 @@ def test_resident_experts_compute_while_missing_ones_arrive() -> None:
     assert replay.forward(routed(1, (0, 1), (0,))) - began == pytest.approx(10 + 8 + 1 + 11)
 
 
-def test_a_prefetch_that_arrives_in_time_is_a_hit() -> None:
-    requests = {(1, 1): 1.0}
-    replay, outcomes = runtime(Scripted(requests, prediction="background"))
+PREFETCHED = {
     # The link is free when expert 0 of layer 0 has arrived at 18; the prefetch arrives at 26.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10 + 1)
-    assert outcomes[1].hits == (1,)
-
-
-def test_a_late_prefetch_goes_on_where_it_stood() -> None:
-    requests = {(1, 1): 1.0}
+    "in time": ("background", 0.0, 10 + 8 + 1 + 10 + 1, "hits"),
     # The search ends at 24: at the gate of layer 1, at 29, five of eight bytes are there.
-    replay, outcomes = runtime(Scripted(requests, prediction="background"), gate_s=14.0)
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(32 + 1)
-    assert outcomes[1].late == (1,)
-
-
-def test_prediction_on_the_critical_path_delays_the_layer() -> None:
-    requests = {(1, 1): 1.0}
-    replay, outcomes = runtime(Scripted(requests, prediction="critical_path"), gate_s=14.0)
+    "late, it goes on where it stood": ("background", 14.0, 32 + 1, "late"),
     # The gate's own load runs meanwhile: 10, 14 to predict, 1 to compute, 10, 14, 1.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50)
-    assert outcomes[1].hits == (1,)
+    "predicted on the critical path": ("critical_path", 14.0, 50, "hits"),
+}
+
+
+@pytest.mark.parametrize("case", PREFETCHED)
+def test_a_prefetch_is_there_when_it_was_searched_and_copied(case: str) -> None:
+    prediction, gate_s, end, kind = PREFETCHED[case]
+    replay, outcomes = runtime(Scripted({(1, 1): 1.0}, prediction=prediction), gate_s=gate_s)
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(end)
+    assert getattr(outcomes[1], kind) == (1,)
 
 
 def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
