@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.config import build
 from experiments.run.live import LiveBackend
-from experiments.run.models import random_model, small_model
+from experiments.run.models import COMMON, FAMILIES, random_model
 from experiments.run.schedule import FixedBatches, Request, Served, Server
 from experiments.run.weights import SCALE_MODELS
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -79,10 +79,25 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
 """Every system that the engine serves, and options of each that are worth trying."""
 
 
+class Clock:
+    """Stands for the module `time`: it passes when somebody sleeps or, by `look`, looks at it."""
+
+    def __init__(self, look: float = 0.0) -> None:
+        self.now, self.look = 100.0, look
+
+    def perf_counter(self) -> float:
+        self.now += self.look
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def offloaded(
-    family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config: Any
 ) -> OffloadedModel:
-    return OffloadedModel.from_model(small_model(family, dtype, seed), CPU)
+    facts = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    return OffloadedModel.from_model(random_model(facts, dtype, seed), CPU)
 
 
 def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:

@@ -103,16 +103,6 @@ def routings(widest: int) -> st.SearchStrategy[Routing]:
 ROUTING: Routing = [[(0, 1), (2,)], [(0,), (3,)], [(1,), (2,)]]
 
 
-def test_the_keys_are_the_steps_of_the_next_uses() -> None:
-    policy = told(BeladyPolicy(SHAPE), ROUTING)
-    never = np.inf
-    keys = policy.eviction_keys(ExpertId(0, 0), True)
-    assert keys.tolist() == [[0, 0, never, never], [never, never, 1, 3]]
-    Engine(policy, (8,)).serve(ROUTING[:1])
-    keys = policy.eviction_keys(ExpertId(0, 0), True)
-    assert keys.tolist() == [[2, 4, never, never], [never, never, 5, 3]]
-
-
 def test_a_repeat_goes_on_where_the_numbers_do() -> None:
     policy = told(BeladyPolicy(SHAPE), [*ROUTING, *ROUTING])
     engine = Engine(policy, (2,))

@@ -146,10 +146,7 @@ def test_a_hub_id_is_enough(folders: dict[str, Path], tmp_path: Path, monkeypatc
     [
         ("weights=scale", "model=checkpoint reads weights=<folder or hub id>, and they are scale"),
         ("weights=dummy", "or give dummy weights the model.hub_id= to be like"),
-        (
-            "weights=/nowhere",
-            "weights=/nowhere is neither scale, dummy, hub nor a folder",
-        ),
+        ("weights=/nowhere", "weights=/nowhere is neither scale, dummy, hub nor a folder"),
         ("weights=someone/nothing", "cannot load the config of someone/nothing"),
     ],
 )

@@ -55,7 +55,7 @@ def test_the_union_of_a_step_over_a_layers_share_of_the_cache() -> None:
     """Two layers share 4 slots. A prefill activates 3 and 1 experts, decodes 2 and 2, 1 and 2."""
     counter = AccessCounter()
     steps: list[tuple[Phase, tuple[int, ...], tuple[int, ...]]] = [
-        *(("prefill", (0, 1, 5), (3,)), ("decode", (0, 1), (3, 4)), ("decode", (9,), (3, 4))),
+        *(("prefill", (0, 1, 5), (3,)), ("decode", (0, 1), (3, 4)), ("decode", (9,), (3, 4)))
     ]
     for number, (phase, *layers) in enumerate(steps):
         iteration = Iteration(number, phase, (7,), (1,))

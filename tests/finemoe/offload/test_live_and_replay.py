@@ -105,11 +105,7 @@ def live(
 
 
 def replayed(
-    trace: dict[int, TracedRequest],
-    shape: ModelShape,
-    policy: Policy,
-    plan: MemoryPlan,
-    size: int,
+    trace: dict[int, TracedRequest], shape: ModelShape, policy: Policy, plan: MemoryPlan, size: int
 ) -> list[LayerOutcome]:
     """Replay the trace, with links that are fast against everything else."""
     line = Line(SLOW)
