@@ -1,5 +1,6 @@
 """Engines of a test's size: small models, testbeds, requests, and policies as runs build them."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,14 @@ def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:
     return folder
 
 
+def into_cache(hub: Path, name: str, model: Path) -> None:
+    """Put a saved model into a cache of the hub, as its only revision."""
+    cached, revision = hub / f"models--{name}", "a" * 40
+    shutil.copytree(model, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+
+
 def page_locks(monkeypatch: pytest.MonkeyPatch, limit: int) -> dict[int, int]:
     """Let CUDA's runtime lock up to `limit` blocks of host memory; return those that are locked."""
     locked: dict[int, int] = {}
@@ -141,10 +150,11 @@ def offloading(
     slots: tuple[int, ...],
     timeline: Any = None,
     protect: bool = False,
+    testbed: Testbed | None = None,
     **links: Any,
 ) -> LiveRuntime:
-    """Return a runtime with so many slots on each emulated device; `links` as in `emulated`."""
-    testbed, nbytes = emulated(len(slots), **links), model.store.layout.nbytes
+    """Return a runtime with so many slots on each device, emulated by `links` if none is given."""
+    testbed, nbytes = testbed or emulated(len(slots), **links), model.store.layout.nbytes
     if policy.set_machine:
         policy.set_machine(machine(slots))
     return offloading_runtime(model, policy, testbed, slots, nbytes, timeline, protect)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from baselines.promoe import LearnedPredictor, ProMoEPolicy
 from finemoe.offload.policy import (
     ExpertId,
-    FloatArray,
     Gates,
     GateWeights,
     Iteration,
@@ -54,7 +53,7 @@ def policy_of(case: Case, learned: bool = False) -> Policy:
     policy, shape = configured(case.system, case.shape, **case.options), case.shape
     draw = np.random.default_rng(case.seed)
 
-    def normal(*size: int) -> FloatArray:
+    def normal(*size: int) -> Any:
         return draw.normal(size=size).astype(np.float32)
 
     biases = normal(shape.layers, shape.experts) if case.seed % 2 else None
@@ -72,7 +71,7 @@ def policy_of(case: Case, learned: bool = False) -> Policy:
     return policy
 
 
-def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, Gates]]:
+def routed(case: Case) -> Iterator[tuple[Iteration, Any, Gates]]:
     """Yield iterations with their embeddings (T, h) and what their gates say."""
     rng = np.random.default_rng(case.seed)
     layers, experts, width = case.shape.layers, case.shape.experts, case.shape.hidden_size

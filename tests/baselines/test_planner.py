@@ -12,7 +12,6 @@ from baselines.gate_predictor import GatePredictor, Regression
 from baselines.planner import UseValue, planner
 from finemoe.offload.policy import (
     ExpertId,
-    FloatArray,
     Gates,
     GateWeights,
     Iteration,
@@ -25,10 +24,10 @@ from tests.finemoe.offload.states import decode, gate
 
 SMALL = ModelShape(layers=2, experts=2, top_k=1, hidden_size=2)
 WIDE = ModelShape(layers=5, experts=4, top_k=2, hidden_size=6)
-Event = tuple[Iteration, FloatArray, Any]
+Event = tuple[Iteration, Any, Any]
 
 
-def normal(rng: np.random.Generator, *size: int) -> FloatArray:
+def normal(rng: np.random.Generator, *size: int) -> Any:
     return rng.normal(size=size).astype(np.float32)
 
 

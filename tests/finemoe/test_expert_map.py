@@ -38,12 +38,6 @@ def numbered_store(capacity: int, entries: int) -> ExpertMapStore:
     return store
 
 
-def assert_same(one: ExpertMapStore, other: ExpertMapStore) -> None:
-    assert np.array_equal(one.maps, other.maps)
-    assert np.array_equal(one.embeddings, other.embeddings)
-    assert np.array_equal(one.prefix_norms, other.prefix_norms)
-
-
 def saved(store: ExpertMapStore, folder: Path) -> Path:
     path = folder / "store.safetensors"
     store.save(path, MODEL)
@@ -94,7 +88,8 @@ def test_a_batch_enters_as_one_iteration_after_the_other(stored: int) -> None:
     embeddings = rng.random((7, SHAPE.hidden_size), dtype=np.float32)
     singly = [one_by_one.add(rows[:, one], embeddings[one]) for one in range(7)]
     assert together.add_all(rows, embeddings) == singly
-    assert_same(together, one_by_one)
+    for name in ("maps", "embeddings", "prefix_norms"):
+        assert np.array_equal(getattr(together, name), getattr(one_by_one, name))
 
 
 def test_loading_adds_to_what_is_there(tmp_path: Path) -> None:

@@ -25,16 +25,8 @@ from experiments.run.models import FAMILIES, small_model
 from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing
-from tests.engine import (
-    OPTIONS,
-    configured,
-    logits_of,
-    offloaded,
-    offloading,
-    prepared,
-    recorded,
-    requests,
-)
+from tests import engine
+from tests.engine import OPTIONS, logits_of, offloaded, prepared, requests
 from tests.fuzz import fuzzed
 
 PATIENCE_S = 60.0
@@ -95,7 +87,7 @@ def plain(family: str) -> PlainRuntime:
 def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], Routing]:
     """Return the plain model's logits, and what its gates choose."""
     logits = logits_of(plain(family), requests(batch, length))
-    return logits, recorded(shared(family), requests(batch, length))[1]
+    return logits, engine.recorded(shared(family), requests(batch, length))[1]
 
 
 @st.composite
@@ -123,7 +115,7 @@ def cases(draw: st.DrawFn) -> Case:
 def policy_of(case: Case) -> Policy:
     """Return the case's policy as its YAML describes it, prepared as a run prepares it."""
     model = shared(case.family)
-    policy = configured(case.system, model.shape, **case.options)
+    policy = engine.configured(case.system, model.shape, **case.options)
     prepared(policy, model, case.history)
     if policy.set_future_routing:
         policy.set_future_routing(expected(case.family, case.batch, case.length)[1])
@@ -135,7 +127,7 @@ def serve(case: Case, policy: Policy) -> None:
     model = shared(case.family)
     links = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
     logits, _ = expected(case.family, case.batch, case.length)
-    runtime = offloading(model, policy, case.slots, protect=case.protect, **links)
+    runtime = engine.offloading(model, policy, case.slots, protect=case.protect, **links)
     with runtime:
         computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()

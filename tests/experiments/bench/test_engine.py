@@ -46,12 +46,8 @@ def test_a_replays_speed_is_of_the_layers_that_it_served(tmp_path: Path) -> None
 def test_every_call_of_each_system_is_timed(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(prediction_bench, "CALLS", 3)
     monkeypatch.setattr(prediction_bench, "REQUESTS", 2)
-    prediction_bench.main(
-        [
-            *("models=qwen", "systems=finemoe,deepspeed", "model.hidden_size=4096"),
-            f"output={tmp_path / 'times.json'}",
-        ]
-    )
+    words = ["models=qwen", "systems=finemoe,deepspeed", "model.hidden_size=4096"]
+    prediction_bench.main([*words, f"output={tmp_path / 'times.json'}"])
     times = {one["system"]: one for one in written(tmp_path / "times.json")["times"]}
     assert times.keys() == {"finemoe", "deepspeed"}
     assert all(one["gate"] > 0 for one in times.values())

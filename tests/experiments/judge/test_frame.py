@@ -7,13 +7,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder, run_frame
 from experiments.run.records import read_record, write_record
-from tests.command import ROOT
+from tests.command import config
 
 PROVENANCE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -26,10 +25,9 @@ PROVENANCE = {
 
 
 @lru_cache
-def config(*overrides: str) -> Any:
+def settings_of(*overrides: str) -> Any:
     """Return the resolved config of a simulated run, as data; not to be changed."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", ["testbed=rtx3090x6", "output=unused", *overrides])
+    composed = config("config", "testbed=rtx3090x6", "output=unused", *overrides)
     return OmegaConf.to_container(composed, resolve=True)
 
 
@@ -43,16 +41,10 @@ def leave_run(
 ) -> Path:
     """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
     table = pd.DataFrame({"request": range(len(batches)), "batch": batches, "tpot_s": tpots})
-    table = table.assign(
-        input_tokens=5,
-        output_tokens=11,
-        ttft_s=10 * table["tpot_s"],
-        e2el_s=20 * table["tpot_s"],
-        hits=hits,
-        late=4,
-        misses=[6 - hit for hit in hits],
-    )
-    settings = config(*overrides)
+    table = table.assign(input_tokens=5, output_tokens=11, hits=hits, late=4)
+    table["ttft_s"], table["e2el_s"] = 10 * table["tpot_s"], 20 * table["tpot_s"]
+    table["misses"] = 6 - table["hits"]
+    settings = settings_of(*overrides)
     return leave_record(
         folder,
         settings,

@@ -24,6 +24,7 @@ from finemoe.costs import CountedModel, RooflineCosts
 from finemoe.offload.device import Dispatch
 from tests.architectures import saved
 from tests.command import ROOT, SMALL, carried_out, composed, config, record_of, unlike
+from tests.engine import into_cache
 from tests.finemoe.test_costs import RTX_3090
 
 PUBLISHED: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
@@ -129,10 +130,7 @@ def test_an_experiment_takes_the_model_from_the_weights(folders: dict[str, Path]
 
 
 def test_a_hub_id_is_enough(folders: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
-    cached, revision = tmp_path / "models--someone--Large.MoE", "a" * 40
-    shutil.copytree(folders["jamba"], cached / "snapshots" / revision)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(revision)
+    into_cache(tmp_path, "someone--Large.MoE", folders["jamba"])
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     cfg = composed("model=checkpoint", "weights=someone/Large.MoE", f"output={tmp_path / 'run'}")
     record = run(cfg, Console(quiet=True))

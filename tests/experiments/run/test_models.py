@@ -20,7 +20,7 @@ from experiments.run.datasets import template
 from experiments.run.models import check_weights, load_model
 from experiments.run.weights import SCALE_MODELS, fingerprint
 from tests.command import composed, refusal, run_command, unlike
-from tests.engine import page_locks, saved_mixtral
+from tests.engine import into_cache, page_locks, saved_mixtral
 
 FACTS = {"layers": 2, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
 CPU = torch.device("cpu")
@@ -49,12 +49,6 @@ def loaded(weights: Path | str, **facts: Any) -> Any:
 
 def shard(folder: Path) -> Path:
     return min(folder.glob("model-*.safetensors"))
-
-
-def edit(folder: Path, name: str = "config.json", **changes: Any) -> None:
-    """Change keys of a JSON file of a checkpoint."""
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def remove(folder: Path, pattern: str) -> None:
@@ -108,7 +102,8 @@ def test_a_damaged_checkpoint_is_refused_with_its_cause(cause: str, folder: Path
 def test_an_odd_config_runs_no_code(cause: str, folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     changes = ODD_CONFIGS[cause]
-    edit(folder, **changes)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     ran = folder / "ran"
     (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
     # The model's YAML says the same, as far as it says it.
@@ -148,11 +143,7 @@ def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_network_the_cache_is_used(whole: Path, unreachable: Path, capfd: Any) -> None:
-    cached = unreachable / "models--someone--toy"
-    revision = "a" * 40
-    shutil.copytree(whole, cached / "snapshots" / revision)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text(revision)
+    into_cache(unreachable, "someone--toy", whole)
     assert loaded("hub").offloaded.shape.layers == 2
     assert capfd.readouterr().err.count("what the cache holds is used") == 1
     with pytest.raises(UserError, match=r"2 x 4 experts.*2 x 5 experts"):

@@ -43,12 +43,10 @@ def test_a_live_run_leaves_its_routing_and_a_timeline(live: Path) -> None:
 
 def test_a_policy_is_told_what_links_share(live: Path, tmp_path: Path) -> None:
     # Six links of 75 GB/s ask for 2.7 times what the host's memory gives.
-    def ttft(threshold: float, *overrides: str) -> float:
-        option = f"system.threshold={threshold}"
+    def ttft(threshold: float, *overrides: str) -> Any:
+        words = "system=planner", f"system.threshold={threshold}", *overrides
         folder = tmp_path / f"{threshold}-{len(overrides)}"
-        record = replay(folder, live / "trace.parquet", "system=planner", option, *overrides)
-        mean: float = record["summary"]["ttft_s"]["mean"]
-        return mean
+        return replay(folder, live / "trace.parquet", *words)["summary"]["ttft_s"]["mean"]
 
     assert ttft(0.1, "testbed.link.gb_s=96") == ttft(0.6, "testbed.link.gb_s=96")
     assert ttft(0.1) != ttft(0.6)

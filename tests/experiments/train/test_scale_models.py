@@ -15,13 +15,8 @@ from experiments.train.scale_models import Training, train
 from tests.command import ROOT, config
 
 TOY = (
-    "tokens=256",
-    "sequence_length=32",
-    "batch_sequences=1",
-    "evaluate_every=4",
-    "evaluate_sequences=2",
-    "warmup_steps=2",
-    "vocabulary=300",
+    *("tokens=256", "sequence_length=32", "batch_sequences=1", "evaluate_every=4"),
+    *("evaluate_sequences=2", "warmup_steps=2", "vocabulary=300"),
     "model.scale.config.num_hidden_layers=2",
 )
 README = (ROOT / "README.md").read_text().split("\n\n")

@@ -23,7 +23,7 @@ from experiments.run.models import load_model, small_model
 from experiments.run.protocol import run
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Server
-from finemoe.assemble import measured_machine, offloading_runtime, resident_runtime
+from finemoe.assemble import measured_machine, resident_runtime
 from finemoe.offload import device
 from finemoe.offload.device import CudaLink, ExpertKernel
 from finemoe.offload.live import LiveRuntime
@@ -32,19 +32,9 @@ from finemoe.offload.policy import Iteration, Policy, Routing
 from finemoe.offload.transfer import Chunk
 from finemoe.testbed import Testbed
 from finemoe.trace import TraceReader
-from tests import engine as given
+from tests import engine
 from tests.command import config
-from tests.engine import (
-    OPTIONS,
-    configured,
-    logits_of,
-    offloaded,
-    prepared,
-    recorded,
-    requests,
-    saved_mixtral,
-    serve,
-)
+from tests.engine import OPTIONS, configured, logits_of, offloaded, prepared, requests
 from tests.pretend_cuda import Event, Machine, Stream, join, pretend_cuda
 
 SYSTEMS = [*OPTIONS, "resident"]
@@ -69,7 +59,7 @@ def expected(family: str) -> tuple[list[Tensor], Routing]:
     """Return logits on the CPU with every expert resident, and the routing of every iteration."""
     model = offloaded(family)
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        return logits_on(runtime), recorded(model, *BATCHES)[1]
+        return logits_on(runtime), engine.recorded(model, *BATCHES)[1]
 
 
 def logits_on(runtime: LiveRuntime | PlainRuntime) -> list[Tensor]:
@@ -86,22 +76,15 @@ def machine(devices: int = 1, **options: Any) -> Iterator[Machine]:
         assert (sum(made.allocated), made.locked) == (0, {})
 
 
-def on_devices(made: Machine) -> tuple[torch.device, ...]:
-    return tuple(torch.device("cuda", index) for index in range(made.devices))
-
-
 @contextmanager
 def offloading(
-    made: Machine, model: OffloadedModel, policy: Policy, slots: int, chunk_bytes: int = 1024
+    made: Machine, model: OffloadedModel, policy: Policy, slots: int
 ) -> Iterator[LiveRuntime]:
     """Enter a runtime with `slots` on each device, all of which are still at something else."""
-    devices = on_devices(made)
-    testbed = Testbed("pretended", "measured", devices, chunk_bytes)
+    devices = tuple(torch.device("cuda", index) for index in range(made.devices))
+    testbed = Testbed("pretended", "measured", devices, chunk_bytes=1024)
     busy = [torch.zeros(8, device=one) for one in devices]
-    each, nbytes = (slots,) * made.devices, model.store.layout.nbytes
-    if policy.set_machine:
-        policy.set_machine(given.machine(each))
-    with offloading_runtime(model, policy, testbed, each, nbytes) as runtime:
+    with engine.offloading(model, policy, (slots,) * made.devices, testbed=testbed) as runtime:
         yield runtime
     assert len(busy) == made.devices
     runtime.residency.cache.check_integrity()
@@ -143,7 +126,7 @@ def test_every_system_serves_the_same_logits(devices: int, family: str, system: 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that run.py serves a saved model of 3 layers with."""
-    weights = saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
+    weights = engine.saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
     facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
     told = [f"model.{name}={value}" for name, value in facts.items()]
     return [f"weights='{weights}'", *told, "testbed=local", "testbed.chunk_mb=0.1"]
@@ -184,7 +167,7 @@ def test_host_logits_are_not_lossless(tiny: list[str], tmp_path: Path, monkeypat
     def measured(*facts: Any) -> Any:
         found = measure(*facts)
         assert min(found.load, found.host(1), found.device(1)) > 0
-        return given.machine(facts[2])
+        return engine.machine(facts[2])
 
     monkeypatch.setattr(live, "measured_machine", measured)
     words = [*tiny, *OFFLINE, "memory_budget=50%", "system=fiddler", f"output='{tmp_path}'"]
@@ -331,18 +314,17 @@ def test_memory_that_is_freed_or_rewritten_too_early_is_found() -> None:
     assert "host memory is written before a copy from it" in made.hazards[1]
 
 
-def per_decode(made: Machine, runtime: Any, batch: int = 1) -> tuple[int, int]:
+def per_decode(made: Machine, runtime: Any) -> tuple[int, int]:
     """Return the kernels that a decode iteration launches, and how often it waits for a device."""
-    backend, seen = LiveBackend(runtime), list[tuple[int, int]]()
+    seen = [(made.kernels.total(), made.waits.total())]
 
     def count(_: Any) -> None:
         seen.append((made.kernels.total(), made.waits.total()))
-        made.reset()
 
-    made.reset()
-    server = Server(backend, listeners=[count])
-    list(server.serve(FixedBatches(requests(batch, 7, output=OUTPUT), batch)))
-    return seen[-1]
+    server = Server(LiveBackend(runtime), listeners=[count])
+    list(server.serve(FixedBatches(requests(1, 7, output=OUTPUT), 1)))
+    (kernels, waits), (all_kernels, all_waits) = seen[-2:]
+    return all_kernels - kernels, all_waits - waits
 
 
 class Generating(PlainRuntime):
@@ -406,7 +388,7 @@ def test_devices_compute_their_experts_at_the_same_time(monkeypatch: pytest.Monk
         model = on_cuda("olmoe")
         each = model.shape.size // made.devices
         with offloading(made, model, OnDemandPolicy(model.shape), each) as runtime:
-            serve(runtime, requests(3, 7, output=1))
+            engine.serve(runtime, requests(3, 7, output=1))
         del model, runtime
     apart = [(a, b) for a, b in pairwise(ran) if a[0] != b[0]]
     ordered = [b[1].get(a[0], 0) >= a[2] for a, b in apart]

@@ -14,21 +14,18 @@ import torch
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.testbeds import cores_apart
-from finemoe.assemble import offloading_runtime
 from finemoe.offload.live import LiveRuntime, Worker
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import (
     ExpertId,
-    FloatArray,
     Gate,
     Iteration,
     LayerOutcome,
     ModelShape,
     Placement,
     Policy,
-    Priorities,
 )
-from tests.engine import emulated, offloaded
+from tests.engine import emulated, offloaded, offloading
 from tests.finemoe.offload.states import asking
 
 affinity: Callable[[int], set[int]] = getattr(os, "sched_getaffinity", lambda _: set())
@@ -45,8 +42,7 @@ def runtime(
     model: OffloadedModel, policy: Policy, slots: int = 6, cores: Any = None, devices: int = 1
 ) -> LiveRuntime:
     testbed = replace(emulated(devices), cores=cores)
-    stored = model.store.layout.nbytes
-    return offloading_runtime(model, policy, testbed, (slots,) * devices, stored)
+    return offloading(model, policy, (slots,) * devices, testbed=testbed)
 
 
 def serve_and_drain(live: LiveRuntime) -> None:
@@ -64,7 +60,7 @@ class Spy(OnDemandPolicy):
         self.cores: dict[str, set[int]] = {}
         self.gates: list[Gate] = []
         self.outcomes: list[LayerOutcome] = []
-        self.act: Callable[[Gate], Priorities | None] = lambda gate: None
+        self.act: Callable[[Gate], Any] = lambda gate: None
 
     def _note(self, call: str = "") -> None:
         thread = threading.current_thread().name
@@ -72,10 +68,10 @@ class Spy(OnDemandPolicy):
         if call:
             self.calls.append((call, thread))
 
-    def on_embeddings(self, iteration: Iteration, embeddings: FloatArray) -> None:
+    def on_embeddings(self, iteration: Iteration, embeddings: Any) -> None:
         self._note(f"embeddings {embeddings.shape}")
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+    def on_gate(self, iteration: Iteration, gate: Gate) -> Any:
         self._note(f"gate {gate.layer}")
         self.gates.append(gate)
         return self.act(gate)

@@ -8,16 +8,8 @@ import torch
 from experiments.run.live import PlainRuntime
 from experiments.run.models import FAMILIES, small_model
 from finemoe.assemble import resident_runtime
-from tests.engine import (
-    OPTIONS,
-    configured,
-    emulated,
-    logits_of,
-    offloaded,
-    offloading,
-    prepared,
-    requests,
-)
+from tests import engine
+from tests.engine import OPTIONS, logits_of, offloaded, offloading, prepared, requests
 
 FEW: dict[str, dict[str, Any]] = {
     "finemoe": {"store_capacity": 3},
@@ -45,7 +37,7 @@ def test_budgets_are_lossless(family: str, dtype: torch.dtype, batch: int, devic
     for total in {max(shape.top_k, devices), shape.size // 2, shape.size}:
         slots = tuple(len(range(device, total, devices)) for device in range(devices))
         for system in systems(family):
-            policy = prepared(configured(system, shape, **FEW.get(system, {})), model)
+            policy = prepared(engine.configured(system, shape, **FEW.get(system, {})), model)
             with offloading(model, policy, slots, chunk_bytes=1024) as runtime:
                 logits = logits_of(runtime, served)
             assert len(logits) == len(expected) == 5
@@ -58,7 +50,7 @@ def test_residents_spread_over_devices_serve_the_same_logits(family: str) -> Non
     served = requests(3, 7)
     expected = logits_of(PlainRuntime(small_model(family)), served)
     model = offloaded(family)
-    policy, devices = configured("on_demand", model.shape), emulated(3).devices
+    policy, devices = engine.configured("on_demand", model.shape), engine.emulated(3).devices
     with resident_runtime(model, policy, devices) as runtime:
         assert all(map(torch.equal, logits_of(runtime, served), expected))
         experts = range(model.shape.size)

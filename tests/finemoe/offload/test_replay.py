@@ -2,24 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.eviction import Recency
-from finemoe.offload.policy import (
-    ExpertId,
-    Gate,
-    Iteration,
-    LayerOutcome,
-    ModelShape,
-    Need,
-    Placement,
-    Policy,
-    Priorities,
-)
+from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Need, Placement, Policy
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
@@ -36,12 +26,12 @@ BYTES, CHUNK = 8, 2
 class Scripted(Policy):
     """Requests what the test says, after the gate of layer 0."""
 
-    def __init__(self, requests: dict[tuple[int, int], float], **placement: object) -> None:
-        self.placement = Placement(**placement)  # type: ignore[arg-type]
+    def __init__(self, requests: dict[tuple[int, int], float], **placement: Any) -> None:
+        self.placement = Placement(**placement)
         self.requests = asking(SHAPE, requests) if requests else None
         self.usage = Recency(SHAPE)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+    def on_gate(self, iteration: Any, gate: Any) -> Any:
         return None if gate.layer else self.requests
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
@@ -50,7 +40,7 @@ class Scripted(Policy):
     def on_load(self, expert: ExpertId) -> None:
         self.usage.on_load(expert)
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Any:
         return self.usage.eviction_keys(incoming, urgent)
 
 
@@ -141,7 +131,7 @@ def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
 
 def test_awaiting_ends_when_no_slot_can_be_had() -> None:
     class Stubborn(Scripted):
-        def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Any:
             return np.full((SHAPE.layers, SHAPE.experts), -np.inf)
 
     requests = {(1, j): 1.0 for j in range(4)}

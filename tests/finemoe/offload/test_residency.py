@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from finemoe.offload.policy import (
     ExpertId,
@@ -32,7 +31,7 @@ class LowestFirst(Policy):
 
     keys = -np.arange(12.0).reshape(3, 4)
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Any:
         return self.keys
 
 
