@@ -253,5 +253,5 @@ def test_told_of_nothing_it_is_the_planner() -> None:
     plain.predictor.set_gates(GateWeights(np.zeros((2, 2, 2), np.float32)))
     plain.begin_serving()
     embeddings = np.ones((1, 2), np.float32)
-    first, second = (one.on_embeddings(decode(0, 5), embeddings) for one in (told, plain))
-    assert np.array_equal(first, second)
+    both: Any = [one.on_embeddings(decode(0, 5), embeddings) for one in (told, plain)]
+    assert np.array_equal(*both)

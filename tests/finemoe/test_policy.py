@@ -9,7 +9,7 @@ import pytest
 from finemoe.offload.policy import ExpertId, FloatArray, Gate, Iteration, LayerOutcome, ModelShape
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
-from tests.finemoe.offload.states import array, asked
+from tests.finemoe.offload.states import DECODE, array, asked, gate
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
 OPTIONS = FineMoEOptions(prefetch_distance=2, aggregation="mean")
@@ -17,7 +17,6 @@ DEMO = replace(OPTIONS, variant="demo")
 TAIL = 1e-6
 INCOMING = ExpertId(0, 0)
 
-DECODE = Iteration(0, "decode", (0,), (1,))
 LIKELY = (0.5, 0.25, 0.125, 0.125)
 Requests = dict[tuple[int, int], float]
 
@@ -25,10 +24,6 @@ Requests = dict[tuple[int, int], float]
 def rolled(shift: int) -> FloatArray:
     """Map whose layer l likes expert l + shift best, the next one half as much, then equals."""
     return np.stack([np.roll(array(*LIKELY), layer + shift) for layer in range(4)])
-
-
-def gate(layer: int, *rows: object) -> Gate:
-    return Gate(layer, array(*rows), (0,), None)
 
 
 def policy_with(
@@ -76,8 +71,6 @@ def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> N
 # takes 0.5 + 0.25, the demo stops at 0.5. Rows of rolled(0): layer l likes l, then l + 1 mod 4.
 ONE = (array(1, 0), rolled(0))
 QUERY = array((7, 24))
-
-
 # The paper counts layers from before the first one, the demo decays over the band.
 PAPER_FIRST: Requests = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
 DEMO_FIRST: Requests = {
@@ -105,28 +98,20 @@ def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:
 # A gate that puts all on expert 3 has cosine 0.125 / |LIKELY| = 0.125 / 0.5863 = 0.2132 with row
 # 0, so delta = 0.7868 and the paper takes 0.5 + 0.25 + 0.125, the demo 0.5 + 0.25.
 SURPRISE = (0, 0, 0, 1)
-
-
 # The demo's band starts at the target and ends before layer 4: 1 - 0/5 and 1 - 1/5 of two layers.
 DEMO_BAND: Requests = {
     **{(layer, index): TAIL for layer in (2, 3) for index in range(4)},
     **{(2, 2): TAIL + 0.5, (2, 3): TAIL + 0.25},
     **{(3, 3): TAIL + 0.5 * 0.8, (3, 0): TAIL + 0.25 * 0.8},
 }
-ALL_LAYERS: Requests = {
-    **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
-    **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
-}
-BEYOND: Requests = {expert: p for expert, p in ALL_LAYERS.items() if expert[0] == 3}
+AT_DISTANCE: Requests = {(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2}
+BEYOND: Requests = {(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3}
 AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Requests]] = {
-    "the layer at the distance": (
-        *({}, 0, SURPRISE),
-        {(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
-    ),
+    "the layer at the distance": ({}, 0, SURPRISE, AT_DISTANCE),
     "K experts of a sure gate": ({}, 1, np.roll(LIKELY, 1), {(3, 3): 0.5 / 2}),
     "no layer that does not exist": ({}, 2, SURPRISE, {}),
     "no layer that does not exist, horizon all": ({"horizon": "all"}, 3, SURPRISE, {}),
-    "every layer from the distance on": ({"horizon": "all"}, 0, SURPRISE, ALL_LAYERS),
+    "every layer from the distance on": ({"horizon": "all"}, 0, SURPRISE, AT_DISTANCE | BEYOND),
     "all but the layer at the distance": ({"horizon": "demo"}, 0, SURPRISE, BEYOND),
     "the demo, decaying": ({"variant": "demo", "horizon": "all"}, 0, SURPRISE, DEMO_BAND),
     "the demo, a single target": (

@@ -125,7 +125,7 @@ def policy_of(case: Case) -> Policy:
 def serve(case: Case, policy: Policy) -> None:
     """Serve the case; its logits are the plain model's, its slots are never too many."""
     model = shared(case.family)
-    links = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
+    links: Any = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
     logits, _ = expected(case.family, case.batch, case.length)
     runtime = engine.offloading(model, policy, case.slots, protect=case.protect, **links)
     with runtime:

@@ -54,17 +54,12 @@ class Results:
         config: dict[str, Any] = {"system": {"label": system, **options}, "testbed": {}, "seed": 0}
         config |= {"model": {"name": model, "hub_id": "a/model", "prefetch_distance": 3}}
         config |= {"workload": {"batch_size": 1}, "memory_budget": budget, "weights": "scale"}
-        facts = {
-            "bytes_prefetched": 3_000_000_000,
-            "bytes_on_demand": 6_000_000_000,
-            "bytes_wasted": 1_500_000_000,
-            "phase_seconds": {"context_collection": 0.3, "on_demand_wait": 4.0},
-            "busy_seconds": 10.0,
-            "bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25},
-            "peak_slot_bytes": int(budget * 1e9),
-            "dense_bytes": 0,
-            **summary,
-        }
+        facts: dict[str, Any] = {"bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25}}
+        facts |= {"phase_seconds": {"context_collection": 0.3, "on_demand_wait": 4.0}}
+        sizes = {"bytes_prefetched": 3.0, "bytes_on_demand": 6.0, "bytes_wasted": 1.5}
+        sizes |= {"peak_slot_bytes": budget, "dense_bytes": 0.0}
+        facts |= {name: int(gb * 1e9) for name, gb in sizes.items()}
+        facts |= {"busy_seconds": 10.0, **summary}
         identity = json.dumps([config, dataset, mode, requests.to_dict()], default=str)
         digest = hashlib.sha256(identity.encode()).hexdigest()
         folder = self.root / "runs" / digest

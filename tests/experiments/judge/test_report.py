@@ -23,9 +23,9 @@ def test_both_say_every_verdict_and_show_every_figure_that_is_there(tmp_path: Pa
         row = page.split(f'<tr id="{verdict.id}">')[1].split("</tr>")[0]
         assert f">{verdict.verdict}</span>" in row
         assert f"| {verdict.text} `{verdict.id}` | **{verdict.verdict}** |" in markdown
-    for row in system_table(results.folder.runs_of("10")).to_numpy():
-        assert f"| {' | '.join(row)} |\n" in markdown
-        assert all(f"<td>{value}</td>" in page for value in row)
+    for cells in system_table(results.folder.runs_of("10")).to_numpy():
+        assert f"| {' | '.join(cells)} |\n" in markdown
+        assert all(f"<td>{value}</td>" in page for value in cells)
     assert page.count("data:image/png;base64,") == 1
     assert "&lt;scale&gt; weights" in page
     for name in IDS:

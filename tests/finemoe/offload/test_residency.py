@@ -1,6 +1,5 @@
 """How gates and requests become cache and queue operations, and how accesses are classified."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,12 @@ class LowestFirst(Policy):
         return self.keys
 
 
-def residency(*slots: int, protect: bool = False) -> Residency:
+def residency(*slots: int, protect: bool = False, policy: Policy | None = None) -> Residency:
+    """Return one whose first iteration has begun."""
     plan = MemoryPlan(slots, EXPERT_BYTES, CHUNK_BYTES, protect)
-    return Residency(SHAPE, plan, LowestFirst())
+    made = Residency(SHAPE, plan, policy or LowestFirst())
+    made.begin_iteration(decode(0, 0))
+    return made
 
 
 @pytest.mark.parametrize("replaces", [False, True])
@@ -60,7 +62,6 @@ def test_requests_for_layers_that_ran_may_be_for_the_next_iteration(wraps: bool)
         engine.prefetch(number, ranked(*experts), engine.policy.on_gate, layer)
         return requested(engine)
 
-    engine.begin_iteration(decode(0, 0))
     for layer in (0, 1):
         engine.gate(decode(0, 0), layer, ())
     # Layer 1 ran before the answer to the gate of layer 0 came.
@@ -122,15 +123,8 @@ def at(layer: int, index: int) -> int:
     return layer * SHAPE.experts + index
 
 
-def release(engine: Residency, layer: int, indices: Iterable[int]) -> None:
-    for index in indices:
-        engine.release(at(layer, index))
-
-
 def test_an_access_is_a_hit_late_or_a_miss() -> None:
-    engine = residency(4)
-    now = decode(0, 0)
-    engine.begin_iteration(now)
+    engine, now = residency(4), decode(0, 0)
     ask(engine, 0, (0, 2), (0, 0), (0, 3))
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied, expert 3 queued
     outcome = engine.gate(now, 0, (0, 1, 2, 3))
@@ -144,7 +138,6 @@ def test_an_access_is_a_hit_late_or_a_miss() -> None:
 
 def test_a_gate_cancels_the_prefetches_of_its_layer_that_it_did_not_choose() -> None:
     engine = residency(4)
-    engine.begin_iteration(decode(0, 0))
     ask(engine, 0, (0, 0), (0, 1), (1, 0), (0, 2))
     copy(engine, 1)
     engine.gate(decode(0, 0), 0, (1,))
@@ -165,9 +158,8 @@ class Hosting(LowestFirst):
 
 
 def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
-    policy, plan = Hosting({3, 0}), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine, now = Residency(SHAPE, plan, policy), decode(0, 0)
-    engine.begin_iteration(now)
+    policy, now = Hosting({3, 0}), decode(0, 0)
+    engine = residency(4, policy=policy)
     ask(engine, 0, (0, 2), (0, 0))
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied
     outcome = engine.gate(now, 0, (0, 1, 2, 3), [1, 5, 2, 4])
@@ -179,15 +171,15 @@ def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
     assert copy_all(engine) == [(0, 1)]
     assert engine.traffic() == Traffic(prefetched=15, on_demand=10, wasted=5)
     # It is asked only where something is missing.
-    release(engine, 0, (1, 2))
+    for index in (1, 2):
+        engine.release(at(0, index))
     engine.gate(decode(1, 0), 0, (1, 2), [0, 1, 1])
     assert len(policy.asked) == 1
 
 
 def test_who_may_have_the_host_compute_is_told_what_links_copy() -> None:
-    policy, plan = Hosting([]), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine = Residency(SHAPE, plan, policy)
-    engine.begin_iteration(decode(0, 0))
+    policy = Hosting([])
+    engine = residency(4, policy=policy)
     ask(engine, 0, (0, 2), (0, 0))
     engine.next_chunk(0)
     engine.gate(decode(0, 0), 0, (0, 1, 2), [1, 1, 1])
@@ -196,8 +188,7 @@ def test_who_may_have_the_host_compute_is_told_what_links_copy() -> None:
 
 @pytest.mark.parametrize("answer", [None, 3, [2], [0, 7]])
 def test_the_host_computes_only_what_is_missing(answer: object) -> None:
-    plan = MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine = Residency(SHAPE, plan, Hosting(answer))
+    engine = residency(4, policy=Hosting(answer))
     engine.preload()
     with pytest.raises(PolicyError, match=r"^Hosting.host_experts, layer 1: answered "):
         engine.gate(decode(0, 0), 1, (0, 1), [1, 1])
@@ -205,7 +196,6 @@ def test_the_host_computes_only_what_is_missing(answer: object) -> None:
 
 def test_requests_for_the_next_iteration_are_kept_until_it_runs() -> None:
     engine = residency(4)
-    engine.begin_iteration(decode(0, 0))
     for layer in range(3):
         engine.gate(decode(0, 0), layer, ())
     assert ask(engine, 1, (0, 0), (1, 1))
@@ -218,11 +208,10 @@ def test_requests_for_the_next_iteration_are_kept_until_it_runs() -> None:
 
 def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:
     engine = residency(2)
-    engine.begin_iteration(decode(0, 0))
     ask(engine, 0, (0, 0), (0, 1))
     copy_all(engine)
     assert kinds(engine.gate(decode(0, 0), 0, (0,))) == ((0,), (), ())
-    release(engine, 0, (0,))
+    engine.release(at(0, 0))
     engine.gate(decode(0, 0), 1, (0, 1))
     copy_all(engine)
     # Experts (0, 0) and (0, 1) were evicted; only the second was never used.
@@ -233,7 +222,6 @@ def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:
 def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: bool) -> None:
     """The policy's keys alone evict the lowest expert first."""
     engine = residency(2, protect=protect)
-    engine.begin_iteration(decode(0, 0))
     ask(engine, 0, (1, 0))
     copy_all(engine)
     ask(engine, 0, (1, 0), (1, 1), (2, 2))
@@ -245,7 +233,7 @@ def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: boo
     engine.gate(decode(0, 0), 0, (3,))
     assert copy_all(engine) == [(0, 3)]
     assert state(engine.cache, at(1, 0)) is State.ABSENT
-    release(engine, 0, (3,))
+    engine.release(at(0, 3))
     # Now (0, 3) can go, of the higher key, and does so for the prefetch of (2, 2).
     assert copy_all(engine) == [(2, 2)]
     # The gate of layer 1 does not choose (1, 1), which then leaves before the protected (2, 2).
@@ -256,7 +244,6 @@ def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: boo
 
 def test_protection_lasts_from_the_request_to_the_gate() -> None:
     engine = residency(4, protect=True)
-    engine.begin_iteration(decode(0, 0))
     ask(engine, 0, (1, 0))
     ask(engine, 0, (2, 0))
     assert engine.cache.protected.nonzero()[0].tolist() == [at(1, 0), at(2, 0)]
@@ -269,8 +256,7 @@ def test_protection_lasts_from_the_request_to_the_gate() -> None:
 def test_of_what_is_requested_only_the_most_wanted_of_a_layer_are_awaited() -> None:
     policy = LowestFirst()
     policy.placement = Placement("critical_path", awaited=True, awaits=(2, 1))
-    engine = Residency(SHAPE, MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES), policy)
-    engine.begin_iteration(decode(0, 0))
+    engine = residency(4, policy=policy)
     # Before layer 0, two layers ahead is layer 1: of (1, 2) and (1, 1) the first is awaited.
     engine.prefetch(0, ranked((0, 0), (1, 2), (1, 1)), policy.on_embeddings)
     copy(engine, 3)
@@ -298,9 +284,6 @@ def test_a_preload_fills_every_device_with_its_first_experts() -> None:
     assert kinds(engine.gate(decode(0, 0), 0, (0, 1, 3))) == ((0, 1, 3), (), ())
 
 
-TABLE = np.ones((3, 4))
-
-
 @pytest.mark.parametrize("protect", [False, True])
 @given(
     slots=st.lists(st.integers(1, 3), min_size=1, max_size=3),
@@ -312,10 +295,9 @@ def test_no_link_oversleeps(protect: bool, slots: list[int], steps: list[Any]) -
     engine.wake = asleep.clear
     pinned: list[int] = []
     now, layer = 0, -1
-    engine.begin_iteration(decode(now, 0))
     for what, device, index in steps:
         if what == "t":
-            engine.prefetch(now, TABLE, engine.policy.on_gate)
+            engine.prefetch(now, np.ones((3, 4)), engine.policy.on_gate)
         elif what == "l":
             engine.prefetch(now, ranked((device, index)), engine.policy.on_gate)
         elif what == "g" and not pinned:
