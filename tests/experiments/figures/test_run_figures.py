@@ -54,10 +54,10 @@ def test_two_records_of_one_cell_are_refused(tmp_path: Path) -> None:
 
 def test_the_parts_of_an_iteration_add_up(tmp_path: Path) -> None:
     parts = drawn("17", frame_of(tmp_path, ()), tmp_path).set_index("part")["milliseconds"]
-    # 12 s of three batches of 11 iterations; 6 s of waiting, 1 s of collecting.
-    assert parts["iteration"] == pytest.approx(12e3 / 33)
-    assert parts["on_demand_wait"] == pytest.approx(6e3 / 33)
-    assert parts["rest"] == pytest.approx(5e3 / 33)
+    # 12 s of three batches of 5 iterations; 4 s of waiting, 0.3 s of collecting.
+    assert parts["iteration"] == pytest.approx(12e3 / 15)
+    assert parts["on_demand_wait"] == pytest.approx(4e3 / 15)
+    assert parts["rest"] == pytest.approx(7.7e3 / 15)
     assert parts.isna().sum() == 3
 
 

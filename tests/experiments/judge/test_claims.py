@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from experiments.judge.claims import FAILS, HOLDS, UNTESTABLE, WEAKER, judge, lo
 from experiments.judge.frame import ResultsFolder
 from experiments.judge.report import write
 from tests.command import refusal, run_module
-from tests.experiments.judge.test_frame import PROVENANCE, leave_record
+from tests.experiments.judge.test_frame import PROVENANCE, leave_run
 
 BASELINES = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity")
 
@@ -37,41 +36,27 @@ class Results:
     def run(
         self,
         system: str,
-        tpot: Sequence[float] = (0.2, 0.3, 0.4),
-        hits: Sequence[int] = (),
-        model: str = "mixtral",
-        dataset: str = "docs",
-        budget: float = 6.0,
+        tpots: Sequence[float] = (0.2, 0.3, 0.4),
+        hits: Sequence[int] = (5, 5, 5),
+        *options: str,
         mode: str = "simulated",
-        options: Mapping[str, Any] = MappingProxyType({}),
-        summary: Mapping[str, Any] = MappingProxyType({}),
+        budget_gb: float = 6.0,
+        **summary: Any,
     ) -> str:
         """Write one run whose requests ask for ten experts each; return its digest."""
-        requests = pd.DataFrame({"request": range(len(tpot)), "tpot_s": tpot, "e2el_s": tpot})
-        requests["hits"], requests["ttft_s"] = hits or 5, tpot
-        requests["batch"], requests["misses"] = requests["request"], 9 - requests["hits"]
-        requests = requests.assign(output_tokens=5, late=1)
-        config: dict[str, Any] = {"system": {"label": system, **options}, "testbed": {}, "seed": 0}
-        config |= {"model": {"name": model, "hub_id": "a/model", "prefetch_distance": 3}}
-        config |= {"workload": {"batch_size": 1}, "memory_budget": budget, "weights": "scale"}
-        facts: dict[str, Any] = {"bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25}}
-        facts |= {"phase_seconds": {"context_collection": 0.3, "on_demand_wait": 4.0}}
-        sizes = {"bytes_prefetched": 3.0, "bytes_on_demand": 6.0, "bytes_wasted": 1.5}
-        sizes |= {"peak_slot_bytes": budget, "dense_bytes": 0.0}
-        facts |= {name: int(gb * 1e9) for name, gb in sizes.items()}
-        facts |= {"busy_seconds": 10.0, **summary}
-        identity = json.dumps([config, dataset, mode, requests.to_dict()], default=str)
-        digest = hashlib.sha256(identity.encode()).hexdigest()
-        folder = self.root / "runs" / digest
-        leave_record(folder, config, requests, dataset, mode, budget, **facts)
-        return digest
+        words = (f"system={system}", f"memory_budget={budget_gb}", *options)
+        identity = repr((words, tpots, hits, mode, summary)).encode()
+        folder = self.root / "runs" / hashlib.sha256(identity).hexdigest()
+        facts = {"tpots": tpots, "hits": hits, "mode": mode, "budget_gb": budget_gb}
+        leave_run(folder, *words, **facts, **summary)
+        return folder.name
 
     def against(
-        self, name: str, mine: Sequence[float], theirs: Sequence[float], *others: str, **more: Any
+        self, name: str, mine: Sequence[float], theirs: Sequence[float], *others: str
     ) -> None:
         """Write an experiment in which FineMoE takes `mine` and each other system `theirs`."""
-        made = [self.run(one, theirs, **more) for one in others or BASELINES]
-        self.experiment(name, self.run("finemoe", mine, **more), *made)
+        made = [self.run(one, theirs) for one in others]
+        self.experiment(name, self.run("finemoe", mine), *made)
 
     def experiment(self, name: str, *digests: str) -> None:
         folder = self.root / "experiments"
@@ -142,8 +127,8 @@ def test_means_over_cells(results: Results) -> None:
     # TPOT falls by 60 % on one model and by 40 % on another, whose requests take ten times as long.
     # Hit rates rise from 50 to 60 and from 10 to 20 %: 10 points over a mean of 30 % are a third.
     for model, base, mine, hits in (("mixtral", 1.0, 0.4, 5), ("qwen", 10.0, 6.0, 1)):
-        results.run("promoe", [base] * 3, [hits] * 3, model=model)
-        results.run("finemoe", [mine] * 3, [hits + 1] * 3, model=model)
+        results.run("promoe", [base] * 3, [hits] * 3, f"model={model}")
+        results.run("finemoe", [mine] * 3, [hits + 1] * 3, f"model={model}")
     results.experiment("10", *[path.name for path in (results.root / "runs").iterdir()])
     judged = results.verdict("fig10-tpot-promoe")
     assert judged.ours == pytest.approx(50)
@@ -166,9 +151,11 @@ def test_means_over_cells(results: Results) -> None:
 )
 def test_order(results: Results, usual: Any, first: Any, verdict: str, least: float) -> None:
     made = [
-        results.run("finemoe", hits=[count] * 3, dataset=f"d{number}", options={"eviction": one})
-        for number in range(6)
-        for one, count in zip(("lru", "lfu", "finemoe"), usual if number else first, strict=True)
+        results.run(
+            "finemoe", (1, 2, 3), [count] * 3, f"dataset.name=d{n}", f"system.eviction={one}"
+        )
+        for n in range(6)
+        for one, count in zip(("lru", "lfu", "finemoe"), usual if n else first, strict=True)
     ]
     results.experiment("14b", *made)
     judged = results.verdict("fig14b-caching")
@@ -236,7 +223,7 @@ def test_analyses(results: Results, name: str, measured: dict[str, Any], verdict
 def test_overhead_is_over_iterations_and_time(results: Results) -> None:
     # Three requests of five tokens: 0.3 s over 15 iterations are 20 ms, over 10 s they are 3 %.
     phases = {"context_collection": 0.2, "prefetch_wait": 0.1, "on_demand_wait": 4.0}
-    results.experiment("17", results.run("finemoe", summary={"phase_seconds": phases}))
+    results.experiment("17", results.run("finemoe", phase_seconds=phases))
     for name, ours, verdict in (("fig17-overhead", 20, HOLDS), ("fig17-share", 3, FAILS)):
         judged = results.verdict(name)
         assert (judged.ours, judged.verdict) == (pytest.approx(ours), verdict)
@@ -258,7 +245,7 @@ def test_records_that_decide_nothing(results: Results) -> None:
 
     mine = results.run("finemoe")
     assert why("fig10-tpot-deepspeed", mine).startswith("no record of DeepSpeed on ")
-    made = [results.run("deepspeed"), mine, results.run("finemoe", budget=12)]
+    made = [results.run("deepspeed"), mine, results.run("finemoe", budget_gb=12)]
     assert why("fig10-tpot-deepspeed", *made).startswith("2 records of FineMoE on ")
     none = results.run("promoe", hits=[0] * 3)
     assert "not a finite number" in why("fig10-hits-promoe", none, mine)

@@ -38,9 +38,9 @@ def test_the_table_of_systems_sums_over_their_runs(tmp_path: Path) -> None:
     phases = {"on_demand_wait": 4.0, "prefetch_wait": 1.0, "search": 2.0, "update": 0.5}
     results.experiment(
         "10",
-        results.run("promoe", hits=[8, 8, 8], summary={"phase_seconds": phases}),
-        results.run("promoe", hits=[2, 2, 2], dataset="code", summary={"phase_seconds": phases}),
-        results.run("finemoe", summary={"bytes_prefetched": 9_390_000_000_000, "bound": None}),
+        results.run("promoe", hits=[8, 8, 8], phase_seconds=phases),
+        results.run("promoe", (2, 3, 4), [2, 2, 2], "dataset=code", phase_seconds=phases),
+        results.run("finemoe", bytes_prefetched=9_390_000_000_000, bound=None),
     )
     promoe, finemoe = system_table(results.folder.runs_of("10")).to_dict("records")
     # Two runs of 30 experts asked for and 10 s each; 3 requests each; bounds 8 and 2 s.
