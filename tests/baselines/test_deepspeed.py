@@ -1,4 +1,4 @@
-"""DeepSpeed: whole layers, one ahead; nobody misses what is awaited."""
+"""DeepSpeed: whole layers, one ahead, in the order of last uses."""
 
 import numpy as np
 from hypothesis import given

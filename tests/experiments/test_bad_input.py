@@ -80,6 +80,9 @@ MISTAKES = {
     "workload=online workload.rate=nan": "workload.rate=nan",
     "workload=online workload.trace=/nowhere.csv": "/nowhere.csv",
     "dataset=sharegpt dataset.path=/nowhere/a.jsonl": "there is no file",
+    "model=checkpoint weights=scale": "reads weights=<folder or hub id>, and they are scale",
+    "model=checkpoint weights=dummy": "or give dummy weights the model.hub_id= to be like",
+    "model=checkpoint weights=someone/nothing": "cannot load the config of someone/nothing",
     "testbed=a100 system.prediction_us.mixtral.gate=-5": "prediction_us.mixtral.gate=-5",
 }
 

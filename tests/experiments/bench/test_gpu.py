@@ -26,7 +26,7 @@ SMALL = (
 )
 
 
-def test_one_call_leaves_all_of_a_machine(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_one_call_leaves_all_of_a_machine(tmp_path: Path, monkeypatch: Any) -> None:
     scale = saved_mixtral(tmp_path / "scale" / "mixtral", 3)
     monkeypatch.setattr(weights, "SCALE_MODELS", scale.parent)
     monkeypatch.setattr(gpu, "SCALE_MODEL", scale)
@@ -47,9 +47,6 @@ def test_one_call_leaves_all_of_a_machine(tmp_path: Path, monkeypatch: Any, caps
     with tarfile.open(folder / "runs.tar.xz") as archive:
         packed = [one for one in archive.getnames() if one.endswith("-simulated/run.json")]
     assert len(packed) == len(names)
-    printed = capsys.readouterr().out
-    assert "pass  Lossless" in printed
-    assert f"written to {folder.relative_to(tmp_path)}" in printed
 
 
 def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path) -> None:

@@ -12,16 +12,11 @@ COMMAND = "experiments.judge.compare"
 
 def test_every_record_is_a_row_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    records = find_records([ROOT / "results" / "baselines"])
-    done = run_module(COMMAND, "results/baselines")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = run_module(COMMAND, "results/baselines").stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    rows = lines[lines.index(next(line for line in lines if "───" in line)) + 1 :]
     # An option that is not at today's default has a line of its own.
-    found = [row for row in rows if re.search(r"\d\.\d +\d+\.\d ", row)]
-    assert len(found) == len(records) == 33
-    assert done.stdout.count("model mixtral,") == done.stdout.count("emulated") / 2 == 1
+    rows = [line for line in lines if re.search(r"\d\.\d +\d+\.\d ", line)]
+    assert len(rows) == len(find_records([ROOT / "results" / "baselines"])) == 33
 
 
 def test_a_folder_without_records_is_one_line_and_exit_code_2() -> None:

@@ -139,20 +139,6 @@ def test_a_hub_id_is_enough(folders: dict[str, Path], tmp_path: Path, monkeypatc
     assert record["summary"]["lossless"]
 
 
-@pytest.mark.parametrize(
-    ("told", "cause"),
-    [
-        ("weights=scale", "model=checkpoint reads weights=<folder or hub id>, and they are scale"),
-        ("weights=dummy", "or give dummy weights the model.hub_id= to be like"),
-        ("weights=/nowhere", "weights=/nowhere is neither scale, dummy, hub nor a folder"),
-        ("weights=someone/nothing", "cannot load the config of someone/nothing"),
-    ],
-)
-def test_weights_without_facts_are_refused(told: str, cause: str) -> None:
-    with pytest.raises(UserError, match=cause):
-        check(composed("model=checkpoint", told))
-
-
 def test_facts_that_disagree_are_refused(folders: dict[str, Path]) -> None:
     told = ("model=checkpoint", f"weights='{folders['qwen3_moe']}'", "model.experts=9")
     with pytest.raises(UserError, match=r"hold a qwen3_moe of 3 x 8 .* is a None of None x 9"):
@@ -169,14 +155,13 @@ def test_dummies_are_like_the_checkpoint(folders: dict[str, Path], tmp_path: Pat
     assert SCALE_MODELS.name not in record["config"]["model"]["facts"]
 
 
-def test_other_sums_are_said(folders: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_other_sums_are_said(folders: Any, tmp_path: Path, monkeypatch: Any) -> None:
     # As if experts were added in the other order.
     combine = Dispatch.combine
     monkeypatch.setattr(Dispatch, "combine", lambda self, outputs: combine(self, outputs) * 1.01)
     cfg = composed("model=checkpoint", f"weights='{folders['qwen3_moe']}'", f"output={tmp_path}")
-    record = run(cfg, Console())
+    record = run(cfg, Console(quiet=True))
     assert (record["as_eager_experts"], record["summary"]["lossless"]) == (False, True)
-    assert "this model's own experts add up otherwise" in " ".join(capsys.readouterr().out.split())
 
 
 def loaded(folder: Path, *told: str) -> LoadedModel:

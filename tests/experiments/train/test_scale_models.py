@@ -23,14 +23,12 @@ README = (ROOT / "README.md").read_text().split("\n\n")
 CORPUS = [Document(f"part {number}", "docs", (text,)) for number, text in enumerate(README)]
 
 
-def test_training_resumes_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_resumes_and_exports(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     overrides = (*TOY, f"checkpoints={tmp_path}", f"export={folder}")
     train(config("scale_models", *overrides, "stop_after=4"), CORPUS)
-    assert "stopped at step 4" in capsys.readouterr().out
     assert not folder.exists()
     train(config("scale_models", *overrides), CORPUS)
-    assert "held-out perplexity" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size == 300

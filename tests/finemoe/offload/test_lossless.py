@@ -7,7 +7,6 @@ import torch
 
 from experiments.run.live import PlainRuntime
 from experiments.run.models import FAMILIES, small_model
-from finemoe.assemble import resident_runtime
 from tests import engine
 from tests.engine import OPTIONS, logits_of, offloaded, offloading, prepared, requests
 
@@ -43,18 +42,3 @@ def test_budgets_are_lossless(family: str, dtype: torch.dtype, batch: int, devic
             assert len(logits) == len(expected) == 5
             assert all(map(torch.equal, logits, expected))
             runtime.residency.cache.check_integrity()
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_residents_spread_over_devices_serve_the_same_logits(family: str) -> None:
-    served = requests(3, 7)
-    expected = logits_of(PlainRuntime(small_model(family)), served)
-    model = offloaded(family)
-    policy, devices = engine.configured("on_demand", model.shape), engine.emulated(3).devices
-    with resident_runtime(model, policy, devices) as runtime:
-        assert all(map(torch.equal, logits_of(runtime, served), expected))
-        experts = range(model.shape.size)
-        places = [runtime.residency.cache.slot(flat) for flat in experts]
-        assert [place.device for place in places] == [flat % 3 for flat in experts]
-    for flat, place in enumerate(places):
-        assert torch.equal(runtime.memory.block(place), model.store.blocks[flat])
