@@ -47,7 +47,7 @@ class Results:
         words = (f"system={system}", f"memory_budget={budget_gb}", *options)
         identity = repr((words, tpots, hits, mode, summary)).encode()
         folder = self.root / "runs" / hashlib.sha256(identity).hexdigest()
-        facts = {"tpots": tpots, "hits": hits, "mode": mode, "budget_gb": budget_gb}
+        facts: dict[str, Any] = {"tpots": tpots, "hits": hits, "mode": mode, "budget_gb": budget_gb}
         leave_run(folder, *words, **facts, **summary)
         return folder.name
 

@@ -47,8 +47,8 @@ def leave_run(
     table = table.assign(input_tokens=5, output_tokens=5, hits=hits, late=1)
     table["ttft_s"], table["e2el_s"] = 10 * table["tpot_s"], 20 * table["tpot_s"]
     table["misses"] = 9 - table["hits"]
-    counts = table.drop_duplicates("batch")[["hits", "late", "misses"]].sum().to_dict()
-    summary = counts | {"expert_hit_rate": counts["hits"] / sum(counts.values()), "lossless": None}
+    summary: Any = table.drop_duplicates("batch")[["hits", "late", "misses"]].sum().to_dict()
+    summary |= {"expert_hit_rate": summary["hits"] / sum(summary.values()), "lossless": None}
     for name in ("ttft_s", "tpot_s", "e2el_s"):
         summary[name] = {"mean": float(table[name].mean()), "ci95": [0.0, 99.0]}
     sizes = {"bytes_prefetched": 3.0, "bytes_on_demand": 6.0, "bytes_wasted": 1.5}
@@ -56,12 +56,13 @@ def leave_run(
     summary |= {name: int(gb * 1e9) for name, gb in sizes.items()}
     summary |= {"bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25}, "busy_seconds": 10.0}
     phases = {"context_collection": 0.3, "on_demand_wait": 4.0, "prefetch_wait": 0.0}
+    summary |= {"phase_seconds": phases, **changed}
     settings = settings_of(*overrides)
-    record = {"summary": {**summary, "phase_seconds": phases, **changed}, "config": settings}
+    record = {"config": settings, "summary": summary, "status": "complete"}
     record |= {"system": settings["system"]["label"], "model": settings["model"]["name"], "seed": 0}
     record |= {"testbed": "6 x RTX 3090", "weights": "scale", "routing": "a trace", "mode": mode}
     record |= {"dataset": settings["dataset"]["name"], "dataset_sha256": "ab" * 32}
-    record |= {"dataset_source": "somewhere", "memory_budget_gb": budget_gb, "status": "complete"}
+    record |= {"dataset_source": "somewhere", "memory_budget_gb": budget_gb}
     folder.mkdir(parents=True, exist_ok=True)
     return write_record(folder, {**record, **PROVENANCE}, table)
 
