@@ -1,12 +1,11 @@
-"""The roofline cost model: worked by hand, its properties, and conf/testbed."""
+"""The roofline cost model, worked by hand, and conf/testbed."""
 
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.run.config import build
-from experiments.run.config import full_size as shapes
+from experiments.run.config import build, full_size
 from finemoe.costs import (
     DENSE_KERNELS,
     EXPERT_KERNELS,
@@ -43,16 +42,10 @@ TINY = FullSizeModel(
 COSTS = RooflineCosts(ROUND, TINY)
 
 
-def full_size(name: str) -> FullSizeModel:
-    option: Any = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
-    sizes = shapes(option)
-    assert isinstance(sizes, FullSizeModel)
-    return sizes
-
-
 def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
     # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
-    mixtral = RooflineCosts(RTX_3090, full_size("mixtral"))
+    option: Any = OmegaConf.load(ROOT / "conf" / "model" / "mixtral.yaml")
+    mixtral = RooflineCosts(RTX_3090, full_size(option))
     assert mixtral.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
     # 1.5 million parameters: 3 MB in 30 us; 3 million operations a token, 1.5 us each.
     kernels = EXPERT_KERNELS * 2e-6

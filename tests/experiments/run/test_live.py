@@ -3,7 +3,6 @@
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +76,6 @@ BESIDE = {"KV cache": 400_000_000, "activations": 300_000_000, "logits": 0, "CUD
 GPUS = tuple(torch.device("cuda", index) for index in range(6))
 
 
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give devices, in order, so many free GB."""
-
-    def give(*gigabytes: float) -> None:
-        monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda device: (int(gigabytes[device.index] * 1e9), 0)
-        )
-
-    return give
-
-
 @pytest.mark.parametrize(
     ("gigabytes", "fit"),
     [
@@ -98,8 +85,11 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ((20, 24, 24, 15, 24, 24), False),
     ],
 )
-def test_all_experts_fit_or_do_not(gigabytes: tuple[float, ...], fit: bool, free: Any) -> None:
-    free(*gigabytes)
+def test_all_experts_fit_or_do_not(gigabytes: Any, fit: bool, monkeypatch: Any) -> None:
+    def free(device: torch.device) -> tuple[int, int]:
+        return int(gigabytes[device.index] * 1e9), 0
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     devices = GPUS[: len(gigabytes)]
     cause = live.shortage(devices, spread(MIXTRAL, len(devices)), EXPERT, BESIDE)
     assert (cause == "") is fit
