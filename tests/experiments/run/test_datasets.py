@@ -82,3 +82,10 @@ def test_odd_rows_are_skipped(
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=f"no usable prompt: .* 1: .*{cause}"):
         conversations("test", str(path), "train")
+
+
+def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(LMSYS[0]) + '\n{"conversation": \n')
+    with pytest.raises(UserError, match=r"cannot read .*rows.jsonl as jsonl: .*; mend or replace"):
+        conversations("test", str(path), "train")
