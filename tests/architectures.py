@@ -1,7 +1,5 @@
 """Small members of the mixture-of-experts architectures of the installed transformers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

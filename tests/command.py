@@ -1,10 +1,9 @@
 """Run the project's command line as a user does, and compose its configs in-process."""
 
-from __future__ import annotations
-
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +59,38 @@ def _here(run: Callable[..., Any], words: tuple[str, ...]) -> subprocess.Complet
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0
     return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
+
+
+def carried_out(*arguments: str, **environment: str) -> str:
+    """Call run.py, which must succeed; return what it printed."""
+    done = run_command(*arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line in which a command refused, with exit code 2."""
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def unlike(*groups: str) -> tuple[str, ...]:
+    """Return what makes a run small, but for options of some groups."""
+    return tuple(one for one in SMALL if not one.startswith(groups))
+
+
+def begun(*words: str, **options: Any) -> subprocess.Popen[str]:
+    """Start Python in the project's folder; its descendants hold the pipe that it prints to."""
+    return subprocess.Popen(
+        [sys.executable, "-u", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A test run in the background may ignore interrupts, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def config(name: str, *overrides: str) -> DictConfig:

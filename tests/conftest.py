@@ -1,7 +1,5 @@
 """Every test runs on one compute thread, without a network, and as long as a busy machine takes."""
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -1,7 +1,6 @@
 """Engines of a test's size: small models, testbeds, requests, and policies as runs build them."""
 
-from __future__ import annotations
-
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from baselines.on_demand import OnDemandPolicy
 from experiments.run.config import build
 from experiments.run.live import LiveBackend
-from experiments.run.models import random_model, small_model
+from experiments.run.models import COMMON, FAMILIES, random_model
 from experiments.run.schedule import FixedBatches, Request, Served, Server
 from experiments.run.weights import SCALE_MODELS
 from finemoe.assemble import offloading_runtime, resident_runtime
@@ -82,10 +81,25 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
 """Every system that the engine serves, and options of each that are worth trying."""
 
 
+class Clock:
+    """Stands for the module `time`: it passes when somebody sleeps or, by `look`, looks at it."""
+
+    def __init__(self, look: float = 0.0) -> None:
+        self.now, self.look = 100.0, look
+
+    def perf_counter(self) -> float:
+        self.now += self.look
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def offloaded(
-    family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **config: Any
 ) -> OffloadedModel:
-    return OffloadedModel.from_model(small_model(family, dtype, seed), CPU)
+    facts = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
+    return OffloadedModel.from_model(random_model(facts, dtype, seed), CPU)
 
 
 def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:
@@ -97,6 +111,14 @@ def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:
     random_model(facts, torch.bfloat16, seed=0).save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def into_cache(hub: Path, name: str, model: Path) -> None:
+    """Put a saved model into a cache of the hub, as its only revision."""
+    cached, revision = hub / f"models--{name}", "a" * 40
+    shutil.copytree(model, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
 
 
 def page_locks(monkeypatch: pytest.MonkeyPatch, limit: int) -> dict[int, int]:
@@ -129,10 +151,11 @@ def offloading(
     slots: tuple[int, ...],
     timeline: Any = None,
     protect: bool = False,
+    testbed: Testbed | None = None,
     **links: Any,
 ) -> LiveRuntime:
-    """Return a runtime with so many slots on each emulated device; `links` as in `emulated`."""
-    testbed, nbytes = emulated(len(slots), **links), model.store.layout.nbytes
+    """Return a runtime with so many slots on each device, emulated by `links` if none is given."""
+    testbed, nbytes = testbed or emulated(len(slots), **links), model.store.layout.nbytes
     if policy.set_machine:
         policy.set_machine(machine(slots))
     return offloading_runtime(model, policy, testbed, slots, nbytes, timeline, protect)

@@ -57,9 +57,6 @@ ANSWERED = {
 """What the host waits for: a value, or the size of a result."""
 
 
-# Order --------------------------------------------------------------------------------------------
-
-
 def join(clock: Clock, other: Clock) -> None:
     """Add to a clock what another one knows."""
     for stream, tick in other.items():
@@ -141,9 +138,6 @@ class Event:
         return (later.at - self.at) * 1e-5  # There is no time, only an order.
 
 
-# Tensors ------------------------------------------------------------------------------------------
-
-
 class Memory:
     """One allocation, made as torch does for the stream that is current."""
 
@@ -187,9 +181,6 @@ class Pretend(Tensor):
     ) -> Any:
         (one, *_) = (o for o in tree_leaves((args, kwargs)) if isinstance(o, Pretend))
         return one.memory.machine.run(func, args, kwargs or {})
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"{self.elem} on {self.device}"
 
     def span(self) -> tuple[int, int]:
         """Return the bytes from the first element to the last, in its allocation."""
@@ -284,9 +275,6 @@ def written(func: Any) -> list[tuple[int, str]]:
     return [(i, one.name) for i, one in arguments if one.alias_info and one.alias_info.is_write]
 
 
-# The machine --------------------------------------------------------------------------------------
-
-
 class Mode(TorchDispatchMode):
     """Has a machine carry out what a host thread asks torch for."""
 
@@ -332,11 +320,6 @@ class Machine:
         self.streams: list[Stream] = []
         self._defaults: list[Stream] = [self.stream(device) for device in range(self.devices)]
 
-    def reset(self) -> None:
-        """Forget what was counted."""
-        self.kernels.clear()
-        self.waits.clear()
-
     def launch(self, stream: Stream, name: str, reads: Any, writes: Any) -> int:
         """Put an operation into a stream and return its tick; note what it should come after."""
         with self.lock:
@@ -348,10 +331,8 @@ class Machine:
                 for old in tensor.memory.accesses:
                     meets = old.start < stop and start < old.stop and (writing or old.writes)
                     if meets and stream.clock.get(old.stream, 0) < old.tick:
-                        does = "writes" if writing else "reads"
-                        where = f"{start}:{stop} of memory {tensor.memory.number}"
                         after = f"and is not ordered after {old.name} on {old.stream}"
-                        self.hazard(f"{name} on {stream.key} {does} {where} {after}")
+                        self.hazard(f"{name} on {stream.key} uses {start}:{stop} {after}")
             for tensor, start, stop, writing in uses:
                 tensor.memory.use(Access(start, stop, writing, stream.key, tick, name))
             return tick
@@ -569,9 +550,6 @@ class Machine:
             self.hazard("host memory is written before a copy from it is known to be done")
 
 
-# In place of torch's and threading's --------------------------------------------------------------
-
-
 @contextmanager
 def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
     """Have torch find pretended CUDA devices; `options` are those of `Machine`."""
@@ -592,14 +570,7 @@ def pretend_cuda(devices: int = 1, **options: Any) -> Iterator[Machine]:
     is_torch_cuda_available.cache_clear()
 
 
-def tensor(
-    make: Callable[..., Tensor],
-    data: Any,
-    *,
-    device: Any = None,
-    pin_memory: bool = False,
-    **kind: Any,
-) -> Tensor:
+def tensor(make: Any, data: Any, device: Any = None, pin_memory: bool = False, **kind: Any) -> Any:
     # Here too torch asks for CUDA's device guard.
     made = make(data, **kind)
     made = made.pin_memory() if pin_memory else made

@@ -1,20 +1,16 @@
 """What the documentation tells people to write and run works as it stands there."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, SMALL, record_of, run_command
+from tests.command import ROOT, SMALL, carried_out, record_of
 
 PAGE = (ROOT / "docs" / "adding-a-system.md").read_text()
 
 
-def test_the_example_system_runs_from_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_system_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     blocks = re.findall(r"`my_systems/(\S+)`:\n\n```\w+\n(.*?)```", PAGE, flags=re.DOTALL)
     assert [name for name, _ in blocks] == ["popular.py", "conf/system/popular.yaml"]
@@ -23,8 +19,7 @@ def test_the_example_system_runs_from_the_page(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     asked = ["--config-dir", str(tmp_path / "conf"), "system=popular", "memory_budget=24"]
-    done = run_command(*asked, *SMALL, f"output={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
+    carried_out(*asked, *SMALL, f"output={tmp_path / 'run'}")
     record = record_of(tmp_path / "run")
     assert record["system"] == "popular"
     assert record["summary"]["lossless"] is True

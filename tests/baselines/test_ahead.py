@@ -1,7 +1,5 @@
 """What policies compute at once, for a replay or from a history, is what they say gate by gate."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from baselines.promoe import LearnedPredictor, ProMoEPolicy
 from finemoe.offload.policy import (
     ExpertId,
-    FloatArray,
     Gates,
     GateWeights,
     Iteration,
@@ -56,7 +53,7 @@ def policy_of(case: Case, learned: bool = False) -> Policy:
     policy, shape = configured(case.system, case.shape, **case.options), case.shape
     draw = np.random.default_rng(case.seed)
 
-    def normal(*size: int) -> FloatArray:
+    def normal(*size: int) -> Any:
         return draw.normal(size=size).astype(np.float32)
 
     biases = normal(shape.layers, shape.experts) if case.seed % 2 else None
@@ -74,7 +71,7 @@ def policy_of(case: Case, learned: bool = False) -> Policy:
     return policy
 
 
-def routed(case: Case) -> Iterator[tuple[Iteration, FloatArray, Gates]]:
+def routed(case: Case) -> Iterator[tuple[Iteration, Any, Gates]]:
     """Yield iterations with their embeddings (T, h) and what their gates say."""
     rng = np.random.default_rng(case.seed)
     layers, experts, width = case.shape.layers, case.shape.experts, case.shape.hidden_size
@@ -132,9 +129,7 @@ def test_predicting_ahead_changes_no_answer(
 @pytest.mark.parametrize("system", LEARNING)
 @settings(max_examples=10)
 @given(data=st.data())
-def test_what_is_learned_is_remembered_as_if_it_were_served(
-    system: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_learning_is_as_serving(system: str, data: st.DataObject, tmp_path_factory: Any) -> None:
     case = data.draw(cases(system))
     folder = tmp_path_factory.mktemp("history")
     learner, served = policy_of(case), policy_of(case)

@@ -1,16 +1,13 @@
 """Predictions in FineMoE's searcher: what they ask for, and that nothing else tells them apart."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 
 from baselines.in_searcher import HitCountInSearcher, in_searcher
-from finemoe.offload.policy import FloatArray, Gate, GateWeights, Iteration, ModelShape
-from tests.finemoe.offload.states import asked
+from finemoe.offload.policy import FloatArray, Gate, GateWeights, ModelShape
+from tests.finemoe.offload.states import DECODE, asked, decode
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=2, hidden_size=2)
-DECODE = Iteration(0, "decode", (0,), (1,))
 EMBEDDINGS = np.zeros((1, 2), np.float32)
 # Rows are layers: tokens of a finished request by expert.
 FIRST = np.array([[4, 4, 0, 0], [0, 4, 4, 0], [5, 2, 1, 0], [0, 1, 3, 4]], np.float32)
@@ -23,9 +20,6 @@ def gate(layer: int, *pairs: tuple[int, int], inputs: FloatArray | None = None) 
     for row, pair in zip(probabilities, pairs, strict=True):
         row[[*pair]] = 0.4
     return Gate(layer, probabilities, tuple(sorted({e for pair in pairs for e in pair})), inputs)
-
-
-# Speculation ----------------------------------------------------------------------------------
 
 
 def test_the_later_gate_guesses_for_its_layer_alone() -> None:
@@ -47,9 +41,6 @@ def test_the_later_gate_guesses_for_its_layer_alone() -> None:
         assert policy.on_gate(DECODE, gate(layer, (0, 1), inputs=EMBEDDINGS)) is None
 
 
-# Hit count ------------------------------------------------------------------------------------
-
-
 def hit_count(distance: int, *stored: FloatArray) -> HitCountInSearcher:
     policy = in_searcher(SHAPE, "hit_count", distance)
     assert isinstance(policy, HitCountInSearcher)
@@ -69,7 +60,7 @@ def test_the_nearest_matrix_answers_for_layer_l_plus_d_alone() -> None:
 
 
 def test_each_request_asks_for_k_experts() -> None:
-    policy, both = hit_count(1, FIRST, SECOND), Iteration(0, "decode", (0, 1), (1, 1))
+    policy, both = hit_count(1, FIRST, SECOND), decode(0, 0, 1)
     policy.on_embeddings(both, np.zeros((2, 2), np.float32))
     policy.on_gate(both, gate(0, (0, 1), (2, 3)))
     # (5, 2, 1, 0) / 8 and (4, 4, 2, 6) / 16: the first asks for 0 and 1, the second for 3 and 0.
@@ -82,6 +73,3 @@ def test_popular_experts_are_asked_for_below_layer_d() -> None:
     # Of 24 tokens 8 went to each of experts 2 and 3; then 8, 4, 4, 8, two layers after -1.
     assert popular == pytest.approx({(0, 2): 1 / 3, (0, 3): 1 / 3, (1, 0): 1 / 6, (1, 3): 1 / 6})
     assert asked(hit_count(2).on_embeddings(DECODE, EMBEDDINGS)) == {}
-
-
-# All in one searcher --------------------------------------------------------------------------

@@ -1,10 +1,8 @@
-"""LFRU and ClassLRU: cases by hand, and victims against naive models of them."""
-
-from __future__ import annotations
+"""LFRU and ClassLRU: victims against naive models of them; what decays, by hand."""
 
 import math
+from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,32 +18,6 @@ def outcome(layer: int, used: tuple[int, ...], tokens: int, missed: bool = False
     iteration = Iteration(0, "decode" if tokens == 1 else "prefill", (0,), (tokens,))
     kinds = ((), (), used) if missed else (used, (), ())
     return LayerOutcome(iteration, layer, *kinds)
-
-
-def test_lfru_weighs_uses_by_the_time_since_the_last() -> None:
-    policy = LfruPolicy(SHAPE)
-    for layer, used in ((0, (0, 1)), (0, (0,)), (0, (0,)), (1, (1,)), (1, (1,)), (1, (2,))):
-        policy.on_outcome(outcome(layer, used, 1))
-    # Uses over layers since the last one, and one more; 0 of layer 0 has most uses, and leaves
-    # before 2 of layer 1, the only one used just now.
-    expected = [[3 / 4, 1 / 6, 0, 0], [0, 2 / 2, 1 / 1, 0], [0, 0, 0, 0]]
-    assert -policy.eviction_keys(NOBODY, True) == pytest.approx(np.array(expected))
-    policy.on_load(ExpertId(0, 3))
-    assert -policy.eviction_keys(NOBODY, True) == pytest.approx(np.array(expected))
-
-
-def test_class_lru_divides_ages_by_powers_of_two_below_the_count() -> None:
-    policy = ClassLruPolicy(SHAPE)
-    for index in (0, 0, 0, 0, 1, 1, 1, 2, 3):
-        policy.on_outcome(outcome(0, (index,), 1))
-    # Four uses but for a third of a token's decay each are not four any more: class 1, as three.
-    assert policy.eviction_keys(NOBODY, True)[0].tolist() == [5 / 2, 2 / 2, 1, 0]
-    policy.on_outcome(outcome(0, (0,), 1))
-    assert policy.eviction_keys(NOBODY, True)[0].tolist() == [0, 3 / 2, 2, 1]
-    policy.on_outcome(outcome(1, (), 1))
-    assert policy.eviction_keys(NOBODY, True)[0].tolist() == [1 / 4, 4 / 2, 3, 2]
-    policy.begin_serving()
-    assert not policy.eviction_keys(NOBODY, True).any()
 
 
 def test_class_lru_halves_counts_after_128_tokens_and_has_eight_classes() -> None:
@@ -65,20 +37,6 @@ def test_class_lru_halves_counts_after_128_tokens_and_has_eight_classes() -> Non
         policy.on_outcome(outcome(0, (0,), 1))
     policy.on_outcome(outcome(0, (), 1))
     assert policy.eviction_keys(NOBODY, True)[0, 0] == 1 / 2**7
-
-
-def test_what_a_large_batch_loads_leaves_first_until_a_small_one_uses_it() -> None:
-    policy = ClassLruPolicy(SHAPE)
-    policy.on_outcome(outcome(0, (0, 1), 1))
-    for layer, index in ((0, 2), (1, 0)):
-        policy.on_outcome(outcome(layer, (index,), 33, missed=True))
-    policy.on_outcome(outcome(0, (0,), 33))  # a hit, which does not count as a use
-    keys = policy.eviction_keys(NOBODY, True)
-    order = (-keys.ravel()).argsort(kind="stable")
-    assert [divmod(int(flat), 4) for flat in order[:2]] == [(0, 2), (1, 0)]
-    assert keys[0, 0] == keys[0, 1] == 3
-    policy.on_outcome(outcome(0, (2,), 32))
-    assert policy.eviction_keys(NOBODY, True)[0, 2] == 0
 
 
 class NaiveClassLru:
@@ -148,9 +106,7 @@ events = st.lists(
     ("policy", "model"), [(LfruPolicy(SHAPE), NaiveLfru), (ClassLruPolicy(SHAPE), NaiveClassLru)]
 )
 @given(happened=events)
-def test_victims_are_those_of_a_naive_model(
-    policy: Policy, model: type[NaiveClassLru | NaiveLfru], happened: list[tuple[ExpertId, int]]
-) -> None:
+def test_victims_are_a_naive_models(policy: Policy, model: Any, happened: list[Any]) -> None:
     policy.begin_serving()
     naive = model()
     residents: list[ExpertId] = []

@@ -1,7 +1,5 @@
 """MoE-Infinity: matrices of requests, the nearest one, what it ranks, what leaves the cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ from baselines.moe_infinity import (
 )
 from finemoe.expert_map import StoreMismatch
 from finemoe.offload.policy import ExpertId, Gate, Iteration, LayerOutcome, ModelShape
-from tests.finemoe.offload.states import asked
+from tests.finemoe.offload.states import asked, decode
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=2)
 FIRST = np.array([[2, 0, 0, 0], [0, 2, 0, 0], [3, 1, 0, 0]], np.float32)
 SECOND = np.array([[0, 0, 2, 0], [0, 0, 2, 0], [0, 0, 1, 1]], np.float32)
 EMBEDDINGS = np.zeros((1, 2), np.float32)
+Requests = dict[tuple[int, int], float]
 
 
 def policy(*stored: np.ndarray, **options: Any) -> MoEInfinityPolicy:
@@ -41,13 +40,7 @@ def gate(layer: int, *experts: int) -> Gate:
     return Gate(layer, probabilities, tuple(sorted(set(experts))), None)
 
 
-def decode(*requests: int) -> Iteration:
-    return Iteration(1, "decode", requests, (1,) * len(requests))
-
-
-def ranked(
-    made: MoEInfinityPolicy, iteration: Iteration, spoken: Gate
-) -> dict[tuple[int, int], float]:
+def ranked(made: MoEInfinityPolicy, iteration: Iteration, spoken: Gate) -> Requests:
     made.on_outcome(LayerOutcome(iteration, spoken.layer, spoken.activated, (), ()))
     return asked(made.on_gate(iteration, spoken))
 
@@ -58,9 +51,9 @@ def test_a_requests_matrix_counts_the_tokens_of_all_its_iterations() -> None:
     made.on_embeddings(prefill, np.zeros((5, 2), np.float32))
     for layer in range(3):
         made.on_gate(prefill, gate(layer, 0, 0, layer, 3, 3))
-    made.on_embeddings(decode(5, 6), EMBEDDINGS)
+    made.on_embeddings(decode(1, 5, 6), EMBEDDINGS)
     for layer in range(3):
-        made.on_gate(decode(5, 6), gate(layer, 1, 2))
+        made.on_gate(decode(1, 5, 6), gate(layer, 1, 2))
     made.end_request(5)
     made.end_request(6)
     expected = [
@@ -72,20 +65,20 @@ def test_a_requests_matrix_counts_the_tokens_of_all_its_iterations() -> None:
 
 def test_the_nearest_matrix_ranks_all_later_layers() -> None:
     made = policy(SECOND, FIRST)
-    found = ranked(made, decode(0), gate(0, 0))
+    found = ranked(made, decode(1, 0), gate(0, 0))
     # Ratio 1 one layer ahead of three, ratios 3/4 and 1/4 two ahead.
     expected = {(1, 1): 2 / 3, (2, 0): 3 / 4 / 3, (2, 1): 1 / 4 / 3}
     assert found == pytest.approx(expected)
-    found = ranked(made, decode(0), gate(1, 1))
+    found = ranked(made, decode(1, 0), gate(1, 1))
     assert found == pytest.approx({(2, 0): 3 / 4 * 2 / 3, (2, 1): 1 / 4 * 2 / 3})
-    assert ranked(made, decode(0), gate(2, 0)) == {}
-    near = ranked(policy(FIRST, horizon=1), decode(0), gate(0, 0))
+    assert ranked(made, decode(1, 0), gate(2, 0)) == {}
+    near = ranked(policy(FIRST, horizon=1), decode(1, 0), gate(0, 0))
     assert near == pytest.approx({(1, 1): 2 / 3})
 
 
 def test_the_code_decays_more_slowly_and_asks_for_the_rest_last() -> None:
     made = policy(FIRST, variant="code")
-    found = ranked(made, decode(0), gate(0, 0))
+    found = ranked(made, decode(1, 0), gate(0, 0))
     expected = {(1, j): 1e-8 * 3 / 4 for j in range(4)}
     expected |= {(2, j): 1e-8 / 2 for j in range(4)}
     expected |= {(1, 1): 3 / 4, (2, 0): 3 / 8, (2, 1): 1 / 8}
@@ -96,28 +89,28 @@ def test_the_code_decays_more_slowly_and_asks_for_the_rest_last() -> None:
 def test_paper_and_code_compare_different_rows(variant: str, predicted: set[int]) -> None:
     made = policy(FIRST, SECOND, variant=variant)
     for layer, expert in enumerate((0, 1, 2)):
-        ranked(made, decode(0), gate(layer, expert))
+        ranked(made, decode(1, 0), gate(layer, expert))
     # Twice as the first matrix, once as the second, which the code alone looks at after gate 1.
-    made.on_embeddings(decode(0), EMBEDDINGS)
-    ranked(made, decode(0), gate(0, 0))
-    found = ranked(made, decode(0), gate(1, 1))
+    made.on_embeddings(decode(1, 0), EMBEDDINGS)
+    ranked(made, decode(1, 0), gate(0, 0))
+    found = ranked(made, decode(1, 0), gate(1, 1))
     likely = {index for (_, index), priority in found.items() if priority > 1e-6}
     assert likely == predicted
 
 
 def test_a_batch_asks_for_what_any_request_wants() -> None:
     made = policy(FIRST, SECOND)
-    found = ranked(made, decode(0, 1), gate(1, 1, 2))
+    found = ranked(made, decode(1, 0, 1), gate(1, 1, 2))
     share = {(2, 0): 3 / 4, (2, 1): 1 / 4, (2, 2): 1 / 2, (2, 3): 1 / 2}
     assert found == pytest.approx({e: ratio * 2 / 3 for e, ratio in share.items()})
 
 
 def test_popular_experts_come_first_for_the_early_layers() -> None:
     made = policy(FIRST, 5 * SECOND, early_layers=2)
-    popular = made.on_embeddings(decode(0), EMBEDDINGS)
+    popular = made.on_embeddings(decode(1, 0), EMBEDDINGS)
     # Layer 0: 10 of 12 tokens went to expert 2, and so in layer 1.
     assert asked(popular) == pytest.approx({(0, 2): 10 / 12 * 2 / 3, (1, 2): 10 / 12 / 3})
-    assert asked(policy().on_embeddings(decode(0), EMBEDDINGS)) == {}
+    assert asked(policy().on_embeddings(decode(1, 0), EMBEDDINGS)) == {}
 
 
 def test_a_full_collection_replaces_the_most_similar() -> None:
@@ -148,9 +141,7 @@ counts = st.lists(st.integers(0, 3), min_size=4, max_size=4)
     stored=st.lists(st.lists(counts, min_size=3, max_size=3), min_size=1, max_size=5),
     passes=st.lists(st.lists(counts, min_size=3, max_size=3), min_size=1, max_size=3),
 )
-def test_carried_sums_find_what_a_full_comparison_finds(
-    stored: list[list[list[int]]], passes: list[list[list[int]]]
-) -> None:
+def test_carried_sums(stored: list[list[list[int]]], passes: list[list[list[int]]]) -> None:
     collection = MatrixCollection(SHAPE, 5, "paper")
     request = RunningRequest(collection)
     for matrix, passed in zip(stored, passes, strict=False):
@@ -181,7 +172,7 @@ def test_the_least_active_expert_leaves_and_front_layers_stay_longer() -> None:
 def test_plain_orders_can_be_chosen(eviction: str, first: int) -> None:
     made = policy(eviction=eviction)
     for expert in (1, 1, 2):
-        made.on_outcome(LayerOutcome(decode(0), 2, (expert,), (), ()))
+        made.on_outcome(LayerOutcome(decode(1, 0), 2, (expert,), (), ()))
     # Expert 1 was used twice, expert 2 last.
     keys = made.eviction_keys(ExpertId(2, 0), True)
     assert max((1, 2), key=lambda expert: keys[2, expert]) == first
@@ -193,8 +184,8 @@ def test_requests_enter_while_serving_only_if_it_grows() -> None:
     for growing in (True, False):
         made = policy(online_growth=growing)
         for number in (0, 1):
-            made.on_embeddings(decode(number), EMBEDDINGS)
-            ranked(made, decode(number), gate(0, 0))
+            made.on_embeddings(decode(1, number), EMBEDDINGS)
+            ranked(made, decode(1, number), gate(0, 0))
             made.end_request(number)
             made.begin_serving()
         assert made.collection.size == (2 if growing else 1)

@@ -1,7 +1,5 @@
 """ProMoE: gate and learned predictors at stride d, their order, and the predictor's file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +9,11 @@ from omegaconf import OmegaConf
 from baselines.promoe import LearnedPredictor, ProMoEPolicy, promoe
 from experiments.train.predictor import Recording, top_k_accuracy, train
 from finemoe.offload.policy import Gate, GateWeights, Iteration, ModelShape
-from tests.finemoe.offload.states import asked
+from tests.finemoe.offload.states import asked, decode
+from tests.finemoe.offload.states import gate as spoken
 
 SHAPE = ModelShape(layers=4, experts=3, top_k=1, hidden_size=2)
-DECODE = Iteration(1, "decode", (0,), (1,))
+DECODE = decode(1, 0)
 PREFILL = Iteration(0, "prefill", (0,), (2,))
 TRAINING = OmegaConf.create(
     {"hidden_units": 16, "epochs": 60, "tokens_per_step": 32, "learning_rate": 1e-2, "seed": 0}
@@ -22,8 +21,7 @@ TRAINING = OmegaConf.create(
 
 
 def gate(layer: int, *inputs: list[float]) -> Gate:
-    hidden = np.array(inputs, np.float32)
-    return Gate(layer, np.full((len(inputs), 3), 1 / 3, np.float32), (0,), hidden)
+    return spoken(layer, *[(1 / 3,) * 3] * len(inputs), hidden=inputs)
 
 
 def gates() -> GateWeights:

@@ -1,7 +1,5 @@
 """What Mixtral-Offloading and ProMoE share: probabilities, caches of equal shares, guesses."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,16 +10,15 @@ from finemoe.offload.eviction import LayeredLruPolicy
 from finemoe.offload.policy import (
     SMALLEST_PRIORITY,
     ExpertId,
-    Gate,
     GateWeights,
-    Iteration,
     LayerOutcome,
     ModelShape,
 )
-from tests.finemoe.offload.states import asked
+from tests.finemoe.offload.states import DECODE, asked, gate
 
 SMALL = ModelShape(layers=3, experts=4, top_k=2, hidden_size=2)
-DECODE = Iteration(0, "decode", (0,), (1,))
+WEIGHT = np.zeros((3, 4, 2), np.float32)
+WEIGHT[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
 
 
 def test_layers_are_ranked_one_by_one_and_equal_scores_by_index() -> None:
@@ -32,32 +29,25 @@ def test_layers_are_ranked_one_by_one_and_equal_scores_by_index() -> None:
 
 
 def test_the_next_layers_gate_is_applied_to_this_layers_input() -> None:
-    weight = np.zeros((3, 4, 2), np.float32)
-    weight[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
     policy = MixtralOffloadPolicy(SMALL)
-    policy.set_gates(GateWeights(weight))
-    inputs = np.array([[2, 1]], np.float32)
-    gate = Gate(0, np.full((1, 4), 0.25, np.float32), (2, 3), inputs)
+    policy.set_gates(GateWeights(WEIGHT))
+    here = gate(0, (0.25,) * 4, hidden=[[2, 1]])
     # Logits 2, 1, -2, -1 at layer 1.
-    assert set(asked(policy.on_gate(DECODE, gate))) == {(1, 0), (1, 1)}
-    biased = GateWeights(weight, np.array([[0] * 4, [0, 0, 9, 0], [0] * 4], np.float32))
+    assert set(asked(policy.on_gate(DECODE, here))) == {(1, 0), (1, 1)}
+    biased = GateWeights(WEIGHT, np.array([[0] * 4, [0, 0, 9, 0], [0] * 4], np.float32))
     policy.set_gates(biased)
-    assert set(asked(policy.on_gate(DECODE, gate))) == {(1, 2), (1, 0)}
-    last = Gate(2, gate.probabilities, (0, 1), inputs)
-    assert policy.on_gate(DECODE, last) is None
+    assert set(asked(policy.on_gate(DECODE, here))) == {(1, 2), (1, 0)}
+    assert policy.on_gate(DECODE, here._replace(layer=2)) is None
 
 
 def test_at_most_so_many_experts_a_layer_are_asked_for_whatever_the_tokens() -> None:
-    weight = np.zeros((3, 4, 2), np.float32)
-    weight[1] = [[1, 0], [0, 1], [-1, 0], [0, -1]]
-    inputs = np.array([[2, 1], [-1, -3]], np.float32)
-    gate = Gate(0, np.full((2, 4), 0.25, np.float32), (0, 1, 2, 3), inputs)
+    here = gate(0, (0.25,) * 4, (0.25,) * 4, hidden=[[2, 1], [-1, -3]])
     # Logits (2, 1, -2, -1) and (-1, -3, 1, 3): the second token's expert 3 is the surest, then 0.
     for most, expected in ((None, {0, 1, 2, 3}), (1, {3}), (2, {0, 3})):
         policy = MixtralOffloadPolicy(SMALL, "asynchronous", most)
         assert not policy.placement.awaited
-        policy.set_gates(GateWeights(weight))
-        assert set(asked(policy.on_gate(DECODE, gate))) == {(1, index) for index in expected}
+        policy.set_gates(GateWeights(WEIGHT))
+        assert set(asked(policy.on_gate(DECODE, here))) == {(1, index) for index in expected}
 
 
 events = st.lists(
@@ -66,9 +56,7 @@ events = st.lists(
 
 
 @given(events)
-def test_the_incremental_order_is_that_of_shares_then_last_uses(
-    happened: list[tuple[str, int, int]],
-) -> None:
+def test_the_order_is_that_of_shares_then_last_uses(happened: list[tuple[str, int, int]]) -> None:
     policy = LayeredLruPolicy(SMALL)
     last_used = np.zeros((3, 4))
     residents: set[ExpertId] = set()

@@ -19,7 +19,7 @@ from experiments.run.protocol import run
 from experiments.run.schedule import Request
 from finemoe.offload.model import find_moe_layers
 from tests import engine
-from tests.command import SMALL, composed, run_command
+from tests.command import SMALL, carried_out, composed
 
 CPU = torch.device("cpu")
 EVERYTHING = ZeroOptions(param_persistence_threshold=0)
@@ -49,9 +49,7 @@ def test_logits_are_those_of_the_unoffloaded_model(family: str) -> None:
 @pytest.mark.parametrize(
     ("options", "layers"), [(NOTHING_AHEAD, 1), (EVERYTHING, 3)], ids=["no_prefetch", "prefetch"]
 )
-def test_experts_are_gathered_by_layers_and_dropped_again(
-    options: ZeroOptions, layers: int
-) -> None:
+def test_experts_are_gathered_by_layers_and_dropped(options: ZeroOptions, layers: int) -> None:
     model = small_model("mixtral")
     experts = experts_of(model)
     with ZeroModel(model, CPU, options) as zero:
@@ -86,8 +84,7 @@ def test_what_it_cannot_serve_is_refused_in_one_line(bad: str) -> None:
 def test_same_table_same_tokens(tmp_path: Path) -> None:
     places = [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${system.label}"]
     choices = ["system=on_demand,deepspeed_zero", "testbed.devices=3", "workload.batch_size=2"]
-    done = run_command("-m", *choices, *SMALL, *places)
-    assert done.returncode == 0, done.stderr
+    carried_out("-m", *choices, *SMALL, *places)
     systems = ("on_demand", "deepspeed_zero")
     tables = [pd.read_parquet(tmp_path / system / "requests.parquet") for system in systems]
     tokens = [[list(row) for row in table["tokens"]] for table in tables]

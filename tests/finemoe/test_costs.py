@@ -1,14 +1,11 @@
-"""The roofline cost model: worked by hand, its properties, and conf/testbed."""
-
-from __future__ import annotations
+"""The roofline cost model, worked by hand, and conf/testbed."""
 
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.run.config import build
-from experiments.run.config import full_size as shapes
+from experiments.run.config import build, full_size
 from finemoe.costs import (
     DENSE_KERNELS,
     EXPERT_KERNELS,
@@ -22,63 +19,33 @@ from finemoe.costs import (
 from finemoe.offload.virtual_links import LinkRate
 from tests.command import ROOT, config
 
-MODELS = ("mixtral", "qwen", "phi")
 PREDICTING = ("finemoe", "moe_infinity", "promoe", "mixtral_offload", "deepspeed", "planner")
 
 # What is left of it, 100 GB/s and 2 TFLOPS: 10 ns a 1,000 bytes, 0.5 ns a 1,000 operations.
 ROUND = Accelerator(
-    memory_gb_s=200.0,
-    matrix_tflops=4.0,
-    memory_gb=1.0,
-    memory_efficiency=0.5,
-    matrix_efficiency=0.5,
-    kernel_us=2.0,
-    sync_us=10.0,
+    **{"memory_gb_s": 200.0, "matrix_tflops": 4.0, "memory_gb": 1.0, "sync_us": 10.0},
+    **{"memory_efficiency": 0.5, "matrix_efficiency": 0.5, "kernel_us": 2.0},
 )
 RTX_3090 = Accelerator(
-    memory_gb_s=936.0,
-    matrix_tflops=71.0,
-    memory_gb=24.0,
-    memory_efficiency=0.85,
-    matrix_efficiency=0.8,
-    kernel_us=5.0,
-    sync_us=10.0,
+    **{"memory_gb_s": 936.0, "matrix_tflops": 71.0, "memory_gb": 24.0, "sync_us": 10.0},
+    **{"memory_efficiency": 0.85, "matrix_efficiency": 0.8, "kernel_us": 5.0},
 )
 HOST = Processor(
-    memory_gb_s=10.0,
-    matrix_tflops=0.02,
-    memory_efficiency=0.5,
-    matrix_efficiency=0.5,
-    kernel_us=1.0,
+    **{"memory_gb_s": 10.0, "matrix_tflops": 0.02, "kernel_us": 1.0},
+    **{"memory_efficiency": 0.5, "matrix_efficiency": 0.5},
 )
 TINY = FullSizeModel(
-    layers=2,
-    experts=10,
-    top_k=2,
-    hidden_size=1000,
-    expert_intermediate_size=500,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    head_dim=100,
-    shared_expert_intermediate_size=200,
-    vocab_size=3000,
+    **{"layers": 2, "experts": 10, "top_k": 2, "hidden_size": 1000, "vocab_size": 3000},
+    **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 100},
+    **{"expert_intermediate_size": 500, "shared_expert_intermediate_size": 200},
 )
 COSTS = RooflineCosts(ROUND, TINY)
 
 
-def full_size(name: str) -> FullSizeModel:
-    option: Any = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
-    sizes = shapes(option)
-    assert isinstance(sizes, FullSizeModel)
-    return sizes
-
-
-# By hand ------------------------------------------------------------------------------------------
-
-
 def test_an_expert_costs_its_weights_or_its_arithmetic() -> None:
     # 352.32 MB / (936 GB/s x 0.85) = 442.8 us, and 7 kernels of 5 us.
-    mixtral = RooflineCosts(RTX_3090, full_size("mixtral"))
+    option: Any = OmegaConf.load(ROOT / "conf" / "model" / "mixtral.yaml")
+    mixtral = RooflineCosts(RTX_3090, full_size(option))
     assert mixtral.expert(1) == pytest.approx(442.8e-6 + 35e-6, rel=1e-4)
     # 1.5 million parameters: 3 MB in 30 us; 3 million operations a token, 1.5 us each.
     kernels = EXPERT_KERNELS * 2e-6
@@ -121,9 +88,6 @@ def test_an_iteration_by_hand(
     assert costs.finish == pytest.approx((finish + FINISH_KERNELS * 2 + 10) * 1e-6)
 
 
-# Properties ---------------------------------------------------------------------------------------
-
-
 # The testbeds in conf/ ----------------------------------------------------------------------------
 
 
@@ -142,7 +106,7 @@ def test_nothing_gains_by_being_unknown() -> None:
     assert again.prediction_source.startswith("assumed, as nobody measured promoe on another")
     newcomer = testbed.costs(model, OmegaConf.create({"label": "newcomer"}), True).prediction
     for name_of_system in PREDICTING:
-        for name in MODELS:
+        for name in ("mixtral", "qwen", "phi"):
             other = OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")
             there = testbed.costs(other, system(name_of_system), True)
             assert newcomer.gate >= there.prediction.gate

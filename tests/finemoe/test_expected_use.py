@@ -1,7 +1,5 @@
 """Eviction keys that are updated in place, against the same ones computed anew."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st

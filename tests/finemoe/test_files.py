@@ -1,7 +1,5 @@
 """Files appear whole or not at all, and what dead processes left goes."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 

@@ -1,9 +1,7 @@
 """FineMoE's decisions: selection, priorities, options and eviction, by hand."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from finemoe.offload.policy import ExpertId, FloatArray, Gate, Iteration, LayerOutcome, ModelShape
 from finemoe.policy import FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
-from tests.finemoe.offload.states import array, asked
+from tests.finemoe.offload.states import DECODE, array, asked, gate
 
 SHAPE = ModelShape(layers=4, experts=4, top_k=1, hidden_size=2)
 OPTIONS = FineMoEOptions(prefetch_distance=2, aggregation="mean")
@@ -19,7 +17,6 @@ DEMO = replace(OPTIONS, variant="demo")
 TAIL = 1e-6
 INCOMING = ExpertId(0, 0)
 
-DECODE = Iteration(0, "decode", (0,), (1,))
 LIKELY = (0.5, 0.25, 0.125, 0.125)
 Requests = dict[tuple[int, int], float]
 
@@ -27,10 +24,6 @@ Requests = dict[tuple[int, int], float]
 def rolled(shift: int) -> FloatArray:
     """Map whose layer l likes expert l + shift best, the next one half as much, then equals."""
     return np.stack([np.roll(array(*LIKELY), layer + shift) for layer in range(4)])
-
-
-def gate(layer: int, *rows: object) -> Gate:
-    return Gate(layer, array(*rows), (0,), None)
 
 
 def policy_with(
@@ -45,8 +38,6 @@ def policy_with(
 def outcome(layer: int, *activated: int) -> LayerOutcome:
     return LayerOutcome(DECODE, layer, activated, (), ())
 
-
-# Selection ------------------------------------------------------------------------------------
 
 # Running sums of LIKELY: 0.5, 0.75, 0.875, 1.
 SELECTIONS = [
@@ -76,14 +67,10 @@ def test_selection_by_hand(score: float, top_k: int, paper: int, demo: int) -> N
         assert np.flatnonzero(chosen).tolist() == sorted(descending[:count])
 
 
-# Priorities -----------------------------------------------------------------------------------
-
 # The stored embedding is (1, 0). A query (7, 24) / 25 scores 0.28, so delta is 0.72: the paper
 # takes 0.5 + 0.25, the demo stops at 0.5. Rows of rolled(0): layer l likes l, then l + 1 mod 4.
 ONE = (array(1, 0), rolled(0))
 QUERY = array((7, 24))
-
-
 # The paper counts layers from before the first one, the demo decays over the band.
 PAPER_FIRST: Requests = {(0, 0): 0.5 / 1, (0, 1): 0.25 / 1, (1, 1): 0.5 / 2, (1, 2): 0.25 / 2}
 DEMO_FIRST: Requests = {
@@ -111,28 +98,20 @@ def after_gate(policy: FineMoEPolicy, layer: int, row: object) -> Requests:
 # A gate that puts all on expert 3 has cosine 0.125 / |LIKELY| = 0.125 / 0.5863 = 0.2132 with row
 # 0, so delta = 0.7868 and the paper takes 0.5 + 0.25 + 0.125, the demo 0.5 + 0.25.
 SURPRISE = (0, 0, 0, 1)
-
-
 # The demo's band starts at the target and ends before layer 4: 1 - 0/5 and 1 - 1/5 of two layers.
 DEMO_BAND: Requests = {
     **{(layer, index): TAIL for layer in (2, 3) for index in range(4)},
     **{(2, 2): TAIL + 0.5, (2, 3): TAIL + 0.25},
     **{(3, 3): TAIL + 0.5 * 0.8, (3, 0): TAIL + 0.25 * 0.8},
 }
-ALL_LAYERS: Requests = {
-    **{(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
-    **{(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3},
-}
-BEYOND: Requests = {expert: p for expert, p in ALL_LAYERS.items() if expert[0] == 3}
+AT_DISTANCE: Requests = {(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2}
+BEYOND: Requests = {(3, 3): 0.5 / 3, (3, 0): 0.25 / 3, (3, 1): 0.125 / 3}
 AFTER_GATES: dict[str, tuple[dict[str, str], int, object, Requests]] = {
-    "the layer at the distance": (
-        *({}, 0, SURPRISE),
-        {(2, 2): 0.5 / 2, (2, 3): 0.25 / 2, (2, 0): 0.125 / 2},
-    ),
+    "the layer at the distance": ({}, 0, SURPRISE, AT_DISTANCE),
     "K experts of a sure gate": ({}, 1, np.roll(LIKELY, 1), {(3, 3): 0.5 / 2}),
     "no layer that does not exist": ({}, 2, SURPRISE, {}),
     "no layer that does not exist, horizon all": ({"horizon": "all"}, 3, SURPRISE, {}),
-    "every layer from the distance on": ({"horizon": "all"}, 0, SURPRISE, ALL_LAYERS),
+    "every layer from the distance on": ({"horizon": "all"}, 0, SURPRISE, AT_DISTANCE | BEYOND),
     "all but the layer at the distance": ({"horizon": "demo"}, 0, SURPRISE, BEYOND),
     "the demo, decaying": ({"variant": "demo", "horizon": "all"}, 0, SURPRISE, DEMO_BAND),
     "the demo, a single target": (
@@ -151,8 +130,6 @@ def test_a_gate_asks_for(case: str) -> None:
     assert after_gate(policy, layer, row) == pytest.approx(expected)
 
 
-# Options --------------------------------------------------------------------------------------
-
 # Entry 0 means what the query means and takes another path; entry 1 the reverse.
 TWO = ((array(1, 0), rolled(1)), (array(0, 1), rolled(0)))
 
@@ -165,8 +142,8 @@ TWO = ((array(1, 0), rolled(1)), (array(0, 1), rolled(0)))
         ("trajectory", {}, {(2, 2): 0.25}),
     ],
 )
-def test_the_search_decides_who_predicts_which_layers(
-    search: Literal["both", "semantic", "trajectory"], first_layers: Requests, third_layer: Requests
+def test_the_search_decides_who_predicts(
+    search: Any, first_layers: Requests, third_layer: Requests
 ) -> None:
     policy = policy_with(replace(OPTIONS, search=search), *TWO)
     assert asked(policy.on_embeddings(DECODE, array((1, 0)))) == pytest.approx(first_layers)
@@ -206,9 +183,7 @@ def test_mean_aggregation_remembers_one_iteration_a_request() -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["token", "demo"])
-def test_token_aggregation_remembers_one_iteration_a_token(
-    aggregation: Literal["token", "demo"],
-) -> None:
+def test_tokens_are_remembered_one_by_one(aggregation: Literal["token", "demo"]) -> None:
     policy = policy_with(replace(OPTIONS, aggregation=aggregation))
     serve(policy, PREFILL, TOKENS, ROWS)
     assert policy.store.counts() == {"entries": 3, "of_prompts": 3}
@@ -227,9 +202,7 @@ def test_token_aggregation_remembers_one_iteration_a_token(
         ("demo", {(0, 1): 0.5}, {(1, 2): 0.5}),
     ],
 )
-def test_aggregation_says_who_searches(
-    aggregation: Literal["mean", "token", "demo"], first: Requests, second: Requests
-) -> None:
+def test_aggregation_says_who_searches(aggregation: Any, first: Requests, second: Requests) -> None:
     stored = ((array(1, 0), rolled(0)), (array(0, 1), rolled(1)))
     options = replace(OPTIONS, prefetch_distance=1, aggregation=aggregation, selection="top_k")
     policy, prompt = policy_with(options, *stored), Iteration(0, "prefill", (7,), (2,))
@@ -249,9 +222,7 @@ def test_the_demo_evicts_by_whole_numbers_that_start_anew() -> None:
 
 
 @pytest.mark.parametrize(("online_growth", "size"), [(True, 2), (False, 1)])
-def test_preparation_fills_the_store_and_serving_only_one_that_grows(
-    online_growth: bool, size: int
-) -> None:
+def test_only_a_store_that_grows_fills_while_serving(online_growth: bool, size: int) -> None:
     policy = policy_with(replace(OPTIONS, online_growth=online_growth))
     serve(policy, DECODE, TOKENS[:1], ROWS[:1])
     assert policy.store.counts() == {"entries": 1, "of_prompts": 0}
@@ -279,9 +250,6 @@ def test_a_batch_asks_for_the_union_with_the_larger_priority() -> None:
     assert found == pytest.approx({(0, 0): 0.5, (0, 2): 0.75, (1, 1): 0.5})
     reverse = asked(policy.on_embeddings(batch, array((0, 1), (4, -3))))
     assert reverse == pytest.approx(found)
-
-
-# Eviction -------------------------------------------------------------------------------------
 
 
 def test_eviction_keys_follow_the_searched_map_and_the_visits() -> None:

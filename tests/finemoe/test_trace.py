@@ -1,7 +1,5 @@
 """Routing traces on disk: exact round trips, nothing half-written, no damage that goes unseen."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -16,20 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finemoe import trace
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.trace import (
-    CHECKSUM_KEY,
     CONTENTS,
-    HEADER_KEY,
-    DType,
     TracedRequest,
     TraceError,
     TraceHeader,
     TraceReader,
-    array_shape,
-    encode,
-    fingerprint,
     trace_writer,
 )
 from tests.command import ROOT
@@ -38,7 +31,7 @@ SHAPE = ModelShape(2, 3, 1, 4)
 SIZES = dataclasses.asdict(SHAPE)
 
 
-def rounded(values: FloatArray, dtype: DType) -> FloatArray:
+def rounded(values: FloatArray, dtype: trace.DType) -> FloatArray:
     if dtype == "bfloat16":
         cut: FloatArray = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
         return cut
@@ -48,7 +41,7 @@ def rounded(values: FloatArray, dtype: DType) -> FloatArray:
 def a_step(tokens: int, header: TraceHeader, rng: np.random.Generator) -> RoutedStep:
     arrays: dict[str, Any] = dict.fromkeys(CONTENTS)
     for name in header.contents:
-        values = rng.normal(size=array_shape(name, tokens, header.shape)).astype(np.float32)
+        values = rng.normal(size=trace.array_shape(name, tokens, header.shape)).astype(np.float32)
         arrays[name] = rounded(values, header.dtype)
     shape = header.shape
     even = np.full(shape.experts, 1 / shape.experts)
@@ -99,9 +92,7 @@ headers = st.builds(
 
 @settings(max_examples=20)
 @given(headers, st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), max_size=3))
-def test_what_is_written_is_read(
-    tmp_path_factory: pytest.TempPathFactory, header: TraceHeader, lengths: list[list[int]]
-) -> None:
+def test_round_trips(tmp_path_factory: Any, header: TraceHeader, lengths: list[list[int]]) -> None:
     path = tmp_path_factory.mktemp("trace") / "trace.parquet"
     requests = [a_request(10 - i, tokens, header) for i, tokens in enumerate(lengths)]
     written(path, header, requests)
@@ -121,10 +112,9 @@ def test_gates_are_read_as_they_were(tmp_path: Path, biased: bool) -> None:
     weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4) / np.float32(3)
     gates = GateWeights(weight, weight[:, :, 1] if biased else None)
     written(tmp_path / "t", TraceHeader(SHAPE, "bfloat16", (), {}, gates), [])
-    header = TraceReader(tmp_path / "t").header
-    assert header.gates is not None
-    np.testing.assert_array_equal(header.gates.weight, weight)
-    np.testing.assert_equal(header.gates.bias, gates.bias)
+    kept: Any = TraceReader(tmp_path / "t").header.gates
+    np.testing.assert_array_equal(kept.weight, weight)
+    np.testing.assert_equal(kept.bias, gates.bias)
 
 
 def test_the_documented_way_of_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,30 +127,27 @@ def test_the_documented_way_of_reading(tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(names["logits"], due.logits)
 
 
-# Half-written and wrongly written -----------------------------------------------------------------
-
-
 HEADER = TraceHeader(SHAPE, "float16", ("logits",))
 GOOD = a_request(3, [2, 1], HEADER)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": ()}, "no steps"),
-        ({"logits": np.zeros((2, 2, 4), np.float32)}, r"of shape \(2, 2, 4\), not of shape"),
-        ({"logits": np.full((2, 2, 3), np.nan, np.float32)}, "logits hold values that are NaN"),
-        ({"counts": np.ones((2, 3), int)}, "counts do not add up to K experts for each"),
-        ({"prompt": (2**31,)}, ""),
-    ],
-)
-def test_bad_requests_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    if change.keys() & {"steps", "prompt"}:
-        bad = dataclasses.replace(GOOD, **change)
-    else:
-        bad = dataclasses.replace(GOOD, steps=(dataclasses.replace(GOOD.steps[0], **change),))
+def with_step(**change: Any) -> TracedRequest:
+    return dataclasses.replace(GOOD, steps=(dataclasses.replace(GOOD.steps[0], **change),))
+
+
+BAD = {
+    "no steps": dataclasses.replace(GOOD, steps=()),
+    r"of shape \(2, 2, 4\), not of shape": with_step(logits=np.zeros((2, 2, 4), np.float32)),
+    "logits hold .* NaN": with_step(logits=np.full((2, 2, 3), np.nan, np.float32)),
+    "counts do not add up to K experts for each": with_step(counts=np.ones((2, 3), int)),
+    "": dataclasses.replace(GOOD, prompt=(2**31,)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_requests_are_refused(tmp_path: Path, message: str) -> None:
     with pytest.raises(TraceError, match=f"request 3: .*{message}"):
-        written(tmp_path / "t", HEADER, [bad])
+        written(tmp_path / "t", HEADER, [BAD[message]])
 
 
 def test_what_no_trace_can_say_is_refused(tmp_path: Path) -> None:
@@ -169,10 +156,7 @@ def test_what_no_trace_can_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no JSON"):
         written(tmp_path / "t", TraceHeader(SHAPE, "float32", (), {"path": tmp_path}), [])
     with pytest.raises(ValueError, match="no bfloat16"):
-        encode(np.array([1 + 2**-8], np.float32), "bfloat16")
-
-
-# Damaged and foreign files ------------------------------------------------------------------------
+        trace.encode(np.array([1 + 2**-8], np.float32), "bfloat16")
 
 
 def read_all(path: Path) -> list[TracedRequest]:
@@ -189,19 +173,20 @@ def rewrite(
     """Write these row groups again, soundly, with a cell or fields of the header changed."""
     with pq.ParquetFile(path) as file:
         tables = [file.read_row_group(group) for group in groups]
-        header = json.loads(file.metadata.metadata[HEADER_KEY])
+        header = json.loads(file.metadata.metadata[trace.HEADER_KEY])
     if cell is not None:
         name, index, value = cell
         values = tables[0][name].to_pylist()
         values[index] = value
         column, field = tables[0].column_names.index(name), tables[0].schema.field(name)
         tables[0] = tables[0].set_column(column, field, [pa.array(values, pa.binary())])
-        fields["requests"] = [[n, 3, fingerprint(table)] for n, table in enumerate(tables)]
+        fields["requests"] = [[n, 3, trace.fingerprint(table)] for n, table in enumerate(tables)]
     packed = json.dumps({**header, **fields}).encode()
     checksum = hashlib.sha256(packed).hexdigest().encode()
     schema = tables[0].schema.remove_metadata()
     with pq.ParquetWriter(path, schema, compression="zstd", store_schema=False) as writer:
-        writer.add_key_value_metadata({HEADER_KEY: packed, CHECKSUM_KEY: checksum})
+        names = trace.HEADER_KEY, trace.CHECKSUM_KEY
+        writer.add_key_value_metadata(dict(zip(names, (packed, checksum), strict=True)))
         for table in tables:
             writer.write_table(table.replace_schema_metadata(None))
 
@@ -242,16 +227,13 @@ def test_unfit_headers_are_refused(tmp_path: Path, fields: dict[str, Any], messa
         read_all(tmp_path / "t")
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (b"\xff" * 12, "a prompt .* with a token id below 0"),
-        (bytes(2**27), "bytes that unpack to 134,2"),
-    ],
-)
-def test_prompts_that_no_model_has_are_refused(tmp_path: Path, value: bytes, message: str) -> None:
+ODD_PROMPTS = {"a prompt .* with a token id below 0": b"\xff" * 12, "unpack to 134,2": bytes(2**27)}
+
+
+@pytest.mark.parametrize("message", ODD_PROMPTS)
+def test_prompts_that_no_model_has_are_refused(tmp_path: Path, message: str) -> None:
     a_trace(tmp_path / "t")
-    rewrite(tmp_path / "t", cell=("prompt", 0, value))
+    rewrite(tmp_path / "t", cell=("prompt", 0, ODD_PROMPTS[message]))
     with TraceReader(tmp_path / "t") as reader:
         for read in (reader.request, reader.prompt):
             with pytest.raises(TraceError, match=message):
@@ -263,9 +245,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         TraceReader(tmp_path / "nowhere")
     with pytest.raises(TraceError, match="damaged or no trace"):
         TraceReader(tmp_path)
-
-
-# What a system needs ------------------------------------------------------------------------------
 
 
 def test_what_a_system_needs(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Traced gates: another model of the same shape routes, live, what the trace says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +65,7 @@ def script_of(gates: TracedGates, model: OffloadedModel, traced: list[TracedRequ
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_another_model_routes_what_the_trace_says_and_offloading_changes_no_bit(
-    family: str,
-) -> None:
+def test_another_model_routes_what_the_trace_says_bit_for_bit(family: str) -> None:
     traced, other = trace_of(offloaded(family, seed=0)), offloaded(family, seed=1)
     shape, policy = other.shape, OnDemandPolicy(other.shape)
     assert counts_of(trace_of(other)) != counts_of(traced)
@@ -105,18 +101,12 @@ def test_a_model_is_its_own_again_afterwards() -> None:
     assert [one.output for one in trace_of(model)] == [one.output for one in before]
 
 
-# Choices ----------------------------------------------------------------------------------------
-
-
 def test_counts_decide_ties_and_no_more() -> None:
     logits = np.array([[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]], np.float32)
     assert choices(logits, np.array([2, 0, 2]), 2).tolist() == [[0, 2], [0, 2]]
     assert choices(logits, np.array([2, 1, 1]), 2).tolist() == [[0, 1], [0, 2]]
     with pytest.raises(ValueError, match="not those of the highest logits"):
         choices(logits, np.array([1, 1, 2]), 2)
-
-
-# Refusals ---------------------------------------------------------------------------------------
 
 
 SMALL, MIXTRAL = ModelShape(3, 4, 2, 8), ModelShape(32, 8, 2, 8)
@@ -131,9 +121,7 @@ SMALL, MIXTRAL = ModelShape(3, 4, 2, 8), ModelShape(32, 8, 2, 8)
         (MIXTRAL, "workload=online", "routing="),
     ],
 )
-def test_what_a_trace_cannot_serve_is_refused(
-    tmp_path: Path, shape: ModelShape, override: str, cause: str
-) -> None:
+def test_refusals(tmp_path: Path, shape: ModelShape, override: str, cause: str) -> None:
     counts = np.zeros((shape.layers, shape.experts), np.int32)
     counts[:, : shape.top_k] = 1
     logits = np.zeros((shape.layers, 1, shape.experts), np.float32)

@@ -4,8 +4,6 @@ A failing case is shrunk and printed, and tried first in the next run; `make fuz
 whole run.
 """
 
-from __future__ import annotations
-
 import os
 
 from hypothesis import HealthCheck, settings

@@ -1,7 +1,5 @@
 """Odd values anywhere in a config are refused in one line, or accepted."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Nothing else may be raised, whatever a file holds, and no file may fill the memory.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io
@@ -143,9 +141,6 @@ def parquet(columns: dict[str, list[Any]]) -> bytes:
     return content
 
 
-# Others' routing traces ---------------------------------------------------------------------------
-
-
 def check_requests(make: Callable[[], ForeignTrace | RoutedStream]) -> None:
     """Read a trace that may be refused; whatever is read is sound."""
 
@@ -192,8 +187,6 @@ def test_damaged_streams(folder: Path, data: st.DataObject) -> None:
     check_requests(lambda: RoutedStream(path, FOREIGN, prompt=2, output=2))
 
 
-# Datasets and arrivals ----------------------------------------------------------------------------
-
 TURN = {"from": "human", "value": "a text"}
 ROLE = {"role": "user", "content": "another text"}
 CONVERSATIONS = [{"conversations": [{"from": "gpt"}, TURN]}, {"conversation": [ROLE]}] * 2
@@ -233,9 +226,6 @@ def test_arrivals(folder: Path, data: st.DataObject) -> None:
         lengths = trace[["input_tokens", "output_tokens"]]
         assert lengths.ge(1).all(axis=None)
         assert lengths.le(2**31).all(axis=None)
-
-
-# Records ------------------------------------------------------------------------------------------
 
 
 @cache

@@ -1,7 +1,5 @@
 """Live serving, fuzzed: lossless within the budget, and every fault ends soon in its own error."""
 
-from __future__ import annotations
-
 import faulthandler
 import itertools
 import re
@@ -27,16 +25,8 @@ from experiments.run.models import FAMILIES, small_model
 from finemoe.offload.device import EmulatedLink
 from finemoe.offload.live import BackgroundError
 from finemoe.offload.policy import Policy, PolicyError, Routing
-from tests.engine import (
-    OPTIONS,
-    configured,
-    logits_of,
-    offloaded,
-    offloading,
-    prepared,
-    recorded,
-    requests,
-)
+from tests import engine
+from tests.engine import OPTIONS, logits_of, offloaded, prepared, requests
 from tests.fuzz import fuzzed
 
 PATIENCE_S = 60.0
@@ -97,7 +87,7 @@ def plain(family: str) -> PlainRuntime:
 def expected(family: str, batch: int, length: int) -> tuple[list[torch.Tensor], Routing]:
     """Return the plain model's logits, and what its gates choose."""
     logits = logits_of(plain(family), requests(batch, length))
-    return logits, recorded(shared(family), requests(batch, length))[1]
+    return logits, engine.recorded(shared(family), requests(batch, length))[1]
 
 
 @st.composite
@@ -125,7 +115,7 @@ def cases(draw: st.DrawFn) -> Case:
 def policy_of(case: Case) -> Policy:
     """Return the case's policy as its YAML describes it, prepared as a run prepares it."""
     model = shared(case.family)
-    policy = configured(case.system, model.shape, **case.options)
+    policy = engine.configured(case.system, model.shape, **case.options)
     prepared(policy, model, case.history)
     if policy.set_future_routing:
         policy.set_future_routing(expected(case.family, case.batch, case.length)[1])
@@ -135,9 +125,9 @@ def policy_of(case: Case) -> Policy:
 def serve(case: Case, policy: Policy) -> None:
     """Serve the case; its logits are the plain model's, its slots are never too many."""
     model = shared(case.family)
-    links = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
+    links: Any = {"link_gb_s": case.link_gb_s, "chunk_bytes": case.chunk_bytes}
     logits, _ = expected(case.family, case.batch, case.length)
-    runtime = offloading(model, policy, case.slots, protect=case.protect, **links)
+    runtime = engine.offloading(model, policy, case.slots, protect=case.protect, **links)
     with runtime:
         computed = logits_of(runtime, requests(case.batch, case.length))
         runtime.drain()
@@ -174,8 +164,6 @@ def test_whatever_is_served_is_lossless_within_its_budget(case: Case) -> None:
     with watched(), undisturbed(case):
         serve(case, policy)
 
-
-# Faults -------------------------------------------------------------------------------------
 
 ASKED = ("on_embeddings", "on_gate", "end_iteration")
 TOLD = ("end_request", "on_outcome", "on_load", "on_evict")
@@ -240,9 +228,7 @@ def faults(draw: st.DrawFn, case: Case) -> Fault:
 
 @given(data=st.data(), case=cases())
 @fuzzed(10)
-def test_a_fault_ends_in_its_own_error_and_the_model_serves_again(
-    data: st.DataObject, case: Case
-) -> None:
+def test_a_fault_ends_in_its_own_error(data: st.DataObject, case: Case) -> None:
     policy, fault = policy_of(case), data.draw(faults(case))
     with pytest.MonkeyPatch.context() as patch:
         if fault.where in ("start", "finish"):

@@ -1,7 +1,5 @@
 """Analyses and pictures of a toy trace (`test_routing` has it) and of published shapes."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -56,9 +54,7 @@ def table_of(name: str, toy: Path, folder: Path, *overrides: str) -> pd.DataFram
 
 
 @pytest.mark.parametrize("name", [*OF_TRACES, *OF_SHAPES])
-def test_every_figure_is_drawn_from_what_its_analysis_left(
-    name: str, toy: Path, tmp_path: Path
-) -> None:
+def test_every_figure_is_drawn_from_its_analysis(name: str, toy: Path, tmp_path: Path) -> None:
     everywhere = {(m, d): toy for m in ("mixtral", "qwen", "phi") for d in ("docs", "code")}
     cfg = analysed(name, everywhere, tmp_path / "analysis")
     record = json.loads((tmp_path / "analysis" / "record.json").read_text())
@@ -132,9 +128,7 @@ def test_hit_rates_by_distance_by_hand(tmp_path: Path) -> None:
         ("table1", ["experiment.models=[mixtrel]"], "choose some of mixtral"),
     ],
 )
-def test_bad_input_is_named(
-    name: str, overrides: list[str], message: str, toy: Path, tmp_path: Path
-) -> None:
+def test_refusals(name: str, overrides: list[str], message: str, toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         analysed(name, {("mixtral", "docs"): toy}, tmp_path / "a", *overrides)
     assert not (tmp_path / "a").exists()

@@ -11,8 +11,6 @@ Two requests of a prompt of two tokens and two decoded ones each, top-1:
 A gate gives its choice 1/2 and the others 1/4.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -84,9 +82,6 @@ def test_bins_are_equally_wide() -> None:
     assert found["count"].tolist() == [2, 1, 1]
     np.testing.assert_allclose(found["score"], [0.05, 0.3, 1.0])
     np.testing.assert_allclose(found["hit_rate"], [0.25, 0.5, 1.0])
-
-
-# Predictors ---------------------------------------------------------------------------------------
 
 
 def predicted(predictor: routing.Predictor, distance: int) -> list[list[int]]:

@@ -1,8 +1,6 @@
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache, reduce
 from operator import getitem
 from pathlib import Path
@@ -10,13 +8,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.errors import UserError
 from experiments.judge.frame import ResultsFolder, run_frame
 from experiments.run.records import read_record, write_record
-from tests.command import ROOT
+from tests.command import config
 
 PROVENANCE = {
     "date": "2026-01-01T00:00:00+00:00",
@@ -29,70 +26,45 @@ PROVENANCE = {
 
 
 @lru_cache
-def config(*overrides: str) -> Any:
+def settings_of(*overrides: str) -> Any:
     """Return the resolved config of a simulated run, as data; not to be changed."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", ["testbed=rtx3090x6", "output=unused", *overrides])
+    composed = config("config", "testbed=rtx3090x6", "output=unused", *overrides)
     return OmegaConf.to_container(composed, resolve=True)
 
 
 def leave_run(
     folder: Path,
     *overrides: str,
-    batches: tuple[int, ...] = (0, 1, 2),
-    tpots: tuple[float, ...] = (0.1, 0.2, 0.3),
-    hits: tuple[int, ...] = (1, 2, 3),
+    batches: Sequence[int] = (0, 1, 2),
+    tpots: Sequence[float] = (0.1, 0.2, 0.3),
+    hits: Sequence[int] = (1, 2, 3),
     mode: str = "simulated",
-) -> Path:
-    """Leave the record of a run of 11 tokens a request, 10 expert accesses a batch; return it."""
-    table = pd.DataFrame({"request": range(len(batches)), "batch": batches, "tpot_s": tpots})
-    table = table.assign(
-        input_tokens=5,
-        output_tokens=11,
-        ttft_s=10 * table["tpot_s"],
-        e2el_s=20 * table["tpot_s"],
-        hits=hits,
-        late=4,
-        misses=[6 - hit for hit in hits],
-    )
-    settings = config(*overrides)
-    return leave_record(
-        folder,
-        settings,
-        table,
-        settings["dataset"]["name"],
-        mode,
-        bytes_prefetched=7,
-        bytes_wasted=3,
-        slot_budget_bytes=25_000_000_000,
-        dense_bytes=3_000_000_000,
-        phase_seconds={"context_collection": 1.0, "on_demand_wait": 6.0, "prefetch_wait": 0.0},
-        busy_seconds=12.0,
-        bound={"compute_s": 1.0, "link_s": 4.0, "times": 3.0},
-    )
-
-
-def leave_record(
-    folder: Path,
-    config: dict[str, Any],
-    requests: pd.DataFrame,
-    dataset: str,
-    mode: str,
     budget_gb: float = 22.5,
-    **summary: Any,
+    **changed: Any,
 ) -> Path:
-    """Leave a complete run record; return it."""
-    counts = requests.drop_duplicates("batch")[["hits", "late", "misses"]].sum().to_dict()
-    latencies = requests[["ttft_s", "tpot_s", "e2el_s"]].mean().items()
-    summary |= {str(name): {"mean": float(mean), "ci95": [0.0, 99.0]} for name, mean in latencies}
-    summary |= {"expert_hit_rate": counts["hits"] / sum(counts.values()), "lossless": None}
-    record: dict[str, Any] = {"summary": counts | summary, "config": config, "status": "complete"}
-    record |= {"system": config["system"]["label"], "model": config["model"]["name"], "seed": 0}
+    """Leave the record of a run of 5 tokens a request, 10 expert accesses a batch; return it."""
+    table = pd.DataFrame({"request": range(len(batches)), "batch": batches, "tpot_s": tpots})
+    table = table.assign(input_tokens=5, output_tokens=5, hits=hits, late=1)
+    table["ttft_s"], table["e2el_s"] = 10 * table["tpot_s"], 20 * table["tpot_s"]
+    table["misses"] = 9 - table["hits"]
+    summary: Any = table.drop_duplicates("batch")[["hits", "late", "misses"]].sum().to_dict()
+    summary |= {"expert_hit_rate": summary["hits"] / sum(summary.values()), "lossless": None}
+    for name in ("ttft_s", "tpot_s", "e2el_s"):
+        summary[name] = {"mean": float(table[name].mean()), "ci95": [0.0, 99.0]}
+    sizes = {"bytes_prefetched": 3.0, "bytes_on_demand": 6.0, "bytes_wasted": 1.5}
+    sizes |= {"slot_budget_bytes": 25.0, "peak_slot_bytes": budget_gb, "dense_bytes": 3.0}
+    summary |= {name: int(gb * 1e9) for name, gb in sizes.items()}
+    summary |= {"bound": {"compute_s": 2.0, "link_s": 8.0, "times": 1.25}, "busy_seconds": 10.0}
+    phases = {"context_collection": 0.3, "on_demand_wait": 4.0, "prefetch_wait": 0.0}
+    summary |= {"phase_seconds": phases, **changed}
+    settings = settings_of(*overrides)
+    record = {"config": settings, "summary": summary, "status": "complete"}
+    record |= {"system": settings["system"]["label"], "model": settings["model"]["name"], "seed": 0}
     record |= {"testbed": "6 x RTX 3090", "weights": "scale", "routing": "a trace", "mode": mode}
-    record |= {"dataset": dataset, "dataset_source": "somewhere", "dataset_sha256": "ab" * 32}
-    record |= {"memory_budget_gb": budget_gb, **PROVENANCE}
+    record |= {"dataset": settings["dataset"]["name"], "dataset_sha256": "ab" * 32}
+    record |= {"dataset_source": "somewhere", "memory_budget_gb": budget_gb}
     folder.mkdir(parents=True, exist_ok=True)
-    return write_record(folder, record, requests)
+    return write_record(folder, {**record, **PROVENANCE}, table)
 
 
 def only(frame: pd.DataFrame) -> dict[str, Any]:
@@ -106,25 +78,23 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     expected: dict[str, Any] = {"digest": "abc", "system": "finemoe", "label": "finemoe"}
     expected |= {"model": "mixtral", "dataset": "docs", "mode": "simulated", "path": str(path)}
     expected |= {"memory_budget": "25%", "memory_budget_gb": 22.5, "batch_size": 1}
-    expected |= {"prefetch_distance": 3, "store_capacity": 1000, "bytes_prefetched": 7}
-    expected |= {"hits": 6, "late": 12, "misses": 12, "bound_times": 3.0, "busy_s": 12.0}
+    expected |= {"prefetch_distance": 3, "store_capacity": 1000, "bytes_prefetched": 3 * 10**9}
+    expected |= {"hits": 6, "late": 3, "misses": 21, "bound_times": 1.25, "busy_s": 10.0}
     assert {key: row[key] for key in expected} == expected
     assert [row[key] for key in ("tpot_s", "hit_rate")] == pytest.approx([0.2, 0.2])
-    assert row["phase_on_demand_wait_s"] == 6.0
+    assert row["phase_on_demand_wait_s"] == 4.0
     assert math.isnan(row["phase_search_s"])
 
 
-def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
-    tmp_path: Path,
-) -> None:
+def test_requests_of_one_batch_are_no_independent_samples(tmp_path: Path) -> None:
     leave_run(tmp_path / "two", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
     leave_run(tmp_path / "one", batches=(0, 0, 0), tpots=(0.1, 0.1, 0.1), hits=(1, 1, 1))
     two, one = run_frame([tmp_path / "two", tmp_path / "one"]).to_dict("records")
-    # Two batches of 11 iterations, of 2 and 6 seconds.
-    assert (two["iterations"], two["iteration_s"]) == (22, pytest.approx(8 / 22))
+    # Two batches of 5 iterations, of 2 and 6 seconds.
+    assert (two["iterations"], two["iteration_s"]) == (10, pytest.approx(8 / 10))
     # Only three resamples of two batches exist: the one, both, the other.
     for name, ends in (("tpot_s", (0.1, 0.3)), ("hit_rate", (0.1, 0.3)),
-                       ("iteration_s", (2 / 11, 6 / 11))):  # fmt: skip
+                       ("iteration_s", (2 / 5, 6 / 5))):  # fmt: skip
         assert (two[f"{name}_low"], two[f"{name}_high"]) == pytest.approx(ends)
         assert math.isnan(one[f"{name}_low"])
 
@@ -138,9 +108,7 @@ def test_requests_of_one_batch_share_iterations_and_are_no_independent_samples(
         ("on_demand", [], "on_demand"),
     ],
 )  # fmt: skip
-def test_the_label_names_what_is_not_default(
-    tmp_path: Path, system: str, options: list[str], label: str
-) -> None:
+def test_labels_name_options(tmp_path: Path, system: str, options: list[str], label: str) -> None:
     leave_run(tmp_path / "a", f"system={system}", *(f"system.{one}" for one in options))
     assert only(run_frame([tmp_path / "a"]))["label"] == label
 
@@ -167,9 +135,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         (["summary", "tpot_s", "mean"], math.nan, "'summary.tpot_s.mean': Input should be a fin"),
     ],
 )
-def test_records_that_no_run_leaves_are_refused(
-    tmp_path: Path, path: list[str], value: Any, cause: str
-) -> None:
+def test_odd_records_are_refused(tmp_path: Path, path: list[str], value: Any, cause: str) -> None:
     record = leave_run(tmp_path / "a")
     content = json.loads(record.read_text())
     reduce(getitem, path[:-1], content)[path[-1]] = value
@@ -188,9 +154,7 @@ def test_records_that_no_run_leaves_are_refused(
         (lambda table: table.loc[table.index.repeat(10**6)], "unpack to"),
     ],
 )
-def test_request_tables_that_no_run_leaves_are_refused(
-    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], cause: str
-) -> None:
+def test_odd_tables_are_refused(tmp_path: Path, change: Any, cause: str) -> None:
     record = leave_run(tmp_path / "a")
     table = pd.read_parquet(record.parent / "requests.parquet")
     change(table).to_parquet(record.parent / "requests.parquet", compression="zstd")

@@ -1,7 +1,5 @@
 """Verdicts under every reading, by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +16,10 @@ def results(tmp_path: Path) -> Results:
     made = Results(tmp_path / "results")
     fast, slow, others = (
         made.run("finemoe", [0.02, 0.03, 0.04]),
-        made.run("finemoe", [0.2, 0.3, 0.4], options={"aggregation": "mean"}),
+        made.run("finemoe", [0.2, 0.3, 0.4], (5, 5, 5), "system.aggregation=mean"),
         [made.run(one, [0.2, 0.3, 0.4]) for one in BASELINES],
     )
-    slower = made.run("deepspeed", [2.0, 3.0, 4.0], options={"waits": True})
+    slower = made.run("deepspeed", [2.0, 3.0, 4.0], (5, 5, 5), "+system.waits=true")
     views = {
         "default": {"10": [fast, *others], "13": [fast, *others]},
         "mean": {"10": [slow, *others], "13": [slow, *others]},

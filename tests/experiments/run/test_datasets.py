@@ -23,9 +23,7 @@ SHAREGPT = [
 
 @pytest.mark.parametrize("rows", [LMSYS, SHAREGPT], ids=["lmsys", "sharegpt"])
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_both_schemas_are_read_from_every_format(
-    rows: list[dict[str, Any]], suffix: str, tmp_path: Path
-) -> None:
+def test_both_schemas_are_read(rows: list[dict[str, Any]], suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{suffix}"
     if suffix == "parquet":
         pd.DataFrame(rows).to_parquet(path)
@@ -40,9 +38,7 @@ PROMPTS = st.lists(st.lists(st.integers(0, 2), max_size=6).map(tuple), max_size=
 
 
 @given(PROMPTS)
-def test_a_shared_prefix_is_the_longest_with_any_other_prompt(
-    prompts: list[tuple[int, ...]],
-) -> None:
+def test_a_shared_prefix_is_the_longest_with_any_other(prompts: list[tuple[int, ...]]) -> None:
     def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
         return max(n for n in range(min(len(one), len(other)) + 1) if one[:n] == other[:n])
 
@@ -72,8 +68,8 @@ ODD = [
 
 @pytest.mark.parametrize(("row", "cause"), ODD)
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_a_row_that_is_no_conversation_is_skipped_and_counted(
-    row: Any, cause: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_odd_rows_are_skipped(
+    row: Any, cause: str, suffix: str, tmp_path: Path, capsys: Any
 ) -> None:
     path, rows = tmp_path / f"rows.{suffix}", [SHAREGPT[0], row, LMSYS[1]]
     lines = [json.dumps(one) for one in rows]

@@ -3,7 +3,6 @@
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,12 @@ from finemoe.assemble import resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.device import DeviceSlots
 from finemoe.offload.policy import ModelShape
-from tests.command import SMALL, composed, config
+from tests.command import composed, config, unlike
 from tests.engine import offloaded, requests, saved_mixtral
 from tests.pretend_cuda import pretend_cuda
 
 
-def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slots_of_a_repeat_are_gone_before_the_next(tmp_path: Path, monkeypatch: Any) -> None:
     allocate, alive = DeviceSlots.allocate, weakref.WeakSet[DeviceSlots]()
     held: list[int] = []
 
@@ -51,21 +48,13 @@ def test_the_slots_of_a_repeat_are_gone_before_the_next_takes_its_own(
     assert held == [0, 0, 0]
 
 
-def test_six_devices_that_hold_all_experts_together_verify_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_six_devices_hold_all_experts_together(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(live, "CUDA_BYTES", 0)
     weights = saved_mixtral(tmp_path / "model", 3, intermediate=2048)
     facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 2048}
     words = [f"weights='{weights}'", *(f"model.{name}={value}" for name, value in facts.items())]
-    words += [
-        "testbed=local",
-        "memory_budget=50%",
-        "workload.prompts=2",
-        f"output='{tmp_path / 'run'}'",
-    ]
-    small = [one for one in SMALL if not one.startswith("testbed")]
-    cfg = config("config", *small, *words)
+    words += ["testbed=local", "memory_budget=50%", "workload.prompts=2", f"output='{tmp_path}'"]
+    cfg = config("config", *unlike("testbed"), *words)
     with pretend_cuda(6) as roomy:
         setup = load_setup(cfg, build(cfg.testbed))
         experts = setup.shape.size * setup.model.offloaded.store.layout.nbytes
@@ -87,18 +76,6 @@ BESIDE = {"KV cache": 400_000_000, "activations": 300_000_000, "logits": 0, "CUD
 GPUS = tuple(torch.device("cuda", index) for index in range(6))
 
 
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give devices, in order, so many free GB."""
-
-    def give(*gigabytes: float) -> None:
-        monkeypatch.setattr(
-            torch.cuda, "mem_get_info", lambda device: (int(gigabytes[device.index] * 1e9), 0)
-        )
-
-    return give
-
-
 @pytest.mark.parametrize(
     ("gigabytes", "fit"),
     [
@@ -108,10 +85,11 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ((20, 24, 24, 15, 24, 24), False),
     ],
 )
-def test_all_experts_fit_the_devices_together_or_do_not(
-    gigabytes: tuple[float, ...], fit: bool, free: Callable[..., None]
-) -> None:
-    free(*gigabytes)
+def test_all_experts_fit_or_do_not(gigabytes: Any, fit: bool, monkeypatch: Any) -> None:
+    def free(device: torch.device) -> tuple[int, int]:
+        return int(gigabytes[device.index] * 1e9), 0
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
     devices = GPUS[: len(gigabytes)]
     cause = live.shortage(devices, spread(MIXTRAL, len(devices)), EXPERT, BESIDE)
     assert (cause == "") is fit
@@ -130,9 +108,7 @@ def test_what_mixtral_needs_beside_its_experts() -> None:
 
 @pytest.mark.parametrize("schedule", [FixedBatches, ContinuousBatches])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_caches_and_logits_are_as_large_as_was_said(
-    schedule: type[FixedBatches], family: str
-) -> None:
+def test_caches_and_logits_are_as_large_as_said(schedule: type[FixedBatches], family: str) -> None:
     load = requests(3, 9, output=2) + requests(2, 9, first=3, output=6)
     if schedule is not FixedBatches:
         load += requests(3, 5, first=5, output=3)

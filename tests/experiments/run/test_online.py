@@ -20,6 +20,8 @@ TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 LENGTHS = [(9, 3), (12, 1), (6, 4), (12, 2)]
 """The rows of the trace under the caps below."""
 CAPS = ("workload.max_input_tokens=12", "workload.max_output_tokens=4")
+Served = tuple[dict[str, Any], pd.DataFrame]
+"""A record and the table of its requests."""
 SIMULATED = ("testbed=rtx3090x6", "memory_budget=24")
 
 
@@ -36,7 +38,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
     return [*workload, *files, *overrides]
 
 
-def served(folder: Path, name: str, *overrides: str) -> tuple[dict[str, Any], pd.DataFrame]:
+def served(folder: Path, name: str, *overrides: str) -> Served:
     """Serve; return the record and the table of requests."""
     output = folder / name
     output.mkdir()
@@ -45,13 +47,11 @@ def served(folder: Path, name: str, *overrides: str) -> tuple[dict[str, Any], pd
 
 
 @pytest.fixture(scope="module")
-def replayed(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def replayed(folder: Path) -> Served:
     return served(folder, "replayed", *SIMULATED)
 
 
-def test_every_request_is_served_once_with_the_tokens_asked_for(
-    replayed: tuple[dict[str, Any], pd.DataFrame],
-) -> None:
+def test_every_request_is_served_once(replayed: Served) -> None:
     record, table = replayed
     assert table["request"].tolist() == [0, 1, 2, 3]
     assert [*zip(table["input_tokens"], table["output_tokens"], strict=True)] == LENGTHS
@@ -65,9 +65,7 @@ def test_every_request_is_served_once_with_the_tokens_asked_for(
     assert summary["history_bytes"]["store"] > 0
 
 
-def test_arrivals_at_another_rate_replay_the_same_trace(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
+def test_another_rate_replays_the_same_trace(replayed: Served, folder: Path) -> None:
     record, _ = served(folder, "slow", *SIMULATED, "system=on_demand", "workload.rate=0.001")
     assert len(list((folder / "traces").iterdir())) == 1
     assert record["summary"]["queueing_s"]["mean"] == 0
@@ -76,9 +74,7 @@ def test_arrivals_at_another_rate_replay_the_same_trace(
     assert record["dataset_sha256"] == replayed[0]["dataset_sha256"]
 
 
-def test_live_serving_is_lossless_and_of_the_same_workload(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
+def test_live_serving_is_lossless(replayed: Served, folder: Path) -> None:
     fast = ("testbed=emulated", "testbed.time_scale=0.01", "workload.rate=50")
     record, table = served(folder, "live", *fast, "memory_budget=6")
     assert record["mode"] == "emulated"
@@ -90,9 +86,7 @@ def test_live_serving_is_lossless_and_of_the_same_workload(
     assert table["queueing_s"].max() > 0
 
 
-def test_a_trace_of_other_lengths_is_refused(
-    replayed: tuple[dict[str, Any], pd.DataFrame], folder: Path
-) -> None:
+def test_other_lengths_are_refused(replayed: Served, folder: Path) -> None:
     (path,) = (folder / "traces").iterdir()
     other = ("workload.max_output_tokens=5", "system=on_demand", f"routing={path}")
     with pytest.raises(UserError, match=r"6 input and 4 output tokens.*set routing=null"):

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -54,7 +55,7 @@ def test_the_union_of_a_step_over_a_layers_share_of_the_cache() -> None:
     """Two layers share 4 slots. A prefill activates 3 and 1 experts, decodes 2 and 2, 1 and 2."""
     counter = AccessCounter()
     steps: list[tuple[Phase, tuple[int, ...], tuple[int, ...]]] = [
-        *(("prefill", (0, 1, 5), (3,)), ("decode", (0, 1), (3, 4)), ("decode", (9,), (3, 4))),
+        *(("prefill", (0, 1, 5), (3,)), ("decode", (0, 1), (3, 4)), ("decode", (9,), (3, 4)))
     ]
     for number, (phase, *layers) in enumerate(steps):
         iteration = Iteration(number, phase, (7,), (1,))
@@ -65,9 +66,7 @@ def test_the_union_of_a_step_over_a_layers_share_of_the_cache() -> None:
     assert found == {"prefill": {"mean": 1.0, "max": 1.5}, "decode": {"mean": 0.875, "max": 1.0}}
 
 
-def test_a_record_that_wandb_refuses_is_kept_and_logged_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_wandb_refuses_is_logged_later(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     for name, value in {"SILENT": "true", "MODE": "online", "API_KEY": "no key"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     record = {
@@ -90,9 +89,7 @@ def test_a_record_that_wandb_refuses_is_kept_and_logged_later(
     assert not is_logged(path)
 
 
-def test_texts_are_shown_as_they_are_but_no_terminal_obeys_them(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_no_terminal_obeys_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     Console().announce(["[bold]a[/b] \\[red] \x1b[2J\x1b]0;title\x07 \x9b1m \r\u202eb\ud800"])
     printed = capsys.readouterr().out
     assert printed.startswith("[bold]a[/b] \\[red] \N{REPLACEMENT CHARACTER}[2J")

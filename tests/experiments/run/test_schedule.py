@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig
 
 from baselines.on_demand import OnDemandPolicy
 from experiments.errors import UserError
 from experiments.run import live
 from experiments.run.live import LiveBackend, LogitsLog
-from experiments.run.models import COMMON, FAMILIES, random_model
+from experiments.run.models import FAMILIES, random_model
 from experiments.run.schedule import (
     ContinuousBatches,
     FixedBatches,
@@ -30,7 +29,7 @@ from finemoe.assemble import resident_runtime
 from finemoe.offload.model import OffloadedModel
 from finemoe.offload.policy import Iteration, Placement
 from tests.architectures import small_config
-from tests.engine import offloading
+from tests.engine import Clock, offloaded, offloading
 
 CPU = torch.device("cpu")
 
@@ -39,9 +38,6 @@ def request(number: int, arrival: float, output_tokens: int, input_tokens: int =
     generator = torch.Generator().manual_seed(number)
     prompt = torch.randint(128, (input_tokens,), generator=generator).tolist()
     return Request(number, tuple(prompt), output_tokens, arrival)
-
-
-# Schedules, in virtual time ----------------------------------------------------------------------
 
 
 @dataclass
@@ -166,23 +162,6 @@ def check_borders(
         last_end = end
 
 
-# The live backend ------------------------------------------------------------------------------
-
-
-class Clock:
-    """Time that passes when somebody looks at it or sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        self.now += 0.01
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 class Watch(OnDemandPolicy):
     """Notes the rows that reach the embedding, and the requests that end."""
 
@@ -212,16 +191,11 @@ LOAD = (
 )
 
 
-def offloaded(family: str, **config: Any) -> OffloadedModel:
-    facts = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **config})
-    return OffloadedModel.from_model(random_model(facts, torch.float32, 0), CPU)
-
-
 def served(runtime: Any, schedule: Schedule) -> tuple[dict[int, Served], list[Step]]:
     """Serve in pretended time; return what requests got, and the steps."""
     steps = list[Step]()
     server = Server(LiveBackend(runtime), listeners=[steps.append])
-    with patch.object(live, "time", Clock()):
+    with patch.object(live, "time", Clock(look=0.01)):
         return {one.request.number: one for one in server.serve(schedule)}, steps
 
 
@@ -234,7 +208,7 @@ def served(runtime: Any, schedule: Schedule) -> tuple[dict[int, Served], list[St
     ],
 )
 def test_requests_get_the_same_tokens_as_alone(family: str, config: dict[str, Any]) -> None:
-    model = offloaded(family, **config)
+    model = offloaded(family, torch.float32, **config)
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
         alone, _ = served(runtime, FixedBatches(LOAD, 1))
         together, steps = served(runtime, ContinuousBatches(LOAD, 3))
@@ -254,7 +228,7 @@ def test_caches_that_cannot_be_joined_are_refused(kind: str) -> None:
 
 
 def test_no_padding_reaches_a_router_and_requests_end_when_they_leave() -> None:
-    model = offloaded("mixtral")
+    model = offloaded("mixtral", torch.float32)
     watch = Watch(model)
     with offloading(model, watch, (6,)) as runtime:
         _, steps = served(runtime, ContinuousBatches(LOAD, 3))

@@ -67,10 +67,7 @@ def test_rows_out_of_order_are_put_in_order(tmp_path: Path) -> None:
     [
         ("", "No columns to parse from file; give a CSV table"),
         (f"{HEADER}{GOOD}soon,1,2\n", "line 3 is no request: .*soon"),
-        (
-            f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}",
-            "line 4 is no request: .*'GeneratedTokens': '0'",
-        ),
+        (f"{HEADER}{GOOD}\n{GOOD.replace('44', '0')}", "line 4 is no .*'GeneratedTokens': '0'"),
         (HEADER, "no requests below its header"),
         ("TIMESTAMP\n2023-11-16\n", "GeneratedTokens.*are in the"),
     ],

@@ -1,14 +1,11 @@
 """The shipped scale model, and the command that trains one, at toy size."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.errors import UserError
@@ -18,29 +15,20 @@ from experiments.train.scale_models import Training, train
 from tests.command import ROOT, config
 
 TOY = (
-    "tokens=256",
-    "sequence_length=32",
-    "batch_sequences=1",
-    "evaluate_every=4",
-    "evaluate_sequences=2",
-    "warmup_steps=2",
-    "vocabulary=300",
+    *("tokens=256", "sequence_length=32", "batch_sequences=1", "evaluate_every=4"),
+    *("evaluate_sequences=2", "warmup_steps=2", "vocabulary=300"),
     "model.scale.config.num_hidden_layers=2",
 )
 README = (ROOT / "README.md").read_text().split("\n\n")
 CORPUS = [Document(f"part {number}", "docs", (text,)) for number, text in enumerate(README)]
 
 
-def test_training_stops_resumes_and_exports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_resumes_and_exports(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     overrides = (*TOY, f"checkpoints={tmp_path}", f"export={folder}")
     train(config("scale_models", *overrides, "stop_after=4"), CORPUS)
-    assert "stopped at step 4" in capsys.readouterr().out
     assert not folder.exists()
     train(config("scale_models", *overrides), CORPUS)
-    assert "held-out perplexity" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size == 300
@@ -51,25 +39,16 @@ def test_training_stops_resumes_and_exports(
     assert 0 <= training["least_used_share"] < 1
 
 
-RECIPE = OmegaConf.create(
-    {
-        "tokens": 6 * 2 * 16,
-        "sequence_length": 16,
-        "batch_sequences": 2,
-        "learning_rate": 1e-3,
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-        "evaluate_every": 2,
-        "evaluate_sequences": 2,
-        "seed": 0,
-    }
+RECIPE = (
+    *("tokens=192", "sequence_length=16", "batch_sequences=2", "warmup_steps=2"),
+    *("evaluate_every=2", "evaluate_sequences=2"),
 )
 
 
 def training(checkpoint: Path) -> Training:
     ids = torch.randint(128, (500,), generator=torch.Generator().manual_seed(0))
     model = small_model("mixtral", torch.float32)
-    return Training(model.train(), RECIPE, ids, ids[:64], checkpoint)
+    return Training(model.train(), config("scale_models", *RECIPE), ids, ids[:64], checkpoint)
 
 
 def test_stopped_and_resumed_equals_run_through(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """From times taken live to the costs of a testbed."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

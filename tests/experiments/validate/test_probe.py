@@ -1,7 +1,5 @@
 """Times taken live, by hand, and the parts that they fall into."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

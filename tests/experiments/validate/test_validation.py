@@ -1,7 +1,5 @@
 """Live against replay, as a command."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -35,10 +33,7 @@ TESTBED = {
 }
 OVERRIDES = (
     *(f"~system@systems.{n}" for n in ("moe_infinity", "promoe", "mixtral_offload", "deepspeed")),
-    "budgets=[6]",
-    "workload.prompts=3",
-    "workload.output_tokens=3",
-    "testbed.time_scale=0.001",
+    *("budgets=[6]", "workload.prompts=3", "workload.output_tokens=3", "testbed.time_scale=0.001"),
 )
 COMMAND = ("experiments.validate", *OVERRIDES)
 
@@ -46,8 +41,7 @@ COMMAND = ("experiments.validate", *OVERRIDES)
 def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
     write_testbed(tmp_path / "mine.yaml", TESTBED)
     mine = f"calibration={tmp_path / 'mine.yaml'}"
-    done = run_module(*COMMAND, f"output={tmp_path / 'out'}", mine, "repeats=3")
-    assert done.returncode == 0, done.stderr
+    run_module(*COMMAND, f"output={tmp_path / 'out'}", mine, "repeats=3").check_returncode()
     record = json.loads((tmp_path / "out" / "validate.json").read_text())
     rows = record["comparisons"]
     assert [(row["system"], row["budget"]) for row in rows] == [("finemoe", 6), ("on_demand", 6)]
@@ -68,8 +62,7 @@ def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
 def test_without_a_calibration_every_round_makes_one(tmp_path: Path) -> None:
     small = ("calibrate.workload.prompts=3", "calibrate.workload.output_tokens=3")
     budgets = "calibrate.memory_budgets=[6]"
-    done = run_module(*COMMAND, "repeats=2", *small, budgets, f"output={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    run_module(*COMMAND, "repeats=2", *small, budgets, f"output={tmp_path}").check_returncode()
     record = json.loads((tmp_path / "validate.json").read_text())
     assert all(row["replay"]["tpot_s"] > 0 for row in record["comparisons"])
     option: Any = OmegaConf.load(tmp_path / "testbed.yaml")
@@ -109,9 +102,7 @@ def check_testbed(testbed: SimulatedTestbed) -> None:
         ("repeats=0", "repeats=0: serve live at least once"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
-    overrides: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(overrides: str, cause: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     write_testbed(Path("mine.yaml"), TESTBED)
     Path("other.yaml").write_text("name: other\n")

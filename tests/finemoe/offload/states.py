@@ -1,17 +1,28 @@
 """Words for tests: states of an expert, prefetch requests as dictionaries, routing of one step."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 import numpy as np
 
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.cache import ExpertCache
-from finemoe.offload.policy import FloatArray, ModelShape, Priorities
+from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Priorities
 from finemoe.offload.routed import RoutedIteration, RoutedStep, joined
+
+DECODE = Iteration(0, "decode", (0,), (1,))
+
+
+def decode(number: int, *requests: int) -> Iteration:
+    return Iteration(number, "decode", requests, (1,) * len(requests))
+
+
+def gate(layer: int, *rows: object, hidden: Any = None, activated: tuple[int, ...] = (0,)) -> Gate:
+    """Return a gate that says these probabilities, of tokens with these hidden states."""
+    states = None if hidden is None else np.array(hidden, dtype=np.float32)
+    return Gate(layer, array(*rows), activated, states)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Every mixture-of-experts architecture of transformers is served bit for bit, or listed."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from typing import Any
@@ -10,12 +8,11 @@ import pytest
 import torch
 
 from experiments.run.live import PlainRuntime
-from finemoe.assemble import offloading_runtime
 from finemoe.offload.gates import is_plain
 from finemoe.offload.model import OffloadedModel
 from tests.architectures import kinds, member
 from tests.command import ROOT
-from tests.engine import CPU, configured, emulated, logits_of, prepared, requests
+from tests.engine import CPU, configured, logits_of, offloading, prepared, requests
 
 NOT_SERVED = {
     "deepseek_v4": "ValueError: 0 gates for 3 MoE layers",
@@ -54,8 +51,7 @@ def outcome(kind: str) -> str:
         model = OffloadedModel.from_model(member(kind), CPU)
         policy = prepared(configured("finemoe", model.shape), model)
         wrong, slots = watch(model), (max(model.shape.top_k, model.shape.size // 3),)
-        nbytes = model.store.layout.nbytes
-        with offloading_runtime(model, policy, emulated(), slots, nbytes) as runtime:
+        with offloading(model, policy, slots) as runtime:
             logits = logits_of(runtime, load)
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -1,7 +1,5 @@
 """The fewest loads, by hand, against exhaustive search, and against schedules of every kind."""
 
-from __future__ import annotations
-
 import itertools
 from functools import cache
 
@@ -101,9 +99,7 @@ def test_no_order_and_no_eviction_beats_the_bound(routing: Routing, slots: int) 
 
 @settings(max_examples=100)
 @given(routings(ONE_LAYER, widest=2, longest=7), st.integers(1, 3), st.integers(1, 3))
-def test_no_contents_at_the_start_of_the_measured_part_beat_it(
-    routing: Routing, slots: int, start: int
-) -> None:
+def test_no_contents_at_the_start_beat_the_bound(routing: Routing, slots: int, start: int) -> None:
     measured = routing[start:]
     contents = itertools.combinations(range(4), slots)
     best = min(cheapest(measured, slots, frozenset(one)) for one in contents) if measured else 0

@@ -1,7 +1,5 @@
 """From memory budgets to slots."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -48,9 +46,7 @@ def test_slots_of_mixtral(budget: float | str, devices: int, expected: tuple[int
     devices=st.integers(1, 7),
     shape=st.sampled_from([QWEN, ModelShape(2, 3, 2, 8), ModelShape(3, 7, 1, 8)]),
 )
-def test_slots_fit_the_budget_and_the_experts_of_each_device(
-    budget: int, devices: int, shape: ModelShape
-) -> None:
+def test_slots_fit_budget_and_experts(budget: int, devices: int, shape: ModelShape) -> None:
     try:
         planned = plan_slots(budget, QWEN_EXPERT, shape, devices)
     except BudgetError as error:

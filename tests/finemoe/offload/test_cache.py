@@ -1,7 +1,5 @@
 """Single cases of the expert cache, and orders of eviction; `test_transfer` has a model of both."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -25,8 +23,7 @@ def keys(order: Recency) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [Recency, UsageTable, LayeredLruPolicy, OnDemandPolicy, LfuPolicy, DeepSpeedPolicy],
+    "kind", [Recency, UsageTable, LayeredLruPolicy, OnDemandPolicy, LfuPolicy, DeepSpeedPolicy]
 )
 def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
     order = kind(SHAPE)

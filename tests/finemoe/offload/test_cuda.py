@@ -1,9 +1,7 @@
 """The CUDA path on pretended devices: ordered, lossless, within memory, and nothing left behind."""
 
-from __future__ import annotations
-
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -25,7 +23,7 @@ from experiments.run.models import load_model, small_model
 from experiments.run.protocol import run
 from experiments.run.routing import kept_trace
 from experiments.run.schedule import FixedBatches, Server
-from finemoe.assemble import measured_machine, offloading_runtime, resident_runtime
+from finemoe.assemble import measured_machine, resident_runtime
 from finemoe.offload import device
 from finemoe.offload.device import CudaLink, ExpertKernel
 from finemoe.offload.live import LiveRuntime
@@ -34,19 +32,9 @@ from finemoe.offload.policy import Iteration, Policy, Routing
 from finemoe.offload.transfer import Chunk
 from finemoe.testbed import Testbed
 from finemoe.trace import TraceReader
-from tests import engine as given
+from tests import engine
 from tests.command import config
-from tests.engine import (
-    OPTIONS,
-    configured,
-    logits_of,
-    offloaded,
-    prepared,
-    recorded,
-    requests,
-    saved_mixtral,
-    serve,
-)
+from tests.engine import OPTIONS, configured, logits_of, offloaded, prepared, requests
 from tests.pretend_cuda import Event, Machine, Stream, join, pretend_cuda
 
 SYSTEMS = [*OPTIONS, "resident"]
@@ -71,7 +59,7 @@ def expected(family: str) -> tuple[list[Tensor], Routing]:
     """Return logits on the CPU with every expert resident, and the routing of every iteration."""
     model = offloaded(family)
     with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-        return logits_on(runtime), recorded(model, *BATCHES)[1]
+        return logits_on(runtime), engine.recorded(model, *BATCHES)[1]
 
 
 def logits_on(runtime: LiveRuntime | PlainRuntime) -> list[Tensor]:
@@ -88,22 +76,15 @@ def machine(devices: int = 1, **options: Any) -> Iterator[Machine]:
         assert (sum(made.allocated), made.locked) == (0, {})
 
 
-def on_devices(made: Machine) -> tuple[torch.device, ...]:
-    return tuple(torch.device("cuda", index) for index in range(made.devices))
-
-
 @contextmanager
 def offloading(
-    made: Machine, model: OffloadedModel, policy: Policy, slots: int, chunk_bytes: int = 1024
+    made: Machine, model: OffloadedModel, policy: Policy, slots: int
 ) -> Iterator[LiveRuntime]:
     """Enter a runtime with `slots` on each device, all of which are still at something else."""
-    devices = on_devices(made)
-    testbed = Testbed("pretended", "measured", devices, chunk_bytes)
+    devices = tuple(torch.device("cuda", index) for index in range(made.devices))
+    testbed = Testbed("pretended", "measured", devices, chunk_bytes=1024)
     busy = [torch.zeros(8, device=one) for one in devices]
-    each, nbytes = (slots,) * made.devices, model.store.layout.nbytes
-    if policy.set_machine:
-        policy.set_machine(given.machine(each))
-    with offloading_runtime(model, policy, testbed, each, nbytes) as runtime:
+    with engine.offloading(model, policy, (slots,) * made.devices, testbed=testbed) as runtime:
         yield runtime
     assert len(busy) == made.devices
     runtime.residency.cache.check_integrity()
@@ -111,9 +92,6 @@ def offloading(
 
 def on_cuda(family: str = "mixtral") -> OffloadedModel:
     return OffloadedModel.from_model(small_model(family), torch.device("cuda", 0))
-
-
-# What runs rightly --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -124,9 +102,7 @@ def on_cuda(family: str = "mixtral") -> OffloadedModel:
         *((6, "qwen2_moe", system) for system in HOSTED),
     ],
 )
-def test_every_system_serves_the_same_logits_in_order(
-    devices: int, family: str, system: str
-) -> None:
+def test_every_system_serves_the_same_logits(devices: int, family: str, system: str) -> None:
     logits, routing = expected(family)
     with machine(devices, capability=(8, 6)) as made:
         model = on_cuda(family)
@@ -142,14 +118,15 @@ def test_every_system_serves_the_same_logits_in_order(
             # The pretended device has the host's arithmetic.
             assert all(map(torch.equal, logits_on(runtime), logits))
         assert bool(hosted) == (system in HOSTED)
-        assert made.kernels["mm"] > 0
+        # Without grouped kernels that need no host, experts compute one by one.
+        assert made.kernels["mm"] > made.kernels["_grouped_mm"] == 0
         del model, policy, runtime
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that run.py serves a saved model of 3 layers with."""
-    weights = saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
+    weights = engine.saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
     facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
     told = [f"model.{name}={value}" for name, value in facts.items()]
     return [f"weights='{weights}'", *told, "testbed=local", "testbed.chunk_mb=0.1"]
@@ -184,15 +161,13 @@ def test_a_run_leaves_a_complete_measured_lossless_record(
         assert (tmp_path / "trace.parquet").exists()
 
 
-def test_logits_are_not_called_lossless_where_the_host_computed(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_host_logits_are_not_lossless(tiny: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     measure = measured_machine
 
     def measured(*facts: Any) -> Any:
         found = measure(*facts)
         assert min(found.load, found.host(1), found.device(1)) > 0
-        return given.machine(facts[2])
+        return engine.machine(facts[2])
 
     monkeypatch.setattr(live, "measured_machine", measured)
     words = [*tiny, *OFFLINE, "memory_budget=50%", "system=fiddler", f"output='{tmp_path}'"]
@@ -232,20 +207,12 @@ def dense_bytes(cfg: DictConfig) -> int:
     return dense
 
 
-# What cannot be -----------------------------------------------------------------------------------
-
-
-def test_a_device_that_runs_out_of_memory_is_told_in_one_line(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_out_of_memory(tiny: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     cfg = config("config", *tiny, *OFFLINE, "memory_budget=50%", f"output='{tmp_path}'")
     dense = dense_bytes(cfg)
     monkeypatch.setattr(live, "shortage", lambda *_: "")
     with machine(memory=dense + 40_000), pytest.raises(UserError, match=r"out of memory.*; lower"):
         run(cfg, Console())
-
-
-# What would be wrong ------------------------------------------------------------------------------
 
 
 def no_guard(patch: pytest.MonkeyPatch) -> None:
@@ -321,9 +288,7 @@ def slots_not_awaited(patch: pytest.MonkeyPatch) -> None:
         *(not_locked, unlocked_early, slots_not_awaited),
     ],
 )
-def test_what_is_broken_is_found(
-    broken: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_broken_is_found(broken: Any, monkeypatch: Any) -> None:
     with pretend_cuda(2) as made:
         broken(monkeypatch)
         model = on_cuda()
@@ -332,9 +297,6 @@ def test_what_is_broken_is_found(
         del model, runtime
         gc.collect()
     assert made.hazards != []
-
-
-# What the machine itself finds --------------------------------------------------------------------
 
 
 def test_memory_that_is_freed_or_rewritten_too_early_is_found() -> None:
@@ -352,21 +314,17 @@ def test_memory_that_is_freed_or_rewritten_too_early_is_found() -> None:
     assert "host memory is written before a copy from it" in made.hazards[1]
 
 
-# What it costs ------------------------------------------------------------------------------------
-
-
-def per_decode(made: Machine, runtime: Any, batch: int = 1) -> tuple[int, int]:
+def per_decode(made: Machine, runtime: Any) -> tuple[int, int]:
     """Return the kernels that a decode iteration launches, and how often it waits for a device."""
-    backend, seen = LiveBackend(runtime), list[tuple[int, int]]()
+    seen = [(made.kernels.total(), made.waits.total())]
 
     def count(_: Any) -> None:
         seen.append((made.kernels.total(), made.waits.total()))
-        made.reset()
 
-    made.reset()
-    server = Server(backend, listeners=[count])
-    list(server.serve(FixedBatches(requests(batch, 7, output=OUTPUT), batch)))
-    return seen[-1]
+    server = Server(LiveBackend(runtime), listeners=[count])
+    list(server.serve(FixedBatches(requests(1, 7, output=OUTPUT), 1)))
+    (kernels, waits), (all_kernels, all_waits) = seen[-2:]
+    return all_kernels - kernels, all_waits - waits
 
 
 class Generating(PlainRuntime):
@@ -385,9 +343,7 @@ def plain_on_cuda(family: str) -> PlainRuntime:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 @pytest.mark.parametrize("system", ["on_demand", "finemoe"])
-def test_a_decode_waits_for_its_token_and_for_layers_that_may_miss(
-    family: str, system: str
-) -> None:
+def test_a_decode_waits_for_its_token_and_layers_that_may_miss(family: str, system: str) -> None:
     with machine() as made:
         generating = per_decode(made, plain_on_cuda(family))
         assert generating[1] == 1
@@ -404,18 +360,7 @@ def test_a_decode_waits_for_its_token_and_for_layers_that_may_miss(
         del model, policy, runtime
 
 
-def test_without_grouped_kernels_that_need_no_host_experts_compute_one_by_one() -> None:
-    logits, _ = expected("mixtral")
-    with machine(capability=(8, 6)) as made:
-        model = on_cuda()
-        with resident_runtime(model, OnDemandPolicy(model.shape)) as runtime:
-            assert not runtime.grouped
-            assert all(map(torch.equal, logits_on(runtime), logits))
-        assert made.kernels["_grouped_mm"] == 0
-        del model, runtime
-
-
-def test_with_them_all_that_is_resident_equals_the_grouped_model() -> None:
+def test_all_that_is_resident_equals_the_grouped_model() -> None:
     with machine() as made:
         plain = logits_on(plain_on_cuda("qwen2_moe"))
         model = on_cuda("qwen2_moe")
@@ -443,7 +388,7 @@ def test_devices_compute_their_experts_at_the_same_time(monkeypatch: pytest.Monk
         model = on_cuda("olmoe")
         each = model.shape.size // made.devices
         with offloading(made, model, OnDemandPolicy(model.shape), each) as runtime:
-            serve(runtime, requests(3, 7, output=1))
+            engine.serve(runtime, requests(3, 7, output=1))
         del model, runtime
     apart = [(a, b) for a, b in pairwise(ran) if a[0] != b[0]]
     ordered = [b[1].get(a[0], 0) >= a[2] for a, b in apart]

@@ -1,9 +1,6 @@
 """Host blocks, and the emulated link's schedule by a clock that only sleeping and the test move."""
 
-from __future__ import annotations
-
 import mmap
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,35 +12,16 @@ from finemoe.offload.cache import ExpertCache, Slot
 from finemoe.offload.device import DeviceSlots, EmulatedLink, HostStore
 from finemoe.offload.model import find_moe_layers
 from finemoe.offload.transfer import PrefetchQueue, TransferQueue
-from tests.engine import offloaded, page_locks
+from tests.engine import Clock, offloaded, page_locks
 
 SLOT = Slot(0, 0)
 FLAT = 3
 LATENCY = 0.5
 
 
-@dataclass
-class Clock:
-    """Stands for the module `time`."""
-
-    now: float = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(device, "time", made)
-    return made
-
-
-def test_chunks_arrive_by_the_link_s_own_schedule(clock: Clock) -> None:
-    model = offloaded()
+def test_chunks_arrive_by_the_link_s_own_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, clock = offloaded(), Clock()
+    monkeypatch.setattr(device, "time", clock)
     size = model.store.layout.nbytes
     third = size // 3
     assert third * 3 == size
@@ -96,11 +74,4 @@ def test_no_two_locked_blocks_share_a_page(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(set().union(*pages)) == sum(map(len, pages))
     assert all(pointer % mmap.PAGESIZE == 0 for pointer in locked)
     del store
-    assert not locked
-
-
-def test_blocks_are_unlocked_if_not_all_can_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = page_locks(monkeypatch, 5)
-    with pytest.raises(MemoryError, match="refuses to page-lock"):
-        HostStore.take_from(find_moe_layers(small_model("mixtral"))[1], pin=True)
     assert not locked

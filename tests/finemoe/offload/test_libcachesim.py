@@ -8,8 +8,6 @@ forget. So LFU is compared forgetting, and a stream worked out by hand shows whe
 a difference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pytest

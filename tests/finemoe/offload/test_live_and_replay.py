@@ -6,8 +6,6 @@ does ends only when searcher and links have nothing left to do; in virtual time,
 takes a million times as long as a copy.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Sequence
@@ -29,17 +27,8 @@ from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.runtime import PredictionCosts
 from finemoe.offload.virtual_links import LinkRate
 from finemoe.trace import TracedRequest
-from tests.engine import (
-    OPTIONS,
-    configured,
-    machine,
-    offloaded,
-    offloading,
-    prepared,
-    recorded,
-    requests,
-    serve,
-)
+from tests import engine
+from tests.engine import OPTIONS, offloaded, requests, serve
 from tests.finemoe.offload.states import HostCosts
 
 DEVICES: dict[int, list[tuple[int, ...]]] = {
@@ -86,7 +75,7 @@ def batches(size: int) -> list[list[Request]]:
 
 @cache
 def traced(model: OffloadedModel, size: int) -> tuple[dict[int, TracedRequest], Routing]:
-    return recorded(model, *batches(size))
+    return engine.recorded(model, *batches(size))
 
 
 def live(
@@ -94,7 +83,7 @@ def live(
 ) -> tuple[list[LayerOutcome], MemoryPlan]:
     """Serve for real, in lockstep; return how experts were found, and the plan."""
     lockstep, found = Lockstep(), list[LayerOutcome]()
-    runtime = offloading(model, policy, slots, lockstep, protect, link_gb_s=100.0)
+    runtime = engine.offloading(model, policy, slots, lockstep, protect, link_gb_s=100.0)
     # On-demand loads are done before the policy is asked, as its answer takes long in the replay.
     runtime.listeners += [found.append, lockstep.settle]
     lockstep.runtime = runtime
@@ -107,11 +96,7 @@ def live(
 
 
 def replayed(
-    trace: dict[int, TracedRequest],
-    shape: ModelShape,
-    policy: Policy,
-    plan: MemoryPlan,
-    size: int,
+    trace: dict[int, TracedRequest], shape: ModelShape, policy: Policy, plan: MemoryPlan, size: int
 ) -> list[LayerOutcome]:
     """Replay the trace, with links that are fast against everything else."""
     line = Line(SLOW)
@@ -121,7 +106,7 @@ def replayed(
         prediction = PredictionCosts()
     costs = HostCosts(line, line, line, line, line, collect=SLOW, prediction=prediction)
     if policy.set_machine:
-        policy.set_machine(machine(plan.slots))
+        policy.set_machine(engine.machine(plan.slots))
     residency = Residency(shape, plan, policy)
     if residency.holds_everything:
         residency.preload()
@@ -164,7 +149,7 @@ def test_live_and_replay_find_every_expert_alike(
     protect: bool,
 ) -> None:
     trace, routing = traced(model, size)
-    policy = prepared(configured(system, model.shape, **options), model)
+    policy = engine.prepared(engine.configured(system, model.shape, **options), model)
     if policy.set_future_routing:
         policy.set_future_routing(routing)
     seen = []

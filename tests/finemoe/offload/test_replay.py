@@ -1,27 +1,15 @@
 """Virtual time, by hand: when gates ask, when links deliver, what a request takes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from finemoe.costs import Line, LinearCosts
 from finemoe.offload.eviction import Recency
-from finemoe.offload.policy import (
-    ExpertId,
-    Gate,
-    Iteration,
-    LayerOutcome,
-    ModelShape,
-    Need,
-    Placement,
-    Policy,
-    Priorities,
-)
+from finemoe.offload.policy import ExpertId, LayerOutcome, ModelShape, Need, Placement, Policy
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration
@@ -38,12 +26,12 @@ BYTES, CHUNK = 8, 2
 class Scripted(Policy):
     """Requests what the test says, after the gate of layer 0."""
 
-    def __init__(self, requests: dict[tuple[int, int], float], **placement: object) -> None:
-        self.placement = Placement(**placement)  # type: ignore[arg-type]
+    def __init__(self, requests: dict[tuple[int, int], float], **placement: Any) -> None:
+        self.placement = Placement(**placement)
         self.requests = asking(SHAPE, requests) if requests else None
         self.usage = Recency(SHAPE)
 
-    def on_gate(self, iteration: Iteration, gate: Gate) -> Priorities | None:
+    def on_gate(self, iteration: Any, gate: Any) -> Any:
         return None if gate.layer else self.requests
 
     def on_outcome(self, outcome: LayerOutcome) -> None:
@@ -52,7 +40,7 @@ class Scripted(Policy):
     def on_load(self, expert: ExpertId) -> None:
         self.usage.on_load(expert)
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Any:
         return self.usage.eviction_keys(incoming, urgent)
 
 
@@ -114,28 +102,22 @@ def test_resident_experts_compute_while_missing_ones_arrive() -> None:
     assert replay.forward(routed(1, (0, 1), (0,))) - began == pytest.approx(10 + 8 + 1 + 11)
 
 
-def test_a_prefetch_that_arrives_in_time_is_a_hit() -> None:
-    requests = {(1, 1): 1.0}
-    replay, outcomes = runtime(Scripted(requests, prediction="background"))
+PREFETCHED = {
     # The link is free when expert 0 of layer 0 has arrived at 18; the prefetch arrives at 26.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(10 + 8 + 1 + 10 + 1)
-    assert outcomes[1].hits == (1,)
-
-
-def test_a_late_prefetch_goes_on_where_it_stood() -> None:
-    requests = {(1, 1): 1.0}
+    "in time": ("background", 0.0, 10 + 8 + 1 + 10 + 1, "hits"),
     # The search ends at 24: at the gate of layer 1, at 29, five of eight bytes are there.
-    replay, outcomes = runtime(Scripted(requests, prediction="background"), gate_s=14.0)
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(32 + 1)
-    assert outcomes[1].late == (1,)
-
-
-def test_prediction_on_the_critical_path_delays_the_layer() -> None:
-    requests = {(1, 1): 1.0}
-    replay, outcomes = runtime(Scripted(requests, prediction="critical_path"), gate_s=14.0)
+    "late, it goes on where it stood": ("background", 14.0, 32 + 1, "late"),
     # The gate's own load runs meanwhile: 10, 14 to predict, 1 to compute, 10, 14, 1.
-    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(50)
-    assert outcomes[1].hits == (1,)
+    "predicted on the critical path": ("critical_path", 14.0, 50, "hits"),
+}
+
+
+@pytest.mark.parametrize("case", PREFETCHED)
+def test_a_prefetch_is_there_when_it_was_searched_and_copied(case: str) -> None:
+    prediction, gate_s, end, kind = PREFETCHED[case]
+    replay, outcomes = runtime(Scripted({(1, 1): 1.0}, prediction=prediction), gate_s=gate_s)
+    assert replay.forward(routed(0, (0,), (1,))) == pytest.approx(end)
+    assert getattr(outcomes[1], kind) == (1,)
 
 
 def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
@@ -149,7 +131,7 @@ def test_awaited_prefetches_hold_the_layer_until_they_are_there() -> None:
 
 def test_awaiting_ends_when_no_slot_can_be_had() -> None:
     class Stubborn(Scripted):
-        def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
+        def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Any:
             return np.full((SHAPE.layers, SHAPE.experts), -np.inf)
 
     requests = {(1, j): 1.0 for j in range(4)}

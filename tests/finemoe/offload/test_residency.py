@@ -1,19 +1,14 @@
 """How gates and requests become cache and queue operations, and how accesses are classified."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from finemoe.offload.policy import (
     ExpertId,
-    Iteration,
     LayerOutcome,
     ModelShape,
     Need,
@@ -24,22 +19,27 @@ from finemoe.offload.policy import (
 )
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.transfer import Traffic
-from tests.finemoe.offload.states import State, asking, state
+from tests.finemoe.offload.states import State, asking, decode, state
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=2, hidden_size=1)
 EXPERT_BYTES, CHUNK_BYTES = 10, 5
 
 
 class LowestFirst(Policy):
-    """Evicts the lowest expert first."""
+    """Evicts the lowest expert first, unless its keys are changed."""
 
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return -np.arange(12.0).reshape(3, 4)
+    keys = -np.arange(12.0).reshape(3, 4)
+
+    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> Any:
+        return self.keys
 
 
-def residency(*slots: int, protect: bool = False) -> Residency:
+def residency(*slots: int, protect: bool = False, policy: Policy | None = None) -> Residency:
+    """Return one whose first iteration has begun."""
     plan = MemoryPlan(slots, EXPERT_BYTES, CHUNK_BYTES, protect)
-    return Residency(SHAPE, plan, LowestFirst())
+    made = Residency(SHAPE, plan, policy or LowestFirst())
+    made.begin_iteration(decode(0, 0))
+    return made
 
 
 @pytest.mark.parametrize("replaces", [False, True])
@@ -54,9 +54,7 @@ def test_an_answer_takes_back_earlier_requests_if_the_placement_says_so(replaces
 
 
 @pytest.mark.parametrize("wraps", [False, True])
-def test_requests_for_layers_that_ran_are_for_the_next_iteration_if_the_placement_says_so(
-    wraps: bool,
-) -> None:
+def test_requests_for_layers_that_ran_may_be_for_the_next_iteration(wraps: bool) -> None:
     engine = residency(6)
     engine.policy.placement = Placement("background", wraps=wraps)
 
@@ -64,26 +62,21 @@ def test_requests_for_layers_that_ran_are_for_the_next_iteration_if_the_placemen
         engine.prefetch(number, ranked(*experts), engine.policy.on_gate, layer)
         return requested(engine)
 
-    engine.begin_iteration(iteration(0))
     for layer in (0, 1):
-        engine.gate(iteration(0), layer, ())
+        engine.gate(decode(0, 0), layer, ())
     # Layer 1 ran before the answer to the gate of layer 0 came.
     found = answer(0, 0, (0, 1), (1, 1), (2, 1))
     assert found == ([(0, 1), (2, 1)] if wraps else [(2, 1)])
-    engine.gate(iteration(0), 2, ())
-    engine.begin_iteration(iteration(1))
+    engine.gate(decode(0, 0), 2, ())
+    engine.begin_iteration(decode(1, 0))
     assert requested(engine) == ([(0, 1)] if wraps else [])
-    engine.gate(iteration(1), 0, ())
+    engine.gate(decode(1, 0), 0, ())
     # An answer that comes an iteration late: only layer 1 is still to come of what it was for.
     assert answer(0, 1, (0, 2), (1, 2), (2, 2)) == ([(1, 2)] if wraps else [])
-    engine.gate(iteration(1), 1, ())
+    engine.gate(decode(1, 0), 1, ())
     assert answer(0, 0, (0, 3), (1, 3), (2, 3)) == []
-    engine.begin_iteration(iteration(2))
+    engine.begin_iteration(decode(2, 0))
     assert answer(0, 1, (0, 2), (1, 2), (2, 2)) == []
-
-
-def iteration(number: int) -> Iteration:
-    return Iteration(number, "decode", (0,), (1,))
 
 
 def ranked(*experts: tuple[int, int]) -> Priorities:
@@ -130,15 +123,8 @@ def at(layer: int, index: int) -> int:
     return layer * SHAPE.experts + index
 
 
-def release(engine: Residency, layer: int, indices: Iterable[int]) -> None:
-    for index in indices:
-        engine.release(at(layer, index))
-
-
 def test_an_access_is_a_hit_late_or_a_miss() -> None:
-    engine = residency(4)
-    now = iteration(0)
-    engine.begin_iteration(now)
+    engine, now = residency(4), decode(0, 0)
     ask(engine, 0, (0, 2), (0, 0), (0, 3))
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied, expert 3 queued
     outcome = engine.gate(now, 0, (0, 1, 2, 3))
@@ -152,10 +138,9 @@ def test_an_access_is_a_hit_late_or_a_miss() -> None:
 
 def test_a_gate_cancels_the_prefetches_of_its_layer_that_it_did_not_choose() -> None:
     engine = residency(4)
-    engine.begin_iteration(iteration(0))
     ask(engine, 0, (0, 0), (0, 1), (1, 0), (0, 2))
     copy(engine, 1)
-    engine.gate(iteration(0), 0, (1,))
+    engine.gate(decode(0, 0), 0, (1,))
     assert requested(engine) == [ExpertId(0, 1), ExpertId(1, 0)]
     assert state(engine.cache, at(0, 0)) is State.ABSENT
     assert engine.traffic().wasted == 5
@@ -173,9 +158,8 @@ class Hosting(LowestFirst):
 
 
 def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
-    policy, plan = Hosting({3, 0}), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine, now = Residency(SHAPE, plan, policy), iteration(0)
-    engine.begin_iteration(now)
+    policy, now = Hosting({3, 0}), decode(0, 0)
+    engine = residency(4, policy=policy)
     ask(engine, 0, (0, 2), (0, 0))
     copy(engine, 3)  # expert 2 arrives, expert 0 is half copied
     outcome = engine.gate(now, 0, (0, 1, 2, 3), [1, 5, 2, 4])
@@ -187,63 +171,48 @@ def test_what_the_host_computes_takes_no_slot_and_no_link() -> None:
     assert copy_all(engine) == [(0, 1)]
     assert engine.traffic() == Traffic(prefetched=15, on_demand=10, wasted=5)
     # It is asked only where something is missing.
-    release(engine, 0, (1, 2))
-    engine.gate(iteration(1), 0, (1, 2), [0, 1, 1])
+    for index in (1, 2):
+        engine.release(at(0, index))
+    engine.gate(decode(1, 0), 0, (1, 2), [0, 1, 1])
     assert len(policy.asked) == 1
 
 
 def test_who_may_have_the_host_compute_is_told_what_links_copy() -> None:
-    policy, plan = Hosting([]), MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine = Residency(SHAPE, plan, policy)
-    engine.begin_iteration(iteration(0))
+    policy = Hosting([])
+    engine = residency(4, policy=policy)
     ask(engine, 0, (0, 2), (0, 0))
     engine.next_chunk(0)
-    engine.gate(iteration(0), 0, (0, 1, 2), [1, 1, 1])
-    assert policy.asked[0].missing == (0, 1, 2)
-    assert policy.asked[0].arriving == (2,)
+    engine.gate(decode(0, 0), 0, (0, 1, 2), [1, 1, 1])
+    assert (policy.asked[0].missing, policy.asked[0].arriving) == ((0, 1, 2), (2,))
 
 
 @pytest.mark.parametrize("answer", [None, 3, [2], [0, 7]])
 def test_the_host_computes_only_what_is_missing(answer: object) -> None:
-    plan = MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES)
-    engine = Residency(SHAPE, plan, Hosting(answer))
+    engine = residency(4, policy=Hosting(answer))
     engine.preload()
     with pytest.raises(PolicyError, match=r"^Hosting.host_experts, layer 1: answered "):
-        engine.gate(iteration(0), 1, (0, 1), [1, 1])
-
-
-def test_requests_for_layers_that_already_ran_are_dropped() -> None:
-    engine = residency(4)
-    engine.begin_iteration(iteration(0))
-    engine.begin_iteration(iteration(1))
-    assert not ask(engine, 0, (2, 0))
-    engine.gate(iteration(1), 0, ())
-    engine.gate(iteration(1), 1, ())
-    assert ask(engine, 1, (0, 0), (1, 1), (2, 2))
-    assert requested(engine) == [ExpertId(2, 2)]
+        engine.gate(decode(0, 0), 1, (0, 1), [1, 1])
 
 
 def test_requests_for_the_next_iteration_are_kept_until_it_runs() -> None:
     engine = residency(4)
-    engine.begin_iteration(iteration(0))
     for layer in range(3):
-        engine.gate(iteration(0), layer, ())
+        engine.gate(decode(0, 0), layer, ())
     assert ask(engine, 1, (0, 0), (1, 1))
-    engine.begin_iteration(iteration(1))
+    engine.begin_iteration(decode(1, 0))
     assert ask(engine, 1, (0, 2))
     assert requested(engine) == [ExpertId(0, 0), ExpertId(0, 2), ExpertId(1, 1)]
-    assert kinds(engine.gate(iteration(1), 0, (0,))) == ((), (0,), ())
+    assert kinds(engine.gate(decode(1, 0), 0, (0,))) == ((), (0,), ())
     assert requested(engine) == [ExpertId(0, 0), ExpertId(1, 1)]
 
 
 def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:
     engine = residency(2)
-    engine.begin_iteration(iteration(0))
     ask(engine, 0, (0, 0), (0, 1))
     copy_all(engine)
-    assert kinds(engine.gate(iteration(0), 0, (0,))) == ((0,), (), ())
-    release(engine, 0, (0,))
-    engine.gate(iteration(0), 1, (0, 1))
+    assert kinds(engine.gate(decode(0, 0), 0, (0,))) == ((0,), (), ())
+    engine.release(at(0, 0))
+    engine.gate(decode(0, 0), 1, (0, 1))
     copy_all(engine)
     # Experts (0, 0) and (0, 1) were evicted; only the second was never used.
     assert engine.traffic() == Traffic(prefetched=20, on_demand=20, wasted=10)
@@ -253,7 +222,6 @@ def test_a_hit_saves_its_prefetch_from_counting_as_waste() -> None:
 def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: bool) -> None:
     """The policy's keys alone evict the lowest expert first."""
     engine = residency(2, protect=protect)
-    engine.begin_iteration(iteration(0))
     ask(engine, 0, (1, 0))
     copy_all(engine)
     ask(engine, 0, (1, 0), (1, 1), (2, 2))
@@ -262,26 +230,25 @@ def test_protected_experts_leave_for_no_prefetch_and_last_on_demand(protect: boo
     if not protect:
         return
     # On demand (1, 0) goes, as nobody else can; what is left waits for the gate of layer 1.
-    engine.gate(iteration(0), 0, (3,))
+    engine.gate(decode(0, 0), 0, (3,))
     assert copy_all(engine) == [(0, 3)]
     assert state(engine.cache, at(1, 0)) is State.ABSENT
-    release(engine, 0, (3,))
+    engine.release(at(0, 3))
     # Now (0, 3) can go, of the higher key, and does so for the prefetch of (2, 2).
     assert copy_all(engine) == [(2, 2)]
     # The gate of layer 1 does not choose (1, 1), which then leaves before the protected (2, 2).
-    engine.gate(iteration(0), 1, (3,))
+    engine.gate(decode(0, 0), 1, (3,))
     assert copy_all(engine) == [(1, 3)]
     assert state(engine.cache, at(2, 2)) is State.RESIDENT
 
 
 def test_protection_lasts_from_the_request_to_the_gate() -> None:
     engine = residency(4, protect=True)
-    engine.begin_iteration(iteration(0))
     ask(engine, 0, (1, 0))
     ask(engine, 0, (2, 0))
     assert engine.cache.protected.nonzero()[0].tolist() == [at(1, 0), at(2, 0)]
     for layer in range(2):
-        engine.gate(iteration(0), layer, ())
+        engine.gate(decode(0, 0), layer, ())
     ask(engine, 0, (0, 1), (2, 1))
     assert engine.cache.protected.nonzero()[0].tolist() == [at(2, 0), at(2, 1)]
 
@@ -289,8 +256,7 @@ def test_protection_lasts_from_the_request_to_the_gate() -> None:
 def test_of_what_is_requested_only_the_most_wanted_of_a_layer_are_awaited() -> None:
     policy = LowestFirst()
     policy.placement = Placement("critical_path", awaited=True, awaits=(2, 1))
-    engine = Residency(SHAPE, MemoryPlan((4,), EXPERT_BYTES, CHUNK_BYTES), policy)
-    engine.begin_iteration(iteration(0))
+    engine = residency(4, policy=policy)
     # Before layer 0, two layers ahead is layer 1: of (1, 2) and (1, 1) the first is awaited.
     engine.prefetch(0, ranked((0, 0), (1, 2), (1, 1)), policy.on_embeddings)
     copy(engine, 3)
@@ -301,12 +267,12 @@ def test_of_what_is_requested_only_the_most_wanted_of_a_layer_are_awaited() -> N
     # Until the next gate is answered there is nobody to wait for; then it is (2, 0).
     engine.prefetch(0, ranked((1, 3)), policy.on_embeddings)
     assert not engine.arrived()
-    engine.gate(iteration(0), 0, ())
+    engine.gate(decode(0, 0), 0, ())
     assert engine.arrived()
     engine.prefetch(0, ranked((1, 0), (2, 0)), policy.on_gate, 0)
     assert not engine.arrived()
     # After layer 1 there is no layer so far ahead.
-    engine.gate(iteration(0), 1, ())
+    engine.gate(decode(0, 0), 1, ())
     engine.prefetch(0, ranked((2, 1)), policy.on_gate, 1)
     assert engine.arrived()
 
@@ -315,10 +281,7 @@ def test_a_preload_fills_every_device_with_its_first_experts() -> None:
     engine = residency(1, 2)
     assert [engine.experts[flat] for flat in engine.preload()] == [(0, 0), (0, 1), (0, 3)]
     engine.cache.check_integrity()
-    assert kinds(engine.gate(iteration(0), 0, (0, 1, 3))) == ((0, 1, 3), (), ())
-
-
-TABLE = np.ones((3, 4))
+    assert kinds(engine.gate(decode(0, 0), 0, (0, 1, 3))) == ((0, 1, 3), (), ())
 
 
 @pytest.mark.parametrize("protect", [False, True])
@@ -326,23 +289,20 @@ TABLE = np.ones((3, 4))
     slots=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     steps=st.lists(st.tuples(st.sampled_from("tlgrc"), st.integers(0, 2), st.integers(0, 3))),
 )
-def test_no_link_sleeps_while_it_has_something_to_do(
-    protect: bool, slots: list[int], steps: list[tuple[str, int, int]]
-) -> None:
+def test_no_link_oversleeps(protect: bool, slots: list[int], steps: list[Any]) -> None:
     engine = residency(*slots, protect=protect)
     asleep: set[int] = set()
     engine.wake = asleep.clear
     pinned: list[int] = []
     now, layer = 0, -1
-    engine.begin_iteration(iteration(now))
     for what, device, index in steps:
         if what == "t":
-            engine.prefetch(now, TABLE, engine.policy.on_gate)
+            engine.prefetch(now, np.ones((3, 4)), engine.policy.on_gate)
         elif what == "l":
             engine.prefetch(now, ranked((device, index)), engine.policy.on_gate)
         elif what == "g" and not pinned:
             now, layer = (now + 1, 0) if layer == 2 else (now, layer + 1)
-            engine.gate(iteration(now), layer, (index,))
+            engine.gate(decode(now, 0), layer, (index,))
             pinned.append(at(layer, index))
         elif what == "r" and pinned and engine.cache.is_resident(pinned[0]):
             engine.release(pinned.pop())
@@ -361,28 +321,14 @@ def test_an_answer_that_is_none_names_system_hook_and_layer() -> None:
         engine.prefetch(0, np.full((3, 4), np.nan), engine.policy.on_gate, 1)
 
 
-class Answering(LowestFirst):
-    """Answers what the test says."""
-
-    def __init__(self, keys: NDArray[np.float64]) -> None:
-        self.keys = keys
-
-    def eviction_keys(self, incoming: ExpertId, urgent: bool) -> NDArray[np.float64]:
-        return self.keys
-
-
-def evict(policy: Policy) -> None:
-    """Have a prefetch of expert (1, 2) ask for the slot of expert (0, 0)."""
-    engine = Residency(SHAPE, MemoryPlan((1,), EXPERT_BYTES, CHUNK_BYTES), policy)
-    engine.preload()
-    engine.prefetch(0, ranked((1, 2)), policy.on_gate)
-    engine.next_chunk(0)
-
-
 def test_a_key_that_is_nan_is_refused_where_it_decides() -> None:
-    keys = np.zeros((3, 4))
+    engine, keys = residency(1), np.zeros((3, 4))
+    engine.policy.keys = keys  # type: ignore[attr-defined]
+    engine.preload()
     keys[2, 3] = np.nan
-    evict(Answering(keys))
-    keys[0, 0] = np.nan
+    ask(engine, 0, (1, 2))
+    assert copy_all(engine) == [(1, 2)]
+    engine.policy.keys = np.full((3, 4), np.nan)  # type: ignore[attr-defined]
+    ask(engine, 0, (1, 3))
     with pytest.raises(PolicyError, match=r"eviction_keys, layer 1: answered keys that hold NaN"):
-        evict(Answering(keys))
+        engine.next_chunk(0)

@@ -1,7 +1,5 @@
 """Expert cache, prefetch requests and transfer queues, against a naive model of them."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from dataclasses import dataclass
