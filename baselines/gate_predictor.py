@@ -178,11 +178,12 @@ def unlikely(scores: FloatArray, count: int) -> FloatArray:
     last = min(count, scores.shape[-1] - 1)
     ordered = np.partition(-scores, (count - 1, last), axis=-1)
     border = (ordered[..., count - 1, None] + ordered[..., last, None]) / 2
-    margin = np.clip(-scores - border, -30, 30)
+    margin = np.minimum(np.maximum(-scores - border, -30), 30)
     for _ in range(NEWTON):
         likely = 1 / (1 + np.exp(margin))
         slope = (likely * (1 - likely)).sum(axis=-1, keepdims=True) + FLATTEST
-        margin += np.clip((likely.sum(axis=-1, keepdims=True) - count) / slope, -2, 2)
+        step = (likely.sum(axis=-1, keepdims=True) - count) / slope
+        margin += np.minimum(np.maximum(step, -2), 2)
     return np.reciprocal(1 + np.exp(-margin))
 
 

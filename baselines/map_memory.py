@@ -7,8 +7,9 @@ order. docs/planner.md holds the mathematics.
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from finemoe.offload.policy import FloatArray, ModelShape
+from finemoe.offload.policy import FloatArray, ModelShape, Table
 
 NEIGHBOURS = 16
 SHARPNESS = np.float32(60.0)  # a neighbour weighs the exponential of its likeness times this
@@ -30,10 +31,13 @@ class MapMemory:
         self._maps = np.zeros((layers, capacity, experts), np.float32)
         self._scales = np.ones((layers, capacity), np.float32)
         """One over each map's length, as far as each layer."""
-        self._used = np.zeros((capacity, layers, experts), np.float32)
+        self._chosen = np.zeros((capacity, layers, shape.top_k), np.int64)
+        """Whom each token went to, by flat indices."""
+        self._flat = shape.experts * np.arange(layers)[:, None]
         self._barred = np.full(capacity, -np.inf, np.float32)
         """Added to a likeness: 0, or for who is nobody's neighbour what makes it the least."""
-        self._end = self._size = 0
+        self._end = self._tokens = 0
+        self._uses = np.zeros(shape.size)
         self.is_empty = True
 
     def add(self, logs: FloatArray) -> None:
@@ -42,17 +46,19 @@ class MapMemory:
         rows = (self._end + np.arange(logs.shape[1])) % max(self.capacity, 1)
         self._maps[:, rows] = logs
         self._scales[:, rows] = scale((logs**2).sum(axis=-1).cumsum(axis=0))
-        self._used[rows] = chosen(logs, self.shape.top_k).swapaxes(0, 1)
+        went = self._flat + best(logs, self.shape.top_k).swapaxes(0, 1)
+        self._chosen[rows] = went
+        self._uses += np.bincount(went.ravel(), minlength=self.shape.size)
+        self._tokens += len(rows)
         self._barred[rows] = 0
         self._barred[rows[-1:]] = -np.inf
         self._end = (self._end + len(rows)) % max(self.capacity, 1)
-        self._size = min(self._size + len(rows), self.capacity)
         self.is_empty &= len(rows) < 2
 
     @property
-    def usual(self) -> FloatArray:
+    def usual(self) -> Table:
         """How often a token used each expert, (L, J)."""
-        return self._used.sum(axis=0) / max(self._size, 1)
+        return (self._uses / max(self._tokens, 1)).reshape(self.shape.layers, -1)
 
     def begin(self, context: FloatArray) -> None:
         """Begin with T tokens, of which nothing is known but `context`, (T, N)."""
@@ -92,16 +98,20 @@ class MapMemory:
         whole = (*alike.shape[:-1], stop - start, experts)
         if self.is_empty:
             return np.zeros(whole, np.float32)
-        count = min(NEIGHBOURS, self.capacity)
-        best = (-alike - self._barred).argpartition(count - 1, axis=-1)[..., :count]
-        scores = np.take_along_axis(alike + self._barred, best, axis=-1)
-        weights = np.exp(SHARPNESS * (scores - scores.max(axis=-1, keepdims=True)))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        own = self._used[best, min(start, layers) : min(stop, layers)]
+        alike = (alike + self._barred).reshape(-1, self.capacity)
+        nearest = best(alike, min(NEIGHBOURS, self.capacity))
+        scores = np.take_along_axis(alike, nearest, axis=1)
+        weights = np.exp(SHARPNESS * (scores - scores.max(axis=1, keepdims=True)))
+        weights /= weights.sum(axis=1, keepdims=True)
+        own = self._chosen[nearest, min(start, layers) : min(stop, layers)]
         later = slice(max(start - layers, 0), max(stop - layers, 0))
-        used = np.concatenate([own, self._used[(best + 1) % self.capacity, later]], axis=-2)
-        flat = used.reshape(*best.shape, -1)
-        return np.minimum(weights[..., None, :] @ flat, 1).reshape(whole)
+        after = self._chosen[(nearest + 1) % self.capacity, later] + self.shape.size
+        flat = np.concatenate([own, after], axis=2).reshape(*nearest.shape, -1)
+        row = (stop - start) * experts
+        flat += row * np.arange(len(flat))[:, None, None] - start * experts
+        weighed = weights.repeat(flat.shape[2])
+        used = np.bincount(flat.ravel(), weighed, minlength=row * len(flat))
+        return np.minimum(used, 1).astype(np.float32).reshape(whole)
 
     def lessons(self, logs: FloatArray, horizon: int) -> Iterator[FloatArray]:
         """Yield what neighbours used of a request's tokens (L, T, J) but the first and the last.
@@ -125,9 +135,14 @@ def scale(squares: FloatArray) -> FloatArray:
     return np.reciprocal(lengths)
 
 
+def best(scores: FloatArray, count: int) -> NDArray[np.intp]:
+    """Return the indices of the `count` largest of the last axis, in any order."""
+    return (-scores).argpartition(count - 1, axis=-1)[..., :count]
+
+
 def chosen(scores: FloatArray, count: int) -> FloatArray:
     """Return 1 for the `count` experts that each token goes to, else 0, in the same shape."""
-    best = (-scores).argpartition(count - 1, axis=-1)[..., :count]
     uses = np.zeros(scores.shape, np.float32)
-    np.put_along_axis(uses, best, 1.0, axis=-1)
+    rows = uses.reshape(-1, scores.shape[-1])
+    rows[np.arange(len(rows))[:, None], best(scores, count).reshape(len(rows), -1)] = 1
     return uses

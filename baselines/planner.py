@@ -73,7 +73,7 @@ class UseValue:
         for request in requests:
             self._running.setdefault(request, self._usual.copy())
         averages = [self._running[request] for request in requests]
-        self.rates = union(averages or [self._usual])
+        self.rates = union(averages or [self._usual]).copy()
 
     def end(self, request: int) -> None:
         self._running.pop(request, None)
@@ -251,6 +251,8 @@ class PlannerPolicy(Policy):
 
         To the next token's layers only the last token of each request leads on.
         """
+        if len(self._sample) == 1:
+            return 1 - unlikely[:, :, 0]
         every = unlikely.prod(axis=2) ** self._weight
         if len(self._lasts) < unlikely.shape[2]:
             following = unlikely[:, :, self._lasts].prod(axis=2)
@@ -290,7 +292,7 @@ class HostPlannerPolicy(PlannerPolicy):
 
 def union(rates: list[Table]) -> Table:
     """Return the probability that any of several happens."""
-    return 1 - np.prod([1 - rate for rate in rates], axis=0)
+    return rates[0] if len(rates) == 1 else 1 - np.prod([1 - rate for rate in rates], axis=0)
 
 
 planner = PlannerPolicy  # the name in conf/system
