@@ -16,7 +16,7 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=2**31)]
 Bytes = Annotated[int, Field(strict=True, ge=0, le=2**50)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(gt=0, le=1)]
-Rate = Annotated[Number, Field(ge=1e-3, le=1e9)]
+Rate = Annotated[Number, Field(ge=1e-6, le=1e9)]
 """GB/s, TFLOP/s, GB: far below the least and above the most that any hardware has."""
 Micros = Annotated[Number, Field(ge=0, le=1e9)]  # microseconds, at most a quarter of an hour
 
