@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finemoe.offload.policy import ExpertId, FloatArray, Gate, Iteration, LayerOutcome, ModelShape
-from finemoe.policy import FineMoEOptions, FineMoEPolicy
+from finemoe.policy import ExpectedUse, FineMoEOptions, FineMoEPolicy
 from finemoe.selection import Variant, select_experts
 from tests.finemoe.offload.states import DECODE, array, asked, gate
 
@@ -280,3 +282,44 @@ def test_a_batch_keeps_what_any_request_expects() -> None:
     policy.on_embeddings(batch, array((1, 0), (0, 1)))
     # Layer 0 of the two maps: (1/8, 1/2, 1/4, 1/8) and (1/2, 1/4, 1/8, 1/8).
     assert policy.eviction_keys(INCOMING, True)[0] == pytest.approx([2, 2, 4, 8])
+
+
+def anew(expected: FloatArray, visits: FloatArray) -> list[list[float]]:
+    """Return 1 / (p * freq), an expert counting as visited once before its first visit."""
+    frequency = np.maximum(visits, 1.0).astype(np.float64)
+    keys: list[list[float]] = (1 / (np.maximum(expected, 1e-9) * frequency)).tolist()
+    return keys
+
+
+def drawn(rng: np.random.Generator, layers: int) -> FloatArray:
+    """Return probabilities that fill rows, some of them 0, shape (layers, J)."""
+    rows = rng.dirichlet(np.full(4, 0.3), layers)
+    return np.where(rows < 0.05, 0, rows).astype(np.float32)
+
+
+events = st.lists(
+    st.tuples(st.sampled_from(["expect", "anything", "outcome", "keys"]), st.integers(0, 3)),
+    max_size=20,
+)
+
+
+@settings(max_examples=60)
+@given(events, st.integers(0, 2**32 - 1))
+def test_keys_in_place_are_those_computed_anew(events: list[tuple[str, int]], seed: int) -> None:
+    rng, use = np.random.default_rng(seed), ExpectedUse(SHAPE)
+    expected = np.full((4, 4), 0.25, dtype=np.float32)
+    visits = np.zeros((4, 4), dtype=np.float32)
+    for event, layer in events:
+        if event == "expect":
+            expected[layer:] = drawn(rng, 4 - layer)
+            use.expect(expected[layer:], layer)
+        elif event == "anything":
+            expected[:] = 0.25
+            use.expect_anything()
+        elif event == "outcome":
+            hits, late, misses = (tuple(rng.permutation(4)[:n].tolist()) for n in (2, 0, 1))
+            use.on_outcome(LayerOutcome(DECODE, layer, hits, late, misses))
+            np.add.at(visits[layer], [*hits, *late, *misses], 1)
+        else:
+            assert use.keys().tolist() == anew(expected, visits)
+    assert use.keys().tolist() == anew(expected, visits)
