@@ -53,7 +53,7 @@ class MapMemory:
         self._barred[rows] = 0
         self._barred[rows[-1:]] = -np.inf
         self._end = (self._end + len(rows)) % max(self.capacity, 1)
-        self.is_empty &= len(rows) < 2
+        self.is_empty = not (self._barred == 0).any()
 
     @property
     def usual(self) -> Table:

@@ -217,10 +217,10 @@ def test_averages_follow_each_request_and_are_joined() -> None:
     assert value.rates[0] == pytest.approx([0.5, 0.5])
 
 
-def served(seed: int, horizon: int = 2, threshold: float = 0.1) -> Any:
+def served(seed: int, horizon: int = 2, threshold: float = 0.1, memory: int = 64) -> Any:
     """Return a policy that has its gates and a history of two requests."""
     rng = np.random.default_rng(seed)
-    policy = planner(WIDE, horizon=horizon, threshold=threshold)
+    policy = planner(WIDE, horizon=horizon, threshold=threshold, memory=memory)
     policy.predictor.set_gates(GateWeights(normal(rng, 5, 4, 6)))
     for number, (iteration, embeddings, gates) in enumerate(events(rng, 8)):
         policy.learn(iteration, embeddings, gates)
@@ -258,6 +258,42 @@ def test_it_asks_for_likely_absent_experts_that_are_still_to_come_the_nearest_fi
     policy.on_evict(ExpertId(3, 0))
     again = policy.on_gate(iteration, gates.of(0))
     assert (again[3, 0] > 0) == (likely[3, 0] >= 0.3)
+
+
+@pytest.mark.parametrize("memory", [0, 64])
+def test_what_no_prediction_reaches_goes_by_neighbours_and_averages(memory: int) -> None:
+    """Of a prompt of three tokens, the last one of which leads on to the next token."""
+    policy = served(3, horizon=1, memory=memory)
+    iteration, embeddings, gates = events(np.random.default_rng(4), 1)[0]
+    policy.on_embeddings(iteration, embeddings)
+    for layer in range(3):
+        policy.on_gate(iteration, gates.of(layer))
+    rates, share = policy.value.rates, 0.75 if memory else 0.0
+    uses = policy.memory.uses(policy.memory.cosines, 0, 10)
+    # The gate of layer 2 of five tells of layer 3 alone.
+    assert policy._likely[:3] == pytest.approx(share * uses[-1, 5:8] + (1 - share) * rates[:3])
+    own = 1 - (1 - uses[:, 4]).prod(axis=0)
+    assert policy._likely[4] == pytest.approx(share * own + (1 - share) * rates[4])
+    assert (uses.max() > 0) == (memory > 0)
+
+
+def test_tokens_that_follow_nobody_go_by_what_is_usual() -> None:
+    policy = served(3)
+    iteration, embeddings, _ = events(np.random.default_rng(4), 1)[0]
+    policy.on_embeddings(iteration, embeddings)
+    usual = np.broadcast_to(policy.memory.usual, (1, 3, 5, 4))
+    assert usual.sum(axis=-1) == pytest.approx(2.0)
+    assert np.array_equal(policy._likely, policy._probable(0, embeddings[None], usual)[0])
+
+
+def test_what_was_served_is_remembered() -> None:
+    policy = planner(WIDE)
+    policy.predictor.set_gates(GateWeights(normal(np.random.default_rng(2), 5, 4, 6)))
+    policy.begin_serving()
+    answers(policy, events(np.random.default_rng(4), 3), False)
+    assert policy.memory.is_empty
+    policy.end_request(0)
+    assert policy.memory.usual.sum() == pytest.approx(10)
 
 
 def test_while_the_last_layers_run_it_asks_for_the_next_tokens_first() -> None:
