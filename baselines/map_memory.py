@@ -31,9 +31,9 @@ class MapMemory:
         self._maps = np.zeros((layers, capacity, experts), np.float32)
         self._scales = np.ones((layers, capacity), np.float32)
         """One over each map's length, as far as each layer."""
-        self._chosen = np.zeros((capacity, layers, shape.top_k), np.int64)
-        """Whom each token went to, by flat indices."""
         self._flat = shape.experts * np.arange(layers)[:, None]
+        self._chosen = np.tile(self._flat, (capacity, 1, shape.top_k))
+        """Whom each token went to, by flat indices."""
         self._barred = np.full(capacity, -np.inf, np.float32)
         """Added to a likeness: 0, or for who is nobody's neighbour what makes it the least."""
         self._end = self._tokens = 0

@@ -138,7 +138,9 @@ def test_neighbours_are_those_of_largest_cosine(
     memory.begin(np.zeros((1, capacity), np.float32))
     memory.compare(before)
     memory.begin(memory.context(memory.cosines))
-    used = memory.uses(memory.compare(now)[-1], 0, 10)[0]
+    alike = memory.compare(now)[-1]
+    used = memory.uses(alike, 0, 10)[0]
+    assert np.array_equal(memory.uses(alike, 3, 8)[0], used[3:8])
     if not kept:
         assert memory.is_empty
         assert not used.any()
@@ -222,10 +224,10 @@ def served(seed: int, horizon: int = 2, threshold: float = 0.1, memory: int = 64
     rng = np.random.default_rng(seed)
     policy = planner(WIDE, horizon=horizon, threshold=threshold, memory=memory)
     policy.predictor.set_gates(GateWeights(normal(rng, 5, 4, 6)))
-    for number, (iteration, embeddings, gates) in enumerate(events(rng, 8)):
-        policy.learn(iteration, embeddings, gates)
-        if number == 7:
-            policy.end_request(0)
+    for _ in range(2):
+        for event in events(rng, 8):
+            policy.learn(*event)
+        policy.end_request(0)
     policy.begin_serving()
     return policy
 
