@@ -56,7 +56,11 @@ def normal(*lengths: int) -> FloatArray:
 
 
 def prediction_times(cfg: DictConfig) -> dict[str, Any]:
-    """Return a policy's shape and microseconds of its calls, after a history of full length."""
+    """Teach a policy a history of full length, then time its calls.
+
+    Returns the shape, and microseconds of one call: of the embeddings, of a gate with its softmax,
+    of the update, and of each for one more token.
+    """
     model = cfg.model
     shape = ModelShape(model.layers, model.experts, model.top_k, model.hidden_size)
     policy: Policy = build(cfg.system, shape=shape)

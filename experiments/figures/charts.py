@@ -43,7 +43,11 @@ SETTINGS: Any = {
 
 
 def checked(frame: pd.DataFrame, figure: str, mixed_modes: bool, **only: str) -> pd.DataFrame:
-    """Return the records of `only`, with a column `series`; UserError for none or two modes."""
+    """Return a copy of the records that have the values `only`; UserError for none or two modes.
+
+    The copy has a column `series`: the display name of the system, with its options other than the
+    default and, where modes are mixed, its mode.
+    """
     for column, value in only.items():
         frame = frame[frame[column] == value] if len(frame) else frame
     if frame.empty:
@@ -72,7 +76,11 @@ def single(frame: pd.DataFrame, figure: str, *keys: str) -> None:
 
 
 def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Look]:
-    """Return the look of each series, in the order of drawing; `references` are dashed lines."""
+    """Return the look of each series, in the order of drawing; a system has one colour everywhere.
+
+    Its variants, or its modes where they are mixed, differ in line and hatch. Systems that are
+    `references`, none of those that are compared, are dashed lines.
+    """
     systems = style.ordered(frame["system"], style.SYSTEMS)
     styled = variants(frame, "system", {system: style.system_look(system) for system in systems})
     for name in set(frame.loc[frame["system"].isin(references), "series"]):
@@ -84,7 +92,10 @@ def looks(frame: pd.DataFrame, references: Collection[str] = ()) -> dict[str, Lo
 def variants(
     frame: pd.DataFrame, column: str, base: Mapping[str, tuple[str, str]]
 ) -> dict[str, Look]:
-    """Return each series' look: colour and marker by its value of `column`, as in `base`."""
+    """Return the look of each series: colour and marker by its value of a column, as `base` says.
+
+    Series of the same value differ in line and hatch.
+    """
     styled: dict[str, Look] = {}
     for value, (colour, marker) in base.items():
         # Sorted by length, the plain series comes before its variants.
@@ -187,7 +198,10 @@ def apart(figure: Figure) -> None:
 
 
 def interval(rows: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return means in the axis's unit, and how far intervals reach down and up, shape (2, n)."""
+    """Return means in the axis's unit, and how far their intervals reach down and up: (2, n).
+
+    The ends are columns `<metric>_low` and `<metric>_high`, or `low` and `high`; 0 where unknown.
+    """
     ends = (f"{metric}_low", f"{metric}_high") if f"{metric}_low" in rows else ("low", "high")
     mean, low, high = (rows[column].to_numpy(dtype=float) for column in (metric, *ends))
     _, factor = style.METRICS[metric]
@@ -205,7 +219,11 @@ def bars(
     looks: Mapping[str, Look],
     hollow: Collection[str] = (),
 ) -> None:
-    """Draw a group of bars, from zero, for each of `groups`: a value of `by`, and its name."""
+    """Draw a group of bars for each of `groups` (value of column `by` to its name), from zero.
+
+    A bar for each series of `looks` that has a hatch, always where it belongs, so that a missing
+    record is a gap; those in `hollow` are not filled. Others are lines across the groups.
+    """
     centres = {value: number for number, value in enumerate(groups)}
     solid = [name for name, look in looks.items() if "hatch" in look]
     width = 0.84 / max(1, len(solid))
@@ -299,7 +317,10 @@ def legend(
     narrow: int | None = None,
     hollow: Collection[str] = (),
 ) -> None:
-    """Put one legend above all panels, in `narrow` columns if they are less than a page."""
+    """Put one legend above all panels; `kind` is bar or line; bars in `hollow` are not filled.
+
+    In `columns` columns, or `narrow` ones where the figure is narrower than a page.
+    """
     if narrow and figure.get_figwidth() < style.PAGE_INCHES:
         columns = narrow
     handles: list[Any] = []

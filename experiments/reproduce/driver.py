@@ -272,14 +272,17 @@ def made(results: ResultsFolder, name: str, source: str) -> bool:
 
 
 def adopt(results: ResultsFolder, folder: Path, wanted: Collection[str]) -> int:
-    """Copy the runs of these digests that are missing from below a folder; return how many."""
+    """Copy the runs of these digests, as far as they are not here, from records below a folder.
+
+    Returns how many. A sweep without testbed= that was simulated counts as what it simulated.
+    Raises UserError if there is no such folder, or a malformed record in it.
+    """
     if not folder.is_dir():
         raise UserError(f"records={folder} is no folder; name one that a sweep left")
     adopted = 0
     for path in sorted(folder.rglob(RECORD)):
         record = records.read_record(path)
         cfg = OmegaConf.create(record["config"])
-        # A sweep without testbed= that was simulated counts as what it simulated.
         if record["mode"] == "simulated" and cfg.testbed.get("_target_") == AUTO:
             cfg.testbed._target_ = SIMULATED
         identity = sweeps.digest(cfg)

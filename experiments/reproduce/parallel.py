@@ -35,7 +35,11 @@ class Outcome:
 
 
 def side_by_side(tasks: Tasks, launcher: str, n_jobs: int) -> Generator[Outcome, None, None]:
-    """Yield how each task ended, as they end; beside each other unless `n_jobs` is 1."""
+    """Yield how each task ended, as they end; no task's failure stops the others.
+
+    In other processes, where every task has one thread, unless there is but one job. Raises
+    UserError if the launcher's package is missing.
+    """
     left = dict(tasks)
     try:
         for outcome in LAUNCHERS[launcher](tasks, n_jobs) if tasks else ():

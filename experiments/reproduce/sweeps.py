@@ -151,8 +151,11 @@ def parse(overrides: Iterable[str]) -> Sweep:
 
 
 def combine(params: Sweep, cells: Sequence[Words], user: Sweep, groups: set[str]) -> list[Words]:
-    """Return the lists of overrides that params, cells and the user's overrides stand for."""
-    # The user's keys replace sweeps; the user's choice of a group leaves out cells of others.
+    """Return the lists of overrides that params, cells and the user's overrides stand for.
+
+    A key of the user's replaces the sweep of that key. Cells are written for one choice of a group,
+    so that the user's choice of a group leaves out the cells of another.
+    """
     swept = {**params, **user}
     products = [swept] if params or not cells else []
     for cell in map(parse, cells):

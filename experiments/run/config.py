@@ -197,7 +197,12 @@ def identity(cfg: DictConfig) -> str:
 def build_policy(
     cfg: DictConfig, shape: ModelShape, expert_bytes: int, testbed: Testbed | SimulatedTestbed
 ) -> tuple[Policy, int, tuple[int, ...]]:
-    """Return a policy with its store, the budget in bytes, slots of each device; UserError."""
+    """Return a system's policy with the store that it starts from, its budget in bytes and slots.
+
+    The slots are those of each device. Raises UserError for a budget that cannot be, or that does
+    not fit a simulated device, of which the first also holds what is dense; and for a store that
+    the system does not keep, that is another model's, or that cannot be saved.
+    """
     policy: Policy = build(cfg.system, shape=shape)
     devices = testbed.devices if isinstance(testbed, SimulatedTestbed) else len(testbed.devices)
     try:

@@ -89,7 +89,13 @@ Source = Annotated[str, AfterValidator(_there)]
 
 
 def conversations(name: str, path: Source, split: str, data_files: str | None = None) -> Dataset:
-    """Return the first human turn of each conversation of a dataset; UserError without any."""
+    """Return the first human turn of each conversation of a hub dataset or a local file.
+
+    A row is an object with `conversation` or `conversations`, a list of turns: role and content
+    (LMSYS-Chat-1M), or from and value (ShareGPT). Any other row is skipped; standard error and the
+    source say how many, and what the first was. Raises UserError if the data is missing, gated or
+    unreadable, or no row is left.
+    """
     if Path(path).suffix in SUFFIXES:
         rows = _local_rows(Path(path))
     else:
@@ -115,7 +121,10 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
 def draw_prompts(
     dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
 ) -> PromptSet:
-    """Draw prompts by seed, cut to `input_tokens` with the chat template; UserError for too few."""
+    """Draw prompts by seed, each cut to exactly `input_tokens` tokens, a chat template's included.
+
+    Raises UserError if too few texts are that long.
+    """
     before, after = template(tokenizer)
     room = input_tokens - len(before) - len(after)
     if room < 1:
@@ -126,7 +135,9 @@ def draw_prompts(
     tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     long = ((*before, *ids[:room], *after) for ids in tokens if len(ids) >= room)
     if len(prompts := list(islice(long, count))) < count:
-        have = f"{len(prompts)} of {count} texts of {dataset.name} have {input_tokens} tokens"
+        have = (
+            f"{len(prompts)} texts of {dataset.name} have {input_tokens} tokens, {count} are needed"
+        )
         raise UserError(f"only {have}; lower workload.input_tokens or workload.prompts")
     return PromptSet.of(dataset, prompts)
 
@@ -134,14 +145,19 @@ def draw_prompts(
 def prompts_of(
     lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
 ) -> tuple[PromptSet, int]:
-    """Return one prompt of exactly each length, and how many passes over the texts that took."""
+    """Return one prompt of exactly each length, and how many passes over the texts that took.
+
+    A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
+    prompt goes on with the next text, so that no text is used twice before all were; where the
+    first starts, and which request gets which run, is drawn by seed. The chat template is counted
+    in; a prompt without room for it and one more token goes without.
+    """
     around = template(tokenizer)
     order, draw = list(range(len(lengths))), random.Random(seed)
     draw.shuffle(order)
     start, used = draw.randrange(len(dataset.texts)), 0
     texts = cycle((*dataset.texts[start:], *dataset.texts[:start]))
     prompts: list[tuple[int, ...]] = [()] * len(lengths)
-    # The next prompt goes on with the next text, so that none is used twice before all were.
     for index in order:
         room = lengths[index] - sum(map(len, around))
         before, after = around if room >= 1 else ([], [])

@@ -75,7 +75,12 @@ def load_model(cfg: DictConfig, weights: str, device: torch.device, seed: int) -
 
 
 def load_plain(cfg: DictConfig, weights: str) -> tuple[Any, Any]:
-    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`."""
+    """Return the whole model on the CPU and its tokenizer; UserError as in `load_model`.
+
+    The host must have room for the peak: when the first MoE layer has been copied into blocks, or
+    by DeepSpeed, and not been freed yet, that is all weights and that layer twice. Files are
+    mapped, and their pages given back.
+    """
     if weights == "dummy":
         raise UserError("weights=dummy exist one expert at a time; use scale, hub or a folder")
     source = source_of(cfg, weights)
@@ -85,7 +90,6 @@ def load_plain(cfg: DictConfig, weights: str) -> tuple[Any, Any]:
         modules = find_moe_layers(outline)[1]
         layers = [sum(one.nbytes for one in module.parameters(recurse=False)) for module in modules]
         whole = sum(parameter.nbytes for parameter in outline.parameters())
-        # At the peak, one layer's experts are in their blocks and in the model.
         needed, free = LOADING_SHARE * (whole + max(layers)), available_bytes()
         if needed > free:
             cause = f"loading weights={weights} of {cfg.name} takes {needed / 1e9:.1f} GB of host"

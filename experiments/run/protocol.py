@@ -66,7 +66,13 @@ class AccessCounter:
         return pd.DataFrame(self.rows, columns=columns).set_index("iteration")
 
     def summary(self, slots: int, layers: int) -> Facts:
-        """Return counts and hit rates, in all and by phase; a rate is None without an access."""
+        """Return counts and hit rates, in all and by phase; the rate is None without an access.
+
+        `union_over_capacity` of a phase tells how many experts an iteration activates in a layer,
+        all its tokens together, over the `slots / layers` that are a layer's share of the cache:
+        mean and maximum over iterations and layers, None without an access. Above 1, one step of
+        one layer alone is more than its share holds.
+        """
 
         def rated(rows: pd.DataFrame) -> Facts:
             counts = counted(rows)
@@ -358,7 +364,12 @@ def run_record(
 
 
 def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
-    """Return one row per request; its accesses are those of all iterations that served it."""
+    """Return one row per request.
+
+    A batch shares its iterations, so the accesses of a request, by KINDS, are those of its batch;
+    `batch` tells which requests share them. Online requests join and leave their batches: theirs
+    are those of every iteration that served them, and `batch` is their order of starts.
+    """
     counts = counter.table()[[*KINDS]]
 
     def row(one: Served) -> Facts:
@@ -380,7 +391,12 @@ def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFr
 
 
 def latency_summary(requests: pd.DataFrame, dataset: str) -> Facts:
-    """Return mean, percentiles and 95 % interval of each latency in seconds; None without any."""
+    """Return mean, percentiles and bootstrap 95 % interval of TTFT, TPOT, ITL, E2EL and queueing.
+
+    `requests` is a `request_table`. Seconds; None for a latency that no request has. All but TPOT
+    and ITL count from the arrival, so that the queueing of online requests is part of them;
+    offline, a request arrives when its prefill starts.
+    """
     gaps = requests.explode("itl_s", ignore_index=True)
     summary: Facts = {}
     for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s", "queueing_s"):

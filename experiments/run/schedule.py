@@ -93,7 +93,11 @@ class FixedBatches(Schedule):
 
 
 class ContinuousBatches(Schedule):
-    """Prefills the first that waits, alone, if fewer than `size` run; else all that run decode."""
+    """Requests queue first come, first served, and join and leave between iterations.
+
+    If a request waits and fewer than `size` run, the next iteration is the prefill of the first
+    that waits, alone; otherwise it is one decode of all that run.
+    """
 
     def __init__(self, requests: Sequence[Request], size: int) -> None:
         super().__init__(sorted(requests, key=lambda request: request.arrival or 0.0), size)

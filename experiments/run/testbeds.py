@@ -53,7 +53,11 @@ def emulated(
     threads: Few | None,
     pinned: Flag = False,
 ) -> Testbed:
-    """Return CPU devices whose links take the time of full-size experts on a real link."""
+    """Return CPU devices whose links take the time of full-size experts on a real link.
+
+    With `pinned`, links and searcher never run on the model's cores. Raises UserError for a testbed
+    that cannot be.
+    """
     import torch
 
     return Testbed(
@@ -79,7 +83,11 @@ def cores_apart(threads: int) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
-    """Return this machine's CUDA devices, all or the first `devices`; raise UserError."""
+    """Return the CUDA devices of this machine, all of them or the first `devices`.
+
+    Chunks are of `LINK_CHUNK_MB` for each device if nothing is said: all links' threads together
+    then take as much of the interpreter as one link's.
+    """
     import torch
 
     there = cuda_devices()
@@ -91,7 +99,6 @@ def local(devices: Few | None, chunk_mb: Megabytes | None) -> Testbed:
         raise UserError(f"{cause}; lower testbed.devices or use testbed=emulated")
     chosen = tuple(torch.device("cuda", index) for index in range(devices or there))
     name = " + ".join(f"{count} x {kind}" for kind, count in kinds(chosen).items())
-    # All links' threads together then take as much of the interpreter as one link's.
     return Testbed(name, "measured", chosen, round((chunk_mb or LINK_CHUNK_MB * len(chosen)) * MB))
 
 
@@ -172,7 +179,13 @@ def calibrated(
     collect_us: SystemMicros,
     prediction_us: Mapping[str, Mapping[Call, Micros]],
 ) -> SimulatedTestbed:
-    """Return the testbed that experiments.validate.calibrate wrote; UserError for another model."""
+    """Return the testbed that `python -m experiments.validate.calibrate` wrote.
+
+    `latency_us` of `link` is already stretched by its `time_scale`. `compute_us` holds a line each
+    for start and finish and, for each system, for dense and expert, with `after_wait` and
+    `while_copying` (`ThreadCosts`); the others a number, or one a call, for each system. Raises
+    UserError for another model than the calibrated one, and for a system that was not measured.
+    """
     kinds = (ArithmeticError, AttributeError, KeyError, TypeError)
     with refusing(f"testbed {name}", *kinds, remedy=AGAIN):
         (start, _), (finish, _) = (_disturbed(compute_us[part]) for part in ("start", "finish"))
@@ -182,7 +195,7 @@ def calibrated(
         )
         rate = LinkRate(
             link["gb_s"] * 1e9 / link["time_scale"],
-            link["latency_us"] * 1e-6,  # stretched by the time scale already
+            link["latency_us"] * 1e-6,
             lag=link["lag_us"] * 1e-6,
             wake=link["wake_us"] * 1e-6,
         )

@@ -26,7 +26,11 @@ LARGE = 2**30  # bytes, from which on a file is told by its size and time of cha
 
 
 def fingerprint(model: Any, weights: str, seed: int) -> str:
-    """Return 16 hex digits of files, of a hub revision or of a dummy's seed."""
+    """Return 16 hex digits that change whenever the weights do; `model` is a config's group.
+
+    Of scale models and folders it is over their files, whose absence changes it too; of hub models
+    over the revision that this machine holds, if it holds one; of dummies over their seed.
+    """
     if weights == "dummy":
         facts = [("dummy", str(seed))]
     elif is_hub(weights):

@@ -40,7 +40,10 @@ class Workload:
     passes: int | None = 1  # through the dataset's texts; above 1, text is used again
 
     def shared_prefix(self) -> dict[str, float] | None:
-        """Return how long a prefix measured prompts share with any other; None without prompts."""
+        """Return how long a prefix measured prompts share with any other, history included.
+
+        In tokens, and as the mean share of a prompt; None without prompts, as in foreign traces.
+        """
         lengths = [len(one.prompt) for one in self.measured]
         if not all(lengths):
             return None
@@ -138,9 +141,12 @@ class Offline(WorkloadSettings):
     def _split(self, prompts: PromptSet, requests: list[Request]) -> Workload:
         share, cut = self.history_share, round(self.history_share * len(requests))
         if cut == len(requests):
-            raise UserError(f"workload.history_share={share} of {cut} leaves none to measure")
+            raise UserError(
+                f"workload.history_share={share} of {cut} prompts leaves none to measure"
+            )
         if self.warmup > cut:
-            raise UserError(f"workload.warmup={self.warmup} of {cut}; set workload.warmup={cut}")
+            cause = f"workload.warmup={self.warmup} of {cut} history prompts"
+            raise UserError(f"{cause}; set workload.warmup={cut}")
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
         return Workload(prompts, history, history[: self.warmup], measured)
 
@@ -247,7 +253,11 @@ def origin(trace: Trace) -> PromptSet:
 
 
 def read_azure_trace(path: Path) -> pd.DataFrame:
-    """Return `seconds` from the first request, `input_tokens`, `output_tokens`; raise UserError."""
+    """Return `seconds` since the first request, `input_tokens`, `output_tokens`, in order of time.
+
+    Raises UserError for a file that is missing, empty or no table, lacks a column, or has, in which
+    line, an unreadable time or a length that is no whole number from 1.
+    """
     asked: Any = {"index_col": False, "skip_blank_lines": False, "compression": None}
     due = f"give a CSV table with a time as {TIME}, whole numbers as {INPUT} and {OUTPUT}"
     kinds = (OSError, ValueError, LookupError, pd.errors.ParserWarning)
@@ -270,7 +280,12 @@ def read_azure_trace(path: Path) -> pd.DataFrame:
 def sampled(
     trace: pd.DataFrame, count: int, rate: float, process: Process, seed: int
 ) -> pd.DataFrame:
-    """Sample `count` rows, in order of time, to arrive at `rate` a second; raise UserError."""
+    """Sample `count` rows without replacement, kept in order of time, to arrive at `rate` a second.
+
+    The first arrives at 0. With "poisson" the gaps are exponential of mean 1 / rate; with "trace"
+    they are the sampled rows' own, stretched alike so that their mean is 1 / rate. Raises UserError
+    if the trace has too few rows, or no time passes between the sampled ones.
+    """
     if count > len(trace):
         cause = f"the trace has {len(trace)} requests, {count} are asked for"
         raise UserError(f"{cause}; lower workload.requests")

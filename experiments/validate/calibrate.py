@@ -43,7 +43,10 @@ def emulated_testbed(cfg: DictConfig) -> Testbed:
 
 
 def fit(samples: Sequence[Sample], columns: Sequence[str]) -> dict[str, float]:
-    """Return base, per_token and the other columns in microseconds, by least squares."""
+    """Return base, per_token and the other columns asked for in microseconds, none below 0.
+
+    Least squares over the relative errors of the means of samples that agree in these columns.
+    """
     costs = ["per_token", "per_context", "seconds", "after_wait", "while_copying"]
     names = ["base", "per_token", *columns]
     frame = pd.DataFrame(samples).set_axis(costs, axis=1).assign(base=1)
@@ -61,7 +64,12 @@ def _micros(seconds: float) -> float:
 
 
 class Calibration:
-    """Watches live runs of the config's systems and makes a testbed of them. Raises UserError."""
+    """Watches live runs of the config's systems and turns what it saw into a testbed.
+
+    Compute is measured with every expert resident and, for each system, under small budgets, where
+    waits and copies disturb it; predictions and wake-ups under these alone. Whatever is observed
+    again counts as well. Raises UserError for a testbed that cannot be calibrated.
+    """
 
     def __init__(self, cfg: DictConfig, console: Console) -> None:
         testbed = emulated_testbed(cfg)

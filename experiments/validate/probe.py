@@ -134,7 +134,12 @@ def _iterations(
 
 
 def wake_and_resume(probe: Probe, load_seconds: float) -> tuple[float, float]:
-    """Return the seconds an idle link takes to begin, and a waiting model to go on; UserError."""
+    """Return the seconds that an idle link takes to begin, and a waiting model to go on.
+
+    The former from gates that find nothing, of a system that prefetches nothing, to the first
+    chunk; the latter from when each load is due, all following that chunk, to the wait's end.
+    Raises UserError if no layer missed all its experts.
+    """
     copies, waits = probe.on("link"), probe.waits()
     begins, woken = [span.start for span in copies], [span.end for span in waits]
     wakes, resumes = [], []
@@ -165,7 +170,10 @@ def without_outliers(seconds: Iterable[float]) -> list[float]:
 
 
 def call_seconds(probe: Probe, layers: int) -> dict[str, float]:
-    """Return the seconds of the policy's calls, each with queueing what it asked for."""
+    """Return what the policy's calls take, in seconds; one on_embeddings, then L on_gates.
+
+    Each with the queueing of the prefetches that it led to, if it led to any.
+    """
     searches = probe.on("search")
     if not searches:
         return {}
