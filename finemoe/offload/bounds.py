@@ -27,8 +27,11 @@ from numpy.typing import NDArray
 from finemoe.offload.policy import ModelShape, Routing, Table
 
 Stay = tuple[float, int]  # when an expert is used next, and its flat index
+Steps = NDArray[np.int64]  # they count layers over all iterations
+NEVER = np.iinfo(np.int64).max
 STRETCHES = 4  # begin in an iteration: more take longer, and raise the bound by some per cent
 LONGEST = 8  # iterations of a stretch
+AT_ONCE = 512  # stretches that are swept side by side: what they keep fits the processor's cache
 
 
 def minimal_loads(
@@ -96,56 +99,88 @@ def critical_path(
     expert on its link, and `shared_s` those that it takes of what all links share. Any contents of
     the slots are granted at the start. Raises ValueError as `minimal_loads`.
     """
-    first, following = next_uses(routing, shape)
-    devices, most = len(slots), max(slots)
-    upcoming = np.append(first, np.full(-shape.size % devices, np.inf))
     gap = max(1, shape.layers // STRETCHES)
-    rows = -(-LONGEST * shape.layers // gap)
-    began, loads = np.full(rows, -np.inf), np.zeros((rows, devices))
-    stays = np.full((rows, devices, most), np.inf)
-    """Of each stretch and device, the next uses of what is kept; -1 where there is no slot."""
-    missing = np.arange(most) >= np.array(slots)[:, None]
-    end, layers = 0.0, itertools.chain.from_iterable(routing)
-    for step, (indices, uses) in enumerate(zip(layers, following, strict=True)):
-        if step % gap == 0:
-            row = step // gap % rows
-            began[row], loads[row] = end, 0
-            soonest = np.sort(upcoming.reshape(-1, devices), axis=0)[:most].T
-            stays[row] = np.inf
-            stays[row, :, : soonest.shape[1]] = soonest
-            stays[row][missing] = -1
-        experts = step % shape.layers * shape.experts + np.array(indices, np.intp)
-        upcoming[experts] = uses
-        used = np.bincount(experts % devices, minlength=devices)
-        hit = stays == step
-        loads += used - np.count_nonzero(hit, axis=2)
-        stays[hit] = np.inf
-        _change_last(stays, np.maximum, np.where(used > 0, np.inf, -np.inf))
-        for turn in _by_device(experts % devices, uses, devices):
-            _change_last(stays, np.minimum, turn)
-        seconds = np.maximum(loads.max(axis=1) * load_s, loads.sum(axis=1) * shared_s)
-        end = max(end + layer_s[step], float((began + seconds).max()))
+    ages = -(-LONGEST * shape.layers // gap)
+    accesses = _accesses(routing, shape)
+    turns, starts = _turns(*accesses, len(slots)), np.arange(0, len(layer_s), gap)
+    taken = []
+    for some in np.array_split(starts, len(starts) // AT_ONCE + 1):
+        contents = _best_contents(*accesses[:2], some, shape.size, slots)
+        loads = _loads_of_stretches(turns, some, contents, ages * gap)
+        taken.append(np.maximum(loads.max(axis=2) * load_s, loads.sum(axis=2) * shared_s))
+    seconds = np.concatenate(taken).reshape(-1, ages, gap)
+    began, end = np.empty(len(starts)), 0.0
+    for newest, start in enumerate(starts.tolist()):
+        began[newest] = end
+        age = np.arange(min(ages, newest + 1))
+        ends = (began[newest - age, None] + seconds[newest - age, age]).max(axis=0)
+        for layer, at_least in zip(layer_s[start : start + gap], ends.tolist(), strict=False):
+            end = max(end + layer, at_least)
     return end
 
 
-def _by_device(places: NDArray[np.intp], uses: Sequence[float], devices: int) -> list[Table]:
-    """Return the uses of each device, one at a time, infinite where it has no more."""
-    turns: list[Table] = []
-    taken = [0] * devices
-    for device, use in zip(places.tolist(), uses, strict=True):
-        if taken[device] == len(turns):
-            turns.append(np.full(devices, np.inf))
-        turns[taken[device]][device] = use
-        taken[device] += 1
-    return turns
+def _turns(steps: Steps, experts: Steps, following: Steps, devices: int) -> Steps:
+    """Return when the n-th expert that a device runs in a step is used next, (steps + 1, D, N).
+
+    -1 where it runs no n-th, and in a step beyond the last.
+    """
+    work = steps * devices + experts % devices
+    order = work.argsort(kind="stable")
+    turn = np.empty_like(order)
+    turn[order] = np.arange(len(order)) - np.searchsorted(work[order], work[order])
+    table = np.full((steps.max(initial=0) + 2, devices, turn.max(initial=0) + 1), -1)
+    table[steps, experts % devices, turn] = following
+    return table
 
 
-def _change_last(stays: Table, choose: np.ufunc, by: Table) -> None:
-    """Let the stay that ends last, of each stretch and device, end when `choose` says."""
-    rows, devices, most = stays.shape
-    flat = stays.reshape(-1)
-    last = stays.argmax(axis=2).reshape(-1) + np.arange(0, len(flat), most)
-    flat[last] = choose(flat[last].reshape(rows, devices), by).reshape(-1)
+def _best_contents(
+    steps: Steps, experts: Steps, starts: Steps, size: int, slots: Sequence[int]
+) -> Steps:
+    """Return the next uses of what slots at best hold at some steps, (S, D, slots).
+
+    Those are the soonest ones; -1 where a device has no slot.
+    """
+    devices, most, end = len(slots), max(slots), steps.max(initial=0) + 1
+    uses = np.append(np.sort(experts * end + steps), NEVER)
+    asked = np.arange(size) * end
+    soonest = uses[np.searchsorted(uses, asked + starts[:, None])] - asked
+    soonest[soonest >= end] = NEVER
+    soonest = np.pad(soonest, [(0, 0), (0, -size % devices)], constant_values=NEVER)
+    soonest = np.sort(soonest.reshape(len(starts), -1, devices).swapaxes(1, 2))[..., :most]
+    missing = [(0, 0), (0, 0), (0, most - soonest.shape[2])]
+    contents = np.pad(soonest, missing, constant_values=NEVER)
+    contents[:, np.arange(most) >= np.array(slots)[:, None]] = -1
+    return contents
+
+
+def _loads_of_stretches(turns: Steps, starts: Steps, contents: Steps, length: int) -> Steps:
+    """Return each device's fewest loads since each start, after each step, (S, length, D)."""
+    devices, slots = turns.shape[1], contents.shape[2]
+    # When they are used next, in a few bits: behind a stretch all are alike, and like free slots.
+    free, start = length, starts.repeat(devices)
+    stays = (contents.reshape(-1, slots) - start[:, None]).clip(-1, free).astype(np.int16)
+    so_far = np.zeros(len(stays), np.int64)
+    loads = np.empty((len(starts), length, devices), np.int64)
+    for after in range(length):
+        steps = np.minimum(starts + after, len(turns) - 1)
+        busy = (turns[steps, :, 0] >= 0).ravel().nonzero()[0]
+        step, device, kept = steps[busy // devices], busy % devices, stays[busy]
+        hit = kept == after
+        so_far[busy] -= np.count_nonzero(hit, axis=1)
+        np.putmask(kept, hit, free)
+        # While a layer computes, one of its experts needs a slot.
+        kept[np.arange(len(busy)), kept.argmax(axis=1)] = free
+        for use in turns[step, device].T:
+            rows = (use >= 0).nonzero()[0]
+            if not len(rows):
+                break
+            last = (kept if len(rows) == len(kept) else kept[rows]).argmax(axis=1)
+            relative = np.minimum(use[rows] - start[busy[rows]], free)
+            kept[rows, last] = np.minimum(kept[rows, last], relative)
+            so_far[busy[rows]] += 1
+        stays[busy] = kept
+        loads[:, after] = so_far.reshape(-1, devices)
+    return loads
 
 
 def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[float]]]:
@@ -155,24 +190,31 @@ def next_uses(routing: Routing, shape: ModelShape) -> tuple[Table, list[list[flo
     given, in their order. What never comes is infinite. Raises ValueError for an iteration with a
     wrong number of layers.
     """
+    steps, experts, uses = _accesses(routing, shape)
+    first = np.full(shape.size, np.inf)
+    np.minimum.at(first, experts, steps)
+    left = iter(np.where(uses == NEVER, np.inf, uses).tolist())
+    layers = itertools.chain.from_iterable(routing)
+    by_step = [list(itertools.islice(left, len(activated))) for activated in layers]
+    return first.reshape(shape.layers, shape.experts), by_step
+
+
+def _accesses(routing: Routing, shape: ModelShape) -> tuple[Steps, Steps, Steps]:
+    """Return step, flat index and next use of each activated expert; NEVER if there is none."""
     for layers in routing:
         if len(layers) != shape.layers:
             raise ValueError(f"an iteration has {len(layers)} layers, the model {shape.layers}")
     activated = list(itertools.chain.from_iterable(routing))
-    widths = [len(indices) for indices in activated]
-    steps = np.arange(len(activated)).repeat(np.array(widths, np.int64))
+    widths = np.array(list(map(len, activated)), np.int64)
+    steps = np.arange(len(activated)).repeat(widths)
     indices = np.fromiter(itertools.chain.from_iterable(activated), np.int64, len(steps))
     experts = steps % shape.layers * shape.experts + indices
-    first = np.full(shape.size, np.inf)
-    np.minimum.at(first, experts, steps)
     order = experts.argsort(kind="stable")
     earlier, later = order[:-1], order[1:]
     again = experts[earlier] == experts[later]
-    following = np.full(len(steps), np.inf)
+    following = np.full(len(steps), NEVER)
     following[earlier[again]] = steps[later[again]]
-    left = iter(following.tolist())
-    by_step = [list(itertools.islice(left, width)) for width in widths]
-    return first.reshape(shape.layers, shape.experts), by_step
+    return steps, experts, following
 
 
 @dataclass(frozen=True)
