@@ -115,6 +115,7 @@ def test_links_that_are_busy_one_after_the_other_add_up() -> None:
     # What slots hold at the start is free, and all that both hold always.
     assert critical_path(experts, ONE_LAYER, (2, 2), nothing, 4.0) == 0
     assert critical_path(experts, ONE_LAYER, (2, 1), nothing, 4.0) == 3 * 4
+    assert critical_path(experts, ONE_LAYER, (1, 2), nothing, 4.0) == 3 * 4
 
 
 def test_compute_and_loads_wait_for_each_other() -> None:
