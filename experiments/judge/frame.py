@@ -22,6 +22,7 @@ from experiments.style import system_name
 PREDICTION = ("context_collection", "search", "prefetch_issue", "update")
 PHASES = ("on_demand_wait", "prefetch_wait", *PREDICTION)
 OPTIONS = ("search", "selection", "eviction", "predictor")  # None where a system has no such
+BOUND = ("times", "compute_s", "link_s", "tpot_s")
 COUNTS = ("hits", "late", "misses", "host", "slot_budget_bytes", "dense_bytes")
 IDENTITY = ("system", "model", "dataset", "mode", "testbed", "weights", "routing", "seed")
 NOT_OPTIONS = ("_target_", "label", "look", "prediction_us")
@@ -41,7 +42,8 @@ def run_frame(runs: Sequence[Path]) -> pd.DataFrame:
     Measured: `ttft_s`, `tpot_s`, `e2el_s`, `iteration_s` (mean time of an iteration), `hit_rate`,
     each with `_low` and `_high` (95 % interval of the mean, NaN where nothing varied), the COUNTS,
     every `bytes_*`, `requests`, `iterations`, `busy_s`, `phase_*_s` (seconds in all),
-    `bound_times` (time over the least possible), `bound_compute_s`, `bound_link_s`.
+    `bound_times` (time over the least possible), `bound_compute_s`, `bound_link_s`,
+    `bound_tpot_s`.
     Whole: `record`, and `table`, its requests, one row per request, with `service_s`, the latency
     without the queueing. What a record does not have is NaN or None. Raises UserError for a path
     that holds no run record, or a damaged one.
@@ -79,7 +81,7 @@ def _row(path: Path) -> dict[str, Any]:
         "requests": len(requests),
         "busy_s": summary.get("busy_seconds"),
         **{f"phase_{name}_s": phases.get(name) for name in PHASES},
-        **{f"bound_{name}": bound.get(name) for name in ("times", "compute_s", "link_s")},
+        **{f"bound_{name}": bound.get(name) for name in BOUND},
     }
     known = {key: math.nan if one is None else one for key, one in numbers.items()}
     return {**row, **known, "record": record, "table": requests}

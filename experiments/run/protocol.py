@@ -115,6 +115,7 @@ class Reference:
     measured_from: int  # number of the first measured iteration
     compute_s: float | None  # to serve the measured requests; None if not all was resident
     layer_s: Sequence[float] = ()  # of them, layer by layer, where that is known
+    decodes: Sequence[range] = ()  # of each of them, where it decodes: iterations, 0 the first
 
 
 @dataclass
@@ -179,11 +180,15 @@ class Setup(ABC):
             return None
         loads = minimal_loads(reference.routing, self.shape, self.slots, reference.measured_from)
         link_s, path_s = max(max(loads) * load_s[0], sum(loads) * load_s[1]), 0.0
+        tpot_s, decodes = None, reference.decodes
         if layer_s := reference.layer_s:
             measured = reference.routing[reference.measured_from :]
-            path_s = critical_path(measured, self.shape, self.slots, layer_s, *load_s)
-        seconds = (reference.compute_s, link_s, path_s)
-        return Roofline(*(one * self.settings.repeats for one in seconds))
+            of = measured, self.shape, self.slots, layer_s, *load_s
+            path_s, *decode_s = critical_path(*of, parts=decodes)
+            if all(decodes):
+                tpot_s = float(np.mean(np.array(decode_s) / [*map(len, decodes)]))
+        times = self.settings.repeats
+        return Roofline(reference.compute_s * times, link_s * times, path_s * times, tpot_s)
 
     def watch(self, backend: Any) -> Callable[[Step], None] | None:
         """Return what verifies the logits of each measured step, if they are to be verified."""

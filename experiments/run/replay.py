@@ -18,7 +18,7 @@ from experiments.run.routing import open_routing, traced_request
 from experiments.run.schedule import Request, Server, Step
 from finemoe.files import write_json
 from finemoe.offload.bounds import Roofline
-from finemoe.offload.policy import Gates, Machine, Policy
+from finemoe.offload.policy import Gates, Iteration, Machine, Policy
 from finemoe.offload.replay import ReplayRuntime
 from finemoe.offload.residency import MemoryPlan, Residency
 from finemoe.offload.routed import RoutedIteration, joined
@@ -134,8 +134,10 @@ class ReplaySetup(Setup):
     def unoffloaded(self) -> Reference:
         """Return what warm-up and measured requests route, and the seconds of compute alone."""
         routing, layer_s = list[list[tuple[int, ...]]](), list[float]()
+        iterations = list[Iteration]()
 
         def note(routed: RoutedIteration) -> None:
+            iterations.append(routed.iteration)
             routing.append(routed.activated)
             layer_s.extend(compute_seconds(self.costs, routed, len(self.slots)))
 
@@ -144,8 +146,15 @@ class ReplaySetup(Setup):
         list(server.serve(schedule(self.workload.warmup)))
         measured_from = server.iterations
         layer_s.clear()
+        iterations.clear()
         list(server.serve(schedule(self.workload.measured)))
-        return Reference(routing, measured_from, sum(layer_s), layer_s)
+        prefills = [n for n, one in enumerate(iterations) if one.phase == "prefill"]
+        decodes = [
+            range(prefill + 1, stop)
+            for prefill, stop in zip(prefills, [*prefills[1:], len(iterations)], strict=True)
+            for _ in iterations[prefill].requests
+        ]
+        return Reference(routing, measured_from, sum(layer_s), layer_s, decodes)
 
     def load_seconds(self) -> tuple[float, float]:
         expert_bytes, rate = self.plan.expert_bytes, self.testbed.rate

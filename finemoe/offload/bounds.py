@@ -92,12 +92,14 @@ def critical_path(
     layer_s: Sequence[float],
     load_s: float,
     shared_s: float = 0.0,
-) -> float:
+    parts: Sequence[range] = (),
+) -> tuple[float, ...]:
     """Return the seconds that compute and loads take at least, as each holds up the other.
 
-    `layer_s` are the seconds of each layer's compute, over all iterations; `load_s` those of an
-    expert on its link, and `shared_s` those that it takes of what all links share. Any contents of
-    the slots are granted at the start. Raises ValueError as `minimal_loads`.
+    First of all iterations, then of each of `parts` alone, which are ranges of them. `layer_s` are
+    the seconds of each layer's compute, over all iterations; `load_s` those of an expert on its
+    link, and `shared_s` those that it takes of what all links share. Any contents of the slots are
+    granted at the start. Raises ValueError as `minimal_loads`.
     """
     gap = max(1, shape.layers // STRETCHES)
     ages = -(-LONGEST * shape.layers // gap)
@@ -108,15 +110,22 @@ def critical_path(
         contents = _best_contents(*accesses[:2], some, shape.size, slots)
         loads = _loads_of_stretches(turns, some, contents, ages * gap)
         taken.append(np.maximum(loads.max(axis=2) * load_s, loads.sum(axis=2) * shared_s))
-    seconds = np.concatenate(taken).reshape(-1, ages, gap)
-    began, end = np.empty(len(starts)), 0.0
-    for newest, start in enumerate(starts.tolist()):
-        began[newest] = end
-        age = np.arange(min(ages, newest + 1))
-        ends = (began[newest - age, None] + seconds[newest - age, age]).max(axis=0)
-        for layer, at_least in zip(layer_s[start : start + gap], ends.tolist(), strict=False):
-            end = max(end + layer, at_least)
-    return end
+    seconds, began = np.concatenate(taken).reshape(-1, ages, gap), np.empty(len(starts))
+
+    def longest(iterations: range) -> float:
+        first, stop = iterations.start * shape.layers, iterations.stop * shape.layers
+        oldest = -(-first // gap)
+        end = float(sum(layer_s[first : min(stop, oldest * gap)]))
+        for newest in range(oldest, -(-stop // gap)):
+            began[newest], start = end, newest * gap
+            age = np.arange(min(ages, newest - oldest + 1))
+            ends = (began[newest - age, None] + seconds[newest - age, age]).max(axis=0)
+            own = layer_s[start : min(stop, start + gap)]
+            for layer, at_least in zip(own, ends.tolist(), strict=False):
+                end = max(end + layer, at_least)
+        return end
+
+    return tuple(map(longest, (range(len(routing)), *parts)))
 
 
 def _turns(steps: Steps, experts: Steps, following: Steps, devices: int) -> Steps:
@@ -225,6 +234,7 @@ class Roofline:
     link_s: float
     """Loads of a device times the seconds of one expert on its link, the largest over devices."""
     path_s: float  # see `critical_path`; 0 where nobody knows the seconds of each layer
+    tpot_s: float | None  # mean TPOT, by the longest path of each request's decode alone
 
     @property
     def total(self) -> float:

@@ -110,24 +110,38 @@ def test_links_that_are_busy_one_after_the_other_add_up() -> None:
     # Device 0 has A and C, device 1 B and D, each in one slot: three loads, then three more.
     experts, nothing = stream(A, C, A, C, B, D, B, D), [0.0] * 8
     assert minimal_loads(experts, ONE_LAYER, (1, 1)) == (4, 4)
-    assert critical_path(experts, ONE_LAYER, (1, 1), nothing, 4.0) == 3 * 4 + 3 * 4
-    assert critical_path(experts, ONE_LAYER, (1, 1), nothing, 4.0, 5.0) == 3 * 5 + 3 * 5
+    assert critical_path(experts, ONE_LAYER, (1, 1), nothing, 4.0)[0] == 3 * 4 + 3 * 4
+    assert critical_path(experts, ONE_LAYER, (1, 1), nothing, 4.0, 5.0)[0] == 3 * 5 + 3 * 5
     # What slots hold at the start is free, and all that both hold always.
-    assert critical_path(experts, ONE_LAYER, (2, 2), nothing, 4.0) == 0
-    assert critical_path(experts, ONE_LAYER, (2, 1), nothing, 4.0) == 3 * 4
-    assert critical_path(experts, ONE_LAYER, (1, 2), nothing, 4.0) == 3 * 4
+    assert critical_path(experts, ONE_LAYER, (2, 2), nothing, 4.0)[0] == 0
+    assert critical_path(experts, ONE_LAYER, (2, 1), nothing, 4.0)[0] == 3 * 4
+    assert critical_path(experts, ONE_LAYER, (1, 2), nothing, 4.0)[0] == 3 * 4
 
 
 def test_compute_and_loads_wait_for_each_other() -> None:
     # A is there, B cannot come before A has computed, nor A again before B has.
     experts = stream(A, B, A, A, A)
-    assert critical_path(experts, ONE_LAYER, (1,), [1.0] * 5, 4.0) == 2 * 4 + 2 * 1
-    assert critical_path(experts, ONE_LAYER, (1,), [9.0, 1.0, 1.0, 1.0, 1.0], 4.0) == 9 + 4 + 2
+    assert critical_path(experts, ONE_LAYER, (1,), [1.0] * 5, 4.0)[0] == 2 * 4 + 2 * 1
+    assert critical_path(experts, ONE_LAYER, (1,), [9.0, 1.0, 1.0, 1.0, 1.0], 4.0)[0] == 9 + 4 + 2
     # Of two slots B takes one while A computes in the other.
-    assert critical_path(experts, ONE_LAYER, (2,), [1.0] * 5, 4.0) == 5
+    assert critical_path(experts, ONE_LAYER, (2,), [1.0] * 5, 4.0)[0] == 5
     # B again, 20 times: it cannot come before A has computed for the last but one time, after 9.
     long = stream(A, B, A, A, A, *[B] * 20)
-    assert critical_path(long, ONE_LAYER, (1,), [1.0] * 25, 4.0) == 9 + 4 + 19
+    assert critical_path(long, ONE_LAYER, (1,), [1.0] * 25, 4.0)[0] == 9 + 4 + 19
+
+
+def test_a_part_of_a_path_starts_anew() -> None:
+    experts = stream(A, B, A, B, A)
+    parts = [range(0, 2), range(1, 5), range(4, 5), range(2, 2)]
+    whole, *alone = critical_path(experts, ONE_LAYER, (1,), [1.0] * 5, 4.0, parts=parts)
+    assert whole == 4 * 4
+    # Whoever is asked for first may be there: one load, three, none; nothing takes no time.
+    assert alone == [4, 3 * 4, 1, 0]
+    # Stretches start every second layer: of an odd one before the first, compute alone counts.
+    shape = ModelShape(layers=9, experts=2, top_k=1, hidden_size=1)
+    odd = [[(n % 2,) for n in range(9)], [(n % 2,) for n in range(9)]]
+    whole, second = critical_path(odd, shape, (1,), [1.0] * 18, 0.0, parts=[range(1, 2)])
+    assert (whole, second) == (18, 9)
 
 
 def fastest(experts: tuple[int, ...], slots: int, compute: int, load: int) -> int:
@@ -173,15 +187,15 @@ def test_no_schedule_is_faster_than_the_path(
     experts: tuple[int, ...], slots: int, compute: int, load: int
 ) -> None:
     layer_s = [float(compute)] * len(experts)
-    bound = critical_path(stream(*experts), ONE_LAYER, (slots,), layer_s, float(load))
+    bound, *_ = critical_path(stream(*experts), ONE_LAYER, (slots,), layer_s, float(load))
     assert bound <= fastest(experts, slots, compute, load)
 
 
 def test_the_bound_is_the_largest_of_compute_links_and_path() -> None:
-    roof = Roofline(compute_s=2.0, link_s=2.5, path_s=0.0)
+    roof = Roofline(compute_s=2.0, link_s=2.5, path_s=0.0, tpot_s=None)
     assert roof.total == 2.5
     assert roof.times(5.0) == 2.0
-    assert Roofline(4.0, 2.5, 3.0).total == 4.0
-    assert Roofline(4.0, 2.5, 4.5).total == 4.5
+    assert Roofline(4.0, 2.5, 3.0, None).total == 4.0
+    assert Roofline(4.0, 2.5, 4.5, None).total == 4.5
     with pytest.raises(ValueError, match="0 s"):
-        Roofline(0.0, 0.0, 0.0).times(1.0)
+        Roofline(0.0, 0.0, 0.0, None).times(1.0)
