@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 
 if platform.machine() == "x86_64":
-    # Wider vectors add in another order: last bits of sums, and with them tokens that nearly tie and
-    # what they route, would differ from CPU to CPU.
+    # Wider vectors add in another order: last bits of sums, then tokens that nearly tie, and then
+    # routing would differ from CPU to CPU.
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 
 if sys.argv[0] == "-m":  # This is `python -m experiments.<command>`, before its own imports.
