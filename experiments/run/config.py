@@ -19,7 +19,7 @@ from experiments.errors import UserError, refusing
 from experiments.run.records import check_writable
 from experiments.run.weights import source_of
 from experiments.run.workloads import WorkloadSettings
-from finemoe.costs import CountedModel, FullSizeModel
+from finemoe.costs import ModelSizes, counted_sizes, published_sizes
 from finemoe.expert_map import StoreMismatch
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
 from finemoe.offload.policy import ModelShape, Policy
@@ -170,20 +170,20 @@ def checked(kind: Any, values: Mapping[str, Any], key: str) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
-        value = "" if first["type"] == "missing" else f"={first['input']}"
+        value = "" if first["type"].startswith("missing") else f"={first['input']}"
         said = f"{path}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         raise UserError(said.replace("\n", " ")) from error
 
 
-def full_size(model: DictConfig) -> FullSizeModel | CountedModel:
+def full_size(model: DictConfig) -> ModelSizes:
     """Return the full-size shapes that conf/model or a checkpoint gives; raise UserError."""
     values = values_of(model)
     counted = values.get("counted")
     routing = ("layers", "experts", "top_k", "hidden_size", "expert_intermediate_size")
     own = {name: values[name] for name in routing if name in values}
     own |= counted or values.get("full_size") or {}
-    kind = CountedModel if counted else FullSizeModel
-    sizes: FullSizeModel | CountedModel = checked(kind, own, "model")
+    own.pop("shared_expert_bytes", None)  # They are among the dense ones.
+    sizes: ModelSizes = checked(counted_sizes if counted else published_sizes, own, "model")
     if sizes.top_k > sizes.experts:
         raise UserError(f"model.top_k={sizes.top_k}: there are only {sizes.experts} experts")
     return sizes

@@ -276,7 +276,7 @@ def facts_of(model: Any, source: str) -> dict[str, Any]:
     dense = {name: one.nbytes for name, one in model.named_parameters() if id(one) not in routed}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     cached, attended = attention_of(config)
-    facts["counted"] = {  # What finemoe.costs.CountedModel has beside the routing.
+    facts["counted"] = {  # See finemoe.costs.counted_sizes.
         "expert_bytes": BlockLayout.of(layers[0]).nbytes,
         "dense_bytes": sum(dense.values()),
         "embedding_bytes": embedding.nbytes,
