@@ -201,9 +201,8 @@ def run(cfg: DictConfig, console: Console) -> Facts:
         console.announce([facts])
     try:
         with prepare(cfg, console) as setup:
-            prompts = setup.workload.prompts
-            origin = f"prompts from {prompts.dataset}: {prompts.source}"
-            console.announce([*setup.description(), origin])
+            whence = "prompts from {dataset}: {dataset_source}".format_map(setup.workload.origin)
+            console.announce([*setup.description(), whence])
             if cfg.record:
                 setup.record_routing(Path(cfg.output) / "trace.parquet", console)
             history = build_history(setup, console)
@@ -333,7 +332,7 @@ def run_record(
         "history_bytes": kept.memory_bytes() if kept else {},
         "history_entries": kept.counts() if kept else {},
         "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
-        **latency_summary(requests, load.prompts.dataset),
+        **latency_summary(requests, load.origin["dataset"]),
     }
     record = {
         "status": "complete",
@@ -343,9 +342,7 @@ def run_record(
         "model": cfg.model.name,
         "weights": str(cfg.weights),
         "weights_fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
-        "dataset": load.prompts.dataset,
-        "dataset_source": load.prompts.source,
-        "dataset_sha256": load.prompts.sha256,
+        **load.origin,
         "shared_prefix": load.shared_prefix(),
         "memory_budget_gb": None if setup.budget_bytes is None else setup.budget_bytes / 1e9,
         "slots": list(setup.slots),

@@ -129,9 +129,7 @@ def record(
     origin = {
         "model": cfg.model.name,
         "weights": str(cfg.weights),
-        "dataset": load.prompts.dataset,
-        "dataset_source": load.prompts.source,
-        "dataset_sha256": load.prompts.sha256,
+        **load.origin,
         "seed": cfg.seed,
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": load.passes,

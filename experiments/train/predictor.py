@@ -58,7 +58,7 @@ def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
 def record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
     """Serve prompts with everything resident; return what their gates saw and chose."""
     drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
-    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn.prompts)]
+    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn)]
     shape = model.offloaded.shape
     recorder = Recorder(shape)
     with resident_runtime(model.offloaded, recorder) as runtime:
