@@ -36,6 +36,12 @@ def write_json(path: Path, data: Any) -> None:
         partial.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def write_csv(path: Path, table: Any) -> None:
+    """Write a data frame, without its index, to a file that is either whole or not there."""
+    with atomic_write(path) as partial:
+        table.to_csv(partial, index=False)
+
+
 def partial_name(path: Path) -> Path:
     """Return a hidden name beside `path`, this process's own; remove those of dead processes."""
     host = socket.gethostname()

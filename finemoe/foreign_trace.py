@@ -234,15 +234,17 @@ def _checked(ids: NDArray[Any], shape: ModelShape) -> NDArray[np.int64]:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """Return the columns of a file; TraceError, or one of `UNREADABLE`, if it is no such table."""
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+    with path.open("rb") as opened:
+        is_parquet = opened.read(4) == b"PAR1"
+        opened.seek(0)
+        preamble = sum(1 for _ in itertools.takewhile(lambda line: line.startswith(b"#"), opened))
     if is_parquet:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
             table = file.read()
-            table = table.rename_columns(_ours(table.column_names))
     else:
-        table = _read_csv(path)
+        table = pa.csv.read_csv(path, pa.csv.ReadOptions(skip_rows=preamble))
+    table = table.rename_columns(_ours(table.column_names))
     if "weight" not in table.column_names:
         table = table.append_column("weight", pa.array(np.ones(len(table))))
     missing = [name for name in COLUMNS.names if name not in table.column_names]
@@ -258,19 +260,6 @@ def _read_table(path: Path) -> pd.DataFrame:
     rows: pd.DataFrame = table.to_pandas()
     rows["phase"] = rows["phase"].replace(PHASES)
     return rows
-
-
-def _read_csv(path: Path) -> pa.Table:
-    """Return the columns of a CSV file under our names; lines before them may begin with a #."""
-    with path.open(encoding="utf-8") as file:
-        preamble = list(itertools.takewhile(lambda line: line.startswith("#"), file))
-        file.seek(0)
-        head = next(itertools.islice(file, len(preamble), None), "")
-    names = _ours([name.strip() for name in head.rstrip("\n").split(",")])
-    read = pa.csv.ReadOptions(skip_rows=len(preamble) + 1, column_names=names)
-    kinds = {name: COLUMNS.field(name).type for name in names if name in COLUMNS.names}
-    convert = pa.csv.ConvertOptions(column_types=kinds)
-    return pa.csv.read_csv(path, read_options=read, convert_options=convert)
 
 
 def _ours(names: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.figures import charts, routing
 from experiments.run.records import ANALYSIS, provenance, read_checked, read_table
-from finemoe.files import write_json
+from finemoe.files import write_csv, write_json
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceReader
 
@@ -139,8 +139,7 @@ def _write(
         "tables": [name],
         "provenance": provenance(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False)
+    write_csv(folder / f"{name}.csv", table)
     write_json(folder / "record.json", record)
 
 

@@ -366,12 +366,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 WEIGHT_STD = 0.2  # wide enough that a small model's routing depends on its input
 
 
-def small_model(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """Return a random model of a family, the same for the same seed, with eager experts."""
+def small_model(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return a random model of a family, always the same, with eager experts."""
     import transformers
 
     config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
-    model = random_model(config, dtype, seed)
+    model = random_model(config, dtype, seed=0)
     model.set_experts_implementation("eager")
     return model
 
