@@ -39,8 +39,11 @@ def select_experts(
     return chosen
 
 
-def top_experts(scores: NDArray[Any], count: int) -> NDArray[np.bool_]:
-    """Return where the `count` largest scores of the last axis are; the first of equals wins."""
+def top_experts(scores: NDArray[Any], count: int | None) -> NDArray[np.bool_]:
+    """Return where the `count` largest scores of the last axis are; the first of equals wins.
+
+    None takes all.
+    """
     order = (-scores).argsort(axis=-1, kind="stable")[..., :count]
     chosen = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(chosen, order, True, axis=-1)
