@@ -9,6 +9,17 @@ from pathlib import Path
 from typing import Any
 
 
+def cause_of(error: Exception) -> str:
+    """Return in one line what an error says; of pydantic's, the first value that is amiss."""
+    from pydantic import ValidationError
+
+    text = str(getattr(error, "strerror", None) or error).strip()
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        text = f"{'.'.join(map(str, first['loc']))!a}: {first['msg']}"
+    return (text or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a name to write to; the file becomes `path` if the block ends well, else it is removed.

@@ -103,19 +103,16 @@ class ForeignTrace(Trace):
             raise self._error(f"request {number} has no prefill rows; add them")
         for before, after in itertools.pairwise(numbers[1:].tolist()):
             if after > before + 1:
-                raise self._error(
-                    f"request {number} decodes step {after} after {before}; add what lies between"
-                )
-        for step, layers in rows["layer"].groupby(steps):
-            missing = np.setdiff1d(np.arange(shape.layers), layers)
-            if len(missing):
-                raise self._error(
-                    f"request {number} routes nothing in layer {missing[0]} of its step {step}"
-                )
+                skipped = f"decodes step {after} after {before}; add what lies between"
+                raise self._error(f"request {number} {skipped}")
         size, where = (len(numbers), shape.layers, shape.experts), (steps, rows["layer"])
         counts, weights = np.zeros(size, np.int64), np.zeros(size)
         np.add.at(counts, (*where, rows["expert"]), 1)
         np.add.at(weights, (*where, rows["expert"]), rows["weight"])
+        for step, layer in np.argwhere(counts.sum(axis=2) == 0):
+            raise self._error(
+                f"request {number} routes nothing in layer {layer} of its step {step}"
+            )
         tokens = -(-counts.sum(axis=2).max(axis=1) // shape.top_k)
         shares = _shares(weights, counts)
         each = np.repeat(shares.swapaxes(0, 1), tokens, axis=1)

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import StrictInt, ValidationError, validate_call
+from pydantic import StrictInt, validate_call
 
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, cause_of
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
 from finemoe.options import CHECKED, Count, Whole
@@ -423,15 +423,7 @@ def reading(
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file; check the path") from None
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path}: {part}{fault}: {_cause(error)}; {remedy}") from error
-
-
-def _cause(error: Exception) -> str:
-    text = str(error).strip()
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return (text or type(error).__name__).splitlines()[0]
+        raise TraceError(f"{path}: {part}{fault}: {cause_of(error)}; {remedy}") from error
 
 
 class TraceReader(Trace):

@@ -145,7 +145,7 @@ def _write(
 
 def read_analysis(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return the record and the table of an analysis; UserError if it is not there or not whole."""
-    record = read_checked(folder / "record.json", ANALYSIS, "complete analysis; run it again")
+    record = read_checked(folder / "record.json", ANALYSIS, "complete analysis", "run it again")
     (name,) = record["tables"]
     return record, read_table(folder / f"{name}.csv")
 
