@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -75,16 +74,16 @@ class TracedRequest:
     steps: tuple[RoutedStep, ...]
 
 
-class Trace(ABC):
+class Trace:
     """Requests by number, whatever file they lie in, read one at a time; `len` is how many.
 
     Use as a context manager. Whatever is wrong with the file raises TraceError, when it is opened
     or when its request is read.
     """
 
-    path: Path
-    header: TraceHeader
-    _rows: Mapping[int, Any]  # where each request lies
+    def __init__(self, path: Path, header: TraceHeader, rows: Mapping[int, Any]) -> None:
+        self.path, self.header, self._rows = path, header, rows
+        """What each request is read from: here, a function that reads it."""
 
     def __enter__(self) -> Self:
         return self
@@ -104,9 +103,10 @@ class Trace(ABC):
         """Yield the requests in the order of `numbers`."""
         return map(self.request, self.numbers)
 
-    @abstractmethod
     def request(self, number: int) -> TracedRequest:
         """Return one request; its arrays may be views of one buffer each, not to be written to."""
+        read: Callable[[], TracedRequest] = self._row(number)
+        return read()
 
     def prompt(self, number: int) -> tuple[int, ...]:
         """Return one request's prompt, and read no more; empty if the trace does not say it."""
