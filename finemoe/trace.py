@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import StrictInt, validate_call
+from pydantic import StrictInt
 
 from finemoe.files import atomic_write, cause_of
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
-from finemoe.options import CHECKED, Count, Whole
+from finemoe.options import Count, Whole, schema
 
 Content = Literal["logits", "embeddings", "hidden_states"]
 DType = Literal["bfloat16", "float16", "float32"]
@@ -46,6 +46,21 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryErr
 """What pyarrow, numpy and json raise for a bad file."""
 
 Packed = tuple[DType, str]  # a dtype, and values of it as base64
+FIELDS = schema(  # of a header, beside format and version
+    "forbid",
+    shape=schema("forbid", layers=Count, experts=Count, top_k=Count, hidden_size=Whole),
+    dtype=DType,
+    contents=tuple[Content, ...],
+    provenance=dict[str, Any],
+    gates=schema(
+        "forbid",
+        weight=Packed,
+        **dict.fromkeys(("bias", "correction"), (Packed | None, None)),
+        groups=(tuple[Count, Count], (1, 1)),
+    )
+    | None,
+    requests=list[tuple[StrictInt, Count, StrictInt]],
+)
 
 
 class TraceError(ValueError):
@@ -145,7 +160,7 @@ class Trace:
 # Values in a file -------------------------------------------------------------------------------
 
 
-def schema(contents: Sequence[Content]) -> pa.Schema:
+def columns_of(contents: Sequence[Content]) -> pa.Schema:
     """Return the columns of a trace that holds these optional arrays."""
     numbers = [("request", pa.int64()), ("step", pa.int32()), ("tokens", pa.int32())]
     arrays = ["counts", *(name for name in CONTENTS if name in contents), "prompt", "output"]
@@ -270,42 +285,20 @@ def _unpack_header(metadata: Mapping[bytes, bytes]) -> tuple[TraceHeader, list[t
             f"is a {form!r} of version {version!r}, this release reads a {FORMAT!r} of version "
             f"{VERSION}; record it again"
         )
-    return _header(**fields)
+    told = FIELDS(**fields)
+    shape = ModelShape(**dict(told.shape))
+    if shape.top_k > shape.experts:
+        raise ValueError(f"top {shape.top_k} of {shape.experts} experts")
+    gates = told.gates and _gate_weights(shape, **dict(told.gates))
+    return TraceHeader(shape, told.dtype, told.contents, told.provenance, gates), told.requests
 
 
-@validate_call(config=CHECKED)
-def _header(
-    shape: dict[str, Any],
-    dtype: DType,
-    contents: tuple[Content, ...],
-    provenance: dict[str, Any],
-    gates: dict[str, Any] | None,
-    requests: list[tuple[StrictInt, Count, StrictInt]],
-) -> tuple[TraceHeader, list[tuple[int, ...]]]:
-    model = _model_shape(**shape)
-    weights = None if gates is None else _gate_weights(model, **gates)
-    return TraceHeader(model, dtype, contents, provenance, weights), [*requests]
-
-
-@validate_call(config=CHECKED)
-def _model_shape(layers: Count, experts: Count, top_k: Count, hidden_size: Whole) -> ModelShape:
-    if top_k > experts:
-        raise ValueError(f"top {top_k} of {experts} experts")
-    return ModelShape(layers, experts, top_k, hidden_size)
-
-
-@validate_call(config=CHECKED)
 def _gate_weights(
-    shape: ModelShape,
-    weight: Packed,
-    bias: Packed | None,
-    correction: Packed | None = None,
-    groups: tuple[Count, Count] = (1, 1),
+    shape: ModelShape, weight: Packed, groups: tuple[int, int], **added: Packed | None
 ) -> GateWeights:
     rows = (shape.layers, shape.experts)
-    weights = _from_text(weight).reshape(*rows, shape.hidden_size)
-    added = [one and _from_text(one).reshape(rows) for one in (bias, correction)]
-    return GateWeights(weights, added[0], added[1], groups)
+    read = {name: one and _from_text(one).reshape(rows) for name, one in added.items()}
+    return GateWeights(_from_text(weight).reshape(*rows, shape.hidden_size), **read, groups=groups)
 
 
 def _to_text(values: FloatArray | None) -> Packed | None:
@@ -341,7 +334,7 @@ def trace_writer(path: Path, header: TraceHeader) -> Iterator[Callable[[TracedRe
         _pack_header(header, requests)
     except (TypeError, ValueError) as error:
         raise TraceError(f"{path}: the header is no JSON: {error}; use plain values") from error
-    columns = schema(header.contents)
+    columns = columns_of(header.contents)
 
     def write(request: TracedRequest) -> None:
         try:
@@ -437,7 +430,10 @@ class TraceReader(Trace):
             self.header, groups = _unpack_header(self._file.metadata.metadata or {})
             self._rows = {entry[0]: (group, *entry[1:]) for group, entry in enumerate(groups)}
             # Older releases of pyarrow read the file's key-value pairs into the schema as well.
-            columns, due = self._file.schema_arrow.remove_metadata(), schema(self.header.contents)
+            columns, due = (
+                self._file.schema_arrow.remove_metadata(),
+                columns_of(self.header.contents),
+            )
             if not columns.equals(due):
                 raise TraceError(f"has the columns {columns.names}, not {due.names}; record again")
             if not self._file.num_row_groups == len(groups) == len(self):
