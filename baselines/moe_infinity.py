@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call
 
-from finemoe.expert_map import StoreMismatch, read_arrays, unit, write_arrays
+from finemoe.expert_map import read_arrays, unit, write_arrays
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
@@ -121,7 +121,7 @@ class MatrixCollection:
         shape = ("entries", self.shape.layers, self.shape.experts)
         (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
         if (matrices != abs(matrices.round())).any():
-            raise StoreMismatch(f"{path} holds matrices that do not count tokens")
+            raise ValueError(f"{path} holds matrices that do not count tokens")
         for matrix in matrices:
             self.add(matrix)
 

@@ -20,7 +20,6 @@ from experiments.run.records import check_writable
 from experiments.run.weights import source_of
 from experiments.run.workloads import WorkloadSettings
 from finemoe.costs import ModelSizes, counted_sizes, published_sizes
-from finemoe.expert_map import StoreMismatch
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
 from finemoe.offload.policy import ModelShape, Policy
 from finemoe.options import Count, Flag, Number, Text, schema
@@ -209,14 +208,13 @@ def build_policy(
         asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
         budget = parse_budget(asked, expert_bytes, shape)
         slots = plan_slots(budget, expert_bytes, shape, devices)
-        if (cfg.store.load or cfg.store.save) and policy.history is None:
-            raise UserError(f"system={cfg.system.label} keeps no store to load or save")
-        if cfg.store.load and policy.history:
-            policy.history.load(Path(cfg.store.load), identity(cfg))
     except BudgetError as error:
         raise UserError(f"{error}") from error
-    except StoreMismatch as error:
-        raise UserError(f"{error}; give a store saved for this model, or none") from error
+    if (cfg.store.load or cfg.store.save) and policy.history is None:
+        raise UserError(f"system={cfg.system.label} keeps no store to load or save")
+    if cfg.store.load and policy.history:
+        with refusing("store.load", ValueError, remedy="give one of this model, or none"):
+            policy.history.load(Path(cfg.store.load), identity(cfg))
     if cfg.store.save:
         check_writable(Path(cfg.store.save).parent, "store.save")
     if isinstance(testbed, SimulatedTestbed):
