@@ -274,10 +274,15 @@ class MoEInfinityPolicy(UsageTable):
     def _popular_experts(self) -> Priorities:
         wanted = np.zeros((self.shape.layers, self.shape.experts))
         early = self.collection.popularity[: self._early]
-        shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
-        decay = 1 - np.arange(1, len(early) + 1)[:, None] / self._steps
-        wanted[: len(early)] = np.where(top_experts(early, self.shape.top_k), shares * decay, 0.0)
+        if self.collection.size:
+            shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
+            wanted[: len(early)] = self._early_priorities(shares)
         return wanted
+
+    def _early_priorities(self, shares: Table) -> Priorities:
+        """Return what is asked for of the early layers, by their experts' shares of all tokens."""
+        decay = 1 - np.arange(1, len(shares) + 1)[:, None] / self._steps
+        return np.where(top_experts(shares, self.shape.top_k), shares * decay, 0.0)
 
     def _answers(
         self, iteration: Iteration, layers: slice, gates: Gates
