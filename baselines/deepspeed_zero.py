@@ -8,17 +8,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal
 from unittest import mock
 
 import torch
-from pydantic.dataclasses import dataclass as checked
+from pydantic.dataclasses import dataclass
 from torch import nn
 from torch._C._distributed_c10d import HashStore
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 from finemoe.options import CHECKED, Whole
 
@@ -28,7 +24,7 @@ Qwen's experts) and keeps when a model is gone."""
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
-@checked(frozen=True, config=CHECKED)
+@dataclass(frozen=True, config=CHECKED)
 class ZeroOptions:
     """Sizes in elements of a full-size model; DeepSpeed's own defaults (runtime/zero/config.py)."""
 
@@ -37,14 +33,6 @@ class ZeroOptions:
     max_live_parameters: Whole = 1_000_000_000
     max_reuse_distance: Whole = 1_000_000_000
     param_persistence_threshold: Whole = 100_000
-
-
-@dataclass
-class Gathered:
-    """The most bytes of parameters that were on the device at once, and of them experts'."""
-
-    experts: int = 0
-    total: int = 0
 
 
 def choose_accelerator(device: torch.device) -> None:
@@ -61,100 +49,89 @@ def choose_accelerator(device: torch.device) -> None:
         )
 
 
-@dataclass
-class ZeroModel:
-    """A model under ZeRO stage 3, served by one process; use as a context manager.
+@contextlib.contextmanager
+def under_zero(
+    model: Any,
+    device: torch.device,
+    options: ZeroOptions,
+    expert_shrinkage: float = 1.0,
+    hidden_shrinkage: float = 1.0,
+) -> Iterator[Any]:
+    """Yield an engine that serves a transformers model under ZeroOptions, and takes it for good.
 
-    Takes the model over, for good: its parameters live in host memory, page-locked if `device` is
-    a CUDA device, and are gone on exit. On the CPU no link slows their gathering down.
+    The model's parameters lie in host memory, page-locked if `device` is a CUDA device, and are
+    gone on exit. On the CPU no link slows their gathering down. The shrinkages say how many times
+    smaller than full size its experts and its hidden size are. Raises ValueError if this process
+    cannot have DeepSpeed on this device.
     """
-
-    model: "PreTrainedModel"
-    device: torch.device
-    options: ZeroOptions = field(default_factory=ZeroOptions)
-    expert_shrinkage: float = 1.0  # how many times smaller than full size its experts are
-    hidden_shrinkage: float = 1.0
-
-    def __enter__(self) -> Self:
-        """Start DeepSpeed; raise ValueError if this process cannot have it on this device."""
-        choose_accelerator(self.device)
-        torch._C._accelerator_setAllocatorSettings(EXACT)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.dict(os.environ, ALONE))
-            stack.enter_context(_process_group(self.device))
-            self._engine = self._start()
-            stack.callback(self._drop_weights)
-            stack.callback(self._engine.destroy)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-        del self._engine
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self._engine(**inputs)
-
-    @contextlib.contextmanager
-    def watching(self, experts: Sequence[nn.Parameter]) -> Iterator[Gathered]:
-        """Look, which takes time, at what each module of the block gathers or has on its way."""
-        mine = {id(parameter) for parameter in experts}
-        parameters: list[Any] = list(self.model.parameters())
-        peak = Gathered()
-
-        def look(*_: object) -> None:
-            sizes = [
-                (id(p) in mine, p.ds_numel * p.element_size())
-                for p in parameters
-                if p.ds_status.name != "NOT_AVAILABLE"
-            ]
-            peak.total = max(peak.total, sum(size for _, size in sizes))
-            peak.experts = max(peak.experts, sum(size for expert, size in sizes if expert))
-
-        with contextlib.ExitStack() as hooks:
-            for module in self.model.modules():
-                hooks.enter_context(module.register_forward_pre_hook(look))
-            yield peak
-
-    def _drop_weights(self) -> None:
-        """Free the weights: DeepSpeed holds on to the modules of every model it has had."""
-        for parameter in self.model.parameters():
-            for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
-                if tensor is not None:
-                    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-
-    def _start(self) -> Any:
+    choose_accelerator(device)
+    torch._C._accelerator_setAllocatorSettings(EXACT)
+    with mock.patch.dict(os.environ, ALONE), _process_group(device):
         import deepspeed
 
-        config = self._config()
-        self.model.set_experts_implementation(self.options.experts)
+        config = _config(model, device, options, expert_shrinkage, hidden_shrinkage)
+        model.set_experts_implementation(options.experts)
         # Converted before the engine sees it, which would move the whole model to the device.
-        deepspeed.zero.Init(module=self.model, config_dict_or_path=config, dtype=self.model.dtype)
-        for module in self.model.modules():
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=model.dtype)
+        for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
-        engine, *_ = deepspeed.initialize(model=self.model, config=config)
+                setattr(module, name, buffer.to(device))
+        engine, *_ = deepspeed.initialize(model=model, config=config)
         engine.eval()
-        return engine
+        try:
+            yield engine
+        finally:
+            engine.destroy()
+            # DeepSpeed holds on to the modules of every model it has had.
+            for parameter in model.parameters():
+                for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+                    if tensor is not None:
+                        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
-    def _config(self) -> dict[str, Any]:
-        # Sizes shrink with the model, so that they bind as at full size. Persistence tells vectors
-        # from matrices, so its threshold shrinks with the hidden size.
-        options, larger = self.options, self.expert_shrinkage
-        persisting = options.param_persistence_threshold / self.hidden_shrinkage
-        return {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": self.model.dtype == torch.bfloat16},
-            "fp16": {"enabled": self.model.dtype == torch.float16},
-            "zero_optimization": {
-                "stage": 3,
-                "offload_param": {"device": "cpu", "pin_memory": self.device.type == "cuda"},
-                "stage3_prefetch_bucket_size": round(options.prefetch_bucket_size / larger),
-                "stage3_max_live_parameters": round(options.max_live_parameters / larger),
-                "stage3_max_reuse_distance": round(options.max_reuse_distance / larger),
-                "stage3_param_persistence_threshold": round(persisting),
-            },
-        }
+
+def _config(
+    model: Any, device: torch.device, options: ZeroOptions, experts: float, hidden: float
+) -> dict[str, Any]:
+    # Sizes shrink with the model, so that they bind as at full size. Persistence tells vectors from
+    # matrices, so its threshold shrinks with the hidden size.
+    sizes = {
+        "prefetch_bucket_size": options.prefetch_bucket_size / experts,
+        "max_live_parameters": options.max_live_parameters / experts,
+        "max_reuse_distance": options.max_reuse_distance / experts,
+        "param_persistence_threshold": options.param_persistence_threshold / hidden,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "fp16": {"enabled": model.dtype == torch.float16},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"},
+            **{f"stage3_{name}": round(size) for name, size in sizes.items()},
+        },
+    }
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, experts: Sequence[nn.Parameter]) -> Iterator[dict[str, int]]:
+    """Yield the most bytes that modules of the block gather at once: `total`, `experts` of them.
+
+    Looking at what each module gathers or has on its way takes time.
+    """
+    mine = {id(parameter) for parameter in experts}
+    parameters: list[Any] = list(model.parameters())
+    peak = {"experts": 0, "total": 0}
+
+    def look(*_: object) -> None:
+        there = [p for p in parameters if p.ds_status.name != "NOT_AVAILABLE"]
+        sizes = [(id(p) in mine, p.ds_numel * p.element_size()) for p in there]
+        peak["total"] = max(peak["total"], sum(size for _, size in sizes))
+        peak["experts"] = max(peak["experts"], sum(size for expert, size in sizes if expert))
+
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(look))
+        yield peak
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from finemoe.offload.policy import (
     Policy,
     Table,
 )
+from finemoe.selection import top_experts
 
 
 class FiddlerPolicy(Policy):
@@ -49,8 +50,8 @@ class FiddlerPolicy(Policy):
 
     def on_gate(self, iteration: Iteration, gate: Gate) -> None:
         """Count each token's K likeliest experts."""
-        chosen = (-gate.probabilities).argsort(axis=1, kind="stable")[:, : self.shape.top_k]
-        self._popularity[gate.layer] += np.bincount(chosen.ravel(), minlength=self.shape.experts)
+        chosen = top_experts(gate.probabilities, self.shape.top_k)
+        self._popularity[gate.layer] += chosen.sum(axis=0)
 
     def set_machine(self, machine: Machine) -> None:
         self._machine = machine

@@ -6,7 +6,7 @@ speculation, a request for the hit count.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +45,8 @@ class HitCountInSearcher(MoEInfinityPolicy):
         super().__init__(shape, distance, eviction=eviction)
         self.placement = Placement("background")
 
-    def _popular_experts(self) -> Priorities:
-        wanted = np.zeros((self.shape.layers, self.shape.experts))
-        early = self.collection.popularity[: self._early]
-        if self.collection.size:
-            shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
-            wanted[: len(early)] = self._likeliest(shares[:, None], range(len(early)), now=-1)
-        return wanted
+    def _early_priorities(self, shares: Any) -> Priorities:
+        return self._likeliest(shares[:, None], range(len(shares)), now=-1)
 
     def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
         distance = self._early

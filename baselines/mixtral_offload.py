@@ -14,6 +14,7 @@ from pydantic import validate_call
 from baselines.speculation import SpeculatingPolicy
 from finemoe.offload.policy import ModelShape, Placement, Table
 from finemoe.options import CHECKED, Count
+from finemoe.selection import top_experts
 
 DISTANCE = 1  # layers that the guess looks ahead (section 6.1 of the FineMoE paper)
 
@@ -38,7 +39,4 @@ class MixtralOffloadPolicy(SpeculatingPolicy):
         self._most = experts
 
     def _rank(self, first: int, probabilities: Table) -> Table:
-        best = (-probabilities).argsort(axis=1, kind="stable")[:, : self._most]
-        kept = np.zeros(probabilities.shape)
-        np.put_along_axis(kept, best, np.take_along_axis(probabilities, best, axis=1), axis=1)
-        return kept
+        return np.where(top_experts(probabilities, self._most), probabilities, 0.0)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import validate_call
 
-from finemoe.expert_map import StoreMismatch, read_arrays, unit, write_arrays
+from finemoe.expert_map import read_arrays, unit, write_arrays
 from finemoe.offload.eviction import UsageTable
 from finemoe.offload.policy import (
     ExpertId,
@@ -40,6 +40,7 @@ from finemoe.offload.policy import (
     Table,
 )
 from finemoe.options import CHECKED, Count, Flag
+from finemoe.selection import top_experts
 
 UNSEEN_RATIO = 1e-8  # what the code adds to every ratio before the decay (expert_predictor.py)
 SMALLEST_ACTIVITY = 1e-6  # added to a ratio, so that layers tell even unused experts apart
@@ -120,7 +121,7 @@ class MatrixCollection:
         shape = ("entries", self.shape.layers, self.shape.experts)
         (matrices,) = read_arrays(path, {"model_id": model_id}, matrices=shape)
         if (matrices != abs(matrices.round())).any():
-            raise StoreMismatch(f"{path} holds matrices that do not count tokens")
+            raise ValueError(f"{path} holds matrices that do not count tokens")
         for matrix in matrices:
             self.add(matrix)
 
@@ -273,12 +274,15 @@ class MoEInfinityPolicy(UsageTable):
     def _popular_experts(self) -> Priorities:
         wanted = np.zeros((self.shape.layers, self.shape.experts))
         early = self.collection.popularity[: self._early]
-        popular = (-early).argsort(axis=1, kind="stable")[:, : self.shape.top_k]
-        shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
-        decay = 1 - np.arange(1, len(early) + 1)[:, None] / self._steps
-        kept = np.take_along_axis(shares, popular, axis=1) * decay
-        np.put_along_axis(wanted[: len(early)], popular, kept, axis=1)
+        if self.collection.size:
+            shares = early / np.maximum(early.sum(axis=1, keepdims=True), 1)
+            wanted[: len(early)] = self._early_priorities(shares)
         return wanted
+
+    def _early_priorities(self, shares: Table) -> Priorities:
+        """Return what is asked for of the early layers, by their experts' shares of all tokens."""
+        decay = 1 - np.arange(1, len(shares) + 1)[:, None] / self._steps
+        return np.where(top_experts(shares, self.shape.top_k), shares * decay, 0.0)
 
     def _answers(
         self, iteration: Iteration, layers: slice, gates: Gates
@@ -314,13 +318,8 @@ class MoEInfinityPolicy(UsageTable):
                 for index in activated:
                     row[index] = 1
             return counts
-        best = (-gates.probabilities).argsort(axis=2, kind="stable")[:, :, : self.shape.top_k]
-        flat = best + np.arange(0, layers * experts, experts)[:, None, None]
-        counted = [
-            np.bincount(flat[:, rows].ravel(), minlength=layers * experts)
-            for rows in iteration.rows()
-        ]
-        return np.stack(counted).reshape(-1, layers, experts).astype(np.float32)
+        best = top_experts(gates.probabilities, self.shape.top_k)
+        return np.stack([best[:, rows].sum(axis=1, dtype=np.float32) for rows in iteration.rows()])
 
     def _wanted_by(self, nearest: Sequence[NDArray[np.intp]], layers: slice) -> Priorities:
         """Return what each gate requests, (layers, L, J): the largest of the nearest's ratios."""

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import validate_call
 
 from baselines.speculation import SpeculatingPolicy, likeliest
-from finemoe.expert_map import StoreMismatch, read_arrays, write_arrays
+from finemoe.expert_map import read_arrays, write_arrays
 from finemoe.offload.policy import (
     FloatArray,
     Gate,
@@ -51,7 +51,7 @@ class LearnedPredictor:
 
     @classmethod
     def load(cls, path: Path, shape: ModelShape, distance: int) -> Self:
-        """Read a predictor; StoreMismatch if it is missing, corrupt, or for another model or d."""
+        """Read a predictor; ValueError if it is missing, corrupt, or for another model or d."""
         again = f"python -m experiments.train.predictor model=<its name> distance={distance}"
         sources = max(shape.layers - distance, 0)
         try:
@@ -63,8 +63,8 @@ class LearnedPredictor:
                 down=(sources, shape.experts, "units"),
                 down_bias=(sources, shape.experts),
             )
-        except StoreMismatch as error:
-            raise StoreMismatch(f"{error}; train it: {again}") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; train it: {again}") from error
         return cls(*arrays)
 
 

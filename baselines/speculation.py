@@ -19,6 +19,7 @@ from finemoe.offload.policy import (
     layer_requests,
 )
 from finemoe.offload.routed import softmax
+from finemoe.selection import top_experts
 
 
 def likeliest(scores: FloatArray, count: int) -> Table:
@@ -27,11 +28,9 @@ def likeliest(scores: FloatArray, count: int) -> Table:
     Takes logits (layers, T, J), returns (layers, J): the largest softmax among the tokens that an
     expert was chosen for. Equal scores: the lower index.
     """
-    chosen = (-scores).argsort(axis=-1, kind="stable")[..., :count]
-    best = np.take_along_axis(softmax(scores), chosen, axis=-1).astype(np.float64)
-    probabilities = np.zeros(scores.shape)
-    np.put_along_axis(probabilities, chosen, np.maximum(best, SMALLEST_PRIORITY), axis=-1)
-    return probabilities.max(axis=1)
+    likely = np.maximum(softmax(scores).astype(np.float64), SMALLEST_PRIORITY)
+    probabilities: Table = np.where(top_experts(scores, count), likely, 0.0).max(axis=1)
+    return probabilities
 
 
 class SpeculatingPolicy(LayeredLruPolicy):

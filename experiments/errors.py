@@ -15,6 +15,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from finemoe.files import cause_of
+
 BAD_INPUT = 2  # the exit code of a command that was given what it cannot use
 REFUSED = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 REMEDIES = {  # by what the file system says
@@ -101,9 +103,7 @@ def refusing(what: str, *kinds: type[Exception], remedy: str = "") -> Iterator[N
     try:
         yield
     except kinds as error:
-        said = str(getattr(error, "strerror", None) or error).strip()
-        why = (said or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what}: {why}{remedy and f'; {remedy}'}") from error
+        raise UserError(f"{what}: {cause_of(error)}{remedy and f'; {remedy}'}") from error
 
 
 def config_error(error: Exception) -> str:

@@ -8,6 +8,7 @@ launches. docs/testbeds.md has the formulae and where the numbers come from.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import validate_call
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from finemoe.offload.runtime import CostModel, IterationCosts
@@ -52,110 +53,95 @@ class Accelerator(Processor):
     sync_us: Micros  # what the host waits to read a small result
 
 
-@checked_dataclass(frozen=True, config=CHECKED)
-class FullSizeModel:
-    """Shapes of the real model, whichever weights stand in for it (conf/model)."""
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the real model weighs, whichever weights stand in for it."""
 
-    layers: Count
-    experts: Count
-    top_k: Count
-    hidden_size: Count
-    expert_intermediate_size: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: Count
-    shared_expert_intermediate_size: Whole  # of those that every token goes to; 0: there are none
-    vocab_size: Count
-    bytes_per_parameter: Count = 2
-
-    attention_share = 1  # attention layers per MoE layer
-    layer_kernels = DENSE_KERNELS
-
-    @property
-    def layer_parts(self) -> tuple[int, ...]:
-        """Parameters, product by product, that a MoE layer reads outside routed experts: those of
-        attention, shared experts and router."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        shared = 3 * self.shared_expert_intermediate_size
-        widths = heads * self.head_dim, shared, self.experts
-        return tuple(self.hidden_size * width for width in widths)
-
-    @property
-    def cached(self) -> int:
-        """Numbers that an attention layer keeps of each token: its keys and values."""
-        return 2 * self.num_key_value_heads * self.head_dim
-
-    @property
-    def attended(self) -> int:
-        """Width of all heads' queries and values, two operations each for a pair of tokens."""
-        return 2 * self.num_attention_heads * self.head_dim
-
-    @property
-    def expert_parameters(self) -> int:
-        """Parameters of one routed expert: gate, up and down projections."""
-        return 3 * self.hidden_size * self.expert_intermediate_size
-
-    @property
-    def head_parameters(self) -> int:
-        """Parameters of the LM head; the token embedding has as many."""
-        return self.hidden_size * self.vocab_size
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of what is never offloaded, norms and biases left out."""
-        layer = sum(self.layer_parts)
-        return (self.layers * layer + 2 * self.head_parameters) * self.bytes_per_parameter
-
-    @property
-    def expert_bytes(self) -> int:
-        return self.expert_parameters * self.bytes_per_parameter
-
-
-@checked_dataclass(frozen=True, config=CHECKED)
-class CountedModel:
-    """A model whose parameters were counted, whatever its layers are made of.
-
-    What is neither a routed expert nor embedding or head, dense layers, linear attention and Mamba
-    included, is spread evenly over the MoE layers. Windows and recurrent states are left out.
-    """
-
-    layers: Count
-    experts: Count
-    top_k: Count
-    hidden_size: Count
-    expert_bytes: Count
-    dense_bytes: Bytes  # of all but routed experts
-    embedding_bytes: Bytes
-    head_bytes: Bytes
-    tied: Flag  # whether embedding and head are one tensor
-    depth: Count  # layers of all kinds
-    attention_layers: Whole  # layers whose cache grows with every token
-    cached: Count  # see `FullSizeModel`; of one attention layer
-    attended: Count
-    shared_expert_bytes: Bytes
-    bytes_per_parameter: Count
-
-    @property
-    def attention_share(self) -> float:
-        return self.attention_layers / self.layers
-
-    @property
-    def layer_kernels(self) -> int:
-        """Kernels of as many layers as come with one MoE layer."""
-        return round(DENSE_KERNELS * self.depth / self.layers)
-
-    @property
-    def layer_parts(self) -> tuple[float, ...]:
-        ends = self.embedding_bytes + self.head_bytes * (not self.tied)
-        return ((self.dense_bytes - ends) / self.layers / self.bytes_per_parameter,)
-
-    @property
-    def head_parameters(self) -> float:
-        return self.head_bytes / self.bytes_per_parameter
+    layers: int  # those with experts
+    experts: int
+    top_k: int
+    hidden_size: int
+    bytes_per_parameter: int
+    expert_bytes: int  # of one routed expert
+    head_bytes: int
+    dense_bytes: int  # of what is never offloaded
+    layer_parts: tuple[float, ...]
+    """Parameters, product by product, that a MoE layer reads outside routed experts."""
+    cached: int  # numbers that an attention layer keeps of each token: its keys and values
+    attended: int  # width of heads' queries and values; two operations each for a pair of tokens
+    attention_share: float = 1.0  # attention layers per MoE layer
+    layer_kernels: int = DENSE_KERNELS  # of as many layers as come with one MoE layer
 
     @property
     def expert_parameters(self) -> float:
         return self.expert_bytes / self.bytes_per_parameter
+
+
+@validate_call(config=CHECKED)
+def published_sizes(
+    layers: Count,
+    experts: Count,
+    top_k: Count,
+    hidden_size: Count,
+    expert_intermediate_size: Count,
+    num_attention_heads: Count,
+    num_key_value_heads: Count,
+    head_dim: Count,
+    shared_expert_intermediate_size: Whole,  # of those that every token goes to; 0: there are none
+    vocab_size: Count,
+    bytes_per_parameter: Count = 2,
+) -> ModelSizes:
+    """Return the sizes that follow from a model's published shapes, norms and biases left out."""
+    heads = 2 * num_attention_heads + 2 * num_key_value_heads
+    # Attention, shared experts, router.
+    widths = heads * head_dim, 3 * shared_expert_intermediate_size, experts
+    parts = tuple(hidden_size * width for width in widths)
+    head = hidden_size * vocab_size  # The token embedding has as many.
+    return ModelSizes(
+        *(layers, experts, top_k, hidden_size, bytes_per_parameter),
+        expert_bytes=3 * hidden_size * expert_intermediate_size * bytes_per_parameter,
+        head_bytes=head * bytes_per_parameter,
+        dense_bytes=(layers * sum(parts) + 2 * head) * bytes_per_parameter,
+        layer_parts=parts,
+        cached=2 * num_key_value_heads * head_dim,
+        attended=2 * num_attention_heads * head_dim,
+    )
+
+
+@validate_call(config=CHECKED)
+def counted_sizes(
+    layers: Count,
+    experts: Count,
+    top_k: Count,
+    hidden_size: Count,
+    expert_bytes: Count,
+    dense_bytes: Bytes,  # of all but routed experts
+    embedding_bytes: Bytes,
+    head_bytes: Bytes,
+    tied: Flag,  # whether embedding and head are one tensor
+    depth: Count,  # layers of all kinds
+    attention_layers: Whole,  # layers whose cache grows with every token
+    cached: Count,
+    attended: Count,
+    bytes_per_parameter: Count,
+) -> ModelSizes:
+    """Return the sizes of a model whose parameters were counted, whatever its layers are made of.
+
+    What is neither a routed expert nor embedding or head, dense layers, linear attention and Mamba
+    included, is spread evenly over the MoE layers. Windows and recurrent states are left out.
+    """
+    spread = dense_bytes - embedding_bytes - head_bytes * (not tied)
+    return ModelSizes(
+        *(layers, experts, top_k, hidden_size, bytes_per_parameter),
+        expert_bytes=expert_bytes,
+        head_bytes=head_bytes,
+        dense_bytes=dense_bytes,
+        layer_parts=(spread / layers / bytes_per_parameter,),
+        cached=cached,
+        attended=attended,
+        attention_share=attention_layers / layers,
+        layer_kernels=round(DENSE_KERNELS * depth / layers),
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +149,7 @@ class RooflineCosts(CostModel):
     """A full-size model on an accelerator; all but routed experts runs on one device."""
 
     accelerator: Accelerator
-    model: FullSizeModel | CountedModel
+    model: ModelSizes
     layer: float = 0.0  # seconds that a host adds to each layer
     processor: Processor | None = None  # of the host, if anybody says how fast it is
     link: LinkRate | None = None  # over which tokens go to the host and back
@@ -173,6 +159,7 @@ class RooflineCosts(CostModel):
         model, rows = self.model, sum(tokens)
         sync = self.accelerator.sync_us * 1e-6
         embedding = rows * model.hidden_size * model.bytes_per_parameter
+        head = model.head_bytes / model.bytes_per_parameter
         first, *others = model.layer_parts
         dense = self._product(first, rows, model.layer_kernels) + self._attention(tokens, contexts)
         for part in others:
@@ -180,7 +167,7 @@ class RooflineCosts(CostModel):
         return IterationCosts(
             start=self.accelerator.seconds(embedding, 0, START_KERNELS) + sync,
             dense=dense + sync + self.layer,
-            finish=self._product(model.head_parameters, len(tokens), FINISH_KERNELS) + sync,
+            finish=self._product(head, len(tokens), FINISH_KERNELS) + sync,
         )
 
     def expert(self, tokens: int) -> float:

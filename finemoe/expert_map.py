@@ -10,16 +10,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, cause_of
 from finemoe.offload.policy import FloatArray, ModelShape
 
 TOLERANCE = 1e-2  # how far what adds up to 1 may be from it, rounded as it is
 LARGEST = 2.0**24  # up to here float32 counts by ones; nothing that a policy keeps comes near it
 SMALLEST_NORM = np.finfo(np.float32).tiny
-
-
-class StoreMismatch(ValueError):
-    """A store file belongs to another model, or is no store file."""
 
 
 class ExpertMapStore:
@@ -163,9 +159,9 @@ class ExpertMapStore:
             embeddings=("entries", self.shape.hidden_size),
         )
         if (maps < 0).any() or (abs(maps.sum(axis=2) - 1) > TOLERANCE).any():
-            raise StoreMismatch(f"{path} holds maps whose rows are no probabilities")
+            raise ValueError(f"{path} holds maps whose rows are no probabilities")
         if (np.vecdot(embeddings, embeddings) > 1 + TOLERANCE).any():
-            raise StoreMismatch(f"{path} holds embeddings that are longer than 1")
+            raise ValueError(f"{path} holds embeddings that are longer than 1")
         for expert_map, embedding in zip(maps, embeddings, strict=True):
             self.add(expert_map, embedding)
 
@@ -224,7 +220,7 @@ def read_arrays(
     """Return the arrays of a safetensors file that have these names, in their order.
 
     A dimension is a size, or a name for one that is the same wherever the name stands. Raises
-    StoreMismatch unless the file says all of `facts` of itself, and its arrays are float32, of
+    ValueError unless the file says all of `facts` of itself, and its arrays are float32, of
     these shapes, and without NaN, infinity or anything beyond `LARGEST`.
     """
     try:
@@ -232,20 +228,20 @@ def read_arrays(
             metadata = file.metadata() or {}
             arrays = [file.get_tensor(name) for name in shapes]
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise StoreMismatch(f"{path} cannot be read as {', '.join(shapes)} ({cause})") from error
+        names = ", ".join(shapes)
+        raise ValueError(f"{path} cannot be read as {names} ({cause_of(error)})") from error
     for name, value in facts.items():
         if metadata.get(name) != value:
-            raise StoreMismatch(f"{path} is for {name} {metadata.get(name)!r}, not {value!r}")
+            raise ValueError(f"{path} is for {name} {metadata.get(name)!r}, not {value!r}")
     sizes: dict[str, int] = {}
     for array, (name, shape) in zip(arrays, shapes.items(), strict=True):
         pairs = zip(shape, array.shape, strict=False)
         due = tuple(n if isinstance(n, int) else sizes.setdefault(n, m) for n, m in pairs)
         if array.dtype != np.float32 or len(shape) != array.ndim or array.shape != due:
             found = f"{array.dtype} of shape {array.shape}"
-            raise StoreMismatch(f"{path} holds {name} as {found}, not float32 of {shape}")
+            raise ValueError(f"{path} holds {name} as {found}, not float32 of {shape}")
         if not (abs(array) <= LARGEST).all():
-            raise StoreMismatch(f"{path} holds {name} that are not all numbers up to {LARGEST:g}")
+            raise ValueError(f"{path} holds {name} that are not all numbers up to {LARGEST:g}")
     return arrays
 
 

@@ -9,6 +9,17 @@ from pathlib import Path
 from typing import Any
 
 
+def cause_of(error: Exception) -> str:
+    """Return in one line what an error says; of pydantic's, the first value that is amiss."""
+    from pydantic import ValidationError
+
+    text = str(getattr(error, "strerror", None) or error).strip()
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        text = f"{'.'.join(map(str, first['loc']))!a}: {first['msg']}"
+    return (text or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a name to write to; the file becomes `path` if the block ends well, else it is removed.
@@ -34,6 +45,12 @@ def write_json(path: Path, data: Any) -> None:
     """Write a JSON file that is either whole or not there."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def write_csv(path: Path, table: Any) -> None:
+    """Write a data frame, without its index, to a file that is either whole or not there."""
+    with atomic_write(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def partial_name(path: Path) -> Path:

@@ -11,6 +11,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,86 +75,76 @@ def is_foreign(path: Path) -> bool:
         return False
 
 
-class ForeignTrace(Trace):
-    """The requests of a foreign table, see docs/trace-format.md.
+def foreign_trace(path: Path, shape: ModelShape | None = None) -> Trace:
+    """Return the requests of a foreign table, see docs/trace-format.md.
 
     Unless `shape` is given, L, J and K are the largest layer, expert and rank plus one, up to
-    `LARGEST_SIZE`. Raises TraceError if the file is no such table, a number is out of range, or
-    steps are missing.
+    `LARGEST_SIZE`. Raises TraceError if the file is no such table, a number is out of range, or,
+    when its request is read, steps are missing.
     """
-
-    def __init__(self, path: Path, shape: ModelShape | None = None) -> None:
-        self.path = Path(path)
-        with reading(self.path, fault="is no table of routing rows", remedy="write it again"):
-            rows = _read_table(self.path)
-            largest = rows[["layer", "expert", "rank"]].max().clip(0, LARGEST_SIZE - 1)
-            layers, experts, top_k = (largest + 1).tolist()
-            shape = shape or ModelShape(layers, experts, top_k, 0)
-            _check_values(rows, shape)
-        self.header = _header(self.path, shape)
-        rows["step"] = rows["step"].where(rows["phase"] == "decode", PREFILL)
-        self._groups = rows.groupby("request")[["step", "layer", "expert", "weight"]]
-        self._rows = dict.fromkeys(np.unique(rows["request"]).tolist())
-
-    def request(self, number: int) -> TracedRequest:
-        self._row(number)
-        rows, shape = self._groups.get_group(number), self.header.shape
-        numbers, steps = np.unique(rows["step"], return_inverse=True)
-        if numbers[0] != PREFILL:
-            raise self._error(f"request {number} has no prefill rows; add them")
-        for before, after in itertools.pairwise(numbers[1:].tolist()):
-            if after > before + 1:
-                raise self._error(
-                    f"request {number} decodes step {after} after {before}; add what lies between"
-                )
-        for step, layers in rows["layer"].groupby(steps):
-            missing = np.setdiff1d(np.arange(shape.layers), layers)
-            if len(missing):
-                raise self._error(
-                    f"request {number} routes nothing in layer {missing[0]} of its step {step}"
-                )
-        size, where = (len(numbers), shape.layers, shape.experts), (steps, rows["layer"])
-        counts, weights = np.zeros(size, np.int64), np.zeros(size)
-        np.add.at(counts, (*where, rows["expert"]), 1)
-        np.add.at(weights, (*where, rows["expert"]), rows["weight"])
-        tokens = -(-counts.sum(axis=2).max(axis=1) // shape.top_k)
-        shares = _shares(weights, counts)
-        each = np.repeat(shares.swapaxes(0, 1), tokens, axis=1)
-        return TracedRequest(number, (), (), _steps(counts, each, tokens.tolist()))
+    with reading(path, fault="is no table of routing rows", remedy="write it again"):
+        rows = _read_table(path)
+        largest = rows[["layer", "expert", "rank"]].max().clip(0, LARGEST_SIZE - 1)
+        layers, experts, top_k = (largest + 1).tolist()
+        shape = shape or ModelShape(layers, experts, top_k, 0)
+        _check_values(rows, shape)
+    rows["step"] = rows["step"].where(rows["phase"] == "decode", PREFILL)
+    groups = rows.groupby("request")[["step", "layer", "expert", "weight"]]
+    read = partial(_request_of_table, path, shape, groups)
+    numbers = np.unique(rows["request"]).tolist()
+    return Trace(path, _header(path, shape), {number: partial(read, number) for number in numbers})
 
 
-class RoutedStream(Trace):
-    """Requests cut from the experts that token after token chose: see docs/trace-format.md.
+def _request_of_table(path: Path, shape: ModelShape, groups: Any, number: int) -> TracedRequest:
+    rows, which = groups.get_group(number), f"{path}: request {number}"
+    numbers, steps = np.unique(rows["step"], return_inverse=True)
+    if numbers[0] != PREFILL:
+        raise TraceError(f"{which} has no prefill rows; add them")
+    for before, after in itertools.pairwise(numbers[1:].tolist()):
+        if after > before + 1:
+            raise TraceError(f"{which} decodes step {after} after {before}; add what lies between")
+    size, where = (len(numbers), shape.layers, shape.experts), (steps, rows["layer"])
+    counts, weights = np.zeros(size, np.int64), np.zeros(size)
+    np.add.at(counts, (*where, rows["expert"]), 1)
+    np.add.at(weights, (*where, rows["expert"]), rows["weight"])
+    for step, layer in np.argwhere(counts.sum(axis=2) == 0):
+        raise TraceError(f"{which} routes nothing in layer {layer} of its step {step}")
+    tokens = -(-counts.sum(axis=2).max(axis=1) // shape.top_k)
+    shares = _shares(weights, counts)
+    each = np.repeat(shares.swapaxes(0, 1), tokens, axis=1)
+    return TracedRequest(number, (), (), _steps(counts, each, tokens.tolist()))
+
+
+def routed_stream(path: Path, shape: ModelShape, prompt: int, output: int) -> Trace:
+    """Return requests cut from the experts that token after token chose: docs/trace-format.md.
 
     A request takes `prompt` tokens, which are one prefill, and `output` - 1 more; what is left at
     the end is not used. Raises TraceError if the file is no such stream of `shape`.
     """
+    with reading(path, fault="is no stream of expert ids", remedy="write it again"):
+        read = _read_lines if path.suffix == ".jsonl" else _read_arrays
+        streams = [_checked(ids, shape) for ids in read(path, shape)]
+    length = prompt + output - 1
+    cut = [ids[n : n + length] for ids in streams for n in range(0, len(ids), length)]
+    whole = enumerate(one for one in cut if len(one) == length)
+    rows = {number: partial(_request_of_ids, number, ids, shape, prompt) for number, ids in whole}
+    if not rows:
+        longest = max(map(len, streams), default=0)
+        cause = f"has {longest} tokens in a row, a request takes {length}"
+        raise TraceError(f"{path}: {cause}; lower workload.input_tokens or output_tokens")
+    return Trace(path, _header(path, shape), rows)
 
-    def __init__(self, path: Path, shape: ModelShape, prompt: int, output: int) -> None:
-        self.path = Path(path)
-        with reading(self.path, fault="is no stream of expert ids", remedy="write it again"):
-            read = _read_lines if self.path.suffix == ".jsonl" else _read_arrays
-            streams = [_checked(ids, shape) for ids in read(self.path, shape)]
-        self.header = _header(self.path, shape)
-        self._prompt, length = prompt, prompt + output - 1
-        cut = [ids[n : n + length] for ids in streams for n in range(0, len(ids), length)]
-        self._rows = dict(enumerate(one for one in cut if len(one) == length))
-        if not self._rows:
-            longest = max(map(len, streams), default=0)
-            raise self._error(
-                f"has {longest} tokens in a row, a request takes {length}; lower workload."
-                "input_tokens or output_tokens"
-            )
 
-    def request(self, number: int) -> TracedRequest:
-        ids, shape = self._row(number), self.header.shape
-        chosen = np.zeros((shape.layers, len(ids), shape.experts), np.int64)
-        np.put_along_axis(chosen, ids.swapaxes(0, 1), 1, axis=2)
-        tokens = [self._prompt] + [1] * (len(ids) - self._prompt)
-        starts = np.cumsum([0, *tokens[:-1]])
-        counts = np.add.reduceat(chosen, starts, axis=1).swapaxes(0, 1)
-        shares = chosen / chosen.sum(axis=2, keepdims=True)
-        return TracedRequest(number, (), (), _steps(counts, shares, tokens))
+def _request_of_ids(
+    number: int, ids: NDArray[np.int64], shape: ModelShape, prompt: int
+) -> TracedRequest:
+    chosen = np.zeros((shape.layers, len(ids), shape.experts), np.int64)
+    np.put_along_axis(chosen, ids.swapaxes(0, 1), 1, axis=2)
+    tokens = [prompt] + [1] * (len(ids) - prompt)
+    starts = np.cumsum([0, *tokens[:-1]])
+    counts = np.add.reduceat(chosen, starts, axis=1).swapaxes(0, 1)
+    shares = chosen / chosen.sum(axis=2, keepdims=True)
+    return TracedRequest(number, (), (), _steps(counts, shares, tokens))
 
 
 def _header(path: Path, shape: ModelShape) -> TraceHeader:
@@ -234,15 +225,17 @@ def _checked(ids: NDArray[Any], shape: ModelShape) -> NDArray[np.int64]:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """Return the columns of a file; TraceError, or one of `UNREADABLE`, if it is no such table."""
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+    with path.open("rb") as opened:
+        is_parquet = opened.read(4) == b"PAR1"
+        opened.seek(0)
+        preamble = sum(1 for _ in itertools.takewhile(lambda line: line.startswith(b"#"), opened))
     if is_parquet:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             check_size(file.metadata.num_rows * ROW_BYTES, path.stat().st_size)
             table = file.read()
-            table = table.rename_columns(_ours(table.column_names))
     else:
-        table = _read_csv(path)
+        table = pa.csv.read_csv(path, pa.csv.ReadOptions(skip_rows=preamble))
+    table = table.rename_columns(_ours(table.column_names))
     if "weight" not in table.column_names:
         table = table.append_column("weight", pa.array(np.ones(len(table))))
     missing = [name for name in COLUMNS.names if name not in table.column_names]
@@ -258,19 +251,6 @@ def _read_table(path: Path) -> pd.DataFrame:
     rows: pd.DataFrame = table.to_pandas()
     rows["phase"] = rows["phase"].replace(PHASES)
     return rows
-
-
-def _read_csv(path: Path) -> pa.Table:
-    """Return the columns of a CSV file under our names; lines before them may begin with a #."""
-    with path.open(encoding="utf-8") as file:
-        preamble = list(itertools.takewhile(lambda line: line.startswith("#"), file))
-        file.seek(0)
-        head = next(itertools.islice(file, len(preamble), None), "")
-    names = _ours([name.strip() for name in head.rstrip("\n").split(",")])
-    read = pa.csv.ReadOptions(skip_rows=len(preamble) + 1, column_names=names)
-    kinds = {name: COLUMNS.field(name).type for name in names if name in COLUMNS.names}
-    convert = pa.csv.ConvertOptions(column_types=kinds)
-    return pa.csv.read_csv(path, read_options=read, convert_options=convert)
 
 
 def _ours(names: Sequence[str]) -> list[str]:

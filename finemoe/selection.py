@@ -6,7 +6,7 @@ fewer, decays priorities linearly over the predicted layers, and queues all othe
 layers at the tail.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,17 @@ def select_experts(
     counts = (sums < deltas if paper else sums <= deltas).sum(axis=1) + int(paper)
     chosen = np.empty(probabilities.shape, dtype=bool)
     chosen[rows, order] = ranks < np.maximum(counts, top_k)[:, None]
+    return chosen
+
+
+def top_experts(scores: NDArray[Any], count: int | None) -> NDArray[np.bool_]:
+    """Return where the `count` largest scores of the last axis are; the first of equals wins.
+
+    None takes all.
+    """
+    order = (-scores).argsort(axis=-1, kind="stable")[..., :count]
+    chosen = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(chosen, order, True, axis=-1)
     return chosen
 
 

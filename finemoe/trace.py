@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -19,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import StrictInt, ValidationError, validate_call
+from pydantic import StrictInt
 
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, cause_of
 from finemoe.offload.policy import FloatArray, GateWeights, ModelShape
 from finemoe.offload.routed import RoutedStep
-from finemoe.options import CHECKED, Count, Whole
+from finemoe.options import Count, Whole, schema
 
 Content = Literal["logits", "embeddings", "hidden_states"]
 DType = Literal["bfloat16", "float16", "float32"]
@@ -47,6 +46,21 @@ UNREADABLE = (pa.ArrowException, OSError, ValueError, ArithmeticError, MemoryErr
 """What pyarrow, numpy and json raise for a bad file."""
 
 Packed = tuple[DType, str]  # a dtype, and values of it as base64
+FIELDS = schema(  # of a header, beside format and version
+    "forbid",
+    shape=schema("forbid", layers=Count, experts=Count, top_k=Count, hidden_size=Whole),
+    dtype=DType,
+    contents=tuple[Content, ...],
+    provenance=dict[str, Any],
+    gates=schema(
+        "forbid",
+        weight=Packed,
+        **dict.fromkeys(("bias", "correction"), (Packed | None, None)),
+        groups=(tuple[Count, Count], (1, 1)),
+    )
+    | None,
+    requests=list[tuple[StrictInt, Count, StrictInt]],
+)
 
 
 class TraceError(ValueError):
@@ -75,16 +89,16 @@ class TracedRequest:
     steps: tuple[RoutedStep, ...]
 
 
-class Trace(ABC):
+class Trace:
     """Requests by number, whatever file they lie in, read one at a time; `len` is how many.
 
     Use as a context manager. Whatever is wrong with the file raises TraceError, when it is opened
     or when its request is read.
     """
 
-    path: Path
-    header: TraceHeader
-    _rows: Mapping[int, Any]  # where each request lies
+    def __init__(self, path: Path, header: TraceHeader, rows: Mapping[int, Any]) -> None:
+        self.path, self.header, self._rows = path, header, rows
+        """What each request is read from: here, a function that reads it."""
 
     def __enter__(self) -> Self:
         return self
@@ -104,9 +118,10 @@ class Trace(ABC):
         """Yield the requests in the order of `numbers`."""
         return map(self.request, self.numbers)
 
-    @abstractmethod
     def request(self, number: int) -> TracedRequest:
         """Return one request; its arrays may be views of one buffer each, not to be written to."""
+        read: Callable[[], TracedRequest] = self._row(number)
+        return read()
 
     def prompt(self, number: int) -> tuple[int, ...]:
         """Return one request's prompt, and read no more; empty if the trace does not say it."""
@@ -145,7 +160,7 @@ class Trace(ABC):
 # Values in a file -------------------------------------------------------------------------------
 
 
-def schema(contents: Sequence[Content]) -> pa.Schema:
+def columns_of(contents: Sequence[Content]) -> pa.Schema:
     """Return the columns of a trace that holds these optional arrays."""
     numbers = [("request", pa.int64()), ("step", pa.int32()), ("tokens", pa.int32())]
     arrays = ["counts", *(name for name in CONTENTS if name in contents), "prompt", "output"]
@@ -270,42 +285,20 @@ def _unpack_header(metadata: Mapping[bytes, bytes]) -> tuple[TraceHeader, list[t
             f"is a {form!r} of version {version!r}, this release reads a {FORMAT!r} of version "
             f"{VERSION}; record it again"
         )
-    return _header(**fields)
+    told = FIELDS(**fields)
+    shape = ModelShape(**dict(told.shape))
+    if shape.top_k > shape.experts:
+        raise ValueError(f"top {shape.top_k} of {shape.experts} experts")
+    gates = told.gates and _gate_weights(shape, **dict(told.gates))
+    return TraceHeader(shape, told.dtype, told.contents, told.provenance, gates), told.requests
 
 
-@validate_call(config=CHECKED)
-def _header(
-    shape: dict[str, Any],
-    dtype: DType,
-    contents: tuple[Content, ...],
-    provenance: dict[str, Any],
-    gates: dict[str, Any] | None,
-    requests: list[tuple[StrictInt, Count, StrictInt]],
-) -> tuple[TraceHeader, list[tuple[int, ...]]]:
-    model = _model_shape(**shape)
-    weights = None if gates is None else _gate_weights(model, **gates)
-    return TraceHeader(model, dtype, contents, provenance, weights), [*requests]
-
-
-@validate_call(config=CHECKED)
-def _model_shape(layers: Count, experts: Count, top_k: Count, hidden_size: Whole) -> ModelShape:
-    if top_k > experts:
-        raise ValueError(f"top {top_k} of {experts} experts")
-    return ModelShape(layers, experts, top_k, hidden_size)
-
-
-@validate_call(config=CHECKED)
 def _gate_weights(
-    shape: ModelShape,
-    weight: Packed,
-    bias: Packed | None,
-    correction: Packed | None = None,
-    groups: tuple[Count, Count] = (1, 1),
+    shape: ModelShape, weight: Packed, groups: tuple[int, int], **added: Packed | None
 ) -> GateWeights:
     rows = (shape.layers, shape.experts)
-    weights = _from_text(weight).reshape(*rows, shape.hidden_size)
-    added = [one and _from_text(one).reshape(rows) for one in (bias, correction)]
-    return GateWeights(weights, added[0], added[1], groups)
+    read = {name: one and _from_text(one).reshape(rows) for name, one in added.items()}
+    return GateWeights(_from_text(weight).reshape(*rows, shape.hidden_size), **read, groups=groups)
 
 
 def _to_text(values: FloatArray | None) -> Packed | None:
@@ -341,7 +334,7 @@ def trace_writer(path: Path, header: TraceHeader) -> Iterator[Callable[[TracedRe
         _pack_header(header, requests)
     except (TypeError, ValueError) as error:
         raise TraceError(f"{path}: the header is no JSON: {error}; use plain values") from error
-    columns = schema(header.contents)
+    columns = columns_of(header.contents)
 
     def write(request: TracedRequest) -> None:
         try:
@@ -423,15 +416,7 @@ def reading(
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file; check the path") from None
     except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
-        raise TraceError(f"{path}: {part}{fault}: {_cause(error)}; {remedy}") from error
-
-
-def _cause(error: Exception) -> str:
-    text = str(error).strip()
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return (text or type(error).__name__).splitlines()[0]
+        raise TraceError(f"{path}: {part}{fault}: {cause_of(error)}; {remedy}") from error
 
 
 class TraceReader(Trace):
@@ -445,7 +430,10 @@ class TraceReader(Trace):
             self.header, groups = _unpack_header(self._file.metadata.metadata or {})
             self._rows = {entry[0]: (group, *entry[1:]) for group, entry in enumerate(groups)}
             # Older releases of pyarrow read the file's key-value pairs into the schema as well.
-            columns, due = self._file.schema_arrow.remove_metadata(), schema(self.header.contents)
+            columns, due = (
+                self._file.schema_arrow.remove_metadata(),
+                columns_of(self.header.contents),
+            )
             if not columns.equals(due):
                 raise TraceError(f"has the columns {columns.names}, not {due.names}; record again")
             if not self._file.num_row_groups == len(groups) == len(self):

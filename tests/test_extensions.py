@@ -42,9 +42,8 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from experiments.run import replay
-from experiments.run.datasets import PromptSet
 from experiments.run.schedule import FixedBatches, Request
-from experiments.run.workloads import Workload, WorkloadSettings
+from experiments.run.workloads import Workload, WorkloadSettings, origin_in
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class Backwards(WorkloadSettings):
 
     def traced(self, trace, seed):
         requests = tuple(Request(number, (), 2) for number in sorted(trace.numbers, reverse=True))
-        return Workload(PromptSet("backwards", "outside", (), ""), (), (), requests)
+        origin = origin_in(trace) | {"dataset": "backwards"}
+        return Workload(origin, (), (), requests)
 
     def schedule(self, requests, history=False):
         return FixedBatches(requests, 1)
@@ -77,7 +77,7 @@ class Backwards(WorkloadSettings):
 def prepare_twice(cfg, testbed, console):
     """Yield a replay that serves everything twice."""
     with replay.prepare(cfg, testbed, console) as setup:
-        setup.workload = Workload(setup.workload.prompts, (), (), setup.workload.measured * 2)
+        setup.workload = Workload(setup.workload.origin, (), (), setup.workload.measured * 2)
         yield setup
 ''',
 }

@@ -15,7 +15,7 @@ from experiments import CONF
 from experiments.errors import UserError
 from experiments.figures import charts, routing
 from experiments.run.records import ANALYSIS, provenance, read_checked, read_table
-from finemoe.files import write_json
+from finemoe.files import write_csv, write_json
 from finemoe.offload.policy import ModelShape
 from finemoe.trace import TraceReader
 
@@ -139,14 +139,13 @@ def _write(
         "tables": [name],
         "provenance": provenance(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False)
+    write_csv(folder / f"{name}.csv", table)
     write_json(folder / "record.json", record)
 
 
 def read_analysis(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     """Return the record and the table of an analysis; UserError if it is not there or not whole."""
-    record = read_checked(folder / "record.json", ANALYSIS, "complete analysis; run it again")
+    record = read_checked(folder / "record.json", ANALYSIS, "complete analysis", "run it again")
     (name,) = record["tables"]
     return record, read_table(folder / f"{name}.csv")
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from experiments import style
 from experiments.errors import UserError
 from experiments.style import POINTS, Look, dataset_name, model_name, system_name
-from finemoe.files import atomic_write
+from finemoe.files import atomic_write, write_csv
 
 INTERVALS = "95 % bootstrap intervals of the mean"
 BUDGET = "Memory for experts (GB, share of all)"
@@ -400,7 +400,6 @@ def write(figure: Figure, data: pd.DataFrame, output: Path, name: str, caption: 
     for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
         with atomic_write(output / f"{name}.{kind}") as partial:
             figure.savefig(partial, format=kind, dpi=300, metadata=metadata)
-    with atomic_write(output / f"{name}.csv") as partial:
-        data.to_csv(partial, index=False)
+    write_csv(output / f"{name}.csv", data)
     with atomic_write(output / f"{name}.txt") as partial:
         partial.write_text(" ".join(caption.split()) + "\n")

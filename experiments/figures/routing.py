@@ -16,6 +16,7 @@ from experiments.bootstrap import limits, weights
 from finemoe.expert_map import ExpertMapStore, TrajectorySearch, nearest
 from finemoe.offload.policy import FloatArray, ModelShape
 from finemoe.offload.routed import joined
+from finemoe.selection import top_experts
 from finemoe.trace import TracedRequest
 
 Values = NDArray[np.floating]
@@ -182,14 +183,6 @@ def _looked_up(known: Experts, entries: NDArray[np.intp], distance: int) -> Expe
 
 def _stored_experts(store: ExpertMapStore, top_k: int) -> Experts:
     return top_experts(np.stack([store.expert_map(n) for n in range(store.size)]), top_k)
-
-
-def top_experts(scores: Values | NDArray[np.signedinteger], top_k: int) -> Experts:
-    """Return where the `top_k` largest scores of the last axis are; the first of equals wins."""
-    order = np.argsort(-scores, axis=-1, kind="stable")[..., :top_k]
-    chosen = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(chosen, order, True, axis=-1)
-    return chosen
 
 
 def hit_rates(predicted: Experts, activated: Experts) -> NDArray[np.float64]:

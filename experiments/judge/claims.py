@@ -19,7 +19,7 @@ from experiments.errors import UserError, command, words_given
 from experiments.judge import findings, paper
 from experiments.judge.findings import Claim, Finding, Part, Rows, Untestable, cell_name
 from experiments.judge.frame import ResultsFolder, by_system
-from finemoe.files import atomic_write, write_json
+from finemoe.files import write_csv, write_json
 
 HOLDS, WEAKER, FAILS = "holds", "holds weaker", "does not hold"
 UNTESTABLE = "not testable here"
@@ -98,8 +98,7 @@ def judge(
     rows = [asdict(one) for one in verdicts]
     write_json(results.root / "claims.json", {"rules": RULES, "claims": rows})
     texts = [one | {name: "; ".join(one[name]) for name in ("cells", "digests")} for one in rows]
-    with atomic_write(results.root / "claims.csv") as partial:
-        pd.DataFrame(texts).to_csv(partial, index=False)
+    write_csv(results.root / "claims.csv", pd.DataFrame(texts))
     return verdicts
 
 

@@ -179,8 +179,8 @@ class ResultsFolder:
 
     def index(self, experiment: str) -> dict[str, Any]:
         """Return what an experiment consists of, empty where it was not made."""
-        path, due = self.experiment(experiment), "experiment record; remove it and draw again"
-        return records.read_checked(path, records.INDEX, due) if path.exists() else {}
+        path, due = self.experiment(experiment), ("experiment record", "remove it and draw again")
+        return records.read_checked(path, records.INDEX, *due) if path.exists() else {}
 
     def rows(self, experiment: str) -> pd.DataFrame:
         """Return an analysis's table with `digest`, `mode`, `weights`, or the complete runs."""
@@ -197,5 +197,6 @@ class ResultsFolder:
         )
 
     def analysis_record(self, name: str) -> dict[str, Any]:
-        path, due = self.analysis(name) / "record.json", "analysis record; remove it, analyse again"
-        return records.read_checked(path, records.ANALYSIS, due) if path.exists() else {}
+        path = self.analysis(name) / "record.json"
+        due = "analysis record", "remove it, analyse again"
+        return records.read_checked(path, records.ANALYSIS, *due) if path.exists() else {}

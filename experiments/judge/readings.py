@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.judge.claims import HOLDS, UNTESTABLE, WEAKER, judge_one, load_claims
-from finemoe.files import atomic_write
+from finemoe.files import write_csv
 
 DEFAULT = "default"  # the reading that all others are compared with
 TABLE, LATENCIES = "verdicts.csv", "latencies.csv"
@@ -22,9 +22,8 @@ View = Mapping[str, Sequence[str]]  # digests of an experiment's runs, by its id
 
 def analyse(runs: pd.DataFrame, views: Mapping[str, View], folder: Path) -> None:
     """Leave `verdicts` and, of the runs of figure 10, `latencies` as CSV files in the folder."""
-    for name, table in ((TABLE, verdicts(runs, views)), (LATENCIES, latencies(runs, views))):
-        with atomic_write(folder / name) as partial:
-            table.to_csv(partial, index=False)
+    write_csv(folder / TABLE, verdicts(runs, views))
+    write_csv(folder / LATENCIES, latencies(runs, views))
 
 
 def latencies(runs: pd.DataFrame, views: Mapping[str, View]) -> pd.DataFrame:

@@ -19,8 +19,7 @@ from experiments.errors import UserError, refusing
 from experiments.run.records import check_writable
 from experiments.run.weights import source_of
 from experiments.run.workloads import WorkloadSettings
-from finemoe.costs import CountedModel, FullSizeModel
-from finemoe.expert_map import StoreMismatch
+from finemoe.costs import ModelSizes, counted_sizes, published_sizes
 from finemoe.offload.budget import BudgetError, parse_budget, plan_slots
 from finemoe.offload.policy import ModelShape, Policy
 from finemoe.options import Count, Flag, Number, Text, schema
@@ -170,20 +169,20 @@ def checked(kind: Any, values: Mapping[str, Any], key: str) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path = ".".join(map(str, (*filter(None, [key]), *first["loc"])))
-        value = "" if first["type"] == "missing" else f"={first['input']}"
+        value = "" if first["type"].startswith("missing") else f"={first['input']}"
         said = f"{path}{value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         raise UserError(said.replace("\n", " ")) from error
 
 
-def full_size(model: DictConfig) -> FullSizeModel | CountedModel:
+def full_size(model: DictConfig) -> ModelSizes:
     """Return the full-size shapes that conf/model or a checkpoint gives; raise UserError."""
     values = values_of(model)
     counted = values.get("counted")
     routing = ("layers", "experts", "top_k", "hidden_size", "expert_intermediate_size")
     own = {name: values[name] for name in routing if name in values}
     own |= counted or values.get("full_size") or {}
-    kind = CountedModel if counted else FullSizeModel
-    sizes: FullSizeModel | CountedModel = checked(kind, own, "model")
+    own.pop("shared_expert_bytes", None)  # They are among the dense ones.
+    sizes: ModelSizes = checked(counted_sizes if counted else published_sizes, own, "model")
     if sizes.top_k > sizes.experts:
         raise UserError(f"model.top_k={sizes.top_k}: there are only {sizes.experts} experts")
     return sizes
@@ -209,14 +208,13 @@ def build_policy(
         asked = "100%" if policy.placement.everything_resident else cfg.memory_budget
         budget = parse_budget(asked, expert_bytes, shape)
         slots = plan_slots(budget, expert_bytes, shape, devices)
-        if (cfg.store.load or cfg.store.save) and policy.history is None:
-            raise UserError(f"system={cfg.system.label} keeps no store to load or save")
-        if cfg.store.load and policy.history:
-            policy.history.load(Path(cfg.store.load), identity(cfg))
     except BudgetError as error:
         raise UserError(f"{error}") from error
-    except StoreMismatch as error:
-        raise UserError(f"{error}; give a store saved for this model, or none") from error
+    if (cfg.store.load or cfg.store.save) and policy.history is None:
+        raise UserError(f"system={cfg.system.label} keeps no store to load or save")
+    if cfg.store.load and policy.history:
+        with refusing("store.load", ValueError, remedy="give one of this model, or none"):
+            policy.history.load(Path(cfg.store.load), identity(cfg))
     if cfg.store.save:
         check_writable(Path(cfg.store.save).parent, "store.save")
     if isinstance(testbed, SimulatedTestbed):

@@ -20,7 +20,7 @@ from itertools import cycle, islice, pairwise, takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
 from reprlib import repr as short
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,19 +52,10 @@ class Dataset:
     texts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts as token ids, all of one length, with the hash of what was drawn."""
-
-    dataset: str
-    source: str
-    prompts: tuple[tuple[int, ...], ...]
-    sha256: str
-
-    @classmethod
-    def of(cls, dataset: Dataset, prompts: list[tuple[int, ...]]) -> Self:
-        digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
-        return cls(dataset.name, dataset.source, tuple(prompts), digest)
+def origin_of(dataset: Dataset, prompts: list[tuple[int, ...]]) -> dict[str, str]:
+    """Return what records say of where prompts come from, with the hash of what was drawn."""
+    digest = hashlib.sha256(repr(prompts).encode()).hexdigest()
+    return {"dataset": dataset.name, "dataset_source": dataset.source, "dataset_sha256": digest}
 
 
 def corpus_dataset(name: str, kind: Kind) -> Dataset:
@@ -120,7 +111,7 @@ def conversations(name: str, path: Source, split: str, data_files: str | None = 
 
 def draw_prompts(
     dataset: Dataset, tokenizer: Any, count: int, input_tokens: int, seed: int
-) -> PromptSet:
+) -> list[tuple[int, ...]]:
     """Draw prompts by seed, each cut to exactly `input_tokens` tokens, a chat template's included.
 
     Raises UserError if too few texts are that long.
@@ -139,12 +130,12 @@ def draw_prompts(
             f"{len(prompts)} texts of {dataset.name} have {input_tokens} tokens, {count} are needed"
         )
         raise UserError(f"only {have}; lower workload.input_tokens or workload.prompts")
-    return PromptSet.of(dataset, prompts)
+    return prompts
 
 
 def prompts_of(
     lengths: Sequence[int], dataset: Dataset, tokenizer: Any, seed: int
-) -> tuple[PromptSet, int]:
+) -> tuple[list[tuple[int, ...]], int]:
     """Return one prompt of exactly each length, and how many passes over the texts that took.
 
     A prompt is a run of consecutive texts, joined by blank lines and cut at its end. The next
@@ -166,7 +157,7 @@ def prompts_of(
             tokens += tokenizer(next(texts) + "\n\n", add_special_tokens=False)["input_ids"]
             used += 1
         prompts[index] = (*before, *tokens[:wanted], *after)
-    return PromptSet.of(dataset, prompts), math.ceil(used / len(dataset.texts))
+    return prompts, math.ceil(used / len(dataset.texts))
 
 
 def shared_prefixes(prompts: Sequence[tuple[int, ...]]) -> list[int]:

@@ -276,7 +276,7 @@ def facts_of(model: Any, source: str) -> dict[str, Any]:
     dense = {name: one.nbytes for name, one in model.named_parameters() if id(one) not in routed}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     cached, attended = attention_of(config)
-    facts["counted"] = {  # What finemoe.costs.CountedModel has beside the routing.
+    facts["counted"] = {  # See finemoe.costs.counted_sizes.
         "expert_bytes": BlockLayout.of(layers[0]).nbytes,
         "dense_bytes": sum(dense.values()),
         "embedding_bytes": embedding.nbytes,
@@ -366,12 +366,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 WEIGHT_STD = 0.2  # wide enough that a small model's routing depends on its input
 
 
-def small_model(family: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """Return a random model of a family, the same for the same seed, with eager experts."""
+def small_model(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return a random model of a family, always the same, with eager experts."""
     import transformers
 
     config = transformers.AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
-    model = random_model(config, dtype, seed)
+    model = random_model(config, dtype, seed=0)
     model.set_experts_implementation("eager")
     return model
 

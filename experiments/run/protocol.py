@@ -44,55 +44,46 @@ BACKENDS = {  # what prepares a run on a testbed of this mode
 }
 
 
-@dataclass
-class AccessCounter:
-    """A listener that counts expert accesses, by iteration; it is told of one after the other."""
-
-    rows: list[list[Any]] = field(default_factory=list)
-
-    def __call__(self, outcome: LayerOutcome) -> None:
-        number, phase = outcome.iteration.number, outcome.iteration.phase
-        if not self.rows or self.rows[-1][0] != number:
-            self.rows.append([number, phase, 0, 0, 0, 0, 0])
-        row, kinds = self.rows[-1], (outcome.hits, outcome.late, outcome.misses, outcome.host)
-        counts = [len(kind) for kind in kinds]
-        for column, count in enumerate(counts, 2):
-            row[column] += count
-        row[-1] = max(row[-1], sum(counts))
-
-    def table(self) -> pd.DataFrame:
-        """Return a row per iteration: its `phase`, accesses by KINDS, and the most in a layer."""
-        columns = ["iteration", "phase", *KINDS, "most"]
-        return pd.DataFrame(self.rows, columns=columns).set_index("iteration")
-
-    def summary(self, slots: int, layers: int) -> Facts:
-        """Return counts and hit rates, in all and by phase; the rate is None without an access.
-
-        `union_over_capacity` of a phase tells how many experts an iteration activates in a layer,
-        all its tokens together, over the `slots / layers` that are a layer's share of the cache:
-        mean and maximum over iterations and layers, None without an access. Above 1, one step of
-        one layer alone is more than its share holds.
-        """
-
-        def rated(rows: pd.DataFrame) -> Facts:
-            counts = counted(rows)
-            total = sum(counts.values())
-            return {**counts, "expert_hit_rate": counts["hits"] / total if total else None}
-
-        table, phases = self.table(), {}
-        for name in get_args(Phase):
-            rows, union = table[table["phase"] == name], None
-            # Experts of one step in a layer, over the slots that are the layer's share.
-            if total := sum(counted(rows).values()):
-                most = int(rows["most"].max()) * layers / slots
-                union = {"mean": total / len(rows) / slots, "max": most}
-            phases[name] = {**rated(rows), "union_over_capacity": union}
-        return {**rated(table), "phases": phases}
+def accesses_of(outcomes: Sequence[LayerOutcome]) -> pd.DataFrame:
+    """Return a row per iteration: its `phase`, accesses by KINDS, and the `most` in a layer."""
+    rows = [
+        (one.iteration.number, one.iteration.phase, *(len(getattr(one, kind)) for kind in KINDS))
+        for one in outcomes
+    ]
+    layers = pd.DataFrame(rows, columns=["iteration", "phase", *KINDS])
+    layers["most"] = layers[[*KINDS]].sum(axis=1)
+    each = {"phase": "first", **dict.fromkeys(KINDS, "sum"), "most": "max"}
+    return layers.groupby("iteration", sort=False).agg(each)
 
 
-def counted(rows: pd.DataFrame) -> dict[str, int]:
-    """Return the accesses of some rows of an AccessCounter's table, by kind."""
-    return {kind: int(rows[kind].sum()) for kind in KINDS}
+def access_summary(accesses: pd.DataFrame, slots: int, layers: int) -> Facts:
+    """Return counts and hit rates, in all and by phase; the rate is None without an access.
+
+    `union_over_capacity` of a phase tells how many experts an iteration activates in a layer, all
+    its tokens together, over the `slots / layers` that are a layer's share of the cache: mean and
+    maximum over iterations and layers, None without an access. Above 1, one step of one layer alone
+    is more than its share holds.
+    """
+
+    def rated(rows: pd.DataFrame) -> Facts:
+        counts = counted(rows)
+        total = sum(counts.values())
+        return {**counts, "expert_hit_rate": counts["hits"] / total if total else None}
+
+    phases = {}
+    for name in get_args(Phase):
+        rows, union = accesses[accesses["phase"] == name], None
+        # Experts of one step in a layer, over the slots that are the layer's share.
+        if total := sum(counted(rows).values()):
+            most = int(rows["most"].max()) * layers / slots
+            union = {"mean": total / len(rows) / slots, "max": most}
+        phases[name] = {**rated(rows), "union_over_capacity": union}
+    return {**rated(accesses), "phases": phases}
+
+
+def counted(accesses: pd.DataFrame) -> dict[str, int]:
+    """Return the accesses of some iterations, by kind."""
+    return {kind: int(accesses[kind].sum()) for kind in KINDS}
 
 
 @dataclass
@@ -100,7 +91,7 @@ class Measurement:
     """What serving the measured requests left behind, over all repeats."""
 
     served: list[Served] = field(default_factory=list)
-    accesses: AccessCounter = field(default_factory=AccessCounter)
+    outcomes: list[LayerOutcome] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
     phases: PhaseSeconds = field(default_factory=PhaseSeconds)
     peak_occupied: int = 0
@@ -149,7 +140,7 @@ class Setup(ABC):
     def measuring(self, backend: Any, measurement: Measurement) -> Iterator[None]:
         """Add to a measurement what a backend's runtime does within the block."""
         runtime = backend.runtime
-        runtime.listeners.append(measurement.accesses)
+        runtime.listeners.append(measurement.outcomes.append)
         before, runtime.phases = runtime.residency.traffic(), PhaseSeconds()
         yield
         runtime.drain()
@@ -206,9 +197,8 @@ def run(cfg: DictConfig, console: Console) -> Facts:
         console.announce([facts])
     try:
         with prepare(cfg, console) as setup:
-            prompts = setup.workload.prompts
-            origin = f"prompts from {prompts.dataset}: {prompts.source}"
-            console.announce([*setup.description(), origin])
+            whence = "prompts from {dataset}: {dataset_source}".format_map(setup.workload.origin)
+            console.announce([*setup.description(), whence])
             if cfg.record:
                 setup.record_routing(Path(cfg.output) / "trace.parquet", console)
             history = build_history(setup, console)
@@ -311,7 +301,8 @@ def run_record(
 ) -> tuple[Facts, pd.DataFrame]:
     """Return the run record, in bytes of full-size experts, and the request table."""
     cfg, load, served = setup.cfg, setup.workload, measurement.served
-    facts, requests = setup.facts(measurement), request_table(served, measurement.accesses)
+    accesses = accesses_of(measurement.outcomes)
+    facts, requests = setup.facts(measurement), request_table(served, accesses)
     # What a backend has none of is missing from both.
     requests[[kind for kind in KINDS if kind in facts["summary"]]] = None
     larger, positions = facts["expert_bytes"] / facts["stored_expert_bytes"], facts["positions"]
@@ -322,15 +313,15 @@ def run_record(
         beyond = {"model": positions, **over, "of": len(lengths)}
     kept = setup.policy and setup.policy.history
     moved, busy_s = asdict(measurement.traffic).items(), measurement.busy_seconds
-    accesses = measurement.accesses.summary(sum(setup.slots), setup.shape.layers)
-    otherwise = accesses["host"] and setup.testbed.mode == "measured"
+    counts = access_summary(accesses, sum(setup.slots), setup.shape.layers)
+    otherwise = counts["host"] and setup.testbed.mode == "measured"
     summary = {
-        **accesses,
+        **counts,
         "lossless": None if otherwise else lossless,
         "lossless_note": ON_HOST if otherwise else None,
         "same_tokens": setup.log and setup.log.same_tokens,
         **{f"bytes_{kind}": round(count * larger) for kind, count in moved},
-        "bytes_not_copied": accesses["host"] * facts["expert_bytes"],
+        "bytes_not_copied": counts["host"] * facts["expert_bytes"],
         "slot_budget_bytes": setup.budget_bytes,
         "peak_slot_bytes": measurement.peak_occupied * facts["expert_bytes"],
         "phase_seconds": asdict(measurement.phases),
@@ -338,7 +329,7 @@ def run_record(
         "history_bytes": kept.memory_bytes() if kept else {},
         "history_entries": kept.counts() if kept else {},
         "bound": limit and {**asdict(limit), "times": limit.times(busy_s)},
-        **latency_summary(requests, load.prompts.dataset),
+        **latency_summary(requests, load.origin["dataset"]),
     }
     record = {
         "status": "complete",
@@ -348,9 +339,7 @@ def run_record(
         "model": cfg.model.name,
         "weights": str(cfg.weights),
         "weights_fingerprint": fingerprint(cfg.model, str(cfg.weights), cfg.seed),
-        "dataset": load.prompts.dataset,
-        "dataset_source": load.prompts.source,
-        "dataset_sha256": load.prompts.sha256,
+        **load.origin,
         "shared_prefix": load.shared_prefix(),
         "memory_budget_gb": None if setup.budget_bytes is None else setup.budget_bytes / 1e9,
         "slots": list(setup.slots),
@@ -368,14 +357,14 @@ def run_record(
     return record, requests
 
 
-def request_table(served: Sequence[Served], counter: AccessCounter) -> pd.DataFrame:
+def request_table(served: Sequence[Served], accesses: pd.DataFrame) -> pd.DataFrame:
     """Return one row per request.
 
     A batch shares its iterations, so the accesses of a request, by KINDS, are those of its batch;
     `batch` tells which requests share them. Online requests join and leave their batches: theirs
     are those of every iteration that served them, and `batch` is their order of starts.
     """
-    counts = counter.table()[[*KINDS]]
+    counts = accesses[[*KINDS]]
 
     def row(one: Served) -> Facts:
         request = one.request

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field
 
 from experiments import ROOT
 from experiments.errors import UserError, refusing
@@ -196,7 +196,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return a run record; UserError if the file is none, or its request table another one."""
-    record = read_checked(path, RUN_RECORD, "run record; choose another output= or remove it")
+    record = read_checked(path, RUN_RECORD, "run record", "choose another output= or remove it")
     table = path.parent / REQUESTS
     digest = hashlib.sha256(table.read_bytes() if table.is_file() else b"").hexdigest()
     if record.get("requests_sha256", digest) != digest:
@@ -204,18 +204,12 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_checked(path: Path, kind: type[BaseModel], due: str) -> dict[str, Any]:
+def read_checked(path: Path, kind: type[BaseModel], due: str, remedy: str) -> dict[str, Any]:
     """Return a JSON object as it is; UserError if it is unreadable or does not fit its schema."""
-    try:
+    with refusing(f"{path} is no {due}", OSError, ValueError, RecursionError, remedy=remedy):
         content: dict[str, Any] = json.loads(path.read_text())
         kind.model_validate(content)
-        return content
-    except ValidationError as error:
-        first = error.errors()[0]
-        cause = f"{'.'.join(map(str, first['loc']))!a}: {first['msg']}"
-    except (OSError, ValueError, RecursionError) as error:
-        cause = str(error).splitlines()[0]
-    raise UserError(f"{path} ({cause}) is no {due}")
+    return content
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from experiments.run.weights import fingerprint
 from experiments.run.workloads import Workload, WorkloadSettings
 from finemoe import trace as traces
 from finemoe.assemble import offloading_runtime, resident_runtime
-from finemoe.foreign_trace import STREAMS, ForeignTrace, RoutedStream, is_foreign
+from finemoe.foreign_trace import STREAMS, foreign_trace, is_foreign, routed_stream
 from finemoe.offload.budget import BudgetError, plan_slots
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
@@ -44,9 +44,9 @@ def open_routing(cfg: DictConfig, console: Console) -> Trace:
     shape = ModelShape(cfg.model.layers, cfg.model.experts, cfg.model.top_k, 0)
     if cfg.routing and path.suffix in STREAMS:
         lengths = (cfg.workload.get(f"{kind}_tokens") or 1 for kind in ("input", "output"))
-        return RoutedStream(path, shape, *lengths)
+        return routed_stream(path, shape, *lengths)
     if cfg.routing and is_foreign(path):
-        return ForeignTrace(path, shape)
+        return foreign_trace(path, shape)
     reader = traces.TraceReader(path)
     reader.require(shape=shape)
     return reader
@@ -129,9 +129,7 @@ def record(
     origin = {
         "model": cfg.model.name,
         "weights": str(cfg.weights),
-        "dataset": load.prompts.dataset,
-        "dataset_source": load.prompts.source,
-        "dataset_sha256": load.prompts.sha256,
+        **load.origin,
         "seed": cfg.seed,
         "dense_bytes": model.offloaded.dense_bytes,
         "passes": load.passes,

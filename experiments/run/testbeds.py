@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from experiments import CONF
 from experiments.errors import UserError, refusing
@@ -18,7 +17,7 @@ from experiments.run.config import build, checked, full_size
 from finemoe.costs import Accelerator, Line, LinearCosts, Processor, RooflineCosts
 from finemoe.offload.runtime import Extra, PredictionCosts, ThreadCosts
 from finemoe.offload.virtual_links import LinkRate
-from finemoe.options import CHECKED, Flag, Micros, Number, Rate, Share, Text, schema
+from finemoe.options import Flag, Micros, Number, Rate, Share, Text, schema
 from finemoe.testbed import SimulatedTestbed, Testbed, cuda_devices
 
 if TYPE_CHECKING:
@@ -33,15 +32,8 @@ Few = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Megabytes = Annotated[Number, Field(ge=0.1, le=1e6)]
 Call = Literal["embeddings", "gate", "update", "embeddings_token", "gate_token", "update_token"]
 SystemMicros = Mapping[str, Micros]
-
-
-@dataclass(frozen=True, config=CHECKED)
-class SimulatedLink:
-    """One link of a simulated testbed: its nominal rate, the share of it that is achieved."""
-
-    gb_s: Rate
-    efficiency: Share
-    latency_us: Micros
+# One link: its nominal rate, and the share of it that is achieved.
+SimulatedLink: Any = schema("forbid", gb_s=Rate, efficiency=Share, latency_us=Micros)
 
 
 def emulated(

@@ -4,7 +4,7 @@ import hashlib
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from experiments.errors import UserError, refusing
-from experiments.run.datasets import Dataset, PromptSet, draw_prompts, prompts_of, shared_prefixes
+from experiments.run.datasets import Dataset, draw_prompts, origin_of, prompts_of, shared_prefixes
 from experiments.run.schedule import ContinuousBatches, FixedBatches, Request, Schedule, Served
 from finemoe.options import CHECKED, Count, Number, Text, Whole
 from finemoe.trace import Trace, TraceError
@@ -33,7 +33,7 @@ CONVERSATIONS = {"input_tokens": (6.6333, 0.9852, 14050), "output_tokens": (5.01
 class Workload:
     """Requests that fill a system's history, those that warm the cache, those measured."""
 
-    prompts: PromptSet
+    origin: Mapping[str, str]  # of the prompts: dataset, dataset_source, dataset_sha256
     history: tuple[Request, ...]
     warmup: tuple[Request, ...]
     measured: tuple[Request, ...]
@@ -110,14 +110,14 @@ class Offline(WorkloadSettings):
     repeats: Count
 
     def check(self, seed: int) -> None:
-        self._split(PromptSet("", "", (), ""), [Request(n, (), 1) for n in range(self.prompts)])
+        self._split({}, [Request(n, (), 1) for n in range(self.prompts)])
 
     def draw(self, dataset: Dataset, tokenizer: Any, seed: int) -> Workload:
         drawn = draw_prompts(dataset, tokenizer, self.prompts, self.input_tokens, seed)
-        prompts = list(drawn.prompts)
+        origin, prompts = origin_of(dataset, drawn), drawn.copy()
         random.Random(seed).shuffle(prompts)
         requests = [Request(n, prompt, self.output_tokens) for n, prompt in enumerate(prompts)]
-        return self._split(drawn, requests)
+        return self._split(origin, requests)
 
     def traced(self, trace: Trace, seed: int) -> Workload:
         """Split the traced requests, which are numbered in the order of the split."""
@@ -126,7 +126,7 @@ class Offline(WorkloadSettings):
             cause = f"{trace.path}: holds {len(numbers)} requests, not {self.prompts}"
             raise TraceError(f"{cause}; lower workload.prompts")
         chosen = ((number, trace.prompt(number)) for number in numbers[: self.prompts])
-        return self._split(origin(trace), [Request(*one, self.output_tokens) for one in chosen])
+        return self._split(origin_in(trace), [Request(*one, self.output_tokens) for one in chosen])
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return FixedBatches(requests, self.history_batch_size if history else self.batch_size)
@@ -138,7 +138,7 @@ class Offline(WorkloadSettings):
         names = ("prompts", "input_tokens", "output_tokens")
         return {name: getattr(self, name) for name in names}
 
-    def _split(self, prompts: PromptSet, requests: list[Request]) -> Workload:
+    def _split(self, origin: Mapping[str, str], requests: list[Request]) -> Workload:
         share, cut = self.history_share, round(self.history_share * len(requests))
         if cut == len(requests):
             raise UserError(
@@ -148,7 +148,7 @@ class Offline(WorkloadSettings):
             cause = f"workload.warmup={self.warmup} of {cut} history prompts"
             raise UserError(f"{cause}; set workload.warmup={cut}")
         history, measured = tuple(requests[:cut]), tuple(requests[cut:])
-        return Workload(prompts, history, history[: self.warmup], measured)
+        return Workload(origin, history, history[: self.warmup], measured)
 
 
 @checked(frozen=True, config=CHECKED)
@@ -177,14 +177,14 @@ class Online(WorkloadSettings):
         requests = self._requests(seed)
         lengths = [request.input_tokens or 0 for request in requests]
         drawn, passes = prompts_of(lengths, dataset, tokenizer, seed)
-        pairs = zip(requests, drawn.prompts, strict=True)
+        pairs = zip(requests, drawn, strict=True)
         measured = (replace(one, prompt=prompt, input_tokens=None) for one, prompt in pairs)
-        return Workload(drawn, (), (), tuple(measured), passes)
+        return Workload(origin_of(dataset, drawn), (), (), tuple(measured), passes)
 
     def traced(self, trace: Trace, seed: int) -> Workload:
         requests = (replace(one, prompt=trace.prompt(one.number)) for one in self._requests(seed))
         passes = trace.header.provenance.get("passes")
-        return Workload(origin(trace), (), (), tuple(requests), passes)
+        return Workload(origin_in(trace), (), (), tuple(requests), passes)
 
     def schedule(self, requests: Sequence[Request], history: bool = False) -> Schedule:
         return ContinuousBatches(requests, self.max_batch_size)
@@ -245,11 +245,11 @@ class Online(WorkloadSettings):
         }
 
 
-def origin(trace: Trace) -> PromptSet:
-    """Return what a trace says of where its prompts come from, without them."""
-    names, unknown = ("dataset", "dataset_source", "dataset_sha256"), "unknown: a foreign trace"
-    dataset, source, sha256 = (str(trace.header.provenance.get(n, unknown)) for n in names)
-    return PromptSet(dataset, source, (), sha256)
+def origin_in(trace: Trace) -> dict[str, str]:
+    """Return what a trace says of where its prompts come from."""
+    said, unknown = trace.header.provenance, "unknown: a foreign trace"
+    names = ("dataset", "dataset_source", "dataset_sha256")
+    return {name: str(said.get(name, unknown)) for name in names}
 
 
 def read_azure_trace(path: Path) -> pd.DataFrame:

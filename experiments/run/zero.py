@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from baselines.deepspeed_zero import ZeroModel, ZeroOptions, choose_accelerator
+from baselines.deepspeed_zero import ZeroOptions, choose_accelerator, under_zero, watching
 from experiments.errors import UserError, refusing
 from experiments.run.config import build
 from experiments.run.console import Console
@@ -88,7 +88,8 @@ class ZeroSetup(Setup):
             model, cfg = self.model, self.cfg
             hidden = cfg.model.hidden_size / model.config.get_text_config().hidden_size
             scaled = hidden if cfg.weights == "scale" else 1.0
-            zero = ZeroModel(model, self.device, self.options, self.full / self.stored, scaled)
+            sizes = self.options, self.full / self.stored, scaled
+            zero = under_zero(model, self.device, *sizes)
             kinds = (torch.AcceleratorError, torch.OutOfMemoryError)
             remedy = "lift the limit of page-locked memory (ulimit -l), or take a smaller model"
             with refusing("DeepSpeed cannot take the model over", *kinds, remedy=remedy):
@@ -108,7 +109,7 @@ class ZeroSetup(Setup):
         """Serve once more, watching what is gathered, which takes time: so after measuring."""
         backend, larger, size = self.backend, self.full / self.stored, self.cfg.workload.batch_size
         assert backend is not None
-        with backend.runtime.model.watching(self.experts) as gathered:
+        with watching(self.model, self.experts) as gathered:
             list(Server(backend).serve(self.settings.schedule(self.workload.measured[:size])))
         return {
             "routing": "the model's own gates",
@@ -122,8 +123,8 @@ class ZeroSetup(Setup):
                 **dict.fromkeys(NOT_APPLICABLE),
                 "dense_bytes": self.dense_bytes,
                 "phases": {},
-                "peak_gathered_expert_bytes": round(gathered.experts * larger),
-                "peak_gathered_stored_bytes": gathered.total,
+                "peak_gathered_expert_bytes": round(gathered["experts"] * larger),
+                "peak_gathered_stored_bytes": gathered["total"],
                 "peak_device_bytes": self.peak or None,
                 "host_expert_bytes": round(self.expert_bytes * larger),
             },

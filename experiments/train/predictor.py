@@ -25,6 +25,7 @@ from experiments.run.models import LoadedModel, load_model
 from experiments.run.schedule import Request
 from finemoe.assemble import resident_runtime
 from finemoe.offload.policy import FloatArray, Gate, Iteration, ModelShape, Placement
+from finemoe.selection import top_experts
 
 
 class Recording(NamedTuple):
@@ -47,18 +48,10 @@ class Recorder(ResidentPolicy):
         self.gates[gate.layer].append(gate)
 
 
-def best(scores: FloatArray, count: int) -> NDArray[np.bool_]:
-    """Mark the `count` largest scores along the last axis."""
-    order = (-scores).argsort(axis=-1, kind="stable")[..., :count]
-    marked = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(marked, order, True, axis=-1)
-    return marked
-
-
 def record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) -> Recording:
     """Serve prompts with everything resident; return what their gates saw and chose."""
     drawn = draw_prompts(dataset, model.tokenizer, count, cfg.input_tokens, cfg.seed)
-    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn.prompts)]
+    requests = [Request(n, prompt, cfg.output_tokens) for n, prompt in enumerate(drawn)]
     shape = model.offloaded.shape
     recorder = Recorder(shape)
     with resident_runtime(model.offloaded, recorder) as runtime:
@@ -67,7 +60,7 @@ def record(cfg: DictConfig, model: LoadedModel, dataset: Dataset, count: int) ->
         np.stack([np.concatenate([getattr(gate, name) for gate in of]) for of in recorder.gates])
         for name in ("hidden_states", "probabilities")
     )
-    return Recording(hidden, best(scores, shape.top_k))
+    return Recording(hidden, top_experts(scores, shape.top_k))
 
 
 def train(recording: Recording, distance: int, cfg: DictConfig) -> LearnedPredictor:
@@ -102,7 +95,7 @@ def top_k_accuracy(
     """Return, for each source layer, the share of activated experts among the K predicted."""
     scores = predictor.logits(slice(None), recording.hidden_states[:-distance])
     activated = recording.chosen[distance:]
-    hits = (best(scores, top_k) & activated).sum(axis=(1, 2))
+    hits = (top_experts(scores, top_k) & activated).sum(axis=(1, 2))
     accuracies: list[float] = (hits / activated.sum(axis=(1, 2))).tolist()
     return accuracies
 

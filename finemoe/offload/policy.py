@@ -205,7 +205,7 @@ class History(Protocol):
         """Write it, marked with its model."""
 
     def load(self, path: Path, model_id: str) -> None:
-        """Add a saved one; StoreMismatch for a file of another model, or a damaged one."""
+        """Add a saved one; ValueError for a file of another model, or a damaged one."""
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the host memory it takes, by what it holds."""

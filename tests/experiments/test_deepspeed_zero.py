@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.deepspeed_zero import ALONE, ZeroModel, ZeroOptions
+from baselines.deepspeed_zero import ALONE, ZeroOptions, under_zero, watching
 from experiments.errors import UserError
 from experiments.run.console import Console
 from experiments.run.live import PlainRuntime
@@ -41,7 +41,7 @@ def experts_of(model: Any) -> list[Any]:
 def test_logits_are_those_of_the_unoffloaded_model(family: str) -> None:
     model = small_model(family)
     expected = logits_of(model)
-    with ZeroModel(model, CPU, EVERYTHING) as zero:
+    with under_zero(model, CPU, EVERYTHING) as zero:
         served = logits_of(zero)
     assert all(torch.equal(a, b) for a, b in zip(served, expected, strict=True))
 
@@ -52,12 +52,12 @@ def test_logits_are_those_of_the_unoffloaded_model(family: str) -> None:
 def test_experts_are_gathered_by_layers_and_dropped(options: ZeroOptions, layers: int) -> None:
     model = small_model("mixtral")
     experts = experts_of(model)
-    with ZeroModel(model, CPU, options) as zero:
+    with under_zero(model, CPU, options) as zero:
         logits_of(zero)
-        with zero.watching(experts) as gathered:
+        with watching(model, experts) as gathered:
             logits_of(zero)
-        assert gathered.experts == layers * LAYER_BYTES
-        assert gathered.total > gathered.experts
+        assert gathered["experts"] == layers * LAYER_BYTES
+        assert gathered["total"] > gathered["experts"]
         assert all(p.ds_status.name == "NOT_AVAILABLE" for p in experts)
         assert all(p.ds_tensor.device == CPU for p in experts)
 
@@ -65,7 +65,7 @@ def test_experts_are_gathered_by_layers_and_dropped(options: ZeroOptions, layers
 def test_nothing_lingers() -> None:
     before = {name: os.environ.get(name) for name in ALONE}
     model = small_model("mixtral")
-    with ZeroModel(model, CPU) as zero:
+    with under_zero(model, CPU, ZeroOptions()) as zero:
         assert torch.distributed.get_backend() == "gloo"
         assert "pinned_max_cached_size_mb:1" in torch._C._accelerator_getAllocatorSettings()
         logits_of(zero)
@@ -105,10 +105,10 @@ def test_a_model_smaller_than_the_threshold_persists_unless_sizes_shrink_with_it
     peaks = []
     for shrinkage in ((), (30_000.0, 128.0)):
         model = small_model("mixtral")
-        with ZeroModel(model, CPU, ZeroOptions(), *shrinkage) as zero:
+        with under_zero(model, CPU, ZeroOptions(), *shrinkage) as zero:
             logits_of(zero)
-            with zero.watching(experts_of(model)) as gathered:
+            with watching(model, experts_of(model)) as gathered:
                 logits_of(zero)
-        peaks.append(gathered.experts)
+        peaks.append(gathered["experts"])
     assert peaks[0] == 3 * LAYER_BYTES
     assert peaks[1] < peaks[0]

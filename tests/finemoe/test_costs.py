@@ -12,9 +12,9 @@ from finemoe.costs import (
     FINISH_KERNELS,
     START_KERNELS,
     Accelerator,
-    FullSizeModel,
     Processor,
     RooflineCosts,
+    published_sizes,
 )
 from finemoe.offload.virtual_links import LinkRate
 from tests.command import ROOT, config
@@ -34,7 +34,7 @@ HOST = Processor(
     **{"memory_gb_s": 10.0, "matrix_tflops": 0.02, "kernel_us": 1.0},
     **{"memory_efficiency": 0.5, "matrix_efficiency": 0.5},
 )
-TINY = FullSizeModel(
+TINY = published_sizes(
     **{"layers": 2, "experts": 10, "top_k": 2, "hidden_size": 1000, "vocab_size": 3000},
     **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 100},
     **{"expert_intermediate_size": 500, "shared_expert_intermediate_size": 200},

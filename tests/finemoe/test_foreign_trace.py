@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finemoe.foreign_trace import COLUMNS, ForeignTrace, RoutedStream, is_foreign
+from finemoe.foreign_trace import COLUMNS, foreign_trace, is_foreign, routed_stream
 from finemoe.offload.policy import ModelShape
 from finemoe.offload.routed import softmax
-from finemoe.trace import TraceError
+from finemoe.trace import Trace, TraceError
 from tests.command import ROOT
 
 SHARED = ROOT.parent / "shared"
@@ -62,13 +62,13 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return file
 
 
-def changed(path: Path, frame: pd.DataFrame) -> ForeignTrace:
+def changed(path: Path, frame: pd.DataFrame) -> Trace:
     frame.to_csv(path / "t.csv", index=False)
-    return ForeignTrace(path / "t.csv")
+    return foreign_trace(path / "t.csv")
 
 
 def test_requests_by_hand(path: Path) -> None:
-    trace = ForeignTrace(path)
+    trace = foreign_trace(path)
     assert trace.header.shape == ModelShape(2, 4, 2, 8)
     assert trace.numbers == (4, 9)
     four, nine = trace.requests()
@@ -95,7 +95,7 @@ def test_requests_by_hand(path: Path) -> None:
 
 
 def test_a_given_shape_is_taken(path: Path) -> None:
-    trace = ForeignTrace(path, ModelShape(2, 6, 2, 16))
+    trace = foreign_trace(path, ModelShape(2, 6, 2, 16))
     assert trace.header.shape == ModelShape(2, 6, 2, 12)
     assert trace.request(9).steps[0].counts.tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
 
@@ -137,13 +137,13 @@ def test_odd_tables_are_refused(tmp_path: Path, message: str) -> None:
 
 def test_other_files_and_models_are_refused(path: Path) -> None:
     with pytest.raises(TraceError, match=r"has expert 3, not in 0..2; give the model it is of"):
-        ForeignTrace(path, ModelShape(2, 3, 2, 16))
+        foreign_trace(path, ModelShape(2, 3, 2, 16))
     with pytest.raises(TraceError, match="has rank 1, not in"):
-        ForeignTrace(path, ModelShape(2, 4, 1, 16))
+        foreign_trace(path, ModelShape(2, 4, 1, 16))
     with pytest.raises(TraceError, match="no such file"):
-        ForeignTrace(path.with_name("nowhere.csv"))
+        foreign_trace(path.with_name("nowhere.csv"))
     with pytest.raises(TraceError, match="is no table"):
-        ForeignTrace(path.parent)
+        foreign_trace(path.parent)
 
 
 def test_rows_that_fill_memory_are_refused(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_rows_that_fill_memory_are_refused(tmp_path: Path) -> None:
              zip(COLUMNS.names, COLUMNS.types, strict=True) if name != "phase"}  # fmt: skip
     pq.write_table(pa.table({**zeros, "phase": ["prefill"] * 2**21}), path)
     with pytest.raises(TraceError, match=r"bytes that unpack to 104,857,600"):
-        ForeignTrace(path)
+        foreign_trace(path)
 
 
 def test_other_words_for_the_same_columns(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_other_words_for_the_same_columns(tmp_path: Path) -> None:
     ours.write_text(ROWS)
     mine, due = (
         [(step.tokens, step.counts.tolist()) for one in trace.requests() for step in one.steps]
-        for trace in (ForeignTrace(path), ForeignTrace(ours))
+        for trace in (foreign_trace(path), foreign_trace(ours))
     )
     assert mine == due
 
@@ -196,7 +196,7 @@ def as_lines(path: Path, ids: np.ndarray) -> None:
 def test_a_stream_is_cut_into_requests(name: str, write: Any, tmp_path: Path) -> None:
     write(path := tmp_path / name)
     assert is_foreign(path)
-    (one,) = RoutedStream(path, SHAPE, prompt=2, output=2).requests()
+    (one,) = routed_stream(path, SHAPE, prompt=2, output=2).requests()
     assert [step.tokens for step in one.steps] == [2, 1]
     assert [step.counts.tolist() for step in one.steps] == [
         [[1, 2, 1, 0], [1, 0, 1, 2]],
@@ -206,7 +206,7 @@ def test_a_stream_is_cut_into_requests(name: str, write: Any, tmp_path: Path) ->
     shares = [[[0.5, 0.5, 0, 0], [0, 0.5, 0.5, 0]], [[0, 0, 0.5, 0.5], [0.5, 0, 0, 0.5]]]
     assert softmax(prefill.logits) == pytest.approx(np.array(shares), abs=1e-6)
     assert prefill.embeddings.tolist() == [[0] * 8, [0.5, 0.5, 0, 0, 0, 0, 0.5, 0.5]]
-    assert len(RoutedStream(path, SHAPE, prompt=1, output=1)) == 3
+    assert len(routed_stream(path, SHAPE, prompt=1, output=1)) == 3
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_stream_is_cut_into_requests(name: str, write: Any, tmp_path: Path) ->
 def test_odd_streams_are_refused(ids: np.ndarray, message: str, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", ids)
     with pytest.raises(TraceError, match=message) as caught:
-        RoutedStream(tmp_path / "t.npy", SHAPE, prompt=2, output=2)
+        routed_stream(tmp_path / "t.npy", SHAPE, prompt=2, output=2)
     assert "\n" not in str(caught.value)
 
 
@@ -230,7 +230,7 @@ def test_lines_that_say_no_layer_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"experts": [[0, 1]]}')
     with pytest.raises(TraceError, match="line 1 lacks 'layer'; name it so"):
-        RoutedStream(path, SHAPE, prompt=1, output=1)
+        routed_stream(path, SHAPE, prompt=1, output=1)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="there is no ../shared")
@@ -238,7 +238,7 @@ def test_lines_that_say_no_layer_are_refused(tmp_path: Path) -> None:
 def test_real_routing_of_a_real_model(text: str) -> None:
     """48 layers choose 8 of 128 experts for each of 8,000 tokens."""
     path = SHARED / "data" / f"qwen3-30b-a3b-{text}.npz"
-    trace = RoutedStream(path, ModelShape(48, 128, 8, 0), prompt=37, output=127)
+    trace = routed_stream(path, ModelShape(48, 128, 8, 0), prompt=37, output=127)
     assert len(trace) == 8000 // 163
     last = trace.request(len(trace) - 1)
     assert [step.tokens for step in last.steps] == [37] + [1] * 126

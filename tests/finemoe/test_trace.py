@@ -214,7 +214,7 @@ def test_no_damaged_byte_goes_unseen(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"version": 2}, "of version 2, this release reads .* of version 1; record it"),
-        ({"shape": {**SIZES, "layers": 0}}, "layers: Input should be greater"),
+        ({"shape": {**SIZES, "layers": 0}}, "'shape.layers': Input should be greater"),
         ({"gates": {"weight": ["float32", "AADAfwAA" * 16], "bias": None}}, "gates hold .* NaN"),
         ({"requests": [[0, 3, 0]]}, "2 row groups for 1 requests"),
         ({"requests": [[0, 3, 0], [1, 3, 0]]}, "request 0 .*checksum"),

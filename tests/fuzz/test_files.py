@@ -28,9 +28,9 @@ from experiments.reproduce.driver import adopt
 from experiments.run.datasets import conversations
 from experiments.run.records import of_these_weights, read_record
 from experiments.run.workloads import read_azure_trace
-from finemoe.foreign_trace import ForeignTrace, RoutedStream, is_foreign
+from finemoe.foreign_trace import foreign_trace, is_foreign, routed_stream
 from finemoe.offload.policy import ModelShape
-from finemoe.trace import TracedRequest, TraceError
+from finemoe.trace import Trace, TracedRequest, TraceError
 from tests.experiments.judge.test_frame import leave_run
 from tests.finemoe.test_foreign_trace import ROWS
 from tests.fuzz import fuzzed
@@ -141,7 +141,7 @@ def parquet(columns: dict[str, list[Any]]) -> bytes:
     return content
 
 
-def check_requests(make: Callable[[], ForeignTrace | RoutedStream]) -> None:
+def check_requests(make: Callable[[], Trace]) -> None:
     """Read a trace that may be refused; whatever is read is sound."""
 
     def read() -> tuple[ModelShape, list[TracedRequest]]:
@@ -170,7 +170,7 @@ def test_foreign_traces(folder: Path, data: st.DataObject) -> None:
     path.write_bytes(data.draw(maybe_damaged(content)))
     shape = data.draw(st.sampled_from([None, FOREIGN]))
     is_foreign(path)
-    check_requests(lambda: ForeignTrace(path, shape))
+    check_requests(lambda: foreign_trace(path, shape))
 
 
 @fuzzed(25)
@@ -184,7 +184,7 @@ def test_damaged_streams(folder: Path, data: st.DataObject) -> None:
     else:
         (np.save if path.suffix == ".npy" else np.savez)(buffer, ids)
     path.write_bytes(data.draw(damaged(buffer.getvalue())))
-    check_requests(lambda: RoutedStream(path, FOREIGN, prompt=2, output=2))
+    check_requests(lambda: routed_stream(path, FOREIGN, prompt=2, output=2))
 
 
 TURN = {"from": "human", "value": "a text"}

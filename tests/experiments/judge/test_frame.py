@@ -140,7 +140,7 @@ def test_odd_records_are_refused(tmp_path: Path, path: list[str], value: Any, ca
     content = json.loads(record.read_text())
     reduce(getitem, path[:-1], content)[path[-1]] = value
     record.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"\({cause}.*\) is no run record") as caught:
+    with pytest.raises(UserError, match=rf"is no run record: {cause}.*; choose another") as caught:
         read_record(record)
     assert "\n" not in str(caught.value)
 
@@ -172,5 +172,5 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     index = tmp_path / "experiments" / "10.json"
     for content in ('{"runs": ["../../else"]}', '{"runs": {"a": 1}}', "[]", "null", "[" * 10**5):
         index.write_text(content)
-        with pytest.raises(UserError, match="is no experiment record; remove it and draw again"):
+        with pytest.raises(UserError, match=r"is no experiment record: .*; remove it"):
             ResultsFolder(tmp_path).runs_of("10")

@@ -90,8 +90,8 @@ def test_a_trace_too_short_or_without_time_is_refused() -> None:
     assert sampled(trace, 1, 1.0, "trace", seed=0)["seconds"].tolist() == [0.0]
 
 
-def drawn(tokenizer: Any, lengths: list[int], seed: int = 0) -> tuple[tuple[int, ...], ...]:
-    return prompts_of(lengths, DATASET, tokenizer, seed)[0].prompts
+def drawn(tokenizer: Any, lengths: list[int], seed: int = 0) -> list[tuple[int, ...]]:
+    return prompts_of(lengths, DATASET, tokenizer, seed)[0]
 
 
 def test_prompts_have_exactly_their_lengths_and_use_every_text_once_a_pass(tokenizer: Any) -> None:
