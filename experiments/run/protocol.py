@@ -44,16 +44,18 @@ BACKENDS = {  # what prepares a run on a testbed of this mode
 }
 
 
-def accesses_of(outcomes: Sequence[LayerOutcome]) -> pd.DataFrame:
+def accesses_of(one: LayerOutcome) -> tuple[Any, ...]:
+    """Return what a run remembers of a layer: iteration, phase, and accesses by KINDS."""
+    kinds = (one.hits, one.late, one.misses, one.host)
+    return one.iteration.number, one.iteration.phase, *map(len, kinds)
+
+
+def access_table(layers: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
     """Return a row per iteration: its `phase`, accesses by KINDS, and the `most` in a layer."""
-    rows = [
-        (one.iteration.number, one.iteration.phase, *(len(getattr(one, kind)) for kind in KINDS))
-        for one in outcomes
-    ]
-    layers = pd.DataFrame(rows, columns=["iteration", "phase", *KINDS])
-    layers["most"] = layers[[*KINDS]].sum(axis=1)
+    table = pd.DataFrame(layers, columns=["iteration", "phase", *KINDS])
+    table["most"] = table[[*KINDS]].sum(axis=1)
     each = {"phase": "first", **dict.fromkeys(KINDS, "sum"), "most": "max"}
-    return layers.groupby("iteration", sort=False).agg(each)
+    return table.groupby("iteration", sort=False).agg(each)
 
 
 def access_summary(accesses: pd.DataFrame, slots: int, layers: int) -> Facts:
@@ -91,7 +93,7 @@ class Measurement:
     """What serving the measured requests left behind, over all repeats."""
 
     served: list[Served] = field(default_factory=list)
-    outcomes: list[LayerOutcome] = field(default_factory=list)
+    accesses: list[tuple[Any, ...]] = field(default_factory=list)  # see `accesses_of`
     traffic: Traffic = field(default_factory=Traffic)
     phases: PhaseSeconds = field(default_factory=PhaseSeconds)
     peak_occupied: int = 0
@@ -140,7 +142,7 @@ class Setup(ABC):
     def measuring(self, backend: Any, measurement: Measurement) -> Iterator[None]:
         """Add to a measurement what a backend's runtime does within the block."""
         runtime = backend.runtime
-        runtime.listeners.append(measurement.outcomes.append)
+        runtime.listeners.append(lambda one: measurement.accesses.append(accesses_of(one)))
         before, runtime.phases = runtime.residency.traffic(), PhaseSeconds()
         yield
         runtime.drain()
@@ -301,7 +303,7 @@ def run_record(
 ) -> tuple[Facts, pd.DataFrame]:
     """Return the run record, in bytes of full-size experts, and the request table."""
     cfg, load, served = setup.cfg, setup.workload, measurement.served
-    accesses = accesses_of(measurement.outcomes)
+    accesses = access_table(measurement.accesses)
     facts, requests = setup.facts(measurement), request_table(served, accesses)
     # What a backend has none of is missing from both.
     requests[[kind for kind in KINDS if kind in facts["summary"]]] = None

@@ -19,7 +19,7 @@ from experiments.run import replay
 from experiments.run.config import build, run_config
 from experiments.run.console import Console
 from experiments.run.live import load_setup
-from experiments.run.protocol import Setup, accesses_of, build_history, counted, measure
+from experiments.run.protocol import Setup, access_table, build_history, counted, measure
 from experiments.run.records import provenance
 from experiments.validate.calibrate import Calibration, emulated_testbed, write_testbed
 from finemoe.files import write_json
@@ -92,7 +92,7 @@ def _served(setup: Setup, console: Console) -> Result:
     return {
         "ttft_s": fmean(one.ttft for one in measured.served),
         "tpot_s": fmean(one.tpot for one in measured.served if one.tpot is not None),
-        **counted(accesses_of(measured.outcomes)),
+        **counted(access_table(measured.accesses)),
     }
 
 

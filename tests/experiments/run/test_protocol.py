@@ -11,6 +11,7 @@ import pytest
 from experiments.run.console import Console, shown
 from experiments.run.protocol import (
     access_summary,
+    access_table,
     accesses_of,
     latency_summary,
     request_table,
@@ -34,7 +35,7 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_a_single_token_has_no_tpot() -> None:
-    requests = request_table([served((0.5,), range(1))], accesses_of([]))
+    requests = request_table([served((0.5,), range(1))], access_table([]))
     summary = latency_summary(requests, "docs")
     assert summary["tpot_s"] is summary["itl_s"] is summary["queueing_s"] is None
     assert summary["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p95": 0.5, "p99": 0.5, "ci95": None}
@@ -48,12 +49,15 @@ def test_accesses_are_counted_by_phase_and_request() -> None:
         LayerOutcome(prefill, 1, hits=(), late=(3,), misses=()),
         LayerOutcome(decode, 0, hits=(0, 1), late=(), misses=()),
     ]
-    summary = access_summary(accesses_of(outcomes), slots=4, layers=2)
+    table = access_table([*map(accesses_of, outcomes)])
+    summary = access_summary(table, slots=4, layers=2)
     assert (summary["hits"], summary["late"], summary["misses"]) == (3, 1, 2)
     assert summary["expert_hit_rate"] == 0.5
     assert summary["phases"]["prefill"]["expert_hit_rate"] == 0.25
     assert summary["phases"]["decode"]["expert_hit_rate"] == 1.0
-    row = request_table([served((0.1, 0.2), range(4, 6))], accesses_of(outcomes)).iloc[0]
+    row = request_table(
+        [served((0.1, 0.2), range(4, 6))], access_table([*map(accesses_of, outcomes)])
+    ).iloc[0]
     assert (row["hits"], row["late"], row["misses"]) == (3, 1, 2)
 
 
@@ -67,7 +71,9 @@ def test_the_union_of_a_step_over_a_layers_share_of_the_cache() -> None:
         for number, (phase, *layers) in enumerate(steps)
         for layer, of in enumerate(layers)
     ]
-    phases = access_summary(accesses_of(outcomes), slots=4, layers=2)["phases"]
+    phases = access_summary(access_table([*map(accesses_of, outcomes)]), slots=4, layers=2)[
+        "phases"
+    ]
     found = {name: facts["union_over_capacity"] for name, facts in phases.items()}
     assert found == {"prefill": {"mean": 1.0, "max": 1.5}, "decode": {"mean": 0.875, "max": 1.0}}
 
