@@ -2,13 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from hydra.utils import get_method
-from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.errors import UserError
@@ -43,14 +41,9 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> ResultsFolder:
     return ResultsFolder(linked(RESULTS, tmp_path_factory.mktemp("results")))
 
 
-def test_committed_figures(committed: ResultsFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    """To the digits that another processor computes alike; coarse pictures are drawn sooner."""
-    save = Figure.savefig
-
-    def coarse(figure: Figure, file: Path, format: str, **options: Any) -> None:
-        save(figure, file, format=format, dpi=40) if format == "png" else file.touch()
-
-    monkeypatch.setattr(Figure, "savefig", coarse)
+@pytest.mark.usefixtures("coarse")
+def test_committed_figures(committed: ResultsFolder, tmp_path: Path) -> None:
+    """To the digits that another processor computes alike."""
     (tmp_path / "beyond").mkdir()
     others = ResultsFolder(linked(RESULTS / "beyond", tmp_path / "beyond"))
     for one in available().values():

@@ -30,6 +30,7 @@ def test_one_call_leaves_all_of_a_machine(tmp_path: Path, monkeypatch: Any) -> N
     scale = saved_mixtral(tmp_path / "scale" / "mixtral", 3)
     monkeypatch.setattr(weights, "SCALE_MODELS", scale.parent)
     monkeypatch.setattr(gpu, "SCALE_MODEL", scale)
+    monkeypatch.setattr(gpu, "FAMILIES", ("qwen2_moe",))
     monkeypatch.chdir(tmp_path)
     with pretend_cuda(2) as machine:
         check(config("gpu", *SMALL, f"weights='{scale}'"))

@@ -125,11 +125,8 @@ def test_every_system_serves_the_same_logits(devices: int, family: str, system: 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that run.py serves a saved model of 3 layers with."""
-    weights = engine.saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
-    facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
-    told = [f"model.{name}={value}" for name, value in facts.items()]
-    return [f"weights='{weights}'", *told, "testbed=local", "testbed.chunk_mb=0.1"]
+    made = engine.tiny(tmp_path_factory.mktemp("tiny") / "model")
+    return [*made, "testbed=local", "testbed.chunk_mb=0.1"]
 
 
 OFFLINE = (
