@@ -114,10 +114,12 @@ def test_any_folder(family: str, testbed: str, folders: dict[str, Path], tmp_pat
         assert routed == SHAPES.get(family, routed)
 
 
-def test_run_py_takes_the_model_from_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    home = folders["qwen3_moe"].parent
+def test_run_py_takes_the_model_from_the_weights(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folders["qwen3_moe"].parent))
     words = (*SMALL, "weights='~/My qwen3_moe'", "model.prefetch_distance=2", f"output={tmp_path}")
-    assert "my-qwen3_moe is a qwen3_moe in" in carried_out(*words, HOME=str(home))
+    assert "my-qwen3_moe is a qwen3_moe in" in carried_out(*words)
     record = record_of(tmp_path)
     assert record["config"]["model"]["prefetch_distance"] == 2
     assert record["config"]["system"]["prefetch_distance"] == 2
