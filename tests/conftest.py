@@ -17,6 +17,14 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+LONG = ("test_results", "test_driver", "test_cuda", "test_gpu", "test_run", "test_live_and_replay")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that processes which share them end together."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw coarse pictures, in one of a figure's formats, which is much sooner done."""

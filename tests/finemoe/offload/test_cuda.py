@@ -348,8 +348,7 @@ def plain_on_cuda(family: str) -> PlainRuntime:
     return Generating(model.to("cuda:0"))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("system", ["on_demand", "finemoe"])
+@pytest.mark.parametrize(("family", "system"), [("mixtral", "on_demand"), ("qwen2_moe", "finemoe")])
 def test_a_decode_waits_for_its_token_and_layers_that_may_miss(family: str, system: str) -> None:
     with machine() as made:
         generating = per_decode(made, plain_on_cuda(family))
