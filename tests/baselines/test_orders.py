@@ -104,10 +104,10 @@ ORDERS: dict[str, tuple[Callable[[], Policy], Victim]] = {
     "layered": (lambda: LayeredLruPolicy(SHAPE), layered),
     "lfru": (lambda: LfruPolicy(SHAPE), lfru),
     "class_lru": (lambda: ClassLruPolicy(SHAPE), class_lru),
-    "fifo": (lambda: LeastStalePolicy(SHAPE), lambda *told: least_stale(*told[:2], False)),
+    "fifo": (lambda: LeastStalePolicy(SHAPE), lambda past, here, _: least_stale(past, here, False)),
     "next_visit": (
         lambda: LeastStalePolicy(SHAPE, "next_visit"),
-        lambda *told: least_stale(*told[:2], True),
+        lambda past, here, _: least_stale(past, here, True),
     ),
 }
 
