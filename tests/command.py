@@ -28,25 +28,18 @@ SMALL = (
 )
 
 
-def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*words: str) -> subprocess.CompletedProcess[str]:
     """Call Python in the project's folder; return its exit code and what it printed."""
-    env = {**os.environ, **environment}
-    return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=env
-    )
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
-def run_module(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call `python -m name`; see `run_command`."""
-    if environment:
-        return python("-m", name, *arguments, **environment)
+def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Call `python -m name` in this process."""
     return _here(partial(runpy.run_module, name), arguments)
 
 
-def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Call run.py with overrides, in this process unless it needs another environment."""
-    if environment:
-        return python("run.py", *arguments, **environment)
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Call run.py with overrides, in this process."""
     return _here(partial(runpy.run_path, "run.py"), arguments)
 
 
@@ -61,9 +54,9 @@ def _here(run: Callable[..., Any], words: tuple[str, ...]) -> subprocess.Complet
     return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
-def carried_out(*arguments: str, **environment: str) -> str:
+def carried_out(*arguments: str) -> str:
     """Call run.py, which must succeed; return what it printed."""
-    done = run_command(*arguments, **environment)
+    done = run_command(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

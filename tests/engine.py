@@ -113,6 +113,13 @@ def saved_mixtral(folder: Path, layers: int, intermediate: int = 16) -> Path:
     return folder
 
 
+def tiny(folder: Path, intermediate: int = 16) -> list[str]:
+    """Return overrides with which run.py serves a saved Mixtral of 3 layers."""
+    weights = saved_mixtral(folder, 3, intermediate)
+    facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": intermediate}
+    return [f"weights='{weights}'", *(f"model.{name}={value}" for name, value in facts.items())]
+
+
 def into_cache(hub: Path, name: str, model: Path) -> None:
     """Put a saved model into a cache of the hub, as its only revision."""
     cached, revision = hub / f"models--{name}", "a" * 40

@@ -89,7 +89,7 @@ class Stream:
 
     machine: Machine
 
-    def __init__(self, device: Any = None, priority: int = 0) -> None:
+    def __init__(self, device: Any = None) -> None:
         self.device = torch.device("cuda", self.machine.index(device))
         self.key = (self.machine.index(device), next(self.machine.numbers))
         self.clock: Clock = {self.key: 0}
@@ -176,11 +176,8 @@ class Pretend(Tensor):
         return self
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        (one, *_) = (o for o in tree_leaves((args, kwargs)) if isinstance(o, Pretend))
-        return one.memory.machine.run(func, args, kwargs or {})
+    def __torch_dispatch__(cls, *_: Any) -> Any:
+        raise NotImplementedError("an operation outside of a machine's mode")
 
     def span(self) -> tuple[int, int]:
         """Return the bytes from the first element to the last, in its allocation."""
@@ -225,13 +222,10 @@ class Pretend(Tensor):
         return self.memory.machine.launched(aten.index.Tensor, found, (self, indices), {})
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        if any(isinstance(one, Tensor) for one in tree_leaves(at)):
-            indices = at if isinstance(at, tuple) else (at,)
-            value = value if isinstance(value, Tensor) else self.new_full((), value)
-            self.index_put_(indices, value)
-        else:
-            part = self[at]
-            part.copy_(value) if isinstance(value, Tensor) else part.fill_(value)
+        assert any(isinstance(one, Tensor) for one in tree_leaves(at))
+        indices = at if isinstance(at, tuple) else (at,)
+        value = value if isinstance(value, Tensor) else self.new_full((), value)
+        self.index_put_(indices, value)
 
 
 def plain(one: Any) -> Any:
@@ -371,11 +365,8 @@ class Machine:
         return self.host.streams.get(index, self._defaults[index])
 
     @contextmanager
-    def on(self, stream: Stream | None) -> Iterator[None]:
+    def on(self, stream: Stream) -> Iterator[None]:
         """Make a stream its device's current one, and the device the current one."""
-        if stream is None:
-            yield
-            return
         index, before = stream.key[0], self.current_stream(stream.device)
         device, self.host.streams[index] = self.exchange(index), stream
         try:
@@ -506,8 +497,6 @@ class Machine:
         made = torch.empty_like(plain(source), **{key: one for key, one in kind.items() if one})
         if is_cuda(device):
             made = Pretend(made, self.allocate(self.current_stream(device), made.nbytes))
-        elif non_blocking:
-            made = self.page_locked(made)
         return self.copy(made, source, non_blocking)
 
     def copy(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

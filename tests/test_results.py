@@ -2,19 +2,17 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from hydra.utils import get_method
-from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.errors import UserError
 from experiments.judge.claims import judge
 from experiments.judge.frame import ResultsFolder
-from experiments.reproduce.sweeps import available
+from experiments.reproduce.sweeps import Experiment, available
 from experiments.run.records import RUNS, pack_runs, unpack_runs
 from tests.command import ROOT, run_module
 
@@ -43,26 +41,26 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> ResultsFolder:
     return ResultsFolder(linked(RESULTS, tmp_path_factory.mktemp("results")))
 
 
-def test_committed_figures(committed: ResultsFolder, tmp_path: Path, monkeypatch: Any) -> None:
-    """To the digits that another processor computes alike; coarse pictures are drawn sooner."""
-    save = Figure.savefig
+@pytest.fixture(scope="module")
+def beyond(tmp_path_factory: pytest.TempPathFactory) -> ResultsFolder:
+    return ResultsFolder(linked(RESULTS / "beyond", tmp_path_factory.mktemp("beyond")))
 
-    def coarse(figure: Figure, file: Path, format: str, **options: Any) -> None:
-        save(figure, file, format=format, dpi=40) if format == "png" else file.touch()
 
-    monkeypatch.setattr(Figure, "savefig", coarse)
-    (tmp_path / "beyond").mkdir()
-    others = ResultsFolder(linked(RESULTS / "beyond", tmp_path / "beyond"))
-    for one in available().values():
-        results = others if one.beyond else committed
-        runs = results.runs_of(one.id)
-        assert len(runs) == len(results.index(one.id).get("runs", ()))
-        assert set(runs.get("mode", ())) <= {"simulated"}
-        get_method(one.draws)(results.analysis(one.id) if one.analysis else runs, tmp_path)
-        assert np.asarray(Image.open(tmp_path / f"{one.id}.png").convert("L")).std() > 1
-        folder = RESULTS / "beyond" / "figures" if one.beyond else RESULTS / "figures"
-        mine, theirs = (pd.read_csv(path / f"{one.id}.csv") for path in (tmp_path, folder))
-        pd.testing.assert_frame_equal(mine, theirs, check_dtype=False, rtol=1e-9)
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("one", available().values(), ids=lambda one: one.id)
+def test_committed_figures(
+    one: Experiment, committed: ResultsFolder, beyond: ResultsFolder, tmp_path: Path
+) -> None:
+    """To the digits that another processor computes alike."""
+    results, folder = (beyond, RESULTS / "beyond") if one.beyond else (committed, RESULTS)
+    runs = results.runs_of(one.id)
+    assert len(runs) == len(results.index(one.id).get("runs", ()))
+    assert set(runs.get("mode", ())) <= {"simulated"}
+    get_method(one.draws)(results.analysis(one.id) if one.analysis else runs, tmp_path)
+    assert np.asarray(Image.open(tmp_path / f"{one.id}.png").convert("L")).std() > 1
+    assert "Mode: " in (tmp_path / f"{one.id}.txt").read_text()
+    mine, theirs = (pd.read_csv(at / f"{one.id}.csv") for at in (tmp_path, folder / "figures"))
+    pd.testing.assert_frame_equal(mine, theirs, check_dtype=False, rtol=1e-9)
 
 
 def test_archives_repeat_or_are_refused(committed: ResultsFolder, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fuzzing: a few cases of each test in every run of the tests, thousands with `make fuzz`.
+"""Fuzzing: a few cases of most tests in every run of the tests, thousands with `make fuzz`.
 
 A failing case is shrunk and printed, and tried first in the next run; `make fuzz SEED=n` repeats a
 whole run.

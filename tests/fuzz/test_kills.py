@@ -1,4 +1,8 @@
-"""Commands stopped at random times: nothing corrupt or left behind, the same numbers later."""
+"""Commands stopped at random times: nothing corrupt or left behind, the same numbers later.
+
+With `make fuzz` only. What every run of the tests kills is in `test_driver`, and interrupts, in
+`test_run`.
+"""
 
 import json
 import os
@@ -12,6 +16,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +37,7 @@ KINDS = {
     "reproduce": ["-m", "experiments.reproduce", *FIGURE, *TINY],
 }
 END_SECONDS = 60
-MOST = 5 if "FUZZ" in os.environ else 1
+MOST = 5
 """How often a command is stopped."""
 Numbers = dict[str, Any]
 
@@ -84,6 +89,7 @@ KILLS = st.tuples(
 """A signal, and after how much of the time that the command would take."""
 
 
+@pytest.mark.skipif("FUZZ" not in os.environ, reason="takes minutes")
 @fuzzed(1)
 @given(st.sampled_from(list(KINDS)), st.lists(KILLS, min_size=1, max_size=MOST))
 def test_what_is_stopped_goes_on(kind: str, kills: list[tuple[signal.Signals, int]]) -> None:

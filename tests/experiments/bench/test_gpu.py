@@ -15,7 +15,7 @@ from tests.command import config, refusal, run_module
 from tests.engine import saved_mixtral
 from tests.pretend_cuda import pretend_cuda
 
-LEFT_OUT = ("deepspeed", "mixtral_offload", "moe_infinity", "planner", "hybrimoe")
+LEFT_OUT = ("deepspeed", "mixtral_offload", "promoe", "moe_infinity", "planner", "hybrimoe")
 SMALL = (
     *("sizes.expert_mb=0.004", "sizes.copies=4", "sizes.seconds=0.001", "sizes.matrix=256"),
     *("sizes.tokens=3", "sizes.rounds=1", "testbed.chunk_mb=0.1", "~models.qwen", "budgets=[1e-5]"),
@@ -30,6 +30,7 @@ def test_one_call_leaves_all_of_a_machine(tmp_path: Path, monkeypatch: Any) -> N
     scale = saved_mixtral(tmp_path / "scale" / "mixtral", 3)
     monkeypatch.setattr(weights, "SCALE_MODELS", scale.parent)
     monkeypatch.setattr(gpu, "SCALE_MODEL", scale)
+    monkeypatch.setattr(gpu, "FAMILIES", ("qwen2_moe",))
     monkeypatch.chdir(tmp_path)
     with pretend_cuda(2) as machine:
         check(config("gpu", *SMALL, f"weights='{scale}'"))
@@ -41,8 +42,8 @@ def test_one_call_leaves_all_of_a_machine(tmp_path: Path, monkeypatch: Any) -> N
         assert one["met"] is not False
     of_runs = record["parts"]["Full size"]["checks"]
     names = {one["name"].rpartition(":")[0] for one in of_runs}
-    # ProMoE speculates on hidden states, which follow no trace.
-    assert len(names) == 4 + 2, [one["name"] for one in of_runs]
+    # The planner predicts by hidden states, which follow no trace.
+    assert len(names) == 3 + 2, [one["name"] for one in of_runs]
     assert all(one["met"] for one in of_runs if one["name"].endswith("budget"))
     with tarfile.open(folder / "runs.tar.xz") as archive:
         packed = [one for one in archive.getnames() if one.endswith("-simulated/run.json")]

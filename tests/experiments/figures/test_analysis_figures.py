@@ -53,6 +53,7 @@ def table_of(name: str, toy: Path, folder: Path, *overrides: str) -> pd.DataFram
     return analyses.read_analysis(folder)[1]
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("name", [*OF_TRACES, *OF_SHAPES])
 def test_every_figure_is_drawn_from_its_analysis(name: str, toy: Path, tmp_path: Path) -> None:
     everywhere = {(m, d): toy for m in ("mixtral", "qwen", "phi") for d in ("docs", "code")}

@@ -9,6 +9,7 @@ from experiments.judge.frame import run_frame
 from experiments.reproduce.sweeps import available
 from tests.experiments.judge.test_frame import leave_run
 
+pytestmark = pytest.mark.usefixtures("coarse")
 DRAWS = {one.id: get_method(one.draws) for one in available().values() if not one.analysis}
 
 

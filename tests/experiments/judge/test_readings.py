@@ -1,7 +1,5 @@
 """Verdicts under every reading, by hand."""
 
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
@@ -10,10 +8,10 @@ from experiments.judge.frame import run_frame
 from tests.experiments.judge.test_claims import BASELINES, Results
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Results:
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """FineMoE takes a tenth of the baselines' time, or as long; or one baseline is slower yet."""
-    made = Results(tmp_path / "results")
+    made = Results(tmp_path_factory.mktemp("results"))
     fast, slow, others = (
         made.run("finemoe", [0.02, 0.03, 0.04]),
         made.run("finemoe", [0.2, 0.3, 0.4], (5, 5, 5), "system.aggregation=mean"),

@@ -21,8 +21,8 @@ from finemoe.assemble import resident_runtime
 from finemoe.offload.budget import spread
 from finemoe.offload.device import DeviceSlots
 from finemoe.offload.policy import ModelShape
-from tests.command import composed, config, unlike
-from tests.engine import offloaded, requests, saved_mixtral
+from tests.command import composed, config
+from tests.engine import offloaded, requests, tiny
 from tests.pretend_cuda import pretend_cuda
 
 
@@ -40,7 +40,7 @@ def test_slots_of_a_repeat_are_gone_before_the_next(tmp_path: Path, monkeypatch:
     # Without the collector whatever is left in a cycle stays.
     gc.disable()
     try:
-        cfg = composed("workload.repeats=3", "timeline=true")
+        cfg = composed("workload.repeats=3", "timeline=true", *tiny(tmp_path / "model"))
         cfg.output = str(tmp_path / "run")
         protocol.run(cfg, Console())
     finally:
@@ -50,11 +50,9 @@ def test_slots_of_a_repeat_are_gone_before_the_next(tmp_path: Path, monkeypatch:
 
 def test_six_devices_hold_all_experts_together(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(live, "CUDA_BYTES", 0)
-    weights = saved_mixtral(tmp_path / "model", 3, intermediate=2048)
-    facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 2048}
-    words = [f"weights='{weights}'", *(f"model.{name}={value}" for name, value in facts.items())]
-    words += ["testbed=local", "memory_budget=50%", "workload.prompts=2", f"output='{tmp_path}'"]
-    cfg = config("config", *unlike("testbed"), *words)
+    words = ["testbed=local", "memory_budget=50%", f"output='{tmp_path}'", "workload.prompts=2"]
+    short = ["workload.output_tokens=2", "workload.input_tokens=4", "workload.history_share=0.5"]
+    cfg = config("config", *tiny(tmp_path / "model", 2048), *words, *short)
     with pretend_cuda(6) as roomy:
         setup = load_setup(cfg, build(cfg.testbed))
         experts = setup.shape.size * setup.model.offloaded.store.layout.nbytes

@@ -14,6 +14,7 @@ from experiments.validate.__main__ import validate
 from experiments.validate.calibrate import write_testbed
 from finemoe.testbed import SimulatedTestbed
 from tests.command import config, run_module
+from tests.engine import tiny
 
 LINE = {"base": 100.0, "per_token": 1.0}
 DISTURBED_LINE = {**LINE, "after_wait": 10.0, "while_copying": 5.0}
@@ -33,18 +34,32 @@ TESTBED = {
 }
 OVERRIDES = (
     *(f"~system@systems.{n}" for n in ("moe_infinity", "promoe", "mixtral_offload", "deepspeed")),
-    *("budgets=[6]", "workload.prompts=3", "workload.output_tokens=3", "testbed.time_scale=0.001"),
+    *(
+        "budgets=[1e-5]",
+        "workload.prompts=3",
+        "workload.output_tokens=3",
+        "testbed.time_scale=0.001",
+    ),
 )
 COMMAND = ("experiments.validate", *OVERRIDES)
 
 
-def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_validate_compares_every_system_and_budget(model: list[str], tmp_path: Path) -> None:
     write_testbed(tmp_path / "mine.yaml", TESTBED)
     mine = f"calibration={tmp_path / 'mine.yaml'}"
-    run_module(*COMMAND, f"output={tmp_path / 'out'}", mine, "repeats=3").check_returncode()
+    words = [*model, f"output={tmp_path / 'out'}", mine, "repeats=3"]
+    run_module(*COMMAND, *words).check_returncode()
     record = json.loads((tmp_path / "out" / "validate.json").read_text())
     rows = record["comparisons"]
-    assert [(row["system"], row["budget"]) for row in rows] == [("finemoe", 6), ("on_demand", 6)]
+    assert [(row["system"], row["budget"]) for row in rows] == [
+        ("finemoe", 1e-5),
+        ("on_demand", 1e-5),
+    ]
     for row in rows:
         live, again = row["live"], row["replay"]
         assert live["tpot_s"] == sorted(one["tpot_s"] for one in row["repeats"])[1]
@@ -59,10 +74,10 @@ def test_validate_compares_every_system_and_budget(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["validate.json"]
 
 
-def test_without_a_calibration_every_round_makes_one(tmp_path: Path) -> None:
+def test_without_a_calibration_every_round_makes_one(model: list[str], tmp_path: Path) -> None:
     small = ("calibrate.workload.prompts=3", "calibrate.workload.output_tokens=3")
-    budgets = "calibrate.memory_budgets=[6]"
-    run_module(*COMMAND, "repeats=2", *small, budgets, f"output={tmp_path}").check_returncode()
+    words = [*model, *small, "calibrate.memory_budgets=[1e-5]", f"output={tmp_path}", "repeats=2"]
+    run_module(*COMMAND, *words).check_returncode()
     record = json.loads((tmp_path / "validate.json").read_text())
     assert all(row["replay"]["tpot_s"] > 0 for row in record["comparisons"])
     option: Any = OmegaConf.load(tmp_path / "testbed.yaml")

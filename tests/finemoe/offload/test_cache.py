@@ -1,43 +1,12 @@
-"""Single cases of the expert cache, and orders of eviction; `test_transfer` has a model of both."""
-
-import copy
+"""Single cases of the expert cache; `test_transfer` has a model of it."""
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from baselines.deepspeed import DeepSpeedPolicy
-from baselines.lfu import LfuPolicy
-from baselines.on_demand import OnDemandPolicy
 from finemoe.offload.cache import NO_SLOT, ExpertCache, Slot
-from finemoe.offload.eviction import LayeredLruPolicy, Recency, UsageTable
-from finemoe.offload.policy import ExpertId, Iteration, LayerOutcome, ModelShape
+from finemoe.offload.policy import ModelShape
 
 SHAPE = ModelShape(layers=3, experts=4, top_k=1, hidden_size=1)
-DECODE = Iteration(0, "decode", (0,), (1,))
-A, B, C = ExpertId(0, 3), ExpertId(0, 1), ExpertId(1, 0)
-
-
-def keys(order: Recency) -> NDArray[np.float64]:
-    return order.eviction_keys(C, True).copy()
-
-
-@pytest.mark.parametrize(
-    "kind", [Recency, UsageTable, LayeredLruPolicy, OnDemandPolicy, LfuPolicy, DeepSpeedPolicy]
-)
-def test_a_copy_goes_its_own_way(kind: type[Recency]) -> None:
-    order = kind(SHAPE)
-    order.on_load(A)
-    order.on_outcome(LayerOutcome(DECODE, 1, (0, 2), (), ()))
-    before = keys(order)
-    twin = copy.deepcopy(order)
-    assert np.array_equal(keys(twin), before)
-    twin.on_load(B)
-    assert np.array_equal(keys(order), before)
-    changed = keys(twin)
-    assert not np.array_equal(changed, before)
-    order.on_load(B)
-    assert np.array_equal(keys(order), changed)
 
 
 def test_an_expert_stays_until_it_is_unpinned_as_often_as_it_was_pinned() -> None:

@@ -28,7 +28,7 @@ from finemoe.offload import device
 from finemoe.offload.device import CudaLink, ExpertKernel
 from finemoe.offload.live import LiveRuntime
 from finemoe.offload.model import OffloadedModel
-from finemoe.offload.policy import Iteration, Policy, Routing
+from finemoe.offload.policy import Iteration, ModelShape, Policy, Routing
 from finemoe.offload.transfer import Chunk
 from finemoe.testbed import Testbed
 from finemoe.trace import TraceReader
@@ -37,7 +37,6 @@ from tests.command import config
 from tests.engine import OPTIONS, configured, logits_of, offloaded, prepared, requests
 from tests.pretend_cuda import Event, Machine, Stream, join, pretend_cuda
 
-SYSTEMS = [*OPTIONS, "resident"]
 HOSTED = ("fiddler", "freetoken", "hybrimoe", "planner_host")
 OUTPUT = 4
 
@@ -90,6 +89,15 @@ def offloading(
     runtime.residency.cache.check_integrity()
 
 
+def systems() -> list[str]:
+    """Return one system for each way in which a device can tell them apart."""
+    shape, found = ModelShape(3, 4, 2, 32), dict[Any, str]()
+    for system in [*OPTIONS, "resident"]:
+        policy = configured(system, shape)
+        found.setdefault((policy.placement, policy.host_experts is None), system)
+    return [*found.values()]
+
+
 def on_cuda(family: str = "mixtral") -> OffloadedModel:
     return OffloadedModel.from_model(small_model(family), torch.device("cuda", 0))
 
@@ -97,12 +105,14 @@ def on_cuda(family: str = "mixtral") -> OffloadedModel:
 @pytest.mark.parametrize(
     ("devices", "family", "system"),
     [
-        *((1, "mixtral", system) for system in SYSTEMS),
+        *((1, "mixtral", system) for system in systems()),
         *((6, "qwen2_moe", system) for system in ("on_demand", "deepspeed", "finemoe", "resident")),
-        *((6, "qwen2_moe", system) for system in HOSTED),
+        *((6, "qwen2_moe", system) for system in ("fiddler", "planner_host")),
     ],
 )
-def test_every_system_serves_the_same_logits(devices: int, family: str, system: str) -> None:
+def test_systems_of_every_kind_serve_the_same_logits(
+    devices: int, family: str, system: str
+) -> None:
     logits, routing = expected(family)
     with machine(devices, capability=(8, 6)) as made:
         model = on_cuda(family)
@@ -125,11 +135,8 @@ def test_every_system_serves_the_same_logits(devices: int, family: str, system: 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that run.py serves a saved model of 3 layers with."""
-    weights = engine.saved_mixtral(tmp_path_factory.mktemp("tiny") / "model", 3)
-    facts = {"layers": 3, "experts": 4, "hidden_size": 16, "expert_intermediate_size": 16}
-    told = [f"model.{name}={value}" for name, value in facts.items()]
-    return [f"weights='{weights}'", *told, "testbed=local", "testbed.chunk_mb=0.1"]
+    made = engine.tiny(tmp_path_factory.mktemp("tiny") / "model")
+    return [*made, "testbed=local", "testbed.chunk_mb=0.1"]
 
 
 OFFLINE = (
@@ -341,8 +348,7 @@ def plain_on_cuda(family: str) -> PlainRuntime:
     return Generating(model.to("cuda:0"))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("system", ["on_demand", "finemoe"])
+@pytest.mark.parametrize(("family", "system"), [("mixtral", "on_demand"), ("qwen2_moe", "finemoe")])
 def test_a_decode_waits_for_its_token_and_layers_that_may_miss(family: str, system: str) -> None:
     with machine() as made:
         generating = per_decode(made, plain_on_cuda(family))

@@ -32,7 +32,7 @@ from tests.engine import OPTIONS, offloaded, requests, serve
 from tests.finemoe.offload.states import HostCosts
 
 DEVICES: dict[int, list[tuple[int, ...]]] = {
-    1: [(2,), (5,), (9,), (12,)],
+    1: [(2,), (5,), (12,)],
     3: [(1, 1, 1), (3, 2, 2), (4, 4, 4)],
 }
 COUPLED = ("promoe", "mixtral_offload", "hybrimoe")

@@ -315,14 +315,10 @@ def test_no_link_oversleeps(protect: bool, slots: list[int], steps: list[Any]) -
         assert all(engine.queues[device].settled() for device in asleep)
 
 
-def test_an_answer_that_is_none_names_system_hook_and_layer() -> None:
-    engine = residency(4)
+def test_what_is_nan_is_refused_and_a_key_where_it_decides() -> None:
+    engine, keys = residency(1), np.zeros((3, 4))
     with pytest.raises(PolicyError, match=r"^LowestFirst.on_gate, layer 1: answered "):
         engine.prefetch(0, np.full((3, 4), np.nan), engine.policy.on_gate, 1)
-
-
-def test_a_key_that_is_nan_is_refused_where_it_decides() -> None:
-    engine, keys = residency(1), np.zeros((3, 4))
     engine.policy.keys = keys  # type: ignore[attr-defined]
     engine.preload()
     keys[2, 3] = np.nan
