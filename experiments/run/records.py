@@ -350,7 +350,8 @@ def log_record(project: str, folder: Path, record: dict[str, Any]) -> None:
 
     budget = record["memory_budget_gb"]
     size = "no budget" if budget is None else f"{budget:.1f}GB"
-    name, tags = f"{record['system']}-{record['model']}-{size}", [record["mode"], record["weights"]]
+    name = f"{record['system']}-{record['model']}-{size}"
+    tags = [record["mode"], record["weights"][-64:]]  # W&B takes no longer ones
     _log(folder / RECORD, log, project, name=name, config=record["config"], tags=tags)
 
 
