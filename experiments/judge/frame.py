@@ -46,13 +46,35 @@ def run_frame(runs: Sequence[Path]) -> pd.DataFrame:
     `bound_tpot_s`.
     Whole: `record`, and `table`, its requests, one row per request, with `service_s`, the latency
     without the queueing. What a record does not have is NaN or None. Raises UserError for a path
-    that holds no run record, or a damaged one.
+    that holds no run record, or a damaged one, and for simulated runs of the same requests that
+    replay different routing.
     """
     paths = [path / records.RECORD if path.is_dir() else path for path in runs]
     absent = [path for path in paths if not path.is_file()]
     if absent:
         raise UserError(f"{absent[0]}: no run record; give folders that runs have left")
-    return pd.DataFrame([_row(path) for path in paths])
+    frame = pd.DataFrame([_row(path) for path in paths])
+    _check_routing(frame.to_dict("records"))
+    return frame
+
+
+def _check_routing(runs: Sequence[Mapping[Any, Any]]) -> None:
+    """Raise UserError if simulated runs of the same requests replay different answers to them."""
+    known: dict[str, tuple[int, str]] = {}
+    for run in runs:
+        config, table = run["record"]["config"], run["table"]
+        if run["mode"] != "simulated" or "tokens" not in table:
+            continue
+        of = [run[name] for name in ("model", "dataset", "weights", "seed")]
+        asked = json.dumps([*of, config["workload"], config.get("routing")], sort_keys=True)
+        tokens = table.sort_values("request")["tokens"]
+        own = hash(tuple(map(tuple, tokens))), run["path"]
+        first = known.setdefault(asked, own)
+        if first[0] != own[0]:
+            raise UserError(
+                f"{first[1]} and {own[1]} replay different routing of the same requests, as traces "
+                "that two kinds of processor recorded; make one again with the other's traces="
+            )
 
 
 def _row(path: Path) -> dict[str, Any]:

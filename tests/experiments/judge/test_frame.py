@@ -86,6 +86,24 @@ def test_a_run_becomes_a_row(tmp_path: Path) -> None:
     assert math.isnan(row["phase_search_s"])
 
 
+def test_simulated_runs_of_the_same_requests_replay_one_routing(tmp_path: Path) -> None:
+    def left(name: str, tokens: list[int], *overrides: str, mode: str = "simulated") -> Path:
+        path = leave_run(tmp_path / name, *overrides, mode=mode)
+        table = pd.read_parquet(path.parent / "requests.parquet")
+        return write_record(
+            path.parent, read_record(path), table.assign(tokens=pd.Series([tokens] * 3))
+        )
+
+    one, same = left("one", [1, 2]), left("same", [1, 2], "system=on_demand")
+    larger, live = (
+        left("larger", [1, 3], "workload.batch_size=4"),
+        left("l", [1, 4], mode="emulated"),
+    )
+    assert len(run_frame([one, same, larger, live])) == 4
+    with pytest.raises(UserError, match="replay different routing of the same requests"):
+        run_frame([one, same, left("other", [1, 3], "system=promoe")])
+
+
 def test_requests_of_one_batch_are_no_independent_samples(tmp_path: Path) -> None:
     leave_run(tmp_path / "two", batches=(0, 0, 1), tpots=(0.1, 0.1, 0.3), hits=(1, 1, 3))
     leave_run(tmp_path / "one", batches=(0, 0, 0), tpots=(0.1, 0.1, 0.1), hits=(1, 1, 1))
