@@ -1,8 +1,6 @@
 """The committed results are what the command makes: two small figures are made again."""
 
 import shutil
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,27 +36,23 @@ def linked(results: Path, folder: Path) -> Path:
     return folder
 
 
-Opened = Callable[[Path], ResultsFolder]
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> ResultsFolder:
+    return ResultsFolder(linked(RESULTS, tmp_path_factory.mktemp("results")))
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    """Return what opens committed results, each folder once."""
-    return cache(lambda one: ResultsFolder(linked(one, tmp_path_factory.mktemp(one.name))))
-
-
-@pytest.fixture(scope="module")
-def committed(opened: Opened) -> ResultsFolder:
-    return opened(RESULTS)
+def beyond(tmp_path_factory: pytest.TempPathFactory) -> ResultsFolder:
+    return ResultsFolder(linked(RESULTS / "beyond", tmp_path_factory.mktemp("beyond")))
 
 
 @pytest.mark.usefixtures("coarse")
 @pytest.mark.parametrize("one", available().values(), ids=lambda one: one.id)
-def test_committed_figures(one: Experiment, opened: Opened, tmp_path: Path) -> None:
+def test_committed_figures(
+    one: Experiment, committed: ResultsFolder, beyond: ResultsFolder, tmp_path: Path
+) -> None:
     """To the digits that another processor computes alike."""
-    own, shared = RESULTS / one.id, RESULTS / ("beyond" if one.beyond else "")
-    folder = own if own.is_dir() else shared
-    results = opened(folder)
+    results, folder = (beyond, RESULTS / "beyond") if one.beyond else (committed, RESULTS)
     runs = results.runs_of(one.id)
     assert len(runs) == len(results.index(one.id).get("runs", ()))
     assert set(runs.get("mode", ())) <= {"simulated"}
