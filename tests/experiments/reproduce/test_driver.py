@@ -215,7 +215,8 @@ def test_killed_in_the_middle_it_finishes_with_the_same_results_and_then_does_no
     broken = next(iter(kept))
     broken.write_text("{")
     assert reproduce(command(conf, results, traces), conf) == 2
-    assert capsys.readouterr().err.startswith(f"error: {broken} (Expecting property name")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {broken} is no run record: Expecting property name")
     assert broken.read_text() == "{"
 
 
