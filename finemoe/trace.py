@@ -430,10 +430,8 @@ class TraceReader(Trace):
             self.header, groups = _unpack_header(self._file.metadata.metadata or {})
             self._rows = {entry[0]: (group, *entry[1:]) for group, entry in enumerate(groups)}
             # Older releases of pyarrow read the file's key-value pairs into the schema as well.
-            columns, due = (
-                self._file.schema_arrow.remove_metadata(),
-                columns_of(self.header.contents),
-            )
+            columns = self._file.schema_arrow.remove_metadata()
+            due = columns_of(self.header.contents)
             if not columns.equals(due):
                 raise TraceError(f"has the columns {columns.names}, not {due.names}; record again")
             if not self._file.num_row_groups == len(groups) == len(self):
